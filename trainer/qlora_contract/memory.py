@@ -1,0 +1,145 @@
+"""How much memory a rank needs at most, from the model's shape and the RunConfig.
+
+`qlora plan` shows it, and every rank uses it to choose its micro-batch and
+whether to recompute activations, so that all ranks choose alike. Anonymous
+memory is meant; pages of mapped files can be dropped and are not counted.
+The counts of saved tensors follow transformers' Llama layer run eagerly.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_contract.base import ContractModel
+from qlora_contract.run import Quantization, RunConfig
+
+Dtype = Literal["bf16", "fp32"]
+Checkpointing = Literal["none", "full"]
+
+BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
+RUNTIME_BYTES = 420 * 2**20
+"""Python, torch, transformers and the tokenizer: what a rank holds before the model, measured."""
+LOGITS_BYTES = 3 * 64 * 2**20
+"""A chunk of logits, its probabilities' narrow copy and slices of the head (qlora_trainer.loss)."""
+ALLOCATOR_SLACK = 1.08
+"""Freed blocks that malloc keeps; measured."""
+
+
+class ModelShape(ContractModel):
+    """The numbers of a decoder that memory and time depend on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool
+    """The output head is the embedding."""
+    stored_bytes: int
+    """Bytes per weight in the checkpoint."""
+    linear_weights: int
+    """Weights of all linear layers but the head."""
+    largest_linear: int
+    """Weights of the largest of them."""
+    adapter_weights: int
+    """Weights of A and B over all adapted layers."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a rank, by what they are for."""
+
+    runtime: int
+    base: int
+    """Frozen weights, with embedding and head."""
+    adapter: int
+    """Adapter, its gradient and AdamW's two moments."""
+    activations: int
+    """Kept for the backward pass of one micro-batch."""
+    scratch: int
+    """Dequantised weights, logits, gradients in flight."""
+    micro_batch_tokens: int
+    checkpointing: Checkpointing
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.runtime + self.base + self.adapter + self.activations + self.scratch
+
+    def parts(self) -> dict[str, int]:
+        """The parts by name, in the order of the class."""
+        names = ("runtime", "base", "adapter", "activations", "scratch")
+        return {name: getattr(self, name) for name in names}
+
+
+def weight_bytes(weights: int, quantization: Quantization, dtype: Dtype) -> int:
+    """Bytes of so many linear weights as stored in memory.
+
+    NF4 takes half a byte a weight and a scale per block: 4 bytes, or 1 byte and
+    4 bytes per 256 blocks when the scales are quantised too.
+    """
+    if quantization.scheme == "none":
+        return weights * BYTES[dtype]
+    blocks = -(-weights // quantization.block_size)
+    scale = 1 + 4 / 256 if quantization.double_quantization else 4
+    return int(weights / 2 + blocks * scale)
+
+
+def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing) -> int:
+    """Bytes kept for the backward pass of `tokens` tokens.
+
+    Per layer and token: two fp32 copies of the residual (norms), two inputs of
+    linears from it, rotated q and k, v, the attention's output twice, and four
+    tensors of the gated MLP (gate, its activation, up, their product).
+    """
+    e = BYTES[dtype]
+    q, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    h, i = shape.hidden, shape.intermediate
+    layer = 8 * h + 2 * e * h + e * (3 * q + 2 * kv) + 4 * e * i
+    if checkpointing == "full":
+        return tokens * (layer + shape.layers * e * h)
+    return tokens * layer * shape.layers
+
+
+def estimate(
+    shape: ModelShape, run: RunConfig, dtype: Dtype, tokens: int, checkpointing: Checkpointing
+) -> MemoryEstimate:
+    """What a rank needs at most when it runs `tokens` tokens at once."""
+    e = BYTES[dtype]
+    embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
+    widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
+    in_flight = 6 * tokens * widest * e  # gradients of the layer that is at work
+    activations = activation_bytes(shape, tokens, dtype, checkpointing)
+    return MemoryEstimate(
+        runtime=RUNTIME_BYTES,
+        base=weight_bytes(shape.linear_weights, run.quantization, dtype) + embedding,
+        adapter=shape.adapter_weights * 4 * 4,
+        activations=int(activations * ALLOCATOR_SLACK),
+        scratch=LOGITS_BYTES + shape.largest_linear * (4 + e) + in_flight,
+        micro_batch_tokens=tokens,
+        checkpointing=checkpointing,
+    )
+
+
+def choose(shape: ModelShape, run: RunConfig, dtype: Dtype) -> MemoryEstimate:
+    """The micro-batch and checkpointing that a job's ranks use.
+
+    Checkpointing as asked for; `auto` is none if one bin fits memoryPerRank
+    without it, else full. The micro-batch as asked for; else the largest
+    multiple of maxSequenceLength that fits, at most the rank's share of a step,
+    and at least one bin even when that does not fit.
+    """
+    training, limit = run.training, run.layout.memory_per_rank
+    one_bin = training.max_sequence_length
+    mode = training.gradient_checkpointing
+    if mode == "auto":
+        fits = estimate(shape, run, dtype, one_bin, "none").total <= limit
+        mode = "none" if fits else "full"
+    if training.micro_batch_tokens is not None:
+        return estimate(shape, run, dtype, max(training.micro_batch_tokens, one_bin), mode)
+    share = max(one_bin, training.global_batch_tokens // run.layout.world_size)
+    bins = max(1, share // one_bin)
+    while bins > 1 and estimate(shape, run, dtype, bins * one_bin, mode).total > limit:
+        bins -= 1
+    return estimate(shape, run, dtype, bins * one_bin, mode)

@@ -1,0 +1,99 @@
+"""What `python -m qlora_trainer.plan` tells about a machine and a job, one JSON object on the last line of stdout.
+
+The operator's side cannot read a model or data itself: that takes the trainer's packages.
+"""
+
+from qlora_contract.base import ContractModel
+from qlora_contract.memory import Checkpointing, Dtype, ModelShape
+from qlora_contract.run import IsaTier
+
+
+class Machine(ContractModel):
+    """What a process may use of the machine it runs on."""
+
+    tiers: list[IsaTier]
+    """ISA tiers that the processor meets, the best first."""
+    lacking: dict[IsaTier, list[str]]
+    """What is missing for each of the others."""
+    cpus: list[int]
+    """CPUs, hardware threads of one core side by side."""
+    quota: float | None = None
+    """CPUs' worth of time; None: no quota."""
+
+    @property
+    def usable_cpus(self) -> int:
+        """How many CPUs can be at work at once."""
+        return len(self.cpus) if self.quota is None else max(1, min(len(self.cpus), int(self.quota)))
+
+
+class SplitFacts(ContractModel):
+    """The records of a split, and what became of them."""
+
+    records: int
+    truncated: int
+    """Samples whose end was cut off."""
+    dropped: int
+    """Samples in which nothing is left to learn."""
+    samples: int
+    tokens: int
+    supervised_tokens: int
+
+
+class Steps(ContractModel):
+    """How the samples make up steps."""
+
+    per_epoch: int
+    """Steps of the first epoch; later ones may differ by a few."""
+    total: int
+    epochs: float
+    """Passes over the data that the steps are."""
+    tokens_per_step: float
+    """Mean of the first epoch."""
+    fill: float
+    """Mean share of a bin of the first epoch that is tokens, from 0 to 1."""
+
+
+class MemoryFigures(ContractModel):
+    """A MemoryEstimate, in bytes."""
+
+    parts: dict[str, int]
+    total: int
+    micro_batch_tokens: int
+    checkpointing: Checkpointing
+
+
+class Run(ContractModel):
+    """A run of a sample's text."""
+
+    text: str
+    learnt: bool
+    """Whether it counts in the loss."""
+
+
+class PlanReport(ContractModel):
+    """What a job will do."""
+
+    compute_dtype: Dtype
+    shape: ModelShape
+    memory: MemoryFigures
+    training: SplitFacts
+    evaluation: SplitFacts | None = None
+    """None: there is no evaluation."""
+    steps: Steps
+    sample: list[Run]
+    """The first sample that is trained on."""
+
+
+class PlanError(ContractModel):
+    """Why a job cannot run: the exit code its ranks would have, and the same sentence."""
+
+    code: int
+    cause: str
+
+
+class PlanAnswer(ContractModel):
+    """What was asked for, or the error."""
+
+    machine: Machine | None = None
+    plan: PlanReport | None = None
+    error: PlanError | None = None

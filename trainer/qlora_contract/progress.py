@@ -1,0 +1,84 @@
+"""What the trainer reports: live progress, and how it ended."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_contract.base import ContractModel
+
+Stage = Literal["Starting", "Training", "Evaluating", "Publishing", "Done"]
+
+
+class CheckpointRef(ContractModel):
+    """The newest valid checkpoint."""
+
+    step: int
+    time: str
+    """RFC 3339, UTC."""
+    uri: str
+
+
+class RankFacts(ContractModel):
+    """Where a rank runs and what it got."""
+
+    rank: int
+    host: str
+    isa: str
+    cpus: str
+    """CPU list, such as `0-3,8`."""
+    threads: int
+
+
+class ProgressReport(ContractModel):
+    """The body of `GET /progress` on rank 0."""
+
+    version: Literal[1] = 1
+    job_uid: str
+    attempt: int
+    stage: Stage
+    step: int
+    total_steps: int
+    epoch: float
+    """Epochs of the training data seen, with the fraction of the current one."""
+    loss: float | None = None
+    """Mean loss per supervised token of the last step."""
+    eval_loss: float | None = None
+    """Newest evaluation; None before the first."""
+    tokens_per_second: float | None = None
+    """All tokens of all ranks, over the last steps."""
+    eta_seconds: float | None = None
+    """From the steps of this attempt; None before the first."""
+    memory_estimate: int | None = None
+    """Bytes a rank was estimated to need at most."""
+    memory_peak: int | None = None
+    """Bytes: the largest peak of any rank so far."""
+    compute_dtype: str | None = None
+    checkpoint: CheckpointRef | None = None
+    ranks: list[RankFacts] = Field(default_factory=list)
+    updated_time: str
+    """RFC 3339, UTC."""
+
+
+class TerminationReport(ContractModel):
+    """The termination message of a pod: how its launcher ended, in at most 4,096 bytes."""
+
+    version: Literal[1] = 1
+    exit_code: int
+    reason: str
+    """The exit code's name, or `Signal` for a death by signal."""
+    cause: str
+    """One line: what was wrong, where, and what would be right."""
+    rank: int | None = None
+    """The rank that gave the cause; None when the launcher did."""
+    host: str | None = None
+    step: int | None = None
+    """The last step completed; None before the first."""
+    checkpoint_step: int | None = None
+    not_bit_exact: str | None = None
+    """Why a resume was not bit-exact; None when it was, or when nothing was resumed."""
+    compute_dtype: str | None = None
+    base_eval_loss: float | None = None
+    base_eval_loss_quantized: float | None = None
+    eval_loss: float | None = None
+    adapter_uri: str | None = None
+    adapter_sha256: str | None = None

@@ -1,0 +1,262 @@
+"""RunConfig: everything a rank needs to know, fixed for an attempt.
+
+The training settings are defined here, once. The API embeds these classes, so
+that a job's fields, their defaults, bounds and descriptions cannot drift from
+what the trainer reads.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_contract.base import ContractModel
+
+RUN_CONFIG_VERSION = 1
+
+PvcUri = Field(min_length=7, max_length=512, pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?$")
+
+IsaTier = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2"]
+ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
+"""Best first."""
+BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
+"""Tiers whose processors compute in bf16 natively; elsewhere it is emulated, 2-5 times slower than fp32."""
+
+
+class ModelSource(ContractModel):
+    """The base model: a Hugging Face folder with safetensors weights. No remote code is run."""
+
+    source: str = PvcUri
+    """`pvc://claim/path` of a folder with config.json, tokenizer files and *.safetensors."""
+
+
+class Dataset(ContractModel):
+    """The training data, and what is held out of it for evaluation."""
+
+    source: str = PvcUri
+    """`pvc://claim/path` of a JSONL file, or of a folder whose split S is the file S.jsonl."""
+    format: Literal["auto", "chat", "prompt-completion"] = "auto"
+    """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
+    `auto`: told from the first record."""
+    train_split: str = Field(
+        default="train", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to train on when the source is a folder."""
+    eval_split: str | None = Field(
+        default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to evaluate on when the source is a folder; without it, evalFraction of the training split is held out."""
+    eval_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
+    """Share of the records held out for evaluation, chosen by each record's hash, so that it does not
+    change with the order of the file. 0: no evaluation. Not used with evalSplit."""
+
+
+class Adapter(ContractModel):
+    """The adapter that is trained."""
+
+    method: Literal["lora"] = "lora"
+    """`lora`: W x + (alpha / rank) B A x (Hu et al. 2021)."""
+    rank: int = Field(default=16, ge=1, le=512)
+    """Rows of A, columns of B."""
+    alpha: float = Field(default=32.0, gt=0, le=4096)
+    """Numerator of the scale alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability with which an input of A is zeroed while training."""
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default=["all-linear"], min_length=1, max_length=64
+    )
+    """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
+    `all-linear`: every linear layer but the output head."""
+
+
+class Quantization(ContractModel):
+    """How the frozen base weights are stored."""
+
+    scheme: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'; `none`: plain LoRA."""
+    block_size: Literal[64] = 64
+    """Weights that share one scale."""
+    double_quantization: bool = True
+    """Quantise the scales too: 0.37 bit per weight less."""
+
+
+class Training(ContractModel):
+    """The training loop's settings. Exactly one of epochs and maxSteps is given."""
+
+    epochs: int | None = Field(default=None, ge=1, le=10_000)
+    """Passes over the training data."""
+    max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Optimiser steps, over as many passes as they take."""
+    global_batch_tokens: int = Field(default=8192, ge=1, le=16_777_216)
+    """Tokens of one optimiser step over all ranks, at most. The number of ranks never changes it."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=16_777_216)
+    """Tokens a rank runs at once: a memory knob, never a change of the result. Unset: as many as fit memoryPerRank,
+    at most the rank's share of a step."""
+    max_sequence_length: int = Field(default=1024, ge=8, le=1_048_576)
+    """Longest sample, and longest bin of packed samples, in tokens."""
+    packing: bool = True
+    """Put several samples into one bin; they never see each other."""
+    overlong: Literal["truncate"] = "truncate"
+    """What to do with a sample longer than maxSequenceLength: cut its end off."""
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: to 0 in a line, to 0 in half a cosine, or unchanged."""
+    warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of all steps in which the learning rate rises in a line from 0."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
+    """The gradient is scaled down to this norm when it is longer."""
+    compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the processor computes in it natively (AMX, AVX512-BF16), else fp32."""
+    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
+    """`full` recomputes each layer in the backward pass: less memory, a third more time. `auto`: none if one bin fits
+    memoryPerRank without it, else full."""
+    seed: int = Field(default=0, ge=0, le=4_294_967_295)
+    """Seeds the adapter's start, the order of the samples and dropout."""
+
+    @model_validator(mode="after")
+    def _steps_given_once(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("exactly one of epochs and maxSteps must be given")
+        return self
+
+    @model_validator(mode="after")
+    def _a_bin_fits_a_step(self) -> Self:
+        if self.global_batch_tokens < self.max_sequence_length:
+            raise ValueError("globalBatchTokens must be at least maxSequenceLength")
+        return self
+
+
+class Evaluation(ContractModel):
+    """When to evaluate, and what must come of it. The base and the finished adapter are always evaluated."""
+
+    every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Also evaluate every so many steps."""
+    require_improvement: bool = True
+    """Fail the job when the adapter's eval loss is not below that of the quantised base."""
+
+
+class Checkpoint(ContractModel):
+    """When to save what a restart needs."""
+
+    every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Save every so many steps, too."""
+    every_seconds: int = Field(default=600, ge=1, le=86_400)
+    """Save when so many seconds have passed since the last checkpoint."""
+    keep: int = Field(default=2, ge=1, le=100)
+    """Newest checkpoints to keep."""
+
+
+class Distributed(ContractModel):
+    """How the ranks talk to each other."""
+
+    backend: Literal["gloo"] = "gloo"
+    """Backend of torch.distributed."""
+    timeout_seconds: int = Field(default=300, ge=5, le=86_400)
+    """A rank that gives no sign of life for so long is lost."""
+    rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
+    """How long ranks wait for each other at the start."""
+
+
+class JobRef(ContractModel):
+    """Which job, and which attempt at it."""
+
+    name: str = Field(min_length=1, max_length=50)
+    namespace: str = Field(default="default", max_length=63)
+    uid: str = Field(min_length=1, max_length=64)
+    attempt: int = Field(ge=0)
+
+
+class Layout(ContractModel):
+    """Pods, ranks and what each rank has."""
+
+    pods: int = Field(default=1, ge=1, le=512)
+    ranks_per_pod: int = Field(default=1, ge=1, le=64)
+    cpus_per_rank: int = Field(default=4, ge=1, le=1024)
+    memory_per_rank: int = Field(ge=1)
+    """Bytes."""
+    pinning: Literal["strict", "best-effort"] = "strict"
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all pods."""
+        return self.pods * self.ranks_per_pod
+
+
+class RunConfig(ContractModel):
+    """run.json: one attempt at a job, the same for every pod of it."""
+
+    version: Literal[1] = 1
+    job: JobRef
+    workspace: str = PvcUri
+    model: ModelSource
+    dataset: Dataset
+    adapter: Adapter = Adapter()
+    quantization: Quantization = Quantization()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed = Distributed()
+    layout: Layout
+    isa: IsaTier
+    """The tier every rank must have."""
+    termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
+    """Seconds between SIGTERM and SIGKILL."""
+
+    def to_json(self) -> str:
+        """The text of run.json."""
+        return self.model_dump_json(by_alias=True, indent=2)
+
+
+MEMORY_KNOBS = frozenset({"microBatchTokens", "gradientCheckpointing"})
+"""Training fields that never change the result (up to rounding)."""
+
+
+def shaping_fields(
+    model: ModelSource,
+    dataset: Dataset,
+    adapter: Adapter,
+    quantization: Quantization,
+    training: Training,
+    evaluation: Evaluation,
+) -> dict[str, Any]:
+    """The fields that shape the result: they identify what a job folder holds."""
+    fields = {
+        "model": model.model_dump(by_alias=True),
+        "dataset": dataset.model_dump(by_alias=True),
+        "adapter": adapter.model_dump(by_alias=True),
+        "quantization": quantization.model_dump(by_alias=True),
+        "training": training.model_dump(by_alias=True),
+        "evaluation": evaluation.model_dump(by_alias=True),
+    }
+    for knob in MEMORY_KNOBS:
+        del fields["training"][knob]
+    return fields
+
+
+def run_shaping_fields(run: RunConfig) -> dict[str, Any]:
+    """shaping_fields of a whole RunConfig."""
+    return shaping_fields(run.model, run.dataset, run.adapter, run.quantization, run.training, run.evaluation)
+
+
+def config_hash(fields: dict[str, Any]) -> str:
+    """sha256 over the canonical JSON of shaping_fields, in hexadecimal."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(old: Any, new: Any) -> str:
+    """What differs between two shaping_fields: `training.seed: 0, now 1`, the first five."""
+    return ", ".join(list(_differences(old, new, ""))[:5])
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield f"{path}: {json.dumps(old)}, now {json.dumps(new)}"
