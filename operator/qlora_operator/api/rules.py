@@ -1,0 +1,59 @@
+"""Conditions between fields, said twice in one place: in CEL for the API server, in Python for everyone
+else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from qlora_contract.base import ContractModel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on an object of the API.
+
+    `cel` and `holds` must give the same verdict on the same object; a test runs both.
+    """
+
+    cel: str
+    holds: Callable[[Any], bool]
+    message: str
+    field: tuple[str, ...] = ()
+    """Where the fault lies, from the object that has the rule; empty for the object itself."""
+
+    def as_validation(self) -> dict[str, str]:
+        """The rule as an item of `x-kubernetes-validations`."""
+        validation = {"rule": self.cel, "message": self.message}
+        if self.field:
+            validation["fieldPath"] = "." + ".".join(self.field)
+        return validation
+
+
+def _add_validations(schema: dict[str, Any], model: type["ApiModel"]) -> None:
+    if model.rules:
+        schema["x-kubernetes-validations"] = [rule.as_validation() for rule in model.rules]
+
+
+class ApiModel(ContractModel):
+    """A model of the API, with the rules between its fields."""
+
+    model_config = ConfigDict(json_schema_extra=_add_validations)
+
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _rules_hold(self) -> Self:
+        broken = [rule for rule in self.rules if not rule.holds(self)]
+        if broken:
+            # A ValidationError, unlike a ValueError, keeps where each fault lies.
+            raise ValidationError.from_exception_data(
+                type(self).__name__, [_details(rule) for rule in broken]
+            )
+        return self
+
+
+def _details(rule: Rule) -> InitErrorDetails:
+    return InitErrorDetails(type=PydanticCustomError("rule", rule.message), loc=rule.field, input=None)

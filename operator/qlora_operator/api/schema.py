@@ -1,0 +1,178 @@
+"""From the pydantic models to the structural schema that an API server accepts, and to the whole CRD.
+
+What pydantic emits and a structural schema refuses is rewritten: references are inlined, `X or null` becomes
+an optional X, `const` a list of one value, and what says nothing to an API server (titles, closedness) is
+dropped.
+"""
+
+import copy
+import functools
+from typing import Any
+
+from qlora_operator.api import names
+from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob, QLoRAJobSpec
+
+Schema = dict[str, Any]
+
+_DROPPED = (
+    "title",
+    "additionalProperties",
+    "$ref",
+    "$defs",
+    "anyOf",
+    "const",
+    "properties",
+    "items",
+    "default",
+)
+"""Keywords that are not copied as they stand: left out, or rewritten by _structural."""
+
+
+@functools.cache
+def job_schema() -> Schema:
+    """The structural schema of a QLoRAJob, metadata included, as `qlora validate` and the field reference
+    need it.
+
+    Shared: must not be changed.
+    """
+    whole = QLoRAJob.model_json_schema(by_alias=True)
+    return _structural(whole, whole["$defs"])
+
+
+def _structural(node: Schema, definitions: dict[str, Schema]) -> Schema:
+    node = _resolved(node, definitions)
+    result = {key: value for key, value in node.items() if key not in _DROPPED}
+    if "description" in result:
+        result["description"] = " ".join(result["description"].split())
+    if "const" in node:
+        result["enum"] = [node["const"]]
+    if node.get("default") is not None:
+        # An object's defaults are those of its fields.
+        result["default"] = {} if "properties" in node else node["default"]
+    for bound, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if bound in result:
+            result[inclusive], result[bound] = result[bound], True
+    if "properties" in node:
+        result["properties"] = {
+            key: _structural(child, definitions) for key, child in node["properties"].items()
+        }
+    elif isinstance(node.get("additionalProperties"), dict):
+        result["additionalProperties"] = _structural(node["additionalProperties"], definitions)
+    if "items" in node:
+        result["items"] = _structural(node["items"], definitions)
+        result.setdefault("x-kubernetes-list-type", "atomic")
+    return result
+
+
+def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
+    """The node with its reference inlined and its `or null` taken away; what it says itself wins."""
+    while "$ref" in node or "anyOf" in node:
+        if "$ref" in node:
+            under = definitions[node["$ref"].rpartition("/")[2]]
+        else:
+            (under,) = [option for option in node["anyOf"] if option != {"type": "null"}]
+        node = {**under, **{key: value for key, value in node.items() if key not in ("$ref", "anyOf")}}
+    return node
+
+
+def custom_resource_definition() -> Schema:
+    """The CRD as a manifest."""
+    schema = copy.deepcopy(job_schema())
+    properties = schema["properties"]
+    for field in ("apiVersion", "kind"):
+        properties[field] = {"type": "string", "description": properties[field]["description"]}
+    # An API server has its own schema of metadata and accepts no other.
+    properties["metadata"] = {"type": "object"}
+    schema["x-kubernetes-validations"] = [_name_rule()]
+    properties["spec"]["x-kubernetes-validations"] += transition_rules()
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": names.CRD_NAME},
+        "spec": {
+            "group": names.GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": names.KIND,
+                "listKind": names.LIST_KIND,
+                "plural": names.PLURAL,
+                "singular": names.SINGULAR,
+                "shortNames": [names.SHORT_NAME],
+                "categories": ["all"],
+            },
+            "versions": [
+                {
+                    "name": names.VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": printer_columns(),
+                    "schema": {"openAPIV3Schema": schema},
+                }
+            ],
+        },
+    }
+
+
+def _name_rule() -> Schema:
+    """The twin of Metadata.name's bounds: a CRD may not restrict metadata in any other way."""
+    return {
+        "rule": (
+            f"size(self.metadata.name) <= {names.MAX_JOB_NAME} && "
+            f"self.metadata.name.matches('{names.JOB_NAME_PATTERN}')"
+        ),
+        "message": f"metadata.name must be {names.JOB_NAME_RULE}",
+    }
+
+
+def transition_rules() -> list[Schema]:
+    """What may not change. The rules stand on spec: one on a field would miss its coming and going."""
+    rules = []
+    for info in QLoRAJobSpec.model_fields.values():
+        field = str(info.alias)
+        if field in MUTABLE:
+            continue
+        unchanged = _unchanged(field, always_there=info.is_required() or info.default is not None)
+        message = f"{field} is immutable; create another job"
+        if field in MUTABLE_WHILE_SUSPENDED:
+            unchanged = f"self.suspend || oldSelf.suspend || {unchanged}"
+            message = f"{field} may change only while the job is suspended; set suspend: true first"
+        rules.append(
+            {"rule": unchanged, "message": message, "fieldPath": f".{field}", "reason": "FieldValueForbidden"}
+        )
+    return rules
+
+
+def _unchanged(field: str, *, always_there: bool) -> str:
+    if always_there:
+        return f"self.{field} == oldSelf.{field}"
+    now, before = f"self.{field}", f"oldSelf.{field}"
+    return f"has({now}) == has({before}) && (!has({now}) || {now} == {before})"
+
+
+def printer_columns() -> list[Schema]:
+    """The columns of `kubectl get qlj`; those of priority 1 only with `-o wide`."""
+    narrow = [
+        ("Phase", "string", ".status.phase"),
+        ("Ranks", "string", ".status.columns.ranks"),
+        ("ISA", "string", ".status.placement.isa"),
+        ("Step", "string", ".status.columns.step"),
+        ("Loss", "string", ".status.columns.loss"),
+        ("Tok/s", "string", ".status.columns.tokensPerSecond"),
+        ("ETA", "string", ".status.columns.eta"),
+        ("Restarts", "string", ".status.columns.restarts"),
+        ("Age", "date", ".metadata.creationTimestamp"),
+    ]
+    wide = [
+        ("Attempt", "integer", ".status.attempt"),
+        ("Dtype", "string", ".status.placement.dtype"),
+        ("Checkpoint", "integer", ".status.checkpoint.step"),
+        ("Adapter", "string", ".status.adapter.uri"),
+        ("Message", "string", ".status.message"),
+    ]
+    columns: list[Schema] = [_column(*column) for column in narrow]
+    return columns + [{**_column(*column), "priority": 1} for column in wide]
+
+
+def _column(name: str, kind: str, path: str) -> Schema:
+    return {"name": name, "type": kind, "jsonPath": path}

@@ -1,0 +1,136 @@
+"""What is generated from the models."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qlora_operator.api import names
+from qlora_operator.api.documents import read_documents
+from qlora_operator.api.files import load_jobs
+from qlora_operator.api.schema import Schema, custom_resource_definition, job_schema
+
+ROOT = Path(__file__).parents[2]
+GENERATE = ROOT / "manifests/generate.py"
+CRD = "manifests/crd/qlora.dev_qlorajobs.yaml"
+REFERENCE = "docs/reference/qlorajob.md"
+
+
+def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the generator as a user does."""
+    return subprocess.run(
+        [sys.executable, str(GENERATE), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def field_paths(node: Schema, path: str) -> list[str]:
+    """The path of every field within an object, lists opened."""
+    paths = []
+    for name, child in node.get("properties", {}).items():
+        paths += [f"{path}.{name}", *field_paths(child.get("items", child), f"{path}.{name}")]
+    return paths
+
+
+def test_generated_files_are_up_to_date() -> None:
+    """The CRD and the reference in the tree are what the models give now."""
+    result = generate("--check")
+
+    assert (result.returncode, result.stdout) == (0, ""), "run: python manifests/generate.py"
+
+
+def test_a_check_says_what_differs(tmp_path: Path) -> None:
+    """A changed or missing file makes the check fail and shows the difference; it writes nothing."""
+    assert generate("--root", str(tmp_path)).returncode == 0
+    crd = tmp_path / CRD
+    crd.write_text(crd.read_text().replace("shortNames", "longNames"))
+    (tmp_path / REFERENCE).unlink()
+    result = generate("--check", "--root", str(tmp_path))
+
+    assert result.returncode == 1
+    assert "-    longNames:\n+    shortNames:\n" in result.stdout
+    assert "+# QLoRAJob, field by field" in result.stdout
+    assert not (tmp_path / REFERENCE).exists()
+
+
+def test_the_crds_text_is_the_definition() -> None:
+    """What kubectl reads from the file is what the code made."""
+    text = (ROOT / CRD).read_bytes()
+
+    assert read_documents(text) == [custom_resource_definition()]
+    assert yaml.safe_load(text) == custom_resource_definition()
+
+
+def test_the_reference_has_every_field() -> None:
+    """Every field of spec and status has a row under its object's heading."""
+    sections = dict(section.split("\n", 1) for section in (ROOT / REFERENCE).read_text().split("\n## ")[1:])
+    for top in ("spec", "status"):
+        for path in field_paths(job_schema()["properties"][top], top):
+            parent, _, name = path.rpartition(".")
+            section = sections.get(parent) or sections[f"{parent}[]"]
+            assert f"\n| `{name}` | " in section, path
+
+
+def test_rows_of_the_reference_are_whole() -> None:
+    """A bar within a cell is escaped, so that every row has five cells."""
+    rows = [line for line in (ROOT / REFERENCE).read_text().splitlines() if line.startswith("| ")]
+
+    assert [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) != 6] == []
+
+
+@pytest.mark.parametrize("sample", ["minimal.yaml", "full.yaml"])
+def test_samples_are_valid(sample: str) -> None:
+    """What a user copies is a valid job."""
+    (job,) = load_jobs(str(ROOT / "manifests/samples" / sample))
+
+    assert names.is_job_name(job.metadata.name)
+
+
+def test_the_smallest_sample_cannot_be_smaller() -> None:
+    """Every line of it is needed: the file without it is invalid."""
+    lines = (ROOT / "manifests/samples/minimal.yaml").read_text().splitlines()
+    (job,) = read_documents("\n".join(lines).encode())
+    spec = job_schema()["properties"]["spec"]
+
+    assert list(job["spec"]) == spec["required"]
+    for field in ("model", "dataset", "topology"):
+        assert list(job["spec"][field]) == spec["properties"][field]["required"]
+    assert list(job["spec"]["training"]) == ["epochs"]
+
+
+def test_the_full_sample_names_every_field() -> None:
+    """A user finds each field of spec in full.yaml, in its place; what the job does without is a comment."""
+    text = (ROOT / "manifests/samples/full.yaml").read_text()
+    commented = re.sub(r"^( *)# ([a-zA-Z]+:( |$))", r"\1\2", text, flags=re.MULTILINE)
+    (job,) = read_documents(commented.encode())
+
+    named = set()
+    pending = [("spec", job["spec"])]
+    while pending:
+        path, value = pending.pop()
+        if isinstance(value, dict):
+            named |= {f"{path}.{name}" for name in value}
+            pending += [(f"{path}.{name}", item) for name, item in value.items()]
+        elif isinstance(value, list):
+            pending += [(path, item) for item in value]
+    assert set(field_paths(job_schema()["properties"]["spec"], "spec")) - named == set()
+
+
+def test_values_of_the_full_sample_are_the_defaults_unless_it_says_so() -> None:
+    """A sample that shows another value without a word would be taken for the default."""
+    spec = job_schema()["properties"]["spec"]["properties"]
+    (job,) = read_documents((ROOT / "manifests/samples/full.yaml").read_bytes())
+    other = [
+        f"{section}.{name}"
+        for section, value in job["spec"].items()
+        if isinstance(value, dict)
+        for name, item in value.items()
+        if "default" in spec[section]["properties"][name]
+        and spec[section]["properties"][name]["default"] != item
+    ]
+
+    text = (ROOT / "manifests/samples/full.yaml").read_text()
+    unsaid = [path for path in other if not re.search(rf" {path.split('.')[1]}:.*# .*default", text)]
+    assert unsaid == []

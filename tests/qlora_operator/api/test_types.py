@@ -1,0 +1,468 @@
+"""What a job may say, and what it means where it says nothing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_contract.run import ISA_TIERS, RunConfig
+from qlora_operator.api import names
+from qlora_operator.api.files import load_jobs, parse_job
+from qlora_operator.api.types import (
+    MUTABLE,
+    MUTABLE_WHILE_SUSPENDED,
+    OPERATOR_ONLY,
+    QLoRAJob,
+    QLoRAJobSpec,
+    ignored_by_run,
+)
+from qlora_operator.errors import InvalidJobError
+
+SAMPLES = Path(__file__).parents[3] / "manifests/samples"
+GONE = "a field to take away"
+
+DEFAULTS = {
+    "adapter": {
+        "method": "lora",
+        "rank": 16,
+        "alpha": 32,
+        "dropout": 0,
+        "targetModules": ["all-linear"],
+    },
+    "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
+    "training": {
+        "epochs": 3,
+        "maxSteps": None,
+        "globalBatchTokens": 8192,
+        "microBatchTokens": None,
+        "maxSequenceLength": 1024,
+        "packing": True,
+        "overlong": "truncate",
+        "learningRate": 2e-4,
+        "schedule": "cosine",
+        "warmupRatio": 0.03,
+        "weightDecay": 0,
+        "maxGradNorm": 1.0,
+        "computeDtype": "auto",
+        "gradientCheckpointing": "auto",
+        "seed": 0,
+    },
+    "evaluation": {"everySteps": None, "requireImprovement": True},
+    "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
+    "topology": {
+        "pods": 1,
+        "ranksPerPod": 1,
+        "cpusPerRank": 4,
+        "memoryPerRank": "4Gi",
+        "pinning": "strict",
+    },
+    "isa": {"allowed": ["amx_bf16", "avx512_bf16", "avx512", "avx2"], "stepDownSeconds": 300},
+    "distributed": {"backend": "gloo", "timeoutSeconds": 300, "rendezvousTimeoutSeconds": 1800},
+    "scheduling": {"nodeSelector": {}, "tolerations": [], "priorityClassName": None},
+    "image": None,
+    "suspend": False,
+    "ttlSecondsAfterFinished": None,
+    "activeDeadlineSeconds": None,
+    "backoffLimit": 3,
+    "infrastructureBackoffLimit": 20,
+    "pendingDeadlineSeconds": None,
+    "progressDeadlineSeconds": 1800,
+    "terminationGracePeriodSeconds": 300,
+    "workspace": "pvc://team-data/qlora",
+    "model": {"source": "pvc://team-data/models/SmolLM2-135M-Instruct"},
+    "dataset": {
+        "source": "pvc://team-data/docs.jsonl",
+        "format": "auto",
+        "trainSplit": "train",
+        "evalSplit": None,
+        "evalFraction": 0.05,
+    },
+}
+"""The documented defaults, besides what the smallest job says itself."""
+
+
+def test_what_a_job_leaves_out_has_the_documented_default(minimal: dict[str, Any]) -> None:
+    """The smallest job means exactly what the design says."""
+    job = parse_job(minimal)
+
+    assert job is not None
+    assert job.spec.model_dump(by_alias=True) == DEFAULTS
+
+
+BAD = {
+    "no apiVersion": ({"apiVersion": GONE}, "apiVersion", "is required: qlora.dev/v1alpha1"),
+    "other version": ({"apiVersion": "qlora.dev/v1"}, "apiVersion", "must be qlora.dev/v1alpha1"),
+    "no kind": ({"kind": GONE}, "kind", "is required: QLoRAJob"),
+    "no metadata": ({"metadata": GONE}, "metadata", "is required"),
+    "metadata is a string": ({"metadata": "docs"}, "metadata", "is the string 'docs'; it must be a map"),
+    "no name": ({"metadata.name": GONE}, "metadata.name", "is required: a name of lower-case"),
+    "name begins with a digit": ({"metadata.name": "7b"}, "metadata.name", "begins with a letter"),
+    "name in capitals": ({"metadata.name": "Docs"}, "metadata.name", "lower-case letters"),
+    "name ends with a hyphen": ({"metadata.name": "docs-"}, "metadata.name", "ends with no hyphen"),
+    "name has a dot": ({"metadata.name": "docs.v1"}, "metadata.name", "letters, digits and hyphens"),
+    "name of 51 characters": ({"metadata.name": "a" * 51}, "metadata.name", "at most 50 characters"),
+    "name is a number": ({"metadata.name": 7}, "metadata.name", "is the number 7"),
+    "label is a number": ({"metadata.labels": {"a": 1}}, "metadata.labels.a", "must be a string"),
+    "misspelt labels": ({"metadata.lables": {}}, "metadata.lables", "did you mean labels?"),
+    "no spec": ({"spec": GONE}, "spec", "is required: a map with workspace, model"),
+    "spec is null": ({"spec": None}, "spec", "is required"),
+    "spec is a list": ({"spec": []}, "spec", "is a list; it must be a map"),
+    "misspelt spec": ({"specs": {}}, "specs", "did you mean spec?"),
+    "no workspace": ({"spec.workspace": GONE}, "spec.workspace", "is required: pvc://claim/path"),
+    "workspace is a path": ({"spec.workspace": "/data"}, "spec.workspace", "must be pvc://claim/path"),
+    "workspace leaves its claim": (
+        {"spec.workspace": "pvc://team-data/../other"},
+        "spec.workspace",
+        "may not leave its claim",
+    ),
+    "workspace ends upwards": ({"spec.workspace": "pvc://team-data/a/.."}, "spec.workspace", "no `..`"),
+    "workspace is too long": ({"spec.workspace": "pvc://c/" + "a" * 512}, "spec.workspace", "at most 512"),
+    "no model": ({"spec.model": GONE}, "spec.model", "is required: a map with source"),
+    "model is a string": ({"spec.model": "pvc://c/m"}, "spec.model", "must be a map with source"),
+    "no model source": ({"spec.model": {}}, "spec.model.source", "is required"),
+    "model from the Hub": ({"spec.model.source": "hf://org/name"}, "spec.model.source", "pvc://claim/path"),
+    "model source leaves its claim": (
+        {"spec.model.source": "pvc://c/../m"},
+        "spec.model.source",
+        "may not leave its claim",
+    ),
+    "model revision": (
+        {"spec.model.revision": "main"},
+        "spec.model.revision",
+        "no such field; there are source",
+    ),
+    "dataset source leaves its claim": (
+        {"spec.dataset.source": "pvc://c/a/../../b"},
+        "spec.dataset.source",
+        "may not leave its claim",
+    ),
+    "dataset of unknown format": (
+        {"spec.dataset.format": "text"},
+        "spec.dataset.format",
+        "is the string 'text'; it must be one of auto, chat, prompt-completion",
+    ),
+    "misspelt dataset field": (
+        {"spec.dataset.evalFractoin": 0.1},
+        "spec.dataset.evalFractoin",
+        "did you mean evalFraction?",
+    ),
+    "eval fraction above a half": ({"spec.dataset.evalFraction": 0.6}, "spec.dataset.evalFraction", "to 0.5"),
+    "split is a path": ({"spec.dataset.trainSplit": "../x"}, "spec.dataset.trainSplit", "that matches"),
+    "rank 0": ({"spec.adapter.rank": 0}, "spec.adapter.rank", "must be an integer from 1 to 512"),
+    "rank is a string": ({"spec.adapter.rank": "16"}, "spec.adapter.rank", "is the string '16'"),
+    "rank is a fraction": ({"spec.adapter.rank": 1.5}, "spec.adapter.rank", "is the number 1.5"),
+    "alpha 0": ({"spec.adapter.alpha": 0}, "spec.adapter.alpha", "must be a number above 0, at most 4096"),
+    "dropout 1": ({"spec.adapter.dropout": 1}, "spec.adapter.dropout", "from 0.0, below 1.0"),
+    "rsLoRA, which does not exist yet": (
+        {"spec.adapter.rsLoRA": True},
+        "spec.adapter.rsLoRA",
+        "no such field",
+    ),
+    "target modules as a string": (
+        {"spec.adapter.targetModules": "all-linear"},
+        "spec.adapter.targetModules",
+        "must be a list of 1 to 64 items, each a string",
+    ),
+    "no target modules": (
+        {"spec.adapter.targetModules": []},
+        "spec.adapter.targetModules",
+        "of 1 to 64 items",
+    ),
+    "target module is empty": (
+        {"spec.adapter.targetModules": ["q_proj", ""]},
+        "spec.adapter.targetModules[1]",
+        "of 1 to 256 characters",
+    ),
+    "unknown scheme": ({"spec.quantization.scheme": "fp4"}, "spec.quantization.scheme", "one of nf4, none"),
+    "block size 128": ({"spec.quantization.blockSize": 128}, "spec.quantization.blockSize", "must be 64"),
+    "neither epochs nor steps": (
+        {"spec.training": {}},
+        "spec.training",
+        "exactly one of epochs and maxSteps",
+    ),
+    "both epochs and steps": (
+        {"spec.training.maxSteps": 9},
+        "spec.training",
+        "exactly one of epochs and maxSteps",
+    ),
+    "no training": ({"spec.training": GONE}, "spec.training", "is required"),
+    "misspelt steps": ({"spec.training.max_steps": 9}, "spec.training.max_steps", "did you mean maxSteps?"),
+    "misspelt rate": (
+        {"spec.training.learnRate": 1},
+        "spec.training.learnRate",
+        "did you mean learningRate?",
+    ),
+    "epochs 0": ({"spec.training.epochs": 0}, "spec.training.epochs", "integer from 1 to 10000"),
+    "epochs is a boolean": ({"spec.training.epochs": True}, "spec.training.epochs", "is the boolean true"),
+    "step smaller than a sequence": (
+        {"spec.training.globalBatchTokens": 512},
+        "spec.training",
+        "globalBatchTokens must be at least maxSequenceLength",
+    ),
+    "packing is a string": ({"spec.training.packing": "yes"}, "spec.training.packing", "true or false"),
+    "learning rate is a string": (
+        {"spec.training.learningRate": "2e-4"},
+        "spec.training.learningRate",
+        "is the string '2e-4'; it must be a number above 0.0, at most 1.0",
+    ),
+    "unknown schedule": (
+        {"spec.training.schedule": "cos"},
+        "spec.training.schedule",
+        "linear, cosine, constant",
+    ),
+    "negative seed": ({"spec.training.seed": -1}, "spec.training.seed", "from 0 to 4294967295"),
+    "dropping long samples": ({"spec.training.overlong": "drop"}, "spec.training.overlong", "truncate"),
+    "keepBest, which does not exist yet": (
+        {"spec.evaluation.keepBest": True},
+        "spec.evaluation.keepBest",
+        "no such field; there are everySteps, requireImprovement",
+    ),
+    "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", "from 1 to 100"),
+    "no topology": ({"spec.topology": GONE}, "spec.topology", "is required: a map with pods"),
+    "no memory": ({"spec.topology": {}}, "spec.topology.memoryPerRank", "is required: a quantity of memory"),
+    "memory is a number": (
+        {"spec.topology.memoryPerRank": 16},
+        "spec.topology.memoryPerRank",
+        "is the number 16; it must be a quantity of memory such as 16Gi, as a string",
+    ),
+    "memory in GB": ({"spec.topology.memoryPerRank": "16GB"}, "spec.topology.memoryPerRank", "such as 16Gi"),
+    "memory in thousandths": ({"spec.topology.memoryPerRank": "16m"}, "spec.topology.memoryPerRank", "16Gi"),
+    "memory without suffix": (
+        {"spec.topology.memoryPerRank": "16"},
+        "spec.topology.memoryPerRank",
+        "64Mi to 64Ti",
+    ),
+    "no memory at all": (
+        {"spec.topology.memoryPerRank": "0Gi"},
+        "spec.topology.memoryPerRank",
+        "64Mi to 64Ti",
+    ),
+    "memory beyond reason": ({"spec.topology.memoryPerRank": "1Pi"}, "spec.topology.memoryPerRank", "64Ti"),
+    "no pods": ({"spec.topology.pods": 0}, "spec.topology.pods", "from 1 to 512"),
+    "too many ranks": (
+        {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 3},
+        "spec.topology",
+        "pods times ranksPerPod may be at most 1024 ranks",
+    ),
+    "ranks chosen automatically": (
+        {"spec.topology.ranksPerPod": "auto"},
+        "spec.topology.ranksPerPod",
+        "an integer",
+    ),
+    "half a CPU": ({"spec.topology.cpusPerRank": 0.5}, "spec.topology.cpusPerRank", "is the number 0.5"),
+    "unknown pinning": ({"spec.topology.pinning": "loose"}, "spec.topology.pinning", "strict, best-effort"),
+    "no tier allowed": ({"spec.isa.allowed": []}, "spec.isa.allowed", "a list of 1 to 4 items"),
+    "unknown tier": (
+        {"spec.isa.allowed": ["avx2", "neon"]},
+        "spec.isa.allowed[1]",
+        "one of amx_bf16, avx512_bf16",
+    ),
+    "a tier twice": ({"spec.isa.allowed": ["avx2", "avx2"]}, "spec.isa.allowed", "names avx2 twice"),
+    "MPI": ({"spec.distributed.backend": "mpi"}, "spec.distributed.backend", "must be gloo"),
+    "selector value is a boolean": (
+        {"spec.scheduling.nodeSelector": {"fast": True}},
+        "spec.scheduling.nodeSelector.fast",
+        "is the boolean true; it must be the value of a label",
+    ),
+    "selector key is no label": (
+        {"spec.scheduling.nodeSelector": {"no label": "a"}},
+        "spec.scheduling.nodeSelector",
+        "every key must be the name of a label",
+    ),
+    "selector of 33 labels": (
+        {"spec.scheduling.nodeSelector": {f"a{n}": "b" for n in range(33)}},
+        "spec.scheduling.nodeSelector",
+        "a map of at most 32 entries",
+    ),
+    "toleration without key": (
+        {"spec.scheduling.tolerations": [{"value": "a"}]},
+        "spec.scheduling.tolerations[0]",
+        "key is required unless operator is Exists",
+    ),
+    "toleration of existence with value": (
+        {"spec.scheduling.tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]},
+        "spec.scheduling.tolerations[0]",
+        "operator Exists takes no value",
+    ),
+    "toleration for a time": (
+        {"spec.scheduling.tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 5}]},
+        "spec.scheduling.tolerations[0]",
+        "tolerationSeconds goes with effect NoExecute",
+    ),
+    "toleration of unknown operator": (
+        {"spec.scheduling.tolerations": [{"key": "a", "operator": "In"}]},
+        "spec.scheduling.tolerations[0].operator",
+        "one of Equal, Exists",
+    ),
+    "priority class with a space": (
+        {"spec.scheduling.priorityClassName": "a b"},
+        "spec.scheduling.priorityClassName",
+        "lower-case letters, digits",
+    ),
+    "a pod template": ({"spec.template": {}}, "spec.template", "no such field; there are workspace, model"),
+    "a service account": ({"spec.serviceAccountName": "a"}, "spec.serviceAccountName", "no such field"),
+    "image with a space": ({"spec.image": "a b"}, "spec.image", "an image, such as"),
+    "suspend is a word": ({"spec.suspend": "later"}, "spec.suspend", "must be true or false"),
+    "deadline 0": ({"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "from 1 to 2147483647"),
+    "negative time to live": ({"spec.ttlSecondsAfterFinished": -1}, "spec.ttlSecondsAfterFinished", "from 0"),
+    "negative backoff limit": ({"spec.backoffLimit": -1}, "spec.backoffLimit", "from 0 to 10000"),
+    "backoff limit is null in words": ({"spec.backoffLimit": "none"}, "spec.backoffLimit", "an integer"),
+    "no grace": ({"spec.terminationGracePeriodSeconds": 0}, "spec.terminationGracePeriodSeconds", "from 1"),
+}
+"""What is wrong with a job: the fields changed, the path of the fault, a phrase of its message."""
+
+
+@pytest.mark.parametrize(("fields", "path", "phrase"), BAD.values(), ids=BAD)
+def test_a_bad_job_is_refused_where_it_is_bad(
+    fields: dict[str, Any],
+    path: str,
+    phrase: str,
+    changed: Callable[..., dict[str, Any]],
+    removed: object,
+) -> None:
+    """The one thing that is wrong with the job is named by its path, with what would be right."""
+    job = changed({field: removed if value == GONE else value for field, value in fields.items()})
+
+    with pytest.raises(InvalidJobError) as error:
+        parse_job(job)
+
+    assert [where for where, _ in error.value.faults] == [path]
+    assert phrase in error.value.faults[0][1]
+
+
+GOOD = {
+    "by steps": {"spec.training": {"maxSteps": 400}},
+    "null is as good as absent": {"spec.training": {"epochs": 1, "maxSteps": None}, "spec.adapter": None},
+    "a batch of one sequence": {"spec.training.globalBatchTokens": 1024},
+    "integers where numbers may be": {"spec.training.learningRate": 1, "spec.adapter.alpha": 16},
+    "the longest name": {"metadata.name": "a" * 50},
+    "a name of one letter": {"metadata.name": "a"},
+    "the whole claim as workspace": {"spec.workspace": "pvc://team-data"},
+    "dots in a path": {"spec.model.source": "pvc://c/..a/b../.../v1.5"},
+    "as many ranks as there may be": {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 2},
+    "least memory": {"spec.topology.memoryPerRank": "64Mi"},
+    "memory in bytes": {"spec.topology.memoryPerRank": "17179869184"},
+    "one tier": {"spec.isa": {"allowed": ["avx2"]}},
+    "tiers in another order": {"spec.isa.allowed": ["avx2", "amx_bf16"]},
+    "every taint tolerated": {"spec.scheduling": {"tolerations": [{"operator": "Exists"}]}},
+    "an empty taint value": {"spec.scheduling": {"tolerations": [{"key": "a", "value": ""}]}},
+    "label keys with a prefix": {
+        "spec.scheduling": {"nodeSelector": {"kubernetes.io/os": "linux", "a_B.c": ""}}
+    },
+    "an image by digest": {"spec.image": "registry.example:5000/a/b@sha256:" + "0" * 64},
+    "delete at once": {"spec.ttlSecondsAfterFinished": 0},
+    "never retry": {"spec.backoffLimit": 0, "spec.infrastructureBackoffLimit": 0},
+}
+
+
+@pytest.mark.parametrize("fields", GOOD.values(), ids=GOOD)
+def test_a_good_job_is_accepted(fields: dict[str, Any], changed: Callable[..., dict[str, Any]]) -> None:
+    """What the description of a field allows is allowed, up to its bounds."""
+    assert parse_job(changed(fields)) is not None
+
+
+def test_every_fault_is_reported(changed: Callable[..., dict[str, Any]]) -> None:
+    """A job with several faults is not refused one fault at a time."""
+    job = changed(
+        {"metadata.name": "Docs", "spec.adapter.rank": 0, "spec.trainnig": {}, "metadata.lable": {}}
+    )
+
+    with pytest.raises(InvalidJobError) as error:
+        parse_job(job)
+
+    assert {path for path, _ in error.value.faults} == {
+        "metadata.lable",
+        "metadata.name",
+        "spec.adapter.rank",
+        "spec.trainnig",
+    }
+
+
+def test_what_the_api_server_adds_is_passed_over(changed: Callable[..., dict[str, Any]]) -> None:
+    """A job as `kubectl get -o yaml` shows it is as valid as the file that it was made from."""
+    job = changed(
+        {
+            "metadata.uid": "0",
+            "metadata.resourceVersion": "12",
+            "metadata.generation": 2,
+            "metadata.creationTimestamp": "2026-01-01T00:00:00Z",
+            "metadata.managedFields": [{"manager": "kubectl", "fieldsV1": {"f:spec": {}}}],
+            "metadata.ownerReferences": [{"kind": "X"}],
+            "metadata.finalizers": ["a.b/c"],
+            "status": {"phase": "NotYetInvented", "conditions": "unreadable"},
+        }
+    )
+
+    assert parse_job(job) is not None
+
+
+def test_the_operator_reads_its_own_status_back(minimal: dict[str, Any]) -> None:
+    """A status with every kind of entry survives a round trip, fields of a newer operator apart."""
+    status = {
+        "observedGeneration": 1,
+        "phase": "Running",
+        "conditions": [
+            {
+                "type": "Running",
+                "status": "True",
+                "observedGeneration": 1,
+                "lastTransitionTime": "2026-01-01T00:00:00Z",
+                "reason": "Training",
+                "message": "2 ranks train",
+            }
+        ],
+        "restarts": {"user": 1, "infrastructure": 0},
+        "attempts": [{"attempt": 0, "exitCodes": [50]}],
+        "progress": {"step": 120, "loss": 1.83},
+        "columns": {"ranks": "2/2", "step": "120/400", "eta": "9m"},
+    }
+    read = QLoRAJob.model_validate({**minimal, "status": {**status, "inventedLater": 1}})
+
+    assert read.status is not None
+    assert read.status.phase is names.Phase.RUNNING
+    dumped = read.status.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    assert dumped == status
+
+
+def test_a_parsed_job_cannot_be_changed(minimal: dict[str, Any]) -> None:
+    """Models are frozen: a change would let what runs differ from what was read."""
+    job = parse_job(minimal)
+
+    assert job is not None
+    with pytest.raises(ValueError, match="frozen"):
+        job.spec.suspend = True  # type: ignore[misc]
+
+
+def test_constants_agree_with_the_types() -> None:
+    """The literal types spell the constants, and the tiers are the contract's."""
+    fields = QLoRAJob.model_fields
+
+    assert fields["api_version"].annotation.__args__ == (names.API_VERSION,)  # type: ignore[union-attr]
+    assert fields["kind"].annotation.__args__ == (names.KIND,)  # type: ignore[union-attr]
+    assert tuple(QLoRAJobSpec.model_fields["isa"].default.allowed) == ISA_TIERS
+
+
+def test_the_sets_of_fields_name_fields_that_exist() -> None:
+    """What is called mutable or the operator's own is a field of spec."""
+    aliases = {str(info.alias) for info in QLoRAJobSpec.model_fields.values()}
+
+    assert aliases >= MUTABLE | MUTABLE_WHILE_SUSPENDED
+    assert {path.split(".")[1] for path in OPERATOR_ONLY} <= aliases
+
+
+def test_what_a_run_config_carries_is_not_the_operators_alone() -> None:
+    """A field that reaches the trainer is never named as ignored."""
+    carried = {f"spec.{info.alias}" for info in RunConfig.model_fields.values()}
+
+    assert carried & set(OPERATOR_ONLY) == set()
+
+
+def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[str, Any]) -> None:
+    """`qlora run` says what it ignores of a file, and nothing about what the file leaves out."""
+    smallest = parse_job(minimal)
+    (full,) = load_jobs(str(SAMPLES / "full.yaml"))
+
+    assert smallest is not None
+    assert ignored_by_run(smallest) == []
+    assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path != "spec.image"]

@@ -1,0 +1,42 @@
+"""`qlora validate`."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+from qlora_operator.validate import validate
+
+SAMPLES = Path(__file__).parents[2] / "manifests/samples"
+
+
+def test_valid_files_are_listed() -> None:
+    """Each job of each file gets a line, and the status is 0."""
+    output = io.StringIO()
+    paths = [str(SAMPLES / "minimal.yaml"), str(SAMPLES / "full.yaml")]
+
+    assert validate(paths, output) == 0
+    assert output.getvalue() == (f"{paths[0]}: smollm2-docs: valid\n{paths[1]}: smollm2-docs-full: valid\n")
+
+
+def test_one_bad_file_does_not_hide_the_others(tmp_path: Path) -> None:
+    """All files are judged; any fault makes the status 2."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text((SAMPLES / "minimal.yaml").read_text().replace("epochs: 3", "epochs: three"))
+    output = io.StringIO()
+
+    assert validate([str(bad), str(SAMPLES / "minimal.yaml")], output) == 2
+    assert output.getvalue().splitlines() == [
+        f"{bad}: spec.training.epochs: is the string 'three'; it must be an integer from 1 to 10000",
+        f"{SAMPLES / 'minimal.yaml'}: smollm2-docs: valid",
+    ]
+
+
+def test_standard_input_is_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-` stands for standard input."""
+    content = (SAMPLES / "minimal.yaml").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    output = io.StringIO()
+
+    assert validate(["-"], output) == 0
+    assert output.getvalue() == "-: smollm2-docs: valid\n"
