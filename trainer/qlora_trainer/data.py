@@ -1,0 +1,178 @@
+"""The training and evaluation samples of a dataset, the same on every rank."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_contract.run import Dataset
+from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.records import Record, read_records
+from qlora_trainer.template import Sample, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Tokenised samples, end to end."""
+
+    ids: NDArray[np.int32]
+    """(tokens of all samples,)"""
+    mask: NDArray[np.uint8]
+    """As ids: 1 where token t is a target, predicted from those before it; never a sample's first token."""
+    offsets: NDArray[np.int64]
+    """(samples + 1,): sample i is ids[offsets[i]:offsets[i + 1]]."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample."""
+        return np.diff(self.offsets)
+
+    def supervised_counts(self) -> NDArray[np.int64]:
+        """Targets of each sample; at least one."""
+        return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)
+
+    def sample(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Ids and mask of sample i, as views."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.ids[span], self.mask[span]
+
+    def digest(self) -> str:
+        """sha256 of everything here: equal on two ranks exactly if they train on the same tokens."""
+        hashed = hashlib.sha256()
+        for array in (self.ids, self.mask, self.offsets):
+            hashed.update(array.tobytes())
+        return hashed.hexdigest()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What became of a split's records."""
+
+    records: int
+    truncated: int
+    """Samples whose end was cut off, dropped ones among them."""
+    dropped: int
+    """Samples in which nothing is left to learn."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedData:
+    """A dataset, ready to train on."""
+
+    train: Samples
+    evaluation: Samples | None
+    """None when evalFraction is 0 and there is no evalSplit."""
+    sha256: str
+    """Of the file's bytes; with an evalSplit, of what `sha256sum TRAIN.jsonl EVAL.jsonl` prints."""
+    train_facts: Facts
+    evaluation_facts: Facts | None
+
+
+def load(dataset: Dataset, root: Path, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> LoadedData:
+    """Read, split and tokenise what `dataset` names; `root` is its source as a path.
+
+    Raises DataError (the data), ConfigurationError (a dataset field that does
+    not fit them) or ModelError (the tokenizer).
+    """
+    files = _files(dataset, root)
+    train, held_out = _split(dataset, files)
+    samples, facts = _samples(train, tokenizer, max_length, "training")
+    evaluation, evaluation_facts = (
+        _samples(held_out, tokenizer, max_length, "evaluation") if held_out else (None, None)
+    )
+    return LoadedData(samples, evaluation, _sha256(files), facts, evaluation_facts)
+
+
+def _files(dataset: Dataset, root: Path) -> list[Path]:
+    """The training file, and the evaluation file where there is one."""
+    if root.is_dir():
+        splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
+        if len(set(splits)) < len(splits):
+            raise ConfigurationError(
+                f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
+            )
+        return [_split_file(root, split) for split in splits]
+    if not root.exists():
+        raise DataError(f"{root}: no such file; dataset.source is a JSONL file, or a folder of them")
+    if dataset.eval_split:
+        raise ConfigurationError(
+            f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
+            "source, or leave evalSplit out and set evalFraction"
+        )
+    return [root]
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    path = folder / f"{split}.jsonl"
+    if not path.is_file():
+        splits = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
+        raise DataError(f"{folder}: has no split {split!r} ({path.name}); its splits: {splits}")
+    return path
+
+
+def _split(dataset: Dataset, files: list[Path]) -> tuple[list[Record], list[Record]]:
+    """Records to train on and to evaluate on; the second is empty when no evaluation is asked for."""
+    records = read_records(files[0], dataset.format)
+    if len(files) > 1:
+        return records, read_records(files[1], dataset.format)
+    train, held_out = hold_out(records, dataset.eval_fraction)
+    if not train:
+        raise DataError(
+            f"{files[0]}: evalFraction {dataset.eval_fraction} holds out every record; give more, or set 0"
+        )
+    if not held_out and dataset.eval_fraction:
+        least = min(record.fraction for record in records)
+        raise DataError(
+            f"{files[0]}: evalFraction {dataset.eval_fraction} holds out none of the {len(records)} records: "
+            f"give more, set it above {least:.4f}, name an evalSplit, or set 0 for no evaluation"
+        )
+    return train, held_out
+
+
+def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
+    """Records to train on, and those held out: the ones whose own hash, as a fraction, is below `fraction`.
+
+    Neither the file's order nor its other records matter, and copies of one
+    record stay on one side.
+    """
+    held_out = [record for record in records if record.fraction < fraction]
+    return [record for record in records if record.fraction >= fraction], held_out
+
+
+def _samples(
+    records: list[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int, use: str
+) -> tuple[Samples, Facts]:
+    kept: list[Sample] = []
+    truncated = 0
+    for sample in tokenise(records, tokenizer, max_length):
+        truncated += sample.truncated
+        if sample.mask.any():
+            kept.append(sample)
+    if not kept:
+        raise DataError(
+            f"no supervised token in the {use} data: all {len(records)} records lose what is to be learnt "
+            f"when cut to maxSequenceLength {max_length}; raise it, or shorten the prompts"
+        )
+    offsets = np.cumsum([0] + [len(sample.ids) for sample in kept], dtype=np.int64)
+    ids = np.concatenate([sample.ids for sample in kept])
+    mask = np.concatenate([sample.mask for sample in kept])
+    return Samples(ids, mask, offsets), Facts(len(records), truncated, len(records) - len(kept))
+
+
+def _sha256(files: list[Path]) -> str:
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if len(files) == 1:
+        return digests[0]
+    listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
+    return hashlib.sha256(listing.encode()).hexdigest()
