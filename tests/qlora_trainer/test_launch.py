@@ -1,0 +1,603 @@
+"""The launcher, run for real with small programs in the place of the ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.places import (
+    CPUS_ENV,
+    PARENT_DEATH_ENV,
+    RENDEZVOUS_PORT,
+    RUN_CONFIG_ENV,
+    TERMINATION_LOG_ENV,
+)
+from qlora_contract.progress import TerminationReport
+from qlora_contract.run import RunConfig
+from qlora_trainer import cpu, launch
+from qlora_trainer.launch import End, LaunchError, Limits
+
+SAY = textwrap.dedent("""
+    import os, signal, sys, time
+    from qlora_contract.progress import TerminationReport
+    from qlora_trainer.report import write_rank_report
+    local = int(os.environ["LOCAL_RANK"])
+
+    def report(code, cause, **more):
+        write_rank_report(TerminationReport(exit_code=code, reason="X", cause=cause, rank=local, **more))
+
+    def ready(name="ready"):
+        open(f"{name}-{local}", "w").write(str(os.getpid()))
+""")
+"""What the fake ranks share; they run in the test's folder."""
+
+
+def a_run(ranks: int = 2, **more: Any) -> RunConfig:
+    """A RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
+    layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
+    fields = {
+        "version": 1,
+        "job": {"name": "j", "uid": "u", "attempt": 1},
+        "workspace": "pvc://team/w",
+        "model": {"source": "pvc://team/m"},
+        "dataset": {"source": "pvc://team/d.jsonl"},
+        "training": {"maxSteps": 1},
+        "isa": "avx2",
+    }
+    return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
+
+
+class Machine:
+    """A folder with run.json, a rank program, and launchers started in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, program: str, run: RunConfig | str, **environ: str) -> subprocess.Popen[bytes]:
+        """Start a launcher whose ranks run `program`."""
+        text = run if isinstance(run, str) else run.to_json()
+        (self.folder / "run.json").write_text(text)
+        (self.folder / "rank.py").write_text(SAY + textwrap.dedent(program))
+        command = f"[{sys.executable!r}, 'rank.py']"
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import os; from qlora_trainer import launch; os._exit(launch.main({command}))",
+            ],
+            cwd=self.folder,
+            env=os.environ
+            | {RUN_CONFIG_ENV: "run.json", TERMINATION_LOG_ENV: "termination-log", "TMPDIR": str(self.folder)}
+            | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, program: str, run: RunConfig | str, **environ: str) -> tuple[int, bytes, bytes]:
+        """Launch and wait: (exit code, stdout, stderr)."""
+        process = self.start(program, run, **environ)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def report(self) -> TerminationReport:
+        """The termination message."""
+        return TerminationReport.model_validate_json((self.folder / "termination-log").read_bytes())
+
+    def pids(self, count: int, name: str = "ready") -> list[int]:
+        """Process ids of `count` ranks, once each has said that it is ready."""
+        paths = [self.folder / f"{name}-{local}" for local in range(count)]
+        wait_for(lambda: all(path.exists() and path.read_text() for path in paths))
+        return [int(path.read_text()) for path in paths]
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    """Return once it happened; the test's own time-out ends a wait in vain."""
+    while not happened():
+        time.sleep(0.02)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """A Machine that leaves nothing running."""
+    made = Machine(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+# --- decisions
+
+
+@pytest.mark.parametrize(
+    ("pods", "ranks", "index", "local", "expected"),
+    [
+        pytest.param(1, 1, 0, 0, ("0", "1", "0", "1", "0", "1"), id="alone"),
+        pytest.param(2, 3, 1, 2, ("5", "6", "2", "3", "1", "2"), id="last of six"),
+        pytest.param(4, 1, 2, 0, ("2", "4", "0", "1", "2", "4"), id="one rank a pod"),
+    ],
+)
+def test_places_of_a_rank(pods: int, ranks: int, index: int, local: int, expected: tuple[str, ...]) -> None:
+    """RANK counts over all pods, LOCAL_RANK within one, NODE_RANK the pods; PET_* agree."""
+    run = a_run(layout={"pods": pods, "ranksPerPod": ranks})
+    part = cpu.RankCpus([4, 5, 6], 3)
+    got = launch.rank_environment(run, index, local, part, {"MASTER_ADDR": "host-0.svc", "KEPT": "yes"})
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "PET_NNODES")
+    assert tuple(got[name] for name in names) == expected
+    assert got["PET_NODE_RANK"] == got["GROUP_RANK"] == got["NODE_RANK"]
+    assert got["PET_NPROC_PER_NODE"] == got["LOCAL_WORLD_SIZE"]
+    assert got["MASTER_ADDR"] == got["PET_MASTER_ADDR"] == "host-0.svc"
+    assert got["MASTER_PORT"] == got["PET_MASTER_PORT"] == str(RENDEZVOUS_PORT)
+    assert got["KEPT"] == "yes"
+
+
+def test_threads_and_offline_switches_are_set_for_a_rank() -> None:
+    """A rank computes with its own threads, offline, whatever the launcher's environment says."""
+    inherited = {"OMP_NUM_THREADS": "64", "HF_HUB_OFFLINE": "0", "MASTER_PORT": "1234"}
+    got = launch.rank_environment(a_run(), 0, 0, cpu.RankCpus([0, 1, 2, 3], 2), inherited)
+
+    assert got["OMP_NUM_THREADS"] == got["MKL_NUM_THREADS"] == "2"
+    assert got["MKL_DYNAMIC"] == "FALSE"
+    assert got["HF_HUB_OFFLINE"] == got["TRANSFORMERS_OFFLINE"] == got["PYTHONUNBUFFERED"] == "1"
+    assert got["TOKENIZERS_PARALLELISM"] == "false"
+    assert got["MASTER_PORT"] == got["PET_MASTER_PORT"] == "1234"
+    assert got["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_several_pods_need_a_master_address() -> None:
+    """With more than one pod there is no default for the host of rank 0."""
+    with pytest.raises(LaunchError, match="MASTER_ADDR is not set, and 2 pods need") as caught:
+        launch.rank_environment(a_run(layout={"pods": 2}), 0, 0, cpu.RankCpus([0], 1), {})
+
+    assert caught.value.code == ExitCode.INVALID_CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    ("pods", "environ", "index"),
+    [
+        pytest.param(1, {}, 0, id="alone"),
+        pytest.param(3, {"JOB_COMPLETION_INDEX": "2"}, 2, id="given"),
+        pytest.param(3, {}, None, id="missing"),
+        pytest.param(3, {"JOB_COMPLETION_INDEX": "3"}, None, id="too large"),
+        pytest.param(3, {"JOB_COMPLETION_INDEX": "-1"}, None, id="negative"),
+        pytest.param(3, {"JOB_COMPLETION_INDEX": "one"}, None, id="no number"),
+    ],
+)
+def test_the_pods_index(pods: int, environ: dict[str, str], index: int | None) -> None:
+    """The index is taken from Kubernetes and must be one of the pods'."""
+    run = a_run(layout={"pods": pods})
+    if index is not None:
+        assert launch.pod_index(run, environ) == index
+        return
+    with pytest.raises(LaunchError, match=r"JOB_COMPLETION_INDEX is .* must be 0 to 2"):
+        launch.pod_index(run, environ)
+
+
+@pytest.mark.parametrize(
+    ("isa", "flags", "lacks"),
+    [
+        pytest.param("avx2", {"avx2", "fma"}, None, id="met"),
+        pytest.param("avx512", {"avx2", "fma", "avx512f", "avx512dq"}, "avx512bw, avx512vl", id="flags"),
+        pytest.param("amx_bf16", {"amx_tile", "amx_bf16"}, "permission of the kernel", id="permission"),
+    ],
+)
+def test_a_processor_below_the_tier(isa: str, flags: set[str], lacks: str | None) -> None:
+    """A node below the attempt's tier is named with what it lacks, with the code for elsewhere."""
+    found = cpu.Isa(frozenset(flags), amx_permitted=False)
+    if lacks is None:
+        launch.check_isa(a_run(isa=isa), found)
+        return
+    with pytest.raises(LaunchError, match=f"below ISA tier {isa}: it lacks {lacks}") as caught:
+        launch.check_isa(a_run(isa=isa), found)
+
+    assert caught.value.code == ExitCode.ISA_BELOW_TIER
+
+
+LIMITS = Limits(grace=10, patience=40, kill_delay=5)
+
+
+@pytest.mark.parametrize(
+    ("now", "stopped", "died", "due"),
+    [
+        pytest.param(1000, None, None, "wait", id="all is well"),
+        pytest.param(100, 100, None, "terminate", id="told to stop"),
+        pytest.param(109, 100, None, "terminate", id="within the grace"),
+        pytest.param(110, 100, None, "kill", id="grace is over"),
+        pytest.param(139, None, 100, "wait", id="peers have time to notice a death"),
+        pytest.param(140, None, 100, "terminate", id="they did not notice"),
+        pytest.param(145, None, 100, "kill", id="nor obey"),
+        pytest.param(101, 100, 99, "terminate", id="told to stop after a death"),
+        pytest.param(110, 100, 99, "kill", id="grace counts after a death"),
+    ],
+)
+def test_what_living_ranks_are_due(now: float, stopped: float | None, died: float | None, due: str) -> None:
+    """Nothing lives past the grace period, nor past its patience with a dead peer."""
+    assert launch.action(now, stopped, died, LIMITS) == due
+
+
+@pytest.mark.parametrize(("period", "grace"), [(300, 295), (10, 5), (4, 2), (1, 0.5)])
+def test_the_grace_is_shorter_than_the_pods(period: int, grace: float) -> None:
+    """The launcher keeps part of the period for its own end, at most half of it."""
+    assert launch.limits_of(a_run(terminationGracePeriodSeconds=period)).grace == grace
+
+
+def test_patience_outlasts_the_ranks_own_heartbeat() -> None:
+    """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are told."""
+    run = a_run(distributed={"timeoutSeconds": 60})
+
+    assert launch.limits_of(run).patience > 60 + 5
+
+
+def told(code: int, cause: str) -> TerminationReport:
+    """A rank's own report."""
+    return TerminationReport(exit_code=code, reason="X", cause=cause, step=3)
+
+
+@pytest.mark.parametrize(
+    ("ends", "oom", "code", "reason", "cause"),
+    [
+        pytest.param([End(0, 0), End(1, 0)], False, 0, "DONE", "all ranks", id="done"),
+        pytest.param(
+            [End(0, 40), End(1, 13, report=told(13, "loss is NaN"))],
+            False,
+            13,
+            "DIVERGED",
+            "loss is NaN",
+            id="cause",
+        ),
+        pytest.param([End(0, 40), End(1, -9)], False, 137, "Signal", "rank 1 died of SIGKILL", id="killed"),
+        pytest.param([End(0, -4), End(1, 40)], False, 132, "Signal", "an instruction", id="illegal"),
+        pytest.param([End(0, -40)], False, 168, "Signal", "signal 40", id="nameless signal"),
+        pytest.param(
+            [End(0, 40), End(1, -9)], True, 15, "OUT_OF_MEMORY", "limit of 2.00 GiB", id="out of memory"
+        ),
+        pytest.param(
+            [End(0, -9, forced=True)], True, 137, "Signal", "still ran", id="own kill is not the kernel's"
+        ),
+        pytest.param(
+            [End(0, 50), End(1, -9, forced=True)], False, 50, "TERMINATED", "", id="own kill tells nothing"
+        ),
+        pytest.param([End(0, 40), End(1, 50, forced=True)], False, 40, "LOST_PEER", "", id="nor own SIGTERM"),
+        pytest.param(
+            [End(0, 1, last_error="KeyError: 'x'"), End(1, 40)],
+            False,
+            1,
+            "UNEXPECTED",
+            "KeyError: 'x'",
+            id="trace",
+        ),
+        pytest.param([End(0, 3)], False, 3, "UNEXPECTED", "nothing to stderr", id="foreign code"),
+        pytest.param(
+            [End(0, -11, report=told(0, "done"))], False, 139, "Signal", "SIGSEGV", id="died after report"
+        ),
+        pytest.param(
+            [End(0, 40), End(1, 40, report=told(40, "lost 3"))], False, 40, "LOST_PEER", "lost 3", id="tie"
+        ),
+    ],
+)
+def test_one_end_for_the_pod(ends: list[End], oom: bool, code: int, reason: str, cause: str) -> None:
+    """The pod's code and cause are those of the rank that names the cause best."""
+    got = launch.conclude(ends, a_run(), oom=oom, limit=2 << 30)
+
+    assert (got.exit_code, got.reason) == (code, reason)
+    assert cause in got.cause
+
+
+def test_the_out_of_memory_sentence() -> None:
+    """It names the limit, what was asked for, and what to change."""
+    run = a_run(layout={"memoryPerRank": 3 << 29})
+
+    assert launch.out_of_memory_cause(1, 3 << 30, run) == (
+        "rank 1 was killed because the pod reached its memory limit of 3.00 GiB with 2 rank(s) of "
+        "memoryPerRank 1.50 GiB: raise topology.memoryPerRank, or lower training.microBatchTokens "
+        "or training.maxSequenceLength"
+    )
+
+
+# --- before the ranks
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        pytest.param('{"version": 2}', "has version 2 and this trainer reads version 1", id="other version"),
+        pytest.param('{"job": 1}', "not a JSON object with a version", id="no version"),
+        pytest.param("[1]", "not a JSON object with a version", id="list"),
+        pytest.param("{", "not a JSON object with a version", id="no JSON"),
+        pytest.param('{"version": 1}', "is malformed at job: Field required", id="fields missing"),
+        pytest.param(
+            a_run().to_json().replace('"maxSteps": 1', '"maxSteps": "1"'),
+            "malformed at training.maxSteps",
+            id="type",
+        ),
+    ],
+)
+def test_a_run_file_that_cannot_be_used(tmp_path: Path, text: str, says: str) -> None:
+    """A file of another version, or malformed, is refused in one sentence that says where."""
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(LaunchError, match=says) as caught:
+        launch.load_run(path)
+
+    assert caught.value.code == ExitCode.INVALID_CONFIGURATION
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    """The path and the kernel's reason are in the message."""
+    with pytest.raises(LaunchError, match=r"absent\.json cannot be read: No such file"):
+        launch.load_run(tmp_path / "absent.json")
+
+
+def test_a_run_file_survives_the_round_trip(tmp_path: Path) -> None:
+    """What the operator writes is what the launcher reads."""
+    path = tmp_path / "run.json"
+    path.write_text(a_run().to_json())
+
+    assert launch.load_run(path) == a_run()
+
+
+def test_a_cpu_that_is_not_ours_is_refused() -> None:
+    """QLORA_CPUS may only name CPUs that the kernel allows."""
+    with pytest.raises(LaunchError, match=r"QLORA_CPUS names CPUs 9000, which .* it may use [0-9]"):
+        launch.rank_cpus(a_run(), {CPUS_ENV: "9000"})
+
+
+def test_too_few_cpus_end_the_launch(machine: Machine) -> None:
+    """Under strict pinning nothing is started, and the message says what to change."""
+    layout = {"pinning": "strict", "cpusPerRank": 1024}
+    code, _, err = machine.run("ready()", a_run(layout=layout))
+
+    assert code == ExitCode.INVALID_CONFIGURATION
+    assert "need 2048 CPUs, and" in machine.report().cause
+    assert machine.report().cause.encode() in err
+    assert not (machine.folder / "ready-0").exists()
+
+
+def test_another_version_ends_the_launch_without_torch(machine: Machine) -> None:
+    """The refusal reaches the termination message, and torch is never imported for it."""
+    # A module of this name in the working folder would be found first, and would end the launcher.
+    (machine.folder / "torch.py").write_text("raise SystemExit(99)")
+    code, _, _ = machine.run("", '{"version": 7, "whatever": []}')
+
+    assert code == ExitCode.INVALID_CONFIGURATION
+    assert "version 7 and this trainer reads version 1" in machine.report().cause
+    assert machine.report().reason == "INVALID_CONFIGURATION"
+
+
+# --- with ranks
+
+
+def test_output_is_passed_on_line_by_line(machine: Machine) -> None:
+    """Lines carry their rank, go to the stream they came from, and keep bytes that are not UTF-8."""
+    program = r"""
+        os.write(1, b"hello\nbad \xff byte\n")
+        os.write(2, b"trouble\n")
+        os.write(1, b"no newline at the end")
+    """
+    code, out, err = machine.run(program, a_run())
+    lines = out.splitlines()
+
+    assert code == 0
+    for rank in (b"[rank 0] ", b"[rank 1] "):
+        own = [line for line in lines if line.startswith(rank)]
+        assert own == [rank + b"hello", rank + b"bad \xff byte", rank + b"no newline at the end"]
+        assert rank + b"trouble" in err.splitlines()
+    assert len(lines) == 6
+
+
+def test_an_endless_line_does_not_fill_the_memory(machine: Machine) -> None:
+    """A line beyond the limit is passed on in parts, all of it."""
+    code, out, _ = machine.run("os.write(1, b'x' * 200_000)", a_run(ranks=1))
+
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert out.count(b"x") == 200_000
+
+
+def test_a_rank_gets_its_cpus_before_it_starts(machine: Machine) -> None:
+    """The affinity of a rank is its slice, and its threads are as many."""
+    first = sorted(os.sched_getaffinity(0))[0]
+    program = "print(sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'], os.environ['RANK'])"
+    code, out, _ = machine.run(program, a_run(ranks=1), **{CPUS_ENV: str(first)})
+
+    assert code == 0
+    assert out == f"[rank 0] [{first}] 1 0\n".encode()
+
+
+def test_done_when_every_rank_is(machine: Machine) -> None:
+    """With all ranks done the pod's message is the first rank's report."""
+    program = "report(0, 'adapter published', eval_loss=1.25) if local == 0 else None"
+    code, _, err = machine.run(program, a_run())
+
+    assert code == 0
+    assert (machine.report().cause, machine.report().eval_loss) == ("adapter published", 1.25)
+    assert err.splitlines()[-1] == b"launcher: ends with 0 (DONE): adapter published"
+
+
+def test_the_cause_wins_over_its_consequences(machine: Machine) -> None:
+    """A rank that lost its peer ends first; the pod still tells what the peer died of."""
+    program = """
+        if local == 0:
+            report(40, "lost rank 1")
+            sys.exit(40)
+        time.sleep(0.3)
+        report(11, "record 3 has no messages")
+        sys.exit(11)
+    """
+    code, _, _ = machine.run(program, a_run())
+
+    assert code == ExitCode.INVALID_DATA
+    assert (machine.report().cause, machine.report().rank) == ("record 3 has no messages", 1)
+
+
+def test_of_equal_causes_the_first_in_time_wins(machine: Machine) -> None:
+    """When ranks die one after the other with codes of one kind, the first one is the cause."""
+    program = """
+        ready()
+        if local == 0:
+            while os.path.exists(f"/proc/{open('ready-1').read()}") if os.path.exists("ready-1") else True:
+                time.sleep(0.02)
+        report((30, 1)[local], ("rank 1 is gone", "the port is taken")[local])
+        sys.exit((30, 1)[local])
+    """
+    code, _, _ = machine.run(program, a_run())
+
+    assert (code, machine.report().cause) == (ExitCode.UNEXPECTED, "the port is taken")
+
+
+def test_an_exception_that_nobody_foresaw_is_named(machine: Machine) -> None:
+    """Without a report the last line of stderr is the cause."""
+    code, _, _ = machine.run("raise KeyError('lm_head')", a_run(ranks=1))
+
+    assert code == ExitCode.UNEXPECTED
+    assert machine.report().cause == "rank 0 exited with code 1: KeyError: 'lm_head'"
+
+
+def test_a_rank_that_is_killed_gives_137(machine: Machine) -> None:
+    """SIGKILL from outside is told as such, with the rank."""
+    code, _, _ = machine.run("os.kill(os.getpid(), signal.SIGKILL) if local else sys.exit(40)", a_run())
+
+    assert code == 137
+    assert (machine.report().reason, machine.report().rank) == ("Signal", 1)
+
+
+def test_a_rank_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+    """A missing program ends the launch with the system's reason."""
+    (tmp_path / "run.json").write_text(a_run().to_json())
+    with pytest.raises(LaunchError, match=r"could not be started: .*No such file"):
+        launch.launch(["/nowhere/python"], {RUN_CONFIG_ENV: str(tmp_path / "run.json")}, launch.Stop())
+
+
+OBEDIENT = """
+    def obey(*_):
+        with open(f"told-{local}", "a") as f:
+            f.write("x")
+        time.sleep(0.4)
+        report(50, "saved step 5")
+        os._exit(50)
+    signal.signal(signal.SIGTERM, obey)
+    signal.signal(signal.SIGINT, obey)
+    ready()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_is_passed_on_once(machine: Machine, number: signal.Signals) -> None:
+    """Every rank is told once, however often the launcher is, and the pod ends as they do."""
+    process = machine.start(OBEDIENT, a_run())
+    machine.pids(2)
+    process.send_signal(number)
+    machine_told = [machine.folder / f"told-{local}" for local in range(2)]
+    wait_for(lambda: all(path.exists() for path in machine_told))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+
+    assert process.returncode == ExitCode.TERMINATED
+    assert [path.read_text() for path in machine_told] == ["x", "x"]
+    assert machine.report().cause == "saved step 5"
+
+
+@pytest.mark.parametrize("how", ["signal.signal(signal.SIGTERM, signal.SIG_IGN)", "stop_me()"])
+def test_the_grace_period_is_enforced(machine: Machine, how: str) -> None:
+    """Ranks that ignore SIGTERM, or are stopped, are killed when the grace period is nearly over."""
+    program = f"""
+        def stop_me():
+            ready()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        {how}
+        ready()
+        time.sleep(600)
+    """
+    process = machine.start(program, a_run(terminationGracePeriodSeconds=1))
+    pids = machine.pids(2)
+    process.terminate()
+    process.communicate(timeout=60)
+
+    assert process.returncode == 137
+    assert "terminationGracePeriodSeconds: 1" in machine.report().cause
+    assert not any(lives(pid) for pid in pids)
+
+
+def test_ranks_die_with_their_launcher(machine: Machine) -> None:
+    """Even when the launcher is killed outright, no rank goes on."""
+    process = machine.start(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(600)", a_run()
+    )
+    pids = machine.pids(2)
+    assert all(lives(pid) for pid in pids)
+    process.kill()
+
+    wait_for(lambda: not any(lives(pid) for pid in pids))
+
+
+def test_a_launcher_stops_when_the_one_who_started_it_dies(machine: Machine) -> None:
+    """With QLORA_PARENT_DEATH, the death of the starter is SIGTERM to the launcher."""
+    machine.start(OBEDIENT, a_run()).kill()  # writes the files
+    starter = textwrap.dedent(f"""
+        import os, subprocess, sys, time
+        os.environ[{PARENT_DEATH_ENV!r}] = str(os.getpid())
+        code = "from qlora_trainer import launch; import sys; launch.main([sys.executable, 'rank.py'])"
+        subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(60)
+    """)
+    environ = os.environ | {RUN_CONFIG_ENV: "run.json", TERMINATION_LOG_ENV: "termination-log"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", starter], cwd=machine.folder, env=environ, stderr=subprocess.DEVNULL
+    )
+    machine.started.append(process)
+    machine.pids(2)
+    process.kill()
+
+    log = machine.folder / "termination-log"
+    wait_for(lambda: log.exists() and bool(log.read_text()))
+    assert json.loads(log.read_text())["exitCode"] == ExitCode.TERMINATED
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [pytest.param("None", -9, id="ignores"), pytest.param("os._exit(50)", 50, id="obeys")]
+)
+def test_nobody_outlives_a_dead_peer_for_ever(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], answer: str, code: int
+) -> None:
+    """A rank that does not notice its peer's death is told, then killed, and its end is not the cause."""
+    program = SAY + textwrap.dedent(f"""
+        signal.signal(signal.SIGTERM, lambda *_: (ready("told"), {answer}))
+        ready()
+        while local == 1 or not os.path.exists("ready-1"):
+            time.sleep(0.05)
+        sys.exit(31)
+    """)
+    (tmp_path / "rank.py").write_text(f"import os; os.chdir({str(tmp_path)!r})\n{program}")
+    run, cpus = a_run(), [cpu.RankCpus(sorted(os.sched_getaffinity(0)), 1)] * 2
+    environments = [launch.rank_environment(run, 0, local, cpus[local], os.environ) for local in range(2)]
+    ranks = launch.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, cpus, tmp_path)
+    ended = launch.watch(ranks, Limits(grace=60, patience=0.3, kill_delay=1), launch.Stop())
+    ends = [launch.end_of(rank) for rank in ended]
+
+    assert (tmp_path / "told-1").exists()
+    assert [(end.code, end.forced) for end in ends] == [(31, False), (code, True)]
+    assert launch.conclude(ends, run, oom=False, limit=None).exit_code == ExitCode.STALLED
+    assert "a rank has died" in capfd.readouterr().err

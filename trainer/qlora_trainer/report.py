@@ -1,0 +1,68 @@
+"""How a rank tells its launcher why it ended, and the launcher Kubernetes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qlora_contract.places import TERMINATION_LOG, TERMINATION_LOG_ENV, TERMINATION_REPORT_BYTES
+from qlora_contract.progress import TerminationReport
+
+REPORT_ENV = "QLORA_REPORT"
+"""File that a rank writes its TerminationReport to; named by the launcher, one per rank."""
+
+_FREE_TEXT = ("cause", "not_bit_exact", "host")
+"""Fields of unbounded length; they are cut when a report is too long."""
+
+
+def write_rank_report(report: TerminationReport, environ: Mapping[str, str] = os.environ) -> None:
+    """Hand a report to the launcher; without a launcher (a rank started by hand), do nothing.
+
+    Renamed into place: the rank may be killed while it writes.
+    """
+    if not (name := environ.get(REPORT_ENV)):
+        return
+    path = Path(name)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(to_bytes(report))
+    part.replace(path)
+
+
+def read_rank_report(path: Path) -> TerminationReport | None:
+    """The report a rank left, or None: it left none, or one that is not ours."""
+    try:
+        return TerminationReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def to_bytes(report: TerminationReport, limit: int = TERMINATION_REPORT_BYTES) -> bytes:
+    """UTF-8 JSON of at most `limit` bytes; free text is cut, the longest first, to make it fit."""
+    if len(whole := _dump(report, None)) <= limit:
+        return whole
+    low, high = 0, max(len(getattr(report, field) or "") for field in _FREE_TEXT)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(_dump(report, middle)) <= limit else (low, middle)
+    return _dump(report, low)
+
+
+def _dump(report: TerminationReport, longest: int | None) -> bytes:
+    texts = {field: _line(getattr(report, field), longest) for field in _FREE_TEXT}
+    return report.model_copy(update=texts).model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+def _line(text: str | None, longest: int | None) -> str | None:
+    """One line that UTF-8 can hold (undecodable bytes become ?), of at most `longest` characters."""
+    if text is None:
+        return None
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    return line if longest is None or len(line) <= longest else line[: max(longest - 1, 0)] + "…"[:longest]
+
+
+def termination_log(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where the termination message goes: as named, else Kubernetes' own file where there is one."""
+    if name := environ.get(TERMINATION_LOG_ENV):
+        return Path(name)
+    return TERMINATION_LOG if TERMINATION_LOG.exists() else None
