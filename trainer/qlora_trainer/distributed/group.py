@@ -1,0 +1,140 @@
+"""The ranks as one group: a few collectives, whatever the backend."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+# torch exports these without saying so in a way that mypy accepts.
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+
+from qlora_trainer.distributed import gloo
+from qlora_trainer.distributed.interface import interface_towards
+from qlora_trainer.distributed.rendezvous import meet, within
+from qlora_trainer.distributed.world import World
+from qlora_trainer.errors import RendezvousError
+
+_GRACE_SECONDS = 10.0
+"""Beyond the timeouts proper, before a rendezvous that has none of its own is left."""
+
+
+class Group:
+    """All ranks, ready to talk. A world of one starts nothing, and its operations change nothing.
+
+    A collective that fails raises PeerLost (a connection broke), CollectiveTimeout
+    (a peer did not answer), or CollectiveError. The group is of no use after it.
+    """
+
+    def __init__(self, world: World, store: Store) -> None:
+        self.world = world
+        self.store = store
+        """Keys and values that all ranks share."""
+
+    @classmethod
+    def open(
+        cls,
+        world: World,
+        backend: str,
+        timeout_seconds: float,
+        rendezvous_timeout_seconds: float,
+    ) -> "Group":
+        """Wait for all ranks, then connect them.
+
+        `timeout_seconds` bounds each collective, `rendezvous_timeout_seconds`
+        how long ranks wait for each other. Raises RendezvousError.
+        """
+        if world.size == 1:
+            return cls(world, HashStore())
+        store, address = within(
+            rendezvous_timeout_seconds + _GRACE_SECONDS,
+            lambda: meet(world, socket.gethostname(), rendezvous_timeout_seconds),
+            f"rank {world.rank} reached {world.master_addr}:{world.master_port}, "
+            f"but what listens there did not answer as rank 0 does in {rendezvous_timeout_seconds:g} s",
+        )
+        if backend == "gloo":
+            os.environ.update(_gloo_settings(world, address))
+        within(
+            timeout_seconds + _GRACE_SECONDS,
+            lambda: _connect(world, backend, store, timeout_seconds),
+            f"rank {world.rank} met the other ranks, but could not connect to them in {timeout_seconds:g} s",
+        )
+        return cls(world, store)
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Replace a tensor, in place, by its sum over all ranks (equal shape and dtype on each)."""
+        if self.world.size > 1:
+            with _collective("all-reduce"):
+                dist.all_reduce(tensor)
+
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> None:
+        """Replace a tensor, in place, by that of rank `src`."""
+        if self.world.size > 1:
+            with _collective("broadcast"):
+                dist.broadcast(tensor, src)
+
+    def all_gather_object(self, item: Any) -> list[Any]:
+        """The items of all ranks, in rank order. They are pickled: small things only."""
+        if self.world.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.world.size
+        with _collective("all-gather"):
+            dist.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        if self.world.size > 1:
+            with _collective("barrier"):
+                dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group. Rank 0 takes the store with it, so a barrier comes first."""
+        if self.world.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _connect(world: World, backend: str, store: Store, timeout_seconds: float) -> None:
+    try:
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = gloo.one_line(str(error))
+        raise RendezvousError(f"rank {world.rank} cannot connect to the other ranks: {reason}") from None
+
+
+def _gloo_settings(world: World, address: str) -> dict[str, str]:
+    if os.environ.get(gloo.INTERFACE_ENV):
+        return gloo.settings("", world.size, os.environ)
+    try:
+        return gloo.settings(interface_towards(address), world.size, os.environ)
+    except OSError as error:
+        raise RendezvousError(
+            f"{error}: set {gloo.INTERFACE_ENV} to the name of one that all ranks use"
+        ) from None
+
+
+@contextmanager
+def _collective(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise gloo.collective_error(operation, str(error)) from error
