@@ -1,0 +1,174 @@
+"""What a job will do, without training: for `qlora plan`.
+
+    python -m qlora_trainer.plan             the machine alone; needs neither torch nor a job
+    python -m qlora_trainer.plan RUN_JSON    the model, the data and the steps of a job
+
+Prints one line of JSON (qlora_contract.plan), and exits with 0 also when that tells an error of the user's.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_contract import memory, places
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.memory import Dtype, MemoryEstimate
+from qlora_contract.plan import (
+    Machine,
+    MemoryFigures,
+    PlanAnswer,
+    PlanError,
+    PlanReport,
+    Run,
+    SplitFacts,
+    Steps,
+)
+from qlora_contract.run import BF16_NATIVE, ISA_TIERS, RunConfig, Training
+from qlora_trainer import cpu
+from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError
+from qlora_trainer.launch import LaunchError, load_run
+
+if TYPE_CHECKING:
+    from qlora_trainer.data import Facts, LoadedData, Samples
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the answer. Returns 2 for wrong arguments, else 0."""
+    if len(arguments) > 1:
+        print("usage: python -m qlora_trainer.plan [RUN_JSON]", file=sys.stderr)
+        return 2
+    result = answer(Path(arguments[0])) if arguments else PlanAnswer(machine=machine())
+    print(result.model_dump_json(by_alias=True, exclude_none=True))
+    return 0
+
+
+def machine() -> Machine:
+    """What this process may use."""
+    isa = cpu.probe()
+    lacking = {tier: isa.lacks(tier) for tier in ISA_TIERS}
+    cpus, quota = cpu.available_cpus()
+    return Machine(
+        tiers=[tier for tier in ISA_TIERS if not lacking[tier]],
+        lacking={tier: missing for tier, missing in lacking.items() if missing},
+        cpus=cpu.by_core(cpus),
+        quota=quota,
+    )
+
+
+def answer(path: Path) -> PlanAnswer:
+    """The plan of the job that a run.json describes, or why it would fail."""
+    try:
+        return PlanAnswer(plan=plan(load_run(path)))
+    except LaunchError as error:
+        return PlanAnswer(error=PlanError(code=error.code, cause=str(error)))
+    except TrainerError as error:
+        return PlanAnswer(error=PlanError(code=error.exit_code, cause=str(error)))
+    except places.PlaceError as error:
+        return PlanAnswer(error=PlanError(code=ExitCode.INVALID_CONFIGURATION, cause=str(error)))
+
+
+def plan(run: RunConfig) -> PlanReport:
+    """Measure the model and the data as every rank will.
+
+    Raises:
+        TrainerError: what would end training before its first step.
+        PlaceError: a source whose claim has no folder here.
+    """
+    from transformers import AutoTokenizer
+
+    from qlora_trainer.data import load
+    from qlora_trainer.packing import Plan
+    from qlora_trainer.shape import model_shape
+    from qlora_trainer.template import render
+
+    volumes = places.volume_map()
+    folder = places.resolve(run.model.source, volumes)
+    source = places.resolve(run.dataset.source, volumes)
+    shape = model_shape(folder, run.adapter)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
+    check_evaluation(run, data)
+    dtype = compute_dtype(run)
+    whole = Plan(data.train.lengths(), run.training)
+    first = whole.at(0).bins[0][0]
+    return PlanReport(
+        compute_dtype=dtype,
+        shape=shape,
+        memory=figures(memory.choose(shape, run, dtype)),
+        training=split_facts(data.train, data.train_facts),
+        evaluation=split_facts(data.evaluation, data.evaluation_facts)
+        if data.evaluation is not None and data.evaluation_facts is not None
+        else None,
+        steps=steps(data.train.lengths(), run.training, whole),
+        sample=[Run(text=t, learnt=learnt) for t, learnt in render(*data.train.sample(first), tokenizer)],
+    )
+
+
+def check_evaluation(run: RunConfig, data: "LoadedData") -> None:
+    """Raises ConfigurationError when an improvement is asked for that nothing could show."""
+    if data.evaluation is None and run.evaluation.require_improvement:
+        raise ConfigurationError(
+            "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
+            "name a dataset.evalSplit, or set requireImprovement to false"
+        )
+
+
+def compute_dtype(run: RunConfig) -> Dtype:
+    """What the first attempt computes in: as asked for, else what the tier is native in."""
+    asked = run.training.compute_dtype
+    if asked != "auto":
+        return asked
+    return "bf16" if run.isa in BF16_NATIVE else "fp32"
+
+
+def figures(estimate: MemoryEstimate) -> MemoryFigures:
+    """The estimate as it travels."""
+    return MemoryFigures(
+        parts=estimate.parts(),
+        total=estimate.total,
+        micro_batch_tokens=estimate.micro_batch_tokens,
+        checkpointing=estimate.checkpointing,
+    )
+
+
+def split_facts(samples: "Samples", facts: "Facts") -> SplitFacts:
+    """Counts of a split."""
+    return SplitFacts(
+        records=facts.records,
+        truncated=facts.truncated,
+        dropped=facts.dropped,
+        samples=len(samples),
+        tokens=len(samples.ids),
+        supervised_tokens=int(samples.mask.sum(dtype="int64")),
+    )
+
+
+def steps(lengths: Any, training: Training, whole: Any) -> Steps:
+    """Steps of the first epoch and of all.
+
+    Args:
+        lengths: (samples,) tokens of each training sample.
+        training: the job's settings.
+        whole: the packing.Plan of both.
+    """
+    from qlora_trainer import packing
+
+    order = packing.order(len(lengths), training.seed, 0)
+    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing)
+    tokens = packing.tokens_of(bins, lengths)
+    per_epoch = len(packing.steps(tokens, training.global_batch_tokens))
+    return Steps(
+        per_epoch=per_epoch,
+        total=whole.total_steps,
+        epochs=whole.epochs_done(whole.total_steps),
+        tokens_per_step=sum(tokens) / per_epoch,
+        fill=sum(tokens) / (len(bins) * training.max_sequence_length),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

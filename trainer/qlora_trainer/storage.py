@@ -1,0 +1,191 @@
+"""Writing so that a crash, a full disk or a second writer leaves nothing half done."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qlora_contract import places
+from qlora_contract.run import RunConfig, config_hash, differences, run_shaping_fields
+from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull, from_os_error
+
+
+@contextmanager
+def storing(doing: str) -> Iterator[None]:
+    """Turn a full disk into StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        known = from_os_error(error, doing)
+        if known is None:
+            raise
+        raise known from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a whole one, or leave the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with storing(f"writing {path}"):
+            temporary.write_text(text)
+            sync_file(temporary)
+            temporary.replace(path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and make it durable. A full disk is the OSError it is, not safetensors' own error."""
+    try:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(path)) from error
+    sync_file(path)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def publish_folder(folder: Path, files: dict[str, str], extra: dict[str, Any]) -> None:
+    """Write manifest.json, the mark of a whole folder, as its last file: sha256 of each of `files`, and `extra`."""
+    manifest = {**extra, "files": files}
+    write_atomically(folder / places.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder whose files are all there and unchanged; None otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / places.MANIFEST).read_text())
+        whole = all(sha256(folder / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return manifest if whole else None
+
+
+def job_uri(run: RunConfig, *names: str) -> str:
+    """The URI of something in the job's folder."""
+    return "/".join([run.workspace.rstrip("/"), "jobs", run.job.name, *names])
+
+
+def adapter_uri(run: RunConfig) -> str:
+    """The URI of the published adapter."""
+    return job_uri(run, places.ADAPTER)
+
+
+class JobFolder:
+    """`jobs/<name>` of a workspace: whose it is, and who may write to it."""
+
+    def __init__(self, path: Path, run: RunConfig) -> None:
+        self.path = path
+        self.run = run
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / places.CHECKPOINTS
+
+    @property
+    def adapter(self) -> Path:
+        """Where the published adapter is."""
+        return self.path / places.ADAPTER
+
+    def claim(self) -> None:
+        """Rank 0, at the start: make the folder, check that it belongs to this spec, set the fence.
+
+        Raises:
+            ConfigurationError: it holds another spec's results; says what differs.
+            Fenced: a newer attempt of this job is at work.
+            StorageFull: not even these small files fit.
+        """
+        with storing(f"making {self.path}"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.check_identity()
+        fence = self._fence()
+        job = self.run.job
+        if fence.get("uid") == job.uid and fence.get("attempt", -1) > job.attempt:
+            raise Fenced(f"attempt {fence['attempt']} has taken over; this is attempt {job.attempt}")
+        write_atomically(self.path / places.FENCE, json.dumps({"uid": job.uid, "attempt": job.attempt}))
+
+    def check_identity(self) -> None:
+        """Write down which spec the folder belongs to, or compare with what stands there."""
+        fields = run_shaping_fields(self.run)
+        mine = {"hash": config_hash(fields), "fields": fields}
+        path = self.path / places.IDENTITY
+        if not path.exists():
+            write_atomically(path, json.dumps(mine, indent=1))
+            return
+        try:
+            theirs = json.loads(path.read_text())
+            same, other = theirs["hash"] == mine["hash"], theirs["fields"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(f"{path} is damaged; remove {self.path} to start anew") from error
+        if not same:
+            raise ConfigurationError(
+                f"{self.path} holds the results of another spec ({differences(other, fields)}); "
+                "choose another metadata.name, or remove the folder"
+            )
+
+    def finished(self) -> bool:
+        """Whether the adapter of this very spec is published, with its report."""
+        return read_manifest(self.adapter) is not None and (self.path / places.TRAINING_REPORT).is_file()
+
+    def report(self) -> dict[str, Any]:
+        """training_report.json of a finished job."""
+        report: dict[str, Any] = json.loads((self.path / places.TRAINING_REPORT).read_text())
+        return report
+
+    def check_fence(self) -> None:
+        """Raises Fenced unless the fence still names this attempt."""
+        fence = self._fence()
+        if (fence.get("uid"), fence.get("attempt")) != (self.run.job.uid, self.run.job.attempt):
+            raise Fenced(
+                f"{self.path} now belongs to attempt {fence.get('attempt')} of job {fence.get('uid')}; "
+                "nothing more is written to it"
+            )
+
+    def check_space(self, needed: int) -> None:
+        """Raises StorageFull when fewer than `needed` bytes are free."""
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise StorageFull(
+                f"{self.path} has {free / 2**20:.0f} MiB free; checkpoints and adapter need {needed / 2**20:.0f} MiB"
+            )
+
+    def _fence(self) -> dict[str, Any]:
+        try:
+            fence: dict[str, Any] = json.loads((self.path / places.FENCE).read_text())
+        except (OSError, ValueError):
+            return {}
+        return fence

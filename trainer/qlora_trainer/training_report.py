@@ -1,0 +1,74 @@
+"""training_report.json: what was trained, on what, how fast, and what came of it."""
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+
+from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
+from qlora_trainer import kernels
+from qlora_trainer.checkpoint import LoopState, now
+from qlora_trainer.packing import Plan
+
+
+def training_report(
+    run: RunConfig,
+    plan: Plan,
+    state: LoopState,
+    dtype: str,
+    eval_loss: float | None,
+    ranks: list[dict[str, Any]],
+    not_bit_exact: str | None,
+) -> dict[str, Any]:
+    """The report. Rates are over all training steps of all attempts, evaluations and checkpoints left out.
+
+    Args:
+        run: the job.
+        plan: its steps.
+        state: the loop's end.
+        dtype: what was computed in.
+        eval_loss: of the reloaded adapter; None without evaluation data.
+        ranks: `Session.facts()` of every rank.
+        not_bit_exact: why a resume was not bit-exact.
+    """
+    seconds = max(state.seconds, 1e-9)
+    return {
+        "base_eval_loss": state.base_eval_loss,
+        "base_eval_loss_quantized": state.base_eval_loss_quantized,
+        "eval_loss": eval_loss,
+        "steps": state.step,
+        "epochs": plan.epochs_done(state.step),
+        "tokens": state.tokens,
+        "supervised_tokens": state.supervised_tokens,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens / seconds,
+        "supervised_tokens_per_second": state.supervised_tokens / seconds,
+        "world_size": run.layout.world_size,
+        "isa": run.isa,
+        "compute_dtype": dtype,
+        "kernel": kernels.name(),
+        "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
+        "ranks": ranks,
+        "attempt": run.job.attempt,
+        "not_bit_exact": not_bit_exact,
+        "finished": now(),
+        "provenance": provenance(run, state),
+    }
+
+
+def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
+    """What the adapter was made from and with."""
+    return {
+        "model_source": run.model.source,
+        "dataset_source": run.dataset.source,
+        "dataset_sha256": state.dataset_sha256,
+        "seed": run.training.seed,
+        "config_hash": config_hash(run_shaping_fields(run)),
+        "job_uid": run.job.uid,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
