@@ -1,0 +1,76 @@
+"""The ranks of a job on one machine: their ISA tier, and the CPUs of each."""
+
+from collections.abc import Sequence
+
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.plan import Machine
+from qlora_contract.run import IsaTier
+from qlora_operator.api.types import Topology
+from qlora_operator.errors import CommandError
+
+
+class PlacementError(CommandError):
+    """The job does not fit here; `code` is what its ranks would exit with."""
+
+
+def choose_tier(allowed: Sequence[IsaTier], machine: Machine) -> IsaTier:
+    """The first allowed tier that the machine meets. Raises PlacementError, naming what the machine has."""
+    for tier in allowed:
+        if tier in machine.tiers:
+            return tier
+    lacking = ", ".join(machine.lacking[allowed[-1]])
+    has = machine.tiers[0] if machine.tiers else "no ISA tier at all"
+    remedy = f"add {has} to spec.isa.allowed" if machine.tiers else "an x86-64 processor with AVX2 is needed"
+    raise PlacementError(
+        f"this machine has {has}, and spec.isa.allowed has only {', '.join(allowed)}: "
+        f"it lacks {lacking} for {allowed[-1]}; {remedy}, or take another machine",
+        ExitCode.ISA_BELOW_TIER,
+    )
+
+
+def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
+    """The CPUs of each pod's launcher: disjoint, and no more than can be at work at once.
+
+    Too few: PlacementError with pinning strict; shared evenly, or in turns, with best-effort.
+    """
+    there = machine.usable_cpus
+    needed = topology.pods * topology.ranks_per_pod * topology.cpus_per_rank
+    if topology.pinning == "strict" and there < needed:
+        raise PlacementError(
+            f"{topology.pods} pod(s) with {topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s) "
+            f"need {needed} CPUs, and {there} can be used here: lower spec.topology.cpusPerRank, "
+            "ranksPerPod or pods, or set spec.topology.pinning to best-effort",
+            ExitCode.INVALID_CONFIGURATION,
+        )
+    return split(machine.cpus[:there], topology.pods, topology.ranks_per_pod * topology.cpus_per_rank)
+
+
+def rank_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
+    """The CPUs of each rank, as its launcher will share its own out."""
+    return [
+        cpus
+        for launcher in launcher_cpus(topology, machine)
+        for cpus in split(launcher, topology.ranks_per_pod, topology.cpus_per_rank)
+    ]
+
+
+def split(cpus: Sequence[int], parts: int, each: int) -> list[list[int]]:
+    """`parts` disjoint slices of `each` CPUs; of fewer where there are too few, and the same ones in turns
+    where there are not even as many as parts."""
+    there = len(cpus)
+    if there < parts:
+        return [[cpus[part % there]] for part in range(parts)]
+    if there < parts * each:
+        return [list(cpus[part * there // parts : (part + 1) * there // parts]) for part in range(parts)]
+    return [list(cpus[part * each : (part + 1) * each]) for part in range(parts)]
+
+
+def cpu_list(cpus: Sequence[int]) -> str:
+    """[0, 1, 2, 8] -> `0-2,8`, as the kernel writes it."""
+    runs: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)

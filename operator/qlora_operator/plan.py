@@ -1,0 +1,227 @@
+"""`qlora plan`: what a job would do on this machine, before it does it."""
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_contract.base import ContractModel
+from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts
+from qlora_contract.run import BF16_NATIVE, IsaTier, Training
+from qlora_operator import processes
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.types import QLoRAJob, Topology
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.display import printable, size
+from qlora_operator.errors import CommandError
+from qlora_operator.placement.local import PlacementError, choose_tier, cpu_list, rank_cpus
+
+RANKS_SHOWN = 16
+SAMPLE_CHARACTERS = 2_000
+"""Of a sample, on screen; `-o json` has all of it."""
+MEBIBYTE = 2**20
+
+
+class RankPlace(ContractModel):
+    """A rank and the CPUs that it would be bound to here."""
+
+    rank: int
+    pod: int
+    cpus: str
+
+
+class JobPlan(ContractModel):
+    """All that `qlora plan` tells."""
+
+    name: str
+    isa: IsaTier
+    compute_dtype: str
+    world_size: int
+    memory_per_rank: int
+    """Bytes."""
+    ranks: list[RankPlace]
+    """Empty when they do not fit this machine."""
+    problems: list[str]
+    """Why the job cannot run here, or not as it is."""
+    missing_volumes: list[str]
+    """Claims without a folder here: what depends on them is left out."""
+    details: PlanReport | None
+
+
+def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[str]) -> JobPlan:
+    """Ask the machine, and, if model and data can be read here, the trainer.
+
+    Raises:
+        CommandError: the model or the data cannot be trained on; with the sentence and code that training gives.
+    """
+    machine = processes.ask_trainer().machine
+    assert machine is not None, "the planner without arguments tells of the machine"
+    isa, ranks, problems = place(job, machine)
+    details = None if missing_volumes else ask_details(job, isa, volumes)
+    if details is not None:
+        problems += memory_problems(details.memory, job.spec.topology, job.spec.training)
+    asked = job.spec.training.compute_dtype
+    return JobPlan(
+        name=job.metadata.name,
+        isa=isa,
+        compute_dtype=("bf16" if isa in BF16_NATIVE else "fp32") if asked == "auto" else asked,
+        world_size=job.spec.topology.pods * job.spec.topology.ranks_per_pod,
+        memory_per_rank=parse_memory(job.spec.topology.memory_per_rank),
+        ranks=ranks,
+        problems=problems,
+        missing_volumes=missing_volumes,
+        details=details,
+    )
+
+
+def place(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[RankPlace], list[str]]:
+    """Tier, CPUs of each rank, and what does not fit. A tier that is not met here is planned for all the same."""
+    topology, problems = job.spec.topology, []
+    try:
+        isa = choose_tier(job.spec.isa.allowed, machine)
+    except PlacementError as error:
+        isa = job.spec.isa.allowed[0]
+        problems.append(str(error))
+    try:
+        ranks = _rank_places(topology, machine)
+    except PlacementError as error:
+        ranks = []
+        problems.append(str(error))
+    return isa, ranks, problems
+
+
+def _rank_places(topology: Topology, machine: Machine) -> list[RankPlace]:
+    return [
+        RankPlace(rank=rank, pod=rank // topology.ranks_per_pod, cpus=cpu_list(cpus))
+        for rank, cpus in enumerate(rank_cpus(topology, machine))
+    ]
+
+
+def ask_details(job: QLoRAJob, isa: IsaTier, volumes: Mapping[str, Path]) -> PlanReport:
+    """What the trainer measures of the job's model and data."""
+    processes.require_trainer()
+    run = run_config(job, uid="plan", attempt=0, isa=isa)
+    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
+        path = Path(folder) / "run.json"
+        path.write_text(run.to_json())
+        answer = processes.ask_trainer(str(path), volumes=volumes)
+    if answer.error is not None:
+        raise CommandError(processes.sentence(answer.error.code, answer.error.cause), answer.error.code)
+    assert answer.plan is not None, "the planner answers with a plan or an error"
+    return answer.plan
+
+
+def memory_problems(memory: MemoryFigures, topology: Topology, training: Training) -> list[str]:
+    """Why memoryPerRank is too small, and what to change; nothing when it is enough."""
+    there = parse_memory(topology.memory_per_rank)
+    if memory.total <= there:
+        return []
+    step = 64 * MEBIBYTE
+    remedies = [f"raise it to {-(-memory.total // step) * 64}Mi"]
+    if memory.micro_batch_tokens > training.max_sequence_length:
+        remedies.append("lower training.microBatchTokens")
+    if memory.checkpointing == "none":
+        remedies.append("set training.gradientCheckpointing to auto")
+    remedies.append("lower training.maxSequenceLength")
+    total = -(-memory.total // MEBIBYTE)
+    what = f"a rank needs {total:,} MiB, and spec.topology.memoryPerRank is {there // MEBIBYTE:,} MiB"
+    return [f"{what}: {', or '.join(remedies)}"]
+
+
+# --- showing it
+
+
+def show(plan: JobPlan, console: Console) -> None:
+    """The plan for people."""
+    _print(console, f"{plan.name}: {plan.world_size} rank(s), {plan.isa}, computing in {plan.compute_dtype}")
+    if plan.ranks:
+        console.print(ranks_table(plan.ranks))
+        if len(plan.ranks) > RANKS_SHOWN:
+            _print(console, f"... and {len(plan.ranks) - RANKS_SHOWN} more")
+    if plan.details is not None:
+        show_details(plan.details, plan.memory_per_rank, console)
+    for problem in plan.problems:
+        _print(console, f"problem: {problem}", "bold red")
+    if plan.missing_volumes:
+        wanted = " ".join(f"--volume {claim}=PATH" for claim in plan.missing_volumes)
+        _print(console, f"add {wanted} to see memory, steps and a sample")
+
+
+def _print(console: Console, text: str, style: str | None = None) -> None:
+    console.print(Text(printable(text)), style=style, soft_wrap=True)
+
+
+def ranks_table(ranks: list[RankPlace]) -> Table:
+    """Where the first ranks would run."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("rank", "pod", "CPUs here"):
+        table.add_column(name)
+    for each in ranks[:RANKS_SHOWN]:
+        table.add_row(str(each.rank), str(each.pod), each.cpus)
+    return table
+
+
+def show_details(details: PlanReport, memory_per_rank: int, console: Console) -> None:
+    """Memory, data, steps, a sample."""
+    memory, steps = details.memory, details.steps
+    over = memory.total > memory_per_rank
+    parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in memory.parts.items())
+    console.print()
+    _print(
+        console,
+        f"memory    {size(memory.total)} of {size(memory_per_rank)} a rank (MiB: {parts})",
+        "bold red" if over else None,
+    )
+    _print(
+        console,
+        f"          micro-batches of {memory.micro_batch_tokens:,} tokens, checkpointing {memory.checkpointing}",
+    )
+    _print(console, f"training  {split_text(details.training)}")
+    evaluation = split_text(details.evaluation) if details.evaluation else "none"
+    _print(console, f"held out  {evaluation}")
+    _print(
+        console,
+        f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
+        f"{steps.tokens_per_step:,.0f} tokens a step, bins {100 * steps.fill:.0f} % full",
+    )
+    console.print()
+    _print(console, f"the first sample, {legend(console)}:")
+    console.print(sample_text(details.sample, marked=not console.color_system), soft_wrap=True)
+    console.print()
+
+
+def split_text(facts: SplitFacts) -> str:
+    """A split in one line."""
+    text = (
+        f"{facts.samples:,} samples of {facts.records:,} records, {facts.tokens:,} tokens, "
+        f"{facts.supervised_tokens:,} of them learnt"
+    )
+    if facts.truncated:
+        text += f"; {facts.truncated:,} cut off"
+    if facts.dropped:
+        text += f", {facts.dropped:,} of them dropped: nothing was left to learn"
+    return text
+
+
+def legend(console: Console) -> str:
+    """How to tell what is learnt."""
+    return "learnt where green and underlined" if console.color_system else "learnt between [[ and ]]"
+
+
+def sample_text(runs: Iterable[Run], *, marked: bool) -> Text:
+    """A sample with its loss mask: in colour, or marked with brackets."""
+    text, left = Text(), SAMPLE_CHARACTERS
+    for run in runs:
+        shown = printable(run.text[:left])
+        left -= len(shown)
+        if run.learnt and marked:
+            text.append(f"[[{shown}]]")
+        else:
+            text.append(shown, style="green underline" if run.learnt else "dim")
+        if left <= 0:
+            text.append(" ...")
+            break
+    return text

@@ -1,0 +1,236 @@
+"""The memory estimate: its parts, and the micro-batch that is chosen from it."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_contract.memory import (
+    Checkpointing,
+    Dtype,
+    ModelShape,
+    activation_bytes,
+    choose,
+    estimate,
+    weight_bytes,
+)
+from qlora_contract.run import (
+    Adapter,
+    Dataset,
+    JobRef,
+    Layout,
+    ModelSource,
+    Quantization,
+    RunConfig,
+    Training,
+)
+
+GIB = 2**30
+SMOLLM2 = ModelShape(
+    hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, tied=True,
+    stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736, adapter_weights=4_884_480,
+)  # fmt: skip
+
+
+def run(
+    memory: int = 16 * GIB,
+    ranks: int = 1,
+    quantization: Quantization | None = None,
+    **training: Any,
+) -> RunConfig:
+    """A RunConfig whose bins have 1024 tokens unless told otherwise."""
+    return RunConfig(
+        job=JobRef(name="job", uid="u", attempt=0),
+        workspace="pvc://data",
+        model=ModelSource(source="pvc://data/model"),
+        dataset=Dataset(source="pvc://data/train.jsonl"),
+        adapter=Adapter(),
+        quantization=quantization or Quantization(),
+        training=Training(
+            **{"max_steps": 1, "max_sequence_length": 1024, "global_batch_tokens": 8192, **training}
+        ),
+        layout=Layout(pods=ranks, memory_per_rank=memory),
+        isa="avx2",
+    )
+
+
+def total(tokens: int, mode: Checkpointing = "none", dtype: Dtype = "fp32") -> int:
+    """The estimate for SmolLM2."""
+    return estimate(SMOLLM2, run(), dtype, tokens, mode).total
+
+
+# --- the parts
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_parts_add_up(dtype: Dtype, mode: Checkpointing) -> None:
+    """The named parts are all there is in the total, and none is negative."""
+    found = estimate(SMOLLM2, run(), dtype, 2048, mode)
+
+    assert list(found.parts()) == ["runtime", "base", "adapter", "activations", "scratch"]
+    assert sum(found.parts().values()) == found.total
+    assert min(found.parts().values()) > 0
+    assert (found.micro_batch_tokens, found.checkpointing) == (2048, mode)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "expected"),
+    [
+        pytest.param(Quantization(scheme="none"), "fp32", 4 * 6400, id="none, fp32"),
+        pytest.param(Quantization(scheme="none"), "bf16", 2 * 6400, id="none, bf16"),
+        pytest.param(Quantization(double_quantization=False), "fp32", 3200 + 400, id="nf4"),
+        pytest.param(Quantization(), "fp32", int(3200 + 100 * (1 + 4 / 256)), id="nf4, double"),
+        pytest.param(Quantization(), "bf16", int(3200 + 100 * (1 + 4 / 256)), id="nf4, double, bf16"),
+    ],
+)
+def test_weights(quantization: Quantization, dtype: Dtype, expected: int) -> None:
+    """6400 linear weights are 100 blocks: half a byte each and their scales, or the compute dtype's bytes."""
+    assert weight_bytes(6400, quantization, dtype) == expected
+
+
+def test_a_started_block_has_a_scale() -> None:
+    """65 weights are two blocks."""
+    assert weight_bytes(65, Quantization(double_quantization=False), "fp32") == int(32.5 + 8)
+
+
+def test_adapter_takes_sixteen_bytes_a_weight() -> None:
+    """fp32 weights, their gradient and two moments."""
+    assert estimate(SMOLLM2, run(), "bf16", 1024, "none").adapter == 16 * SMOLLM2.adapter_weights
+
+
+def test_an_untied_head_is_a_second_embedding() -> None:
+    """Without tying, the head's stored bytes are counted too."""
+    untied = SMOLLM2.model_copy(update={"tied": False})
+    more = (
+        estimate(untied, run(), "fp32", 1024, "none").base
+        - estimate(SMOLLM2, run(), "fp32", 1024, "none").base
+    )
+
+    assert more == 49152 * 576 * 2
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_bf16_needs_less_than_fp32(mode: Checkpointing) -> None:
+    """Narrow activations take less memory, and never more than half saved."""
+    narrow, wide = (
+        activation_bytes(SMOLLM2, 1024, "bf16", mode),
+        activation_bytes(SMOLLM2, 1024, "fp32", mode),
+    )
+
+    assert wide / 2 <= narrow < wide
+
+
+def test_recomputing_keeps_one_layer_and_the_inputs_of_all() -> None:
+    """Full checkpointing needs less than an eighth of what 30 layers keep."""
+    kept, recomputed = (activation_bytes(SMOLLM2, 1024, "fp32", m) for m in ("none", "full"))
+
+    assert kept == 30 * (kept // 30)
+    assert kept // 30 < recomputed < kept / 8
+
+
+@given(st.lists(st.integers(1, 100_000), min_size=2, max_size=6), st.sampled_from(["none", "full"]))
+def test_more_tokens_need_more(tokens: list[int], mode: Checkpointing) -> None:
+    """The estimate grows with the micro-batch."""
+    ordered = sorted(set(tokens))
+
+    assert all(total(a, mode) < total(b, mode) for a, b in pairwise(ordered))
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(
+    ("memory", "asked", "expected"),
+    [
+        pytest.param(64 * GIB, "auto", "none", id="auto, plenty"),
+        pytest.param(total(1024), "auto", "none", id="auto, one bin just fits"),
+        pytest.param(total(1024) - 1, "auto", "full", id="auto, one bin just does not fit"),
+        pytest.param(1, "auto", "full", id="auto, nothing fits"),
+        pytest.param(1, "none", "none", id="none as asked for"),
+        pytest.param(64 * GIB, "full", "full", id="full as asked for"),
+    ],
+)
+def test_checkpointing(memory: int, asked: str, expected: str) -> None:
+    """As asked for; `auto` recomputes only where one bin does not fit without it."""
+    assert choose(SMOLLM2, run(memory, gradient_checkpointing=asked), "fp32").checkpointing == expected
+
+
+@pytest.mark.parametrize(
+    ("memory", "ranks", "expected"),
+    [
+        pytest.param(64 * GIB, 1, 8192, id="the whole step fits"),
+        pytest.param(64 * GIB, 2, 4096, id="a rank's share of two"),
+        pytest.param(64 * GIB, 3, 2048, id="a rank's share of three, in whole bins"),
+        pytest.param(64 * GIB, 8, 1024, id="one bin each"),
+        pytest.param(64 * GIB, 64, 1024, id="more ranks than bins"),
+        pytest.param(total(3072), 1, 3072, id="three bins just fit"),
+        pytest.param(total(3072) - 1, 1, 2048, id="three bins just do not fit"),
+        pytest.param(total(1024), 1, 1024, id="one bin just fits"),
+        pytest.param(1, 1, 1024, id="one bin, though it does not fit"),
+    ],
+)
+def test_micro_batch(memory: int, ranks: int, expected: int) -> None:
+    """The largest multiple of maxSequenceLength that fits, at most the rank's share, at least one bin."""
+    found = choose(SMOLLM2, run(memory, ranks, gradient_checkpointing="none"), "fp32")
+
+    assert found.micro_batch_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        pytest.param(4096, 4096, id="as asked for"),
+        pytest.param(5000, 5000, id="not a multiple"),
+        pytest.param(100_000, 100_000, id="more than fits or is there"),
+        pytest.param(10, 1024, id="less than a bin"),
+    ],
+)
+def test_explicit_micro_batch(asked: int, expected: int) -> None:
+    """microBatchTokens is taken as it is, but a bin is never split."""
+    assert choose(SMOLLM2, run(GIB, micro_batch_tokens=asked), "fp32").micro_batch_tokens == expected
+
+
+@settings(max_examples=200)
+@given(
+    memory=st.integers(1, 40 * GIB),
+    ranks=st.integers(1, 40),
+    length=st.integers(8, 4096),
+    bins=st.integers(1, 40),
+    mode=st.sampled_from(["auto", "none", "full"]),
+    dtype=st.sampled_from(["bf16", "fp32"]),
+)
+def test_choice_is_the_largest_that_fits(
+    memory: int, ranks: int, length: int, bins: int, mode: str, dtype: Dtype
+) -> None:
+    """Whole bins, at least one, never above the rank's share; it fits if one bin does, and one bin more would not."""
+    asked = run(
+        memory,
+        ranks,
+        max_sequence_length=length,
+        global_batch_tokens=length * bins,
+        gradient_checkpointing=mode,
+    )
+    found = choose(SMOLLM2, asked, dtype)
+
+    tokens, share = found.micro_batch_tokens, length * bins // ranks
+    assert tokens >= length
+    assert tokens % length == 0
+    assert tokens <= max(share, length)
+    assert found.total <= memory or tokens == length
+    more = estimate(SMOLLM2, asked, dtype, tokens + length, found.checkpointing)
+    assert more.total > memory or tokens + length > share
+    if mode == "auto":
+        one = estimate(SMOLLM2, asked, dtype, length, "none").total
+        assert found.checkpointing == ("none" if one <= memory else "full")
+
+
+def test_all_ranks_choose_alike() -> None:
+    """The choice depends on the shape and the RunConfig alone: a parsed copy of both gives the same one."""
+    asked = run(2 * GIB, 3)
+    again = RunConfig.model_validate_json(asked.to_json())
+    shape = ModelShape.model_validate_json(SMOLLM2.model_dump_json())
+
+    assert choose(shape, again, "fp32") == choose(SMOLLM2, asked, "fp32")

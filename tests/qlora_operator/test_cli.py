@@ -1,0 +1,171 @@
+"""The `qlora` command's arguments."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_operator.cli import claims, main, parse_volumes
+from qlora_operator.errors import CommandError
+
+Document = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path, job_document: Document) -> Callable[..., str]:
+    """A maker of files with a job of each name."""
+
+    def make(*names: str, **spec: Any) -> str:
+        items = [job_document(name, **spec) for name in names or ("small",)]
+        path = tmp_path / "job.json"
+        path.write_text(json.dumps({"kind": "List", "apiVersion": "v1", "items": items}))
+        return str(path)
+
+    return make
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """`qlora --version` names command and version."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"qlora {importlib.metadata.version('qlora-operator')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param([], id="no command"),
+        pytest.param(["train"], id="no such command"),
+        pytest.param(["run"], id="no file"),
+        pytest.param(["plan", "a", "-o", "yaml"], id="no such output"),
+    ],
+)
+def test_wrong_arguments_end_with_2(arguments: list[str]) -> None:
+    """As of every command."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_file_that_is_wrong_ends_with_2(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every fault is told, on stderr."""
+    path = tmp_path / "job.yaml"
+    path.write_text("kind: QLoRAJob")
+
+    assert main([command, str(path)]) == 2
+    assert f"error: {path}: apiVersion: is required" in capsys.readouterr().err
+
+
+def test_validate_tells_of_files(job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`qlora validate` needs neither machine nor volumes."""
+    path = job_file()
+
+    assert main(["validate", path]) == 0
+    assert capsys.readouterr().out == f"{path}: small: valid\n"
+
+
+def test_claims_without_a_folder_are_all_named(
+    job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one error, spelled as they are to be given."""
+    path = job_file(workspace="pvc://work/a", model={"source": "pvc://models/m"})
+
+    assert main(["run", path, "--volume", f"work={tmp_path}"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the job uses claims that have no folder here; add --volume models=PATH --volume team=PATH\n"
+    )
+
+
+def test_several_jobs_need_a_name(job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    """`qlora run` runs one job."""
+    assert main(["run", job_file("a", "b")]) == 2
+    assert "has 2 jobs (a, b); choose one with --name" in capsys.readouterr().err
+    assert main(["run", job_file("a", "b"), "--name", "c"]) == 2
+    assert "has 0 jobs of the name 'c'; it has: a, b" in capsys.readouterr().err
+    assert main(["plan", job_file("a", "b"), "--name", "b"]) == 0
+    assert capsys.readouterr().out.startswith("b: 1 rank(s)")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("team", "must be CLAIM=PATH, such as team-data=/srv/data", id="no path"),
+        pytest.param("=.", "must be CLAIM=PATH", id="no claim"),
+        pytest.param(
+            "team=/no/such/folder", "/no/such/folder is no folder; make it, or name another", id="no folder"
+        ),
+    ],
+)
+def test_a_volume_must_be_a_folder(text: str, message: str) -> None:
+    """The argument is quoted, and what would be right is said."""
+    with pytest.raises(CommandError, match=message) as refused:
+        parse_volumes([text])
+    assert str(refused.value).startswith(f"--volume {text}: ")
+    assert refused.value.code == 2
+
+
+def test_a_claim_has_one_folder(tmp_path: Path) -> None:
+    """Two would be a mistake."""
+    with pytest.raises(CommandError, match="claim team has a folder already"):
+        parse_volumes([f"team={tmp_path}", f"team={tmp_path}"])
+
+
+def test_volumes_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks do not depend on where the command was given."""
+    monkeypatch.chdir(tmp_path)
+
+    assert parse_volumes(["team=.", "x=/"]) == {"team": tmp_path, "x": Path("/")}
+
+
+def test_claims_are_the_hosts_of_the_uris() -> None:
+    """Each once."""
+    assert claims("pvc://a/b", "pvc://a", "pvc://c/d/e") == {"a", "c"}
+
+
+def test_a_plan_can_be_read_by_programs(
+    job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`-o json` prints one object."""
+    assert main(["plan", job_file(), "-o", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+
+    assert (plan["name"], plan["worldSize"], plan["missingVolumes"], plan["details"]) == (
+        "small",
+        1,
+        ["team"],
+        None,
+    )
+
+
+def test_nobody_has_to_read_to_the_end(job_file: Callable[..., str]) -> None:
+    """`qlora plan | head` ends without a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora_operator.cli", "plan", job_file(), "-o", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate(timeout=60)
+
+    assert (process.returncode, err) == (1, b"")
+
+
+@pytest.mark.slow
+def test_the_models_and_datas_faults_are_told_as_in_training(
+    job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`qlora plan` ends with the code and the sentence that a rank would end with."""
+    assert main(["plan", job_file(), "--volume", f"team={tmp_path}"]) == 12
+    assert capsys.readouterr().err.startswith(f"error: model unusable: {tmp_path}/model has no config.json: ")

@@ -1,0 +1,217 @@
+"""What `qlora run` shows."""
+
+import http.server
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qlora_contract.progress import CheckpointRef, ProgressReport
+from qlora_operator.display import Display, duration, facts, fetch, printable, result_lines, size
+from qlora_operator.processes import free_port
+
+GIB = 2**30
+RESULT: dict[str, Any] = {
+    "eval_loss": 1.5,
+    "base_eval_loss": 1.9,
+    "base_eval_loss_quantized": 2.0,
+    "steps": 7,
+    "tokens": 7000,
+    "seconds": 70.0,
+    "tokens_per_second": 100.0,
+    "world_size": 2,
+    "peak_memory_bytes": GIB,
+}
+
+
+def a_report(**fields: Any) -> ProgressReport:
+    """A report of step 3 of 7."""
+    known = {"job_uid": "u", "attempt": 1, "stage": "Training", "step": 3, "total_steps": 7, "epoch": 0.4}
+    return ProgressReport.model_validate({**known, "updated_time": "2026-01-01T00:00:00Z", **fields})
+
+
+@contextmanager
+def served(body: bytes, status: int = 200) -> Iterator[int]:
+    """A port at which this is answered."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_rank_0_is_asked_for_its_report() -> None:
+    """The report of this very attempt is given."""
+    report = a_report(loss=1.5)
+    with served(report.model_dump_json(by_alias=True).encode()) as port:
+        assert fetch(port, "u", 1) == report
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"<html>", id="no JSON"),
+        pytest.param(json.dumps({"version": 1}).encode(), id="no report"),
+        pytest.param(a_report(attempt=2).model_dump_json(by_alias=True).encode(), id="another attempt's"),
+        pytest.param(a_report(job_uid="v").model_dump_json(by_alias=True).encode(), id="another job's"),
+    ],
+)
+def test_what_is_not_our_report_is_none(body: bytes) -> None:
+    """Somebody else may listen at the port before rank 0 does."""
+    with served(body) as port:
+        assert fetch(port, "u", 1) is None
+
+
+def test_nobody_at_the_port_is_none() -> None:
+    """A refused connection is no error: rank 0 has not come yet, or has gone."""
+    assert fetch(free_port(), "u", 1) is None
+
+
+def test_only_what_is_known_is_shown() -> None:
+    """Before the first step there is little to tell."""
+    assert facts(a_report(total_steps=0)) == []
+    assert facts(a_report(memory_estimate=GIB)) == ["step 3/7", "memory estimate 1.00 GiB"]
+
+
+def test_all_that_is_known_is_shown() -> None:
+    """Step, losses, speed, time left, memory, checkpoint."""
+    report = a_report(
+        loss=1.83217,
+        eval_loss=2.0,
+        tokens_per_second=411.6,
+        eta_seconds=552.0,
+        memory_estimate=2 * GIB,
+        memory_peak=GIB,
+        checkpoint=CheckpointRef(step=2, time="2026-01-01T00:00:00Z", uri="pvc://a/b"),
+    )
+    assert "  ".join(facts(report)) == (
+        "step 3/7  loss 1.8322  eval loss 2.0000  412 tok/s  ETA 9m 12s  memory 1.00 GiB of estimated 2.00 GiB  "
+        "checkpoint at step 2"
+    )
+
+
+def test_without_a_terminal_lines_are_few() -> None:
+    """A line for each stage, and else one every few seconds, if there is anything new."""
+    shown = [
+        (0.0, None),
+        (10.0, None),
+        (11.0, a_report()),
+        (11.5, a_report(step=4)),
+        (16.5, a_report(step=5)),
+        (30.0, a_report(step=5)),
+        (30.1, a_report(step=7, stage="Publishing")),
+        (40.0, None),
+    ]
+    times, out = iter([0.0, *(at for at, _ in shown)]), io.StringIO()
+    with Display(Console(file=out), "demo", clock=lambda: next(times)) as display:
+        for _, report in shown:
+            display.show(report)
+
+    assert out.getvalue().splitlines() == [
+        "demo: Starting",
+        "demo: Training  step 3/7",
+        "demo: Training  step 5/7",
+        "demo: Publishing  step 7/7",
+    ]
+
+
+def test_on_a_terminal_the_display_is_live() -> None:
+    """One picture is drawn over and over, lines that are said stand above it, and the last report stays."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False)
+    with Display(console, "demo") as display:
+        display.show(None)
+        display.show(a_report(loss=1.5))
+        display.say("resumed after step 2")
+        display.show(None)
+
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines()
+    assert shown[0].startswith("demo Starting")
+    assert "resumed after step 2" in [line.strip() for line in shown]
+    assert [line.split() for line in shown if "demo" in line][-1][:2] == ["demo", "Training"]
+    assert shown[-1].strip() == "loss 1.5000"
+
+
+def test_a_result_tells_what_was_gained() -> None:
+    """Where the adapter is, its loss beside the base's, time and memory."""
+    assert result_lines(RESULT, Path("/w/adapter")) == [
+        "adapter    /w/adapter",
+        "eval loss  1.5000, base 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised one",
+        "trained    7 steps, 7,000 tokens in 1m 10s, 100 tokens/s with 2 rank(s)",
+        "memory     1.00 GiB at most in a rank",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        pytest.param(
+            {"base_eval_loss": None},
+            "eval loss  1.5000, base 2.0000 quantised: 25.0 % below the quantised one",
+            id="no fp32",
+        ),
+        pytest.param(
+            {"eval_loss": 2.5, "base_eval_loss": None},
+            "eval loss  2.5000, base 2.0000 quantised: 25.0 % above the quantised one",
+            id="worse",
+        ),
+        pytest.param({"eval_loss": None}, None, id="no evaluation"),
+    ],
+)
+def test_a_result_tells_no_more_than_is_known(fields: dict[str, Any], line: str | None) -> None:
+    """What was not measured is left out."""
+    told = [text for text in result_lines(RESULT | fields, Path("a")) if text.startswith("eval")]
+
+    assert told == ([line] if line else [])
+
+
+def test_an_inexact_resume_is_told() -> None:
+    """The reason why the result may differ in the last bits stands in the result."""
+    assert result_lines(RESULT | {"not_bit_exact": "world_size 1 -> 2"}, Path("a"))[-1] == (
+        "resumed    not bit-exact: world_size 1 -> 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.9, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m"), (90_000, "1d 01h")],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    """Neither seconds of days nor days in seconds."""
+    assert duration(seconds) == text
+
+
+def test_sizes_are_in_gib() -> None:
+    """Memory is told in the unit it is asked for in."""
+    assert size(3 * GIB // 2) == "1.50 GiB"
+
+
+@given(st.text())
+def test_nothing_printable_can_move_the_cursor(text: str) -> None:
+    """No control character but newline and tab is left, and nothing else is changed."""
+    shown = printable(text)
+
+    assert len(shown) == len(text)
+    assert all(c.isprintable() or c in "\n\t" for c in shown)
+    assert all(a == b for a, b in zip(text, shown, strict=True) if a.isprintable())

@@ -1,0 +1,185 @@
+"""`qlora plan`: the parts that need no model. The trainer's half is tested with the trainer."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from qlora_contract.memory import ModelShape
+from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts, Steps
+from qlora_contract.run import Training
+from qlora_operator.api.types import QLoRAJob, Topology
+from qlora_operator.plan import JobPlan, RankPlace, job_plan, memory_problems, place, sample_text, show
+
+MIB = 2**20
+Job = Callable[..., QLoRAJob]
+
+
+def a_machine(cpus: int = 4) -> Machine:
+    """A machine without AMX."""
+    lacking = {"amx_bf16": ["amx_bf16", "amx_tile"], "avx512_bf16": ["avx512_bf16"]}
+    return Machine.model_validate(
+        {"tiers": ["avx512", "avx2"], "lacking": lacking, "cpus": list(range(cpus))}
+    )
+
+
+def figures(total: int, **more: Any) -> MemoryFigures:
+    """Memory of so many MiB."""
+    fields = {
+        "parts": {"base": total * MIB},
+        "total": total * MIB,
+        "micro_batch_tokens": 1024,
+        "checkpointing": "full",
+    }
+    return MemoryFigures.model_validate(fields | more)
+
+
+def details(memory: MemoryFigures) -> PlanReport:
+    """What the trainer might measure."""
+    numbers = dict.fromkeys(set(ModelShape.model_fields) - {"tied"}, 1)
+    split = {
+        "records": 12,
+        "truncated": 3,
+        "dropped": 2,
+        "samples": 10,
+        "tokens": 4000,
+        "supervised_tokens": 1000,
+    }
+    return PlanReport(
+        compute_dtype="fp32",
+        shape=ModelShape.model_validate({**numbers, "tied": True}),
+        memory=memory,
+        training=SplitFacts.model_validate(split),
+        steps=Steps(per_epoch=4, total=10, epochs=2.5, tokens_per_step=1000.0, fill=0.925),
+        sample=[Run(text="What?\x1b ", learnt=False), Run(text="That.", learnt=True)],
+    )
+
+
+def a_plan(**fields: Any) -> JobPlan:
+    """A plan of one rank."""
+    known = {
+        "name": "demo",
+        "isa": "avx512",
+        "compute_dtype": "fp32",
+        "world_size": 1,
+        "memory_per_rank": 1024 * MIB,
+        "ranks": [RankPlace(rank=0, pod=0, cpus="0-3")],
+        "problems": [],
+        "missing_volumes": [],
+        "details": None,
+    }
+    return JobPlan.model_validate(known | fields)
+
+
+def shown(plan: JobPlan, **console: Any) -> str:
+    """What a user sees."""
+    out = io.StringIO()
+    show(plan, Console(file=out, width=200, highlight=False, **console))
+    return out.getvalue()
+
+
+def test_ranks_are_placed_on_this_machine(a_job: Job) -> None:
+    """Each rank with its pod and its CPUs; the first allowed tier that is met."""
+    topology = {"pods": 2, "ranksPerPod": 2, "pinning": "strict"}
+    isa, ranks, problems = place(a_job(topology=topology), a_machine())
+
+    assert (isa, problems) == ("avx512", [])
+    assert [(each.rank, each.pod, each.cpus) for each in ranks] == [
+        (0, 0, "0"),
+        (1, 0, "1"),
+        (2, 1, "2"),
+        (3, 1, "3"),
+    ]
+
+
+def test_what_does_not_fit_here_is_a_problem_not_an_end(a_job: Job) -> None:
+    """A job for a cluster can be planned on a laptop: with the tier that it will have."""
+    job = a_job(isa={"allowed": ["amx_bf16"]}, topology={"cpusPerRank": 8, "pinning": "strict"})
+    isa, ranks, problems = place(job, a_machine())
+
+    assert (isa, ranks) == ("amx_bf16", [])
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "this machine has avx512, and spec.isa.allowed has only amx_bf16",
+        "1 pod(s) with 1 rank(s) of 8 CPU(s) need 8 CPUs, and 4 can be used here",
+    ]
+
+
+def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
+    """What needs model and data is left out, and the claims are named."""
+    plan = job_plan(a_job(), {}, ["team"])
+
+    assert plan.details is None
+    assert plan.world_size == len(plan.ranks) == 1
+    assert "add --volume team=PATH to see memory, steps and a sample" in shown(plan)
+
+
+@pytest.mark.parametrize(
+    ("memory", "remedies"),
+    [
+        pytest.param(figures(1024), [], id="just enough"),
+        pytest.param(
+            figures(1025),
+            ["raise it to 1088Mi", "lower training.maxSequenceLength"],
+            id="nothing left to save",
+        ),
+        pytest.param(
+            figures(2048, micro_batch_tokens=2048, checkpointing="none"),
+            [
+                "raise it to 2048Mi",
+                "lower training.microBatchTokens",
+                "set training.gradientCheckpointing to auto",
+                "lower training.maxSequenceLength",
+            ],
+            id="knobs of the user's",
+        ),
+    ],
+)
+def test_too_little_memory_is_a_problem(memory: MemoryFigures, remedies: list[str]) -> None:
+    """The sentence says what is needed and what could be changed instead."""
+    topology = Topology.model_validate({"memoryPerRank": "1Gi"})
+
+    problems = memory_problems(memory, topology, Training(max_steps=1))
+    needs = f"a rank needs {memory.total // MIB:,} MiB, and spec.topology.memoryPerRank is 1,024 MiB: "
+    assert problems == ([needs + ", or ".join(remedies)] if remedies else [])
+
+
+def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:
+    """All of it, in a few lines."""
+    out = shown(a_plan(details=details(figures(512))))
+
+    assert "demo: 1 rank(s), avx512, computing in fp32" in out
+    assert "memory    0.50 GiB of 1.00 GiB a rank (MiB: base 512)" in out
+    assert "10 samples of 12 records, 4,000 tokens, 1,000 of them learnt; 3 cut off, 2 of them dropped" in out
+    assert "held out  none" in out
+    assert "steps     10 (2.50 epochs of 4), 1,000 tokens a step, bins 92 % full" in out
+    assert "What?\N{REPLACEMENT CHARACTER} [[That.]]" in out
+
+
+def test_colour_marks_what_is_learnt_on_a_terminal() -> None:
+    """Where there is colour there are no brackets, and memory that is too much is red."""
+    out = shown(a_plan(details=details(figures(2048))), force_terminal=True, color_system="standard")
+
+    assert "\x1b[4;32mThat." in out
+    assert "[[" not in out
+    assert "\x1b[1;31mmemory    2.00 GiB of 1.00 GiB" in out
+
+
+def test_a_long_sample_is_cut_on_screen() -> None:
+    """A sample of a book does not scroll the rest away."""
+    text = sample_text([Run(text="a" * 5000, learnt=True), Run(text="never", learnt=False)], marked=True)
+
+    assert text.plain == f"[[{'a' * 2000}]] ..."
+
+
+def test_many_ranks_are_counted() -> None:
+    """The first sixteen stand for all."""
+    ranks = [RankPlace(rank=n, pod=n, cpus=str(n)) for n in range(20)]
+
+    assert "... and 4 more" in shown(a_plan(ranks=ranks))
+
+
+def test_problems_are_shown() -> None:
+    """Each in a line of its own."""
+    assert "problem: too few CPUs\n" in shown(a_plan(problems=["too few CPUs"]))

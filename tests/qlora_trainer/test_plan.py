@@ -1,0 +1,195 @@
+"""What the planner tells, with a small model and real data."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.memory import choose
+from qlora_contract.places import VOLUMES_ENV
+from qlora_contract.plan import PlanAnswer, PlanReport
+from qlora_contract.run import RunConfig
+from qlora_trainer import packing, plan
+from qlora_trainer.data import load
+
+SAMPLES = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[..., Any]) -> Path:
+    """A folder with a model of two layers, and a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("claim") / "model"
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def ask(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlanAnswer]:
+    """The planner, asked about a job on these records."""
+    monkeypatch.setenv(VOLUMES_ENV, json.dumps({"models": str(model.parent), "data": str(tmp_path)}))
+
+    def asked(records: list[Any] | None = None, **fields: Any) -> PlanAnswer:
+        known = [{"prompt": f"{n}? ", "completion": "x" * (n + 1)} for n in range(SAMPLES)]
+        lines = [json.dumps(record) for record in (known if records is None else records)]
+        (tmp_path / "data.jsonl").write_text("\n".join(lines))
+        (tmp_path / "run.json").write_text(a_run(**fields).to_json())
+        return plan.answer(tmp_path / "run.json")
+
+    return asked
+
+
+def a_run(**fields: Any) -> RunConfig:
+    """A RunConfig of two epochs."""
+    known: dict[str, Any] = {
+        "version": 1,
+        "job": {"name": "j", "uid": "u", "attempt": 0},
+        "workspace": "pvc://data/work",
+        "model": {"source": "pvc://models/model"},
+        "dataset": {"source": "pvc://data/data.jsonl", "evalFraction": 0.2},
+        "training": {"epochs": 2, "globalBatchTokens": 128, "maxSequenceLength": 64},
+        "layout": {"memoryPerRank": 2**31},
+        "isa": "avx512",
+    }
+    return RunConfig.model_validate(
+        known | {key: known.get(key, {}) | value for key, value in fields.items()}
+    )
+
+
+def planned(answer: PlanAnswer) -> PlanReport:
+    """The plan, which there must be."""
+    assert answer.error is None
+    assert answer.plan is not None
+    return answer.plan
+
+
+def test_the_planner_counts_as_training_does(
+    ask: Callable[..., PlanAnswer], tmp_path: Path, byte_tokenizer: Callable[..., Any]
+) -> None:
+    """Samples, tokens and steps are those that every rank will make of the same files."""
+    told = planned(ask())
+    run = a_run()
+    data = load(run.dataset, tmp_path / "data.jsonl", byte_tokenizer(), 64)
+    steps = packing.Plan(data.train.lengths(), run.training)
+    assert data.evaluation is not None
+    assert told.evaluation is not None
+
+    assert told.training.records + told.evaluation.records == SAMPLES
+    assert (told.training.samples, told.training.tokens) == (len(data.train), len(data.train.ids))
+    assert told.training.supervised_tokens == int(data.train.supervised_counts().sum())
+    assert (told.steps.total, told.steps.epochs) == (steps.total_steps, 2.0)
+    assert told.steps.tokens_per_step * told.steps.per_epoch == pytest.approx(told.training.tokens)
+    assert 0.5 < told.steps.fill <= 1.0
+
+
+def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanAnswer]) -> None:
+    """Micro-batch and total are those of the contract's own choice for the measured shape."""
+    told = planned(ask())
+    chosen = choose(told.shape, a_run(), "fp32")
+
+    assert (told.memory.total, told.memory.parts) == (chosen.total, chosen.parts())
+    assert (told.memory.micro_batch_tokens, told.memory.checkpointing) == (128, "none")
+    assert (told.shape.layers, told.shape.hidden, told.shape.tied) == (2, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("isa", "asked", "dtype"),
+    [
+        pytest.param("avx512", "auto", "fp32", id="emulated"),
+        pytest.param("amx_bf16", "auto", "bf16", id="native"),
+        pytest.param("amx_bf16", "fp32", "fp32", id="as asked"),
+    ],
+)
+def test_the_compute_dtype_follows_the_tier(isa: Any, asked: str, dtype: str) -> None:
+    """bf16 where the processor computes in it, unless another one is asked for."""
+    run = a_run(training={"computeDtype": asked}).model_copy(update={"isa": isa})
+
+    assert plan.compute_dtype(run) == dtype
+
+
+def test_the_sample_shows_what_is_learnt(ask: Callable[..., PlanAnswer]) -> None:
+    """A prompt is not learnt, its completion and the end are."""
+    told = planned(ask())
+
+    assert [run.learnt for run in told.sample] == [False, True]
+    assert told.sample[0].text.endswith("? ")
+    assert told.sample[1].text.strip("x") == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("records", "fields", "code", "cause"),
+    [
+        pytest.param(
+            [{"question": 1}], {}, ExitCode.INVALID_DATA, "data.jsonl: line 1: fits no format", id="a record"
+        ),
+        pytest.param(
+            None,
+            {"model": {"source": "pvc://models/none"}},
+            ExitCode.MODEL_UNUSABLE,
+            "has no config.json: model.source must be a Hugging Face model folder",
+            id="a model",
+        ),
+        pytest.param(
+            None,
+            {"dataset": {"evalFraction": 0.0}},
+            ExitCode.INVALID_CONFIGURATION,
+            "evaluation.requireImprovement needs data to evaluate on",
+            id="no evaluation",
+        ),
+        pytest.param(
+            None,
+            {"dataset": {"source": "pvc://nowhere/data.jsonl"}},
+            ExitCode.INVALID_CONFIGURATION,
+            "claim 'nowhere' has no folder here",
+            id="a claim",
+        ),
+        pytest.param(
+            None,
+            {"adapter": {"targetModules": ["no_such_layer"]}},
+            ExitCode.MODEL_UNUSABLE,
+            "no_such_layer",
+            id="target modules",
+        ),
+    ],
+)
+def test_what_would_end_training_is_told(
+    ask: Callable[..., PlanAnswer], records: list[Any] | None, fields: dict[str, Any], code: int, cause: str
+) -> None:
+    """With the code and the sentence that a rank would end with."""
+    answer = ask(records, **fields)
+
+    assert answer.plan is None
+    assert answer.error is not None
+    assert answer.error.code == code
+    assert cause in answer.error.cause
+
+
+def test_a_missing_run_config_is_told(tmp_path: Path) -> None:
+    """As the launcher tells it."""
+    answer = plan.answer(tmp_path / "run.json")
+
+    assert answer.error is not None
+    assert answer.error.code == ExitCode.INVALID_CONFIGURATION
+    assert answer.error.cause.endswith("run.json cannot be read: No such file or directory")
+
+
+def test_the_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without arguments, of the machine; with too many, none."""
+    assert plan.main([]) == 0
+    assert PlanAnswer.model_validate_json(capsys.readouterr().out).machine == plan.machine()
+    assert plan.main(["a", "b"]) == 2
+    assert capsys.readouterr().out == ""
