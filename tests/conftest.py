@@ -62,12 +62,18 @@ def _write_small_model(folder: Path, tokenizer: Path, kind: str, dtype: str, con
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = json.loads((tokenizer / "config.json").read_text())
-    kept = {key: source[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if key in source}
+    kept = {
+        key: source[key]
+        for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+        if key in source
+    }
     values = {**SMALL, **kept, "tie_word_embeddings": True, **config}
     if kind == "qwen3":
         values.setdefault("head_dim", 16)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values), dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **values), dtype=getattr(torch, dtype)
+    )
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():

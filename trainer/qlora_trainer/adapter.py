@@ -30,9 +30,19 @@ ALIGNMENT = 16
 """Adapters start at multiples of so many fp32 numbers: a cache line, so that a resumed run adds up alike."""
 
 
+_scratch: dict[torch.dtype, Tensor] = {}
+"""One buffer per dtype, as large as the largest layer so far, that every layer dequantises into: fresh memory for each
+would cost three times the work in page faults. One thread computes, so one buffer is enough."""
+
+
 def base_weight(weight: Nf4Weight | Tensor, dtype: torch.dtype) -> Tensor:
-    """The frozen weight (out, in) in `dtype`."""
-    return dequantise(weight, dtype) if isinstance(weight, Nf4Weight) else weight.to(dtype)
+    """The frozen weight (out, in) in `dtype`; of use only until the next call."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype)
+    size = math.prod(weight.shape)
+    if dtype not in _scratch or len(_scratch[dtype]) < size:
+        _scratch[dtype] = torch.empty(size, dtype=dtype)
+    return dequantise(weight, dtype, out=_scratch[dtype][:size].view(weight.shape))
 
 
 class LoraLinear(nn.Module):
@@ -99,9 +109,10 @@ class _LoraLinear(torch.autograd.Function):
         dy = grad_outputs[0]
         wants_dx = ctx.needs_input_grad[0]
         dx = dy @ base_weight(ctx.weight, ctx.dtype) if wants_dx else None
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # once: under checkpointing a second look would recompute again
+        if not saved:
             return dx, None, None, None, None, None, None
-        x, down, a, b, mask = ctx.saved_tensors
+        x, down, a, b, mask = saved
         up = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # (rows, rank)
         dropped = x if mask is None else x * mask
         da = (up.t() @ dropped).float()

@@ -16,6 +16,10 @@ from transformers import AttentionInterface
 
 NAME = "qlora_packed"
 
+SHORT = 256
+"""Tokens up to which a bf16 sample's attention runs in fp32: torch's bf16 backward pass has a fixed cost that makes it
+three times slower at 128 tokens (trainer/benchmarks/LOG.md), and fp32 is more exact."""
+
 
 def packed_attention(
     module: torch.nn.Module,  # noqa: ARG001 - transformers passes it
@@ -72,6 +76,8 @@ def _causal(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, grouped: bool
 ) -> Tensor:
     length = q.shape[2]
+    if q.dtype == torch.bfloat16 and length <= SHORT:
+        return _causal(q.float(), k.float(), v.float(), scaling, window, grouped).to(q.dtype)
     if window is None or length <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_contract import places
 from qlora_trainer import storage
 from qlora_trainer.adapter import AdapterParameters
 from qlora_trainer.errors import ConfigurationError
@@ -47,6 +48,8 @@ class LoopState:
     dataset_sha256: str = ""
     conditions: dict[str, Any] = field(default_factory=dict)
     """What bit-exactness depends on: see `not_bit_exact`."""
+    not_bit_exact: str | None = None
+    """Why it continued, but does not repeat an undisturbed run bit for bit: the reasons of all attempts."""
 
 
 def save(
@@ -65,12 +68,10 @@ def save(
             temporary.mkdir()
             _write(temporary, parameters, optimizer, state)
             folder.check_fence()
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            storage.sync_folder(folder.checkpoints)
+            storage.replace_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _prune(folder.checkpoints, keep)
+    _prune(final, keep)
     return final
 
 
@@ -80,11 +81,7 @@ def _write(
     storage.save_tensors({n: p.data for n, p in parameters.named.items()}, folder / ADAPTER_FILE)
     storage.save_tensors(optimizer_tensors(parameters, optimizer), folder / OPTIMIZER_FILE)
     (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
-    names = (ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE)
-    for name in names:
-        storage.sync_file(folder / name)
-    digests = {name: storage.sha256(folder / name) for name in names}
-    storage.publish_folder(folder, digests, {"format": FORMAT, "step": state.step, "time": now()})
+    storage.publish_folder(folder, {"format": FORMAT, "step": state.step, "time": now()})
 
 
 def optimizer_tensors(parameters: AdapterParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -116,7 +113,17 @@ def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optim
 
 
 def read_state(path: Path) -> LoopState:
-    """The loop state of a checkpoint."""
+    """The loop state of a checkpoint.
+
+    Raises:
+        ConfigurationError: another version of the trainer wrote it, in another format.
+    """
+    written = json.loads((path / places.MANIFEST).read_text()).get("format")
+    if written != FORMAT:
+        raise ConfigurationError(
+            f"{path} is a checkpoint of format {written}, and this trainer reads format {FORMAT}; "
+            "go on with the version that wrote it, or remove it to start anew"
+        )
     return LoopState(**json.loads((path / STATE_FILE).read_text()))
 
 
@@ -135,6 +142,8 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+def _prune(newest: Path, keep: int) -> None:
+    # Later ones are damaged, or this attempt would have started from them: they do not count.
+    known = [path for path in sorted(newest.parent.glob("step-*")) if path.name <= newest.name]
+    for path in known[:-keep]:
         shutil.rmtree(path, ignore_errors=True)

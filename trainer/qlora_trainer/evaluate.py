@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from qlora_trainer import packing
-from qlora_trainer.batch import collate
+from qlora_trainer.batch import collate, row_multiple
 from qlora_trainer.data import Samples
+from qlora_trainer.memory_watch import return_freed
 from qlora_trainer.model import BaseModel
 from qlora_trainer.session import Session, Stopping
 
@@ -28,10 +29,11 @@ def evaluate(session: Session, model: BaseModel, samples: Samples, micro_batch_t
         for group in packing.micro_batches(mine, packing.tokens_of(mine, lengths), micro_batch_tokens):
             if session.stop.is_set():
                 break
-            batch = collate(samples, [number for bin_ in group for number in bin_])
+            batch = collate(samples, [number for bin_ in group for number in bin_], row_multiple(model.dtype))
             loss += float(model.loss(batch))
             count += batch.supervised
     model.graph.train()
+    return_freed()
     agreed = session.agree([loss, count])
     if agreed.stopping:
         raise Stopping

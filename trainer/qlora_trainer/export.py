@@ -91,14 +91,12 @@ def publish(folder: JobFolder, stage: Path, report: dict[str, Any], steps: list[
         (stage / "README.md").write_text(model_card(folder.run, report))
         (stage / places.TRAINING_REPORT).write_text(text)
         loss_curve(steps, report, stage / places.LOSS_CURVE)
-        files = {p.name: storage.sha256(p) for p in sorted(stage.iterdir())}
-        storage.publish_folder(stage, files, {"sha256": files[places.ADAPTER_WEIGHTS]})
+        storage.publish_folder(stage, {"sha256": storage.sha256(stage / places.ADAPTER_WEIGHTS)})
         folder.check_fence()
-        shutil.rmtree(folder.adapter, ignore_errors=True)
-        stage.rename(folder.adapter)
-        storage.sync_folder(folder.path)
+        storage.replace_folder(stage, folder.adapter)
+        shutil.copyfile(folder.adapter / places.LOSS_CURVE, folder.path / places.LOSS_CURVE)
+    # The last file, since the job counts as done from here on.
     storage.write_atomically(folder.path / places.TRAINING_REPORT, text)
-    shutil.copyfile(folder.adapter / places.LOSS_CURVE, folder.path / places.LOSS_CURVE)
 
 
 def discard(folder: JobFolder) -> None:

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from qlora_trainer.batch import row_multiple
 
 LOGITS_BYTES = 64 * 2**20
 """Size of the fp32 logits of one chunk, at most."""
@@ -38,18 +41,21 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(hidden) if wants_gradient else None
-        total = torch.zeros((), dtype=torch.float64)
-        rows = max(1, LOGITS_BYTES // (4 * head.shape[0]))
-        for start in range(0, hidden.shape[0], rows):
+        supervised, multiple = len(targets), row_multiple(hidden.dtype)
+        filler = -supervised % multiple
+        hidden = F.pad(hidden, (0, 0, 0, filler))
+        targets = F.pad(targets, (0, filler))
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(targets))
+        rows = max(multiple, LOGITS_BYTES // (4 * head.shape[0]) // multiple * multiple)
+        for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             logits = _logits(hidden[chunk], head)
-            total += _losses_then_probabilities(logits, targets[chunk]).sum(dtype=torch.float64)
+            losses[chunk] = _losses_then_probabilities(logits, targets[chunk])
             if gradient is not None:
                 _gradient(logits, targets[chunk], head, gradient[chunk])
-        ctx.gradient = gradient
-        return total
+        ctx.gradient = None if gradient is None else gradient[:supervised]
+        return losses[:supervised].sum(dtype=torch.float64)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:

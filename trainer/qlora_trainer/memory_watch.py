@@ -1,5 +1,6 @@
 """A rank's peak memory, sampled: the kernel keeps no peak of proportional set size."""
 
+import ctypes
 import threading
 
 from qlora_trainer import cpu
@@ -29,3 +30,13 @@ class MemoryWatch:
         pause = threading.Event()
         while not pause.wait(INTERVAL_SECONDS):
             self.sample()
+
+
+def return_freed() -> None:
+    """Give freed memory back to the system, where the C library can (glibc's malloc_trim).
+
+    An evaluation or a loader leaves holes that training, whose tensors have other sizes, would not fill.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -9,11 +9,20 @@ from qlora_trainer.storage import storing
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl. Lines beyond the step that an attempt starts from are dropped: they will come again."""
+    """Appends to metrics.jsonl.
+
+    Lines beyond the step that an attempt starts from are dropped: they will come
+    again. So will the final evaluation, a line of the last step without a loss.
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
         self.path = path
-        kept = [line for line in read(path) if line["step"] <= start_step] if start_step else []
+        lines = read(path) if start_step else []
+        kept = [
+            line
+            for line in lines
+            if line["step"] < start_step or (line["step"] == start_step and line.get("loss") is not None)
+        ]
         storage.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **line: Any) -> None:

@@ -7,13 +7,16 @@ place, one at a time: a whole model in full precision never exists.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +25,7 @@ from qlora_trainer import attention
 from qlora_trainer.adapter import LoraLinear
 from qlora_trainer.batch import Batch
 from qlora_trainer.errors import ModelError
+from qlora_trainer.layers import slim
 from qlora_trainer.loss import summed_cross_entropy
 from qlora_trainer.quantise import Nf4Weight, QuantisationError, quantise_nf4
 
@@ -83,7 +87,7 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -131,14 +135,24 @@ class _Builder:
             self.missing.pop(self.head_name, None)
         self.linears: dict[str, LoraLinear] = {}
         self.head: Tensor | None = None
+        self.tied_copy: Tensor | None = None
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Take one tensor of the checkpoint."""
         if name not in self.missing and f"model.{name}" in self.missing:
             name = f"model.{name}"  # saved from the decoder alone
+        if name.endswith("rotary_emb.inv_freq"):
+            return  # old checkpoints hold it; it is computed
+        if name == self.head_name and self.tied:
+            self.tied_copy = tensor
+            return
         if name not in self.missing:
-            return  # such as a tied head, or rotary frequencies of old checkpoints
+            raise ModelError(f"{name} is in the checkpoint twice, or is no part of the model in config.json")
         expected = self.missing.pop(name)
+        if not tensor.is_floating_point():
+            raise ModelError(
+                f"{name} holds {tensor.dtype}; only unquantised weights, which are floats, are read"
+            )
         if tuple(tensor.shape) != expected:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected}")
         path, _, leaf = name.rpartition(".")
@@ -185,10 +199,14 @@ class _Builder:
         if self.missing or self.head is None:
             names = ", ".join(sorted(self.missing)[:3]) or self.head_name
             raise ModelError(f"{folder} lacks {len(self.missing) or 1} tensors, such as {names}")
+        if self.tied_copy is not None and not torch.equal(self.tied_copy, self.head):
+            raise ModelError(
+                f"{self.head_name} differs from the embedding, to which config.json ties it (tie_word_embeddings)"
+            )
         decoder: Any = self.graph.get_submodule("model")
-        decoder.rotary_emb = type(decoder.rotary_emb)(
-            config=decoder.config
-        )  # its buffers are computed, not loaded
+        # Its buffers are computed, not loaded.
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+        slim(decoder, decoder.config.hidden_act)
         order = {name: self.linears[name] for name, _ in self.graph.named_modules() if name in self.linears}
         return BaseModel(decoder, self.head, order, self.dtype)
 
@@ -229,7 +247,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of safetensors files: {_first_line(error)}") from error
-    missing = [n for n in names if "/" in n or not (folder / n).is_file()]
+    missing = [n for n in map(str, names) if "/" in n or not (folder / n).is_file()]
     if missing:
         raise ModelError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
     return [folder / n for n in names]
@@ -246,19 +264,27 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; ModelError when it is not whole."""
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ModelError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, mapped from its file."""
     for file in weight_files(folder):
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
-    if not bool(torch.isfinite(tensor).all()):
+    low, high = torch.aminmax(tensor)  # NaN if any is; isfinite(tensor) would make copies of it
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ModelError(f"{name} holds NaN or infinite numbers")
     return tensor
 

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_contract.memory import ModelShape
 from qlora_contract.run import Adapter
 from qlora_trainer.adapter import LoraLinear
-from qlora_trainer.model import read_config, target_layers, weight_files
+from qlora_trainer.model import opened, read_config, target_layers, weight_files
 
 
 def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
@@ -53,7 +52,7 @@ def _head_size(config: Any) -> int:
 
 def _stored_bytes(folder: Path) -> int:
     """Bytes per weight, by the first two-dimensional tensor."""
-    with safe_open(str(weight_files(folder)[0]), framework="pt") as tensors:
+    with opened(weight_files(folder)[0]) as tensors:
         for name in tensors.keys():  # noqa: SIM118 - not a dict
             part = tensors.get_slice(name)
             if len(part.get_shape()) == 2:

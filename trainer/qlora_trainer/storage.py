@@ -18,6 +18,8 @@ from qlora_contract import places
 from qlora_contract.run import RunConfig, config_hash, differences, run_shaping_fields
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull, from_os_error
 
+SET_ASIDE = ".old.tmp"
+
 
 @contextmanager
 def storing(doing: str) -> Iterator[None]:
@@ -78,10 +80,44 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def publish_folder(folder: Path, files: dict[str, str], extra: dict[str, Any]) -> None:
-    """Write manifest.json, the mark of a whole folder, as its last file: sha256 of each of `files`, and `extra`."""
-    manifest = {**extra, "files": files}
+def publish_folder(folder: Path, extra: dict[str, Any]) -> None:
+    """Make a folder's files durable, then write manifest.json, the mark of a whole folder, as the last of them.
+
+    It holds the sha256 of each file, and `extra`.
+    """
+    files = sorted(path for path in folder.iterdir() if path.name != places.MANIFEST)
+    for path in files:
+        sync_file(path)
+    manifest = {**extra, "files": {path.name: sha256(path) for path in files}}
     write_atomically(folder / places.MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename `new` to `final`, durably.
+
+    What was there is set aside first, as a whole: no half of it is ever seen
+    under its name. After a crash in between, `tidy` puts it back.
+    """
+    old = final.with_name(f".{final.name}{SET_ASIDE}")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Deal with what attempts that were killed while they wrote left under temporary names."""
+    for path in folder.glob(f".*{SET_ASIDE}"):
+        final = folder / path.name.removeprefix(".").removesuffix(SET_ASIDE)
+        if not final.exists():
+            path.rename(final)
+    for path in folder.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -122,7 +158,7 @@ class JobFolder:
         return self.path / places.ADAPTER
 
     def claim(self) -> None:
-        """Rank 0, at the start: make the folder, check that it belongs to this spec, set the fence.
+        """Rank 0, at the start: make the folder, check that it belongs to this spec, set the fence, tidy up.
 
         Raises:
             ConfigurationError: it holds another spec's results; says what differs.
@@ -132,11 +168,13 @@ class JobFolder:
         with storing(f"making {self.path}"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.check_identity()
-        fence = self._fence()
+        uid, attempt = self._fence()
         job = self.run.job
-        if fence.get("uid") == job.uid and fence.get("attempt", -1) > job.attempt:
-            raise Fenced(f"attempt {fence['attempt']} has taken over; this is attempt {job.attempt}")
+        if uid == job.uid and attempt > job.attempt:
+            raise Fenced(f"attempt {attempt} has taken over; this is attempt {job.attempt}")
         write_atomically(self.path / places.FENCE, json.dumps({"uid": job.uid, "attempt": job.attempt}))
+        for folder in (self.path, self.checkpoints):
+            tidy(folder)
 
     def check_identity(self) -> None:
         """Write down which spec the folder belongs to, or compare with what stands there."""
@@ -168,12 +206,12 @@ class JobFolder:
 
     def check_fence(self) -> None:
         """Raises Fenced unless the fence still names this attempt."""
-        fence = self._fence()
-        if (fence.get("uid"), fence.get("attempt")) != (self.run.job.uid, self.run.job.attempt):
-            raise Fenced(
-                f"{self.path} now belongs to attempt {fence.get('attempt')} of job {fence.get('uid')}; "
-                "nothing more is written to it"
+        uid, attempt = self._fence()
+        if (uid, attempt) != (self.run.job.uid, self.run.job.attempt):
+            owner = (
+                f"now belongs to attempt {attempt} of job {uid}" if uid else "has no fence that can be read"
             )
+            raise Fenced(f"{self.path} {owner}; nothing more is written to it")
 
     def check_space(self, needed: int) -> None:
         """Raises StorageFull when fewer than `needed` bytes are free."""
@@ -183,9 +221,10 @@ class JobFolder:
                 f"{self.path} has {free / 2**20:.0f} MiB free; checkpoints and adapter need {needed / 2**20:.0f} MiB"
             )
 
-    def _fence(self) -> dict[str, Any]:
+    def _fence(self) -> tuple[str, int]:
+        """(job uid, attempt) that the fence names; ("", -1) when it names nobody."""
         try:
-            fence: dict[str, Any] = json.loads((self.path / places.FENCE).read_text())
-        except (OSError, ValueError):
-            return {}
-        return fence
+            fence = json.loads((self.path / places.FENCE).read_text())
+            return str(fence["uid"]), int(fence["attempt"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return "", -1

@@ -20,7 +20,7 @@ from qlora_contract.progress import CheckpointRef
 from qlora_contract.run import BF16_NATIVE
 from qlora_trainer import checkpoint, export, kernels, packing, schedule, storage
 from qlora_trainer.adapter import ALIGNMENT, AdapterParameters, Dropout, attach_adapters
-from qlora_trainer.batch import collate
+from qlora_trainer.batch import collate, row_multiple
 from qlora_trainer.checkpoint import LoopState
 from qlora_trainer.data import LoadedData, load
 from qlora_trainer.errors import (
@@ -59,8 +59,6 @@ class Job:
     memory: MemoryEstimate
     dtype: Dtype
     state: LoopState
-    not_bit_exact: str | None
-    """Why this attempt continues but does not repeat an undisturbed run bit for bit."""
     supervised: Any
     """Supervised tokens of each training sample."""
 
@@ -128,10 +126,11 @@ def prepare(session: Session) -> Job:
     )
     if resumed is not None:
         state = checkpoint.load(resumed, parameters, optimizer)
+        state.not_bit_exact = "; ".join(filter(None, (state.not_bit_exact, not_bit_exact))) or None
         report_resume(session, state, not_bit_exact)
     state.conditions, state.dataset_sha256 = conditions, data.sha256
     job = Job(
-        model_folder, model, parameters, dropout, optimizer, data, plan, chosen, dtype, state, not_bit_exact,
+        model_folder, model, parameters, dropout, optimizer, data, plan, chosen, dtype, state,
         data.train.supervised_counts(),
     )  # fmt: skip
     if resumed is None and data.evaluation is not None:
@@ -262,7 +261,7 @@ def report_resume(session: Session, state: LoopState, not_bit_exact: str | None)
 
 def run_steps(session: Session, job: Job) -> None:
     """Every step up to the last. Raises Stopping after a whole step, Diverged before a bad one is applied."""
-    run, state = session.run, job.state
+    state = job.state
     metrics = MetricsLog(session.folder.path / places.METRICS, state.step) if session.leads else None
     if metrics and state.step == 0:
         metrics.write(step=0, loss=None, eval_loss=state.base_eval_loss_quantized)
@@ -270,19 +269,13 @@ def run_steps(session: Session, job: Job) -> None:
     while state.step < job.plan.total_steps:
         session.progress.update(stage="Training")
         line, stopping = one_step(session, job)
-        due = run.evaluation.every_steps
-        if (
-            due
-            and state.step % due == 0
-            and state.step < job.plan.total_steps
-            and job.data.evaluation
-            and not stopping
-        ):
-            session.progress.update(stage="Evaluating")
-            line["eval_loss"] = evaluate(
-                session, job.model, job.data.evaluation, job.memory.micro_batch_tokens
-            )
+        try:
+            if evaluation_due(session, job) and not stopping:
+                line["eval_loss"] = evaluate_between(session, job)
+        except Stopping:
+            stopping = True
         if metrics:
+            session.folder.check_fence()
             metrics.write(**line)
         show(session, job, line)
         if stopping:
@@ -290,6 +283,20 @@ def run_steps(session: Session, job: Job) -> None:
         if checkpoint_due(session, state.step, job.plan.total_steps, saved_at):
             save(session, job)
             saved_at = time.monotonic()
+
+
+def evaluation_due(session: Session, job: Job) -> bool:
+    """Whether to evaluate after the step just done; the last one is followed by the final evaluation."""
+    every, step = session.run.evaluation.every_steps, job.state.step
+    return every is not None and step % every == 0 and step < job.plan.total_steps
+
+
+def evaluate_between(session: Session, job: Job) -> float | None:
+    """The eval loss in the middle of training; None without evaluation data."""
+    if job.data.evaluation is None:
+        return None
+    session.progress.update(stage="Evaluating")
+    return evaluate(session, job.model, job.data.evaluation, job.memory.micro_batch_tokens)
 
 
 def show(session: Session, job: Job, line: dict[str, Any]) -> None:
@@ -344,14 +351,15 @@ def one_step(session: Session, job: Job) -> tuple[dict[str, Any], bool]:
 def accumulate(session: Session, job: Job, step: packing.Step, supervised: int) -> tuple[float, int]:
     """Run this rank's bins; their gradients add up in the flat buffer. Returns (summed loss, tokens)."""
     world = session.world
-    numbers = packing.rank_share(range(len(step.bins)), world.rank, world.size)
-    bin_tokens = [step.bin_tokens[n] for n in numbers]
+    mine = packing.rank_share(range(len(step.bins)), world.rank, world.size)
+    bin_tokens = [step.bin_tokens[n] for n in mine]
     job.parameters.gradient.zero_()
     loss, tokens = 0.0, 0
-    for group in packing.micro_batches(numbers, bin_tokens, job.memory.micro_batch_tokens):
+    for group in packing.micro_batches(mine, bin_tokens, job.memory.micro_batch_tokens):
+        numbers = [sample for n in group for sample in step.bins[n]]
+        batch = collate(job.data.train, numbers, row_multiple(job.model.dtype))
         if job.dropout is not None:
-            job.dropout.at(job.state.step, [(n, step.bin_tokens[n]) for n in group])
-        batch = collate(job.data.train, [sample for n in group for sample in step.bins[n]])
+            job.dropout.at(job.state.step, [*((n, step.bin_tokens[n]) for n in group), (-1, batch.filler)])
         summed = job.model.loss(batch)
         (summed / supervised).backward()  # type: ignore[no-untyped-call]
         loss += float(summed.detach())
@@ -405,15 +413,18 @@ def finish(session: Session, job: Job) -> dict[str, Any]:
     session.progress.update(stage="Evaluating")
     loss = final_loss(session, job)
     session.progress.update(stage="Publishing", eval_loss=loss)
+    digest = storage.sha256(stage / places.ADAPTER_WEIGHTS)
+    # All have read the staged files once this returns: rank 0 may move or remove them.
     everyone = session.group.all_gather_object(session.facts())
-    report = training_report(session.run, job.plan, state, job.dtype, loss, everyone, job.not_bit_exact)
-    report["adapter_sha256"] = storage.sha256(stage / places.ADAPTER_WEIGHTS)
+    report = training_report(session.run, job.plan, state, job.dtype, loss, everyone, state.not_bit_exact)
+    report["adapter_sha256"] = digest
     report["provenance"] |= {
         "base_model": str(job.model_folder),
         "model_sha256": fingerprint(job.model_folder),
     }
     check_improved(session, state, loss)
     if session.leads:
+        session.folder.check_fence()
         metrics = MetricsLog(session.folder.path / places.METRICS, state.step)
         metrics.write(step=state.step, loss=None, eval_loss=loss)
         export.publish(session.folder, stage, report, read(metrics.path))

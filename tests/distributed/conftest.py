@@ -1,0 +1,389 @@
+"""Jobs run by the real launcher, with real rank processes, on a tiny model."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from qlora_contract import places
+from qlora_contract.progress import TerminationReport
+from qlora_contract.run import RunConfig
+from qlora_trainer import storage
+from qlora_trainer.data import load
+from qlora_trainer.packing import Plan
+
+POLL_SECONDS = 0.003
+WAIT_SECONDS = 240.0
+"""For anything that shall happen; far beyond what a busy machine needs."""
+
+
+@dataclass
+class End:
+    """How a launcher ended."""
+
+    code: int
+    report: TerminationReport | None
+    log: str
+
+
+@dataclass
+class Attempt:
+    """The launchers of one attempt, one per pod."""
+
+    job: "Job"
+    launchers: list[subprocess.Popen[bytes]]
+    logs: list[Path]
+    reports: list[Path]
+    progress_port: int
+
+    def wait(self) -> list[End]:
+        """The ends of all pods."""
+        return [self.wait_for_pod(pod) for pod in range(len(self.launchers))]
+
+    def wait_for_pod(self, pod: int) -> End:
+        """How one pod ended."""
+        code = self.launchers[pod].wait(WAIT_SECONDS)
+        text = self.reports[pod].read_text() if self.reports[pod].exists() else ""
+        report = TerminationReport.model_validate_json(text) if text else None
+        return End(code, report, self.logs[pod].read_text(errors="replace"))
+
+    def until(self, happened: Callable[[], Any]) -> None:
+        """Return once `happened()` is true; fail when a launcher ends before that."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not happened():
+            log = "\n".join(path.read_text(errors="replace") for path in self.logs)
+            assert all(launcher.poll() is None for launcher in self.launchers), f"ended too early:\n{log}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{log}"
+            time.sleep(POLL_SECONDS)
+
+    def until_step(self, step: int) -> None:
+        """Return once metrics.jsonl has that step's line."""
+        self.until(lambda: self.job.last_step() >= step)
+
+    def until_stage(self, stage: str, total_steps: int = 1) -> None:
+        """Return once rank 0 reports to be in that stage and knows of so many steps."""
+
+        def there() -> bool:
+            progress = self.progress()
+            return progress["stage"] == stage and progress["totalSteps"] >= total_steps
+
+        self.until(there)
+
+    def progress(self) -> dict[str, Any]:
+        """Rank 0's live report; that of nothing while it does not listen."""
+        try:
+            url = f"http://127.0.0.1:{self.progress_port}/progress"
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                report: dict[str, Any] = json.load(answer)
+                return report
+        except OSError:
+            return {"stage": "", "totalSteps": 0}
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks' processes, by rank."""
+        found = {}
+        for launcher in self.launchers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(launcher.pid).children():
+                    found[int(child.environ()["RANK"])] = child
+        return found
+
+    def kill(self) -> None:
+        """End every process of the attempt that still runs."""
+        for rank in self.ranks().values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+        for launcher in self.launchers:
+            launcher.kill()
+            launcher.wait(30)
+
+
+@dataclass
+class Job:
+    """One job, with a workspace of its own."""
+
+    root: Path
+    """The claim of the workspace."""
+    model: Path
+    data: Path
+    settings: dict[str, Any]
+    """Fields of run.json besides the places and the layout."""
+    attempt: int = 0
+    extra_environ: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """`jobs/<name>`."""
+        return self.root / "jobs" / "tiny"
+
+    def run_config(self, ranks: int, pods: int) -> RunConfig:
+        """run.json of the next attempt."""
+        layout = {
+            "pods": pods,
+            "ranksPerPod": ranks // pods,
+            "cpusPerRank": 1,
+            "memoryPerRank": 8 * 2**30,
+            "pinning": "best-effort",
+        }
+        values = {
+            "version": 1,
+            "job": {"name": "tiny", "uid": "uid-1", "attempt": self.attempt},
+            "workspace": "pvc://work",
+            "model": {"source": "pvc://model"},
+            "dataset": {"source": f"pvc://data/{self.data.name}", "evalFraction": 0.2},
+            "layout": layout,
+            "isa": "avx2",
+            **self.settings,
+        }
+        return RunConfig.model_validate_json(json.dumps(values))
+
+    @contextlib.contextmanager
+    def start(self, ranks: int = 1, pods: int = 1) -> Iterator[Attempt]:
+        """Start an attempt; on leaving, nothing of it is left."""
+        text = self.run_config(ranks, pods).to_json()
+        with self.start_text(text, pods) as attempt:
+            yield attempt
+
+    @contextlib.contextmanager
+    def start_text(self, text: str, pods: int = 1) -> Iterator[Attempt]:
+        """As `start`, with that text as run.json."""
+        here = self.root.parent / f"{self.root.name}-attempt-{self.attempt}"
+        here.mkdir()
+        (here / "run.json").write_text(text)
+        self.attempt += 1
+        attempt = Attempt(self, [], [], [], free_port())
+        environ = self._environ(here / "run.json", attempt.progress_port)
+        try:
+            for pod in range(pods):
+                attempt.logs.append(here / f"pod-{pod}.log")
+                attempt.reports.append(here / f"pod-{pod}.json")
+                names = {
+                    places.COMPLETION_INDEX_ENV: str(pod),
+                    places.TERMINATION_LOG_ENV: str(attempt.reports[pod]),
+                }
+                with attempt.logs[pod].open("wb") as log:
+                    command = [sys.executable, "-m", "qlora_trainer.launch"]
+                    attempt.launchers.append(
+                        subprocess.Popen(command, env=environ | names, stdout=log, stderr=log)
+                    )
+            yield attempt
+        finally:
+            attempt.kill()
+
+    def _environ(self, run_json: Path, progress_port: int) -> dict[str, str]:
+        # Without compiled files an import of torch takes three times as long.
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        volumes = {"work": str(self.root), "model": str(self.model), "data": str(self.data.parent)}
+        return {
+            **inherited,
+            places.RUN_CONFIG_ENV: str(run_json),
+            places.VOLUMES_ENV: json.dumps(volumes),
+            places.PROGRESS_PORT_ENV: str(progress_port),
+            places.PARENT_DEATH_ENV: str(os.getpid()),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            **self.extra_environ,
+        }
+
+    def run(self, ranks: int = 1) -> End:
+        """One attempt in one pod, to its end."""
+        with self.start(ranks) as attempt:
+            return attempt.wait_for_pod(0)
+
+    def done(self, ranks: int = 1) -> "Job":
+        """This job, after an attempt that must succeed."""
+        end = self.run(ranks)
+        assert end.code == 0, end.log
+        return self
+
+    def copy(self, root: Path) -> "Job":
+        """The same job with a copy of the workspace."""
+        shutil.copytree(self.root, root)
+        return Job(root, self.model, self.data, self.settings, self.attempt)
+
+    def plan(self) -> Plan:
+        """Its steps, as each rank plans them."""
+        run = self.run_config(1, 1)
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        data = load(run.dataset, self.data, tokenizer, run.training.max_sequence_length)
+        return Plan(data.train.lengths(), run.training)
+
+    # --- what it left
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.folder / places.METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Its lines of training steps."""
+        return [line for line in self.metrics() if line["loss"] is not None]
+
+    def last_step(self) -> int:
+        """The newest step in metrics.jsonl; 0 before the first."""
+        return max((line["step"] for line in self.metrics()), default=0)
+
+    def losses(self) -> list[float]:
+        """The loss of each step."""
+        return [line["loss"] for line in self.steps()]
+
+    def adapter(self) -> dict[str, Any]:
+        """The published tensors."""
+        tensors: dict[str, Any] = load_file(self.folder / places.ADAPTER / places.ADAPTER_WEIGHTS)
+        return tensors
+
+    def adapter_bytes(self) -> bytes:
+        """The published weights, as a file."""
+        return (self.folder / places.ADAPTER / places.ADAPTER_WEIGHTS).read_bytes()
+
+    def report(self) -> dict[str, Any]:
+        """training_report.json."""
+        report: dict[str, Any] = json.loads((self.folder / places.TRAINING_REPORT).read_text())
+        return report
+
+    def checkpoints(self) -> list[int]:
+        """The steps of the whole checkpoints."""
+        folders = sorted((self.folder / places.CHECKPOINTS).glob("step-*"))
+        return [int(path.name[5:]) for path in folders if storage.read_manifest(path) is not None]
+
+    def leftovers(self) -> list[str]:
+        """Temporary files and folders."""
+        return [str(path.relative_to(self.folder)) for path in self.folder.rglob(".*")]
+
+    def unpublish(self) -> None:
+        """As if it had died after its last checkpoint."""
+        shutil.rmtree(self.folder / places.ADAPTER)
+        (self.folder / places.TRAINING_REPORT).unlink()
+
+    def files(self) -> dict[str, tuple[int, bytes]]:
+        """Every file of the job: when it was last written, and its bytes."""
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        return {
+            str(path.relative_to(self.folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths
+        }
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+ROUNDING = 2e-6
+"""Relative, of a loss or gradient norm: fp32 sums in another order, after up to 24 steps of AdamW. Seen: 1.2e-7."""
+WEIGHT_ROUNDING = 2e-5
+"""Absolute, of adapter weights of up to 0.15. Seen: 4.9e-7."""
+
+STEPS = 24
+SETTINGS: dict[str, Any] = {
+    "adapter": {"rank": 8, "alpha": 16.0},
+    "training": {
+        "maxSteps": STEPS,
+        "globalBatchTokens": 500,
+        "maxSequenceLength": 96,
+        "learningRate": 0.003,
+        "computeDtype": "fp32",
+    },
+    "checkpoint": {"everySteps": 5, "keep": 5},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_data(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 64 records of the demo's training data."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = (demo_data / "train.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:64]))
+    return path
+
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture(scope="session")
+def make_job(
+    small_model: Callable[..., Path], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> MakeJob:
+    """make(data=None, model=None, root=None, **sections) -> a job that was not started yet.
+
+    `sections` are merged into SETTINGS.
+    """
+
+    def make(
+        data: Path | None = None, model: Path | None = None, root: Path | None = None, **sections: Any
+    ) -> Job:
+        merged = {
+            name: {**SETTINGS.get(name, {}), **sections.get(name, {})} for name in {*SETTINGS, *sections}
+        }
+        if root is None:
+            root = tmp_path_factory.mktemp("job") / "work"
+            root.mkdir()
+        return Job(root, model or small_model(), data or tiny_data, merged)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def alone(make_job: MakeJob) -> Job:
+    """The undisturbed job on one rank."""
+    return make_job().done(1)
+
+
+@pytest.fixture(scope="session")
+def two(make_job: MakeJob) -> Job:
+    """The undisturbed job on two ranks."""
+    return make_job().done(2)
+
+
+@pytest.fixture(scope="session")
+def four(make_job: MakeJob) -> Job:
+    """The undisturbed job on four ranks."""
+    return make_job().done(4)
+
+
+def _assert_same_training(job: Job, reference: Job) -> None:
+    ours, theirs = job.steps(), reference.steps()
+    for key in ("step", "epoch", "tokens", "supervised_tokens", "learning_rate"):
+        assert [line[key] for line in ours] == [line[key] for line in theirs]
+    for key in ("loss", "grad_norm"):
+        expected = pytest.approx([line[key] for line in theirs], rel=ROUNDING)
+        assert [line[key] for line in ours] == expected
+    tensors = job.adapter()
+    for name, tensor in reference.adapter().items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=WEIGHT_ROUNDING)
+
+
+@pytest.fixture(scope="session")
+def assert_same_training() -> Callable[[Job, Job], None]:
+    """Both jobs took the same steps: counts are equal, numbers up to rounding."""
+    return _assert_same_training
+
+
+def _assert_same_bits(job: Job, reference: Job) -> None:
+    for key in ("step", "epoch", "tokens", "supervised_tokens", "learning_rate", "loss", "grad_norm"):
+        assert [line[key] for line in job.steps()] == [line[key] for line in reference.steps()]
+    assert job.adapter_bytes() == reference.adapter_bytes()
+    assert job.report()["eval_loss"] == reference.report()["eval_loss"]
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits() -> Callable[[Job, Job], None]:
+    """Both jobs took the same steps, each once, to the same bits."""
+    return _assert_same_bits

@@ -1,0 +1,356 @@
+"""Checkpoints: what is in them, which one is taken, and what no crash can do to them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlora_contract import places
+from qlora_contract.run import JobRef, RunConfig
+from qlora_trainer import checkpoint, storage
+from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
+from qlora_trainer.checkpoint import LoopState
+from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
+from qlora_trainer.storage import JobFolder
+
+RUN = RunConfig.model_validate(
+    {
+        "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
+        "workspace": "pvc://data/work",
+        "model": {"source": "pvc://data/model"},
+        "dataset": {"source": "pvc://data/train.jsonl"},
+        "training": {"epochs": 1},
+        "layout": {"memoryPerRank": 2**30},
+        "isa": "avx2",
+    }
+)
+
+
+def claimed(path: Path, attempt: int = 0) -> JobFolder:
+    """A job's folder as an attempt has it after its start."""
+    job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
+    folder = JobFolder(path, RUN.model_copy(update={"job": job}))
+    folder.claim()
+    return folder
+
+
+def small_adapter(rank: int = 2, width: int = 6) -> tuple[AdapterParameters, torch.optim.Optimizer]:
+    """Adapters of two layers and their optimiser."""
+    layers = {name: LoraLinear(name, torch.zeros(width, 4), None) for name in ("model.a", "model.b")}
+    parameters = attach_adapters(layers, rank=rank, alpha=4.0, dropout=None, seed=0)
+    return parameters, torch.optim.AdamW([parameters.flat], lr=0.1, fused=True)
+
+
+def train(parameters: AdapterParameters, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Steps with gradients that depend on where the parameters are."""
+    for _ in range(steps):
+        for each in parameters.named.values():
+            assert each.grad is not None
+            each.grad.copy_(torch.sin(each.data * 7 + 1))
+        optimizer.step()
+
+
+def written(folder: JobFolder, step: int, keep: int = 9) -> Path:
+    """A checkpoint at a step, all of whose weights are the step's number."""
+    parameters, optimizer = small_adapter()
+    parameters.flat.data.fill_(step)
+    return checkpoint.save(folder, parameters, optimizer, LoopState(step=step), keep)
+
+
+def names(folder: JobFolder) -> list[str]:
+    """What is in the folder of checkpoints, hidden files included."""
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Three steps, a checkpoint and four more steps give what seven steps give."""
+    undisturbed, optimizer = small_adapter()
+    train(undisturbed, optimizer, 7)
+    before, optimizer = small_adapter()
+    train(before, optimizer, 3)
+    path = checkpoint.save(claimed(tmp_path), before, optimizer, LoopState(step=3), keep=2)
+    after, optimizer = small_adapter()
+    checkpoint.load(path, after, optimizer)
+    train(after, optimizer, 4)
+
+    assert torch.equal(after.flat.data, undisturbed.flat.data)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    tokens=st.integers(0, 2**53),
+    seconds=st.floats(0, 1e9),
+    loss=st.none() | st.floats(0, 100),
+    micro=st.integers(1, 4096),
+)
+def test_the_loop_state_comes_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, tokens: int, seconds: float, loss: float | None, micro: int
+) -> None:
+    """No number loses a bit on its way through the file."""
+    state = LoopState(
+        step=4, tokens=tokens, seconds=seconds, base_eval_loss=loss, dataset_sha256="ab",
+        conditions={"micro_batch_tokens": micro, "torch": "2"},
+    )  # fmt: skip
+    path = checkpoint.save(claimed(tmp_path_factory.mktemp("job")), *small_adapter(), state, keep=1)
+
+    assert checkpoint.read_state(path) == state
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    """Older ones than the newest `keep` are removed once the new one is there."""
+    folder = claimed(tmp_path)
+    for step in (1, 2, 10):
+        written(folder, step, keep=2)
+
+    assert names(folder) == ["step-00000002", "step-00000010"]
+    assert checkpoint.newest_valid(folder) == folder.checkpoints / "step-00000010"
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE]
+DAMAGES: dict[str, Any] = {
+    **{f"flipped-{name}": lambda path, name=name: flip(path / name) for name in FILES},
+    **{f"missing-{name}": lambda path, name=name: (path / name).unlink() for name in [*FILES, places.MANIFEST]},
+    **{f"cut-{name}": lambda path, name=name: os.truncate(path / name, 20) for name in [*FILES, places.MANIFEST]},
+    "manifest-not-an-object": lambda path: (path / places.MANIFEST).write_text("[]"),
+    "manifest-without-files": lambda path: (path / places.MANIFEST).write_text("{}"),
+    "manifest-not-text": lambda path: (path / places.MANIFEST).write_bytes(b"\xff\xfe"),
+    "empty-folder": lambda path: [file.unlink() for file in path.iterdir()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
+) -> None:
+    """Whatever happened to the newest one, the one before is taken, and the log names the bad one."""
+    folder = claimed(tmp_path)
+    older, newer = written(folder, 1), written(folder, 2)
+    damage(newer)
+
+    assert checkpoint.newest_valid(folder) == older
+    assert f"checkpoint {newer} is damaged" in caplog.text
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
+    """A fresh job begins at the beginning."""
+    assert checkpoint.newest_valid(claimed(tmp_path)) is None
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    """With keep 1, a new checkpoint before a damaged one stays."""
+    folder = claimed(tmp_path)
+    written(folder, 1)
+    flip(written(folder, 9) / checkpoint.STATE_FILE)
+    written(folder, 2, keep=1)
+
+    assert checkpoint.newest_valid(folder) == folder.checkpoints / "step-00000002"
+
+
+def test_a_damaged_checkpoint_is_written_anew(tmp_path: Path) -> None:
+    """The same step can be saved over one that is damaged."""
+    folder = claimed(tmp_path)
+    flip(written(folder, 3) / checkpoint.ADAPTER_FILE)
+    written(folder, 3)
+
+    assert names(folder) == ["step-00000003"]
+    assert checkpoint.newest_valid(folder) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [pytest.param((4, 6), id="rank"), pytest.param((2, 8), id="width")],
+)
+def test_the_adapter_of_another_shape_is_refused(tmp_path: Path, other: tuple[int, int]) -> None:
+    """A checkpoint of other shapes is named, and nothing of it is loaded."""
+    path = written(claimed(tmp_path), 1)
+    parameters, optimizer = small_adapter(*other)
+    before = parameters.flat.data.clone()
+
+    with pytest.raises(ConfigurationError, match="step-00000001 holds an adapter of other layers or rank"):
+        checkpoint.load(path, parameters, optimizer)
+    assert torch.equal(parameters.flat.data, before)
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
+    """A job that was begun by another version of the trainer is not begun anew in silence."""
+    path = written(claimed(tmp_path), 1)
+    manifest = json.loads((path / places.MANIFEST).read_text())
+    (path / places.MANIFEST).write_text(json.dumps({**manifest, "format": 7}))
+
+    with pytest.raises(ConfigurationError, match="of format 7, and this trainer reads format 1"):
+        checkpoint.read_state(path)
+
+
+def test_moments_lie_where_sums_do_not_depend_on_the_file(tmp_path: Path) -> None:
+    """What is loaded has the alignment of tensors that were never in a file."""
+    parameters, optimizer = small_adapter()
+    train(parameters, optimizer, 1)
+    path = checkpoint.save(claimed(tmp_path), parameters, optimizer, LoopState(step=1), keep=1)
+    parameters, optimizer = small_adapter()
+    checkpoint.load(path, parameters, optimizer)
+    moments: dict[str, Tensor] = checkpoint.optimizer_tensors(parameters, optimizer)
+
+    assert {name: t.data_ptr() % 64 for name, t in moments.items() if t.numel() > 1} == {
+        "exp_avg": 0,
+        "exp_avg_sq": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "reason"),
+    [
+        pytest.param({"threads": 2}, {"threads": 2}, None, id="equal"),
+        pytest.param({"threads": 2}, {"threads": 4}, "threads 2 -> 4", id="changed"),
+        pytest.param({}, {"isa": "AVX2"}, "isa None -> AVX2", id="not-recorded-then"),
+        pytest.param({"a": 1, "b": 1}, {"b": 2, "a": 2}, "a 1 -> 2, b 1 -> 2", id="several-in-order"),
+    ],
+)
+def test_what_makes_a_resume_inexact_is_named(
+    then: dict[str, Any], now: dict[str, Any], reason: str | None
+) -> None:
+    """Every condition of bit-exactness that changed is in the reason, with both values."""
+    assert checkpoint.not_bit_exact(then, now) == reason
+
+
+def test_an_attempt_that_lost_the_fence_writes_nothing(tmp_path: Path) -> None:
+    """When another attempt took over while the files were written, they do not become a checkpoint."""
+    old = claimed(tmp_path, attempt=0)
+    written(old, 1)
+    claimed(tmp_path, attempt=1)
+
+    with pytest.raises(Fenced, match="attempt 1 of job u-1"):
+        written(old, 2)
+    assert names(old) == ["step-00000001"]
+
+
+def test_the_fence_is_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that takes over after the manifest was written, just before the rename, still wins."""
+    old = claimed(tmp_path, attempt=0)
+    publish = storage.publish_folder
+
+    def publish_then_lose(folder: Path, extra: dict[str, Any]) -> None:
+        publish(folder, extra)
+        (tmp_path / places.FENCE).write_text('{"uid": "u-1", "attempt": 1}')
+
+    monkeypatch.setattr(storage, "publish_folder", publish_then_lose)
+
+    with pytest.raises(Fenced):
+        written(old, 1)
+    assert names(old) == []
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tiny_disk: Path) -> None:
+    """The checkpoint that does not fit is gone without a trace; the one before is whole."""
+    folder = claimed(tiny_disk / "job")
+    older = written(folder, 1)
+    parameters, optimizer = small_adapter(rank=512, width=512)
+
+    with pytest.raises(StorageFull, match=r"no space left while writing checkpoint .*step-00000002"):
+        checkpoint.save(folder, parameters, optimizer, LoopState(step=2), keep=1)
+    assert names(folder) == ["step-00000001"]
+    assert checkpoint.newest_valid(folder) == older
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 256 KiB."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True, text=True, check=False
+    ) if shutil.which("mount") else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip() if mounted else 'no mount'}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+CRASHES = """
+import itertools, json, os, pathlib, runpy, shutil, sys
+
+test = runpy.run_path(sys.argv[1])
+
+def crash_at(n):
+    "End this process before its n-th change of the file system."
+    left = n
+    def change():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+    def audit(event, args):
+        opened = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
+        if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            change()
+    fsync = os.fsync
+    os.fsync = lambda handle: (change(), fsync(handle))
+    sys.addaudithook(audit)
+
+def save(folder, content):
+    parameters, optimizer = test["small_adapter"]()
+    parameters.flat.data.fill_(content)
+    test["checkpoint"].save(folder, parameters, optimizer, test["LoopState"](step=int(content)), keep=1)
+
+def found(folder):
+    "What the next attempt finds: the weights of the newest checkpoint, and how many things are in the folder."
+    newest = test["checkpoint"].newest_valid(folder)
+    parameters, optimizer = test["small_adapter"]()
+    if newest is not None:
+        test["checkpoint"].load(newest, parameters, optimizer)
+    weights = sorted({w for p in parameters.named.values() for w in p.data.flatten().tolist()})
+    return weights, len(test["names"](folder))
+
+def outcomes(place, first, second):
+    save(test["claimed"](place / "template"), first)
+    for n in itertools.count(1):
+        path = place / f"crash-{n}"
+        shutil.copytree(place / "template", path)
+        folder = test["claimed"](path)
+        child = os.fork()
+        if child == 0:
+            crash_at(n)
+            save(folder, second)
+            os._exit(0)
+        crashed = os.waitpid(child, 0)[1] != 0
+        yield found(test["claimed"](path, attempt=1))
+        if not crashed:
+            return
+
+cases = json.loads(sys.argv[3])
+print(json.dumps([list(outcomes(pathlib.Path(sys.argv[2], str(i)), *case)) for i, case in enumerate(cases)]))
+"""
+
+
+def test_no_crash_loses_a_checkpoint(tmp_path: Path) -> None:
+    """A process that ends before any one change of the file system leaves the old checkpoint or the new one, whole.
+
+    With keep 1; both for the next step and for the same step once more.
+    """
+    cases = [(1.0, 2.0), (2.0, 2.5)]
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, __file__, str(tmp_path), json.dumps(cases)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    for (old, new), outcomes in zip(cases, json.loads(done.stdout), strict=True):
+        weights = [weights for weights, _ in outcomes]
+        turn = weights.index([new])
+        assert len(outcomes) > 10
+        assert turn > 0
+        assert weights == [[old]] * turn + [[new]] * (len(outcomes) - turn)
+        assert {count for _, count in outcomes} <= {1, 2}  # the old one may still be there

@@ -1,0 +1,363 @@
+"""The published adapter: what stock tools make of it, and that it is whole or not there."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qlora_contract import places
+from qlora_contract.run import JobRef, RunConfig
+from qlora_trainer import export
+from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
+from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull, TrainerError
+from qlora_trainer.storage import JobFolder
+
+FIELDS: dict[str, Any] = {
+    "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
+    "workspace": "pvc://data/work",
+    "model": {"source": "pvc://data/model"},
+    "dataset": {"source": "pvc://data/train.jsonl"},
+    "adapter": {"rank": 2, "alpha": 4.0},
+    "training": {"epochs": 1},
+    "layout": {"memoryPerRank": 2**30},
+    "isa": "avx2",
+}
+REPORT: dict[str, Any] = {
+    "base_eval_loss": 2.5,
+    "base_eval_loss_quantized": 2.75,
+    "eval_loss": 1.25,
+    "steps": 2,
+    "tokens": 2048,
+    "compute_dtype": "fp32",
+    "provenance": {"base_model": "/volumes/data/model"},
+}
+STEPS: list[dict[str, Any]] = [
+    {"step": 0, "loss": None, "eval_loss": 2.75},
+    {"step": 1, "loss": 2.0},
+    {"step": 2, "loss": 1.5, "eval_loss": 1.25},
+]
+
+
+def claimed(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
+    """A job's folder as an attempt has it after its start."""
+    run = RunConfig.model_validate({**FIELDS, **changes})
+    job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
+    folder = JobFolder(path, run.model_copy(update={"job": job}))
+    folder.claim()
+    return folder
+
+
+def small_adapter(fill: float | None = None) -> AdapterParameters:
+    """Adapters of two layers of a decoder; all weights alike if `fill` says so."""
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
+    layers = {name: LoraLinear(name, torch.zeros(6, 4), None) for name in names}
+    parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
+    if fill is not None:
+        parameters.flat.data.fill_(fill)
+    return parameters
+
+
+def publish(folder: JobFolder, parameters: AdapterParameters, report: dict[str, Any] = REPORT) -> None:
+    """Write and publish."""
+    export.publish(folder, export.write_adapter(folder, parameters, "/volumes/data/model"), report, STEPS)
+
+
+# --- the format
+
+
+def test_peft_reads_the_configuration(tmp_path: Path) -> None:
+    """Stock peft takes adapter_config.json, with the values of the job."""
+    from peft import LoraConfig, PeftConfig
+
+    stage = export.write_adapter(claimed(tmp_path), small_adapter(), "org/name")
+    config = LoraConfig.from_pretrained(str(stage))
+
+    assert isinstance(PeftConfig.from_pretrained(str(stage)), LoraConfig)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.0)
+    assert config.target_modules == {"q_proj", "up_proj"}
+    assert config.base_model_name_or_path == "org/name"
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_named_targets_stay_as_they_were_named(tmp_path: Path) -> None:
+    """Whole paths are not shortened: peft would adapt more layers than were trained."""
+    adapter = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}
+    folder = claimed(tmp_path, adapter=adapter)
+    config = export.peft_config(folder.run, small_adapter(), "org/name")
+
+    assert config["target_modules"] == ["layers.0.mlp.up_proj"]
+
+
+def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> None:
+    """Stock peft on a stock model gives the logits of base plus scaled B A, computed by hand."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = small_model("llama")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
+    weights = dict(base.named_parameters())
+    layers = {name: LoraLinear(name, weights[f"{name}.weight"].data, None) for name in names}
+    parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
+    parameters.flat.data.normal_(generator=torch.Generator().manual_seed(1))
+    stage = export.write_adapter(claimed(tmp_path), parameters, str(folder))
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(stage))(
+            ids
+        ).logits
+        for name in names:
+            a, b = (parameters.named[f"{name}.lora_{x}.weight"] for x in "AB")
+            weights[f"{name}.weight"].data.add_(b @ a, alpha=4.0 / 2)
+        ours = base(ids).logits
+
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_reloaded_is_what_was_written(tmp_path: Path) -> None:
+    """After the reload every parameter holds the file's numbers, whatever it held before."""
+    parameters = small_adapter(0.5)
+    stage = export.write_adapter(claimed(tmp_path), parameters, "org/name")
+    parameters.flat.data.fill_(7.0)
+    export.reload_adapter(stage, parameters)
+
+    assert {float(w) for p in parameters.named.values() for w in p.data.flatten()} == {0.5}
+
+
+def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
+    """Weights of other layers are refused as a whole."""
+    stage = export.write_adapter(claimed(tmp_path), small_adapter(0.5), "org/name")
+    layer = LoraLinear("model.layers.0.mlp.down_proj", torch.zeros(6, 4), None)
+    other = attach_adapters({layer.name: layer}, rank=2, alpha=4.0, dropout=None, seed=0)
+
+    with pytest.raises(TrainerError, match="does not hold the tensors that were written to it"):
+        export.reload_adapter(stage, other)
+
+
+# --- card, report, curve
+
+
+@pytest.mark.parametrize(
+    "base", ["org/name", "/volumes/data/a: b", '/volumes/"quoted"', "/volumes/#1", "- [x", "/volumes/Modèle"]
+)
+def test_the_model_card_s_metadata_is_yaml(tmp_path: Path, base: str) -> None:
+    """Whatever the base is called, model hubs read its name."""
+    card = export.model_card(claimed(tmp_path).run, {**REPORT, "provenance": {"base_model": base}})
+    _, front, body = card.split("---\n", 2)
+
+    assert yaml.safe_load(front) == {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "qlora", "cpu"],
+    }
+    assert "\n# smollm2\n" in body
+
+
+def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
+    """Losses to four digits; what was not measured says so."""
+    card = export.model_card(claimed(tmp_path).run, {**REPORT, "base_eval_loss": None})
+
+    assert "| Base, unquantised | not measured |" in card
+    assert "| Base, as trained on | 2.7500 |" in card
+    assert "| With this adapter | 1.2500 |" in card
+
+
+def png(path: Path) -> tuple[int, int]:
+    """(width, height) of a PNG whose chunks and checksums are all in order (ISO/IEC 15948)."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    position, kinds = 8, []
+    while position < len(content):
+        (length,) = struct.unpack(">I", content[position : position + 4])
+        chunk = content[position + 4 : position + 8 + length]
+        (checksum,) = struct.unpack(">I", content[position + 8 + length : position + 12 + length])
+        assert zlib.crc32(chunk) == checksum
+        kinds.append(chunk[:4])
+        position += 12 + length
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize(
+    ("steps", "base"),
+    [
+        pytest.param(STEPS, 2.5, id="all"),
+        pytest.param([{"step": 1, "loss": 2.0}], None, id="no-evaluation"),
+        pytest.param(STEPS[:1], None, id="no-step"),
+    ],
+)
+def test_the_loss_curve_is_a_png(tmp_path: Path, steps: list[dict[str, Any]], base: float | None) -> None:
+    """It is drawn without a display, whatever was measured."""
+    export.loss_curve(steps, {"base_eval_loss": base}, tmp_path / "curve.png")
+
+    assert png(tmp_path / "curve.png") == (960, 540)
+
+
+# --- publishing
+
+
+def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
+    """All files are in the manifest, report and curve are beside it too, and nothing else is left."""
+    folder = claimed(tmp_path)
+    publish(folder, small_adapter())
+    manifest = json.loads((folder.adapter / places.MANIFEST).read_text())
+
+    assert set(manifest["files"]) == {
+        "README.md", places.ADAPTER_CONFIG, places.ADAPTER_WEIGHTS, places.LOSS_CURVE, places.TRAINING_REPORT,
+    }  # fmt: skip
+    assert export.check_adapter(folder.adapter) == manifest["files"][places.ADAPTER_WEIGHTS]
+    assert folder.finished()
+    assert folder.report() == REPORT
+    png(tmp_path / places.LOSS_CURVE)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_adapter_is_not_an_adapter(tmp_path: Path) -> None:
+    """A changed card is enough: what is there is not what was published."""
+    folder = claimed(tmp_path)
+    publish(folder, small_adapter())
+    (folder.adapter / "README.md").write_text("# Mine")
+
+    with pytest.raises(ConfigurationError, match="is not a whole published adapter"):
+        export.check_adapter(folder.adapter)
+    assert not folder.finished()
+
+
+def test_an_attempt_that_lost_the_fence_publishes_nothing(tmp_path: Path) -> None:
+    """When another attempt takes over at the last moment, its adapter stays."""
+    old = claimed(tmp_path)
+    stage = export.write_adapter(old, small_adapter(1.0), "org/name")
+    (tmp_path / places.FENCE).write_text('{"uid": "u-1", "attempt": 1}')
+    newer = JobFolder(
+        tmp_path, old.run.model_copy(update={"job": JobRef(name="smollm2", uid="u-1", attempt=1)})
+    )
+    publish(newer, small_adapter(2.0))
+    sha256 = export.check_adapter(newer.adapter)
+
+    with pytest.raises(Fenced):
+        export.publish(old, stage, REPORT, STEPS)
+    assert export.check_adapter(newer.adapter) == sha256
+
+
+def test_a_discarded_adapter_leaves_nothing(tmp_path: Path) -> None:
+    """An adapter that is no better than the base is not found by anybody."""
+    folder = claimed(tmp_path)
+    export.write_adapter(folder, small_adapter(), "org/name")
+    export.discard(folder)
+
+    assert not list(tmp_path.glob(".*"))
+    assert not folder.adapter.exists()
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 40 KiB: an adapter fits, its loss curve does not."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", tmp_path], capture_output=True, text=True, check=False
+    ) if shutil.which("mount") else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip() if mounted else 'no mount'}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_publishes_nothing(tiny_disk: Path) -> None:
+    """The job is not finished, and the error says what was being done."""
+    folder = claimed(tiny_disk / "job")
+    stage = export.write_adapter(folder, small_adapter(), "org/name")
+
+    with pytest.raises(StorageFull, match=r"no space left while publishing the adapter to .*/adapter"):
+        export.publish(folder, stage, REPORT, STEPS)
+    assert not folder.adapter.exists()
+    assert not folder.finished()
+
+
+CRASHES = """
+import itertools, json, os, pathlib, runpy, shutil, sys
+
+from safetensors.torch import load_file
+
+test = runpy.run_path(sys.argv[1])
+place = pathlib.Path(sys.argv[2])
+
+def crash_at(n):
+    "End this process before its n-th change of the file system."
+    left = n
+    def change():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+    def audit(event, args):
+        opened = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
+        if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            change()
+    fsync = os.fsync
+    os.fsync = lambda handle: (change(), fsync(handle))
+    sys.addaudithook(audit)
+
+def found(folder):
+    "What a reader and the next attempt find: the weights of the adapter, and whether the job counts as done."
+    folder = test["claimed"](folder.path, attempt=1)
+    if not folder.adapter.exists():
+        return None, folder.finished()
+    test["export"].check_adapter(folder.adapter)
+    tensors = load_file(folder.adapter / "adapter_model.safetensors")
+    return {w for t in tensors.values() for w in t.flatten().tolist()}.pop(), folder.finished()
+
+def outcomes(template):
+    for n in itertools.count(1):
+        path = place / f"crash-{n}"
+        shutil.copytree(template, path)
+        folder = test["claimed"](path)
+        stage = test["export"].write_adapter(folder, test["small_adapter"](2.0), "org/name")
+        child = os.fork()
+        if child == 0:
+            crash_at(n)
+            test["export"].publish(folder, stage, test["REPORT"], test["STEPS"])
+            os._exit(0)
+        crashed = os.waitpid(child, 0)[1] != 0
+        yield found(folder)
+        shutil.rmtree(path)
+        if not crashed:
+            return
+
+old = test["claimed"](place / "old")
+test["publish"](old, test["small_adapter"](1.0))
+(old.path / "training_report.json").unlink()  # the crash before left the adapter alone
+test["claimed"](place / "fresh")
+print(json.dumps([list(outcomes(place / name)) for name in ("fresh", "old")]))
+"""
+
+
+@pytest.mark.slow
+def test_no_crash_leaves_half_an_adapter(tmp_path: Path) -> None:
+    """A process that ends before any one change of the file system leaves no adapter, the old one, or the new one.
+
+    The job counts as done only with the new one, and its very last change makes it so.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, __file__, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+    for before, outcomes in zip((None, 1.0), json.loads(done.stdout), strict=True):
+        weights = [weight for weight, _ in outcomes]
+        turn = weights.index(2.0)
+        finished = [finished for _, finished in outcomes].index(True)
+        assert len(outcomes) > 10
+        assert weights == [before] * turn + [2.0] * (len(outcomes) - turn)
+        assert 0 < turn <= finished
+        assert all(done for _, done in outcomes[finished:])

@@ -1,0 +1,157 @@
+"""The chunked cross-entropy against torch's own over the whole logits."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qlora_trainer import loss
+from qlora_trainer.loss import summed_cross_entropy
+
+ROWS, HIDDEN, VOCABULARY = 13, 24, 101
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def case(rows: int = ROWS, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states, head and targets, the first and last word among them."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, HIDDEN, generator=generator) * scale
+    head = torch.randn(VOCABULARY, HIDDEN, generator=generator) / math.sqrt(HIDDEN)
+    targets = torch.randint(VOCABULARY, (rows,), generator=generator)
+    targets[:1], targets[1:2] = 0, VOCABULARY - 1
+    return hidden, head, targets
+
+
+def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss and a third of its gradient (so that the factor from above is seen)."""
+    hidden = hidden.clone().requires_grad_()
+    total = summed_cross_entropy(hidden, head, targets)
+    return total.detach(), torch.autograd.grad(total / 3, hidden)[0]
+
+
+def exact(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch, in fp64, over the whole logits."""
+    hidden = hidden.double().requires_grad_()
+    total = F.cross_entropy(hidden @ head.double().t(), targets, reduction="sum")
+    return total.detach(), torch.autograd.grad(total / 3, hidden)[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 12, 13, 1000])
+@pytest.mark.parametrize("head_slice", [1, 7, 1000])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_chunked_equals_full(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, head_slice: int, stored: torch.dtype
+) -> None:
+    """Loss and gradient are those of the whole logits, whatever the chunks, also of a head that is stored narrow."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES", chunk * 4 * VOCABULARY)
+    monkeypatch.setattr(loss, "SLICE_BYTES", head_slice * 4 * HIDDEN)
+    hidden, head, targets = case()
+    head = head.to(stored)
+
+    found, expected = ours(hidden, head, targets), exact(hidden, head, targets)
+
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 1000), st.floats(0.1, 20.0))
+def test_equals_torch(rows: int, seed: int, scale: float) -> None:
+    """For any rows and spread of logits, loss and gradient are torch's."""
+    found, expected = ours(*case(rows, seed, scale)), exact(*case(rows, seed, scale))
+
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows_give_zero() -> None:
+    """A batch in which nothing is supervised costs 0 and has an empty, finite gradient."""
+    hidden, head, targets = case(0)
+    total, gradient = ours(hidden, head, targets)
+
+    assert total == 0.0
+    assert gradient.shape == (0, HIDDEN)
+
+
+def test_no_rows_of_a_batch_give_zero_gradients_above() -> None:
+    """Where rows are chosen from a batch and none is, every hidden state's gradient is 0, not NaN."""
+    hidden, head, _ = case()
+    hidden.requires_grad_()
+    none = torch.empty(0, dtype=torch.int64)
+    summed_cross_entropy(hidden[none], head, none).backward()  # type: ignore[no-untyped-call]
+
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4, 1e30])
+def test_extreme_logits_stay_finite(size: float) -> None:
+    """Logits too large for exp() give the right loss: 0 where the target wins, the distance where it loses."""
+    hidden = torch.tensor([[size], [size]])
+    head = torch.tensor([[1.0], [0.0], [-1.0]])
+    total, gradient = ours(hidden, head, torch.tensor([0, 2]))
+
+    assert float(total) == pytest.approx(2 * size)
+    assert bool(gradient.isfinite().all())
+
+
+def test_nan_reaches_the_loss() -> None:
+    """A hidden state that is NaN makes the loss NaN: divergence is never hidden."""
+    hidden, head, targets = case()
+    hidden[3, 0] = math.nan
+
+    assert math.isnan(float(summed_cross_entropy(hidden, head, targets)))
+
+
+def test_bf16_computes_the_loss_of_its_rounded_inputs() -> None:
+    """In bf16 the losses are still summed in wide numbers: within bf16's rounding of logits of the exact loss."""
+    hidden, head, targets = case(200)
+    narrow, head = hidden.bfloat16(), head.bfloat16()
+    found, gradient = ours(narrow, head, targets)
+    expected, exact_gradient = exact(narrow, head, targets)
+
+    assert found.dtype == torch.float64
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    error = (gradient.double() - exact_gradient).norm() / exact_gradient.norm()
+    assert float(error) < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 130])
+def test_bf16_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """In bf16, where rows are filled up, small chunks give the loss and gradient of one: no filler is counted."""
+    hidden, head, targets = case(rows)
+    whole, gradient = ours(hidden.bfloat16(), head.bfloat16(), targets)
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 1)
+    chunked, chunked_gradient = ours(hidden.bfloat16(), head.bfloat16(), targets)
+    alone = sum(
+        float(ours(hidden[i : i + 1].bfloat16(), head.bfloat16(), targets[i : i + 1])[0]) for i in range(rows)
+    )
+
+    assert gradient.shape == (rows, HIDDEN)
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(chunked_gradient, gradient)
+    assert float(whole) == pytest.approx(alone, rel=1e-3)
+
+
+def test_without_gradient_nothing_is_kept() -> None:
+    """Under no_grad the loss is the same number, and has no graph."""
+    hidden, head, targets = case()
+    with torch.no_grad():
+        total = summed_cross_entropy(hidden.requires_grad_(), head, targets)
+
+    assert not total.requires_grad
+    assert torch.equal(total, ours(hidden.detach(), head, targets)[0])

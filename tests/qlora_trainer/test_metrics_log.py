@@ -1,0 +1,97 @@
+"""metrics.jsonl across steps, restarts and crashes."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_trainer.errors import StorageFull
+from qlora_trainer.metrics_log import MetricsLog, read
+
+
+def written(path: Path, *steps: int, start: int = 0) -> MetricsLog:
+    """A log with a line for each of the steps."""
+    log = MetricsLog(path, start)
+    for step in steps:
+        log.write(step=step, loss=1.0 / (step + 1))
+    return log
+
+
+def test_each_line_is_json_with_its_step(tmp_path: Path) -> None:
+    """What is written is what other tools read, line by line."""
+    written(tmp_path / "m", 0, 1)
+
+    assert (tmp_path / "m").read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n'
+
+
+def test_a_restart_drops_the_steps_it_will_do_again(tmp_path: Path) -> None:
+    """After a restart from step 2 each step has one line."""
+    written(tmp_path / "m", 0, 1, 2, 3, 4)
+    written(tmp_path / "m", 3, start=2)
+
+    assert [line["step"] for line in read(tmp_path / "m")] == [0, 1, 2, 3]
+
+
+def test_a_start_from_nothing_keeps_nothing(tmp_path: Path) -> None:
+    """Without a checkpoint all lines come again, the base's evaluation at step 0 included."""
+    written(tmp_path / "m", 0, 1)
+    written(tmp_path / "m", 0)
+
+    assert [line["step"] for line in read(tmp_path / "m")] == [0]
+
+
+def test_there_may_be_no_log_yet(tmp_path: Path) -> None:
+    """A file that is not there has no lines."""
+    assert read(tmp_path / "m") == []
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        pytest.param('{"step": 2, "lo', id="cut"),
+        pytest.param("\0\0\0\0", id="zeros"),
+        pytest.param("[1]\n", id="not-an-object"),
+        pytest.param('{"loss": 1}\n', id="no-step"),
+    ],
+)
+def test_what_a_crash_left_is_no_line(tmp_path: Path, tail: str) -> None:
+    """A last line that is not whole is dropped, and the next attempt's lines are whole again."""
+    written(tmp_path / "m", 0, 1)
+    with (tmp_path / "m").open("a") as stream:
+        stream.write(tail)
+    written(tmp_path / "m", 2, start=1)
+
+    assert [json.loads(line)["step"] for line in (tmp_path / "m").read_text().splitlines()] == [0, 1, 2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(cut=st.integers(0, 60), start=st.integers(0, 5))
+def test_wherever_a_crash_cut_the_log_its_whole_lines_stay(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, start: int
+) -> None:
+    """The log after a restart is the beginning of what was written, up to the step started from."""
+    path = tmp_path_factory.mktemp("log") / "m"
+    written(path, 1, 2, 3)
+    path.write_bytes(path.read_bytes()[:cut])
+    whole = [line["step"] for line in read(path)]
+    MetricsLog(path, start)
+
+    assert whole == [1, 2, 3][: len(whole)]
+    assert [line["step"] for line in read(path)] == ([s for s in whole if s <= start] if start else [])
+
+
+def test_a_full_disk_has_a_code_of_its_own(tmp_path: Path) -> None:
+    """A line that cannot be written ends the rank as a full disk, not as something unforeseen."""
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("/dev/full is not the device that is always full")
+    log = written(tmp_path / "m", 0)
+    (tmp_path / "m").unlink()
+    (tmp_path / "m").symlink_to("/dev/full")
+
+    with pytest.raises(StorageFull, match=f"writing {tmp_path / 'm'}") as raised:
+        log.write(step=1)
+    assert isinstance(raised.value.__cause__, OSError)
+    assert raised.value.__cause__.errno == errno.ENOSPC

@@ -1,0 +1,136 @@
+"""The numbers read from config.json against the model that is really loaded."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_contract.memory import ModelShape
+from qlora_contract.run import Adapter
+from qlora_trainer.adapter import attach_adapters
+from qlora_trainer.errors import ModelError
+from qlora_trainer.model import load_model, target_layers
+from qlora_trainer.shape import model_shape
+
+Make = Callable[..., Path]
+WORDS = {"vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    "targets", [["all-linear"], ["q_proj", "down_proj"], ["model.layers.1.mlp.up_proj"]], ids=str
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_counts_are_those_of_the_loaded_model(
+    kind: str, tied: bool, targets: list[str], small_model: Make
+) -> None:
+    """Weights of linears, of the largest, and of the adapter are what loading and attaching really make."""
+    folder = small_model(kind, **WORDS, tie_word_embeddings=tied)
+    shape = model_shape(folder, Adapter(rank=5, target_modules=targets))
+    model = load_model(folder, "none", torch.float32)
+    sizes = [math.prod(layer.shape) for layer in model.linears.values()]
+    adapted = target_layers(model.linears, targets)
+    parameters = attach_adapters(adapted, rank=5, alpha=1.0, dropout=None, seed=0)
+
+    assert shape.linear_weights == sum(sizes)
+    assert shape.largest_linear == max(sizes)
+    assert shape.adapter_weights == parameters.trainable()
+    assert shape.tied == tied
+    assert (shape.vocabulary, shape.hidden) == tuple(model.head.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "expected"),
+    [
+        pytest.param("llama", {}, (4, 2, 16), id="hidden size over heads"),
+        pytest.param("llama", {"head_dim": 32}, (4, 2, 32), id="head size given"),
+        pytest.param("qwen3", {"head_dim": 24}, (4, 2, 24), id="qwen3"),
+        pytest.param("llama", {"num_key_value_heads": 4}, (4, 4, 16), id="one key head a head"),
+    ],
+)
+def test_heads(kind: str, config: dict[str, Any], expected: tuple[int, int, int], small_model: Make) -> None:
+    """Heads, key heads and their size are those of the projections."""
+    folder = small_model(kind, **WORDS, **config)
+    shape = model_shape(folder, Adapter())
+    weights = load_file(folder / "model.safetensors")
+
+    assert (shape.heads, shape.kv_heads, shape.head_size) == expected
+    assert len(weights["model.layers.0.self_attn.q_proj.weight"]) == shape.heads * shape.head_size
+    assert len(weights["model.layers.0.self_attn.k_proj.weight"]) == shape.kv_heads * shape.head_size
+    assert len(weights["model.layers.0.mlp.up_proj.weight"]) == shape.intermediate
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
+def test_stored_bytes(dtype: str, expected: int, small_model: Make) -> None:
+    """Bytes per weight are those of the checkpoint's matrices."""
+    assert model_shape(small_model("llama", dtype, **WORDS), Adapter()).stored_bytes == expected
+
+
+@pytest.mark.model
+def test_demo_model(demo_model: Path) -> None:
+    """SmolLM2-135M has the numbers of its model card."""
+    assert model_shape(demo_model, Adapter(rank=16)) == ModelShape(
+        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, tied=True,
+        stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736, adapter_weights=4_884_480,
+    )  # fmt: skip
+
+
+def test_unknown_target(small_model: Make) -> None:
+    """A target that names no layer is refused before any weight is read."""
+    with pytest.raises(ModelError, match="no linear layer is called 'nonesuch'"):
+        model_shape(small_model("llama", **WORDS), Adapter(target_modules=["nonesuch"]))
+
+
+def no_safetensors(folder: Path) -> None:
+    """Leave config.json alone."""
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder: Path) -> None:
+    """Cut the weights off."""
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def quantised(folder: Path) -> None:
+    """Say that the weights are quantised."""
+    file = folder / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
+        pytest.param(truncated, "model.safetensors is not a whole safetensors file", id="truncated"),
+        pytest.param(quantised, "is quantised already", id="quantised"),
+        pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
+    ],
+)
+def test_refuses(damage: Callable[[Path], Any], message: str, small_model: Make, tmp_path: Path) -> None:
+    """A model that cannot be trained is a ModelError already when it is measured."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model("llama", **WORDS), folder)
+    damage(folder)
+
+    with pytest.raises(ModelError, match=message):
+        model_shape(folder, Adapter())
+
+
+def test_weights_are_not_read(small_model: Make, tmp_path: Path) -> None:
+    """Only headers are read: tensors that are not finite do not matter yet."""
+    folder = tmp_path / "model"
+    shutil.copytree(small_model("llama", **WORDS), folder)
+    expected = model_shape(folder, Adapter())
+    tensors = {n: torch.full_like(t, math.nan) for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    assert model_shape(folder, Adapter()) == expected
