@@ -66,7 +66,9 @@ def circle() -> Iterator[Callable[..., Circle]]:
     yield make
     for member in (member for each in made for member in each.members):
         member.goodbye()
-    assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+    for thread in [each for each in threading.enumerate() if each.name == "heartbeat"]:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
