@@ -51,6 +51,13 @@ def test_a_path_that_leaves_its_claim_is_refused(uri: str) -> None:
         places.resolve(uri, {})
 
 
+@pytest.mark.parametrize("uri", ["pvc:///x", "pvc://../etc", "pvc://./x"])
+def test_a_uri_without_a_claim_is_refused(uri: str) -> None:
+    """What stands where the claim's name should be must not become a part of a path."""
+    with pytest.raises(PlaceError, match="names no claim"):
+        places.resolve(uri, {})
+
+
 def test_a_link_that_leaves_its_claim_is_refused(tmp_path: Path) -> None:
     """A link out of the claim is refused at any depth, and one within it is followed."""
     claim, outside = tmp_path / "claim", tmp_path / "outside"

@@ -39,6 +39,8 @@ class Case:
     scheme: Scheme
     steps: int
     ranks: int
+    tokens: int
+    """Of a step, at most."""
 
     @property
     def name(self) -> str:
@@ -59,8 +61,8 @@ def settings(case: Case) -> dict[str, Any]:
     """The job's `training`, as its file has it."""
     return {
         "maxSteps": case.steps,
-        "globalBatchTokens": 1024,
-        "maxSequenceLength": 256,
+        "globalBatchTokens": case.tokens,
+        "maxSequenceLength": min(256, case.tokens),
         "learningRate": 1e-3,
         "schedule": "cosine",
         "warmupRatio": 0.03,
@@ -143,7 +145,7 @@ def write_plan(case: Case, path: Path) -> None:
         warmup_ratio=training.warmup_ratio,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        eval_every=max(1, case.steps // 4),
+        eval_every=case.steps,
     ).write(path)
 
 
@@ -188,6 +190,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="+", choices=["nf4", "none"], default=["nf4", "none"])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step, at most")
     parser.add_argument("--ranks", type=int, default=2, help="of our side; changes nothing but rounding")
     parser.add_argument("--output", type=Path, help="new folder for what is made; default: a temporary one")
     arguments = parser.parse_args()
@@ -197,7 +200,13 @@ def main() -> int:
     for scheme in arguments.schemes:
         for seed in arguments.seeds:
             case = Case(
-                arguments.folder.resolve(), output.resolve(), seed, scheme, arguments.steps, arguments.ranks
+                demo=arguments.folder.resolve(),
+                output=output.resolve(),
+                seed=seed,
+                scheme=scheme,
+                steps=arguments.steps,
+                ranks=arguments.ranks,
+                tokens=arguments.tokens,
             )
             mine, theirs = ours(case), peer(case)
             lines.append(row(case, mine, theirs))

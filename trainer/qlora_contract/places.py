@@ -69,6 +69,8 @@ def split_pvc(uri: str) -> tuple[str, PurePosixPath]:
         raise PlaceError(f"{uri!r} is not of the form pvc://claim/path")
     claim, _, path = rest.partition("/")
     relative = PurePosixPath(path)
+    if claim in ("", ".", ".."):
+        raise PlaceError(f"{uri!r} names no claim; the form is pvc://claim/path")
     if relative.is_absolute() or ".." in relative.parts:
         raise PlaceError(f"{uri!r} leaves its claim")
     return claim, relative

@@ -117,7 +117,8 @@ def open_session() -> Session:
     )
     progress = Progress(starting(run))
     if world.rank == 0:
-        ProgressServer(progress, "", port_from_environ(os.environ))
+        here_only = bool(volumes)  # set by `qlora run`; in a pod the operator asks from outside
+        ProgressServer(progress, "127.0.0.1" if here_only else "", port_from_environ(os.environ))
     isa = cpu.probe_isa()
     return Session(run, world, group, volumes, folder, progress, MemoryWatch(), isa, stop=stop)
 

@@ -111,7 +111,8 @@ class Fenced(TrainerError):  # noqa: N818
 def from_os_error(error: OSError, doing: str) -> TrainerError | None:
     """The foreseen error an OSError stands for; None when it is none of them."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(f"no space left while {doing}: {error.filename or ''} ({error.strerror})")
+        where = f": {error.filename}" if error.filename else ""
+        return StorageFull(f"no space left while {doing}{where} ({error.strerror})")
     if error.errno == errno.ENOMEM:
         return OutOfMemory(f"no memory left while {doing}")
     return None

@@ -317,7 +317,7 @@ def one_step(session: Session, job: Job) -> tuple[dict[str, Any], bool]:
     step = job.plan.at(state.step)
     supervised = int(sum(job.supervised[sample] for bin_ in step.bins for sample in bin_))
     loss, tokens = accumulate(session, job, step, supervised)
-    agreed = session.agree([loss, tokens, supervised / session.world.size], float(session.memory.peak_total))
+    agreed = session.agree([loss, tokens, supervised / session.world.size], float(session.memory.peak_needed))
     session.group.all_reduce_sum(job.parameters.gradient)
     norm = float(job.parameters.gradient.norm())
     check_finite(state.step, agreed.sums[0], norm)
