@@ -5,6 +5,7 @@ other program that loads the adapter gets.
 """
 
 import argparse
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -36,15 +37,15 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 def answers(model_folder: Path, adapter_folder: Path, question: str) -> tuple[str, str]:
     """What the base model answers, and what it answers with the adapter."""
+    # What peft calls in transformers, and what bitsandbytes misses when peft imports it, is nothing for the reader.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore", FutureWarning)
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # what peft calls in transformers is nothing for the reader
+    disable_progress_bar()
     dtype = torch.bfloat16 if computes_bf16(Path("/proc/cpuinfo").read_text()) else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
