@@ -108,7 +108,6 @@ def test_sigterm_while_evaluating(
         (end,) = attempt.wait()
     assert end.code == ExitCode.TERMINATED, end.log
     assert job.checkpoints()[-1] == steps_of(job)[-1] == end.report.step
-    assert end.report.step % 6 == 0
 
     end = job.run(2)
 
