@@ -20,11 +20,13 @@ _FORMS = {
     names.JOB_NAME_PATTERN: names.JOB_NAME_RULE,
     types.LABEL_VALUE_PATTERN: "the value of a label: letters, digits, '-', '_', '.', at most 63 of them",
     types.LABEL_KEY_PATTERN: "the name of a label, such as kubernetes.io/hostname",
-    types.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most 253 characters",
+    types.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
+    types.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
     types.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
     PvcUri.metadata[-1].pattern: "pvc://claim/path, at most 512 characters",
 }
-"""Pattern of a string -> what it means to people. Other strings are described by their bounds."""
+"""Pattern of a string -> what it means to people, with places for the schema's bounds. Other strings are
+described by their bounds."""
 
 
 def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
@@ -105,7 +107,7 @@ def expected(node: Schema) -> str:
 
 def _expected_string(node: Schema) -> str:
     if node.get("pattern") in _FORMS:
-        return _FORMS[node["pattern"]]
+        return _FORMS[node["pattern"]].format_map(node)
     form = f" that matches {node['pattern']}" if "pattern" in node else ""
     return f"a string{_size(node, 'Length', 'characters')}{form}"
 

@@ -3,6 +3,8 @@
 import re
 from enum import StrEnum
 
+from qlora_contract.run import IsaTier
+
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -12,6 +14,13 @@ PLURAL = "qlorajobs"
 SINGULAR = "qlorajob"
 SHORT_NAME = "qlj"
 CRD_NAME = f"{PLURAL}.{GROUP}"
+CONTROLLER = f"{GROUP}/qlora-operator"
+"""What spec.managedBy calls this operator."""
+
+USER_AGENT = "qlora-operator"
+"""How the operator names itself to the API server."""
+COMPONENT = "qlora-operator"
+"""Who says so, in Events."""
 
 JOB_NAME_LABEL = f"{GROUP}/job-name"
 """On every child and pod: the job's name."""
@@ -22,8 +31,24 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 ROLE_LABEL = f"{GROUP}/role"
 """On every child and pod: what it does for the job."""
 
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+"""On an attempt's Job: the queue that lets it in, Kueue's own label."""
+
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 """On an attempt's pod template: its RunConfig as JSON, shown to the pods as run.json."""
+
+TRAINER_CONTAINER = "trainer"
+"""The container of an attempt's pods."""
+
+_CPUID = "feature.node.kubernetes.io/cpu-cpuid."
+TIER_LABELS: dict[IsaTier, tuple[str, ...]] = {
+    "amx_bf16": (f"{_CPUID}AMXTILE", f"{_CPUID}AMXBF16"),
+    "avx512_bf16": (f"{_CPUID}AVX512F", f"{_CPUID}AVX512BF16"),
+    "avx512": (f"{_CPUID}AVX512F", f"{_CPUID}AVX512BW", f"{_CPUID}AVX512DQ", f"{_CPUID}AVX512VL"),
+    "avx2": (f"{_CPUID}AVX2", f"{_CPUID}FMA3"),
+}
+"""Labels that Node Feature Discovery gives, with the value "true", to a node of a tier or a better one: the
+flags that the ranks themselves look for, in its spelling. Without the feature a label is absent."""
 
 MAX_JOB_NAME = 50
 """Characters. A pod's host name `<name>-a<attempt>-<index>` has 63: 13 are left for an attempt below 10^6 and
@@ -46,6 +71,11 @@ def ranks_service(job_name: str) -> str:
     return f"{job_name}-ranks"
 
 
+def ranks_network_policy(job_name: str) -> str:
+    """The NetworkPolicy of a job's pods."""
+    return f"{job_name}-ranks"
+
+
 def attempt_job(job_name: str, attempt: int) -> str:
     """The Indexed Job of one attempt."""
     return f"{job_name}-a{attempt}"
@@ -59,6 +89,17 @@ def pod_host_name(job_name: str, attempt: int, index: int) -> str:
 def rank_zero_host(job_name: str, attempt: int) -> str:
     """Where rank 0 of an attempt is found by its peers, within the job's namespace."""
     return f"{pod_host_name(job_name, attempt, 0)}.{ranks_service(job_name)}"
+
+
+class Role(StrEnum):
+    """What a child or pod does for its job: the values of ROLE_LABEL."""
+
+    TRAINER = "trainer"
+    """Runs the ranks of an attempt."""
+    DISCOVERY = "discovery"
+    """Lets the ranks find each other."""
+    ISOLATION = "isolation"
+    """Keeps others' traffic from the ranks."""
 
 
 class Phase(StrEnum):
@@ -108,19 +149,123 @@ class ConditionType(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a condition has its status: the reasons that the API's own descriptions name."""
+    """Why a condition has its status, or an attempt ended. The docstring begins with the condition."""
 
+    # The whole job's end.
+    SUCCEEDED = "Succeeded"
+    """Complete: a verified adapter is stored."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     """Failed: the job was active for longer than activeDeadlineSeconds."""
     PENDING_DEADLINE_EXCEEDED = "PendingDeadlineExceeded"
     """Failed: no attempt had all its ranks within pendingDeadlineSeconds."""
-    PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
-    """Restarting: no step was completed for progressDeadlineSeconds."""
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     """Failed: more than backoffLimit restarts were the job's own doing."""
     INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED = "InfrastructureBackoffLimitExceeded"
     """Failed: more than infrastructureBackoffLimit restarts were the cluster's doing."""
+
+    # Ends of an attempt that fail the job at once: the same input fails the same way.
+    INVALID_CONFIGURATION = "InvalidConfiguration"
+    """Failed: the settings contradict each other, the model or the data (exit code 10)."""
+    INVALID_DATA = "InvalidData"
+    """Failed: the dataset cannot be trained on (exit code 11)."""
+    MODEL_UNUSABLE = "ModelUnusable"
+    """Failed: the base model cannot be read or adapted (exit code 12)."""
+    DIVERGED = "Diverged"
+    """Failed: the loss or a gradient is no finite number (exit code 13)."""
+    STORAGE_FULL = "StorageFull"
+    """Failed: the workspace has no room (exit code 14)."""
+    OUT_OF_MEMORY = "OutOfMemory"
+    """Failed: a rank needed more than memoryPerRank (exit code 15, or OOMKilled)."""
+    NO_IMPROVEMENT = "NoImprovement"
+    """Failed: the adapter is no better than the base, and evaluation.requireImprovement is set (exit code
+    16)."""
+
+    # Ends of an attempt at the cost of one of backoffLimit.
+    UNEXPECTED_ERROR = "UnexpectedError"
+    """Restarting: a rank ended with an error nobody foresaw."""
+    KILLED = "Killed"
+    """Restarting: a rank died of a signal that neither the kernel's memory limit nor a drain explains."""
+    RENDEZVOUS_FAILED = "RendezvousFailed"
+    """Restarting: the ranks did not find each other in time (exit code 30)."""
+    STALLED = "Stalled"
+    """Restarting: a rank hung (exit code 31)."""
+    PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
+    """Restarting: no step was completed for progressDeadlineSeconds."""
+
+    # Ends of an attempt at the cost of one of infrastructureBackoffLimit.
+    PEER_LOST = "PeerLost"
+    """Restarting: ranks lost a peer whose own end left no trace."""
+    TERMINATED = "Terminated"
+    """Restarting: the pods were asked to stop, and left after a checkpoint (exit code 50, or 143)."""
+    ISA_BELOW_TIER = "IsaBelowTier"
+    """Restarting: a node lacks what its labels promise (exit code 51)."""
+    PREEMPTED = "Preempted"
+    """Restarting: something of higher priority took the nodes or the quota."""
+    DRAINED = "Drained"
+    """Restarting: a pod was evicted through the API, as `kubectl drain` does."""
+    EVICTED = "Evicted"
+    """Restarting: the kubelet ended a pod: its node ran out of something, or shut down."""
+    NODE_LOST = "NodeLost"
+    """Restarting: a pod's node does not answer. The next attempt waits until the node is back, deleted, or
+    tainted out-of-service, since only then it is certain that the pod is dead."""
+    ADMISSION_REJECTED = "AdmissionRejected"
+    """Restarting: a kubelet refused a pod, for instance because its CPUs cannot be aligned."""
+    JOB_DELETED = "JobDeleted"
+    """Restarting: the attempt's Job was deleted by somebody else."""
+
+    # Ends of an attempt that cost nothing.
+    SUSPENDED = "Suspended"
+    """Suspended: spec.suspend is true."""
+    RESUMED = "Resumed"
+    """Not Suspended: spec.suspend was true before."""
+    STEPPED_DOWN = "SteppedDown"
+    """An attempt ended because its tier's nodes had no room for isa.stepDownSeconds; the next tier is
+    tried."""
+    RELEASED = "Released"
+    """An attempt ended because only some of its pods found room; others may have what they held."""
+    FINISHED = "Finished"
+    """The job is over."""
+
+    # What a job waits for.
+    INVALID_SPEC = "InvalidSpec"
+    """Not Initialized: this operator cannot read the spec."""
+    IMAGE_NOT_ALLOWED = "ImageNotAllowed"
+    """Not Initialized: spec.image is not one that the administrator allows."""
     NAME_CONFLICT = "NameConflict"
     """Not Initialized: an object that is not the job's has the name of one of its children."""
+    REFUSED = "Refused"
+    """Not Initialized: the API server refused a child of the job; the message is its own."""
     NO_MATCHING_NODES = "NoMatchingNodes"
     """Not Initialized: no tier of isa.allowed has enough nodes."""
+    BACK_OFF = "BackOff"
+    """Not Initialized: the next attempt waits a while, since the last ones failed."""
+    PODS_REMAIN = "PodsRemain"
+    """Not Initialized: a pod of an earlier attempt still runs."""
+    QUEUED = "Queued"
+    """Not QuotaReserved: the queue has not let the job in."""
+    ADMITTED = "Admitted"
+    """QuotaReserved: the queue has let the job in."""
+    STARTED = "Started"
+    """Initialized: the attempt's Job exists."""
+    STARTING = "Starting"
+    """Not Running: pods are being placed and started."""
+    UNSCHEDULABLE = "Unschedulable"
+    """Not Running: the scheduler finds no node for a pod; the message is its own."""
+    IMAGE_PULL_ERROR = "ImagePullError"
+    """Not Running: a node cannot fetch the trainer image."""
+    VOLUME_NOT_READY = "VolumeNotReady"
+    """Not Running: a claim is missing, unbound, or cannot be mounted."""
+    CONTAINER_CONFIG_ERROR = "ContainerConfigError"
+    """Not Running: a container cannot be created, for instance because a Secret is missing."""
+    QUOTA_EXCEEDED = "QuotaExceeded"
+    """Not Running: the namespace's quota or limits refuse the pods."""
+
+    # How a job runs.
+    LOADING = "Loading"
+    """Running: every rank is up; the first step is yet to come."""
+    TRAINING = "Training"
+    """Running: steps are being made."""
+    EVALUATING = "Evaluating"
+    """Running: the model is being evaluated."""
+    PUBLISHING = "Publishing"
+    """Running: the adapter is being verified and stored."""

@@ -1,7 +1,8 @@
-"""Kubernetes quantities of memory."""
+"""Kubernetes quantities."""
 
 import re
-from decimal import ROUND_CEILING, Decimal
+from fractions import Fraction
+from math import ceil
 
 MEMORY_PATTERN = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|k|M|G|T|P)?$"
 MAX_MEMORY_CHARACTERS = 24
@@ -11,30 +12,42 @@ MAX_MEMORY = "64Ti"
 """More than any node has; keeps sums far below 2^63."""
 
 _FACTORS = {
-    "": 1,
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "P": 10**15,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-    "Pi": 2**50,
+    "n": Fraction(1, 10**9),
+    "u": Fraction(1, 10**6),
+    "m": Fraction(1, 10**3),
+    "": Fraction(1),
+    **{suffix: Fraction(1000**power) for power, suffix in enumerate("kMGTPE", 1)},
+    **{f"{suffix}i": Fraction(1024**power) for power, suffix in enumerate("KMGTPE", 1)},
 }
+# Two digits of exponent are more than 2^63 needs; more would only make numbers that fill the memory.
+_QUANTITY = re.compile(
+    r"(?P<number>[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+))"
+    r"([eE](?P<exponent>[+-]?[0-9]{1,2})|(?P<suffix>[KMGTPE]i|[numkMGTPE]?))"
+)
+_MAX_CHARACTERS = 64
+
+
+def parse_quantity(text: str) -> Fraction:
+    """The number that a quantity in the API server's objects means, exactly: `3920m` is 3.92, `1.5Gi` 1.5 * 2^30.
+
+    Raises ValueError for anything else.
+    """
+    match = _QUANTITY.fullmatch(text) if len(text) <= _MAX_CHARACTERS else None
+    if match is None:
+        raise ValueError(f"{text[:60]!r} is no quantity such as 4, 3920m, 16Gi or 129e6")
+    if match["exponent"]:
+        return Fraction(match["number"]) * Fraction(10) ** int(match["exponent"])
+    return Fraction(match["number"]) * _FACTORS[match["suffix"]]
 
 
 def parse_memory(quantity: str) -> int:
-    """Bytes of a quantity such as `16Gi`, `1.5G` or `17179869184`, rounded up as Kubernetes does.
+    """Bytes that a user asks for, such as `16Gi`, `1.5G` or `17179869184`, rounded up as Kubernetes does.
 
     Raises ValueError for anything else, `m` (thousandths of a byte) and exponents included.
     """
-    match = re.fullmatch(rf"([0-9.]+)({'|'.join(_FACTORS)})", quantity)
-    if len(quantity) > MAX_MEMORY_CHARACTERS or not re.fullmatch(MEMORY_PATTERN[1:-1], quantity) or not match:
+    if len(quantity) > MAX_MEMORY_CHARACTERS or not re.fullmatch(MEMORY_PATTERN[1:-1], quantity):
         raise ValueError(f"{quantity[:60]!r} is no quantity of memory such as 16Gi or 900M")
-    number, suffix = match.groups()
-    return int((Decimal(number) * _FACTORS[suffix]).to_integral_value(rounding=ROUND_CEILING))
+    return ceil(parse_quantity(quantity))
 
 
 def is_plausible_memory(quantity: str) -> bool:

@@ -39,9 +39,14 @@ RANKS_SHOWN = 64
 NODES_SHOWN = 64
 
 DNS_LABEL_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-LABEL_KEY_PATTERN = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+LABEL_KEY_PATTERN = (
+    "^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?"
+    "[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+)
 LABEL_VALUE_PATTERN = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 SUBDOMAIN_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+MANAGER_PATTERN = SUBDOMAIN_PATTERN.removesuffix("$") + "/[-A-Za-z0-9/._~%!$&'()*+,;=:]+$"
+"""A controller's name as batch/v1 has it: a domain, a slash, a path."""
 IMAGE_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._:/@]*$"
 MAX_LABEL_KEY = 317
 """A prefix of 253 characters, a slash, a name of 63."""
@@ -67,6 +72,7 @@ OPERATOR_ONLY = (
     "spec.scheduling",
     "spec.image",
     "spec.suspend",
+    "spec.managedBy",
     "spec.ttlSecondsAfterFinished",
     "spec.activeDeadlineSeconds",
     "spec.backoffLimit",
@@ -196,6 +202,9 @@ class Scheduling(ApiModel):
         default=None, min_length=1, max_length=253, pattern=SUBDOMAIN_PATTERN
     )
     """PriorityClass of the pods. Unset: the cluster's default."""
+    queue_name: str | None = Field(default=None, min_length=1, max_length=63, pattern=SUBDOMAIN_PATTERN)
+    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be let in. Unset: attempts
+    do not wait for a queue."""
 
     rules = (
         Rule(
@@ -239,6 +248,9 @@ class QLoRAJobSpec(ApiModel):
     suspend: bool = False
     """Hold the job: its pods stop after a checkpoint. Back to false, it goes on from there, at no cost to any
     limit. The condition Suspended follows."""
+    managed_by: str | None = Field(default=None, min_length=1, max_length=63, pattern=MANAGER_PATTERN)
+    """Controller of the job, as in batch/v1. Unset, or `qlora.dev/qlora-operator`: this operator. A job of
+    another one, such as `kueue.x-k8s.io/multikueue`, is left alone."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
     """Delete the job so many seconds after it finished; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
@@ -315,8 +327,7 @@ class Condition(Observed):
     """The metadata.generation that this was said of."""
     last_transition_time: Time
     """When status last changed."""
-    reason: str
-    """Why, in one word, for programs."""
+    reason: str = Field(description=f"Why, in one word, for programs: {', '.join(names.Reason)}.")
     message: str
     """Why, in a sentence, for people."""
 
@@ -345,12 +356,14 @@ class Attempt(Observed):
     """Why it ended, in a sentence."""
     exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
     """Exit codes of its pods, without repetition."""
+    job_uid: str | None = None
+    """The uid of its batch/v1 Job, once that was seen: a Job that is gone is not one that was never there."""
 
 
 class Placement(Observed):
     """What the current attempt was given."""
 
-    isa: str | None = None
+    isa: IsaTier | None = None
     """Tier that every rank must have."""
     dtype: str | None = None
     """Data type that the ranks compute in: bf16 or fp32. Fixed by the first completed step."""
@@ -358,6 +371,8 @@ class Placement(Observed):
     """Nodes of the pods, the first 64."""
     world_size: int | None = None
     """Ranks."""
+    avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
+    """Nodes whose processor turned out to lack what their labels promise."""
 
 
 class Progress(Observed):
@@ -383,6 +398,8 @@ class Progress(Observed):
     """Bytes that a rank was estimated to need at most."""
     memory_peak: int | None = None
     """Bytes: the largest peak of any rank so far."""
+    step_time: Time | None = None
+    """When a step was last seen to have been completed."""
     updated_time: Time | None = None
     """When rank 0 told this."""
 
@@ -433,8 +450,12 @@ class Provenance(Observed):
     """Revision of the base model, when its source has revisions."""
     dataset_sha256: str | None = None
     """Of the dataset's files, in hexadecimal."""
+    image: str | None = None
+    """Trainer image of every attempt: fixed by the first one."""
     image_digest: str | None = None
-    """Digest of the trainer image that rank 0 reports."""
+    """Digest of the trainer image that rank 0's node reports."""
+    run_config_version: int | None = None
+    """Version of the RunConfig of every attempt: fixed by the first one."""
     seed: int | None = None
     """training.seed."""
     config_hash: str | None = None
@@ -495,7 +516,7 @@ class QLoRAJobStatus(Observed):
     columns: Columns | None = None
     """Text for `kubectl get`, derived from the rest."""
     start_time: Time | None = None
-    """When the job was first seen unsuspended."""
+    """When the job was first active: unsuspended, and let in by its queue. Set anew when it is resumed."""
     completion_time: Time | None = None
     """When it finished, either way."""
 

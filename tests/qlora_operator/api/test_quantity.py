@@ -1,10 +1,12 @@
-"""Quantities of memory."""
+"""Kubernetes quantities."""
+
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator.api.quantity import is_plausible_memory, parse_memory
+from qlora_operator.api.quantity import is_plausible_memory, parse_memory, parse_quantity
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,8 @@ from qlora_operator.api.quantity import is_plausible_memory, parse_memory
         ("4096Ki", 2**22),
         ("8k", 8000),
         ("0Gi", 0),
+        ("0.00000000000000000001P", 1),
+        ("1.0000000000000000000Pi", 2**50),
     ],
 )
 def test_a_quantity_is_a_number_of_bytes(quantity: str, expected: int) -> None:
@@ -79,3 +83,76 @@ def test_a_suffix_is_worth_1024_of_the_one_before(number: int, suffix: str) -> N
 def test_implausible_amounts_are_told_from_plausible_ones(quantity: str, plausible: bool) -> None:
     """A forgotten suffix gives less than any rank could run in."""
     assert is_plausible_memory(quantity) is plausible
+
+
+@pytest.mark.parametrize(
+    ("quantity", "expected"),
+    [
+        ("3920m", Fraction(392, 100)),
+        ("4", 4),
+        ("0.5", Fraction(1, 2)),
+        (".5", Fraction(1, 2)),
+        ("5.", 5),
+        ("+5", 5),
+        ("-5", -5),
+        ("100n", Fraction(1, 10**7)),
+        ("100u", Fraction(1, 10**4)),
+        ("1.5Gi", 3 * 2**29),
+        ("129e6", 129 * 10**6),
+        ("129E6", 129 * 10**6),
+        ("12e-1", Fraction(12, 10)),
+        ("12e+1", 120),
+        ("12E", 12 * 10**18),
+        ("12Ei", 12 * 2**60),
+        ("16Ki", 2**14),
+        ("7Mi", 7 * 2**20),
+        ("128974848", 128974848),
+        ("123456789012345678901234567890m", Fraction(123456789012345678901234567890, 1000)),
+    ],
+)
+def test_every_form_of_the_api_server_is_read(quantity: str, expected: Fraction) -> None:
+    """Binary and decimal suffixes, thousandths and exponents mean exactly their number."""
+    assert parse_quantity(quantity) == expected
+
+
+@pytest.mark.parametrize(
+    "quantity",
+    [
+        "",
+        ".",
+        "m",
+        "Gi",
+        "1.2.3",
+        "1 Gi",
+        "1gi",
+        "1K",
+        "1mi",
+        "1e",
+        "1e6Gi",
+        "1e999999999",
+        "٣",
+        "4\n",
+        "1" * 65,
+    ],
+)
+def test_what_is_no_quantity_is_refused(quantity: str) -> None:
+    """The error shows it, and no exponent makes a number that fills the memory."""
+    with pytest.raises(ValueError, match=r"is no quantity such as 4, 3920m, 16Gi or 129e6"):
+        parse_quantity(quantity)
+
+
+@given(st.text(alphabet="0123456789.+-eEmkKMGTPinu \n", max_size=12))
+def test_any_text_is_a_number_or_refused(text: str) -> None:
+    """Nothing but ValueError is raised, and no number is larger than its form can mean."""
+    try:
+        number = parse_quantity(text)
+    except ValueError:
+        return
+
+    assert abs(number) < 10**112
+
+
+@given(st.integers(0, 10**9), st.sampled_from(["", "k", "M", "G", "Ki", "Mi", "Gi"]))
+def test_a_user_s_memory_means_what_the_api_server_takes_it_for(number: int, suffix: str) -> None:
+    """Both readings of a quantity agree."""
+    assert parse_memory(f"{number}{suffix}") == parse_quantity(f"{number}{suffix}")

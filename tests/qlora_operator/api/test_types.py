@@ -59,9 +59,10 @@ DEFAULTS = {
     },
     "isa": {"allowed": ["amx_bf16", "avx512_bf16", "avx512", "avx2"], "stepDownSeconds": 300},
     "distributed": {"backend": "gloo", "timeoutSeconds": 300, "rendezvousTimeoutSeconds": 1800},
-    "scheduling": {"nodeSelector": {}, "tolerations": [], "priorityClassName": None},
+    "scheduling": {"nodeSelector": {}, "tolerations": [], "priorityClassName": None, "queueName": None},
     "image": None,
     "suspend": False,
+    "managedBy": None,
     "ttlSecondsAfterFinished": None,
     "activeDeadlineSeconds": None,
     "backoffLimit": 3,
@@ -300,6 +301,29 @@ BAD = {
         "spec.scheduling.priorityClassName",
         "lower-case letters, digits",
     ),
+    "node selector whose prefix is no domain": (
+        {"spec.scheduling.nodeSelector": {"a..b/c": "d"}},
+        "spec.scheduling.nodeSelector",
+        "every key must be the name of a label",
+    ),
+    "node selector of a long name": (
+        {"spec.scheduling.nodeSelector": {"x" * 64: "d"}},
+        "spec.scheduling.nodeSelector",
+        "every key must be the name of a label",
+    ),
+    "queue with a space": (
+        {"spec.scheduling.queueName": "a b"},
+        "spec.scheduling.queueName",
+        "lower-case letters, digits, '-' and '.', at most 63 characters",
+    ),
+    "queue of 64 characters": (
+        {"spec.scheduling.queueName": "q" * 64},
+        "spec.scheduling.queueName",
+        "at most 63",
+    ),
+    "manager without a domain": ({"spec.managedBy": "kueue"}, "spec.managedBy", "a controller such as"),
+    "manager with a bad domain": ({"spec.managedBy": "A.io/b"}, "spec.managedBy", "a controller such as"),
+    "manager without a path": ({"spec.managedBy": "a.io/"}, "spec.managedBy", "a controller such as"),
     "a pod template": ({"spec.template": {}}, "spec.template", "no such field; there are workspace, model"),
     "a service account": ({"spec.serviceAccountName": "a"}, "spec.serviceAccountName", "no such field"),
     "image with a space": ({"spec.image": "a b"}, "spec.image", "an image, such as"),
@@ -351,6 +375,9 @@ GOOD = {
         "spec.scheduling": {"nodeSelector": {"kubernetes.io/os": "linux", "a_B.c": ""}}
     },
     "an image by digest": {"spec.image": "registry.example:5000/a/b@sha256:" + "0" * 64},
+    "a queue": {"spec.scheduling": {"queueName": "team.queue-1"}},
+    "managed by this operator": {"spec.managedBy": names.CONTROLLER},
+    "managed by another": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
     "delete at once": {"spec.ttlSecondsAfterFinished": 0},
     "never retry": {"spec.backoffLimit": 0, "spec.infrastructureBackoffLimit": 0},
 }
@@ -465,4 +492,6 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
 
     assert smallest is not None
     assert ignored_by_run(smallest) == []
-    assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path != "spec.image"]
+    assert ignored_by_run(full) == [
+        path for path in OPERATOR_ONLY if path not in ("spec.image", "spec.managedBy")
+    ]

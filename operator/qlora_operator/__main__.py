@@ -1,0 +1,34 @@
+"""The operator: `python -m qlora_operator`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+import kopf
+
+from qlora_operator import handlers, logs
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run until SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m qlora_operator", description="The QLoRAJob operator.")
+    parser.add_argument(
+        "--config", metavar="FILE", help="settings (default: /etc/qlora-operator/settings.yaml)"
+    )
+    parser.add_argument(
+        "--namespace", action="append", default=[], help="serve this one; may be repeated (default: all)"
+    )
+    parser.add_argument("--port", type=int, default=handlers.PORT, help="of /metrics, /healthz and /readyz")
+    parser.add_argument("--log-format", choices=["plain", "json"], default="plain")
+    parser.add_argument("--verbose", action="store_true", help="log kopf's own doings, too")
+    options = parser.parse_args(arguments)
+    logs.set_up(options.log_format, verbose=options.verbose)
+    if options.config:
+        os.environ[handlers.CONFIG_ENV] = options.config
+    os.environ[handlers.NAMESPACES_ENV] = ",".join(options.namespace)
+    os.environ[handlers.PORT_ENV] = str(options.port)
+    kopf.run(standalone=True, clusterwide=not options.namespace, namespaces=options.namespace)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The only module that talks to the API server.
+
+Nothing is tried again here: whoever asks is asked again later, by the queue, with a growing delay.
+"""
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+from urllib.parse import urlencode
+
+import aiohttp
+from kubernetes.aio import config
+from kubernetes.aio.client import ApiClient, Configuration
+
+from qlora_operator.api import names
+from qlora_operator.errors import OperatorError
+
+Raw = dict[str, Any]
+
+REQUEST_SECONDS = 30
+PAGE = 500
+"""Objects of one page of a list."""
+CONNECTIONS = 32
+
+JOBS = f"apis/{names.GROUP}/{names.VERSION}", names.PLURAL
+GANGS = "apis/batch/v1", "jobs"
+SERVICES = "api/v1", "services"
+NETWORK_POLICIES = "apis/networking.k8s.io/v1", "networkpolicies"
+PODS = "api/v1", "pods"
+NODES = "api/v1", "nodes"
+EVENTS = "api/v1", "events"
+
+Resource = tuple[str, str]
+
+
+class ApiError(OperatorError):
+    """The API server refused, or did not answer.
+
+    Attributes:
+        code: HTTP status; 0 when there was no answer.
+        reason: the API's word for it, such as AlreadyExists.
+        retry_after: seconds to wait, when the server names them.
+    """
+
+    def __init__(self, code: int, reason: str, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.code, self.reason, self.retry_after = code, reason, retry_after
+
+
+class Watcher(Protocol):
+    """Is told of every request."""
+
+    def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:
+        """One request and its answer; None when there was none."""
+
+
+async def configuration() -> Configuration:
+    """As whom to talk to which server: the pod's service account, else the kubeconfig."""
+    settings = Configuration()
+    try:
+        config.load_incluster_config(client_configuration=settings)
+    except config.ConfigException:
+        await config.load_kube_config(client_configuration=settings)
+    settings.connection_pool_maxsize = CONNECTIONS
+    return settings
+
+
+class Cluster:
+    """The API server, as far as the operator needs it. An async context manager."""
+
+    def __init__(self, watcher: Watcher, namespaces: tuple[str, ...] = ()) -> None:
+        self._watcher = watcher
+        self._namespaces = namespaces
+        self._client: ApiClient | None = None
+
+    async def __aenter__(self) -> "Cluster":
+        self._client = ApiClient(await configuration())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    # --- what the operator asks
+
+    async def all(self, resource: Resource, selector: str = "") -> AsyncIterator[Raw]:
+        """Every object of the namespaces that the operator serves, page by page."""
+        for namespace in self._namespaces or (None,):
+            async for raw in self._pages(resource, namespace, selector):
+                yield raw
+
+    async def nodes(self) -> list[Raw]:
+        """The cluster's nodes."""
+        return [raw async for raw in self._pages(NODES, None, "")]
+
+    async def pods(self, namespace: str, job_uid: str) -> list[Raw]:
+        """The pods of a job, whatever their attempt."""
+        selector = f"{names.JOB_UID_LABEL}={job_uid}"
+        return [raw async for raw in self._pages(PODS, namespace, selector)]
+
+    async def gangs(self, namespace: str, job_uid: str) -> list[Raw]:
+        """The batch/v1 Jobs of a job, whatever their attempt."""
+        selector = f"{names.JOB_UID_LABEL}={job_uid}"
+        return [raw async for raw in self._pages(GANGS, namespace, selector)]
+
+    async def warnings(self, namespace: str) -> list[Raw]:
+        """The Events of type Warning in a namespace, newest last."""
+        return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Raw:
+        """One object."""
+        return await self._request("GET", resource, namespace, name)
+
+    async def create(self, resource: Resource, namespace: str, body: Mapping[str, Any]) -> Raw:
+        """Create an object."""
+        return await self._request("POST", resource, namespace, body=body)
+
+    async def save_status(self, raw: Mapping[str, Any]) -> Raw:
+        """Replace a job's status. Raises ApiError, code 409, when the job has changed since it was read."""
+        metadata = raw["metadata"]
+        return await self._request(
+            "PUT", JOBS, metadata["namespace"], metadata["name"], subresource="status", body=raw
+        )
+
+    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
+        """Delete this very object and, before it, what it owns. One that is gone, or another of its name, is
+        left alone."""
+        body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
+        try:
+            await self._request("DELETE", resource, namespace, name, body=body)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
+    # --- how
+
+    async def _pages(
+        self, resource: Resource, namespace: str | None, labels: str, fields: str = ""
+    ) -> AsyncIterator[Raw]:
+        proceed = ""
+        while True:
+            query = {
+                "limit": str(PAGE),
+                "labelSelector": labels,
+                "fieldSelector": fields,
+                "continue": proceed,
+            }
+            page = await self._request("GET", resource, namespace, query=query)
+            for raw in page["items"]:
+                yield raw
+            proceed = page["metadata"].get("continue") or ""
+            if not proceed:
+                return
+
+    async def _request(
+        self,
+        method: str,
+        resource: Resource,
+        namespace: str | None,
+        name: str = "",
+        *,
+        subresource: str = "",
+        query: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> Raw:
+        group, plural = resource
+        parts = [group, f"namespaces/{namespace}" if namespace else "", plural, name, subresource]
+        path = "/" + "/".join(part for part in parts if part)
+        begun, code = time.monotonic(), None
+        try:
+            code, headers, content = await self._send(method, path, query or {}, body)
+            if code == 401:  # the token was replaced under us
+                await self._renew()
+                code, headers, content = await self._send(method, path, query or {}, body)
+        except (OSError, aiohttp.ClientError, TimeoutError) as error:
+            raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
+        finally:
+            self._watcher.api_request(method.lower(), plural, code, time.monotonic() - begun)
+        return _answer(method, path, code, headers, content)
+
+    async def _send(
+        self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        client = self._client
+        assert client is not None
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        headers["User-Agent"] = names.USER_AGENT
+        await client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        url = client.configuration.host + path
+        pairs = urlencode({key: value for key, value in query.items() if value})
+        response = await client.rest_client.request(
+            method,
+            f"{url}?{pairs}" if pairs else url,
+            headers=headers,
+            body=body,
+            _request_timeout=REQUEST_SECONDS,
+        )
+        content = await response.read()
+        return int(response.status), response.getheaders(), content
+
+    async def _renew(self) -> None:
+        before, self._client = self._client, ApiClient(await configuration())
+        if before is not None:
+            await before.close()
+
+
+def _answer(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:
+    try:
+        raw = json.loads(content)
+    except ValueError:
+        raw = {"message": content[:200].decode(errors="replace")}
+    if 200 <= code < 300:
+        return dict(raw)
+    after = headers.get("Retry-After", "")
+    raise ApiError(
+        code,
+        str(raw.get("reason") or code),
+        str(raw.get("message") or f"{method} {path}: {code}"),
+        float(after) if after.isdigit() else None,
+    )

@@ -1,0 +1,26 @@
+"""Who may talk to a job's pods."""
+
+from typing import Any
+
+from qlora_contract.places import PROGRESS_PORT
+from qlora_operator.api import names
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.children import metadata, pods_of
+from qlora_operator.settings import Settings
+
+
+def network_policy(job: QLoRAJob, *, uid: str, settings: Settings) -> dict[str, Any]:
+    """A NetworkPolicy: the job's pods hear each other, and scrapers on the progress port; nobody else.
+
+    Ranks are let through on every port, since gloo listens wherever the kernel puts it.
+    """
+    ingress: list[dict[str, Any]] = [{"from": [{"podSelector": pods_of(uid)}]}]
+    if settings.scrapers:  # an empty `from` would mean everyone
+        port = {"port": PROGRESS_PORT, "protocol": "TCP"}
+        ingress.append({"from": list(settings.scrapers), "ports": [port]})
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(job, uid, names.ranks_network_policy(job.metadata.name), names.Role.ISOLATION),
+        "spec": {"podSelector": pods_of(uid), "policyTypes": ["Ingress"], "ingress": ingress},
+    }

@@ -1,0 +1,142 @@
+"""A pod of an attempt: what all pods of its Job are made from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT, TERMINATION_LOG
+from qlora_contract.run import IsaTier
+from qlora_operator.api import names
+from qlora_operator.api.sizes import pod_cpus, pod_memory
+from qlora_operator.api.types import QLoRAJob, Scheduling, Topology
+from qlora_operator.desired.children import labels, pods_of
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.desired.volumes import TMP, volumes
+from qlora_operator.settings import Settings
+
+COMMAND = ["python", "-m", "qlora_trainer.launch"]
+
+
+def pod_template(
+    job: QLoRAJob,
+    uid: str,
+    attempt: int,
+    isa: IsaTier,
+    image: str,
+    settings: Settings,
+    avoid: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The pod template of an attempt, with its RunConfig as an annotation.
+
+    An object may have 256 KiB of annotations; the API's bounds keep a RunConfig below half of that.
+    """
+    run = run_config(job, uid=uid, attempt=attempt, isa=isa)
+    annotations = {names.RUN_CONFIG_ANNOTATION: run.model_dump_json(by_alias=True)}
+    return {
+        "metadata": {
+            "labels": {**settings.pod_labels, **labels(job, uid, names.Role.TRAINER, attempt)},
+            "annotations": {**settings.pod_annotations, **annotations},
+        },
+        "spec": {
+            "restartPolicy": "Never",
+            "subdomain": names.ranks_service(job.metadata.name),
+            "terminationGracePeriodSeconds": job.spec.termination_grace_period_seconds,
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "securityContext": _pod_security(settings),
+            **_placement(job.spec.scheduling, uid, _affinity(isa, avoid), settings),
+            **_pull_secrets(settings),
+            "containers": [_container(job, attempt, image, settings)],
+            "volumes": [volume for volume, _ in volumes(job.spec)],
+        },
+    }
+
+
+def _pod_security(settings: Settings) -> dict[str, Any]:
+    """Pod Security *restricted*, with the ids that the administrator gave."""
+    ids = {
+        "runAsUser": settings.run_as_user,
+        "runAsGroup": settings.run_as_group,
+        "fsGroup": settings.fs_group,
+        # By default every file of every volume is given to the group before each start.
+        "fsGroupChangePolicy": None if settings.fs_group is None else "OnRootMismatch",
+    }
+    given = {key: value for key, value in ids.items() if value is not None}
+    return {"runAsNonRoot": True, **given, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def _placement(
+    scheduling: Scheduling, uid: str, node_affinity: dict[str, Any], settings: Settings
+) -> dict[str, Any]:
+    """Where the pods may go; what nobody asked for is left out."""
+    fields = {
+        "affinity": {"nodeAffinity": node_affinity, "podAntiAffinity": _spread(uid)},
+        "nodeSelector": dict(scheduling.node_selector),
+        "tolerations": [
+            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
+        ],
+        "priorityClassName": scheduling.priority_class_name,
+        "schedulerName": settings.scheduler_name,
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
+    """Only nodes of the tier: preferences are weighed pod by pod and would mix the gang."""
+    expressions: list[dict[str, Any]] = [
+        {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
+    ]
+    if avoid:
+        expressions.append({"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(avoid)})
+    terms = [{"matchExpressions": expressions}]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+
+
+def _spread(uid: str) -> dict[str, Any]:
+    """Pods of a job rather on different nodes, where they do not share the memory's bandwidth."""
+    term = {"labelSelector": pods_of(uid), "topologyKey": "kubernetes.io/hostname"}
+    return {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}
+
+
+def _pull_secrets(settings: Settings) -> dict[str, Any]:
+    secrets = [{"name": name} for name in settings.image_pull_secrets]
+    return {"imagePullSecrets": secrets} if secrets else {}
+
+
+def _container(job: QLoRAJob, attempt: int, image: str, settings: Settings) -> dict[str, Any]:
+    environment = {
+        "MASTER_ADDR": names.rank_zero_host(job.metadata.name, attempt),
+        "MASTER_PORT": str(RENDEZVOUS_PORT),
+        # The root is read-only, and the user has no home.
+        "HOME": TMP,
+        "TMPDIR": TMP,
+        "HF_HOME": f"{TMP}/hf",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return {
+        "name": names.TRAINER_CONTAINER,
+        "image": image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": COMMAND.copy(),
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
+        "resources": _resources(job.spec.topology),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "terminationMessagePath": str(TERMINATION_LOG),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [mount for _, mount in volumes(job.spec)],
+    }
+
+
+def _resources(topology: Topology) -> dict[str, Any]:
+    """What the pod has for sure, and at most.
+
+    Equal and in whole CPUs with strict pinning: a kubelet with static CPU management gives only such pods
+    CPUs of their own. With best-effort idle CPUs of the node may be used as well.
+    """
+    memory = {"memory": str(pod_memory(topology))}
+    both = {"cpu": str(pod_cpus(topology)), **memory}
+    return {"requests": both, "limits": dict(both) if topology.pinning == "strict" else memory}

@@ -1,0 +1,29 @@
+"""The Service through which ranks find rank 0."""
+
+from typing import Any
+
+from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_operator.api import names
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.children import metadata
+
+
+def ranks_service(job: QLoRAJob, *, uid: str) -> dict[str, Any]:
+    """A headless Service: each pod of each attempt has a name in DNS, ready or not.
+
+    Ranks look for each other before any of them is ready.
+    """
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(job, uid, names.ranks_service(job.metadata.name), names.Role.DISCOVERY),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {names.JOB_UID_LABEL: uid, names.ROLE_LABEL: names.Role.TRAINER.value},
+            "ports": [
+                {"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"},
+                {"name": "progress", "port": PROGRESS_PORT, "protocol": "TCP"},
+            ],
+        },
+    }

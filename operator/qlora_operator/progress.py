@@ -1,0 +1,102 @@
+"""Asking rank 0 of an attempt how far it is.
+
+Whatever answers there runs a user's data and model, so nothing it says is taken on trust: neither how much it
+says, nor how long it takes, nor that it is the job's own.
+"""
+
+import logging
+import math
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from qlora_contract.progress import ProgressReport
+from qlora_operator.api import times
+
+FETCH_SECONDS = 3.0
+"""For the whole exchange. Who does not answer now is asked again at the next round."""
+MAX_REPORT_BYTES = 1 << 18
+"""A report of 1,024 ranks, the most that a job may have, is half as long."""
+MAX_NUMBER = 2**53
+"""More than there are bytes or steps anywhere; every JSON reader still tells it from its neighbours."""
+
+_log = logging.getLogger(__name__)
+
+
+async def fetch(
+    session: aiohttp.ClientSession, host: str, port: int, *, uid: str, attempt: int
+) -> ProgressReport | None:
+    """Rank 0's newest report; None when none comes, or when it is not of this very attempt.
+
+    Args:
+        session: shared by all fetches. It must send no credentials of its own.
+        host: a name or an IPv4 or IPv6 address.
+        port: of rank 0's progress server.
+        uid: of the job that must answer.
+        attempt: that must answer.
+    """
+    try:
+        report = parse(await _body(session, URL.build(scheme="http", host=host, port=port, path="/progress")))
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        _log.debug("no progress from %s port %s: %s", host, port, _one_line(error))
+        return None
+    if (report.job_uid, report.attempt) != (uid, attempt):
+        _log.debug(
+            "%s port %s is attempt %s of job uid %.60r, not attempt %s of %s",
+            host,
+            port,
+            report.attempt,
+            report.job_uid,
+            attempt,
+            uid,
+        )
+        return None
+    return report
+
+
+def parse(body: bytes) -> ProgressReport:
+    """The report in an answer. Fields that a newer trainer has added are passed over.
+
+    Raises ValueError for what is no report, or has a number or a time that no status can hold.
+    """
+    report = ProgressReport.model_validate_json(body, extra="ignore")
+    _check_numbers(report.model_dump())
+    _check_time(report.updated_time)
+    if report.checkpoint is not None:
+        _check_time(report.checkpoint.time)
+    return report
+
+
+async def _body(session: aiohttp.ClientSession, url: URL) -> bytes:
+    timeout = aiohttp.ClientTimeout(total=FETCH_SECONDS)
+    # Uncompressed, so that few bytes cannot become many.
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+    async with session.get(url, timeout=timeout, headers=headers, allow_redirects=False) as answer:
+        if answer.status != 200:
+            raise ValueError(f"HTTP status {answer.status}")
+        body = bytearray()
+        async for part in answer.content.iter_any():
+            body += part
+            if len(body) > MAX_REPORT_BYTES:
+                raise ValueError(f"more than {MAX_REPORT_BYTES} bytes")
+    return bytes(body)
+
+
+def _check_numbers(value: Any) -> None:
+    """Raise ValueError unless every number is finite, and small enough for the API server's 64 bits."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_numbers(each)
+    elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
+        raise ValueError("a number is not finite, or too large")
+
+
+def _check_time(text: str) -> None:
+    """Raise ValueError unless the API server takes it for a time."""
+    if times.stamp(times.parse(text)) != text:
+        raise ValueError(f"{text[:60]!r} is no time such as 2026-01-31T12:00:00Z")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

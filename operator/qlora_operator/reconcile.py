@@ -1,0 +1,383 @@
+"""One job, once: observe -> decide -> save -> act -> tell."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from qlora_contract.progress import ProgressReport
+from qlora_operator import logs
+from qlora_operator.api.names import Phase, Reason
+from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
+from qlora_operator.cluster import (
+    EVENTS,
+    GANGS,
+    JOBS,
+    NETWORK_POLICIES,
+    PODS,
+    SERVICES,
+    ApiError,
+    Cluster,
+    Resource,
+)
+from qlora_operator.desired.events import event
+from qlora_operator.desired.gang import gang_job, image_allowed
+from qlora_operator.desired.network import network_policy
+from qlora_operator.desired.service import ranks_service
+from qlora_operator.metrics import Figures, Metrics
+from qlora_operator.placement import nodes as placement
+from qlora_operator.settings import Settings
+from qlora_operator.status.decision import decide
+from qlora_operator.status.draft import (
+    Action,
+    Decision,
+    DeleteGang,
+    DeleteJob,
+    DeletePod,
+    Event,
+    StartAttempt,
+)
+from qlora_operator.status.needs import needs
+from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, pod
+from qlora_operator.store import Key, Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NODES_KEPT_SECONDS = 10.0
+"""How long one look at the nodes, or at a namespace's events, serves all jobs."""
+DENIED_SECONDS = 600.0
+"""How long a missing permission to list nodes is taken for granted."""
+UNREADABLE_SECONDS = 60.0
+
+
+class Reconciler:
+    """What brings a job from the state it is in to the one it should be in."""
+
+    def __init__(self, cluster: Cluster, store: Store, settings: Settings, metrics: Metrics) -> None:
+        self._cluster, self._store, self._settings, self._metrics = cluster, store, settings, metrics
+        self._nodes: Kept[list[placement.Node] | None] = Kept(self._list_nodes)
+        self._warnings: dict[str, Kept[list[dict[str, Any]]]] = {}
+        self._obstacles: dict[str, Said] = {}
+        self.incomplete: set[str] = set()
+        """Uids of jobs of which a child other than the Job is known to be missing."""
+        self.reports: dict[str, ProgressReport] = {}
+        """By a job's uid: what rank 0 said since the job was last reconciled."""
+        self.follow: Callable[[Key, str, int, list[Pod]], None] = lambda *_: None
+        """Is told which attempts run, so that their progress is asked for."""
+        self.unfollow: Callable[[str], None] = lambda _: None
+        """Is told of jobs that do not run any more, by their uid."""
+
+    def forget(self, uid: str) -> None:
+        """A job is gone."""
+        self._obstacles.pop(uid, None)
+        self.reports.pop(uid, None)
+        self.incomplete.discard(uid)
+
+    async def __call__(self, key: Key) -> float | None:
+        """Reconcile one job; seconds until it is due again."""
+        raw = self._store.job(key)
+        if raw is None:
+            self._metrics.jobs.drop(*key)
+            return None
+        try:
+            job = QLoRAJob.model_validate(raw)
+        except ValidationError as error:
+            return await self._unreadable(raw, error)
+        attempt = job.status.attempt if job.status else None
+        with logs.job(*key, attempt), self._metrics.reconcile_seconds.time():
+            return await self._reconcile(key, raw, job)
+
+    async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
+        uid = str(job.metadata.uid)
+        now = datetime.now(UTC)
+        seen = await self._observe(key, uid, job, now)
+        decision = decide(job, seen, now)
+        self._show(key, decision.status)
+        if not await self._save(raw, decision.status):
+            return 0.0
+        self._count(job.status, decision)
+        for action in decision.actions:
+            if not await self._act(action, job, uid):
+                return 0.0
+        for told in decision.events:
+            await self._tell(job, uid, told)
+        self._follow(key, uid, decision.status, seen)
+        return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
+
+    # --- observe
+
+    async def _observe(self, key: Key, uid: str, job: QLoRAJob, now: datetime) -> Observation:
+        gangs = self._store.gangs(uid)
+        wanted = needs(job, gangs, now)
+        if wanted.pods and wanted.fresh:
+            # Before another gang may start, the watch's word is not enough.
+            for raw in await self._cluster.gangs(key[0], uid):
+                self._store.put_gang(raw)
+            gangs = self._store.gangs(uid)
+        pods = tuple(map(pod, await self._cluster.pods(key[0], uid))) if wanted.pods else None
+        nodes = await self._nodes.get() if wanted.nodes or (wanted.pods and wanted.stuck) else []
+        return Observation(
+            gangs=gangs,
+            pods=pods,
+            warnings=await self._about(key, gangs, pods) if wanted.warnings else (),
+            feasible=self._feasible(job, nodes) if wanted.nodes else None,
+            lost_nodes=_lost(pods or (), nodes),
+            progress=self.reports.pop(uid, None),
+            image=job.spec.image or self._settings.trainer_image,
+            image_allowed=job.spec.image is None or image_allowed(job.spec.image, self._settings),
+            obstacle=self._obstacles.get(uid),
+            incomplete=uid in self.incomplete,
+        )
+
+    def _feasible(self, job: QLoRAJob, nodes: list[placement.Node] | None) -> Feasible:
+        if nodes is None:
+            return Feasible(tuple(job.spec.isa.allowed))
+        known = job.status.placement if job.status else None
+        avoid = set(known.avoid) if known else set()
+        found = placement.feasible(
+            [node for node in nodes if node.name not in avoid],
+            placement.demand(job),
+            native_bf16_only=known is not None and known.dtype == "bf16",
+        )
+        why = found.why
+        if avoid and why:
+            why = (
+                f"{why} (left out, since their ranks found less than the labels promise: {', '.join(avoid)})"
+            )
+        return Feasible(found.tiers, why)
+
+    async def _list_nodes(self) -> list[placement.Node] | None:
+        """None without the permission: then the labels of the first tier are required, unseen."""
+        try:
+            return [placement.node(raw) for raw in await self._cluster.nodes()]
+        except ApiError as error:
+            if error.code != 403:
+                raise
+            log.warning("the nodes may not be listed, so their labels are not looked at: %s", error)
+            self._nodes.hold(DENIED_SECONDS)
+            return None
+
+    async def _about(
+        self, key: Key, gangs: tuple[Gang, ...], pods: tuple[Pod, ...] | None
+    ) -> tuple[Said, ...]:
+        """Warnings about the job's Jobs and pods, newest first."""
+        namespace = key[0]
+        kept = self._warnings.setdefault(namespace, Kept(lambda: self._cluster.warnings(namespace)))
+        uids = {gang.uid for gang in gangs} | {each.uid for each in pods or ()}
+        mine = [raw for raw in await kept.get() if (raw.get("involvedObject") or {}).get("uid") in uids]
+        mine.sort(key=_when, reverse=True)
+        return tuple(Said(raw.get("reason") or "", raw.get("message") or "") for raw in mine)
+
+    # --- save
+
+    async def _save(self, raw: dict[str, Any], status: QLoRAJobStatus) -> bool:
+        """Whether the decision stands: it does not when the job has changed since it was read."""
+        new = status.model_dump(by_alias=True, mode="json", exclude_none=True, exclude_defaults=False)
+        old = raw.get("status") or {}
+        if _pruned(new) == _pruned(old):
+            return True
+        try:
+            self._store.put_job(await self._cluster.save_status({**raw, "status": new}))
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+            await self._refresh(raw)
+            return False
+        return True
+
+    async def _refresh(self, raw: dict[str, Any]) -> None:
+        metadata = raw["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        try:
+            self._store.put_job(await self._cluster.get(JOBS, *key))
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            self._store.drop_job(key, metadata["uid"])
+
+    # --- act
+
+    async def _act(self, action: Action, job: QLoRAJob, uid: str) -> bool:
+        """Whether to go on; else the job is looked at anew."""
+        namespace = str(job.metadata.namespace)
+        match action:
+            case StartAttempt():
+                return await self._start(action, job, uid)
+            case DeleteGang(name, gang_uid):
+                await self._cluster.delete(GANGS, namespace, name, gang_uid)
+            case DeletePod(name, pod_uid):
+                await self._cluster.delete(PODS, namespace, name, pod_uid)
+            case DeleteJob():
+                await self._cluster.delete(JOBS, namespace, job.metadata.name, uid)
+        return True
+
+    async def _start(self, action: StartAttempt, job: QLoRAJob, uid: str) -> bool:
+        gang = gang_job(
+            job,
+            uid=uid,
+            attempt=action.attempt,
+            isa=action.isa,
+            image=action.image,
+            settings=self._settings,
+            avoid=action.avoid,
+        )
+        try:
+            await asyncio.gather(
+                self._ensure(SERVICES, ranks_service(job, uid=uid), uid),
+                self._ensure(NETWORK_POLICIES, network_policy(job, uid=uid, settings=self._settings), uid),
+            )
+            created = await self._ensure(GANGS, gang, uid)
+        except ApiError as error:
+            said = _obstacle(error)
+            if said is None:
+                raise
+            news = self._obstacles.get(uid) != said
+            self._obstacles[uid] = said
+            return not news
+        self._obstacles.pop(uid, None)
+        self.incomplete.discard(uid)
+        self._store.put_gang(created)
+        return True
+
+    async def _ensure(self, resource: Resource, body: dict[str, Any], uid: str) -> dict[str, Any]:
+        """Create a child unless it is there. Raises ApiError with reason NameConflict for somebody else's."""
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
+        try:
+            return await self._cluster.create(resource, namespace, body)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+        there = await self._cluster.get(resource, namespace, name)
+        owners = there["metadata"].get("ownerReferences") or []
+        if not any(owner["uid"] == uid and owner.get("controller") for owner in owners):
+            message = (
+                f"a {body['kind']} named {name} is there that is not this job's: delete or rename either"
+            )
+            raise ApiError(409, Reason.NAME_CONFLICT, message)
+        return there
+
+    # --- tell
+
+    async def _tell(self, job: QLoRAJob, uid: str, told: Event) -> None:
+        namespace = str(job.metadata.namespace)
+        body = event(job, uid, told.type, told.reason, told.message, datetime.now(UTC))
+        log.info("%s: %s", told.reason, told.message)
+        try:
+            await self._cluster.create(EVENTS, namespace, body)
+        except ApiError as error:  # the status says it too
+            log.warning("an event could not be posted: %s", error)
+
+    def _show(self, key: Key, status: QLoRAJobStatus) -> None:
+        seen = status.progress
+        self._metrics.jobs.put(
+            *key,
+            Figures(
+                phase=Phase(status.phase or Phase.PENDING),
+                tokens_per_second=seen.tokens_per_second if seen else None,
+                loss=seen.loss if seen else None,
+            ),
+        )
+
+    def _count(self, before: QLoRAJobStatus | None, decision: Decision) -> None:
+        """What the metrics count, once the decision is a fact."""
+        after = decision.status
+        if after.attempt is not None and (before is None or before.attempt != after.attempt):
+            self._metrics.attempts_started.inc()
+        if not after.attempts or not after.attempts[-1].reason:
+            return
+        last, was = after.attempts[-1], before.attempts[-1] if before and before.attempts else None
+        if was is not None and was.attempt == last.attempt and was.reason is None:
+            old, new = before.restarts if before else None, after.restarts
+            user = (new.user if new else 0) - (old.user if old else 0)
+            infrastructure = (new.infrastructure if new else 0) - (old.infrastructure if old else 0)
+            budget = "user" if user else "infrastructure" if infrastructure else "none"
+            self._metrics.restarts.labels(last.reason, budget).inc()
+
+    def _follow(self, key: Key, uid: str, status: QLoRAJobStatus, seen: Observation) -> None:
+        if status.phase in (Phase.RUNNING, Phase.PUBLISHING) and status.attempt is not None:
+            self.follow(key, uid, status.attempt, list(seen.pods or ()))
+        else:
+            self.unfollow(uid)
+
+    async def _unreadable(self, raw: dict[str, Any], error: ValidationError) -> float:
+        """An object that the API server took and we cannot read: of another version than ours."""
+        faults = "; ".join(
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:3]
+        )
+        log.error("%s/%s cannot be read: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], faults)
+        said = {"phase": Phase.PENDING, "message": f"this operator cannot read the job: {faults}"}
+        status = raw.get("status") or {}
+        if {key: status.get(key) for key in said} != said:
+            try:
+                saved = await self._cluster.save_status({**raw, "status": {**status, **said}})
+                self._store.put_job(saved)
+            except ApiError as refused:
+                log.warning("its status could not be saved: %s", refused)
+        return UNREADABLE_SECONDS
+
+
+class Kept(Generic[T]):
+    """The answer to a question that many ask: asked again only after a while, by one at a time."""
+
+    def __init__(self, ask: Any, seconds: float = NODES_KEPT_SECONDS) -> None:
+        self._ask, self._seconds = ask, seconds
+        self._until = 0.0
+        self._lock = asyncio.Lock()
+        self._answer: T
+
+    async def get(self) -> T:
+        """The answer, at most some seconds old."""
+        async with self._lock:
+            if time.monotonic() >= self._until:
+                self._until = 0.0
+                self._answer = await self._ask()
+                self._until = max(self._until, time.monotonic() + self._seconds)
+            return self._answer
+
+    def hold(self, seconds: float) -> None:
+        """The answer that is being given is good for longer."""
+        self._until = time.monotonic() + seconds
+
+
+def _lost(pods: tuple[Pod, ...], nodes: list[placement.Node] | None) -> frozenset[str]:
+    """Nodes of pods that do not answer, or are no longer there."""
+    if not nodes:
+        return frozenset()
+    ready = {node.name for node in nodes if node.ready}
+    return frozenset(each.node for each in pods if each.node is not None and each.node not in ready)
+
+
+def _when(raw: dict[str, Any]) -> str:
+    series = raw.get("series") or {}
+    return str(
+        series.get("lastObservedTime")
+        or raw.get("lastTimestamp")
+        or raw.get("eventTime")
+        or raw["metadata"].get("creationTimestamp")
+        or ""
+    )
+
+
+def _obstacle(error: ApiError) -> Said | None:
+    """What to tell the user when the API server does not take a child; None when trying again will do."""
+    if error.reason == Reason.NAME_CONFLICT:
+        return Said(Reason.NAME_CONFLICT, str(error))
+    if error.code in (400, 403, 422):
+        return Said(Reason.REFUSED, f"the API server refuses a child of the job: {error}")
+    return None
+
+
+def _pruned(value: Any) -> Any:
+    """Without empty lists and maps: an API server keeps them, and pydantic writes them, or not."""
+    if isinstance(value, dict):
+        pruned = {key: _pruned(item) for key, item in value.items()}
+        return {key: item for key, item in pruned.items() if item not in ([], {}, None)}
+    if isinstance(value, list):
+        return [_pruned(item) for item in value]
+    return value

@@ -1,0 +1,31 @@
+"""Numbers as `kubectl get` shows them."""
+
+from qlora_operator.api.types import Columns, Progress, Restarts
+
+_UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
+
+
+def columns(ready: int, world_size: int, progress: Progress | None, restarts: Restarts) -> Columns:
+    """The text of the columns. `ready`: ranks of pods that are ready."""
+    seen = progress or Progress()
+    total = seen.total_steps
+    return Columns(
+        ranks=f"{ready}/{world_size}",
+        step=f"{seen.step}/{total}" if seen.step is not None and total else None,
+        loss=f"{seen.loss:.4g}" if seen.loss is not None else None,
+        tokens_per_second=f"{seen.tokens_per_second:.4g}" if seen.tokens_per_second is not None else None,
+        eta=duration(seen.eta_seconds) if seen.eta_seconds is not None else None,
+        restarts=str(restarts.user + restarts.infrastructure),
+    )
+
+
+def duration(seconds: int) -> str:
+    """`45s`, `9m`, `3h20m`, `2d4h`: two units at most, and the second only where the first is coarse."""
+    for position, (size, unit) in enumerate(_UNITS):
+        if seconds >= size:
+            count, rest = divmod(seconds, size)
+            if unit in ("s", "m"):
+                return f"{count}{unit}"
+            below, name = _UNITS[position + 1]
+            return f"{count}{unit}{rest // below}{name}" if rest // below else f"{count}{unit}"
+    return "0s"

@@ -1,0 +1,68 @@
+"""The conditions of a job, and the phase that follows from them."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+from qlora_operator.api.names import ConditionType, Phase, Reason
+from qlora_operator.api.times import stamp
+from qlora_operator.api.types import Condition
+
+ORDER = tuple(ConditionType)
+
+
+def find(conditions: Sequence[Condition], kind: ConditionType) -> Condition | None:
+    """The condition of this type, when it was ever said."""
+    return next((condition for condition in conditions if condition.type == kind), None)
+
+
+def is_true(conditions: Sequence[Condition], kind: ConditionType) -> bool:
+    """Whether it was said, and holds."""
+    found = find(conditions, kind)
+    return found is not None and found.status == "True"
+
+
+def put(
+    conditions: Sequence[Condition],
+    kind: ConditionType,
+    reason: Reason,
+    message: str,
+    *,
+    holds: bool,
+    now: datetime,
+    generation: int | None,
+) -> list[Condition]:
+    """The conditions with this one said; its transition time moves only when its status does."""
+    status: Literal["True", "False"] = "True" if holds else "False"
+    before = find(conditions, kind)
+    since = before.last_transition_time if before and before.status == status else stamp(now)
+    said = Condition(
+        type=kind,
+        status=status,
+        observed_generation=generation,
+        last_transition_time=since,
+        reason=reason,
+        message=message,
+    )
+    others = [condition for condition in conditions if condition.type != kind]
+    return sorted([*others, said], key=lambda condition: ORDER.index(ConditionType(condition.type)))
+
+
+def phase(conditions: Sequence[Condition]) -> Phase:
+    """One word for all conditions."""
+    true = {condition.type for condition in conditions if condition.status == "True"}
+    running = find(conditions, ConditionType.RUNNING)
+    quota = find(conditions, ConditionType.QUOTA_RESERVED)
+    if ConditionType.COMPLETE in true:
+        return Phase.SUCCEEDED
+    if ConditionType.FAILED in true:
+        return Phase.FAILED
+    if ConditionType.SUSPENDED in true:
+        return Phase.SUSPENDED
+    if ConditionType.RUNNING in true and running is not None:
+        return Phase.PUBLISHING if running.reason == Reason.PUBLISHING else Phase.RUNNING
+    if ConditionType.RESTARTING in true:
+        return Phase.RESTARTING
+    if quota is not None and quota.status == "False" and ConditionType.INITIALIZED in true:
+        return Phase.QUEUED
+    return Phase.STARTING if ConditionType.INITIALIZED in true else Phase.PENDING

@@ -1,0 +1,353 @@
+"""The attempt that is open: has it ended, and if not, how does it go?"""
+
+from datetime import datetime, timedelta
+
+from qlora_operator.api.names import ConditionType, Reason
+from qlora_operator.api.times import parse, stamp
+from qlora_operator.api.types import AdapterStatus, Placement
+from qlora_operator.status import conditions, live, policies
+from qlora_operator.status.cause import Budget, Cause, below_tier, classify, disrupted
+from qlora_operator.status.draft import DeleteGang, DeletePod, Draft, StartAttempt
+from qlora_operator.status.observation import Gang, Said
+from qlora_operator.status.pending import waiting
+from qlora_operator.status.stuck import remaining
+
+LOOK_SECONDS = 10.0
+"""How often pods are looked at while an attempt starts or ends."""
+POLL_SECONDS = 15.0
+"""How often rank 0 is asked for its progress."""
+
+_STAGES = {
+    "Starting": Reason.LOADING,
+    "Training": Reason.TRAINING,
+    "Evaluating": Reason.EVALUATING,
+    "Publishing": Reason.PUBLISHING,
+    "Done": Reason.PUBLISHING,
+}
+
+
+def attend(draft: Draft) -> None:
+    """See to the open attempt."""
+    assert draft.open is not None
+    gang = draft.gang
+    if draft.open.reason is None:
+        if gang is not None and gang.complete:
+            _succeed(draft)
+        elif cause := _end(draft, gang):
+            end(draft, cause)
+        elif gang is None:
+            _create(draft)
+        else:
+            _follow(draft, gang)
+    if draft.open.reason is not None:
+        _wind_up(draft, draft.gang)
+
+
+# --- ends
+
+
+def _end(draft: Draft, gang: Gang | None) -> Cause | None:
+    """Why the attempt is over, or must be; None when it goes on."""
+    return _own_end(draft, gang) or _our_end(draft, gang)
+
+
+def _own_end(draft: Draft, gang: Gang | None) -> Cause | None:
+    """An end that came by itself."""
+    assert draft.open is not None
+    known = draft.open.job_uid
+    if known is not None and (gang is None or gang.uid != known):
+        message = f"the Job of attempt {draft.open.attempt} was deleted by somebody else"
+        return Cause(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
+    if gang is None:
+        return None
+    if gang.failing is not None:
+        return classify(gang, draft.pods) if draft.seen.pods is not None else None
+    if gang.deleting:
+        message = f"the Job {gang.name} is being deleted by somebody else"
+        return Cause(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
+    if gang.suspended and draft.holds(ConditionType.INITIALIZED) and _was_admitted(draft):
+        message = "the queue took back the quota that it had given"
+        return Cause(Reason.PREEMPTED, message, Budget.INFRASTRUCTURE)
+    return disrupted(draft.pods)
+
+
+def _was_admitted(draft: Draft) -> bool:
+    return draft.job.spec.scheduling.queue_name is None or draft.holds(ConditionType.QUOTA_RESERVED)
+
+
+def _our_end(draft: Draft, gang: Gang | None) -> Cause | None:
+    """An end that the user, a deadline, or a better use of the nodes asks for."""
+    if draft.job.spec.suspend:
+        return Cause(Reason.SUSPENDED, "spec.suspend is true", Budget.NONE)
+    if cause := deadline(draft):
+        return cause
+    if gang is None or gang.suspended:
+        return None
+    if draft.holds(ConditionType.RUNNING):
+        return _no_progress(draft)
+    return _no_room(draft, gang)
+
+
+def deadline(draft: Draft) -> Cause | None:
+    """The deadline that has passed, if any; the next one is looked at in time."""
+    spec = draft.job.spec
+    active = policies.active_deadline(spec, draft.status)
+    if active is not None and _passed(draft, active):
+        message = f"the job was active for longer than activeDeadlineSeconds: {spec.active_deadline_seconds}"
+        return Cause(Reason.DEADLINE_EXCEEDED, message, Budget.PERMANENT)
+    if spec.pending_deadline_seconds is None or draft.holds(ConditionType.RUNNING):
+        return None
+    since = policies.pending_since(draft.status, draft.now)
+    if not _passed(draft, since + timedelta(seconds=spec.pending_deadline_seconds)):
+        return None
+    waited = f": {draft.status.message}" if draft.status.message else ""
+    message = f"not all ranks ran within pendingDeadlineSeconds: {spec.pending_deadline_seconds}{waited}"
+    return Cause(Reason.PENDING_DEADLINE_EXCEEDED, message, Budget.PERMANENT)
+
+
+def _passed(draft: Draft, time: datetime) -> bool:
+    if draft.now >= time:
+        return True
+    draft.look(time)
+    return False
+
+
+def _no_progress(draft: Draft) -> Cause | None:
+    """No step for too long. Only of a rank 0 that has answered in this attempt: silence alone may be the
+    network's, and lost ranks are noticed by their peers."""
+    running = conditions.find(draft.status.conditions, ConditionType.RUNNING)
+    told = draft.status.progress
+    if running is None or told is None or told.step_time is None:
+        return None
+    since = max(parse(told.step_time), parse(running.last_transition_time))
+    seconds = draft.job.spec.progress_deadline_seconds
+    answered = told.updated_time is not None and parse(told.updated_time) >= parse(
+        running.last_transition_time
+    )
+    if not answered or not _passed(draft, since + timedelta(seconds=seconds)):
+        return None
+    message = f"no step was completed for progressDeadlineSeconds: {seconds}, since step {told.step}"
+    return Cause(Reason.PROGRESS_DEADLINE_EXCEEDED, message, Budget.USER)
+
+
+def _no_room(draft: Draft, gang: Gang) -> Cause | None:
+    """Pods without a node for too long: another tier may have room, or another gang may need what we hold."""
+    assert draft.open is not None
+    pods = draft.pods
+    placed = [pod for pod in pods if pod.node is not None]
+    wanted = draft.job.spec.topology.pods
+    if draft.seen.pods is None or gang.ready >= wanted or len(placed) >= wanted:
+        return None
+    since = gang.admitted_at or parse(draft.open.start or stamp(draft.now))
+    seconds = draft.job.spec.isa.step_down_seconds
+    spread = policies.released_spread(draft.uid, draft.open.attempt)
+    tiers = draft.seen.feasible.tiers if draft.seen.feasible else ()
+    others = [tier for tier in tiers if draft.status.placement and tier != draft.status.placement.isa]
+    if others:
+        if _passed(draft, since + timedelta(seconds=seconds)):
+            message = f"only {len(placed)}/{wanted} pods found room within isa.stepDownSeconds: {seconds}"
+            return Cause(Reason.STEPPED_DOWN, message, Budget.NONE)
+    elif placed and _passed(draft, since + timedelta(seconds=seconds * (1 + spread / 2))):
+        message = f"lets go of {len(placed)}/{wanted} pods, since the others find no room"
+        return Cause(Reason.RELEASED, message, Budget.NONE)
+    return None
+
+
+def end(draft: Draft, cause: Cause) -> None:
+    """The attempt is over for this cause: its price, and what follows. Happens once per attempt."""
+    draft.set_attempt(reason=cause.reason, message=cause.message, exit_codes=list(cause.exit_codes))
+    if cause.reason == Reason.ISA_BELOW_TIER:
+        _avoid(draft)
+    if draft.holds(ConditionType.FINISHED):
+        return
+    if cause.budget == Budget.PERMANENT:
+        draft.finish(ConditionType.FAILED, cause.reason, cause.message)
+    elif cause.budget == Budget.NONE:
+        draft.deny(ConditionType.RUNNING, cause.reason, cause.message)
+        if cause.reason != Reason.SUSPENDED:
+            draft.event("Normal", cause.reason, cause.message)
+    else:
+        _charge(draft, cause)
+
+
+def _avoid(draft: Draft) -> None:
+    before = draft.status.placement or Placement()
+    nodes = sorted({*before.avoid, *below_tier(draft.pods)})[:64]
+    draft.set(placement=before.model_copy(update={"avoid": nodes}))
+
+
+def _charge(draft: Draft, cause: Cause) -> None:
+    """One restart more of the budget, or the job's end when there is none left."""
+    spec, restarts = draft.job.spec, draft.restarts
+    user = cause.budget == Budget.USER
+    limit = spec.backoff_limit if user else spec.infrastructure_backoff_limit
+    used = restarts.user if user else restarts.infrastructure
+    if used >= limit:
+        reason = Reason.BACKOFF_LIMIT_EXCEEDED if user else Reason.INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED
+        name = "backoffLimit" if user else "infrastructureBackoffLimit"
+        draft.finish(
+            ConditionType.FAILED,
+            reason,
+            f"{cause.message}; all {limit} restarts of {name} are used up"
+            if limit
+            else f"{cause.message}; {name} is 0",
+        )
+        return
+    field = "user" if user else "infrastructure"
+    draft.set(restarts=restarts.model_copy(update={field: used + 1}), message=cause.message)
+    draft.deny(ConditionType.RUNNING, cause.reason, cause.message)
+    draft.affirm(ConditionType.RESTARTING, cause.reason, cause.message)
+    draft.event("Warning", cause.reason, cause.message)
+
+
+def _succeed(draft: Draft) -> None:
+    spec = draft.job.spec
+    if draft.seen.pods is None:
+        return
+    uri = f"{spec.workspace.rstrip('/')}/jobs/{draft.job.metadata.name}/adapter"
+    adapter = live.adapter(draft.pods) or AdapterStatus(uri=uri)
+    draft.set_attempt(reason=Reason.SUCCEEDED, message="every rank is done", exit_codes=[0])
+    draft.set(adapter=adapter, progress=live.finished(draft.status.progress))
+    better = (
+        f": eval loss {adapter.eval_loss:.4g}, that of the base {adapter.base_eval_loss:.4g}"
+        if adapter.eval_loss is not None and adapter.base_eval_loss is not None
+        else ""
+    )
+    draft.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, f"the adapter is in {adapter.uri}{better}")
+
+
+def _wind_up(draft: Draft, gang: Gang | None) -> None:
+    """An attempt that is ending: its pods must all be gone, or over, before it has ended."""
+    if gang is not None and not gang.over:
+        _take_away(draft, gang)
+    delete_orphans(draft)
+    if draft.seen.pods is None:
+        return
+    if draft.living or (gang is not None and not gang.over):
+        said = remaining(draft, draft.living) if draft.living else None
+        if said is not None and said.reason == Reason.NODE_LOST and not draft.holds(ConditionType.FINISHED):
+            _held(draft, said)
+        draft.look_in(LOOK_SECONDS)
+        return
+    draft.set_attempt(end=stamp(draft.now))
+
+
+def _held(draft: Draft, said: Said) -> None:
+    draft.deny(ConditionType.RUNNING, Reason(said.reason), said.message)
+    draft.set(message=said.message)
+
+
+def _take_away(draft: Draft, gang: Gang) -> None:
+    """Delete the Job, unless it fails by itself: then its pods stay, for their logs."""
+    by_itself = gang.failing is not None or (disrupted(draft.pods) is not None and not gang.suspended)
+    if not gang.deleting and (not by_itself or draft.job.spec.suspend):
+        draft.actions.append(DeleteGang(gang.name, gang.uid))
+
+
+# --- goes on
+
+
+def _create(draft: Draft) -> None:
+    """The attempt is a fact, its Job is not yet."""
+    if obstacle := draft.seen.obstacle:
+        draft.wait(ConditionType.INITIALIZED, Reason(obstacle.reason), obstacle.message)
+    if draft.living:
+        delete_orphans(draft)
+        said = remaining(draft, draft.living)
+        draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
+    else:
+        _ensure_children(draft)
+    draft.look_in(LOOK_SECONDS)
+
+
+def _ensure_children(draft: Draft) -> None:
+    placement, provenance = draft.status.placement, draft.status.provenance
+    assert draft.open is not None
+    assert placement is not None
+    assert placement.isa is not None
+    image = provenance.image if provenance else None
+    draft.actions.append(
+        StartAttempt(
+            draft.open.attempt, placement.isa, image or draft.seen.image, avoid=tuple(placement.avoid)
+        )
+    )
+
+
+def delete_orphans(draft: Draft) -> None:
+    """Pods whose Job was deleted without them."""
+    present = {known.uid for known in draft.seen.gangs}
+    for pod in draft.living:
+        if pod.owner_uid not in present and pod.deleting_since is None:
+            draft.actions.append(DeletePod(pod.name, pod.uid))
+
+
+def _follow(draft: Draft, gang: Gang) -> None:
+    draft.set_attempt(job_uid=gang.uid)
+    draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, f"Job {gang.name} exists")
+    if draft.seen.incomplete:
+        _ensure_children(draft)
+    queue = draft.job.spec.scheduling.queue_name
+    if queue is not None:
+        _queue(draft, gang, queue)
+    if gang.suspended:
+        return
+    if draft.holds(ConditionType.RUNNING) or gang.ready >= draft.job.spec.topology.pods:
+        _run(draft)
+    else:
+        said = waiting(draft, gang)
+        note = said.reason != Reason.STARTING
+        draft.wait(ConditionType.RUNNING, Reason(said.reason), said.message, note=note)
+        draft.look_in(LOOK_SECONDS)
+
+
+def _queue(draft: Draft, gang: Gang, queue: str) -> None:
+    if gang.suspended:
+        message = f"waits in the queue {queue}"
+        draft.wait(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, note=False)
+        return
+    draft.affirm(ConditionType.QUOTA_RESERVED, Reason.ADMITTED, f"the queue {queue} has let the job in")
+    if draft.status.start_time is None:
+        draft.set(start_time=stamp(draft.now))
+
+
+def _run(draft: Draft) -> None:
+    """Every rank is up."""
+    told = draft.seen.progress
+    first = not draft.holds(ConditionType.RUNNING)
+    reason = _STAGES[told.stage] if told else Reason.LOADING
+    if told or first:
+        message = {
+            Reason.LOADING: "every rank is up; the model is being loaded",
+            Reason.TRAINING: "training",
+            Reason.EVALUATING: "evaluating",
+            Reason.PUBLISHING: "the adapter is being verified and stored",
+        }[reason]
+        draft.affirm(ConditionType.RUNNING, reason, message)
+        draft.set(message=message)
+    if draft.holds(ConditionType.RESTARTING):
+        draft.deny(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
+    if first:
+        draft.event("Normal", "Running", f"all ranks of attempt {draft.status.attempt} are up")
+    _facts(draft)
+    draft.look_in(POLL_SECONDS)
+
+
+def _facts(draft: Draft) -> None:
+    """What the pods and rank 0 tell."""
+    status, told, pods = draft.status, draft.seen.progress, draft.pods
+    placement = status.placement or Placement()
+    per_pod = draft.job.spec.topology.ranks_per_pod
+    if pods:
+        placement = placement.model_copy(update={"nodes": live.nodes(pods)})
+        draft.set(ranks=live.ranks(pods, per_pod, told))
+        digest = next((pod.image_digest for pod in pods if pod.index == 0), None)
+        if digest and status.provenance:
+            draft.set(provenance=status.provenance.model_copy(update={"image_digest": digest}))
+    elif told:
+        draft.set(ranks=live.with_facts(status.ranks, told))
+    if told:
+        draft.set(progress=live.progress(status.progress, told, draft.now))
+        draft.set(checkpoint=live.checkpoint(told) or status.checkpoint)
+        if told.step > 0 and placement.dtype is None:
+            placement = placement.model_copy(update={"dtype": told.compute_dtype})
+    draft.set(placement=placement)

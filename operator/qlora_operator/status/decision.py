@@ -1,0 +1,210 @@
+"""What to do about a job: (job, observation, now) -> decision. Pure.
+
+The status says what is so before anything is done about it: an attempt is in the status before its Job is
+created, and the end of one, with its price, before the next begins. Whoever reads the status and the cluster
+can thus go on from any point at which the operator was killed.
+"""
+
+from datetime import datetime, timedelta
+
+from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping_fields
+from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
+from qlora_operator.api.times import parse, stamp
+from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec
+from qlora_operator.status import conditions, policies
+from qlora_operator.status.cause import Budget
+from qlora_operator.status.columns import columns
+from qlora_operator.status.current import LOOK_SECONDS, attend, deadline, delete_orphans
+from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft, StartAttempt
+from qlora_operator.status.observation import Observation
+from qlora_operator.status.stuck import remaining
+
+
+def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
+    """What the job's status is, and what is to be done once it is saved."""
+    draft = Draft(job, seen, now)
+    if hands_off(job):
+        return Decision(draft.status)
+    if not draft.holds(ConditionType.FINISHED):
+        _suspension(draft)
+    if draft.open is not None:
+        attend(draft)
+    if draft.open is None and not draft.holds(ConditionType.FINISHED):
+        _next(draft)
+    _clean_up(draft)
+    if draft.holds(ConditionType.FINISHED):
+        _expire(draft)
+    _derive(draft)
+    return Decision(draft.status, tuple(draft.actions), tuple(draft.events), draft.look_at)
+
+
+def hands_off(job: QLoRAJob) -> bool:
+    """Whether another controller has the job, or it is on its way out."""
+    return job.spec.managed_by not in (None, CONTROLLER) or job.metadata.deletion_timestamp is not None
+
+
+def _suspension(draft: Draft) -> None:
+    """The condition Suspended, and the clock of activeDeadlineSeconds."""
+    held = draft.holds(ConditionType.SUSPENDED)
+    if draft.job.spec.suspend and not held:
+        draft.affirm(ConditionType.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true")
+        draft.set(message="held by spec.suspend")
+        draft.event("Normal", Reason.SUSPENDED, "held by spec.suspend")
+    elif held and not draft.job.spec.suspend:
+        draft.deny(ConditionType.SUSPENDED, Reason.RESUMED, "spec.suspend is false again")
+        draft.set(start_time=None, message="goes on")
+        draft.event("Normal", Reason.RESUMED, "goes on")
+    queued = draft.job.spec.scheduling.queue_name is not None
+    if draft.status.start_time is None and not draft.job.spec.suspend and not queued:
+        draft.set(start_time=stamp(draft.now))
+
+
+# --- the next attempt
+
+
+def _next(draft: Draft) -> None:
+    """Start an attempt, or say what that waits for."""
+    if draft.job.spec.suspend:
+        return
+    if cause := deadline(draft):
+        assert cause.budget == Budget.PERMANENT
+        draft.finish(ConditionType.FAILED, cause.reason, cause.message)
+    elif not (_backs_off(draft) or _occupied(draft) or _barred(draft)):
+        _start(draft)
+
+
+def _backs_off(draft: Draft) -> bool:
+    last = draft.attempt
+    if last is None or last.end is None:
+        return False
+    until = parse(last.end) + timedelta(seconds=policies.backoff(draft.uid, draft.status.attempts))
+    if draft.now >= until:
+        return False
+    message = f"the next attempt starts at {stamp(until)}, since the last ones failed: {last.message}"
+    draft.wait(ConditionType.INITIALIZED, Reason.BACK_OFF, message, note=False)
+    draft.look(until)
+    return True
+
+
+def _occupied(draft: Draft) -> bool:
+    """Whether a pod of an earlier attempt may still run: never two live gangs for one job."""
+    first = draft.status.attempt is None and draft.seen.pods is None
+    if first or (draft.seen.pods is not None and not draft.living):
+        return False
+    delete_orphans(draft)
+    if draft.living:
+        said = remaining(draft, draft.living)
+        draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
+    draft.look_in(LOOK_SECONDS)
+    return True
+
+
+def _barred(draft: Draft) -> bool:
+    """Whether the image, or the nodes, do not let an attempt start."""
+    if not draft.seen.image_allowed and _fixed_image(draft) is None:
+        message = (
+            f"spec.image {draft.seen.image} is not allowed here: ask the administrator, or leave it out in "
+            "another job"
+        )
+        draft.wait(ConditionType.INITIALIZED, Reason.IMAGE_NOT_ALLOWED, message)
+        draft.look_in(6 * LOOK_SECONDS)
+        return True
+    if draft.seen.feasible is None:
+        draft.look_in(1.0)
+        return True
+    if not draft.seen.feasible.tiers:
+        draft.wait(ConditionType.INITIALIZED, Reason.NO_MATCHING_NODES, draft.seen.feasible.why)
+        draft.look_in(LOOK_SECONDS)
+        return True
+    return False
+
+
+def _start(draft: Draft) -> None:
+    """Another attempt becomes a fact; its children are created once that is saved."""
+    number = 0 if draft.status.attempt is None else draft.status.attempt + 1
+    tier, before = _tier(draft), draft.status.placement or Placement()
+    image = _fixed_image(draft) or draft.seen.image
+    spec = draft.job.spec
+    world = spec.topology.pods * spec.topology.ranks_per_pod
+    draft.add_attempt(Attempt(attempt=number, start=stamp(draft.now)))
+    placement = before.model_copy(update={"isa": tier, "nodes": [], "world_size": world})
+    draft.set(placement=placement, ranks=[], provenance=_provenance(draft, image))
+    message = f"attempt {number} starts on {tier}"
+    draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, message)
+    draft.deny(ConditionType.RUNNING, Reason.STARTING, message)
+    draft.set(message=message)
+    if spec.scheduling.queue_name is not None:
+        draft.deny(ConditionType.QUOTA_RESERVED, Reason.QUEUED, "waits in the queue")
+    draft.actions.append(StartAttempt(number, tier, image, tuple(placement.avoid)))
+
+
+def _tier(draft: Draft) -> IsaTier:
+    """The first tier that has nodes; after one that had no room, the one below it."""
+    assert draft.seen.feasible is not None
+    tiers, last = draft.seen.feasible.tiers, draft.attempt
+    had = draft.status.placement.isa if draft.status.placement else None
+    if last is None or last.reason != Reason.STEPPED_DOWN or had not in tiers:
+        return tiers[0]
+    return tiers[(tiers.index(had) + 1) % len(tiers)]
+
+
+def _fixed_image(draft: Draft) -> str | None:
+    return draft.status.provenance.image if draft.status.provenance else None
+
+
+def _provenance(draft: Draft, image: str) -> Provenance:
+    """What the first attempt fixes for all."""
+    if draft.status.provenance is not None and draft.status.provenance.image is not None:
+        return draft.status.provenance
+    spec = draft.job.spec
+    return Provenance(
+        image=image,
+        run_config_version=RUN_CONFIG_VERSION,
+        seed=spec.training.seed,
+        config_hash=_hash(spec),
+    )
+
+
+def _hash(spec: QLoRAJobSpec) -> str:
+    fields = shaping_fields(
+        spec.model, spec.dataset, spec.adapter, spec.quantization, spec.training, spec.evaluation
+    )
+    return config_hash(fields)
+
+
+# --- the rest
+
+
+def _clean_up(draft: Draft) -> None:
+    """Jobs of earlier attempts go once a later one is there, and none outlives the job's end."""
+    over = draft.holds(ConditionType.FINISHED)
+    for gang in draft.seen.gangs:
+        earlier = gang.attempt != draft.status.attempt
+        doomed = earlier or (over and not gang.over and gang.failing is None)
+        action = DeleteGang(gang.name, gang.uid)
+        if gang.ours and doomed and not gang.deleting and action not in draft.actions:
+            draft.actions.append(action)
+
+
+def _expire(draft: Draft) -> None:
+    expiry = policies.expiry(draft.job.spec, draft.status)
+    if expiry is None:
+        return
+    if draft.now >= expiry:
+        draft.actions.append(DeleteJob())
+    else:
+        draft.look(expiry)
+
+
+def _derive(draft: Draft) -> None:
+    """What follows from the rest."""
+    topology = draft.job.spec.topology
+    gang = draft.gang
+    ready = gang.ready * topology.ranks_per_pod if gang is not None and draft.open is not None else 0
+    world = topology.pods * topology.ranks_per_pod
+    draft.set(
+        observed_generation=draft.job.metadata.generation,
+        phase=conditions.phase(draft.status.conditions),
+        restarts=draft.restarts,
+        columns=columns(min(ready, world), world, draft.status.progress, draft.restarts),
+    )

@@ -1,0 +1,103 @@
+"""What rank 0 tells and what the pods show, as parts of the status."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from qlora_contract.progress import ProgressReport
+from qlora_operator.api.times import stamp
+from qlora_operator.api.types import (
+    NODES_SHOWN,
+    RANKS_SHOWN,
+    AdapterStatus,
+    CheckpointStatus,
+    Progress,
+    RankStatus,
+)
+from qlora_operator.status.cause import report
+from qlora_operator.status.observation import Pod
+
+
+def progress(before: Progress | None, told: ProgressReport, now: datetime) -> Progress:
+    """The progress after a report."""
+    since = before.step_time if before is not None and before.step == told.step else None
+    return Progress(
+        step=told.step,
+        total_steps=told.total_steps,
+        percent=100 * told.step // told.total_steps if told.total_steps else None,
+        epoch=told.epoch,
+        loss=told.loss,
+        eval_loss=told.eval_loss,
+        tokens_per_second=told.tokens_per_second,
+        eta_seconds=round(told.eta_seconds) if told.eta_seconds is not None else None,
+        memory_estimate=told.memory_estimate,
+        memory_peak=told.memory_peak,
+        step_time=since or stamp(now),
+        updated_time=told.updated_time,
+    )
+
+
+def finished(before: Progress | None) -> Progress | None:
+    """The progress of a job that has made all its steps."""
+    if before is None:
+        return None
+    return before.model_copy(
+        update={"step": before.total_steps, "percent": 100, "eta_seconds": 0} if before.total_steps else {}
+    )
+
+
+def checkpoint(told: ProgressReport) -> CheckpointStatus | None:
+    """The newest checkpoint that rank 0 knows of."""
+    known = told.checkpoint
+    return CheckpointStatus(step=known.step, time=known.time, uri=known.uri) if known else None
+
+
+def ranks(pods: Sequence[Pod], ranks_per_pod: int, told: ProgressReport | None) -> list[RankStatus]:
+    """Where the ranks run, the first few of them."""
+    facts = {fact.rank: fact for fact in told.ranks} if told else {}
+    found = []
+    for pod in sorted(pods, key=lambda pod: pod.index):
+        for local in range(ranks_per_pod):
+            index = pod.index * ranks_per_pod + local
+            fact = facts.get(index)
+            found.append(
+                RankStatus(
+                    index=index,
+                    pod=pod.name,
+                    node=pod.node,
+                    isa=fact.isa if fact else None,
+                    cpus=fact.cpus if fact else None,
+                )
+            )
+    return found[:RANKS_SHOWN]
+
+
+def with_facts(before: list[RankStatus], told: ProgressReport) -> list[RankStatus]:
+    """The ranks as they were, with what each has found by now."""
+    facts = {fact.rank: fact for fact in told.ranks}
+    return [
+        rank.model_copy(update={"isa": facts[rank.index].isa, "cpus": facts[rank.index].cpus})
+        if rank.index in facts
+        else rank
+        for rank in before
+    ]
+
+
+def nodes(pods: Sequence[Pod]) -> list[str]:
+    """The nodes of the pods, each once, the first few of them."""
+    return sorted({pod.node for pod in pods if pod.node})[:NODES_SHOWN]
+
+
+def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:
+    """What rank 0's pod says of the adapter that it has stored."""
+    for pod in pods:
+        end = report(pod)
+        if pod.index == 0 and end is not None and end.adapter_uri:
+            return AdapterStatus(
+                uri=end.adapter_uri,
+                sha256=end.adapter_sha256,
+                base_eval_loss=end.base_eval_loss
+                if end.base_eval_loss is not None
+                else end.base_eval_loss_quantized,
+                eval_loss=end.eval_loss,
+            )
+    return None

@@ -1,0 +1,61 @@
+"""What must be looked at to decide about a job, besides what the watches tell. Looking costs requests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from qlora_operator.api.names import ConditionType
+from qlora_operator.api.times import parse
+from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
+from qlora_operator.status import conditions
+from qlora_operator.status.observation import Gang
+
+PATIENCE = timedelta(seconds=3)
+"""How long pods may take to start before anybody looks why."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What to look at."""
+
+    pods: bool = False
+    fresh: bool = False
+    """The Jobs, too: another one may be created."""
+    stuck: bool = False
+    """Pods ought to be going: whether their nodes answer."""
+    nodes: bool = False
+    """Which tiers have nodes."""
+    warnings: bool = False
+
+
+def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime) -> Needs:
+    """What to look at now."""
+    status = job.status or QLoRAJobStatus()
+    last = status.attempts[-1] if status.attempts else None
+    over = conditions.is_true(status.conditions, ConditionType.FINISHED)
+    if last is None:
+        return Needs(nodes=not over and not job.spec.suspend)
+    gang = next((each for each in gangs if each.ours and each.attempt == last.attempt), None)
+    if last.end is not None:
+        start = not over and not job.spec.suspend
+        return Needs(pods=start, fresh=start, stuck=start, nodes=start)
+    if last.reason is not None:
+        return Needs(pods=True, stuck=True, nodes=not over and not job.spec.suspend)
+    if gang is None or gang.deleting:
+        return Needs(pods=True, fresh=True, stuck=True)
+    if gang.over or gang.failing is not None or job.spec.suspend:
+        return Needs(pods=True, stuck=True)
+    return _of_living(job, status, gang, now)
+
+
+def _of_living(job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime) -> Needs:
+    wanted = job.spec.topology.pods
+    if gang.suspended:
+        return Needs()
+    if conditions.is_true(status.conditions, ConditionType.RUNNING):
+        return Needs(pods=gang.ready < wanted, stuck=gang.ready < wanted)
+    if gang.ready >= wanted:
+        return Needs(pods=True)
+    start = status.attempts[-1].start
+    late = start is None or now >= parse(start) + PATIENCE
+    return Needs(pods=late, nodes=late, warnings=late)

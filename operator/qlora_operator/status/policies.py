@@ -1,0 +1,82 @@
+"""When: deadlines, back-off between attempts, and how long an attempt may wait for nodes."""
+
+import hashlib
+from datetime import datetime, timedelta
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.times import parse
+from qlora_operator.api.types import Attempt, QLoRAJobSpec, QLoRAJobStatus
+
+FREE = frozenset({Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FINISHED})
+"""Ends of an attempt that cost nothing and are no failure."""
+WAITED = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
+"""Ends of an attempt that never had all its ranks."""
+FIRST_BACKOFF_SECONDS = 10.0
+MAX_BACKOFF_SECONDS = 360.0
+"""As of batch/v1's own Jobs."""
+
+
+def backoff(uid: str, attempts: list[Attempt]) -> float:
+    """Seconds between the end of the last attempt and the next.
+
+    The first restart in a row is prompt, since most failures are singular. From the second on: 10 s, doubled
+    each time, at most 6 minutes, and up to a fifth more or less, by a hash of job and attempt: gangs that
+    failed together do not come back together.
+    """
+    row = _in_a_row(attempts)
+    if row < 2 and not (attempts and attempts[-1].reason == Reason.RELEASED):
+        return 0.0
+    seconds = min(FIRST_BACKOFF_SECONDS * float(2 ** max(row - 2, 0)), MAX_BACKOFF_SECONDS)
+    return seconds * _jitter(uid, attempts[-1].attempt)
+
+
+def _in_a_row(attempts: list[Attempt]) -> int:
+    """Attempts at the end of the list that failed, or had to let go of what they held."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.reason in FREE - {Reason.RELEASED}:
+            break
+        count += 1
+    return count
+
+
+def _jitter(uid: str, attempt: int) -> float:
+    """From 0.8 to 1.2, the same for the same job and attempt."""
+    digest = hashlib.sha256(f"{uid}/{attempt}".encode()).digest()
+    return 0.8 + 0.4 * digest[0] / 255
+
+
+def released_spread(uid: str, attempt: int) -> float:
+    """A share, from 0 to 1, of the time after which a half-placed gang lets go: two that block each other
+    must not do so at once."""
+    return hashlib.sha256(f"{attempt}/{uid}".encode()).digest()[0] / 255
+
+
+def pending_since(status: QLoRAJobStatus, now: datetime) -> datetime:
+    """Since when the job wants ranks and has not had all of them."""
+    since = None
+    for attempt in reversed(status.attempts):
+        if attempt.reason is not None and attempt.reason not in WAITED:
+            since = since or _time(attempt.end)
+            break
+        since = _time(attempt.start) or since
+    times = [time for time in (since, _time(status.start_time)) if time is not None]
+    return max(times, default=now)
+
+
+def _time(text: str | None) -> datetime | None:
+    return parse(text) if text else None
+
+
+def active_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:
+    """When the job will have been active for too long."""
+    if spec.active_deadline_seconds is None or status.start_time is None:
+        return None
+    return parse(status.start_time) + timedelta(seconds=spec.active_deadline_seconds)
+
+
+def expiry(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:
+    """When a finished job is to be deleted."""
+    if spec.ttl_seconds_after_finished is None or status.completion_time is None:
+        return None
+    return parse(status.completion_time) + timedelta(seconds=spec.ttl_seconds_after_finished)

@@ -1,0 +1,25 @@
+"""Pods that are in the way of the next attempt, and why they do not go."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from qlora_operator.api.names import Reason
+from qlora_operator.status.draft import Draft
+from qlora_operator.status.observation import Pod, Said
+
+OVERDUE = timedelta(seconds=30)
+"""How long after the end of its grace period a pod that is still there counts as stuck."""
+
+
+def remaining(draft: Draft, pods: Sequence[Pod]) -> Said:
+    """Why these pods, which should be gone, are not."""
+    for pod in pods:
+        overdue = pod.deleting_since is not None and draft.now > pod.deleting_since + OVERDUE
+        if pod.node is not None and (pod.node in draft.seen.lost_nodes or overdue):
+            return Said(
+                Reason.NODE_LOST,
+                f"pod {pod.name} may still run on node {pod.node}, which does not answer: the job goes on when "
+                "the node is back, is deleted, or has the taint node.kubernetes.io/out-of-service",
+            )
+    names = ", ".join(pod.name for pod in pods[:3]) + (", ..." if len(pods) > 3 else "")
+    return Said(Reason.PODS_REMAIN, f"waits for {len(pods)} pod(s) of an earlier attempt to end: {names}")

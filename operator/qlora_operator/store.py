@@ -1,0 +1,102 @@
+"""What the watches have told so far: jobs, and the few facts of their children that decisions need."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL
+from qlora_operator.status.observation import Gang, gang
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Known:
+    version: int
+    gang: Gang
+
+
+def key_of(raw: Mapping[str, Any]) -> Key:
+    """Namespace and name of a job."""
+    return raw["metadata"]["namespace"], raw["metadata"]["name"]
+
+
+def owner_key(raw: Mapping[str, Any]) -> Key | None:
+    """Namespace and name of the job that a child belongs to by its label."""
+    metadata = raw["metadata"]
+    name = (metadata.get("labels") or {}).get(JOB_NAME_LABEL)
+    return (metadata["namespace"], name) if name else None
+
+
+class Store:
+    """Jobs by key, and their batch/v1 Jobs by the job's uid. Whatever is older than what is known is
+    ignored: a watch may be behind our own writes."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[Key, dict[str, Any]] = {}
+        self._gangs: dict[str, dict[str, _Known]] = {}
+
+    def jobs(self) -> list[Key]:
+        """The jobs there are."""
+        return list(self._jobs)
+
+    def job(self, key: Key) -> dict[str, Any] | None:
+        """The newest state of a job."""
+        return self._jobs.get(key)
+
+    def gangs(self, job_uid: str) -> tuple[Gang, ...]:
+        """The Jobs of a job."""
+        return tuple(known.gang for known in self._gangs.get(job_uid, {}).values())
+
+    def put_job(self, raw: Mapping[str, Any]) -> None:
+        """A job is, or is now, so."""
+        known = self._jobs.get(key_of(raw))
+        same = known is not None and known["metadata"]["uid"] == raw["metadata"]["uid"]
+        if not same or known is None or _version(raw) >= _version(known):
+            self._jobs[key_of(raw)] = _lean(raw)
+
+    def drop_job(self, key: Key, uid: str | None = None) -> None:
+        """A job is gone; with a uid, only if it is still that very job."""
+        known = self._jobs.get(key)
+        if known is not None and uid in (None, known["metadata"]["uid"]):
+            del self._jobs[key]
+            self._gangs.pop(known["metadata"]["uid"], None)
+
+    def put_gang(self, raw: Mapping[str, Any]) -> None:
+        """A child Job is, or is now, so."""
+        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        if not uid:
+            return
+        name, version = raw["metadata"]["name"], _version(raw)
+        siblings = self._gangs.setdefault(uid, {})
+        if name not in siblings or siblings[name].version <= version:
+            siblings[name] = _Known(version, gang(raw, uid))
+
+    def drop_gang(self, raw: Mapping[str, Any]) -> None:
+        """A child Job is gone."""
+        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        siblings = self._gangs.get(uid or "", {})
+        known = siblings.get(raw["metadata"]["name"])
+        if known is not None and known.gang.uid == raw["metadata"]["uid"]:
+            del siblings[raw["metadata"]["name"]]
+
+    def drop_gangs_but(self, living: Iterable[str]) -> list[str]:
+        """Forget the child Jobs whose uid is not among these; the job uids that have lost one."""
+        keep, lost = set(living), []
+        for uid, siblings in self._gangs.items():
+            gone = [name for name, known in siblings.items() if known.gang.uid not in keep]
+            for name in gone:
+                del siblings[name]
+            lost += [uid] if gone else []
+        return lost
+
+
+def _version(raw: Mapping[str, Any]) -> int:
+    """resourceVersion, which Kubernetes defines to grow."""
+    return int(raw["metadata"]["resourceVersion"])
+
+
+def _lean(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Without managedFields, which are as large as all the rest."""
+    metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
+    return {**raw, "metadata": metadata}

@@ -1,0 +1,248 @@
+"""The operator as a process of its own against a real API server, with its own service account's permissions."""
+
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from testcluster.client import ApiError, Client
+from testcluster.cluster import Cluster
+from testcluster.kubelet import Kubelet
+
+ROOT = Path(__file__).parents[2]
+RBAC = ROOT / "manifests" / "rbac.yaml"
+SYSTEM = "qlora-system"
+ACCOUNT = "qlora-operator"
+IMAGE = "registry.example/qlora-trainer:1"
+JOBS = "/apis/qlora.dev/v1alpha1"
+
+Object = dict[str, Any]
+
+pytest_plugins = ["testcluster.fixtures"]
+
+AMX_NODE = {
+    "feature.node.kubernetes.io/cpu-cpuid.AMXTILE": "true",
+    "feature.node.kubernetes.io/cpu-cpuid.AMXBF16": "true",
+}
+AVX512_NODE = {
+    f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true"
+    for flag in ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL", "AVX2", "FMA3")
+}
+
+
+@pytest.fixture(scope="session")
+def account(api_cluster: Cluster, crd: None) -> Path:
+    """A kubeconfig with the operator's own permissions."""
+    try:
+        api_cluster.client.post("/api/v1/namespaces", {"metadata": {"name": SYSTEM}})
+    except ApiError as error:
+        if error.code != 409:
+            raise
+    api_cluster.kubectl("apply", "-f", str(RBAC))
+    return api_cluster.kubeconfig_for(ACCOUNT, SYSTEM)
+
+
+class Operator:
+    """One operator's process."""
+
+    def __init__(self, folder: Path, kubeconfig: Path, *arguments: str, image: str = IMAGE) -> None:
+        self.folder, self.kubeconfig, self.arguments = folder, kubeconfig, arguments
+        self.settings = folder / "settings.yaml"
+        self.settings.write_text(yaml.safe_dump({"trainerImage": image, "allowedImages": ["registry.example/*"]}))
+        self.log = folder / "operator.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    def start(self, *, wait: bool = True) -> None:
+        """Begin, and be ready."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "qlora_operator", "--config", str(self.settings)]
+        command += ["--port", str(self.port), *self.arguments]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if wait:
+            self.ready()
+
+    def ready(self, seconds: float = 30) -> None:
+        """Wait for its readiness."""
+        eventually(lambda: self.get("/readyz")[0] == 200, seconds, lambda: self.log.read_text()[-3000:])
+
+    def get(self, path: str) -> tuple[int, str]:
+        """GET from its own server: status (0: no answer) and text."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """End it with a signal; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def close(self) -> None:
+        """End it if it lives."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(30)
+
+
+def eventually(
+    check: Callable[[], Any], seconds: float = 20, say: Callable[[], str] = lambda: "", every: float = 0.05
+) -> Any:
+    """The first true answer of `check`; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = check()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            pytest.fail(f"did not come about in {seconds} s: {say()}")
+        time.sleep(every)
+
+
+@pytest.fixture
+def new_operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Operator]]:
+    """make(*arguments) -> an operator, not started; ended with the test."""
+    made: list[Operator] = []
+
+    def make(*arguments: str, **options: Any) -> Operator:
+        made.append(Operator(tmp_path_factory.mktemp("operator"), account, *arguments, **options))
+        return made[-1]
+
+    yield make
+    for operator in made:
+        operator.close()
+
+
+@pytest.fixture
+def operator(new_operator: Callable[..., Operator], namespace: str) -> Operator:
+    """A running operator for the test's namespace alone."""
+    made = new_operator("--namespace", namespace)
+    made.start()
+    return made
+
+
+MINIMAL: Object = {
+    "apiVersion": "qlora.dev/v1alpha1",
+    "kind": "QLoRAJob",
+    "metadata": {"name": "job"},
+    "spec": {
+        "workspace": "pvc://work/here",
+        "model": {"source": "pvc://work/model"},
+        "dataset": {"source": "pvc://work/data"},
+        "training": {"maxSteps": 10},
+        "topology": {"pods": 2, "cpusPerRank": 1, "memoryPerRank": "1Gi"},
+    },
+}
+
+
+class Job:
+    """A QLoRAJob in the test's namespace, and its pods, which the test plays."""
+
+    def __init__(self, client: Client, kubelet: Kubelet, namespace: str, name: str) -> None:
+        self.client, self.kubelet, self.namespace, self.name = client, kubelet, namespace, name
+
+    @property
+    def path(self) -> str:
+        """Of the object."""
+        return f"{JOBS}/namespaces/{self.namespace}/qlorajobs/{self.name}"
+
+    def get(self) -> Object:
+        """The object."""
+        return self.client.get(self.path)
+
+    @property
+    def status(self) -> Object:
+        """Its status."""
+        return self.get().get("status") or {}
+
+    def condition(self, kind: str) -> Object:
+        """A condition; empty when it was never said."""
+        found = [c for c in self.status.get("conditions", []) if c["type"] == kind]
+        return found[0] if found else {}
+
+    def until(self, check: Callable[[Object], Any], seconds: float = 20) -> Object:
+        """The status, once it is so."""
+        return eventually(
+            lambda: (lambda status: check(status) and status)(self.status), seconds, lambda: str(self.status)
+        )
+
+    def until_phase(self, phase: str, seconds: float = 20) -> Object:
+        """The status, once the phase is this."""
+        return self.until(lambda status: status.get("phase") == phase, seconds)
+
+    def patch(self, spec: Object) -> Object:
+        """Change spec."""
+        return self.client.patch(self.path, {"spec": spec})
+
+    def delete(self, policy: str = "Background") -> None:
+        """Delete it."""
+        self.client.delete(self.path, {"propagationPolicy": policy})
+
+    def pods(self, attempt: int | None = None, count: int = 2) -> list[Object]:
+        """The pods of an attempt, by index, once they are there."""
+        number = self.status.get("attempt", 0) if attempt is None else attempt
+        selector = f"qlora.dev/job-name={self.name},qlora.dev/attempt={number}"
+        found = self.kubelet.pods(self.namespace, selector, count)
+        return sorted(found, key=lambda pod: int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]))
+
+    def gangs(self) -> list[Object]:
+        """Its batch/v1 Jobs."""
+        return self.client.items(
+            f"/apis/batch/v1/namespaces/{self.namespace}/jobs?labelSelector=qlora.dev/job-name={self.name}"
+        )
+
+    def run(self, attempt: int = 0, count: int = 2) -> list[Object]:
+        """Its attempt runs: every pod is up."""
+        pods = [self.kubelet.running(pod) for pod in self.pods(attempt, count)]
+        self.until(lambda status: status.get("phase") == "Running" and status.get("attempt") == attempt)
+        return pods
+
+    def events(self) -> list[Object]:
+        """The operator's Events about it."""
+        found = self.client.items(f"/api/v1/namespaces/{self.namespace}/events")
+        return [event for event in found if event["involvedObject"]["kind"] == "QLoRAJob"]
+
+
+@pytest.fixture
+def make_job(
+    api_cluster: Cluster, kubelet: Kubelet, crd: None, namespace: str
+) -> Callable[..., Job]:
+    """make(name="job", **spec) -> a job of two pods, created."""
+
+    def make(name: str = "job", **spec: Any) -> Job:
+        body = copy.deepcopy(MINIMAL)
+        body["metadata"]["name"] = name
+        for key, value in spec.items():
+            merged = {**body["spec"].get(key, {}), **value} if isinstance(value, dict) else value
+            body["spec"][key] = merged
+        api_cluster.client.post(f"{JOBS}/namespaces/{namespace}/qlorajobs", body)
+        return Job(api_cluster.client, kubelet, namespace, name)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def node(api_cluster: Cluster) -> None:
+    """One big node with AVX-512, played."""
+    Kubelet(api_cluster.client).add_node("big", labels=AVX512_NODE)

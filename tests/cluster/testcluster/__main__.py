@@ -1,0 +1,103 @@
+"""Clusters for hand work: `python -m testcluster up --tier api`, `env`, `down`."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from testcluster import control_plane
+from testcluster.binaries import TIERS, ensure
+from testcluster.control_plane import ControlPlane
+from testcluster.errors import ClusterError
+from testcluster.fleet import Fleet
+
+CLUSTERS = Path(__file__).parents[3] / ".cache" / "cluster"
+"""One folder per cluster, by its name, and beside it a file <name>.tier."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    options = _parser().parse_args(arguments)
+    folder = CLUSTERS / options.name
+    try:
+        if options.command == "up":
+            _up(folder, options)
+        elif options.command == "down":
+            _down(folder)
+        else:
+            _env(folder)
+    except ClusterError as error:
+        print(f"testcluster: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="testcluster", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="start a cluster, anew if it runs")
+    up.add_argument("--tier", choices=TIERS, default="api")
+    up.add_argument("--nodes", type=int, default=50, help="tier fleet: how many nodes (50)")
+    up.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="tier fleet: of every node"
+    )
+    up.add_argument("--cpu", default="32", help="tier fleet: of every node (32)")
+    up.add_argument("--memory", default="256Gi", help="tier fleet: of every node (256Gi)")
+    up.add_argument("--audit", action="store_true", help="write <folder>/audit.log")
+    down = commands.add_parser("down", help="end a cluster and remove every trace of it")
+    env = commands.add_parser("env", help="print what to export so that kubectl reaches it")
+    for command in (up, down, env):
+        command.add_argument("--name", default="default", help="of the cluster (default)")
+    return parser
+
+
+def _up(folder: Path, options: argparse.Namespace) -> None:
+    _down(folder)
+    ensure(options.tier)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _tier_file(folder).write_text(options.tier)
+    start = time.monotonic()
+    if options.tier == "nodes":
+        from testcluster import nodes  # needs root and Linux
+
+        nodes.up(folder, audit=options.audit)
+    else:
+        _up_without_nodes(folder, options)
+    seconds = time.monotonic() - start
+    again = "" if options.name == "default" else f" --name {options.name}"
+    print(f'ready in {seconds:.1f} s: {folder}\nto use it: eval "$(python -m testcluster env{again})"')
+
+
+def _up_without_nodes(folder: Path, options: argparse.Namespace) -> None:
+    cluster = ControlPlane.start(folder, audit=options.audit, detached=True)
+    if options.tier == "fleet":
+        labels = dict(label.partition("=")[::2] for label in options.label)
+        fleet = Fleet.start(cluster)
+        fleet.add_nodes(options.nodes, labels=labels, cpu=options.cpu, memory=options.memory)
+    cluster.let_go()
+
+
+def _down(folder: Path) -> None:
+    tier = _tier_file(folder)
+    if tier.is_file() and tier.read_text() == "nodes":
+        from testcluster import nodes
+
+        nodes.down(folder)
+    control_plane.down(folder)
+    tier.unlink(missing_ok=True)
+
+
+def _env(folder: Path) -> None:
+    kubeconfig = folder / "admin.kubeconfig"
+    if not kubeconfig.is_file():
+        raise ClusterError(f"there is no cluster in {folder}: start one with `make cluster-up`")
+    print(f"export KUBECONFIG={kubeconfig}")
+    print(f"export PATH={ensure('api')['kubectl'].parent}:$PATH")
+
+
+def _tier_file(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.tier")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""A control plane on this machine: etcd, API server, controller manager and scheduler."""
+
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from testcluster import certificates, kubeconfig
+from testcluster.binaries import Binaries, ensure
+from testcluster.client import ApiError, Client
+from testcluster.cluster import Cluster
+from testcluster.errors import ClusterError
+from testcluster.processes import Processes, end_recorded
+
+LOOPBACK = "127.0.0.1"
+SERVICES = "10.96.0.0/16"
+"""Addresses of Services; the first is the API server's."""
+READY_SECONDS = 60.0
+"""How long a start may take on a busy machine; it takes 4 s on an idle one."""
+NEVER = 30 * 24 * 3600
+"""Seconds that no test reaches."""
+PORTS = range(20000, 30000)
+"""Below the ports that Linux gives to outgoing connections and those of NodePort Services."""
+
+_AUDIT_POLICY = """\
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules: [{level: Metadata}]
+"""
+_CLIENTS = {
+    "admin": ("admin", ("system:masters",)),
+    "kube-controller-manager": ("system:kube-controller-manager", ()),
+    "kube-scheduler": ("system:kube-scheduler", ()),
+    "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", ("system:masters",)),
+}
+
+
+class ControlPlane(Cluster):
+    """A running control plane. Everything of it lies in its folder."""
+
+    def __init__(self, folder: Path, binaries: Binaries, processes: Processes, server: str) -> None:
+        super().__init__(folder, folder / "admin.kubeconfig", binaries["kubectl"])
+        self.binaries = binaries
+        self.server = server
+        """The API server's URL."""
+        self._processes = processes
+
+    @classmethod
+    def start(
+        cls,
+        folder: Path,
+        *,
+        address: str = LOOPBACK,
+        audit: bool = False,
+        detached: bool = False,
+        node_grace_seconds: int = NEVER,
+        binaries: Binaries | None = None,
+        apiserver_options: Iterable[str] = (),
+    ) -> Self:
+        """Start one in the folder and wait until it is ready; what an earlier one left there is removed.
+
+        With an `address` other than loopback, pods reach it through the
+        kubernetes Service. `node_grace_seconds` is how long a node may be
+        silent before it counts as lost: never by default, since nodes that
+        tests make through the API send no heartbeats. The processes end with
+        the thread that called this, unless `detached`. `apiserver_options`
+        are added to kube-apiserver's command line.
+        Raises ClusterError when it does not become ready.
+        """
+        binaries = binaries or ensure("api")
+        for _ in range(5):
+            down(folder)
+            processes = Processes(folder, detached=detached)
+            ports = free_ports(address)
+            cluster = cls(folder, binaries, processes, f"https://{address}:{ports['apiserver']}")
+            try:
+                _make_files(cluster, address)
+                extra = [
+                    *_reach_options(address),
+                    *(_audit_options(folder) if audit else []),
+                    *apiserver_options,
+                ]
+                _start_all(cluster, address, ports, extra, node_grace_seconds)
+                cluster.wait_ready()
+                return cluster
+            except BaseException as error:
+                processes.end_all()
+                if not isinstance(error, ClusterError) or "address already in use" not in str(error):
+                    raise
+        raise ClusterError(
+            f"five times, ports of {address} that had been free were taken before they were used"
+        )
+
+    @property
+    def audit_log(self) -> Path:
+        """One JSON object per request; there with audit=True only."""
+        return self.folder / "audit.log"
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """The process id of each program."""
+        return self._processes.pids
+
+    def stop(self) -> None:
+        """End every process at once; the folder with the logs stays until `down`."""
+        self.client.close()
+        self._processes.end_all()
+
+    def let_go(self) -> None:
+        """Leave a detached cluster to run when this process ends."""
+        self._processes.let_go()
+
+    def pause(self, name: str) -> None:
+        """Freeze a program: its connections stay open and nothing answers."""
+        self._processes.signal(name, signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        """Let a paused program go on."""
+        self._processes.signal(name, signal.SIGCONT)
+
+    def run(self, name: str, command: list[str]) -> None:
+        """Start one more program that belongs to the cluster and ends with it."""
+        self._processes.start(name, command)
+
+    def end(self, name: str) -> None:
+        """Kill a program: connections to it are refused."""
+        self._processes.end(name)
+
+    def begin(self, name: str) -> None:
+        """Start a program again as it was, and wait until the cluster is ready."""
+        self._processes.start(name)
+        self.wait_ready()
+
+    def restart_apiserver(self) -> None:
+        """Kill the API server, which breaks every watch, and start it again."""
+        self.end("kube-apiserver")
+        self.begin("kube-apiserver")
+
+    def issue(
+        self, name: str, user: str, groups: tuple[str, ...] = (), addresses: tuple[str, ...] = ()
+    ) -> Path:
+        """A kubeconfig for a new client certificate of the user and groups: a kubelet's, for example.
+
+        The certificate is <folder>/pki/<name>.crt and .key, and serves as a
+        server's, too, for addresses such as IP:10.0.0.1 or DNS:node-a.
+        """
+        pki = self.folder / "pki"
+        certificates.issue(pki, name, user, groups, addresses)
+        config = kubeconfig.with_certificate(self.server, pki / "ca.crt", name)
+        return kubeconfig.write(self.folder / f"{name}.kubeconfig", config)
+
+    def wait_ready(self) -> None:
+        """Wait until the API server says it is ready and the controller manager works.
+
+        Raises ClusterError when a program has ended, or after READY_SECONDS.
+        """
+        client = Client(self.kubeconfig)
+        deadline = time.monotonic() + READY_SECONDS
+        while (why := _not_ready(client)) is not None:
+            self._processes.check()
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"the control plane is not ready after {READY_SECONDS:.0f} s: {why}; logs: {self.folder / 'logs'}"
+                )
+            time.sleep(0.05)
+        client.close()
+
+
+def down(folder: Path) -> None:
+    """End whatever runs of the cluster in the folder, and remove the folder."""
+    end_recorded(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        raise ClusterError(f"{folder} cannot be removed: look who uses it")
+
+
+def free_ports(address: str) -> dict[str, int]:
+    """Ports that are free now. Another process may take them before they are used."""
+    ports: dict[str, int] = {}
+    while len(ports) < 3:
+        name = ("etcd", "etcd-peer", "apiserver")[len(ports)]
+        port = random.choice(PORTS)
+        if port not in ports.values() and _is_free(address if name == "apiserver" else LOOPBACK, port):
+            ports[name] = port
+    return ports
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            if "assign" in str(error):
+                raise ClusterError(f"{address} is no address of this machine") from error
+            return False
+    return True
+
+
+def _not_ready(client: Client) -> str | None:
+    """Why the cluster cannot be used yet, or None."""
+    try:
+        client.text("/readyz")
+        # Made by the controller manager; without it no pod can be created.
+        client.get("/api/v1/namespaces/default/serviceaccounts/default")
+    except ApiError as error:
+        return str(error)
+    return None
+
+
+def _make_files(cluster: ControlPlane, address: str) -> None:
+    """Certificates, keys and kubeconfigs."""
+    pki = cluster.folder / "pki"
+    pki.mkdir(mode=0o700)
+    certificates.make_authority(pki)
+    certificates.make_key(pki / "service-accounts.key")
+    names = (
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+    )
+    addresses = [f"IP:{ip}" for ip in (address, SERVICES.replace(".0/16", ".1"), LOOPBACK)]
+    alternatives = (*(f"DNS:{name}" for name in (*names, "localhost")), *addresses)
+    certificates.issue(pki, "apiserver", "kube-apiserver", (), alternatives)
+    for name, (user, groups) in _CLIENTS.items():
+        cluster.issue(name, user, groups)
+
+
+def _reach_options(address: str) -> list[str]:
+    """How pods reach the API server: not at all on loopback, which the kubernetes Service cannot name."""
+    return ["--endpoint-reconciler-type=none"] if address == LOOPBACK else [f"--advertise-address={address}"]
+
+
+def _audit_options(folder: Path) -> list[str]:
+    policy = folder / "audit-policy.yaml"
+    policy.write_text(_AUDIT_POLICY)
+    return [f"--audit-policy-file={policy}", f"--audit-log-path={folder / 'audit.log'}"]
+
+
+def _start_all(
+    cluster: ControlPlane, address: str, ports: dict[str, int], apiserver: list[str], node_grace_seconds: int
+) -> None:
+    folder, binaries, processes = cluster.folder, cluster.binaries, cluster._processes
+    processes.start("etcd", [str(binaries["etcd"]), *_etcd_options(folder, ports)])
+    options = [*_apiserver_options(folder / "pki", address, ports), *apiserver]
+    processes.start("kube-apiserver", [str(binaries["kube-apiserver"]), *options])
+    controllers = _controller_options(folder, node_grace_seconds)
+    processes.start("kube-controller-manager", [str(binaries["kube-controller-manager"]), *controllers])
+    processes.start(
+        "kube-scheduler", [str(binaries["kube-scheduler"]), *_client_options(folder, "kube-scheduler")]
+    )
+
+
+def _etcd_options(folder: Path, ports: dict[str, int]) -> list[str]:
+    client, peer = (f"http://{LOOPBACK}:{ports[name]}" for name in ("etcd", "etcd-peer"))
+    return [
+        f"--data-dir={folder / 'etcd'}",
+        f"--listen-client-urls={client}",
+        f"--advertise-client-urls={client}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster=default={peer}",
+        "--unsafe-no-fsync",  # the data are thrown away
+        "--log-level=warn",
+    ]
+
+
+def _apiserver_options(pki: Path, address: str, ports: dict[str, int]) -> list[str]:
+    return [
+        f"--etcd-servers=http://{LOOPBACK}:{ports['etcd']}",
+        f"--bind-address={address}",
+        f"--secure-port={ports['apiserver']}",
+        f"--tls-cert-file={pki / 'apiserver.crt'}",
+        f"--tls-private-key-file={pki / 'apiserver.key'}",
+        f"--client-ca-file={pki / 'ca.crt'}",
+        f"--kubelet-client-certificate={pki / 'apiserver-kubelet-client.crt'}",
+        f"--kubelet-client-key={pki / 'apiserver-kubelet-client.key'}",
+        "--kubelet-preferred-address-types=InternalIP",  # the nodes' names are in no DNS
+        "--service-account-issuer=https://kubernetes.default.svc",
+        f"--service-account-key-file={pki / 'service-accounts.key'}",
+        f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
+        f"--service-cluster-ip-range={SERVICES}",
+        "--authorization-mode=Node,RBAC",
+        "--enable-admission-plugins=NodeRestriction",
+        "--allow-privileged=true",
+    ]
+
+
+def _controller_options(folder: Path, node_grace_seconds: int) -> list[str]:
+    pki = folder / "pki"
+    return [
+        *_client_options(folder, "kube-controller-manager"),
+        f"--service-account-private-key-file={pki / 'service-accounts.key'}",
+        "--use-service-account-credentials",
+        f"--root-ca-file={pki / 'ca.crt'}",
+        f"--node-monitor-grace-period={node_grace_seconds}s",
+        f"--node-startup-grace-period={node_grace_seconds}s",
+    ]
+
+
+def _client_options(folder: Path, name: str) -> list[str]:
+    return [
+        f"--kubeconfig={folder / name}.kubeconfig",
+        "--leader-elect=false",
+        "--secure-port=0",  # nobody asks it anything
+        "--kube-api-qps=1000",  # 20 by default, which is what tests would wait for
+        "--kube-api-burst=2000",
+    ]

@@ -1,0 +1,216 @@
+"""The Job of one attempt."""
+
+import fnmatch
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, ExitCode
+from qlora_operator.api import names
+from qlora_operator.api.files import load_jobs
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.gang import failure_rules, gang_job, image_allowed
+from qlora_operator.desired.network import network_policy
+from qlora_operator.desired.service import ranks_service
+from qlora_operator.settings import Settings
+
+DEMO = Path(__file__).parents[3] / "manifests/samples/demo.yaml"
+GOLDEN = Path(__file__).parent / "golden/demo.yaml"
+LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+
+
+# --- images
+
+IMAGES = {
+    "the default": ("registry.example/trainer:1", [], True),
+    "another": ("registry.example/other:1", [], False),
+    "one by name": ("a/b:1", ["a/b:1"], True),
+    "one of several": ("c/d:1", ["a/b:*", "c/*"], True),
+    "any tag": ("a/b:2026.1", ["a/b:*"], True),
+    "any digest": ("a/b@sha256:" + "0" * 64, ["a/b@sha256:*"], True),
+    "a star for nothing": ("a/b", ["a/b*"], True),
+    "a star in the middle": ("a/x/y/c:1", ["a/*/c:1"], True),
+    "anything": ("a/b:1", ["*"], True),
+    "more before the pattern": ("evil/a/b:1", ["a/b:*"], False),
+    "more after the pattern": ("a/b:1-evil", ["a/b:1"], False),
+    "other capitals": ("A/b:1", ["a/b:1"], False),
+    "a dot is a dot": ("registryXexample/b:1", ["registry.example/*"], False),
+    "a question mark is no wildcard": ("a/b:1", ["a/b:?"], False),
+    "brackets are no wildcard": ("a/b:1", ["a/b:[1]"], False),
+    "no pattern": ("a/b:1", [""], False),
+}
+
+
+@pytest.mark.parametrize(("image", "patterns", "allowed"), IMAGES.values(), ids=IMAGES)
+def test_which_images_a_job_may_name(
+    image: str, patterns: list[str], allowed: bool, settings: Callable[..., Settings]
+) -> None:
+    """The default image, and those that one of the administrator's patterns fits as a whole."""
+    assert image_allowed(image, settings(allowedImages=patterns)) is allowed
+
+
+@hypothesis.settings(deadline=None)
+@given(image=st.text("ab/:.*?[]!"), pattern=st.text("ab/:.*?[]!", max_size=8))
+def test_a_star_is_the_only_wildcard(image: str, pattern: str, settings: Callable[..., Settings]) -> None:
+    """Patterns mean what fnmatch makes of them once its other wildcards are quoted."""
+    quoted = re.sub(r"([?\[])", r"[\1]", pattern)
+
+    assert image_allowed(image, settings(allowedImages=[pattern])) == fnmatch.fnmatchcase(image, quoted)
+
+
+# --- the meaning of failures
+
+
+def matching_rule(code: int) -> int | None:
+    """Index of the rule that a Job controller picks for a container that ended with a code other than 0."""
+    for index, rule in enumerate(failure_rules()):
+        values = rule.get("onExitCodes", {"values": []})["values"]
+        operator = rule.get("onExitCodes", {"operator": "In"})["operator"]
+        if (code in values) == (operator == "In"):
+            return index
+    return None
+
+
+CODES = {
+    **{code.name: (int(code), 1) for code in PERMANENT},
+    **{code.name: (int(code), 2) for code in INFRASTRUCTURE},
+    **{code.name: (int(code), None) for code in COLLATERAL},
+    "UNEXPECTED": (ExitCode.UNEXPECTED, 3),
+    "RENDEZVOUS_FAILED": (ExitCode.RENDEZVOUS_FAILED, 3),
+    "STALLED": (ExitCode.STALLED, 3),
+    "killed": (137, 3),
+    "terminated before the launcher listened": (143, None),
+    "no such command": (127, 3),
+}
+
+
+def test_every_code_of_a_failure_has_a_case() -> None:
+    """A code that the contract gains must be given a meaning here."""
+    assert {code.name for code in ExitCode} - set(CODES) == {"DONE"}
+
+
+@pytest.mark.parametrize(("code", "rule"), CODES.values(), ids=CODES)
+def test_a_failed_pod_names_the_reason_unless_another_pods_end_was_the_cause(
+    code: int, rule: int | None
+) -> None:
+    """Permanent codes, then infrastructure, then the rest; what is only a consequence matches no rule."""
+    assert matching_rule(code) == rule
+
+
+def test_a_disrupted_pod_is_known_before_its_code() -> None:
+    """A pod that was evicted, preempted or drained is the cluster's doing, whatever code it ended with."""
+    rules = failure_rules()
+
+    assert rules[0]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert {rule["action"] for rule in rules} == {"FailJob"}
+
+
+def test_the_api_server_accepts_the_rules(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """Codes are in order, each once, with no 0 for In, and of a container that the pods have."""
+    job = gang_job(a_job(), uid="u", attempt=0, isa="avx2", image="a", settings=settings())
+    containers = [container["name"] for container in job["spec"]["template"]["spec"]["containers"]]
+
+    on_codes = [rule["onExitCodes"] for rule in failure_rules() if "onExitCodes" in rule]
+    assert len(on_codes) == 3
+    for rule in on_codes:
+        assert rule["values"] == sorted(set(rule["values"]))
+        assert 1 <= len(rule["values"]) <= 255
+        assert rule["containerName"] in containers
+        assert rule["operator"] == "NotIn" or 0 not in rule["values"]
+
+
+# --- the Job
+
+
+@hypothesis.settings(deadline=None)
+@given(data=st.data())
+def test_any_job_renders_to_what_kubernetes_knows(
+    gangs: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
+) -> None:
+    """Every field exists in Kubernetes' types and has their type; equal input gives equal bytes."""
+    gang = data.draw(gangs)
+    job = gang_job(**gang)
+
+    assert misfits(job, "V1Job") == []
+    assert json.dumps(gang_job(**gang)) == json.dumps(job)
+    assert yaml.safe_load(yaml.safe_dump(job)) == job
+
+
+@hypothesis.settings(deadline=None)
+@given(data=st.data())
+def test_any_job_renders_to_valid_names(gangs: SearchStrategy[dict[str, Any]], data: st.DataObject) -> None:
+    """Names, subdomain, host names and labels are what Kubernetes and DNS accept, however long the job's is."""
+    gang = data.draw(gangs)
+    job = gang_job(**gang)
+    template = job["spec"]["template"]
+    last = names.pod_host_name(gang["job"].metadata.name, gang["attempt"], job["spec"]["completions"] - 1)
+    of_dns = [job["metadata"]["name"], last, template["spec"]["subdomain"], job["metadata"]["namespace"]]
+
+    assert last.startswith(f"{job['metadata']['name']}-")
+    assert [name for name in of_dns[:3] if not re.fullmatch(DNS_LABEL, name)] == []
+    for metadata in (job["metadata"], template["metadata"]):
+        assert [value for value in metadata["labels"].values() if not re.fullmatch(LABEL_VALUE, value)] == []
+
+
+@pytest.mark.parametrize("pods", [1, 7])
+def test_the_gang_lives_and_dies_together(
+    pods: int, a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """All pods at once, none replaced, and no limit but those that the operator itself counts."""
+    job = a_job(topology={"pods": pods}, backoffLimit=3, ttlSecondsAfterFinished=9, activeDeadlineSeconds=9)
+    spec = gang_job(job, uid="u", attempt=0, isa="avx2", image="a", settings=settings())["spec"]
+
+    rest = {key: value for key, value in spec.items() if key not in ("template", "podFailurePolicy")}
+    assert rest == {
+        "completionMode": "Indexed",
+        "completions": pods,
+        "parallelism": pods,
+        "backoffLimit": 0,
+        "podReplacementPolicy": "Failed",
+    }
+
+
+def test_a_queue_gets_the_job_suspended(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """With a queue the Job waits for it; its pods do not have the queue's label, or Kueue would count twice."""
+    job = gang_job(
+        a_job(scheduling={"queueName": "team-queue"}),
+        uid="u",
+        attempt=0,
+        isa="avx2",
+        image="a",
+        settings=settings(),
+    )
+
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-queue"
+    assert "kueue.x-k8s.io/queue-name" not in job["spec"]["template"]["metadata"]["labels"]
+
+
+def test_the_demo_renders_as_reviewed(settings: Callable[..., Settings]) -> None:
+    """All children of the demo's first attempt, as golden/demo.yaml shows them."""
+    (job,) = load_jobs(str(DEMO))
+    uid = "0f8fad5b-d9cb-469f-a165-70867728950e"
+    scraper = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    admins = settings(trainerImage="registry.example/qlora-trainer:0.1.0", scrapers=[scraper])
+    rendered = [
+        ranks_service(job, uid=uid),
+        network_policy(job, uid=uid, settings=admins),
+        gang_job(job, uid=uid, attempt=0, isa="avx512", image=admins.trainer_image, settings=admins),
+    ]
+
+    text = yaml.safe_dump_all(rendered, sort_keys=False, width=110)
+    assert GOLDEN.read_text() == text

@@ -1,0 +1,96 @@
+"""Who may talk to a job's pods, evaluated as Kubernetes evaluates a NetworkPolicy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_operator.api import names
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.children import labels
+from qlora_operator.desired.network import network_policy
+from qlora_operator.settings import Settings
+
+Labels = dict[str, str]
+MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
+TEAM = {"kubernetes.io/metadata.name": "team"}
+PROMETHEUS = {"app": "prometheus"}
+SCRAPER = {
+    "namespaceSelector": {"matchLabels": MONITORING},
+    "podSelector": {"matchLabels": PROMETHEUS},
+}
+RANK = {names.JOB_UID_LABEL: "u"}
+RANK_OF_OTHERS = {names.JOB_UID_LABEL: "v"}
+
+
+def lets_in(policy: dict[str, Any], pod: Labels, namespace: Labels, port: int) -> bool:
+    """Whether a selected pod, in the namespace TEAM, hears from `pod` on a port."""
+    return any(
+        ("from" not in rule or not rule["from"] or any(_is(peer, pod, namespace) for peer in rule["from"]))
+        and ("ports" not in rule or port in [allowed["port"] for allowed in rule["ports"]])
+        for rule in policy["spec"]["ingress"]
+    )
+
+
+def _is(peer: dict[str, Any], pod: Labels, namespace: Labels) -> bool:
+    right_namespace = (
+        _has(namespace, peer["namespaceSelector"]) if "namespaceSelector" in peer else namespace == TEAM
+    )
+    return right_namespace and _has(pod, peer.get("podSelector", {}))
+
+
+def _has(there: Labels, selector: dict[str, Labels]) -> bool:
+    return selector.get("matchLabels", {}).items() <= there.items()
+
+
+CASES = {
+    "a rank hears its peers' rendezvous": (RANK, TEAM, RENDEZVOUS_PORT, True),
+    "a rank hears gloo on any port": (RANK, TEAM, 40_123, True),
+    "nobody else's rank is heard": (RANK_OF_OTHERS, TEAM, RENDEZVOUS_PORT, False),
+    "nobody else's rank reads the progress": (RANK_OF_OTHERS, TEAM, PROGRESS_PORT, False),
+    "a pod in another namespace with the job's label is not heard": (RANK, MONITORING, 40_123, False),
+    "a scraper reads the progress": (PROMETHEUS, MONITORING, PROGRESS_PORT, True),
+    "a scraper reaches no other port": (PROMETHEUS, MONITORING, RENDEZVOUS_PORT, False),
+    "the scraper's name in another namespace does not help": (PROMETHEUS, TEAM, PROGRESS_PORT, False),
+}
+
+
+@pytest.mark.parametrize(("pod", "namespace", "port", "heard"), CASES.values(), ids=CASES)
+def test_who_is_heard(
+    pod: Labels,
+    namespace: Labels,
+    port: int,
+    heard: bool,
+    a_job: Callable[..., QLoRAJob],
+    settings: Callable[..., Settings],
+) -> None:
+    """Ranks hear each other on every port and scrapers on the progress port; nobody else."""
+    policy = network_policy(a_job(), uid="u", settings=settings(scrapers=[SCRAPER]))
+
+    assert lets_in(policy, pod, namespace, port) is heard
+
+
+def test_without_scrapers_nobody_scrapes(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """No rule with an empty list of peers is made: Kubernetes would take it for everyone."""
+    policy = network_policy(a_job(), uid="u", settings=settings())
+
+    assert lets_in(policy, RANK, TEAM, PROGRESS_PORT)
+    assert not lets_in(policy, PROMETHEUS, MONITORING, PROGRESS_PORT)
+
+
+def test_the_policy_is_about_ingress_to_all_the_jobs_pods(
+    a_job: Callable[..., QLoRAJob],
+    settings: Callable[..., Settings],
+    misfits: Callable[[Any, str], list[str]],
+) -> None:
+    """Every pod of the job is selected, whatever its attempt; what pods may reach is not restricted."""
+    policy = network_policy(a_job(), uid="u", settings=settings(scrapers=[SCRAPER]))
+    spec = policy["spec"]
+
+    assert _has(labels(a_job(), "u", names.Role.TRAINER, 4), spec["podSelector"])
+    assert not _has(labels(a_job(), "v", names.Role.TRAINER, 4), spec["podSelector"])
+    assert spec["policyTypes"] == ["Ingress"]
+    assert misfits(policy, "V1NetworkPolicy") == []

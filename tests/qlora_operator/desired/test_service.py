@@ -1,0 +1,48 @@
+"""The Service of a job's ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from qlora_operator.api import names
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.children import labels
+from qlora_operator.desired.gang import gang_job
+from qlora_operator.desired.service import ranks_service
+
+
+def test_ranks_are_found_before_they_are_ready(a_job: Callable[..., QLoRAJob]) -> None:
+    """The Service is headless and publishes pods that are not ready."""
+    spec = ranks_service(a_job(), uid="u")["spec"]
+
+    assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)
+
+
+def test_only_trainers_of_this_very_job_are_selected(a_job: Callable[..., QLoRAJob]) -> None:
+    """Neither pods of an earlier job of the same name nor pods with another role are among the ranks."""
+    selector = ranks_service(a_job(), uid="u")["spec"]["selector"].items()
+
+    assert selector <= labels(a_job(), "u", names.Role.TRAINER, 7).items()
+    assert not selector <= labels(a_job(), "other", names.Role.TRAINER, 7).items()
+    assert not selector <= labels(a_job(), "u", names.Role.DISCOVERY, 7).items()
+
+
+@hypothesis.settings(deadline=None)
+@given(data=st.data())
+def test_pods_have_their_names_in_the_service(
+    gangs: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
+) -> None:
+    """The pods' subdomain is the Service, which selects them: so rank 0 has the name that the ranks are told."""
+    gang = data.draw(gangs)
+    service = ranks_service(gang["job"], uid=gang["uid"])
+    template = gang_job(**gang)["spec"]["template"]
+    environment = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}
+
+    assert service["metadata"]["name"] == template["spec"]["subdomain"]
+    assert environment["MASTER_ADDR"].endswith(f"-0.{template['spec']['subdomain']}")
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert misfits(service, "V1Service") == []
