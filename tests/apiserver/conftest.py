@@ -142,6 +142,15 @@ def operator(new_operator: Callable[..., Operator], namespace: str) -> Operator:
     return made
 
 
+@pytest.fixture(scope="module")
+def shared_operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    """A running operator for every namespace, for all tests of a module: who ends it starts it again."""
+    made = Operator(tmp_path_factory.mktemp("operator"), account)
+    made.start()
+    yield made
+    made.close()
+
+
 MINIMAL: Object = {
     "apiVersion": "qlora.dev/v1alpha1",
     "kind": "QLoRAJob",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from testcluster import control_plane as control_plane_module
 from testcluster import kubeconfig
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
@@ -185,6 +187,29 @@ def test_the_next_start_cleans_up_after_a_killed_one(tmp_path: Path) -> None:
 
     assert first.keys() == second.keys() == PROGRAMS
     assert set(running) == set(second.values())
+
+
+def test_a_port_that_was_taken_meanwhile_is_not_insisted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When another process takes a free port before it is used, the start goes on with others."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        choices = [dict.fromkeys(("etcd", "etcd-peer", "apiserver"), taken.getsockname()[1])]
+        free_ports = control_plane_module.free_ports
+        monkeypatch.setattr(
+            control_plane_module,
+            "free_ports",
+            lambda address: choices.pop() if choices else free_ports(address),
+        )
+
+        cluster = ControlPlane.start(tmp_path / "cluster")
+        answer = cluster.kubectl("get", "namespace", "default", "-o", "name")
+        running = using(cluster.folder)
+        cluster.stop()
+
+    assert choices == []
+    assert answer == "namespace/default\n"
+    assert len(running) == len(PROGRAMS)
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,18 @@ def _placement(
 
 def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
     """Only nodes of the tier: preferences are weighed pod by pod and would mix the gang."""
-    expressions: list[dict[str, Any]] = [
-        {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
-    ]
+    term: dict[str, Any] = {
+        "matchExpressions": [
+            {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
+        ]
+    }
     if avoid:
-        expressions.append({"key": "kubernetes.io/hostname", "operator": "NotIn", "values": list(avoid)})
-    terms = [{"matchExpressions": expressions}]
-    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}
+        # By name, not by the label kubernetes.io/hostname, which may differ; one name a requirement, as the
+        # API server demands.
+        term["matchFields"] = [
+            {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
+        ]
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
 
 
 def _spread(uid: str) -> dict[str, Any]:

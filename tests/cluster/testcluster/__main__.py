@@ -60,7 +60,7 @@ def _up(folder: Path, options: argparse.Namespace) -> None:
     if options.tier == "nodes":
         from testcluster import nodes  # needs root and Linux
 
-        nodes.up(folder, audit=options.audit)
+        nodes.up(folder, audit=options.audit, detached=True)
     else:
         _up_without_nodes(folder, options)
     seconds = time.monotonic() - start
@@ -88,8 +88,9 @@ def _down(folder: Path) -> None:
 
 
 def _env(folder: Path) -> None:
-    kubeconfig = folder / "admin.kubeconfig"
-    if not kubeconfig.is_file():
+    places = (folder, folder / "control-plane")  # the second is the nodes tier's
+    kubeconfig = next((file for place in places if (file := place / "admin.kubeconfig").is_file()), None)
+    if kubeconfig is None:
         raise ClusterError(f"there is no cluster in {folder}: start one with `make cluster-up`")
     print(f"export KUBECONFIG={kubeconfig}")
     print(f"export PATH={ensure('api')['kubectl'].parent}:$PATH")

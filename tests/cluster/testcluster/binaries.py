@@ -30,16 +30,16 @@ class Program:
 
 _KUBERNETES = "k8s.io/kubernetes/cmd"
 PROGRAMS = {
-    "etcd": Program("etcd", "go.etcd.io/etcd/server/v3", 1, 1),
-    "kube-apiserver": Program("kubernetes", f"{_KUBERNETES}/kube-apiserver", 5, 5),
-    "kube-controller-manager": Program("kubernetes", f"{_KUBERNETES}/kube-controller-manager", 2, 1),
-    "kube-scheduler": Program("kubernetes", f"{_KUBERNETES}/kube-scheduler", 0.5, 0.5),
-    "kubectl": Program("kubernetes", f"{_KUBERNETES}/kubectl", 1, 1),
-    "kubelet": Program("kubernetes", f"{_KUBERNETES}/kubelet", 1, 1),
-    "kube-proxy": Program("kubernetes", f"{_KUBERNETES}/kube-proxy", 0.5, 0.5),
-    "coredns": Program("coredns", "github.com/coredns/coredns", 5, 2),
-    "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 5, 2),
-    "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 5, 2),
+    "etcd": Program("etcd", "go.etcd.io/etcd/server/v3", 1, 0.5),
+    "kube-apiserver": Program("kubernetes", f"{_KUBERNETES}/kube-apiserver", 5, 3),
+    "kube-controller-manager": Program("kubernetes", f"{_KUBERNETES}/kube-controller-manager", 2, 0.5),
+    "kube-scheduler": Program("kubernetes", f"{_KUBERNETES}/kube-scheduler", 0.5, 0.2),
+    "kubectl": Program("kubernetes", f"{_KUBERNETES}/kubectl", 1, 0.5),
+    "kubelet": Program("kubernetes", f"{_KUBERNETES}/kubelet", 1, 0.5),
+    "kube-proxy": Program("kubernetes", f"{_KUBERNETES}/kube-proxy", 0.5, 0.2),
+    "coredns": Program("coredns", "github.com/coredns/coredns", 5, 1.5),
+    "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 5, 1.5),
+    "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 5, 1.5),
 }
 _API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
 TIERS = {
@@ -52,8 +52,8 @@ ASSETS = ("etcd", "kube-apiserver", "kubectl")
 """What a folder named by KUBEBUILDER_ASSETS holds."""
 
 
-KUBERNETES_SOURCES = 3.0
-"""GB of disk for the sources of Kubernetes and what it depends on."""
+KUBERNETES_SOURCES = 4.0
+"""GB of disk for the sources of Kubernetes and what it depends on, and for linking."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ def _check_disk(missing: list[str]) -> None:
     cached = Path(os.environ.get("GOCACHE") or Path.home() / ".cache" / "go-build")
     folder = _existing(cached)
     if why := disk_shortage(missing, shutil.disk_usage(folder).free / 1e9, _size(cached) / 1e9):
-        raise ClusterError(f"{why} at {folder}: free space, or set GOCACHE, GOMODCACHE and QLORA_CLUSTER_CACHE")
+        raise ClusterError(
+            f"{why} at {folder}: free space, or set GOCACHE, GOMODCACHE and QLORA_CLUSTER_CACHE"
+        )
 
 
 def disk_shortage(missing: list[str], free: float, cached: float) -> str | None:

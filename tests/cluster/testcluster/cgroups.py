@@ -20,11 +20,11 @@ _V2_CONTROLLERS = "+cpuset +cpu +memory +pids"
 
 
 def hierarchies() -> list[Path]:
-    """Where the controllers are mounted: one folder (version 2), or one for each (version 1)."""
+    """Where control groups are mounted: one folder (version 2), or one for each controller (version 1)."""
     if (_MOUNT / "cgroup.controllers").exists():
         return [_MOUNT]
     lines = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    found = [Path(where) for _, where, kind, *_ in lines if kind == "cgroup"]
+    found = [Path(where) for _, where, kind, *_ in lines if kind in ("cgroup", "cgroup2")]
     if not any(path.name.startswith("cpuset") for path in found):
         raise ClusterError(
             "the nodes pin pods to CPUs, and no cpuset control group is mounted below "

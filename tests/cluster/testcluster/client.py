@@ -30,14 +30,15 @@ class ApiError(ClusterError):
 
 
 class Client:
-    """One user's requests to one API server. Threads may share it."""
+    """One user's requests to one API server, each answered within `seconds` or an error. Threads may share it."""
 
-    def __init__(self, kubeconfig: Path) -> None:
+    def __init__(self, kubeconfig: Path, *, seconds: float = 30) -> None:
         self._settings = Configuration()
-        load_kube_config(str(kubeconfig), client_configuration=self._settings, persist_config=False)  # type: ignore[no-untyped-call]
+        load_kube_config(str(kubeconfig), client_configuration=self._settings, persist_config=False)
         self._pool = urllib3.PoolManager(
             maxsize=16,
-            timeout=30,
+            timeout=seconds,
+            retries=1,  # a connection that was kept may have been closed
             cert_reqs="CERT_REQUIRED" if self._settings.verify_ssl else "CERT_NONE",
             ca_certs=self._settings.ssl_ca_cert,
             cert_file=self._settings.cert_file,

@@ -56,22 +56,30 @@ def _forget_containers(node: Node) -> bool:
 
 def _load(node: Node, wanted: Sequence[images.Image], store: images.Store) -> None:
     """Bring the images into the node, and remove those of an earlier cluster."""
-    present = _present(node)
-    new = [image for image in wanted if present.get(image.reference) != image.pinned_reference.split("@")[1]]
+    digests = {image.digest for image in wanted}
+    present = _complete(node)
+    new = [image for image in wanted if present.get(image.reference) != image.digest]
     for layer in {layer for image in new for layer in image.layers}:
         _ingest(node, layer, store)
     if new:
         _import(node, new)
     node.run([*_CTR, "images", "label", wanted[0].reference, _PINNED])
-    kept = {reference for image in wanted for reference in (image.reference, image.pinned_reference)}
-    if outdated := sorted(set(_present(node)) - kept):
+    if outdated := [name for name, digest in _listed(node).items() if digest not in digests]:
         node.run([*_CTR, "images", "remove", *outdated])
 
 
-def _present(node: Node) -> dict[str, str]:
+def _listed(node: Node) -> dict[str, str]:
     """The digest of each image in the node, by name."""
     lines = node.run([*_CTR, "images", "list"]).splitlines()[1:]
     return {words[0]: words[2] for words in map(str.split, lines)}
+
+
+def _complete(node: Node) -> dict[str, str]:
+    """Of these, the ones that are whole and unpacked."""
+    snapshotter = f"--snapshotter={_snapshotter(node.containerd_root)}"
+    lines = node.run([*_CTR, "images", "check", snapshotter]).splitlines()[1:]
+    rows = map(str.split, lines)
+    return {words[0]: words[2] for words in rows if words[3] == "complete" and words[-1] == "true"}
 
 
 def _ingest(node: Node, layer: images.Layer, store: images.Store) -> None:
@@ -126,9 +134,12 @@ def _snapshotter(root: Path) -> str:
 
 
 def _config(node: Node, pause: images.Image) -> str:
+    # startup_delay: else the first collection takes layers whose images are not named yet.
     # restrict_oom_score_adj: where root lacks CAP_SYS_RESOURCE, every pod fails without it.
     return f"""\
 version = 2
+[plugins."io.containerd.gc.v1.scheduler"]
+  startup_delay = "1h"
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "{pause.reference}"
   restrict_oom_score_adj = true

@@ -9,16 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from testcluster import certificates, kubeconfig
+from testcluster import certificates, command_lines, kubeconfig
 from testcluster.binaries import Binaries, ensure
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
+from testcluster.command_lines import LOOPBACK, SERVICES
 from testcluster.errors import ClusterError
 from testcluster.processes import Processes, end_recorded
 
-LOOPBACK = "127.0.0.1"
-SERVICES = "10.96.0.0/16"
-"""Addresses of Services; the first is the API server's."""
 READY_SECONDS = 60.0
 """How long a start may take on a busy machine; it takes 4 s on an idle one."""
 NEVER = 30 * 24 * 3600
@@ -26,12 +24,6 @@ NEVER = 30 * 24 * 3600
 PORTS = range(20000, 30000)
 """Below the ports that Linux gives to outgoing connections and those of NodePort Services."""
 
-_AUDIT_POLICY = """\
-apiVersion: audit.k8s.io/v1
-kind: Policy
-omitStages: [RequestReceived]
-rules: [{level: Metadata}]
-"""
 _CLIENTS = {
     "admin": ("admin", ("system:masters",)),
     "kube-controller-manager": ("system:kube-controller-manager", ()),
@@ -80,11 +72,7 @@ class ControlPlane(Cluster):
             cluster = cls(folder, binaries, processes, f"https://{address}:{ports['apiserver']}")
             try:
                 _make_files(cluster, address)
-                extra = [
-                    *_reach_options(address),
-                    *(_audit_options(folder) if audit else []),
-                    *apiserver_options,
-                ]
+                extra = [*(command_lines.audit(folder) if audit else []), *apiserver_options]
                 _start_all(cluster, address, ports, extra, node_grace_seconds)
                 cluster.wait_ready()
                 return cluster
@@ -159,7 +147,7 @@ class ControlPlane(Cluster):
 
         Raises ClusterError when a program has ended, or after READY_SECONDS.
         """
-        client = Client(self.kubeconfig)
+        client = Client(self.kubeconfig, seconds=2)
         deadline = time.monotonic() + READY_SECONDS
         while (why := _not_ready(client)) is not None:
             self._processes.check()
@@ -169,6 +157,7 @@ class ControlPlane(Cluster):
                 )
             time.sleep(0.05)
         client.close()
+        self._processes.check()  # what answered may be another cluster, on a port that this one lost to it
 
 
 def down(folder: Path) -> None:
@@ -231,83 +220,15 @@ def _make_files(cluster: ControlPlane, address: str) -> None:
         cluster.issue(name, user, groups)
 
 
-def _reach_options(address: str) -> list[str]:
-    """How pods reach the API server: not at all on loopback, which the kubernetes Service cannot name."""
-    return ["--endpoint-reconciler-type=none"] if address == LOOPBACK else [f"--advertise-address={address}"]
-
-
-def _audit_options(folder: Path) -> list[str]:
-    policy = folder / "audit-policy.yaml"
-    policy.write_text(_AUDIT_POLICY)
-    return [f"--audit-policy-file={policy}", f"--audit-log-path={folder / 'audit.log'}"]
-
-
 def _start_all(
     cluster: ControlPlane, address: str, ports: dict[str, int], apiserver: list[str], node_grace_seconds: int
 ) -> None:
-    folder, binaries, processes = cluster.folder, cluster.binaries, cluster._processes
-    processes.start("etcd", [str(binaries["etcd"]), *_etcd_options(folder, ports)])
-    options = [*_apiserver_options(folder / "pki", address, ports), *apiserver]
-    processes.start("kube-apiserver", [str(binaries["kube-apiserver"]), *options])
-    controllers = _controller_options(folder, node_grace_seconds)
-    processes.start("kube-controller-manager", [str(binaries["kube-controller-manager"]), *controllers])
-    processes.start(
-        "kube-scheduler", [str(binaries["kube-scheduler"]), *_client_options(folder, "kube-scheduler")]
-    )
-
-
-def _etcd_options(folder: Path, ports: dict[str, int]) -> list[str]:
-    client, peer = (f"http://{LOOPBACK}:{ports[name]}" for name in ("etcd", "etcd-peer"))
-    return [
-        f"--data-dir={folder / 'etcd'}",
-        f"--listen-client-urls={client}",
-        f"--advertise-client-urls={client}",
-        f"--listen-peer-urls={peer}",
-        f"--initial-advertise-peer-urls={peer}",
-        f"--initial-cluster=default={peer}",
-        "--unsafe-no-fsync",  # the data are thrown away
-        "--log-level=warn",
-    ]
-
-
-def _apiserver_options(pki: Path, address: str, ports: dict[str, int]) -> list[str]:
-    return [
-        f"--etcd-servers=http://{LOOPBACK}:{ports['etcd']}",
-        f"--bind-address={address}",
-        f"--secure-port={ports['apiserver']}",
-        f"--tls-cert-file={pki / 'apiserver.crt'}",
-        f"--tls-private-key-file={pki / 'apiserver.key'}",
-        f"--client-ca-file={pki / 'ca.crt'}",
-        f"--kubelet-client-certificate={pki / 'apiserver-kubelet-client.crt'}",
-        f"--kubelet-client-key={pki / 'apiserver-kubelet-client.key'}",
-        "--kubelet-preferred-address-types=InternalIP",  # the nodes' names are in no DNS
-        "--service-account-issuer=https://kubernetes.default.svc",
-        f"--service-account-key-file={pki / 'service-accounts.key'}",
-        f"--service-account-signing-key-file={pki / 'service-accounts.key'}",
-        f"--service-cluster-ip-range={SERVICES}",
-        "--authorization-mode=Node,RBAC",
-        "--enable-admission-plugins=NodeRestriction",
-        "--allow-privileged=true",
-    ]
-
-
-def _controller_options(folder: Path, node_grace_seconds: int) -> list[str]:
-    pki = folder / "pki"
-    return [
-        *_client_options(folder, "kube-controller-manager"),
-        f"--service-account-private-key-file={pki / 'service-accounts.key'}",
-        "--use-service-account-credentials",
-        f"--root-ca-file={pki / 'ca.crt'}",
-        f"--node-monitor-grace-period={node_grace_seconds}s",
-        f"--node-startup-grace-period={node_grace_seconds}s",
-    ]
-
-
-def _client_options(folder: Path, name: str) -> list[str]:
-    return [
-        f"--kubeconfig={folder / name}.kubeconfig",
-        "--leader-elect=false",
-        "--secure-port=0",  # nobody asks it anything
-        "--kube-api-qps=1000",  # 20 by default, which is what tests would wait for
-        "--kube-api-burst=2000",
-    ]
+    folder = cluster.folder
+    options = {
+        "etcd": command_lines.etcd(folder, ports),
+        "kube-apiserver": [*command_lines.apiserver(folder / "pki", address, ports), *apiserver],
+        "kube-controller-manager": command_lines.controller_manager(folder, node_grace_seconds),
+        "kube-scheduler": command_lines.scheduler(folder),
+    }
+    for name, arguments in options.items():
+        cluster.run(name, [str(cluster.binaries[name]), *arguments])

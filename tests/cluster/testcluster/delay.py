@@ -24,12 +24,14 @@ def open_device(name: str) -> int:
 
 
 def relay(device: int, seconds: float) -> None:
-    """Write back each packet when it is due, in the order in which they came."""
+    """Write back each packet when it is due, in the order in which they came, until there is no more to read."""
     held: deque[tuple[float, bytes]] = deque()
     while True:
         wait = max(0.0, held[0][0] - time.monotonic()) if held else None
         if select.select([device], [], [], wait)[0]:
-            held.append((time.monotonic() + seconds, os.read(device, PACKET)))
+            if not (packet := os.read(device, PACKET)):
+                return
+            held.append((time.monotonic() + seconds, packet))
         while held and held[0][0] <= time.monotonic():
             os.write(device, held.popleft()[1])
 

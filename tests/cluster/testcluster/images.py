@@ -62,9 +62,14 @@ class Image:
         return f"{REGISTRY}/{self.name}:{TAG}"
 
     @property
+    def digest(self) -> str:
+        """The manifest's digest, such as sha256:012..."""
+        return f"sha256:{_digest(self.manifest())}"
+
+    @property
     def pinned_reference(self) -> str:
         """The same image by its content."""
-        return f"{REGISTRY}/{self.name}@sha256:{_digest(self.manifest())}"
+        return f"{REGISTRY}/{self.name}@{self.digest}"
 
     def configuration(self) -> bytes:
         """The image's OCI configuration."""

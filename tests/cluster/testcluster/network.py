@@ -36,7 +36,8 @@ def up(nodes: Sequence[Node]) -> None:
         _ip("address", "add", f"{subnet[1]}/{subnet.prefixlen}", "dev", node.bridge)
         _ip("link", "set", node.bridge, "up")
     _FORWARDING.write_text("1")
-    _run("iptables", "-I", *_FORWARD)  # where something else on the machine, such as Docker, forbids it
+    if "filter" in _nft_tables():  # Docker, for one, forbids what it does not know
+        _run("iptables", "-I", *_FORWARD)
 
 
 def forwarding() -> str:
@@ -49,8 +50,8 @@ def down(nodes: Sequence[Node], forwarding_before: str) -> None:
     heal(nodes)
     for device in (HOST_BRIDGE, *(node.bridge for node in nodes)):
         _ip("link", "delete", device, check=False)
-    while _run("iptables", "-D", *_FORWARD, check=False):
-        pass
+    if "filter" in _nft_tables():
+        _run("iptables", "-D", *_FORWARD, check=False)
     _FORWARDING.write_text(forwarding_before)
 
 
@@ -81,7 +82,7 @@ def delay(a: Node, b: Node, milliseconds: float, log: Path) -> None:
 
 def heal(nodes: Sequence[Node]) -> None:
     """End what `cut` and `delay` do."""
-    if _TABLE in {table["table"]["name"] for table in _nft_tables()}:
+    if _TABLE in _nft_tables():
         _run("nft", f"delete table ip {_TABLE}")
     for _ in nodes:
         _ip("rule", "delete", "pref", _ROUTES, check=False)
@@ -89,11 +90,14 @@ def heal(nodes: Sequence[Node]) -> None:
     _ip("link", "delete", DELAY_DEVICE, check=False)
 
 
-def _nft_tables() -> list[dict[str, dict[str, str]]]:
-    listing = subprocess.run(["nft", "--json", "list", "tables"], capture_output=True, text=True, check=False)
+def _nft_tables() -> set[str]:
+    """The names of the tables for IPv4."""
+    listing = subprocess.run(
+        ["nft", "--json", "list", "tables", "ip"], capture_output=True, text=True, check=False
+    )
     if listing.returncode != 0:
         raise ClusterError(f"nft list tables failed: {listing.stderr.strip()}")
-    return [entry for entry in json.loads(listing.stdout)["nftables"] if "table" in entry]
+    return {entry["table"]["name"] for entry in json.loads(listing.stdout)["nftables"] if "table" in entry}
 
 
 def _ip(*words: str, check: bool = True) -> bool:

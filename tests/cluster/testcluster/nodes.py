@@ -56,8 +56,11 @@ class _Claim:
 class NodeCluster(Cluster):
     """A running control plane with its two nodes."""
 
-    def __init__(self, folder: Path, control: ControlPlane, nodes: tuple[Node, ...]) -> None:
+    def __init__(
+        self, folder: Path, control: ControlPlane, nodes: tuple[Node, ...], wanted: list[images.Image]
+    ) -> None:
         super().__init__(folder, control.kubeconfig, control.binaries["kubectl"])
+        self._images = {image.name: image.reference for image in wanted}
         self.control_plane = control
         self.nodes = {node.name: node for node in nodes}
 
@@ -143,9 +146,9 @@ class NodeCluster(Cluster):
         self.control_plane.stop()
         down(self.folder)
 
-    def let_go(self) -> None:
-        """Leave a detached cluster to run when this process ends."""
-        self.control_plane.let_go()
+    def image(self, name: str) -> str:
+        """What a pod's `image` says for the trainer, the operator, or plain python."""
+        return self._images[name]
 
     def _is_ready(self, name: str) -> bool:
         node = self.nodes[name]
@@ -165,7 +168,7 @@ def up(
     folder: Path,
     *,
     labels: Mapping[str, Mapping[str, str]] | None = None,
-    detached: bool = False,
+    detached: bool = True,
     audit: bool = False,
     node_grace_seconds: int = NODE_GRACE_SECONDS,
     eviction_seconds: int = EVICTION_SECONDS,
@@ -174,8 +177,10 @@ def up(
 
     What an earlier one left behind, there or by a killed process, is removed
     first. `labels` are the CPU features of a node, by its name; by default
-    those that the machine's CPUs have. Raises ClusterError when something is
-    missing, with what to do, or when another such cluster runs.
+    those that the machine's CPUs have. Unless `detached`, the control plane
+    ends with the thread that called this, and a later `up` may remove the
+    rest. Raises ClusterError when something is missing, with what to do, or
+    when another such cluster runs.
     """
     folder = folder.absolute()
     nodes = _nodes(folder)
@@ -204,13 +209,16 @@ def up(
                 ready.result()
                 kubelets.start(node, control)
         dns.start(control, folder, nodes[0].name)
-        cluster = NodeCluster(folder, control, nodes)
+        cluster = NodeCluster(folder, control, nodes, wanted)
         cluster.wait_ready()
         for node in nodes:
             cluster.set_features(node.name, (labels or {}).get(node.name, features.of_this_machine()))
     except BaseException:
         _give_back(folder)  # the logs stay
         raise
+    (folder / "admin.kubeconfig").symlink_to(control.kubeconfig)
+    if detached:
+        control.let_go()
     return cluster
 
 

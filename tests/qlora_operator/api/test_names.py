@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_contract.run import ISA_TIERS
 from qlora_operator.api import names
+from qlora_trainer.cpu import TIER_FLAGS
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
@@ -21,6 +23,7 @@ def test_every_derived_name_is_a_dns_label(name: str, attempt: int, index: int) 
     """Whatever a job is legally called, the names of its children are valid and short enough for DNS."""
     derived = [
         names.ranks_service(name),
+        names.ranks_network_policy(name),
         names.attempt_job(name, attempt),
         names.pod_host_name(name, attempt, index),
         *names.rank_zero_host(name, attempt).split("."),
@@ -49,6 +52,16 @@ def test_attempts_of_different_jobs_never_share_a_name() -> None:
     made = [names.attempt_job(name, attempt) for name in ("a", "a-a1", "a-a", "b") for attempt in (0, 1, 11)]
 
     assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize("isa", ISA_TIERS)
+def test_a_tiers_labels_are_the_flags_that_its_ranks_look_for(isa: str) -> None:
+    """Node Feature Discovery spells a flag in capitals without underscores, and FMA with its 3."""
+    flags = {flag.replace("_", "").upper() for flag in TIER_FLAGS[isa]}
+    labels = [label.split("/cpu-cpuid.") for label in names.TIER_LABELS[isa]]
+
+    assert {space for space, _ in labels} == {"feature.node.kubernetes.io"}
+    assert sorted(flag for _, flag in labels) == sorted("FMA3" if flag == "FMA" else flag for flag in flags)
 
 
 @pytest.mark.parametrize("members", [names.Phase, names.ConditionType, names.Reason])

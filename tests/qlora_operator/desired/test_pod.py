@@ -271,6 +271,24 @@ def test_only_nodes_of_the_tier_will_do(isa: IsaTier, template: Make) -> None:
     }
 
 
+def test_nodes_to_avoid_are_ruled_out_by_name(
+    a_job: Callable[..., QLoRAJob],
+    settings: Callable[..., Settings],
+    misfits: Callable[[Any, str], list[str]],
+) -> None:
+    """In the one term that must hold, besides the tier: every name in a requirement of its own."""
+    pod = pod_template(a_job(), "u", 3, "avx2", "a", settings(), avoid=("node-a", "node-b"))
+    affinity = pod["spec"]["affinity"]["nodeAffinity"]
+
+    (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert len(term["matchExpressions"]) == len(names.TIER_LABELS["avx2"])
+    assert term["matchFields"] == [
+        {"key": "metadata.name", "operator": "NotIn", "values": ["node-a"]},
+        {"key": "metadata.name", "operator": "NotIn", "values": ["node-b"]},
+    ]
+    assert misfits(pod, "V1PodTemplateSpec") == []
+
+
 def test_pods_spread_over_nodes_where_they_can(template: Make) -> None:
     """Pods of the job keep away from each other's nodes, but go there rather than wait."""
     affinity = template()["spec"]["affinity"]["podAntiAffinity"]
