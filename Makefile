@@ -14,7 +14,17 @@ MODEL := $(CACHE)/demo/model
 DATA := $(CACHE)/demo/data
 WORK := $(CACHE)/demo/work
 
-.PHONY: help demo test test-fast check verify generate lock bench setup clean
+# Of the Kubernetes that `make cluster-up` starts: api (no nodes), nodes (two real ones), fleet (N played ones)
+TIER ?= api
+N ?= 50
+NAME ?= $(TIER)
+CLUSTER := PYTHONPATH=tests/cluster $(BIN)/python -m testcluster
+PYTEST := $(BIN)/python -m pytest -q
+# The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
+FAST := not slow and not cluster and not nodes and not soak
+
+.PHONY: help demo demo-data test test-fast check verify generate lock bench setup clean
+.PHONY: cluster-up cluster-down e2e soak scale
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,11 +60,18 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 # --- the checks
 
 test: demo-data  ## Set everything up and run the tests, fast ones first
-	$(BIN)/python -m pytest -q -m "not slow"
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m "$(FAST)"
+	$(PYTEST) -m "cluster and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 test-fast: demo-data  ## Run the fast tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "$(FAST)"
+
+e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
+	$(PYTEST) -m "nodes and not soak"
+
+soak: setup  ## Run the long random tests
+	$(PYTEST) -m soak
 
 check: setup  ## Lint, types, import rules
 	$(BIN)/ruff check .
@@ -71,6 +88,17 @@ generate: setup  ## Write the generated files
 bench: $(VENV)/.bench demo-data  ## Compare with the peers (minutes; see trainer/benchmarks/LOG.md)
 	$(BIN)/python trainer/benchmarks/against_trl.py
 	$(BIN)/python trainer/benchmarks/convergence.py
+
+scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG.md)
+	PYTHONPATH=tests/cluster $(BIN)/python operator/benchmarks/scale.py
+
+# --- a real Kubernetes on this machine
+
+cluster-up: setup  ## Start one: TIER=api|nodes|fleet, NAME=..., N=nodes of the fleet
+	$(CLUSTER) up --tier $(TIER) --name $(NAME) $(if $(filter fleet,$(TIER)),--nodes $(N))
+
+cluster-down: setup  ## Remove it: NAME=... (default: the tier's)
+	$(CLUSTER) down --name $(NAME)
 
 lock: setup  ## Resolve the dependencies anew
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python requirements/lock.py

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["testcluster.fixtures", "testcluster.node_fixtures"]
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / ".cache" / "demo"
 

@@ -101,14 +101,14 @@ class Watch:
                 if event["type"] == "ADDED":
                     self.seen.setdefault(event["object"]["metadata"]["name"], time.monotonic())
 
-    def until(self, count: int, say: str) -> float:
-        """When there were so many."""
+    def until(self, count: int, say: str, prefix: str = "") -> float:
+        """When there were so many whose names begin like this."""
         deadline = time.monotonic() + ALIVE
-        while len(self.seen) < count:
+        while len(times := [at for name, at in self.seen.copy().items() if name.startswith(prefix)]) < count:
             if time.monotonic() > deadline:
-                raise SystemExit(f"{say}: {len(self.seen)} of {count} after {ALIVE:.0f} s")
+                raise SystemExit(f"{say}: {len(times)} of {count} after {ALIVE:.0f} s")
             time.sleep(0.005)
-        return sorted(self.seen.values())[count - 1]
+        return sorted(times)[count - 1]
 
     def stop(self) -> None:
         """Count no more."""
@@ -198,8 +198,7 @@ def burst(
     cluster: ControlPlane, namespace: str, count: int, path: str, make: Callable[[str, str], Object]
 ) -> float:
     """Seconds from the first create to the last pod's existence."""
-    cluster.client.post("/api/v1/namespaces", {"metadata": {"name": namespace}})
-    until(lambda: _account(cluster, namespace), "no service account")
+    prepare(cluster, namespace)
     watch = Watch(cluster.client, f"/api/v1/namespaces/{namespace}/pods")
     begun = time.monotonic()
     with ThreadPoolExecutor(CREATORS) as pool:
@@ -211,6 +210,20 @@ def burst(
     ended = watch.until(PODS * count, f"pods of {namespace}")
     watch.stop()
     return ended - begun
+
+
+def prepare(cluster: ControlPlane, namespace: str) -> None:
+    """A namespace with the bound claim that the jobs name."""
+    size = {"storage": "1Gi"}
+    common: Object = {"accessModes": ["ReadWriteMany"], "storageClassName": ""}
+    volume = {**common, "capacity": size, "hostPath": {"path": "/nowhere"}}
+    claim = {**common, "resources": {"requests": size}, "volumeName": namespace}
+    path = f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"
+    cluster.client.post("/api/v1/namespaces", {"metadata": {"name": namespace}})
+    cluster.client.post("/api/v1/persistentvolumes", {"metadata": {"name": namespace}, "spec": volume})
+    cluster.client.post(path, {"metadata": {"name": "work"}, "spec": claim})
+    bound = lambda: cluster.client.get(f"{path}/work").get("status", {}).get("phase") == "Bound"  # noqa: E731
+    until(lambda: _account(cluster, namespace) and bound(), f"{namespace} is not ready")
 
 
 def _account(cluster: ControlPlane, namespace: str) -> bool:
@@ -236,11 +249,10 @@ def single(cluster: ControlPlane, namespace: str, name: str) -> dict[str, float]
     """One job: seconds from create to its child Job, its pods, and Running."""
     gangs = Watch(cluster.client, f"/apis/batch/v1/namespaces/{namespace}/jobs")
     pods = Watch(cluster.client, f"/api/v1/namespaces/{namespace}/pods")
-    had, podded = len(gangs.seen), len(pods.seen)
     begun = time.monotonic()
     cluster.client.post(f"{JOBS}/namespaces/{namespace}/qlorajobs", job(name, namespace))
-    child = gangs.until(had + 1, "the child Job")
-    both = pods.until(podded + PODS, "both pods")
+    child = gangs.until(1, "the child Job", name)
+    both = pods.until(PODS, "both pods", name)
     path = f"{JOBS}/namespaces/{namespace}/qlorajobs/{name}"
     up = until(lambda: cluster.client.get(path)["status"]["phase"] == "Running", "not running", 0.005)
     gangs.stop()
@@ -316,8 +328,7 @@ def _alone(options: argparse.Namespace, cluster: ControlPlane, operator: Operato
     time.sleep(options.idle)
     found["idle_core_percent"] = 100 * (operator.cpu() - cpu) / (time.monotonic() - begun)
     found["memory_after_idle_mib"] = operator.memory()
-    cluster.client.post("/api/v1/namespaces", {"metadata": {"name": "single"}})
-    until(lambda: _account(cluster, "single"), "no service account")
+    prepare(cluster, "single")
     each = [single(cluster, "single", f"one{index}") for index in range(5)]
     found["single_s"] = {key: statistics.median(one[key] for one in each) for key in each[0]}
     found["gang_restart_s"] = statistics.median(restart(cluster, "single", f"one{i}") for i in range(5))

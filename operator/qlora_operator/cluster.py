@@ -73,6 +73,8 @@ class Cluster:
         self._watcher = watcher
         self._namespaces = namespaces
         self._client: ApiClient | None = None
+        self._held: dict[str, float] = {}
+        """By the plural of a resource: until when the server wants to hear nothing about it."""
 
     async def __aenter__(self) -> "Cluster":
         self._client = ApiClient(await configuration())
@@ -167,6 +169,7 @@ class Cluster:
         group, plural = resource
         parts = [group, f"namespaces/{namespace}" if namespace else "", plural, name, subresource]
         path = "/" + "/".join(part for part in parts if part)
+        self._check_held(method, path, plural)
         begun, code = time.monotonic(), None
         try:
             code, headers, content = await self._send(method, path, query or {}, body)
@@ -177,7 +180,19 @@ class Cluster:
             raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
         finally:
             self._watcher.api_request(method.lower(), plural, code, time.monotonic() - begun)
-        return _answer(method, path, code, headers, content)
+        try:
+            return _answer(method, path, code, headers, content)
+        except ApiError as error:
+            if error.code == 429:
+                self._held[plural] = time.monotonic() + (error.retry_after or 1.0)
+            raise
+
+    def _check_held(self, method: str, path: str, plural: str) -> None:
+        """Raise ApiError while the server has asked for a pause."""
+        wait = self._held.get(plural, 0.0) - time.monotonic()
+        if wait > 0:
+            message = f"{method} {path}: not sent, since the API server has asked for a pause"
+            raise ApiError(429, "TooManyRequests", message, wait)
 
     async def _send(
         self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None
@@ -200,9 +215,9 @@ class Cluster:
         return int(response.status), response.getheaders(), content
 
     async def _renew(self) -> None:
-        before, self._client = self._client, ApiClient(await configuration())
-        if before is not None:
-            await before.close()
+        """Read the credentials anew. In place: others have requests under way with the same client."""
+        assert self._client is not None
+        self._client.configuration.api_key = (await configuration()).api_key
 
 
 def _answer(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:

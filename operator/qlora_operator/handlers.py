@@ -33,22 +33,20 @@ NAMESPACES_ENV = "QLORA_OPERATOR_NAMESPACES"
 PORT_ENV = "QLORA_OPERATOR_PORT"
 """Port of /metrics, /healthz and /readyz."""
 PORT = 8471
-SWEEP_SECONDS = 300.0
-"""How often everything is looked at anew, whatever the watches told."""
-STUCK_SECONDS = 300.0
-"""A job that was due for so long, and nobody took it up: the operator does not reconcile any more."""
+SWEEP_RETRY_SECONDS = 5.0
+"""When a sweep that failed is made again."""
 
 
 class Operator:
     """Everything one operator holds. The watches' events go into `store` and `queue`."""
 
     def __init__(self) -> None:
-        settings = load_settings(Path(os.environ.get(CONFIG_ENV) or "/etc/qlora-operator/settings.yaml"))
+        self.settings = load_settings(Path(os.environ.get(CONFIG_ENV) or "/etc/qlora-operator/settings.yaml"))
         self.namespaces = tuple(filter(None, os.environ.get(NAMESPACES_ENV, "").split(",")))
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.store = Store()
         self.cluster = Cluster(self.metrics, self.namespaces)
-        self.reconciler = Reconciler(self.cluster, self.store, settings, self.metrics)
+        self.reconciler = Reconciler(self.cluster, self.store, self.settings, self.metrics)
         self.queue = WorkQueue(self.reconciler, failed=self.metrics.reconcile_errors.inc)
         self.swept = 0.0
         self.tried = time.monotonic()
@@ -71,6 +69,7 @@ class Operator:
         """End: what is being done is done, nothing is begun."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.queue.stop()
         await self.poller.close()
         await self._server.cleanup()
@@ -85,10 +84,13 @@ class Operator:
                 await self.sweep()
                 self.swept = time.monotonic()
                 self.metrics.sweep_time.set_to_current_time()
-                await asyncio.sleep(SWEEP_SECONDS)
+                await asyncio.sleep(self.settings.sweep_seconds)
             except ApiError as error:
                 log.warning("the sweep failed: %s", error)
-                await asyncio.sleep(error.retry_after or 5.0)
+                await asyncio.sleep(error.retry_after or SWEEP_RETRY_SECONDS)
+            except Exception:
+                log.exception("the sweep failed")
+                await asyncio.sleep(SWEEP_RETRY_SECONDS)
 
     async def sweep(self) -> None:
         """Take stock: what the watches may have missed, above all what has gone."""
@@ -134,9 +136,9 @@ class Operator:
 
     def liveness(self) -> str | None:
         """What is wrong with this process; an API server that does not answer is not."""
-        if self.queue.oldest() > STUCK_SECONDS:
+        if self.queue.oldest() > self.settings.stuck_seconds:
             return f"a job has waited for {self.queue.oldest():.0f} s to be reconciled"
-        if time.monotonic() - self.tried > 3 * SWEEP_SECONDS:
+        if time.monotonic() - self.tried > 2 * self.settings.sweep_seconds + self.settings.stuck_seconds:
             return "the jobs were not looked at for long"
         return None
 
@@ -157,7 +159,6 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 300
     settings.watching.connect_timeout = 30
-    settings.watching.inactivity_timeout = 70
     settings.watching.chunk_size = 500
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
     settings.networking.request_timeout = 30
@@ -165,6 +166,9 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.posting.enabled = False
     settings.peering.standalone = True
     memo.operator = Operator()
+    settings.watching.inactivity_timeout = memo.operator.settings.watch_inactivity_seconds
+    # A role of one namespace lets nobody see which namespaces and kinds there are.
+    settings.scanning.disabled = bool(memo.operator.namespaces)
     await memo.operator.start()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from qlora_contract.progress import ProgressReport
 from qlora_operator import logs
+from qlora_operator.api.faults import validation_faults
 from qlora_operator.api.names import Phase, Reason
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.cluster import (
@@ -39,10 +40,14 @@ from qlora_operator.status.draft import (
     DeleteJob,
     DeletePod,
     Event,
+    RestoreNetwork,
     StartAttempt,
 )
 from qlora_operator.status.needs import needs
-from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, pod
+from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, Warned, pod
+from qlora_operator.status.pending import by_quota
+from qlora_operator.status.quote import quote
+from qlora_operator.status.unreadable import unreadable
 from qlora_operator.store import Key, Store
 
 log = logging.getLogger(__name__)
@@ -102,11 +107,13 @@ class Reconciler:
         if not await self._save(raw, decision.status):
             return 0.0
         self._count(job.status, decision)
-        for action in decision.actions:
-            if not await self._act(action, job, uid):
-                return 0.0
-        for told in decision.events:
-            await self._tell(job, uid, told)
+        try:
+            for action in decision.actions:
+                if not await self._act(action, job, uid):
+                    return 0.0
+        finally:  # the status says it, whether or not it could be acted upon
+            for told in decision.events:
+                await self._tell(job, uid, told)
         self._follow(key, uid, decision.status, seen)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
 
@@ -165,14 +172,16 @@ class Reconciler:
 
     async def _about(
         self, key: Key, gangs: tuple[Gang, ...], pods: tuple[Pod, ...] | None
-    ) -> tuple[Said, ...]:
+    ) -> tuple[Warned, ...]:
         """Warnings about the job's Jobs and pods, newest first."""
         namespace = key[0]
         kept = self._warnings.setdefault(namespace, Kept(lambda: self._cluster.warnings(namespace)))
         uids = {gang.uid for gang in gangs} | {each.uid for each in pods or ()}
-        mine = [raw for raw in await kept.get() if (raw.get("involvedObject") or {}).get("uid") in uids]
+        mine = [raw for raw in await kept.get() if _about_uid(raw) in uids]
         mine.sort(key=_when, reverse=True)
-        return tuple(Said(raw.get("reason") or "", raw.get("message") or "") for raw in mine)
+        return tuple(
+            Warned(raw.get("reason") or "", raw.get("message") or "", _about_uid(raw)) for raw in mine
+        )
 
     # --- save
 
@@ -209,6 +218,8 @@ class Reconciler:
         match action:
             case StartAttempt():
                 return await self._start(action, job, uid)
+            case RestoreNetwork():
+                return await self._create(uid, self._network(job, uid))
             case DeleteGang(name, gang_uid):
                 await self._cluster.delete(GANGS, namespace, name, gang_uid)
             case DeletePod(name, pod_uid):
@@ -227,22 +238,36 @@ class Reconciler:
             settings=self._settings,
             avoid=action.avoid,
         )
+
+        async def children() -> None:
+            await self._network(job, uid)
+            self._store.put_gang(await self._ensure(GANGS, gang, uid))
+
+        return await self._create(uid, children())
+
+    async def _network(self, job: QLoRAJob, uid: str) -> None:
+        """What every attempt shares."""
+        policy = network_policy(job, uid=uid, settings=self._settings)
+        await asyncio.gather(
+            self._ensure(SERVICES, ranks_service(job, uid=uid), uid),
+            self._ensure(NETWORK_POLICIES, policy, uid),
+        )
+        self.incomplete.discard(uid)
+
+    async def _create(self, uid: str, children: Awaitable[None]) -> bool:
+        """Whether to go on. What is in the way is kept, to be told to the user."""
         try:
-            await asyncio.gather(
-                self._ensure(SERVICES, ranks_service(job, uid=uid), uid),
-                self._ensure(NETWORK_POLICIES, network_policy(job, uid=uid, settings=self._settings), uid),
-            )
-            created = await self._ensure(GANGS, gang, uid)
+            await children
         except ApiError as error:
             said = _obstacle(error)
             if said is None:
                 raise
-            news = self._obstacles.get(uid) != said
+            known = self._obstacles.get(uid)
+            # Not by the message: a webhook may name each request in it.
+            news = known is None or known.reason != said.reason
             self._obstacles[uid] = said
             return not news
         self._obstacles.pop(uid, None)
-        self.incomplete.discard(uid)
-        self._store.put_gang(created)
         return True
 
     async def _ensure(self, resource: Resource, body: dict[str, Any], uid: str) -> dict[str, Any]:
@@ -307,18 +332,11 @@ class Reconciler:
 
     async def _unreadable(self, raw: dict[str, Any], error: ValidationError) -> float:
         """An object that the API server took and we cannot read: of another version than ours."""
-        faults = "; ".join(
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}" for fault in error.errors()[:3]
-        )
+        faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
         log.error("%s/%s cannot be read: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], faults)
-        said = {"phase": Phase.PENDING, "message": f"this operator cannot read the job: {faults}"}
-        status = raw.get("status") or {}
-        if {key: status.get(key) for key in said} != said:
-            try:
-                saved = await self._cluster.save_status({**raw, "status": {**status, **said}})
-                self._store.put_job(saved)
-            except ApiError as refused:
-                log.warning("its status could not be saved: %s", refused)
+        status = unreadable(raw, faults, datetime.now(UTC))
+        if status is not None and not await self._save(raw, status):
+            return 0.0
         return UNREADABLE_SECONDS
 
 
@@ -353,6 +371,10 @@ def _lost(pods: tuple[Pod, ...], nodes: list[placement.Node] | None) -> frozense
     return frozenset(each.node for each in pods if each.node is not None and each.node not in ready)
 
 
+def _about_uid(raw: dict[str, Any]) -> str:
+    return str((raw.get("involvedObject") or {}).get("uid") or "")
+
+
 def _when(raw: dict[str, Any]) -> str:
     series = raw.get("series") or {}
     return str(
@@ -369,7 +391,8 @@ def _obstacle(error: ApiError) -> Said | None:
     if error.reason == Reason.NAME_CONFLICT:
         return Said(Reason.NAME_CONFLICT, str(error))
     if error.code in (400, 403, 422):
-        return Said(Reason.REFUSED, f"the API server refuses a child of the job: {error}")
+        reason = Reason.QUOTA_EXCEEDED if by_quota(str(error)) else Reason.REFUSED
+        return Said(reason, f"the API server refuses a child of the job: {quote(str(error))}")
     return None
 
 

@@ -39,6 +39,13 @@ class Settings(ContractModel):
     """Annotations for every pod, besides the operator's own."""
     scrapers: list[dict[str, Any]] = Field(default=[])
     """NetworkPolicyPeers that may read rank 0's progress and metrics: the operator's pods, Prometheus."""
+    sweep_seconds: float = Field(default=300, ge=1, le=3600)
+    """Seconds between two looks at everything, whatever the watches told."""
+    watch_inactivity_seconds: float = Field(default=70, ge=1, le=300)
+    """Seconds after which a watch that tells nothing counts as dead. The API server says something at least
+    every minute."""
+    stuck_seconds: float = Field(default=300, ge=1, le=3600)
+    """Seconds for which a job may be due before the operator counts as stuck: its liveness fails."""
 
 
 def load_settings(path: Path) -> Settings:

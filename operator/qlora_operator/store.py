@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL
+from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL, KIND
 from qlora_operator.status.observation import Gang, gang
 
 Key = tuple[str, str]
@@ -22,9 +22,11 @@ def key_of(raw: Mapping[str, Any]) -> Key:
 
 
 def owner_key(raw: Mapping[str, Any]) -> Key | None:
-    """Namespace and name of the job that a child belongs to by its label."""
+    """Namespace and name of the job that a child belongs to: by its label, or by its owner if somebody took
+    the label away."""
     metadata = raw["metadata"]
-    name = (metadata.get("labels") or {}).get(JOB_NAME_LABEL)
+    owners = [owner["name"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == KIND]
+    name = (metadata.get("labels") or {}).get(JOB_NAME_LABEL) or next(iter(owners), None)
     return (metadata["namespace"], name) if name else None
 
 
@@ -51,8 +53,7 @@ class Store:
     def put_job(self, raw: Mapping[str, Any]) -> None:
         """A job is, or is now, so."""
         known = self._jobs.get(key_of(raw))
-        same = known is not None and known["metadata"]["uid"] == raw["metadata"]["uid"]
-        if not same or known is None or _version(raw) >= _version(known):
+        if known is None or _version(raw) >= _version(known):
             self._jobs[key_of(raw)] = _lean(raw)
 
     def drop_job(self, key: Key, uid: str | None = None) -> None:

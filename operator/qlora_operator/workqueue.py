@@ -33,6 +33,7 @@ class WorkQueue:
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
 
     def __len__(self) -> int:
         return sum(due <= time.monotonic() for due in self._due.values())
@@ -51,24 +52,21 @@ class WorkQueue:
     def add(self, key: Key, delay: float = 0.0) -> None:
         """Work on a key after so many seconds, or earlier where that was wanted before."""
         due = time.monotonic() + delay
-        if self._due.get(key, float("inf")) <= due:
+        if self._stopping or self._due.get(key, float("inf")) <= due:
             return
         self._due[key] = due
         heapq.heappush(self._heap, (due, next(self._count), key))
         self._wake()
-
-    def forget(self, key: Key) -> None:
-        """A key is gone for good."""
-        self._due.pop(key, None)
-        self._failures.pop(key, None)
 
     def start(self) -> None:
         """Begin."""
         self._tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]
 
     async def stop(self, patience: float = 10.0) -> None:
-        """Let the workers finish what they are at, and end them."""
+        """Let the workers finish what they are at, for so many seconds, and end them. Nothing is begun any
+        more."""
         deadline = time.monotonic() + patience
+        self._stopping = True
         self._due.clear()
         while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -102,6 +100,8 @@ class WorkQueue:
             while True:
                 key, wait = self._ready()
                 if key is not None:
+                    # Whoever waited for the key that is due next may be the one that goes to work now.
+                    self._changed.notify()
                     return key
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), wait)
@@ -140,8 +140,12 @@ class WorkQueue:
         return delay
 
     def _retry(self, key: Key, why: str, after: float | None) -> float:
-        failures = self._failures[key] = self._failures.get(key, 0) + 1
-        delay = max(min(FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 10), MAX_RETRY_SECONDS), after or 0.0)
+        """Seconds until the next try: what the server asks for, else more after each failure in a row."""
         self._failed()
+        if after is not None:
+            delay = after
+        else:
+            failures = self._failures[key] = self._failures.get(key, 0) + 1
+            delay = min(FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 10), MAX_RETRY_SECONDS)
         log.warning("%s/%s: %s; again in %.1f s", *key, why, delay)
         return delay

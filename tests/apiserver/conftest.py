@@ -27,8 +27,6 @@ JOBS = "/apis/qlora.dev/v1alpha1"
 
 Object = dict[str, Any]
 
-pytest_plugins = ["testcluster.fixtures"]
-
 AMX_NODE = {
     "feature.node.kubernetes.io/cpu-cpuid.AMXTILE": "true",
     "feature.node.kubernetes.io/cpu-cpuid.AMXBF16": "true",
@@ -57,7 +55,9 @@ class Operator:
     def __init__(self, folder: Path, kubeconfig: Path, *arguments: str, image: str = IMAGE) -> None:
         self.folder, self.kubeconfig, self.arguments = folder, kubeconfig, arguments
         self.settings = folder / "settings.yaml"
-        self.settings.write_text(yaml.safe_dump({"trainerImage": image, "allowedImages": ["registry.example/*"]}))
+        self.settings.write_text(
+            yaml.safe_dump({"trainerImage": image, "allowedImages": ["registry.example/*"]})
+        )
         self.log = folder / "operator.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -121,7 +121,9 @@ def eventually(
 
 
 @pytest.fixture
-def new_operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Operator]]:
+def new_operator(
+    account: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Operator]]:
     """make(*arguments) -> an operator, not started; ended with the test."""
     made: list[Operator] = []
 
@@ -213,7 +215,9 @@ class Job:
         number = self.status.get("attempt", 0) if attempt is None else attempt
         selector = f"qlora.dev/job-name={self.name},qlora.dev/attempt={number}"
         found = self.kubelet.pods(self.namespace, selector, count)
-        return sorted(found, key=lambda pod: int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"]))
+        return sorted(
+            found, key=lambda pod: int(pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"])
+        )
 
     def gangs(self) -> list[Object]:
         """Its batch/v1 Jobs."""
@@ -227,16 +231,32 @@ class Job:
         self.until(lambda status: status.get("phase") == "Running" and status.get("attempt") == attempt)
         return pods
 
+    def until_gang(self, attempt: int, check: Callable[[Object], Any], seconds: float = 20) -> Object:
+        """The batch/v1 Job of an attempt, once it is so."""
+
+        def look() -> Object | None:
+            found = [g for g in self.gangs() if g["metadata"]["labels"]["qlora.dev/attempt"] == str(attempt)]
+            return found[0] if found and check(found[0]) else None
+
+        return eventually(look, seconds, lambda: str([gang["status"] for gang in self.gangs()]))
+
+    def until_event(self, reason: str, seconds: float = 20) -> Object:
+        """The operator's Event with this reason, once it is there."""
+        return eventually(
+            lambda: [event for event in self.events() if event["reason"] == reason],
+            seconds,
+            lambda: str([(event["reason"], event["message"]) for event in self.events()]),
+        )[0]
+
     def events(self) -> list[Object]:
         """The operator's Events about it."""
         found = self.client.items(f"/api/v1/namespaces/{self.namespace}/events")
-        return [event for event in found if event["involvedObject"]["kind"] == "QLoRAJob"]
+        about = {"kind": "QLoRAJob", "name": self.name}
+        return [event for event in found if about.items() <= event["involvedObject"].items()]
 
 
 @pytest.fixture
-def make_job(
-    api_cluster: Cluster, kubelet: Kubelet, crd: None, namespace: str
-) -> Callable[..., Job]:
+def make_job(api_cluster: Cluster, kubelet: Kubelet, crd: None, namespace: str) -> Callable[..., Job]:
     """make(name="job", **spec) -> a job of two pods, created."""
 
     def make(name: str = "job", **spec: Any) -> Job:

@@ -216,7 +216,7 @@ def test_a_port_that_was_taken_meanwhile_is_not_insisted_on(
     ("options", "message"),
     [
         ({"apiserver_options": ["--no-such-option"]}, "kube-apiserver ended with 1(?s:.*)no-such-option"),
-        ({"address": "192.0.2.1"}, "192.0.2.1 is no address of this machine"),
+        ({"address": "198.51.100.1"}, "198.51.100.1 is no address of this machine"),
     ],
     ids=["unknown option", "foreign address"],
 )

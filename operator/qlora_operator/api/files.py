@@ -1,6 +1,13 @@
-"""Files of jobs: read as kubectl reads them, judged as the API server judges them."""
+"""Files of jobs: read as kubectl reads them, judged as the API server judges them.
 
+Stricter in one point: a job needs a name, where an API server would make one from generateName. Milder in two:
+a status is passed over whatever it holds, and of metadata only name, namespace, labels and annotations are
+looked into.
+"""
+
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +15,9 @@ from pydantic import ValidationError
 
 from qlora_operator.api import names
 from qlora_operator.api.documents import MAX_BYTES, DocumentError, child_path, read_documents
-from qlora_operator.api.faults import described, unknown_field, validation_faults
+from qlora_operator.api.faults import described, expected, unknown_field, validation_faults
 from qlora_operator.api.schema import Schema, job_schema
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.types import LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN, QLoRAJob
 from qlora_operator.errors import Fault, InvalidFileError, InvalidJobError
 
 STDIN = "-"
@@ -82,13 +89,14 @@ def parse_job(document: Any) -> QLoRAJob | None:
 
 
 def without_nulls(value: Any, schema: Schema) -> Any:
-    """The value without the known fields that are null: to an API server they are not given."""
+    """The value without the known fields, and entries of maps, that are null: to an API server they are not
+    given."""
     if isinstance(value, dict):
-        known = schema.get("properties", {})
+        known, entry = schema.get("properties", {}), schema.get("additionalProperties")
         return {
-            key: without_nulls(item, known.get(key, {}))
+            key: without_nulls(item, known.get(key, entry or {}))
             for key, item in value.items()
-            if not (item is None and key in known)
+            if not (item is None and (key in known or entry))
         }
     if isinstance(value, list):
         return [without_nulls(item, schema.get("items", {})) for item in value]
@@ -128,11 +136,44 @@ def _is_ours(document: dict[str, Any]) -> bool:
 def _metadata_faults(metadata: Any) -> list[tuple[str, str]]:
     if not isinstance(metadata, dict):
         return []
-    return [
+    unknown = [
         (child_path("metadata", name), unknown_field(name, OBJECT_META))
         for name in metadata
         if name not in OBJECT_META
     ]
+    return [*unknown, *_key_faults(metadata), *_label_faults(metadata)]
+
+
+def _key_faults(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of labels and annotations that an API server refuses."""
+    right = expected({"type": "string", "pattern": LABEL_KEY_PATTERN})
+    for field in ("labels", "annotations"):
+        for key in _entries(metadata, field):
+            # An annotation's prefix may have capitals.
+            if not _is_key(key.lower() if field == "annotations" else key):
+                yield child_path("metadata", field), f"a key is {described(key)}; it must be {right}"
+
+
+def _label_faults(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    right = expected({"type": "string", "pattern": LABEL_VALUE_PATTERN})
+    for key, value in _entries(metadata, "labels").items():
+        # Other types are faults of the model.
+        if isinstance(value, str) and not (len(value) <= 63 and _matches(LABEL_VALUE_PATTERN, value)):
+            yield child_path("metadata.labels", key), f"is {described(value)}; it must be {right}"
+
+
+def _entries(metadata: dict[str, Any], field: str) -> dict[str, Any]:
+    entries = metadata.get(field)
+    return entries if isinstance(entries, dict) else {}
+
+
+def _is_key(key: str) -> bool:
+    return len(key.rpartition("/")[0]) <= 253 and _matches(LABEL_KEY_PATTERN, key)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    # Not `match`: Python's `$` takes a line break at the end.
+    return re.fullmatch(pattern, text) is not None
 
 
 def _label(number: int, document: Any) -> str:

@@ -37,6 +37,10 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 """On an attempt's pod template: its RunConfig as JSON, shown to the pods as run.json."""
 
+HELD_FIELDS_ANNOTATION = f"{GROUP}/held-fields"
+"""On an attempt's Job: a hash of the fields of spec that may only change while the job is suspended. Another
+one than the job's tells that it was suspended, changed and resumed while nobody looked."""
+
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
 
@@ -109,8 +113,6 @@ class Phase(StrEnum):
     """Not started: placement or validation has yet to succeed."""
     QUEUED = "Queued"
     """Waits for quota."""
-    FETCHING = "Fetching"
-    """Remote sources are being copied to the workspace."""
     STARTING = "Starting"
     """Pods are being placed, or ranks are finding each other."""
     RUNNING = "Running"
@@ -205,13 +207,17 @@ class Reason(StrEnum):
     """Restarting: a pod was evicted through the API, as `kubectl drain` does."""
     EVICTED = "Evicted"
     """Restarting: the kubelet ended a pod: its node ran out of something, or shut down."""
+    DISRUPTED = "Disrupted"
+    """Restarting: a pod was taken away, and was gone before it could be seen by whom."""
     NODE_LOST = "NodeLost"
     """Restarting: a pod's node does not answer. The next attempt waits until the node is back, deleted, or
     tainted out-of-service, since only then it is certain that the pod is dead."""
     ADMISSION_REJECTED = "AdmissionRejected"
     """Restarting: a kubelet refused a pod, for instance because its CPUs cannot be aligned."""
     JOB_DELETED = "JobDeleted"
-    """Restarting: the attempt's Job was deleted by somebody else."""
+    """Restarting: the attempt's Job was deleted, or lost its labels, by somebody else's doing."""
+    JOB_CHANGED = "JobChanged"
+    """Restarting: the attempt's Job was changed by somebody else: its parallelism, or its suspend."""
 
     # Ends of an attempt that cost nothing.
     SUSPENDED = "Suspended"
@@ -219,12 +225,11 @@ class Reason(StrEnum):
     RESUMED = "Resumed"
     """Not Suspended: spec.suspend was true before."""
     STEPPED_DOWN = "SteppedDown"
-    """An attempt ended because its tier's nodes had no room for isa.stepDownSeconds; the next tier is
-    tried."""
+    """Not Running: the tier's nodes had no room for isa.stepDownSeconds; the next tier is tried."""
     RELEASED = "Released"
-    """An attempt ended because only some of its pods found room; others may have what they held."""
+    """Not Running: only some pods found room; others may have what they held."""
     FINISHED = "Finished"
-    """The job is over."""
+    """Not Running: the job is over."""
 
     # What a job waits for.
     INVALID_SPEC = "InvalidSpec"
@@ -234,7 +239,8 @@ class Reason(StrEnum):
     NAME_CONFLICT = "NameConflict"
     """Not Initialized: an object that is not the job's has the name of one of its children."""
     REFUSED = "Refused"
-    """Not Initialized: the API server refused a child of the job; the message is its own."""
+    """Not Initialized, or not Running: the API server refused a child of the job, or its pods; the message is
+    its own."""
     NO_MATCHING_NODES = "NoMatchingNodes"
     """Not Initialized: no tier of isa.allowed has enough nodes."""
     BACK_OFF = "BackOff"
@@ -258,7 +264,7 @@ class Reason(StrEnum):
     CONTAINER_CONFIG_ERROR = "ContainerConfigError"
     """Not Running: a container cannot be created, for instance because a Secret is missing."""
     QUOTA_EXCEEDED = "QuotaExceeded"
-    """Not Running: the namespace's quota or limits refuse the pods."""
+    """Not Initialized, or not Running: the namespace's quota or limits refuse the job's children or pods."""
 
     # How a job runs.
     LOADING = "Loading"

@@ -51,5 +51,9 @@ def parse_memory(quantity: str) -> int:
 
 
 def is_plausible_memory(quantity: str) -> bool:
-    """Whether a rank could have so much memory: from MIN_MEMORY to MAX_MEMORY."""
-    return parse_memory(MIN_MEMORY) <= parse_memory(quantity) <= parse_memory(MAX_MEMORY)
+    """Whether a rank could have so much memory: from MIN_MEMORY to MAX_MEMORY.
+
+    Compared as an API server does, which rounds up to 10^-9 bytes and not to whole ones.
+    """
+    nanos = ceil(parse_quantity(quantity) * 10**9)
+    return parse_memory(MIN_MEMORY) * 10**9 <= nanos <= parse_memory(MAX_MEMORY) * 10**9

@@ -5,8 +5,8 @@ an optional X, `const` a list of one value, and what says nothing to an API serv
 dropped.
 """
 
-import copy
 import functools
+import json
 from typing import Any
 
 from qlora_operator.api import names
@@ -77,12 +77,13 @@ def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
 
 def custom_resource_definition() -> Schema:
     """The CRD as a manifest."""
-    schema = copy.deepcopy(job_schema())
+    schema = _explained(job_schema())
     properties = schema["properties"]
     for field in ("apiVersion", "kind"):
         properties[field] = {"type": "string", "description": properties[field]["description"]}
-    # An API server has its own schema of metadata and accepts no other.
-    properties["metadata"] = {"type": "object"}
+    # An API server has its own schema of metadata. Of ours it takes the name alone, which a rule is about.
+    name = {"type": "string", "description": properties["metadata"]["properties"]["name"]["description"]}
+    properties["metadata"] = {"type": "object", "properties": {"name": name}}
     schema["x-kubernetes-validations"] = [_name_rule()]
     properties["spec"]["x-kubernetes-validations"] += transition_rules()
     return {
@@ -114,14 +115,36 @@ def custom_resource_definition() -> Schema:
     }
 
 
+def _explained(value: Any) -> Any:
+    """A copy with descriptions for `kubectl explain`, which prints backticks and leaves out defaults."""
+    if isinstance(value, list):
+        return [_explained(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    copy = {key: _explained(item) for key, item in value.items()}
+    if isinstance(copy.get("description"), str):
+        copy["description"] = copy["description"].replace("`", "") + _default(value)
+    return copy
+
+
+def _default(node: Schema) -> str:
+    default = node.get("default")
+    if default in (None, {}, []):
+        return ""
+    values = default if isinstance(default, list) else [default]
+    text = ", ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+    return f" Default: {text}."
+
+
 def _name_rule() -> Schema:
-    """The twin of Metadata.name's bounds: a CRD may not restrict metadata in any other way."""
+    """The twin of Metadata.name's bounds, as a rule: a pattern would be refused without the words."""
     return {
         "rule": (
             f"size(self.metadata.name) <= {names.MAX_JOB_NAME} && "
             f"self.metadata.name.matches('{names.JOB_NAME_PATTERN}')"
         ),
-        "message": f"metadata.name must be {names.JOB_NAME_RULE}",
+        "message": f"must be {names.JOB_NAME_RULE}",
+        "fieldPath": ".metadata.name",
     }
 
 

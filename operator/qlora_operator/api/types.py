@@ -5,6 +5,8 @@ The settings of training are defined and described in qlora_contract.run, and em
 a docstring of its own has that of its class.
 """
 
+import hashlib
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -305,6 +307,13 @@ class QLoRAJobSpec(ApiModel):
     )
 
 
+def held_fields(spec: QLoRAJobSpec) -> str:
+    """A hash of MUTABLE_WHILE_SUSPENDED. Defaults are left out: a field that a newer operator adds must not
+    change the hash of the jobs that run."""
+    fields = spec.model_dump(mode="json", include={"topology", "scheduling"}, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Observed(ContractModel):
     """A part of the status. Unknown fields are passed over: a newer operator may have written them."""
 
@@ -316,7 +325,7 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class Condition(Observed):
-    """A metav1.Condition."""
+    """One side of the job's state, in the form that all of Kubernetes uses."""
 
     type: str
     """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT
 from qlora_contract.run import IsaTier
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.types import QLoRAJob, held_fields
 from qlora_operator.desired.children import metadata
 from qlora_operator.desired.pod import pod_template
 from qlora_operator.settings import Settings
@@ -52,7 +52,10 @@ def gang_job(
     child: dict[str, Any] = {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": metadata(job, uid, name, names.Role.TRAINER, attempt),
+        "metadata": {
+            **metadata(job, uid, name, names.Role.TRAINER, attempt),
+            "annotations": {names.HELD_FIELDS_ANNOTATION: held_fields(job.spec)},
+        },
         "spec": {
             "completionMode": "Indexed",
             "completions": pods,

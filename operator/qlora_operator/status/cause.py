@@ -1,8 +1,9 @@
 """Why an attempt ended, from what its Job and its pods say: one reason, one sentence, one budget."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 from pydantic import ValidationError
@@ -10,11 +11,15 @@ from pydantic import ValidationError
 from qlora_contract.exit_codes import COLLATERAL, ExitCode
 from qlora_contract.progress import TerminationReport
 from qlora_operator.api.names import Reason
+from qlora_operator.api.types import RANKS_SHOWN
 from qlora_operator.status.observation import Gang, Pod
+from qlora_operator.status.quote import last_line, quote
 
+SIGKILL_CODE = 137
 SIGTERM_CODE = 143
-MESSAGE_CHARACTERS = 1024
-"""Longer causes are cut: they go into the status, into events and into a column."""
+SETTLE_SECONDS = 10.0
+"""How long the pods of a Job that only lost a peer may take to tell why: the pod that is the cause may be
+reported after those that it took along."""
 
 
 class Budget(StrEnum):
@@ -78,19 +83,33 @@ def report(pod: Pod) -> TerminationReport | None:
         return None
 
 
-def classify(gang: Gang, pods: Sequence[Pod]) -> Cause:
-    """Why a Job that is failing fails. `pods`: those of its attempt that are still there."""
-    assert gang.failing is not None
-    codes = tuple(sorted({pod.exit_code for pod in pods if pod.exit_code is not None}))
-    said = gang.failing.message
-    if match := _DISRUPTED.search(said):
-        cause = _disrupted(match["pod"], _named(match["pod"], pods))
-    elif match := _EXITED.search(said):
-        cause = _exited(match["pod"], int(match["code"]), _named(match["pod"], pods))
-        codes = tuple(sorted({*codes, int(match["code"])}))
-    else:
-        cause = _by_pods(pods, said)
-    return Cause(cause.reason, cause.message[:MESSAGE_CHARACTERS], cause.budget, codes)
+def classify(gang: Gang, pods: Sequence[Pod], lost_nodes: Collection[str] = ()) -> Cause:
+    """Why a Job that is failing fails.
+
+    Args:
+        gang: the Job, which is failing.
+        pods: those of its attempt that are still there.
+        lost_nodes: nodes that do not answer.
+    """
+    said = _said(gang)
+    cause = _by_rule(said, pods) or _by_pods(gang, pods, lost_nodes)
+    match = _EXITED.search(said)
+    return replace(cause, exit_codes=exit_codes(pods, [int(match["code"])] if match else ()))
+
+
+def settled_at(gang: Gang, pods: Sequence[Pod], lost_nodes: Collection[str] = ()) -> datetime | None:
+    """Until when the pods of a failing Job may yet tell the cause; None when there is nothing to wait for."""
+    if gang.failing_since is None or all(pod.over for pod in pods) or _by_rule(_said(gang), pods):
+        return None
+    if _by_pods(gang, pods, lost_nodes).reason not in (Reason.PEER_LOST, Reason.TERMINATED):
+        return None
+    return gang.failing_since + timedelta(seconds=SETTLE_SECONDS)
+
+
+def exit_codes(pods: Iterable[Pod], known: Iterable[int] = ()) -> tuple[int, ...]:
+    """The different exit codes of pods, and those that are known besides, the first few of them."""
+    codes = {*known, *(pod.exit_code for pod in pods if pod.exit_code is not None)}
+    return tuple(sorted(codes))[:RANKS_SHOWN]
 
 
 def below_tier(pods: Iterable[Pod]) -> list[str]:
@@ -104,8 +123,83 @@ def disrupted(pods: Iterable[Pod]) -> Cause | None:
     return None if gone is None else _disrupted(gone.name, gone)
 
 
+# --- what the Job says
+
+
+def _said(gang: Gang) -> str:
+    assert gang.failing is not None
+    return gang.failing.message
+
+
+def _by_rule(said: str, pods: Sequence[Pod]) -> Cause | None:
+    """A rule of the Job's matched: it names the pod, even one that is gone."""
+    if match := _DISRUPTED.search(said):
+        return _disrupted(match["pod"], _named(match["pod"], pods))
+    if match := _EXITED.search(said):
+        return _exited(match["pod"], int(match["code"]), _named(match["pod"], pods))
+    return None
+
+
 def _named(name: str, pods: Iterable[Pod]) -> Pod | None:
     return next((pod for pod in pods if pod.name == name), None)
+
+
+# --- what the pods say
+
+
+def _by_pods(gang: Gang, pods: Sequence[Pod], lost_nodes: Collection[str]) -> Cause:
+    """No rule of the Job's matched: no pod failed by itself, or none that names a cause."""
+    causes = (
+        disrupted(pods),
+        _first(_refused, pods),
+        _first(_failed_late, pods),
+        next((_node_lost(pod) for pod in pods if not pod.over and pod.node in lost_nodes), None),
+        _first(_lost_peer, pods),
+        _first(_terminated, pods),
+    )
+    untold = f"a pod of {gang.name} failed and left no trace: {quote(_said(gang))}"
+    return next(filter(None, causes), Cause(Reason.PEER_LOST, untold, Budget.INFRASTRUCTURE))
+
+
+def _first(judge: Callable[[Pod], Cause | None], pods: Iterable[Pod]) -> Cause | None:
+    return next(filter(None, map(judge, pods)), None)
+
+
+def _refused(pod: Pod) -> Cause | None:
+    if pod.verdict is None or pod.exit_code is not None or pod.phase != "Failed":
+        return None
+    words = quote(": ".join(filter(None, (pod.verdict.reason, pod.verdict.message))))
+    message = f"the kubelet of node {pod.node} refused pod {pod.name}: {words}"
+    return Cause(Reason.ADMISSION_REJECTED, message, Budget.INFRASTRUCTURE)
+
+
+def _failed_late(pod: Pod) -> Cause | None:
+    """A pod that failed by itself, which the Job controller learned after it had given up the Job."""
+    consequences = {None, 0, *COLLATERAL, SIGTERM_CODE}
+    if pod.deleting_since is not None and pod.ended_by != "OOMKilled":
+        consequences |= {ExitCode.TERMINATED, SIGKILL_CODE}
+    return None if pod.exit_code in consequences else _exited(pod.name, pod.exit_code or 0, pod)
+
+
+def _node_lost(pod: Pod) -> Cause:
+    return Cause(
+        Reason.NODE_LOST, f"node {pod.node} of pod {pod.name} does not answer", Budget.INFRASTRUCTURE
+    )
+
+
+def _lost_peer(pod: Pod) -> Cause | None:
+    if pod.exit_code not in COLLATERAL:
+        return None
+    message = f"{_where(pod.name, pod)} lost a peer{_detail(pod)}"
+    return Cause(Reason.PEER_LOST, message, Budget.INFRASTRUCTURE)
+
+
+def _terminated(pod: Pod) -> Cause | None:
+    stopped = pod.exit_code in (ExitCode.TERMINATED, SIGTERM_CODE, SIGKILL_CODE)
+    return _exited(pod.name, pod.exit_code or 0, pod) if stopped else None
+
+
+# --- ends of a pod
 
 
 def _where(name: str, pod: Pod | None) -> str:
@@ -114,8 +208,8 @@ def _where(name: str, pod: Pod | None) -> str:
 
 def _disrupted(name: str, pod: Pod | None) -> Cause:
     said = pod.disruption if pod is not None else None
-    reason, words = DISRUPTIONS.get(said.reason if said else "", (Reason.EVICTED, "was disrupted"))
-    detail = f": {said.message}" if said and said.message else ""
+    reason, words = DISRUPTIONS.get(said.reason if said else "", (Reason.DISRUPTED, "was disrupted"))
+    detail = f": {quote(said.message)}" if said and said.message else ""
     return Cause(reason, f"{_where(name, pod)} {words}{detail}", Budget.INFRASTRUCTURE)
 
 
@@ -124,44 +218,28 @@ def _exited(name: str, code: int, pod: Pod | None) -> Cause:
     if pod is not None and pod.disruption is not None:
         return _disrupted(name, pod)
     if pod is not None and pod.ended_by == "OOMKilled":
-        return Cause(
-            Reason.OUT_OF_MEMORY,
-            f"{where} was killed at its memory limit: raise topology.memoryPerRank (while suspended), or "
-            "lower training.microBatchTokens or training.maxSequenceLength in another job",
-            Budget.PERMANENT,
-        )
-    reason, budget = EXIT_REASONS.get(
-        code, (Reason.KILLED if code > 128 else Reason.UNEXPECTED_ERROR, Budget.USER)
-    )
+        return _out_of_memory(where)
+    if pod is not None and pod.deleting_since is not None and code == SIGKILL_CODE:
+        message = f"{where} was deleted, and killed at the end of its grace period"
+        return Cause(Reason.TERMINATED, message, Budget.INFRASTRUCTURE)
+    unknown = (Reason.KILLED if code > 128 else Reason.UNEXPECTED_ERROR, Budget.USER)
+    reason, budget = EXIT_REASONS.get(code, unknown)
     words = f"was killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
     return Cause(reason, f"{where} {words}{_detail(pod)}", budget)
 
 
+def _out_of_memory(where: str) -> Cause:
+    message = (
+        f"{where} was killed at its memory limit: raise topology.memoryPerRank, or lower "
+        "training.microBatchTokens or training.maxSequenceLength, in another job"
+    )
+    return Cause(Reason.OUT_OF_MEMORY, message, Budget.PERMANENT)
+
+
 def _detail(pod: Pod | None) -> str:
     """The cause that the trainer gives, or the last line it wrote."""
-    if pod is None or not pod.last_words:
+    if pod is None:
         return ""
     told = report(pod)
-    return f": {told.cause if told else pod.last_words.splitlines()[-1].strip()}"
-
-
-def _by_pods(pods: Sequence[Pod], said: str) -> Cause:
-    """No rule of the Job's matched: no pod failed by itself, or none that names a cause."""
-    for pod in pods:
-        if pod.disruption is not None:
-            return _disrupted(pod.name, pod)
-    for pod in pods:
-        if pod.verdict is not None and pod.exit_code is None and pod.phase == "Failed":
-            message = f"the kubelet of node {pod.node} refused pod {pod.name}: {_words(pod)}"
-            return Cause(Reason.ADMISSION_REJECTED, message, Budget.INFRASTRUCTURE)
-    for pod in pods:
-        if pod.exit_code not in (None, 0, *COLLATERAL, SIGTERM_CODE):
-            return _exited(pod.name, pod.exit_code or 0, pod)
-    lost = next((pod for pod in pods if pod.exit_code in COLLATERAL), None)
-    told = _detail(lost) if lost is not None else f": {said}" if said else ""
-    return Cause(Reason.PEER_LOST, f"the ranks lost a peer{told}", Budget.INFRASTRUCTURE)
-
-
-def _words(pod: Pod) -> str:
-    assert pod.verdict is not None
-    return ": ".join(part for part in (pod.verdict.reason, pod.verdict.message) if part)
+    words = quote(told.cause) if told else last_line(pod.last_words)
+    return f": {words}" if words else ""

@@ -8,8 +8,6 @@ from qlora_operator.api.names import ConditionType, Phase, Reason
 from qlora_operator.api.times import stamp
 from qlora_operator.api.types import Condition
 
-ORDER = tuple(ConditionType)
-
 
 def find(conditions: Sequence[Condition], kind: ConditionType) -> Condition | None:
     """The condition of this type, when it was ever said."""
@@ -20,6 +18,17 @@ def is_true(conditions: Sequence[Condition], kind: ConditionType) -> bool:
     """Whether it was said, and holds."""
     found = find(conditions, kind)
     return found is not None and found.status == "True"
+
+
+def is_false(conditions: Sequence[Condition], kind: ConditionType) -> bool:
+    """Whether it was said not to hold."""
+    found = find(conditions, kind)
+    return found is not None and found.status == "False"
+
+
+def without(conditions: Sequence[Condition], kind: ConditionType) -> list[Condition]:
+    """The others."""
+    return [condition for condition in conditions if condition.type != kind]
 
 
 def put(
@@ -44,15 +53,19 @@ def put(
         reason=reason,
         message=message,
     )
-    others = [condition for condition in conditions if condition.type != kind]
-    return sorted([*others, said], key=lambda condition: ORDER.index(ConditionType(condition.type)))
+    return sorted([*without(conditions, kind), said], key=_order)
+
+
+def _order(condition: Condition) -> int:
+    """As documented; last are those of an operator that knows more of them."""
+    known = [each for each, kind in enumerate(ConditionType) if kind == condition.type]
+    return known[0] if known else len(ConditionType)
 
 
 def phase(conditions: Sequence[Condition]) -> Phase:
     """One word for all conditions."""
     true = {condition.type for condition in conditions if condition.status == "True"}
     running = find(conditions, ConditionType.RUNNING)
-    quota = find(conditions, ConditionType.QUOTA_RESERVED)
     if ConditionType.COMPLETE in true:
         return Phase.SUCCEEDED
     if ConditionType.FAILED in true:
@@ -61,8 +74,8 @@ def phase(conditions: Sequence[Condition]) -> Phase:
         return Phase.SUSPENDED
     if ConditionType.RUNNING in true and running is not None:
         return Phase.PUBLISHING if running.reason == Reason.PUBLISHING else Phase.RUNNING
+    if is_false(conditions, ConditionType.QUOTA_RESERVED) and ConditionType.INITIALIZED in true:
+        return Phase.QUEUED
     if ConditionType.RESTARTING in true:
         return Phase.RESTARTING
-    if quota is not None and quota.status == "False" and ConditionType.INITIALIZED in true:
-        return Phase.QUEUED
     return Phase.STARTING if ConditionType.INITIALIZED in true else Phase.PENDING

@@ -4,16 +4,27 @@ from datetime import datetime, timedelta
 
 from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import AdapterStatus, Placement
+from qlora_operator.api.types import NODES_SHOWN, AdapterStatus, Placement, held_fields
 from qlora_operator.status import conditions, live, policies
-from qlora_operator.status.cause import Budget, Cause, below_tier, classify, disrupted
-from qlora_operator.status.draft import DeleteGang, DeletePod, Draft, StartAttempt
+from qlora_operator.status.cause import (
+    Budget,
+    Cause,
+    below_tier,
+    classify,
+    disrupted,
+    exit_codes,
+    settled_at,
+)
+from qlora_operator.status.draft import DeleteGang, DeletePod, Draft, RestoreNetwork, StartAttempt
+from qlora_operator.status.needs import PATIENCE
 from qlora_operator.status.observation import Gang, Said
 from qlora_operator.status.pending import waiting
 from qlora_operator.status.stuck import remaining
 
 LOOK_SECONDS = 10.0
 """How often pods are looked at while an attempt starts or ends."""
+SETTLE_LOOK_SECONDS = 1.0
+"""How often, while a Job ends that only lost a peer: a deleted pod is soon gone, and what it had to tell, too."""
 POLL_SECONDS = 15.0
 """How often rank 0 is asked for its progress."""
 
@@ -56,19 +67,41 @@ def _own_end(draft: Draft, gang: Gang | None) -> Cause | None:
     assert draft.open is not None
     known = draft.open.job_uid
     if known is not None and (gang is None or gang.uid != known):
-        message = f"the Job of attempt {draft.open.attempt} was deleted by somebody else"
+        message = f"the Job of attempt {draft.open.attempt} was deleted, or lost its labels, by somebody else's doing"
         return Cause(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
     if gang is None:
         return None
     if gang.failing is not None:
-        return classify(gang, draft.pods) if draft.seen.pods is not None else None
+        return _failure(draft, gang)
     if gang.deleting:
         message = f"the Job {gang.name} is being deleted by somebody else"
         return Cause(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
     if gang.suspended and draft.holds(ConditionType.INITIALIZED) and _was_admitted(draft):
-        message = "the queue took back the quota that it had given"
-        return Cause(Reason.PREEMPTED, message, Budget.INFRASTRUCTURE)
+        return _suspended(draft, gang)
+    if gang.parallelism not in (None, draft.job.spec.topology.pods) and not draft.job.spec.suspend:
+        message = f"the parallelism of the Job {gang.name} was set to {gang.parallelism} by somebody else"
+        return Cause(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
     return disrupted(draft.pods)
+
+
+def _suspended(draft: Draft, gang: Gang) -> Cause:
+    """Somebody holds a Job that had been let go."""
+    if draft.job.spec.scheduling.queue_name is None:
+        message = f"the Job {gang.name} was suspended by somebody else: suspend the QLoRAJob instead"
+        return Cause(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
+    message = "the queue took back the quota that it had given"
+    return Cause(Reason.PREEMPTED, message, Budget.INFRASTRUCTURE)
+
+
+def _failure(draft: Draft, gang: Gang) -> Cause | None:
+    """Why the Job fails; None until somebody has looked at its pods, and they have had time to tell."""
+    if draft.seen.pods is None:
+        return None
+    settled = settled_at(gang, draft.pods, draft.seen.lost_nodes)
+    if settled is not None and not _passed(draft, settled):
+        draft.look_in(SETTLE_LOOK_SECONDS)
+        return None
+    return classify(gang, draft.pods, draft.seen.lost_nodes)
 
 
 def _was_admitted(draft: Draft) -> bool:
@@ -79,6 +112,9 @@ def _our_end(draft: Draft, gang: Gang | None) -> Cause | None:
     """An end that the user, a deadline, or a better use of the nodes asks for."""
     if draft.job.spec.suspend:
         return Cause(Reason.SUSPENDED, "spec.suspend is true", Budget.NONE)
+    if gang is not None and gang.held_fields not in (None, held_fields(draft.job.spec)):
+        message = "spec.topology or spec.scheduling was changed while the job was suspended for a moment"
+        return Cause(Reason.SUSPENDED, message, Budget.NONE)
     if cause := deadline(draft):
         return cause
     if gang is None or gang.suspended:
@@ -155,9 +191,9 @@ def _no_room(draft: Draft, gang: Gang) -> Cause | None:
 
 def end(draft: Draft, cause: Cause) -> None:
     """The attempt is over for this cause: its price, and what follows. Happens once per attempt."""
-    draft.set_attempt(reason=cause.reason, message=cause.message, exit_codes=list(cause.exit_codes))
-    if cause.reason == Reason.ISA_BELOW_TIER:
-        _avoid(draft)
+    codes = list(cause.exit_codes)
+    draft.set_attempt(reason=cause.reason, message=cause.message, exit_codes=codes)
+    _learn(draft, cause)
     if draft.holds(ConditionType.FINISHED):
         return
     if cause.budget == Budget.PERMANENT:
@@ -170,10 +206,13 @@ def end(draft: Draft, cause: Cause) -> None:
         _charge(draft, cause)
 
 
-def _avoid(draft: Draft) -> None:
+def _learn(draft: Draft, cause: Cause) -> None:
+    """What the attempt leaves to the next ones."""
     before = draft.status.placement or Placement()
-    nodes = sorted({*before.avoid, *below_tier(draft.pods)})[:64]
-    draft.set(placement=before.model_copy(update={"avoid": nodes}))
+    found = below_tier(draft.pods) if cause.reason == Reason.ISA_BELOW_TIER else []
+    avoid = sorted({*before.avoid, *found})[:NODES_SHOWN]
+    dtype = before.dtype or live.dtype(draft.pods)
+    draft.set(placement=before.model_copy(update={"avoid": avoid, "dtype": dtype}))
 
 
 def _charge(draft: Draft, cause: Cause) -> None:
@@ -229,7 +268,9 @@ def _wind_up(draft: Draft, gang: Gang | None) -> None:
             _held(draft, said)
         draft.look_in(LOOK_SECONDS)
         return
-    draft.set_attempt(end=stamp(draft.now))
+    assert draft.open is not None
+    codes = exit_codes(draft.pods, draft.open.exit_codes)
+    draft.set_attempt(end=stamp(draft.now), exit_codes=list(codes))
 
 
 def _held(draft: Draft, said: Said) -> None:
@@ -255,7 +296,7 @@ def _create(draft: Draft) -> None:
         delete_orphans(draft)
         said = remaining(draft, draft.living)
         draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
-    else:
+    elif not draft.rivals:
         _ensure_children(draft)
     draft.look_in(LOOK_SECONDS)
 
@@ -285,7 +326,7 @@ def _follow(draft: Draft, gang: Gang) -> None:
     draft.set_attempt(job_uid=gang.uid)
     draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, f"Job {gang.name} exists")
     if draft.seen.incomplete:
-        _ensure_children(draft)
+        draft.actions.append(RestoreNetwork())
     queue = draft.job.spec.scheduling.queue_name
     if queue is not None:
         _queue(draft, gang, queue)
@@ -297,7 +338,17 @@ def _follow(draft: Draft, gang: Gang) -> None:
         said = waiting(draft, gang)
         note = said.reason != Reason.STARTING
         draft.wait(ConditionType.RUNNING, Reason(said.reason), said.message, note=note)
-        draft.look_in(LOOK_SECONDS)
+        _look_at_pods(draft)
+
+
+def _look_at_pods(draft: Draft) -> None:
+    """Soon, the first time: what keeps pods from starting shows within seconds."""
+    assert draft.open is not None
+    if draft.open.start is not None:
+        patience = parse(draft.open.start) + PATIENCE
+        if draft.now < patience:
+            draft.look(patience)
+    draft.look_in(LOOK_SECONDS)
 
 
 def _queue(draft: Draft, gang: Gang, queue: str) -> None:
@@ -305,9 +356,15 @@ def _queue(draft: Draft, gang: Gang, queue: str) -> None:
         message = f"waits in the queue {queue}"
         draft.wait(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, note=False)
         return
-    draft.affirm(ConditionType.QUOTA_RESERVED, Reason.ADMITTED, f"the queue {queue} has let the job in")
+    admitted = gang.admitted_at or draft.now
+    waiting = conditions.find(draft.status.conditions, ConditionType.QUOTA_RESERVED)
     if draft.status.start_time is None:
-        draft.set(start_time=stamp(draft.now))
+        draft.set(start_time=stamp(admitted))
+    elif waiting is not None and waiting.status == "False":
+        # The clock of activeDeadlineSeconds stood still in the queue.
+        stood = max(admitted - parse(waiting.last_transition_time), timedelta())
+        draft.set(start_time=stamp(parse(draft.status.start_time) + stood))
+    draft.affirm(ConditionType.QUOTA_RESERVED, Reason.ADMITTED, f"the queue {queue} has let the job in")
 
 
 def _run(draft: Draft) -> None:
@@ -339,13 +396,12 @@ def _facts(draft: Draft) -> None:
     per_pod = draft.job.spec.topology.ranks_per_pod
     if pods:
         placement = placement.model_copy(update={"nodes": live.nodes(pods)})
-        draft.set(ranks=live.ranks(pods, per_pod, told))
+        draft.set(ranks=live.ranks(status.ranks, pods, per_pod))
         digest = next((pod.image_digest for pod in pods if pod.index == 0), None)
         if digest and status.provenance:
             draft.set(provenance=status.provenance.model_copy(update={"image_digest": digest}))
-    elif told:
-        draft.set(ranks=live.with_facts(status.ranks, told))
     if told:
+        draft.set(ranks=live.with_facts(draft.status.ranks, told))
         draft.set(progress=live.progress(status.progress, told, draft.now))
         draft.set(checkpoint=live.checkpoint(told) or status.checkpoint)
         if told.step > 0 and placement.dtype is None:

@@ -12,7 +12,6 @@ from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
 from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec
 from qlora_operator.status import conditions, policies
-from qlora_operator.status.cause import Budget
 from qlora_operator.status.columns import columns
 from qlora_operator.status.current import LOOK_SECONDS, attend, deadline, delete_orphans
 from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft, StartAttempt
@@ -26,11 +25,12 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
     if hands_off(job):
         return Decision(draft.status)
     if not draft.holds(ConditionType.FINISHED):
+        _begin(draft)
         _suspension(draft)
     if draft.open is not None:
         attend(draft)
-    if draft.open is None and not draft.holds(ConditionType.FINISHED):
-        _next(draft)
+    if not (draft.holds(ConditionType.FINISHED) or job.spec.suspend):
+        _go_on(draft)
     _clean_up(draft)
     if draft.holds(ConditionType.FINISHED):
         _expire(draft)
@@ -41,6 +41,12 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
 def hands_off(job: QLoRAJob) -> bool:
     """Whether another controller has the job, or it is on its way out."""
     return job.spec.managed_by not in (None, CONTROLLER) or job.metadata.deletion_timestamp is not None
+
+
+def _begin(draft: Draft) -> None:
+    """From now on the job waits for its ranks."""
+    if conditions.find(draft.status.conditions, ConditionType.RUNNING) is None:
+        draft.deny(ConditionType.RUNNING, Reason.STARTING, "no attempt has started")
 
 
 def _suspension(draft: Draft) -> None:
@@ -62,14 +68,13 @@ def _suspension(draft: Draft) -> None:
 # --- the next attempt
 
 
-def _next(draft: Draft) -> None:
-    """Start an attempt, or say what that waits for."""
-    if draft.job.spec.suspend:
+def _go_on(draft: Draft) -> None:
+    """Between attempts: the next one, unless a deadline has passed meanwhile."""
+    if draft.open is not None and draft.open.reason is None:
         return
     if cause := deadline(draft):
-        assert cause.budget == Budget.PERMANENT
         draft.finish(ConditionType.FAILED, cause.reason, cause.message)
-    elif not (_backs_off(draft) or _occupied(draft) or _barred(draft)):
+    elif draft.open is None and not (_backs_off(draft) or _occupied(draft) or _barred(draft)):
         _start(draft)
 
 
@@ -89,7 +94,7 @@ def _backs_off(draft: Draft) -> bool:
 def _occupied(draft: Draft) -> bool:
     """Whether a pod of an earlier attempt may still run: never two live gangs for one job."""
     first = draft.status.attempt is None and draft.seen.pods is None
-    if first or (draft.seen.pods is not None and not draft.living):
+    if first or (draft.seen.pods is not None and not draft.living and not draft.rivals):
         return False
     delete_orphans(draft)
     if draft.living:
@@ -100,7 +105,11 @@ def _occupied(draft: Draft) -> bool:
 
 
 def _barred(draft: Draft) -> bool:
-    """Whether the image, or the nodes, do not let an attempt start."""
+    """Whether the image, the operator's version, or the nodes, do not let an attempt start."""
+    return _bars_image(draft) or _bars_version(draft) or _bars_nodes(draft)
+
+
+def _bars_image(draft: Draft) -> bool:
     if not draft.seen.image_allowed and _fixed_image(draft) is None:
         message = (
             f"spec.image {draft.seen.image} is not allowed here: ask the administrator, or leave it out in "
@@ -109,6 +118,24 @@ def _barred(draft: Draft) -> bool:
         draft.wait(ConditionType.INITIALIZED, Reason.IMAGE_NOT_ALLOWED, message)
         draft.look_in(6 * LOOK_SECONDS)
         return True
+    return False
+
+
+def _bars_version(draft: Draft) -> bool:
+    """The first attempt's image reads the RunConfig of its time, and refuses any other."""
+    fixed = draft.status.provenance.run_config_version if draft.status.provenance else None
+    if fixed in (None, RUN_CONFIG_VERSION):
+        return False
+    message = (
+        f"the job's first attempt had version {fixed} of the RunConfig, and this operator writes version "
+        f"{RUN_CONFIG_VERSION}: run one that writes version {fixed}, or create another job"
+    )
+    draft.wait(ConditionType.INITIALIZED, Reason.INVALID_SPEC, message)
+    draft.look_in(6 * LOOK_SECONDS)
+    return True
+
+
+def _bars_nodes(draft: Draft) -> bool:
     if draft.seen.feasible is None:
         draft.look_in(1.0)
         return True
@@ -135,6 +162,8 @@ def _start(draft: Draft) -> None:
     draft.set(message=message)
     if spec.scheduling.queue_name is not None:
         draft.deny(ConditionType.QUOTA_RESERVED, Reason.QUEUED, "waits in the queue")
+    else:
+        draft.set(conditions=conditions.without(draft.status.conditions, ConditionType.QUOTA_RESERVED))
     draft.actions.append(StartAttempt(number, tier, image, tuple(placement.avoid)))
 
 
@@ -180,7 +209,7 @@ def _clean_up(draft: Draft) -> None:
     over = draft.holds(ConditionType.FINISHED)
     for gang in draft.seen.gangs:
         earlier = gang.attempt != draft.status.attempt
-        doomed = earlier or (over and not gang.over and gang.failing is None)
+        doomed = earlier or (over and draft.open is None and not gang.over and gang.failing is None)
         action = DeleteGang(gang.name, gang.uid)
         if gang.ours and doomed and not gang.deleting and action not in draft.actions:
             draft.actions.append(action)

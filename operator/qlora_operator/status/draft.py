@@ -23,6 +23,11 @@ class StartAttempt:
 
 
 @dataclass(frozen=True)
+class RestoreNetwork:
+    """Create those of the children that every attempt shares which are not there."""
+
+
+@dataclass(frozen=True)
 class DeleteGang:
     """Delete an attempt's Job with its pods."""
 
@@ -43,7 +48,7 @@ class DeleteJob:
     """Delete the QLoRAJob itself."""
 
 
-Action = StartAttempt | DeleteGang | DeletePod | DeleteJob
+Action = StartAttempt | RestoreNetwork | DeleteGang | DeletePod | DeleteJob
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,12 @@ class Draft:
         return [pod for pod in self.seen.pods or () if pod.attempt == self.status.attempt]
 
     @property
+    def rivals(self) -> list[Gang]:
+        """Jobs of other attempts that may still make pods."""
+        gangs = self.seen.gangs
+        return [g for g in gangs if g.ours and g.attempt != self.status.attempt and not g.over]
+
+    @property
     def living(self) -> list[Pod]:
         """Pods of any attempt that are not over."""
         return [pod for pod in self.seen.pods or () if not pod.over]
@@ -176,10 +187,11 @@ class Draft:
 
     def finish(self, kind: ConditionType, reason: Reason, message: str) -> None:
         """The job is over, for good: Complete or Failed."""
-        if self.holds(ConditionType.RUNNING) or self.attempt is not None:
-            self.deny(ConditionType.RUNNING, Reason.FINISHED, "the job is over")
+        self.deny(ConditionType.RUNNING, Reason.FINISHED, "the job is over")
         if conditions.find(self.status.conditions, ConditionType.RESTARTING):
             self.deny(ConditionType.RESTARTING, Reason.FINISHED, "the job is over")
+        if self.holds(ConditionType.SUSPENDED):
+            self.deny(ConditionType.SUSPENDED, Reason.FINISHED, "the job is over")
         self.affirm(kind, reason, message)
         self.affirm(ConditionType.FINISHED, reason, message)
         self.set(message=message, completion_time=stamp(self.now))

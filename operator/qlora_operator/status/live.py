@@ -51,27 +51,19 @@ def checkpoint(told: ProgressReport) -> CheckpointStatus | None:
     return CheckpointStatus(step=known.step, time=known.time, uri=known.uri) if known else None
 
 
-def ranks(pods: Sequence[Pod], ranks_per_pod: int, told: ProgressReport | None) -> list[RankStatus]:
-    """Where the ranks run, the first few of them."""
-    facts = {fact.rank: fact for fact in told.ranks} if told else {}
+def ranks(before: Sequence[RankStatus], pods: Sequence[Pod], ranks_per_pod: int) -> list[RankStatus]:
+    """Where the ranks run, the first few of them, with what was known of each in its pod."""
+    known = {(rank.index, rank.pod): rank for rank in before}
     found = []
     for pod in sorted(pods, key=lambda pod: pod.index):
         for local in range(ranks_per_pod):
             index = pod.index * ranks_per_pod + local
-            fact = facts.get(index)
-            found.append(
-                RankStatus(
-                    index=index,
-                    pod=pod.name,
-                    node=pod.node,
-                    isa=fact.isa if fact else None,
-                    cpus=fact.cpus if fact else None,
-                )
-            )
+            rank = known.get((index, pod.name)) or RankStatus(index=index, pod=pod.name)
+            found.append(rank.model_copy(update={"node": pod.node}))
     return found[:RANKS_SHOWN]
 
 
-def with_facts(before: list[RankStatus], told: ProgressReport) -> list[RankStatus]:
+def with_facts(before: Sequence[RankStatus], told: ProgressReport) -> list[RankStatus]:
     """The ranks as they were, with what each has found by now."""
     facts = {fact.rank: fact for fact in told.ranks}
     return [
@@ -85,6 +77,12 @@ def with_facts(before: list[RankStatus], told: ProgressReport) -> list[RankStatu
 def nodes(pods: Sequence[Pod]) -> list[str]:
     """The nodes of the pods, each once, the first few of them."""
     return sorted({pod.node for pod in pods if pod.node})[:NODES_SHOWN]
+
+
+def dtype(pods: Sequence[Pod]) -> str | None:
+    """What the pods that have ended say they have completed a step in."""
+    told = (report(pod) for pod in pods)
+    return next((each.compute_dtype for each in told if each is not None and each.step), None)
 
 
 def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:

@@ -34,7 +34,9 @@ def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime) -> Needs:
     last = status.attempts[-1] if status.attempts else None
     over = conditions.is_true(status.conditions, ConditionType.FINISHED)
     if last is None:
-        return Needs(nodes=not over and not job.spec.suspend)
+        start = not over and not job.spec.suspend
+        # Children without an attempt: somebody emptied the status.
+        return Needs(pods=start and bool(gangs), fresh=start and bool(gangs), nodes=start)
     gang = next((each for each in gangs if each.ours and each.attempt == last.attempt), None)
     if last.end is not None:
         start = not over and not job.spec.suspend

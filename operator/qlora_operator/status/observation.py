@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run import IsaTier
-from qlora_operator.api.names import ATTEMPT_LABEL
+from qlora_operator.api.names import ATTEMPT_LABEL, HELD_FIELDS_ANNOTATION
 from qlora_operator.api.times import parse
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -19,6 +19,14 @@ class Said:
 
     reason: str
     message: str
+
+
+@dataclass(frozen=True)
+class Warned(Said):
+    """An Event of type Warning."""
+
+    about: str = ""
+    """The uid of the Job or pod that it is about."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,15 @@ class Gang:
     complete: bool = False
     failing: Said | None = None
     """It has failed, or is about to when its pods are gone."""
+    failing_since: datetime | None = None
     failed: bool = False
     """It has failed, and no pod of it is left running."""
     admitted_at: datetime | None = None
     """When it was started, or let in by its queue."""
+    parallelism: int | None = None
+    """Pods that it is to have at a time."""
+    held_fields: str | None = None
+    """A hash of the spec fields that may only change while the job is suspended, as it was made from them."""
 
     @property
     def over(self) -> bool:
@@ -101,7 +114,7 @@ class Observation:
     """Jobs with the job's uid on their label, or with the name of the current attempt's."""
     pods: tuple[Pod, ...] | None = None
     """Its pods; None: nobody looked."""
-    warnings: tuple[Said, ...] = ()
+    warnings: tuple[Warned, ...] = ()
     """Newest first: Events of type Warning about the current attempt's Job and pods."""
     feasible: Feasible | None = None
     """None: nobody asked."""
@@ -122,7 +135,7 @@ def gang(raw: Mapping[str, Any], job_uid: str) -> Gang:
     """A batch/v1 Job from the API."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
-    failing = conditions.get("Failed") or conditions.get("FailureTarget")
+    failing = conditions.get("FailureTarget") or conditions.get("Failed")
     labels = metadata.get("labels") or {}
     return Gang(
         name=metadata["name"],
@@ -134,8 +147,11 @@ def gang(raw: Mapping[str, Any], job_uid: str) -> Gang:
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
         failing=_said(failing),
+        failing_since=parse(failing["lastTransitionTime"]) if failing else None,
         failed="Failed" in conditions,
         admitted_at=parse(status["startTime"]) if status.get("startTime") else None,
+        parallelism=raw["spec"].get("parallelism"),
+        held_fields=(metadata.get("annotations") or {}).get(HELD_FIELDS_ANNOTATION),
     )
 
 

@@ -1,42 +1,82 @@
 """What an attempt waits for whose ranks are not all up."""
 
+import re
+from collections.abc import Sequence
+
 from qlora_operator.api.names import Reason
 from qlora_operator.status.draft import Draft
-from qlora_operator.status.observation import Gang, Pod, Said
+from qlora_operator.status.observation import Gang, Pod, Said, Warned
+from qlora_operator.status.quote import quote
 
-_PULL = frozenset(
-    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
-)
+_WAITS = {
+    "ErrImagePull": Reason.IMAGE_PULL_ERROR,
+    "ImagePullBackOff": Reason.IMAGE_PULL_ERROR,
+    "InvalidImageName": Reason.IMAGE_PULL_ERROR,
+    "ErrImageNeverPull": Reason.IMAGE_PULL_ERROR,
+    "ImageInspectError": Reason.IMAGE_PULL_ERROR,
+    "RegistryUnavailable": Reason.IMAGE_PULL_ERROR,
+    "SignatureValidationFailed": Reason.IMAGE_PULL_ERROR,
+    "CreateContainerConfigError": Reason.CONTAINER_CONFIG_ERROR,
+    "CreateContainerError": Reason.CONTAINER_CONFIG_ERROR,
+    "RunContainerError": Reason.CONTAINER_CONFIG_ERROR,
+}
+"""Why a container waits, in a kubelet's words and in ours."""
 _VOLUME_EVENTS = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
-_CLAIM_WORDS = ("persistentvolumeclaim", "persistentvolume ")
+_CLAIM = re.compile(r"persistentvolumeclaim|persistentvolume |persistent volumes to bind", re.IGNORECASE)
+_QUOTA = re.compile(
+    r"(exceeded|failed|insufficient) quota|(usage|ratio) per (Container|Pod|PersistentVolumeClaim)"
+)
 
 
 def waiting(draft: Draft, gang: Gang) -> Said:
     """The one thing that helps most to know."""
-    pods = draft.pods
+    pods, warnings = draft.pods, draft.seen.warnings
     wanted = draft.job.spec.topology.pods
     for pod in pods:
         if said := _of_pod(pod):
             return said
-    for warning in draft.seen.warnings:
-        if warning.reason == "FailedCreate" and len(pods) < wanted:
-            return Said(Reason.QUOTA_EXCEEDED, f"the pods are refused: {warning.message}")
-        if warning.reason in _VOLUME_EVENTS:
-            return Said(Reason.VOLUME_NOT_READY, warning.message)
-    up = f"{gang.ready}/{wanted}"
-    return Said(Reason.STARTING, f"{up} pods of attempt {gang.attempt} are ready")
+    if len(pods) < wanted and (said := _of_refusal(gang, warnings)):
+        return said
+    for pod in pods:
+        if said := _of_warnings(pod, warnings):
+            return said
+    return Said(Reason.STARTING, f"{gang.ready}/{wanted} pods of attempt {gang.attempt} are ready")
+
+
+def by_quota(refusal: str) -> bool:
+    """Whether it is a ResourceQuota or a LimitRange that the API server refuses an object for."""
+    return _QUOTA.search(refusal) is not None
 
 
 def _of_pod(pod: Pod) -> Said | None:
     if pod.unschedulable is not None:
-        claim = any(word in pod.unschedulable.lower() for word in _CLAIM_WORDS)
-        reason = Reason.VOLUME_NOT_READY if claim else Reason.UNSCHEDULABLE
-        return Said(reason, f"pod {pod.name}: {pod.unschedulable}")
-    if pod.waiting is None or pod.over:
+        reason = Reason.VOLUME_NOT_READY if _CLAIM.search(pod.unschedulable) else Reason.UNSCHEDULABLE
+        return Said(reason, f"pod {pod.name}: {quote(pod.unschedulable)}")
+    if pod.waiting is None or pod.over or pod.waiting.reason not in _WAITS:
         return None
-    detail = f"pod {pod.name} on node {pod.node}: {pod.waiting.message or pod.waiting.reason}"
-    if pod.waiting.reason in _PULL:
-        return Said(Reason.IMAGE_PULL_ERROR, detail)
-    if pod.waiting.reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
-        return Said(Reason.CONTAINER_CONFIG_ERROR, detail)
+    words = quote(pod.waiting.message) or pod.waiting.reason
+    return Said(_WAITS[pod.waiting.reason], f"{_where(pod)}: {words}")
+
+
+def _of_refusal(gang: Gang, warnings: Sequence[Warned]) -> Said | None:
+    """Why the Job controller does not get its pods: newest first."""
+    for warning in warnings:
+        if warning.reason == "FailedCreate" and warning.about == gang.uid:
+            reason = Reason.QUOTA_EXCEEDED if by_quota(warning.message) else Reason.REFUSED
+            return Said(reason, f"the pods of {gang.name} are refused: {quote(warning.message)}")
     return None
+
+
+def _of_warnings(pod: Pod, warnings: Sequence[Warned]) -> Said | None:
+    """What its node tells of a pod whose container says nothing, since there is none yet."""
+    if pod.phase != "Pending":
+        return None
+    for warning in warnings:
+        if warning.about == pod.uid:
+            reason = Reason.VOLUME_NOT_READY if warning.reason in _VOLUME_EVENTS else Reason.STARTING
+            return Said(reason, f"{_where(pod)}: {quote(warning.message)}")
+    return None
+
+
+def _where(pod: Pod) -> str:
+    return f"pod {pod.name} on node {pod.node}" if pod.node else f"pod {pod.name}"

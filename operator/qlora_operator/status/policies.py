@@ -3,14 +3,13 @@
 import hashlib
 from datetime import datetime, timedelta
 
-from qlora_operator.api.names import Reason
+from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.api.times import parse
 from qlora_operator.api.types import Attempt, QLoRAJobSpec, QLoRAJobStatus
+from qlora_operator.status import conditions
 
 FREE = frozenset({Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FINISHED})
 """Ends of an attempt that cost nothing and are no failure."""
-WAITED = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
-"""Ends of an attempt that never had all its ranks."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0
 """As of batch/v1's own Jobs."""
@@ -53,24 +52,19 @@ def released_spread(uid: str, attempt: int) -> float:
 
 
 def pending_since(status: QLoRAJobStatus, now: datetime) -> datetime:
-    """Since when the job wants ranks and has not had all of them."""
-    since = None
-    for attempt in reversed(status.attempts):
-        if attempt.reason is not None and attempt.reason not in WAITED:
-            since = since or _time(attempt.end)
-            break
-        since = _time(attempt.start) or since
-    times = [time for time in (since, _time(status.start_time)) if time is not None]
+    """Since when the job, unless it is suspended, wants ranks and has not had all of them."""
+    said = (
+        conditions.find(status.conditions, kind) for kind in (ConditionType.RUNNING, ConditionType.SUSPENDED)
+    )
+    times = [parse(each.last_transition_time) for each in said if each is not None and each.status == "False"]
     return max(times, default=now)
 
 
-def _time(text: str | None) -> datetime | None:
-    return parse(text) if text else None
-
-
 def active_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:
-    """When the job will have been active for too long."""
+    """When the job will have been active for too long; None without a limit, and while it waits in a queue."""
     if spec.active_deadline_seconds is None or status.start_time is None:
+        return None
+    if conditions.is_false(status.conditions, ConditionType.QUOTA_RESERVED):
         return None
     return parse(status.start_time) + timedelta(seconds=spec.active_deadline_seconds)
 

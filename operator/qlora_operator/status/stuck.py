@@ -13,13 +13,17 @@ OVERDUE = timedelta(seconds=30)
 
 def remaining(draft: Draft, pods: Sequence[Pod]) -> Said:
     """Why these pods, which should be gone, are not."""
-    for pod in pods:
-        overdue = pod.deleting_since is not None and draft.now > pod.deleting_since + OVERDUE
-        if pod.node is not None and (pod.node in draft.seen.lost_nodes or overdue):
-            return Said(
-                Reason.NODE_LOST,
-                f"pod {pod.name} may still run on node {pod.node}, which does not answer: the job goes on when "
-                "the node is back, is deleted, or has the taint node.kubernetes.io/out-of-service",
-            )
+    lost = next((pod for pod in pods if pod.node in draft.seen.lost_nodes), None)
+    if stuck := lost or next((pod for pod in pods if pod.node and _overdue(draft, pod)), None):
+        trouble = "does not answer" if lost else "does not end it"
+        return Said(
+            Reason.NODE_LOST,
+            f"pod {stuck.name} may still run on node {stuck.node}, which {trouble}: the job goes on when the "
+            "node is back, is deleted, or has the taint node.kubernetes.io/out-of-service",
+        )
     names = ", ".join(pod.name for pod in pods[:3]) + (", ..." if len(pods) > 3 else "")
     return Said(Reason.PODS_REMAIN, f"waits for {len(pods)} pod(s) of an earlier attempt to end: {names}")
+
+
+def _overdue(draft: Draft, pod: Pod) -> bool:
+    return pod.deleting_since is not None and draft.now > pod.deleting_since + OVERDUE

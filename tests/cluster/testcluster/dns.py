@@ -1,13 +1,17 @@
 """Names and Service addresses for pods: CoreDNS and kube-proxy, once for both nodes."""
 
+import socket
 import subprocess
+import time
 from pathlib import Path
 
-from testcluster.control_plane import ControlPlane
+from testcluster.control_plane import SERVICES, ControlPlane
+from testcluster.errors import ClusterError
 from testcluster.kubelets import CLUSTER_DOMAIN
 from testcluster.network import HOST_ADDRESS
 from testcluster.node import spawn
 
+_API_SERVICE = SERVICES.replace(".0/16", ".1")
 GROUP = "services"
 """The control group of both."""
 _PROXY_TABLES = (("ip", "kube-proxy"), ("ip6", "kube-proxy"))
@@ -17,6 +21,28 @@ def start(control_plane: ControlPlane, folder: Path, node_name: str) -> None:
     """Start CoreDNS and kube-proxy."""
     _start_coredns(control_plane, folder)
     _start_proxy(control_plane, folder, node_name)
+
+
+def wait_ready(folder: Path, *, seconds: float = 60) -> None:
+    """Wait until DNS answers and the API server is reached by its Service. Raises ClusterError when they never are."""
+    deadline = time.monotonic() + seconds
+    for program, address in (("coredns", (HOST_ADDRESS, 53)), ("kube-proxy", (_API_SERVICE, 443))):
+        while not _connects(address):
+            if time.monotonic() > deadline:
+                log = folder / f"{program}.log"
+                raise ClusterError(
+                    f"{program} does not work after {seconds:.0f} s; the end of {log}:\n"
+                    f"{log.read_text(errors='replace')[-2000:]}"
+                )
+            time.sleep(0.05)
+
+
+def _connects(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, 1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _start_coredns(control_plane: ControlPlane, folder: Path) -> None:
@@ -48,8 +74,8 @@ hostnameOverride: {node_name}
 clientConnection: {{kubeconfig: {kubeconfig}}}
 nftables: {{masqueradeAll: true, minSyncPeriod: 100ms}}
 conntrack: {{maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}
-healthzBindAddress: 127.0.0.1:0
-metricsBindAddress: 127.0.0.1:0
+healthzBindAddress: {HOST_ADDRESS}:10256
+metricsBindAddress: {HOST_ADDRESS}:10249
 nodePortAddresses: [{HOST_ADDRESS}/32]
 """)
     command = [str(control_plane.binaries["kube-proxy"]), f"--config={config}"]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane, down
@@ -92,7 +91,7 @@ def fleet(control_plane: ControlPlane) -> Iterator[Fleet]:
 def namespace_name(test: str) -> str:
     """A name for a test's namespace that no other test has."""
     readable = re.sub(r"[^a-z0-9]+", "-", test.lower())[:40].strip("-")
-    return f"{readable}-{secrets.token_hex(4)}"
+    return f"{readable or 'test'}-{secrets.token_hex(4)}"
 
 
 def _wait_service_account(client: Client, namespace: str) -> None:

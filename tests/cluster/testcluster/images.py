@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,10 @@ _REPOSITORY = Path(__file__).parents[3]
 _SITE = f"{VENV}/lib/python3.11/site-packages"
 _RELEASE = "bookworm"  # its Python is 3.11, the oldest that the project supports
 _INCLUDE = "python3,python3-venv,libgomp1,ca-certificates"
+_METHOD = 1
+"""To be counted up when layers are filled in another way: then all are made anew."""
+_SHEBANG = re.compile(r"\A#!(?:/bin/sh\n'''exec' .*\n' '''|.*)\n")
+"""The first line of a command, or three where the path of its Python is too long for one."""
 _UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man")
 
 
@@ -130,6 +135,7 @@ class Store:
     def layer(self, name: str, recipe: str, fill: Callable[[Path], None], *, says: str) -> Layer:
         """The layer of the recipe; when the store lacks it, `fill` writes its files into a folder."""
         note = self.folder / "recipes" / name
+        recipe = f"{_METHOD} {recipe}"
         with _locked(self.folder / f"{name}.lock"):
             if not (layer := self._known(note, recipe)):
                 _say(f"making image layer {name}: {says}")
@@ -210,7 +216,6 @@ def trainer(store: Store) -> Image:
 
 def all_images(store: Store) -> list[Image]:
     """Every image of a node, the pause image first."""
-    store.prune()
     return [pause(store), python(store), operator(store), trainer(store)]
 
 
@@ -223,10 +228,11 @@ def dependency_layer(store: Store, name: str, locks: list[Path]) -> Layer:
     """The packages of the lock files, their hashes checked."""
     base = base_layer(store)
     index = os.environ.get("TORCH_INDEX_URL", "")
-    recipe = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks) + index.encode() + b"1").hexdigest()
+    recipe = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks) + index.encode()).hexdigest()
 
     def fill(root: Path) -> None:
         _install(root / _SITE, locks, index)
+        _place_scripts(root)
         _finish(store.blob(base), root)
 
     return store.layer(
@@ -261,6 +267,7 @@ def code_layer(store: Store) -> Layer:
             )
             wheel = next(Path(scratch).glob("*.whl"))
             _run([*_uv_install(root / _SITE), "--no-deps", str(wheel)])
+        _place_scripts(root)
 
     return store.layer("code", recipe.hexdigest(), fill, says="seconds")
 
@@ -318,6 +325,17 @@ def _uv_install(site: Path) -> list[str]:
         "--link-mode",
         "hardlink",
     ]
+
+
+def _place_scripts(root: Path) -> None:
+    """Move commands to where the environment has them, and let them start its Python."""
+    target = root / VENV / "bin"
+    target.mkdir(parents=True)
+    for script in (root / _SITE / "bin").iterdir():
+        text = _SHEBANG.sub(f"#!/{VENV}/bin/python\n", script.read_text(), count=1)
+        (target / script.name).write_text(text)
+        (target / script.name).chmod(0o755)
+    shutil.rmtree(root / _SITE / "bin")
 
 
 def _finish(base: Path, root: Path) -> None:

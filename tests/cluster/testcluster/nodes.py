@@ -208,9 +208,11 @@ def up(
             for node, ready in zip(nodes, prepared, strict=True):
                 ready.result()
                 kubelets.start(node, control)
+        store.prune()
         dns.start(control, folder, nodes[0].name)
         cluster = NodeCluster(folder, control, nodes, wanted)
         cluster.wait_ready()
+        dns.wait_ready(folder)
         for node in nodes:
             cluster.set_features(node.name, (labels or {}).get(node.name, features.of_this_machine()))
     except BaseException:
