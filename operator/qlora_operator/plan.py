@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_contract.base import ContractModel
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts
 from qlora_contract.run import BF16_NATIVE, IsaTier, Training
 from qlora_operator import processes
@@ -17,7 +18,7 @@ from qlora_operator.api.types import QLoRAJob, Topology
 from qlora_operator.desired.run_config import run_config
 from qlora_operator.display import printable, size
 from qlora_operator.errors import CommandError
-from qlora_operator.placement.local import PlacementError, choose_tier, cpu_list, rank_cpus
+from qlora_operator.placement.local import PlacementError, choose_tier, rank_cpus
 
 RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
@@ -95,7 +96,7 @@ def place(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[RankPlace], li
 
 def _rank_places(topology: Topology, machine: Machine) -> list[RankPlace]:
     return [
-        RankPlace(rank=rank, pod=rank // topology.ranks_per_pod, cpus=cpu_list(cpus))
+        RankPlace(rank=rank, pod=rank // topology.ranks_per_pod, cpus=format_cpu_list(cpus))
         for rank, cpus in enumerate(rank_cpus(topology, machine))
     ]
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS, ExitCode, fold
 from qlora_contract.places import (
     COMPLETION_INDEX_ENV,
@@ -34,7 +35,6 @@ from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RunConfig
 from qlora_operator import workspace
 from qlora_operator.errors import CommandError
-from qlora_operator.placement.local import cpu_list
 
 LAUNCHER = (sys.executable, "-m", "qlora_trainer.launch")
 PLANNER = (sys.executable, "-m", "qlora_trainer.plan")
@@ -162,7 +162,7 @@ def start(
             report = workspace.termination_file(folder, index)
             own = {
                 COMPLETION_INDEX_ENV: str(index),
-                CPUS_ENV: cpu_list(part),
+                CPUS_ENV: format_cpu_list(part),
                 TERMINATION_LOG_ENV: str(report),
                 # Only rank 0 serves; a port of another one would be a promise that nobody keeps.
                 PROGRESS_PORT_ENV: str(progress_port) if index == 0 else "0",

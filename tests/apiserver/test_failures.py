@@ -5,8 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from testcluster import pod_status
-from testcluster.client import STRATEGIC_PATCH
 
 pytestmark = pytest.mark.cluster
 

@@ -1,19 +1,12 @@
 """What the operator does when the API server, the network or the operator itself fails."""
 
-import json
-import random
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from testcluster.client import ApiError
 from testcluster.control_plane import ControlPlane
-from testcluster.faulty import Call, FaultyProxy, after, answer, before, cut, gone, lose_answer, silence
-from testcluster.witness import Witness
+from testcluster.faulty import FaultyProxy, lose_answer
 
 pytestmark = pytest.mark.cluster
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.run import ISA_TIERS, IsaTier
 from qlora_trainer import cpu
 
@@ -86,12 +87,12 @@ def test_the_probe_agrees_with_this_processor() -> None:
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_a_cpu_list_survives_the_round_trip(cpus: set[int]) -> None:
     """What is formatted parses to the same CPUs, sorted."""
-    assert cpu.parse_cpu_list(cpu.format_cpu_list(cpus)) == sorted(cpus)
+    assert cpu.parse_cpu_list(format_cpu_list(cpus)) == sorted(cpus)
 
 
 def test_a_cpu_list_is_written_as_the_kernel_does() -> None:
     """Runs are shortened, single CPUs are not."""
-    assert cpu.format_cpu_list([8, 3, 2, 1, 0, 0]) == "0-3,8"
+    assert format_cpu_list([8, 3, 2, 1, 0, 0]) == "0-3,8"
     assert cpu.parse_cpu_list("8,0-3\n") == [0, 1, 2, 3, 8]
 
 

@@ -16,7 +16,9 @@ from qlora_contract.base import ContractModel
 
 RUN_CONFIG_VERSION = 1
 
-PvcUri = Field(min_length=7, max_length=512, pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)*/?$")
+PvcUri = Field(
+    min_length=7, max_length=512, pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/\x00-\x1f\x7f]+)*/?$"
+)
 
 IsaTier = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2"]
 ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_contract.cpus import slices
 from qlora_contract.run import ISA_TIERS, IsaTier
 
 ROOT = Path("/")
@@ -134,17 +135,6 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def format_cpu_list(cpus: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 8] -> `0-3,8`, as the kernel writes it."""
-    runs: list[list[int]] = []
-    for cpu in sorted(set(cpus)):
-        if runs and cpu == runs[-1][1] + 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
-
-
 def by_core(cpus: Iterable[int], root: Path = ROOT) -> list[int]:
     """The CPUs ordered by socket and core, so that a slice of them holds whole cores.
 
@@ -196,14 +186,9 @@ def split_cpus(cpus: list[int], ranks: int, cpus_per_rank: int, pinning: str) ->
     raises CpuError; `best-effort` shares them evenly, and more ranks than CPUs take
     turns at them.
     """
-    there = len(cpus)
-    if pinning == "strict" or there == 0:
-        check_enough(there, ranks, cpus_per_rank)
-    if there < ranks:
-        return [[cpus[rank % there]] for rank in range(ranks)]
-    if there < ranks * cpus_per_rank:
-        return [cpus[rank * there // ranks : (rank + 1) * there // ranks] for rank in range(ranks)]
-    return [cpus[rank * cpus_per_rank : (rank + 1) * cpus_per_rank] for rank in range(ranks)]
+    if pinning == "strict" or not cpus:
+        check_enough(len(cpus), ranks, cpus_per_rank)
+    return slices(cpus, ranks, cpus_per_rank)
 
 
 def assign_cpus(

@@ -21,6 +21,7 @@ from typing import IO, Literal
 
 from pydantic import ValidationError
 
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS, ExitCode, fold
 from qlora_contract.places import (
     COMPLETION_INDEX_ENV,
@@ -115,8 +116,8 @@ def rank_cpus(run: RunConfig, environ: Mapping[str, str], root: Path = cpu.ROOT)
         cpus = cpu.parse_cpu_list(named) if named else allowed
         if missing := sorted(set(cpus) - set(allowed)):
             raise _invalid(
-                f"{CPUS_ENV} names CPUs {cpu.format_cpu_list(missing)}, which this process may not use; "
-                f"it may use {cpu.format_cpu_list(allowed)}"
+                f"{CPUS_ENV} names CPUs {format_cpu_list(missing)}, which this process may not use; "
+                f"it may use {format_cpu_list(allowed)}"
             )
         ordered = cpu.by_core(cpus, root)
         ranks, each = layout.ranks_per_pod, layout.cpus_per_rank

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.progress import RankFacts
 from qlora_contract.run import RunConfig
 from qlora_trainer import cpu
@@ -51,7 +52,7 @@ class Session:
             rank=self.world.rank,
             host=socket.gethostname(),
             isa=self.isa,
-            cpus=cpu.format_cpu_list(os.sched_getaffinity(0)),
+            cpus=format_cpu_list(os.sched_getaffinity(0)),
             threads=torch.get_num_threads(),
         )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from qlora_contract.cpus import slices
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_contract.run import IsaTier
@@ -42,7 +43,7 @@ def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
             "ranksPerPod or pods, or set spec.topology.pinning to best-effort",
             ExitCode.INVALID_CONFIGURATION,
         )
-    return split(machine.cpus[:there], topology.pods, topology.ranks_per_pod * topology.cpus_per_rank)
+    return slices(machine.cpus[:there], topology.pods, topology.ranks_per_pod * topology.cpus_per_rank)
 
 
 def rank_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
@@ -50,27 +51,5 @@ def rank_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
     return [
         cpus
         for launcher in launcher_cpus(topology, machine)
-        for cpus in split(launcher, topology.ranks_per_pod, topology.cpus_per_rank)
+        for cpus in slices(launcher, topology.ranks_per_pod, topology.cpus_per_rank)
     ]
-
-
-def split(cpus: Sequence[int], parts: int, each: int) -> list[list[int]]:
-    """`parts` disjoint slices of `each` CPUs; of fewer where there are too few, and the same ones in turns
-    where there are not even as many as parts."""
-    there = len(cpus)
-    if there < parts:
-        return [[cpus[part % there]] for part in range(parts)]
-    if there < parts * each:
-        return [list(cpus[part * there // parts : (part + 1) * there // parts]) for part in range(parts)]
-    return [list(cpus[part * each : (part + 1) * each]) for part in range(parts)]
-
-
-def cpu_list(cpus: Sequence[int]) -> str:
-    """[0, 1, 2, 8] -> `0-2,8`, as the kernel writes it."""
-    runs: list[list[int]] = []
-    for cpu in sorted(set(cpus)):
-        if runs and cpu == runs[-1][1] + 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)

@@ -21,7 +21,6 @@ from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
-
 from testcluster import kubeconfig as kubeconfigs
 from testcluster.control_plane import LOOPBACK, ControlPlane
 
@@ -30,7 +29,7 @@ _HOP_BY_HOP = frozenset({"connection", "content-length", "host", "keep-alive", "
 _VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """A request, in the words of RBAC. `resource` has its subresource: `qlorajobs/status`."""
 
@@ -174,7 +173,7 @@ class FaultyProxy:
     def __init__(self, cluster: ControlPlane) -> None:
         self._cluster = cluster
         self._rules: list[Rule] = []
-        self._watches: dict[web.Request, Call] = {}
+        self._watches: dict[Call, web.Request] = {}
         self.calls: list[Call] = []
         """Every request so far."""
 
@@ -244,7 +243,7 @@ class FaultyProxy:
         """Break the connections of all watches, or of those of one resource."""
 
         async def work() -> None:
-            for request, call in list(self._watches.items()):
+            for call, request in list(self._watches.items()):
                 if resource in ("", call.resource):
                     _cut(request)
 
@@ -276,18 +275,19 @@ class FaultyProxy:
         body = await request.read()
         exchange = Exchange(call, lambda: self._forward(request, body, call), lambda: _cut(request), request)
         rule = next((rule for rule in self._rules if rule.takes(call)), None)
-        self._watches.update({request: call} if call.verb == "watch" else {})
+        if call.verb == "watch":
+            self._watches[call] = request
         try:
             return await (rule.fault(exchange) if rule else exchange.forward())
         except (aiohttp.ClientError, OSError):
             return _cut(request)  # the API server itself is away
         finally:
-            self._watches.pop(request, None)
+            self._watches.pop(call, None)
 
     async def _forward(self, request: web.Request, body: bytes, call: Call) -> web.StreamResponse:
         url = self._cluster.server + request.raw_path
         headers = {key: value for key, value in request.headers.items() if key.lower() not in _HOP_BY_HOP}
-        async with self._session.request(request.method, url, headers=headers, data=body) as answer:
+        async with self._session.request(request.method, url, headers=headers, data=body or None) as answer:
             kept = {key: value for key, value in answer.headers.items() if key.lower() not in _HOP_BY_HOP}
             if call.verb != "watch":
                 return web.Response(status=answer.status, headers=kept, body=await answer.read())

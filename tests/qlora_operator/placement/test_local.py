@@ -3,21 +3,12 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_operator.api.types import Topology
-from qlora_operator.placement.local import (
-    PlacementError,
-    choose_tier,
-    cpu_list,
-    launcher_cpus,
-    rank_cpus,
-    split,
-)
-from qlora_trainer import cpu
+from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
 
 
 def a_machine(cpus: int = 8, quota: float | None = None, **more: Any) -> Machine:
@@ -110,37 +101,3 @@ def test_too_few_cpus_are_refused_under_strict(machine: dict[str, Any]) -> None:
 
 
 sizes = st.integers(1, 9)
-
-
-@given(there=st.integers(1, 40), pods=sizes, ranks=sizes, each=sizes)
-def test_ranks_are_shown_as_their_launchers_will_bind_them(
-    there: int, pods: int, ranks: int, each: int
-) -> None:
-    """The CPUs of each rank are those that the launcher's own code makes of its slice."""
-    topology = a_topology(pods=pods, ranksPerPod=ranks, cpusPerRank=each, pinning="best-effort")
-    machine = a_machine(there)
-    bound = [
-        part.cpus
-        for slice_ in launcher_cpus(topology, machine)
-        for part in cpu.assign_cpus(slice_, None, ranks, each, "best-effort", ours_alone=True)
-    ]
-
-    assert rank_cpus(topology, machine) == bound
-
-
-@given(there=st.integers(1, 40), parts=sizes, each=sizes)
-def test_slices_are_disjoint_unless_there_are_too_few(there: int, parts: int, each: int) -> None:
-    """No CPU is given twice while there are as many as parts, and none gets more than it asked for."""
-    slices = split(range(there), parts, each)
-    given_out = [cpu_id for part in slices for cpu_id in part]
-
-    assert len(slices) == parts
-    assert all(1 <= len(part) <= each for part in slices)
-    assert there < parts or len(given_out) == len(set(given_out))
-    assert there < parts * each or len(given_out) == parts * each
-
-
-@given(st.sets(st.integers(0, 200), min_size=1))
-def test_cpu_lists_are_what_a_launcher_reads(cpus: set[int]) -> None:
-    """A launcher reads back the CPUs that were written."""
-    assert cpu.parse_cpu_list(cpu_list(sorted(cpus))) == sorted(cpus)
