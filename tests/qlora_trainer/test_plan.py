@@ -106,21 +106,6 @@ def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanAnswer]
     assert (told.shape.layers, told.shape.hidden, told.shape.tied) == (2, 64, True)
 
 
-@pytest.mark.parametrize(
-    ("isa", "asked", "dtype"),
-    [
-        pytest.param("avx512", "auto", "fp32", id="emulated"),
-        pytest.param("amx_bf16", "auto", "bf16", id="native"),
-        pytest.param("amx_bf16", "fp32", "fp32", id="as asked"),
-    ],
-)
-def test_the_compute_dtype_follows_the_tier(isa: Any, asked: str, dtype: str) -> None:
-    """bf16 where the processor computes in it, unless another one is asked for."""
-    run = a_run(training={"computeDtype": asked}).model_copy(update={"isa": isa})
-
-    assert plan.compute_dtype(run) == dtype
-
-
 def test_the_sample_shows_what_is_learnt(ask: Callable[..., PlanAnswer]) -> None:
     """A prompt is not learnt, its completion and the end are."""
     told = planned(ask())

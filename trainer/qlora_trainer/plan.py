@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_contract import memory, places
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.memory import Dtype, MemoryEstimate
+from qlora_contract.memory import MemoryEstimate
 from qlora_contract.plan import (
     Machine,
     MemoryFigures,
@@ -24,13 +24,13 @@ from qlora_contract.plan import (
     SplitFacts,
     Steps,
 )
-from qlora_contract.run import BF16_NATIVE, ISA_TIERS, RunConfig, Training
+from qlora_contract.run import ISA_TIERS, RunConfig, Training
 from qlora_trainer import cpu
-from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError
+from qlora_trainer.errors import TrainerError
 from qlora_trainer.launch import LaunchError, load_run
 
 if TYPE_CHECKING:
-    from qlora_trainer.data import Facts, LoadedData, Samples
+    from qlora_trainer.data import Facts, Samples
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,24 +75,15 @@ def plan(run: RunConfig) -> PlanReport:
         TrainerError: what would end training before its first step.
         PlaceError: a source whose claim has no folder here.
     """
-    from transformers import AutoTokenizer
-
-    from qlora_trainer.data import load
+    from qlora_trainer.inputs import first_dtype, load_inputs
     from qlora_trainer.packing import Plan
     from qlora_trainer.shape import model_shape
     from qlora_trainer.template import render
 
     volumes = places.volume_map()
-    folder = places.resolve(run.model.source, volumes)
-    source = places.resolve(run.dataset.source, volumes)
-    shape = model_shape(folder, run.adapter)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
-    check_evaluation(run, data)
-    dtype = compute_dtype(run)
+    shape = model_shape(places.resolve(run.model.source, volumes), run.adapter)
+    tokenizer, data = load_inputs(run, volumes)
+    dtype = first_dtype(run)
     whole = Plan(data.train.lengths(), run.training)
     first = whole.at(0).bins[0][0]
     return PlanReport(
@@ -106,23 +97,6 @@ def plan(run: RunConfig) -> PlanReport:
         steps=steps(data.train.lengths(), run.training, whole),
         sample=[Run(text=t, learnt=learnt) for t, learnt in render(*data.train.sample(first), tokenizer)],
     )
-
-
-def check_evaluation(run: RunConfig, data: "LoadedData") -> None:
-    """Raises ConfigurationError when an improvement is asked for that nothing could show."""
-    if data.evaluation is None and run.evaluation.require_improvement:
-        raise ConfigurationError(
-            "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
-            "name a dataset.evalSplit, or set requireImprovement to false"
-        )
-
-
-def compute_dtype(run: RunConfig) -> Dtype:
-    """What the first attempt computes in: as asked for, else what the tier is native in."""
-    asked = run.training.compute_dtype
-    if asked != "auto":
-        return asked
-    return "bf16" if run.isa in BF16_NATIVE else "fp32"
 
 
 def figures(estimate: MemoryEstimate) -> MemoryFigures:

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from qlora_contract import memory, places
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.progress import CheckpointRef
-from qlora_contract.run import BF16_NATIVE
 from qlora_trainer import checkpoint, export, kernels, packing, schedule, storage
 from qlora_trainer.adapter import ALIGNMENT, AdapterParameters, Dropout, attach_adapters
 from qlora_trainer.batch import collate, row_multiple
 from qlora_trainer.checkpoint import LoopState
-from qlora_trainer.data import LoadedData, load
+from qlora_trainer.data import LoadedData
 from qlora_trainer.errors import (
     ConfigurationError,
     DataError,
@@ -32,6 +30,7 @@ from qlora_trainer.errors import (
     Terminated,
 )
 from qlora_trainer.evaluate import evaluate
+from qlora_trainer.inputs import first_dtype, load_inputs
 from qlora_trainer.metrics_log import MetricsLog, read
 from qlora_trainer.model import BaseModel, Scheme, fingerprint, load_model, target_layers, weight_files
 from qlora_trainer.packing import Plan
@@ -91,7 +90,7 @@ def prepare(session: Session) -> Job:
     session.progress.update(stage="Starting")
     model_folder = places.resolve(run.model.source, session.volumes)
     shape = model_shape(model_folder, run.adapter)
-    data = load_data(session, model_folder)
+    _, data = load_inputs(run, session.volumes)
     resumed, state = find_checkpoint(session)
     dtype = choose_dtype(session, state)
     chosen = memory.choose(shape, run, dtype)
@@ -139,25 +138,6 @@ def prepare(session: Session) -> Job:
     return job
 
 
-def load_data(session: Session, model_folder: Path) -> LoadedData:
-    """Tokenise the data with the model's own tokenizer."""
-    run = session.run
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model_folder} has no tokenizer that can be read: {error}") from error
-    source = places.resolve(run.dataset.source, session.volumes)
-    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
-    if data.evaluation is None and run.evaluation.require_improvement:
-        raise ConfigurationError(
-            "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
-            "name a dataset.evalSplit, or set requireImprovement to false"
-        )
-    return data
-
-
 def find_checkpoint(session: Session) -> tuple[Path | None, LoopState]:
     """The newest valid checkpoint, as rank 0 found it, and its state; a fresh state without one."""
     found = checkpoint.newest_valid(session.folder) if session.leads else None
@@ -170,11 +150,9 @@ def find_checkpoint(session: Session) -> tuple[Path | None, LoopState]:
 
 def choose_dtype(session: Session, state: LoopState) -> Dtype:
     """As asked for; else what the first completed step used; else what the processor computes in natively."""
-    asked = session.run.training.compute_dtype
-    if asked != "auto":
-        return asked
     used: Dtype | None = state.conditions.get("compute_dtype")
-    return used or ("bf16" if session.run.isa in BF16_NATIVE else "fp32")
+    asked_for = session.run.training.compute_dtype != "auto"
+    return first_dtype(session.run) if asked_for or used is None else used
 
 
 def bit_conditions(session: Session, chosen: MemoryEstimate, dtype: Dtype) -> dict[str, Any]:

@@ -1,0 +1,47 @@
+"""What an attempt and a plan read alike."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_contract.run import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_trainer.errors import ModelError
+from qlora_trainer.inputs import first_dtype, load_inputs
+
+
+def a_run(**training: Any) -> RunConfig:
+    """A run on the claim `data`."""
+    return RunConfig(
+        job=JobRef(name="job", uid="u", attempt=0),
+        workspace="pvc://data/work",
+        model=ModelSource(source="pvc://data/model"),
+        dataset=Dataset(source="pvc://data/docs.jsonl"),
+        training=Training.model_validate({"maxSteps": 1, **training}),
+        layout=Layout(memory_per_rank=2**30),
+        isa="avx2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("isa", "asked", "dtype"),
+    [
+        pytest.param("avx512", "auto", "fp32", id="emulated"),
+        pytest.param("amx_bf16", "auto", "bf16", id="native"),
+        pytest.param("amx_bf16", "fp32", "fp32", id="as asked"),
+    ],
+)
+def test_the_compute_dtype_follows_the_tier(isa: Any, asked: str, dtype: str) -> None:
+    """bf16 where the processor computes in it, unless another one is asked for."""
+    run = a_run(computeDtype=asked).model_copy(update={"isa": isa})
+
+    assert first_dtype(run) == dtype
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    """The error says which folder it was."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "docs.jsonl").write_text("{}")
+
+    with pytest.raises(ModelError, match="model has no tokenizer"):
+        load_inputs(a_run(), {"data": tmp_path})

@@ -1,0 +1,45 @@
+"""What an attempt and a plan read alike: the tokenised data, and the type that a first attempt computes in."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from qlora_contract import places
+from qlora_contract.memory import Dtype
+from qlora_contract.run import BF16_NATIVE, RunConfig
+from qlora_trainer.data import LoadedData, load
+from qlora_trainer.errors import ConfigurationError, ModelError
+
+
+def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, LoadedData]:
+    """The model's own tokenizer, and the data tokenised with it.
+
+    Raises:
+        ModelError: there is no tokenizer that can be read.
+        DataError: the data cannot be trained on.
+        ConfigurationError: an improvement is asked for that nothing could show.
+        PlaceError: a source whose claim has no folder here.
+    """
+    folder = places.resolve(run.model.source, volumes)
+    source = places.resolve(run.dataset.source, volumes)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
+    if data.evaluation is None and run.evaluation.require_improvement:
+        raise ConfigurationError(
+            "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
+            "name a dataset.evalSplit, or set requireImprovement to false"
+        )
+    return tokenizer, data
+
+
+def first_dtype(run: RunConfig) -> Dtype:
+    """As asked for, else what the tier's processors compute in natively."""
+    asked = run.training.compute_dtype
+    if asked != "auto":
+        return asked
+    return "bf16" if run.isa in BF16_NATIVE else "fp32"
