@@ -3,10 +3,12 @@
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any, cast
 
 import kopf
 
 from qlora_operator import handlers, logs
+from qlora_operator.api.names import COMPONENT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ[handlers.CONFIG_ENV] = options.config
     os.environ[handlers.NAMESPACES_ENV] = ",".join(options.namespace)
     os.environ[handlers.PORT_ENV] = str(options.port)
-    kopf.run(standalone=True, clusterwide=not options.namespace, namespaces=options.namespace)
+    kopf.run(
+        standalone=True,
+        clusterwide=not options.namespace,
+        namespaces=options.namespace,
+        # kopf would look up the user's name, and a pod's user has none.
+        identity=cast(Any, COMPONENT),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from testcluster import cgroups, features, nodes
+from testcluster import cgroups, features, network, nodes
 from testcluster.cluster import Cluster
 from testcluster.errors import ClusterError, KubectlError
 from testcluster.nodes import NodeCluster
@@ -349,34 +349,19 @@ def test_a_second_cluster_is_refused_while_one_runs(own_nodes: NodeCluster, tmp_
         nodes.up(tmp_path / "second")
 
 
-def traces(folder: Path) -> list[str]:
-    """What of a cluster in the folder is still on the machine."""
+def traces(folder: Path, made: list[str]) -> list[str]:
+    """What of a cluster in the folder, for which those folders were made, is still on the machine."""
+    commands = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    listings = (["ip", "link"], ["ip", "rule"], ["nft", "list", "ruleset"], ["cat", "/proc/self/mounts"])
     lines = [
-        *(" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])),
-        *subprocess.check_output(["ip", "link"], text=True).splitlines(),
-        *subprocess.check_output(["ip", "rule"], text=True).splitlines(),
-        *subprocess.check_output(["nft", "list", "tables"], text=True).splitlines(),
-        *subprocess.check_output(["iptables", "-S"], text=True).splitlines(),
-        *Path("/proc/self/mounts").read_text().splitlines(),
-        *(
-            str(hierarchy / cgroups.ROOT)
-            for hierarchy in cgroups.hierarchies()
-            if (hierarchy / cgroups.ROOT).exists()
-        ),
-        *(str(path) for path in (folder, Path("/run/containerd"), Path("/var/lib/kubelet")) if path.exists()),
+        line for listing in listings for line in subprocess.check_output(listing, text=True).splitlines()
     ]
-    signs = (
-        str(folder),
-        "qlora0",
-        "qlora-a",
-        "qlora-b",
-        "qlora-nodes",
-        "kube-proxy",
-        "containerd",
-        "kubelet",
-        "7707",
-    )
-    return [line for line in lines if any(sign in line for sign in signs)]
+    groups = [hierarchy / cgroups.ROOT for hierarchy in cgroups.hierarchies()]
+    return [
+        *(command for command in commands if str(folder) in command or "-namespace k8s.io" in command),
+        *(line for line in lines if str(folder) in line or re.search("qlora|kube-proxy|7707", line)),
+        *(str(place) for place in (*made, folder, *groups) if Path(place).exists()),
+    ]
 
 
 def test_down_leaves_no_trace_of_a_cluster_whose_programs_were_killed(doomed_nodes: NodeCluster) -> None:
@@ -388,11 +373,14 @@ def test_down_leaves_no_trace_of_a_cluster_whose_programs_were_killed(doomed_nod
     for process in psutil.process_iter(["name"]):
         if process.pid in cgroups.pids() and process.info["name"] in ("kubelet", "containerd", "coredns"):
             process.kill()
-    assert traces(doomed_nodes.folder)
+    claim = nodes._claim()
+    assert claim is not None
+    assert traces(doomed_nodes.folder, claim.made)
 
     doomed_nodes.stop()
 
-    assert traces(doomed_nodes.folder) == []
+    assert traces(doomed_nodes.folder, claim.made) == []
+    assert network.forwarding() == claim.forwarding
 
 
 def test_up_cleans_up_after_a_killed_program(doomed_nodes: NodeCluster, tmp_path: Path) -> None:
@@ -416,7 +404,7 @@ def test_up_cleans_up_after_a_killed_program(doomed_nodes: NodeCluster, tmp_path
         started.send_signal(signal.SIGKILL)
 
     cluster = nodes.up(tmp_path / "next", detached=False)
-    left = [line for line in traces(killed) if str(killed) in line and line != str(killed)]
+    left = [line for line in traces(killed, []) if str(killed) in line and line != str(killed)]
     cluster.stop()
 
     assert left == []

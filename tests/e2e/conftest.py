@@ -14,6 +14,7 @@ import pytest
 import yaml
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
+from testcluster.fixtures import install_crds
 from testcluster.nodes import NodeCluster
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,7 @@ def eventually(check: Callable[[], Any], seconds: float, say: Callable[[], str] 
 def operator(node_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster, with the operator installed as manifests/ has it but for its images."""
     kubectl = node_cluster.kubectl
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(MANIFESTS / "crd"))
-    kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(MANIFESTS / "crd"))
+    install_crds(node_cluster)
     kubectl("create", "namespace", "qlora-system")
     kubectl("label", "namespace", "qlora-system", "pod-security.kubernetes.io/enforce=restricted")
     kubectl("apply", "-f", str(MANIFESTS / "rbac.yaml"))

@@ -79,11 +79,11 @@ def kill(name: str = "", *, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def remove(*, seconds: float = 10) -> None:
-    """Kill all that is below ROOT and remove the groups."""
-    kill()
+def remove(name: str = "", *, seconds: float = 10) -> None:
+    """Kill all in the group `ROOT/name` and below, and remove the groups."""
+    kill(name)
     deadline = time.monotonic() + seconds
-    while left := [where for hierarchy in hierarchies() for where in _bottom_up(hierarchy / ROOT)]:
+    while left := [where for hierarchy in hierarchies() for where in _bottom_up(hierarchy / ROOT / name)]:
         if time.monotonic() > deadline:
             raise ClusterError(f"these control groups cannot be removed: {', '.join(left)}")
         for where in left:

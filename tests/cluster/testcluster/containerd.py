@@ -65,7 +65,7 @@ def _load(node: Node, wanted: Sequence[images.Image], store: images.Store) -> No
         _import(node, new)
     node.run([*_CTR, "images", "label", wanted[0].reference, _PINNED])
     if outdated := [name for name, digest in _listed(node).items() if digest not in digests]:
-        node.run([*_CTR, "images", "remove", *outdated])
+        node.run([*_CTR, "images", "remove", "--sync", *outdated])  # their layers, too
 
 
 def _listed(node: Node) -> dict[str, str]:

@@ -5,7 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from testcluster.control_plane import SERVICES, ControlPlane
+from testcluster.command_lines import SERVICES
+from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError
 from testcluster.kubelets import CLUSTER_DOMAIN
 from testcluster.network import HOST_ADDRESS

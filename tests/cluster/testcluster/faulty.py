@@ -256,18 +256,26 @@ class FaultyProxy:
 
     async def _open(self) -> str:
         timeout = aiohttp.ClientTimeout(total=None)
-        connector = aiohttp.TCPConnector(ssl=self._trust, limit=0)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False)
+        self._connector = aiohttp.TCPConnector(ssl=self._trust, limit=0)
+        self._session = aiohttp.ClientSession(
+            connector=self._connector, timeout=timeout, auto_decompress=False
+        )
         app = web.Application(client_max_size=16 << 20)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        await web.TCPSite(self._runner, LOOPBACK, 0, ssl_context=self._identity).start()
-        return f"https://{LOOPBACK}:{self._runner.addresses[0][1]}"
+        # TLS says good-bye for half a minute, unless it may not.
+        self._listener = await self._loop.create_server(
+            self._runner.server, LOOPBACK, 0, ssl=self._identity, ssl_shutdown_timeout=0.1
+        )
+        return f"https://{LOOPBACK}:{self._listener.sockets[0].getsockname()[1]}"
 
     async def _close(self) -> None:
+        self._listener.close()
         await self._runner.cleanup()
+        await self._connector.close(abort_ssl=True)
         await self._session.close()
+        await asyncio.sleep(0.2)  # until the transports have closed
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         call = parse(request, self._loop.time())

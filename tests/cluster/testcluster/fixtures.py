@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from testcluster.client import ApiError, Client
@@ -15,6 +16,7 @@ from testcluster.control_plane import ControlPlane, down
 from testcluster.existing import ExistingCluster, cannot
 from testcluster.fleet import Fleet
 from testcluster.kubelet import Kubelet
+from testcluster.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 CRDS = ROOT / "manifests" / "crd"
@@ -47,8 +49,22 @@ def control_plane(api_cluster: Cluster) -> ControlPlane:
 @pytest.fixture(scope="session")
 def crd(api_cluster: Cluster) -> None:
     """The project's custom resource definitions, established."""
-    api_cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
-    api_cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(CRDS))
+    install_crds(api_cluster)
+
+
+def install_crds(cluster: Cluster) -> None:
+    """Apply the project's custom resource definitions and wait until they are served."""
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    wait_for(
+        lambda: all(_established(raw) for raw in cluster.client.items(path)),
+        or_else="the custom resource definitions",
+    )
+
+
+def _established(raw: Any) -> bool:
+    conditions = (raw.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,10 @@ _REPOSITORY = Path(__file__).parents[3]
 _SITE = f"{VENV}/lib/python3.11/site-packages"
 _RELEASE = "bookworm"  # its Python is 3.11, the oldest that the project supports
 _INCLUDE = "python3,python3-venv,libgomp1,ca-certificates"
-_METHOD = 1
+_METHOD = 2
 """To be counted up when layers are filled in another way: then all are made anew."""
+_VALID = ("--invalidation-mode", "unchecked-hash")
+"""Compiled files are valid whatever the time of their source, which a layer does not keep."""
 _SHEBANG = re.compile(r"\A#!(?:/bin/sh\n'''exec' .*\n' '''|.*)\n")
 """The first line of a command, or three where the path of its Python is too long for one."""
 _UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man")
@@ -132,15 +135,22 @@ class Store:
         """The layer's tar file."""
         return self.folder / "blobs" / layer.digest
 
-    def layer(self, name: str, recipe: str, fill: Callable[[Path], None], *, says: str) -> Layer:
-        """The layer of the recipe; when the store lacks it, `fill` writes its files into a folder."""
+    def layer(
+        self, name: str, recipe: str, fill: Callable[[Path], None], *, says: str, gigabytes: float
+    ) -> Layer:
+        """The layer of the recipe; when the store lacks it, `fill` writes its files into a folder.
+
+        That takes the gigabytes, the copies that two nodes unpack included.
+        Raises ClusterError when they are not free.
+        """
         note = self.folder / "recipes" / name
         recipe = f"{_METHOD} {recipe}"
         with _locked(self.folder / f"{name}.lock"):
             if not (layer := self._known(note, recipe)):
+                self._check_disk(name, gigabytes)
                 _say(f"making image layer {name}: {says}")
                 start = time.monotonic()
-                layer = self._make(fill)
+                layer = self._make(name, fill)
                 note.write_text(json.dumps({"recipe": recipe, "digest": layer.digest, "size": layer.size}))
                 _say(
                     f"made image layer {name} in {time.monotonic() - start:.0f} s, {layer.size / 1e6:.0f} MB"
@@ -161,37 +171,38 @@ class Store:
         layer = Layer(made["digest"], made["size"])
         return layer if made["recipe"] == recipe and self.blob(layer).exists() else None
 
-    def _make(self, fill: Callable[[Path], None]) -> Layer:
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="making-") as scratch:
-            root = Path(scratch, "root")
-            root.mkdir(mode=0o755)
-            fill(root)
-            tar = Path(scratch, "layer.tar")
-            _run(
-                [
-                    "tar",
-                    "--create",
-                    "--file",
-                    str(tar),
-                    "--directory",
-                    str(root),
-                    "--sort=name",
-                    "--mtime=@0",
-                    "--numeric-owner",
-                    "--hard-dereference",
-                    "--format=gnu",
-                    ".",
-                ]
+    def _check_disk(self, name: str, gigabytes: float) -> None:
+        free = shutil.disk_usage(self.folder).free / 1e9
+        if free < gigabytes:
+            raise ClusterError(
+                f"image layer {name} takes {gigabytes:g} GB on two nodes and {free:.1f} GB are free at {self.folder}: "
+                "free space, or set QLORA_CLUSTER_CACHE to a folder on a larger disk"
             )
-            with tar.open("rb") as file:
-                layer = Layer(hashlib.file_digest(file, "sha256").hexdigest(), tar.stat().st_size)
-            tar.replace(self.blob(layer))
+
+    def _make(self, name: str, fill: Callable[[Path], None]) -> Layer:
+        scratch = self.folder / f"making-{name}"
+        shutil.rmtree(scratch, ignore_errors=True)  # of a program that was killed
+        try:
+            root = scratch / "root"
+            root.mkdir(parents=True)
+            fill(root)
+            return self._packed(root, scratch / "layer.tar")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _packed(self, root: Path, tar: Path) -> Layer:
+        """The folder as a layer; equal files are equal layers, whenever they were written."""
+        plain = ["--sort=name", "--mtime=@0", "--numeric-owner", "--hard-dereference", "--format=gnu"]
+        _run(["tar", "--create", "--file", str(tar), "--directory", str(root), *plain, "."])
+        with tar.open("rb") as file:
+            layer = Layer(hashlib.file_digest(file, "sha256").hexdigest(), tar.stat().st_size)
+        tar.replace(self.blob(layer))
         return layer
 
 
 def pause(store: Store) -> Image:
     """The container that holds a pod's network: it sleeps."""
-    layer = store.layer("pause", "busybox", _fill_pause, says="seconds")
+    layer = store.layer("pause", "busybox", _fill_pause, says="seconds", gigabytes=0.1)
     return Image("pause", (layer,), command=("/bin/busybox", "sleep", "2147483647"), user="65535:65535")
 
 
@@ -203,14 +214,16 @@ def python(store: Store) -> Image:
 def operator(store: Store) -> Image:
     """The operator with what it needs."""
     locks = [_REPOSITORY / "requirements" / "operator.txt"]
-    layers = (base_layer(store), dependency_layer(store, "operator", locks), code_layer(store))
+    layers = (base_layer(store), dependency_layer(store, "operator", locks, gigabytes=1), code_layer(store))
     return Image("operator", layers, environment=_environment(), user="1000:1000")
 
 
 def trainer(store: Store) -> Image:
     """The trainer with what it needs."""
     locks = [_REPOSITORY / "requirements" / name for name in ("trainer.txt", "torch.txt")]
-    layers = (base_layer(store), dependency_layer(store, "trainer", locks), code_layer(store))
+    gigabytes = 5 if os.environ.get("TORCH_INDEX_URL") else 16  # with CUDA libraries, or without
+    dependencies = dependency_layer(store, "trainer", locks, gigabytes=gigabytes)
+    layers = (base_layer(store), dependencies, code_layer(store))
     return Image("trainer", layers, environment=_environment(), user="1000:1000")
 
 
@@ -221,10 +234,12 @@ def all_images(store: Store) -> list[Image]:
 
 def base_layer(store: Store) -> Layer:
     """Debian with Python and an empty virtual environment."""
-    return store.layer("base", f"{_RELEASE} {_INCLUDE} {VENV} {_UNUSED}", _fill_base, says="1 to 3 minutes")
+    return store.layer(
+        "base", f"{_RELEASE} {_INCLUDE} {VENV} {_UNUSED}", _fill_base, says="1 to 3 minutes", gigabytes=1
+    )
 
 
-def dependency_layer(store: Store, name: str, locks: list[Path]) -> Layer:
+def dependency_layer(store: Store, name: str, locks: list[Path], *, gigabytes: float) -> Layer:
     """The packages of the lock files, their hashes checked."""
     base = base_layer(store)
     index = os.environ.get("TORCH_INDEX_URL", "")
@@ -236,7 +251,11 @@ def dependency_layer(store: Store, name: str, locks: list[Path]) -> Layer:
         _finish(store.blob(base), root)
 
     return store.layer(
-        f"{name}-dependencies", recipe, fill, says="1 to 5 minutes, more when wheels are fetched"
+        f"{name}-dependencies",
+        recipe,
+        fill,
+        says="1 to 5 minutes, more when wheels are fetched",
+        gigabytes=gigabytes,
     )
 
 
@@ -269,7 +288,7 @@ def code_layer(store: Store) -> Layer:
             _run([*_uv_install(root / _SITE), "--no-deps", str(wheel)])
         _place_scripts(root)
 
-    return store.layer("code", recipe.hexdigest(), fill, says="seconds")
+    return store.layer("code", recipe.hexdigest(), fill, says="seconds", gigabytes=0.1)
 
 
 def _sources() -> Iterator[Path]:
@@ -347,9 +366,8 @@ def _finish(base: Path, root: Path) -> None:
         chroot = ["chroot", scratch, f"/{VENV}/bin/python"]
         if Path(scratch, _SITE, "torch").exists():
             _drop_unloaded(Path(scratch), chroot)
-        _run(
-            [*chroot, "-m", "compileall", "-q", "-j", "0", f"/{_SITE}"], check=False
-        )  # some files are templates
+        # Unchecked, since some packages bring templates that are no Python.
+        _run([*chroot, "-m", "compileall", "-q", "-j", "0", *_VALID, f"/{_SITE}"], check=False)
         for path in Path(scratch, _SITE).iterdir():
             path.rename(root / _SITE / path.name)
 
@@ -365,12 +383,11 @@ def _drop_unloaded(root: Path, chroot: list[str]) -> None:
 
     torch from the usual index is linked against them. A build for CPUs needs none.
     """
-    (root / "proc").mkdir(exist_ok=True)
-    _run(["mount", "--bind", "/proc", str(root / "proc")])
-    try:
-        loaded = set(_run([*chroot, "-c", _LOADED]).split())
-    finally:
-        _run(["umount", str(root / "proc")])
+    # In a mount namespace of its own, so that no mount is left behind.
+    see = (
+        f"mount --bind /proc {shlex.quote(str(root / 'proc'))} && exec {shlex.join([*chroot, '-c', _LOADED])}"
+    )
+    loaded = set(_run(["unshare", "--mount", "sh", "-c", see]).split())
     for library in (root / _SITE / "nvidia").rglob("*"):
         if library.is_file() and f"/{library.relative_to(root)}" not in loaded:
             library.unlink()

@@ -6,6 +6,7 @@ addresses and control groups are the machine's.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -48,9 +49,15 @@ class _Claim:
     forwarding: str
     """Whether the machine forwarded packets before."""
 
-    def alive(self) -> bool:
-        """Whether somebody may still use the cluster."""
-        return bool(cgroups.pids()) and (self.detached or started(self.owner) == self.started)
+    def owned(self) -> bool:
+        """Whether the process that started it still runs."""
+        return started(self.owner) == self.started
+
+    def hinders(self, folder: Path) -> bool:
+        """Whether somebody uses the cluster, so that none can be started in the folder."""
+        if self.owned() and self.owner != os.getpid():
+            return True
+        return self.folder != str(folder) and (self.owned() or (self.detached and bool(cgroups.pids())))
 
 
 class NodeCluster(Cluster):
@@ -168,7 +175,7 @@ def up(
     folder: Path,
     *,
     labels: Mapping[str, Mapping[str, str]] | None = None,
-    detached: bool = True,
+    detached: bool = False,
     audit: bool = False,
     node_grace_seconds: int = NODE_GRACE_SECONDS,
     eviction_seconds: int = EVICTION_SECONDS,
@@ -185,12 +192,12 @@ def up(
     folder = folder.absolute()
     nodes = _nodes(folder)
     packages.ensure()
-    _clean_up(folder)
-    programs = binaries.ensure("nodes")
-    store = images.Store()
-    wanted = images.all_images(store)
+    _take(folder, detached=detached)
     try:
-        _take(folder, nodes, detached=detached)
+        programs = binaries.ensure("nodes")
+        store = images.Store()
+        wanted = images.all_images(store)
+        network.up(nodes)
         with ThreadPoolExecutor() as pool:
             prepared = [pool.submit(containerd.prepare, node, wanted, store) for node in nodes]
             control = ControlPlane.start(
@@ -218,7 +225,6 @@ def up(
     except BaseException:
         _give_back(folder)  # the logs stay
         raise
-    (folder / "admin.kubeconfig").symlink_to(control.kubeconfig)
     if detached:
         control.let_go()
     return cluster
@@ -227,9 +233,7 @@ def up(
 def down(folder: Path) -> None:
     """End whatever runs of the cluster in the folder, and remove every trace of it."""
     folder = folder.absolute()
-    claim = _claim()
-    if claim and claim.folder == str(folder):
-        _give_back(folder)
+    _give_back(folder)
     end_recorded(folder / "control-plane")
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
@@ -263,43 +267,43 @@ def _nodes(folder: Path) -> tuple[Node, ...]:
     )
 
 
-def _clean_up(folder: Path) -> None:
-    """Remove what an earlier cluster left, unless somebody uses it."""
-    claim = _claim()
-    if claim and claim.folder != str(folder) and claim.alive():
-        raise ClusterError(
-            f"a cluster with nodes runs in {claim.folder} (started by process {claim.owner}), and a machine has "
-            "room for one: wait until it ends, or end it with make cluster-down"
-        )
-    if claim:
-        _give_back(Path(claim.folder))
-    down(folder)
-
-
-def _take(folder: Path, nodes: tuple[Node, ...], *, detached: bool) -> None:
-    """Note what will be made on the machine, then make it."""
-    folder.mkdir(parents=True)
-    owner = os.getpid()
-    missing = [where for where in FOLDERS.values() if not Path(where).exists()]
-    claim = _Claim(str(folder), owner, started(owner), detached, missing, network.forwarding())
-    _CLAIM.write_text(json.dumps(asdict(claim)))
+def _take(folder: Path, *, detached: bool) -> None:
+    """Claim the machine, and remove what an earlier cluster left; raises ClusterError when somebody uses that."""
+    binaries.cache().mkdir(parents=True, exist_ok=True)
+    with (binaries.cache() / "nodes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        claim = _claim()
+        if claim and claim.hinders(folder):
+            raise ClusterError(
+                f"a cluster with nodes runs in {claim.folder} (started by process {claim.owner}), and a machine has "
+                "room for one: wait until it ends, or end it with make cluster-down"
+            )
+        if claim:
+            _give_back(Path(claim.folder))
+        down(folder)
+        missing = [where for where in FOLDERS.values() if not Path(where).exists()]
+        owner = os.getpid()
+        claim = _Claim(str(folder), owner, started(owner), detached, missing, network.forwarding())
+        _CLAIM.write_text(json.dumps(asdict(claim)))
     for where in missing:
         Path(where).mkdir(parents=True)
-    network.up(nodes)
+    folder.mkdir(parents=True)
 
 
 def _give_back(folder: Path) -> None:
     """End all that runs and return to the machine what was taken; the files in the folder stay."""
     claim = _claim()
+    if claim is None or claim.folder != str(folder):
+        return
     cgroups.kill()
     end_recorded(folder / "control-plane")
-    network.down(_nodes(folder), claim.forwarding if claim else network.forwarding())
+    network.down(_nodes(folder), claim.forwarding)
     dns.forget()
     cgroups.remove()
-    for where in claim.made if claim else []:
+    for where in claim.made:
         with contextlib.suppress(OSError):  # somebody else uses it by now
             Path(where).rmdir()
-    _CLAIM.unlink(missing_ok=True)
+    _CLAIM.unlink()
 
 
 def _claim() -> _Claim | None:
