@@ -22,6 +22,8 @@ REQUEST_SECONDS = 30
 PAGE = 500
 """Objects of one page of a list."""
 CONNECTIONS = 32
+NAMESPACE_TERMINATING = "NamespaceTerminating"
+"""Why nothing can be created any more; the API names it as the cause of a Forbidden."""
 
 JOBS = f"apis/{names.GROUP}/{names.VERSION}", names.PLURAL
 GANGS = "apis/batch/v1", "jobs"
@@ -228,9 +230,10 @@ def _answer(method: str, path: str, code: int, headers: Mapping[str, str], conte
     if 200 <= code < 300:
         return dict(raw)
     after = headers.get("Retry-After", "")
+    causes = {cause.get("reason") for cause in (raw.get("details") or {}).get("causes") or ()}
     raise ApiError(
         code,
-        str(raw.get("reason") or code),
+        NAMESPACE_TERMINATING if NAMESPACE_TERMINATING in causes else str(raw.get("reason") or code),
         str(raw.get("message") or f"{method} {path}: {code}"),
         float(after) if after.isdigit() else None,
     )

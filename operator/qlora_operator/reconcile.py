@@ -18,6 +18,7 @@ from qlora_operator.cluster import (
     EVENTS,
     GANGS,
     JOBS,
+    NAMESPACE_TERMINATING,
     NETWORK_POLICIES,
     PODS,
     SERVICES,
@@ -104,7 +105,7 @@ class Reconciler:
         seen = await self._observe(key, uid, job, now)
         decision = decide(job, seen, now)
         self._show(key, decision.status)
-        if not await self._save(raw, decision.status):
+        if not await self._save(raw, decision.status, guard=bool(decision.actions)):
             return 0.0
         self._count(job.status, decision)
         try:
@@ -124,11 +125,12 @@ class Reconciler:
         wanted = needs(job, gangs, now)
         if wanted.pods and wanted.fresh:
             # Before another gang may start, the watch's word is not enough.
-            for raw in await self._cluster.gangs(key[0], uid):
-                self._store.put_gang(raw)
-            gangs = self._store.gangs(uid)
+            gangs = await self._list_gangs(key, uid)
         pods = tuple(map(pod, await self._cluster.pods(key[0], uid))) if wanted.pods else None
-        nodes = await self._nodes.get() if wanted.nodes or (wanted.pods and wanted.stuck) else []
+        if {each.owner_uid for each in pods or ()} - {gang.uid for gang in gangs}:
+            # Orphans, or pods of a Job that is newer than what is known: asked after them, it is told.
+            gangs = await self._list_gangs(key, uid)
+        nodes = await self._nodes_of(pods or ()) if wanted.nodes or (wanted.pods and wanted.stuck) else []
         return Observation(
             gangs=gangs,
             pods=pods,
@@ -141,6 +143,11 @@ class Reconciler:
             obstacle=self._obstacles.get(uid),
             incomplete=uid in self.incomplete,
         )
+
+    async def _list_gangs(self, key: Key, uid: str) -> tuple[Gang, ...]:
+        for raw in await self._cluster.gangs(key[0], uid):
+            self._store.put_gang(raw)
+        return self._store.gangs(uid)
 
     def _feasible(self, job: QLoRAJob, nodes: list[placement.Node] | None) -> Feasible:
         if nodes is None:
@@ -155,9 +162,17 @@ class Reconciler:
         why = found.why
         if avoid and why:
             why = (
-                f"{why} (left out, since their ranks found less than the labels promise: {', '.join(avoid)})"
+                f"{why} (left out, since their ranks found less than the labels promise: {', '.join(sorted(avoid))})"
             )
         return Feasible(found.tiers, why)
+
+    async def _nodes_of(self, pods: tuple[Pod, ...]) -> list[placement.Node] | None:
+        """The nodes; asked for anew when a pod is on one that has joined, or gone, since they were."""
+        nodes = await self._nodes.get()
+        if nodes is not None and {each.node for each in pods if each.node} - {node.name for node in nodes}:
+            self._nodes.hold(0.0)
+            nodes = await self._nodes.get()
+        return nodes
 
     async def _list_nodes(self) -> list[placement.Node] | None:
         """None without the permission: then the labels of the first tier are required, unseen."""
@@ -185,11 +200,15 @@ class Reconciler:
 
     # --- save
 
-    async def _save(self, raw: dict[str, Any], status: QLoRAJobStatus) -> bool:
-        """Whether the decision stands: it does not when the job has changed since it was read."""
+    async def _save(self, raw: dict[str, Any], status: QLoRAJobStatus, *, guard: bool = False) -> bool:
+        """Whether the decision stands: it does not when the job has changed since it was read.
+
+        What changes nothing is not written, unless it is to guard what is done about it: the API server stores
+        nothing then, but tells whether the job is still as it was.
+        """
         new = status.model_dump(by_alias=True, mode="json", exclude_none=True, exclude_defaults=False)
         old = raw.get("status") or {}
-        if _pruned(new) == _pruned(old):
+        if _pruned(new) == _pruned(old) and not guard:
             return True
         try:
             self._store.put_job(await self._cluster.save_status({**raw, "status": new}))
@@ -296,7 +315,8 @@ class Reconciler:
         try:
             await self._cluster.create(EVENTS, namespace, body)
         except ApiError as error:  # the status says it too
-            log.warning("an event could not be posted: %s", error)
+            level = logging.DEBUG if error.reason == NAMESPACE_TERMINATING else logging.WARNING
+            log.log(level, "an event could not be posted: %s", error)
 
     def _show(self, key: Key, status: QLoRAJobStatus) -> None:
         seen = status.progress

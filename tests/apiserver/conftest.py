@@ -16,7 +16,10 @@ import pytest
 import yaml
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
+from testcluster.control_plane import ControlPlane
+from testcluster.faulty import FaultyProxy
 from testcluster.kubelet import Kubelet
+from testcluster.witness import Witness
 
 ROOT = Path(__file__).parents[2]
 RBAC = ROOT / "manifests" / "rbac.yaml"
@@ -24,6 +27,12 @@ SYSTEM = "qlora-system"
 ACCOUNT = "qlora-operator"
 IMAGE = "registry.example/qlora-trainer:1"
 JOBS = "/apis/qlora.dev/v1alpha1"
+CHILDREN = (
+    ("/apis/batch/v1", "jobs"),
+    ("/api/v1", "pods"),
+    ("/api/v1", "services"),
+    ("/apis/networking.k8s.io/v1", "networkpolicies"),
+)
 
 Object = dict[str, Any]
 
@@ -52,12 +61,13 @@ def account(api_cluster: Cluster, crd: None) -> Path:
 class Operator:
     """One operator's process."""
 
-    def __init__(self, folder: Path, kubeconfig: Path, *arguments: str, image: str = IMAGE) -> None:
+    def __init__(
+        self, folder: Path, kubeconfig: Path, *arguments: str, image: str = IMAGE, **settings: Any
+    ) -> None:
         self.folder, self.kubeconfig, self.arguments = folder, kubeconfig, arguments
         self.settings = folder / "settings.yaml"
-        self.settings.write_text(
-            yaml.safe_dump({"trainerImage": image, "allowedImages": ["registry.example/*"]})
-        )
+        known = {"trainerImage": image, "allowedImages": ["registry.example/*"], **settings}
+        self.settings.write_text(yaml.safe_dump(known))
         self.log = folder / "operator.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
@@ -142,6 +152,26 @@ def operator(new_operator: Callable[..., Operator], namespace: str) -> Operator:
     made = new_operator("--namespace", namespace)
     made.start()
     return made
+
+
+@pytest.fixture
+def proxy(control_plane: ControlPlane) -> Iterator[FaultyProxy]:
+    """Between an operator and the API server, for those who are given its kubeconfig."""
+    with FaultyProxy(control_plane) as made:
+        yield made
+
+
+@pytest.fixture
+def witness(control_plane: ControlPlane, namespace: str) -> Witness:
+    """Of the namespace's pods."""
+    return Witness(control_plane.client, namespace)
+
+
+@pytest.fixture
+def terminations(kubelet: Kubelet, namespace: str) -> Iterator[None]:
+    """The namespace's pods that are deleted end, as a kubelet sees to."""
+    with kubelet.finish_terminations(namespace):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +260,22 @@ class Job:
         pods = [self.kubelet.running(pod) for pod in self.pods(attempt, count)]
         self.until(lambda status: status.get("phase") == "Running" and status.get("attempt") == attempt)
         return pods
+
+    def succeed(self, pods: list[Object], seconds: float = 20) -> Object:
+        """Its ranks are done, and it is; its status."""
+        for pod in pods:
+            self.kubelet.succeeded(pod)
+        return self.until_phase("Succeeded", seconds)
+
+    def children(self, *plurals: str) -> list[str]:
+        """All that is there of the job's, such as `jobs/job-a0`; or only of these plurals."""
+        found = []
+        for prefix, plural in CHILDREN:
+            path = f"{prefix}/namespaces/{self.namespace}/{plural}"
+            if not plurals or plural in plurals:
+                items = self.client.items(f"{path}?labelSelector=qlora.dev/job-name={self.name}")
+                found += [f"{plural}/{item['metadata']['name']}" for item in items]
+        return found
 
     def until_gang(self, attempt: int, check: Callable[[Object], Any], seconds: float = 20) -> Object:
         """The batch/v1 Job of an attempt, once it is so."""

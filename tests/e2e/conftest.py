@@ -191,8 +191,8 @@ def small_job(
     def make(name: str, **spec: Any) -> Job:
         body = copy.deepcopy(sample)
         body["metadata"]["name"] = name
-        body["spec"]["training"] |= {"maxSteps": 400, "computeDtype": "fp32", "learningRate": 1e-3}
-        body["spec"]["checkpoint"] = {"everySteps": 20, "keep": 3}
+        body["spec"]["training"] |= {"maxSteps": 300, "computeDtype": "fp32", "learningRate": 1e-3}
+        body["spec"]["checkpoint"] = {"everySteps": 10, "keep": 3}
         body["spec"]["distributed"] = {"timeoutSeconds": 10}
         body["spec"]["terminationGracePeriodSeconds"] = 20
         for key, value in spec.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qlora_contract.exit_codes import ExitCode
 from qlora_operator.api import names
 from qlora_operator.api.documents import read_documents
 from qlora_operator.api.files import load_jobs
@@ -78,6 +79,33 @@ def test_rows_of_the_reference_are_whole() -> None:
     rows = [line for line in (ROOT / REFERENCE).read_text().splitlines() if line.startswith("| ")]
 
     assert [row for row in rows if len(re.findall(r"(?<!\\)\|", row)) != 6] == []
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """First cell of each row of a page's tables -> the others."""
+    text = (ROOT / "docs/reference" / page).read_text()
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first.strip("`"): others for first, *others in cells}
+
+
+def test_every_phase_condition_and_reason_has_its_row() -> None:
+    """What `kubectl describe` shows is found in the reference, with the docstring that the code has."""
+    table = rows("conditions.md")
+
+    assert {*names.Phase, *names.ConditionType, *names.Reason} <= set(table)
+    assert table["Queued"] == ["`QuotaReserved` False", "The queue has not let the job in."]
+    assert table["Refused"][0] == "`Initialized` False or `Running` False"
+    assert table["ImageNotAllowed"][1].startswith("spec.image is not one")
+
+
+def test_every_exit_code_has_its_row() -> None:
+    """Each code leads to a reason and a price."""
+    table = rows("exit-codes.md")
+
+    assert {str(int(code)) for code in ExitCode} <= set(table)
+    assert table["12"][:3] == ["`MODEL_UNUSABLE`", "`ModelUnusable`", "the job: it is never retried"]
+    assert table["50"][2] == "one of `infrastructureBackoffLimit`"
 
 
 @pytest.mark.parametrize("sample", ["minimal.yaml", "full.yaml"])

@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 
 from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import NODES_SHOWN, AdapterStatus, Placement, held_fields
+from qlora_operator.api.types import NODES_SHOWN, AdapterStatus, Placement, Progress, held_fields
 from qlora_operator.status import conditions, live, policies
 from qlora_operator.status.cause import (
     Budget,
@@ -35,6 +35,9 @@ _STAGES = {
     "Publishing": Reason.PUBLISHING,
     "Done": Reason.PUBLISHING,
 }
+
+_TIERS_DO_NOT_MATTER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
+"""What pods wait for on the nodes of any tier."""
 
 
 def attend(draft: Draft) -> None:
@@ -76,12 +79,19 @@ def _own_end(draft: Draft, gang: Gang | None) -> Cause | None:
     if gang.deleting:
         message = f"the Job {gang.name} is being deleted by somebody else"
         return Cause(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
+    if not _held_fields_changed(draft, gang) and (cause := _meddled(draft, gang)):
+        return cause
+    return disrupted(draft.pods)
+
+
+def _meddled(draft: Draft, gang: Gang) -> Cause | None:
+    """What somebody else has made of the Job."""
     if gang.suspended and draft.holds(ConditionType.INITIALIZED) and _was_admitted(draft):
         return _suspended(draft, gang)
-    if gang.parallelism not in (None, draft.job.spec.topology.pods) and not draft.job.spec.suspend:
+    if gang.parallelism not in (None, draft.job.spec.topology.pods):
         message = f"the parallelism of the Job {gang.name} was set to {gang.parallelism} by somebody else"
         return Cause(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
-    return disrupted(draft.pods)
+    return None
 
 
 def _suspended(draft: Draft, gang: Gang) -> Cause:
@@ -112,7 +122,7 @@ def _our_end(draft: Draft, gang: Gang | None) -> Cause | None:
     """An end that the user, a deadline, or a better use of the nodes asks for."""
     if draft.job.spec.suspend:
         return Cause(Reason.SUSPENDED, "spec.suspend is true", Budget.NONE)
-    if gang is not None and gang.held_fields not in (None, held_fields(draft.job.spec)):
+    if gang is not None and _held_fields_changed(draft, gang):
         message = "spec.topology or spec.scheduling was changed while the job was suspended for a moment"
         return Cause(Reason.SUSPENDED, message, Budget.NONE)
     if cause := deadline(draft):
@@ -124,6 +134,11 @@ def _our_end(draft: Draft, gang: Gang | None) -> Cause | None:
     return _no_room(draft, gang)
 
 
+def _held_fields_changed(draft: Draft, gang: Gang) -> bool:
+    """Whether the Job was made from another topology or scheduling than the spec has now."""
+    return gang.held_fields not in (None, held_fields(draft.job.spec))
+
+
 def deadline(draft: Draft) -> Cause | None:
     """The deadline that has passed, if any; the next one is looked at in time."""
     spec = draft.job.spec
@@ -131,14 +146,27 @@ def deadline(draft: Draft) -> Cause | None:
     if active is not None and _passed(draft, active):
         message = f"the job was active for longer than activeDeadlineSeconds: {spec.active_deadline_seconds}"
         return Cause(Reason.DEADLINE_EXCEEDED, message, Budget.PERMANENT)
-    if spec.pending_deadline_seconds is None or draft.holds(ConditionType.RUNNING):
+    pending = policies.pending_deadline(spec, draft.status, draft.now)
+    if pending is None or not _passed(draft, pending):
         return None
-    since = policies.pending_since(draft.status, draft.now)
-    if not _passed(draft, since + timedelta(seconds=spec.pending_deadline_seconds)):
-        return None
-    waited = f": {draft.status.message}" if draft.status.message else ""
-    message = f"not all ranks ran within pendingDeadlineSeconds: {spec.pending_deadline_seconds}{waited}"
-    return Cause(Reason.PENDING_DEADLINE_EXCEEDED, message, Budget.PERMANENT)
+    message = f"not all ranks ran within pendingDeadlineSeconds: {spec.pending_deadline_seconds}"
+    waited = _waited_for(draft)
+    return Cause(
+        Reason.PENDING_DEADLINE_EXCEEDED, f"{message}: {waited}" if waited else message, Budget.PERMANENT
+    )
+
+
+def _waited_for(draft: Draft) -> str | None:
+    """What keeps the ranks from running: as it is now, else as it was when the last attempt gave up."""
+    gang, attempts = draft.gang, draft.status.attempts
+    if draft.open is None or gang is None:
+        return draft.status.message
+    if draft.seen.pods is not None and not gang.suspended:
+        said = waiting(draft, gang)
+        if said.reason != Reason.STARTING:
+            return said.message
+    gave_up = attempts[-2] if len(attempts) > 1 and attempts[-2].reason in policies.GAVE_UP else None
+    return gave_up.message if gave_up else draft.status.message
 
 
 def _passed(draft: Draft, time: datetime) -> bool:
@@ -153,40 +181,49 @@ def _no_progress(draft: Draft) -> Cause | None:
     network's, and lost ranks are noticed by their peers."""
     running = conditions.find(draft.status.conditions, ConditionType.RUNNING)
     told = draft.status.progress
-    if running is None or told is None or told.step_time is None:
+    if running is None or told is None or told.step_time is None or not _has_told(draft, told):
         return None
     since = max(parse(told.step_time), parse(running.last_transition_time))
     seconds = draft.job.spec.progress_deadline_seconds
-    answered = told.updated_time is not None and parse(told.updated_time) >= parse(
-        running.last_transition_time
-    )
-    if not answered or not _passed(draft, since + timedelta(seconds=seconds)):
+    if not _passed(draft, since + timedelta(seconds=seconds)):
         return None
     message = f"no step was completed for progressDeadlineSeconds: {seconds}, since step {told.step}"
     return Cause(Reason.PROGRESS_DEADLINE_EXCEEDED, message, Budget.USER)
 
 
+def _has_told(draft: Draft, told: Progress) -> bool:
+    """Whether the progress is this attempt's, not an earlier one's."""
+    begun = draft.open.start if draft.open else None
+    return told.updated_time is not None and begun is not None and parse(told.updated_time) >= parse(begun)
+
+
 def _no_room(draft: Draft, gang: Gang) -> Cause | None:
-    """Pods without a node for too long: another tier may have room, or another gang may need what we hold."""
+    """Pods without a node for too long: another gang may need what we hold, or another tier may have room."""
     assert draft.open is not None
-    pods = draft.pods
-    placed = [pod for pod in pods if pod.node is not None]
+    placed = [pod for pod in draft.pods if pod.node is not None]
     wanted = draft.job.spec.topology.pods
     if draft.seen.pods is None or gang.ready >= wanted or len(placed) >= wanted:
         return None
+    why = waiting(draft, gang)
     since = gang.admitted_at or parse(draft.open.start or stamp(draft.now))
     seconds = draft.job.spec.isa.step_down_seconds
-    spread = policies.released_spread(draft.uid, draft.open.attempt)
-    tiers = draft.seen.feasible.tiers if draft.seen.feasible else ()
-    others = [tier for tier in tiers if draft.status.placement and tier != draft.status.placement.isa]
-    if others:
-        if _passed(draft, since + timedelta(seconds=seconds)):
-            message = f"only {len(placed)}/{wanted} pods found room within isa.stepDownSeconds: {seconds}"
-            return Cause(Reason.STEPPED_DOWN, message, Budget.NONE)
-    elif placed and _passed(draft, since + timedelta(seconds=seconds * (1 + spread / 2))):
-        message = f"lets go of {len(placed)}/{wanted} pods, since the others find no room"
-        return Cause(Reason.RELEASED, message, Budget.NONE)
+    if placed:
+        # Two gangs that wait for each other's nodes must not let go of them at once.
+        spread = policies.released_spread(draft.uid, draft.open.attempt)
+        if _passed(draft, since + timedelta(seconds=seconds * (1 + spread / 2))):
+            message = f"lets go of {len(placed)}/{wanted} pods, since the others find no room: {why.message}"
+            return Cause(Reason.RELEASED, message, Budget.NONE)
+    elif why.reason in _TIERS_DO_NOT_MATTER:
+        return None
+    elif _other_tiers(draft) and _passed(draft, since + timedelta(seconds=seconds)):
+        message = f"no pod found room within isa.stepDownSeconds: {seconds}: {why.message}"
+        return Cause(Reason.STEPPED_DOWN, message, Budget.NONE)
     return None
+
+
+def _other_tiers(draft: Draft) -> bool:
+    had = draft.status.placement.isa if draft.status.placement else None
+    return draft.seen.feasible is not None and any(tier != had for tier in draft.seen.feasible.tiers)
 
 
 def end(draft: Draft, cause: Cause) -> None:

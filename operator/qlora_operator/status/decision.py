@@ -168,11 +168,11 @@ def _start(draft: Draft) -> None:
 
 
 def _tier(draft: Draft) -> IsaTier:
-    """The first tier that has nodes; after one that had no room, the one below it."""
+    """The first tier that has nodes; after one that had no room, the next, and after the last the first."""
     assert draft.seen.feasible is not None
     tiers, last = draft.seen.feasible.tiers, draft.attempt
     had = draft.status.placement.isa if draft.status.placement else None
-    if last is None or last.reason != Reason.STEPPED_DOWN or had not in tiers:
+    if last is None or last.reason not in policies.GAVE_UP or had not in tiers:
         return tiers[0]
     return tiers[(tiers.index(had) + 1) % len(tiers)]
 

@@ -9,6 +9,7 @@ from qlora_operator.api.times import parse
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.status import conditions
 from qlora_operator.status.observation import Gang
+from qlora_operator.status.policies import pending_deadline
 
 PATIENCE = timedelta(seconds=3)
 """How long pods may take to start before anybody looks why."""
@@ -59,5 +60,6 @@ def _of_living(job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime)
     if gang.ready >= wanted:
         return Needs(pods=True)
     start = status.attempts[-1].start
-    late = start is None or now >= parse(start) + PATIENCE
+    due = pending_deadline(job.spec, status, now)
+    late = start is None or now >= parse(start) + PATIENCE or (due is not None and now >= due)
     return Needs(pods=late, nodes=late, warnings=late)

@@ -22,6 +22,8 @@ _WAITS = {
 }
 """Why a container waits, in a kubelet's words and in ours."""
 _VOLUME_EVENTS = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
+_OUTDATED = frozenset({"FailedScheduling"})
+"""Events that say no more than the pod does, and stay when it is true no more."""
 _CLAIM = re.compile(r"persistentvolumeclaim|persistentvolume |persistent volumes to bind", re.IGNORECASE)
 _QUOTA = re.compile(
     r"(exceeded|failed|insufficient) quota|(usage|ratio) per (Container|Pod|PersistentVolumeClaim)"
@@ -32,13 +34,10 @@ def waiting(draft: Draft, gang: Gang) -> Said:
     """The one thing that helps most to know."""
     pods, warnings = draft.pods, draft.seen.warnings
     wanted = draft.job.spec.topology.pods
-    for pod in pods:
-        if said := _of_pod(pod):
-            return said
     if len(pods) < wanted and (said := _of_refusal(gang, warnings)):
         return said
     for pod in pods:
-        if said := _of_warnings(pod, warnings):
+        if said := _of_pod(pod) or _of_warnings(pod, warnings):
             return said
     return Said(Reason.STARTING, f"{gang.ready}/{wanted} pods of attempt {gang.attempt} are ready")
 
@@ -72,7 +71,7 @@ def _of_warnings(pod: Pod, warnings: Sequence[Warned]) -> Said | None:
     if pod.phase != "Pending":
         return None
     for warning in warnings:
-        if warning.about == pod.uid:
+        if warning.about == pod.uid and warning.reason not in _OUTDATED:
             reason = Reason.VOLUME_NOT_READY if warning.reason in _VOLUME_EVENTS else Reason.STARTING
             return Said(reason, f"{_where(pod)}: {quote(warning.message)}")
     return None

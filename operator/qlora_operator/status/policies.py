@@ -8,6 +8,8 @@ from qlora_operator.api.times import parse
 from qlora_operator.api.types import Attempt, QLoRAJobSpec, QLoRAJobStatus
 from qlora_operator.status import conditions
 
+GAVE_UP = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
+"""Ends of an attempt whose pods found no room: the next tier has its turn."""
 FREE = frozenset({Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FINISHED})
 """Ends of an attempt that cost nothing and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
@@ -58,6 +60,13 @@ def pending_since(status: QLoRAJobStatus, now: datetime) -> datetime:
     )
     times = [parse(each.last_transition_time) for each in said if each is not None and each.status == "False"]
     return max(times, default=now)
+
+
+def pending_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus, now: datetime) -> datetime | None:
+    """When the job will have waited for its ranks for too long; None without a limit, and while they run."""
+    if spec.pending_deadline_seconds is None or conditions.is_true(status.conditions, ConditionType.RUNNING):
+        return None
+    return pending_since(status, now) + timedelta(seconds=spec.pending_deadline_seconds)
 
 
 def active_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:

@@ -189,13 +189,49 @@ def test_nulls_of_known_fields_are_not_given() -> None:
             "image": None,
             "unknown": None,
             "isa": {"allowed": None},
-            "scheduling": {"tolerations": [{"key": None}]},
+            "scheduling": {"tolerations": [{"key": None}], "nodeSelector": {"a": None, "b": "c"}},
         }
     }
 
     assert without_nulls(value, job_schema()) == {
-        "spec": {"unknown": None, "isa": {}, "scheduling": {"tolerations": [{}]}}
+        "spec": {"unknown": None, "isa": {}, "scheduling": {"tolerations": [{}], "nodeSelector": {"b": "c"}}}
     }
+
+
+LABELS = {
+    "a value with a space": ("labels", {"a": "b c"}, "metadata.labels.a", "is the string 'b c'"),
+    "a value of 64 characters": ("labels", {"a": "b" * 64}, "metadata.labels.a", "at most 63 of them"),
+    "a key with a space": ("labels", {"a b": ""}, "metadata.labels", "a key is the string 'a b'; it must be"),
+    "a prefix of 254 characters": (
+        "labels",
+        {"a" * 254 + "/b": ""},
+        "metadata.labels",
+        "the name of a label",
+    ),
+    "a prefix in capitals": ("labels", {"A.b/c": ""}, "metadata.labels", "such as kubernetes.io/hostname"),
+    "an annotation's key": ("annotations", {"a b": ""}, "metadata.annotations", "a key is the string 'a b'"),
+}
+
+
+@pytest.mark.parametrize(("field", "entries", "path", "phrase"), LABELS.values(), ids=LABELS)
+def test_labels_that_an_api_server_refuses_are_faults(
+    field: str, entries: dict[str, str], path: str, phrase: str, changed: Callable[..., dict[str, Any]]
+) -> None:
+    """Metadata has no schema of ours in the CRD, but the API server's own rules."""
+    with pytest.raises(InvalidJobError) as error:
+        parse_job(changed({f"metadata.{field}": entries}))
+
+    assert [where for where, _ in error.value.faults] == [path]
+    assert phrase in error.value.faults[0][1]
+
+
+def test_labels_that_an_api_server_takes_are_none(changed: Callable[..., dict[str, Any]]) -> None:
+    """A prefix, an empty value, null, and capitals in an annotation's prefix are all right."""
+    labels = {"app.kubernetes.io/part-of": "A_b.c-1", "a": "", "b": None}
+
+    assert (
+        parse_job(changed({"metadata.labels": labels, "metadata.annotations": {"A.b/C": "d e"}})) is not None
+    )
 
 
 def test_the_models_metadata_is_kubernetes() -> None:

@@ -75,6 +75,8 @@ def test_a_suffix_is_worth_1024_of_the_one_before(number: int, suffix: str) -> N
         ("0", False),
         ("63Mi", False),
         ("64Mi", True),
+        ("67108863.5", False),
+        ("67108863.9999999999", True),
         ("16Gi", True),
         ("64Ti", True),
         ("65Ti", False),

@@ -153,6 +153,17 @@ def test_every_field_is_described() -> None:
     assert undescribed == [".metadata"]
 
 
+def test_descriptions_are_for_a_terminal() -> None:
+    """`kubectl explain` prints backticks and hides defaults: the CRD has none of the former, and says the latter."""
+    spec = crd_schema()["properties"]["spec"]["properties"]
+
+    assert offenders(lambda node: "`" in node.get("description", ""), crd_schema()) == []
+    assert spec["training"]["properties"]["packing"]["description"].endswith(" Default: true.")
+    assert spec["isa"]["properties"]["allowed"]["description"].endswith(" avx512, avx2.")
+    assert "Default:" not in spec["image"]["description"]
+    assert "Default:" not in spec["adapter"]["description"]
+
+
 def test_parents_of_defaults_have_a_default() -> None:
     """An object that may be left out is {} by default: an API server fills in no field of an absent object."""
     spec = crd_schema()["properties"]["spec"]

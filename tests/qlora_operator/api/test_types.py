@@ -117,6 +117,12 @@ BAD = {
         "spec.workspace",
         "may not leave its claim",
     ),
+    "workspace with a line break": ({"spec.workspace": "pvc://c/a\nb"}, "spec.workspace", "pvc://claim/path"),
+    "workspace with a null character": (
+        {"spec.workspace": "pvc://c/\0"},
+        "spec.workspace",
+        "pvc://claim/path",
+    ),
     "workspace ends upwards": ({"spec.workspace": "pvc://team-data/a/.."}, "spec.workspace", "no `..`"),
     "workspace is too long": ({"spec.workspace": "pvc://c/" + "a" * 512}, "spec.workspace", "at most 512"),
     "no model": ({"spec.model": GONE}, "spec.model", "is required: a map with source"),

@@ -26,9 +26,9 @@ def settings() -> Callable[..., Settings]:
 names_of_jobs = st.from_regex(rf"\A{names.JOB_NAME_PATTERN[1:-1]}\Z").filter(names.is_job_name)
 words = st.from_regex(r"\A[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?\Z")
 claims = st.sampled_from(["team", "data.v1"]) | st.from_regex(r"\A[a-z0-9]([-a-z0-9.]{0,200}[a-z0-9])?\Z")
-segments = st.text(st.characters(exclude_characters="/", codec="utf-8"), min_size=1, max_size=20).filter(
-    lambda segment: segment != ".."
-)
+segments = st.text(
+    st.characters(min_codepoint=32, exclude_characters="/\x7f", codec="utf-8"), min_size=1, max_size=20
+).filter(lambda segment: segment != "..")
 uris = st.builds(
     lambda claim, path: "/".join([f"pvc://{claim}", *path]), claims, st.lists(segments, max_size=4)
 )

@@ -1,0 +1,151 @@
+"""Jobs that wait in a queue: the test lets them in and takes them out, as Kueue does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from testcluster.client import Client
+from testcluster.cluster import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("shared_operator")]
+
+MakeJob = Callable[..., Any]
+QUEUE = {"queueName": "team-queue"}
+NO_RESTARTS = {"user": 0, "infrastructure": 0}
+
+
+@pytest.fixture
+def client(api_cluster: Cluster) -> Client:
+    """The administrator's."""
+    return api_cluster.client
+
+
+def gang(job: Any, attempt: int) -> dict[str, Any]:
+    """The attempt's Job, once it is there."""
+    return dict(job.until_gang(attempt, lambda _: True))
+
+
+def admit(client: Client, job: Any, attempt: int, *, suspend: bool = False) -> None:
+    """The queue lets the attempt in, or takes it out."""
+    name = gang(job, attempt)["metadata"]["name"]
+    client.patch(f"/apis/batch/v1/namespaces/{job.namespace}/jobs/{name}", {"spec": {"suspend": suspend}})
+
+
+def test_queued_admitted_and_run(make_job: MakeJob, client: Client) -> None:
+    """A job with a queue waits there, suspended and labelled for Kueue, and runs once it is let in."""
+    job = make_job(scheduling=QUEUE)
+    status = job.until(lambda status: status.get("message") == "waits in the queue team-queue")
+    assert status["phase"] == "Queued"
+    child = gang(job, 0)
+    assert child["spec"]["suspend"] is True
+    assert child["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-queue"
+    assert job.condition("QuotaReserved")["reason"] == "Queued"
+    assert "startTime" not in status
+
+    admit(client, job, 0)
+
+    job.run()
+    assert job.condition("QuotaReserved")["status"] == "True"
+    status = job.status
+    assert status["startTime"] >= job.condition("QuotaReserved")["lastTransitionTime"]
+    assert status["restarts"] == NO_RESTARTS
+
+
+def test_preempted(make_job: MakeJob, client: Client) -> None:
+    """A job that the queue takes out costs one of the infrastructure's restarts, and waits in the queue again."""
+    job = make_job(scheduling=QUEUE, backoffLimit=0)
+    gang(job, 0)
+    admit(client, job, 0)
+    job.run()
+
+    with job.kubelet.finish_terminations(job.namespace):
+        admit(client, job, 0, suspend=True)
+        status = job.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
+    assert status["attempts"][0]["reason"] == "Preempted"
+    assert status["restarts"] == {"user": 0, "infrastructure": 1}
+    assert gang(job, 1)["spec"]["suspend"] is True
+    assert job.condition("QuotaReserved")["status"] == "False"
+
+    admit(client, job, 1)
+    job.run(1)
+    assert job.condition("Restarting")["status"] == "False"
+
+
+def test_restart_queues_again(make_job: MakeJob, client: Client) -> None:
+    """An attempt that fails by itself gives its quota back; the next one waits for its own."""
+    job = make_job(scheduling=QUEUE)
+    admit(client, job, 0)
+    pods = job.run()
+    with job.kubelet.finish_terminations(job.namespace):
+        job.kubelet.failed(pods[0], 1)
+        status = job.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
+
+    assert status["restarts"] == {"user": 1, "infrastructure": 0}
+
+
+def test_active_deadline_stands_still_in_the_queue(make_job: MakeJob, client: Client) -> None:
+    """activeDeadlineSeconds begins when the queue lets the job in."""
+    job = make_job(scheduling=QUEUE, activeDeadlineSeconds=1)
+    job.until_phase("Queued")
+    make_job("witness", activeDeadlineSeconds=2).until_phase("Failed")
+    assert job.status["phase"] == "Queued"
+
+    admit(client, job, 0)
+
+    job.until_phase("Failed")
+    assert job.condition("Failed")["reason"] == "DeadlineExceeded"
+
+
+def test_pending_deadline_counts_in_the_queue(make_job: MakeJob) -> None:
+    """A job that is not let in within pendingDeadlineSeconds fails, and says what it waited for."""
+    job = make_job(scheduling=QUEUE, pendingDeadlineSeconds=1)
+
+    status = job.until_phase("Failed")
+
+    assert job.condition("Failed")["reason"] == "PendingDeadlineExceeded"
+    assert status["message"].endswith("waits in the queue team-queue")
+    job.until(lambda _: not job.gangs())
+
+
+def test_suspended_in_the_queue(make_job: MakeJob, client: Client) -> None:
+    """A job that is suspended in the queue leaves it, and queues anew when it is resumed."""
+    job = make_job(scheduling=QUEUE)
+    job.until_phase("Queued")
+
+    job.patch({"suspend": True})
+    status = job.until(lambda status: status["phase"] == "Suspended" and not job.gangs())
+    assert "startTime" not in status
+    job.patch({"suspend": False})
+
+    status = job.until(lambda status: status["phase"] == "Queued" and status["attempt"] == 1)
+    assert status["restarts"] == NO_RESTARTS
+    admit(client, job, 1)
+    job.run(1)
+
+
+def test_queue_left_while_suspended(make_job: MakeJob) -> None:
+    """A job whose queueName is taken away while it is suspended does not queue any more."""
+    job = make_job(scheduling=QUEUE)
+    job.until_phase("Queued")
+    job.patch({"suspend": True, "scheduling": {"queueName": None}})
+    job.until(lambda status: status["phase"] == "Suspended" and not job.gangs())
+
+    job.patch({"suspend": False})
+
+    job.run(1)
+    assert job.condition("QuotaReserved") == {}
+    assert job.status["restarts"] == NO_RESTARTS
+    assert job.status["startTime"]
+
+
+def test_held_by_hand_without_a_queue(make_job: MakeJob, client: Client) -> None:
+    """Without a queue, whoever suspends the Job of an attempt ends it; the next one runs."""
+    job = make_job()
+    job.run()
+    with job.kubelet.finish_terminations(job.namespace):
+        admit(client, job, 0, suspend=True)
+        status = job.until(lambda status: status["attempt"] == 1)
+
+    assert status["restarts"] == {"user": 0, "infrastructure": 1}
+    assert "suspend the QLoRAJob instead" in status["attempts"][0]["message"]
+    job.run(1)

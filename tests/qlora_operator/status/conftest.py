@@ -1,0 +1,325 @@
+"""Jobs, Jobs' Jobs and pods as the operator sees them, and a small cluster in memory that plays them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from qlora_operator.api.names import ConditionType
+from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus, held_fields
+from qlora_operator.status import conditions
+from qlora_operator.status.decision import decide
+from qlora_operator.status.draft import Action, Decision, DeleteGang, DeletePod, StartAttempt
+from qlora_operator.status.needs import needs
+from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said
+
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
+UID = "0f8fad5b-d9cb-469f-a165-70867728950e"
+SPEC: dict[str, Any] = {
+    "workspace": "pvc://team/work",
+    "model": {"source": "pvc://team/model"},
+    "dataset": {"source": "pvc://team/data.jsonl"},
+    "training": {"maxSteps": 10},
+    "topology": {"pods": 2, "memoryPerRank": "1Gi", "cpusPerRank": 1},
+}
+
+
+def make_job(status: QLoRAJobStatus | dict[str, Any] | None = None, **spec: Any) -> QLoRAJob:
+    """A job of two pods; maps in `spec` are merged into those of SPEC."""
+    merged = dict(SPEC)
+    for key, value in spec.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    metadata = {"name": "job", "namespace": "team", "uid": UID, "generation": 1}
+    body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": merged}
+    job = QLoRAJob.model_validate(body)
+    if status is None:
+        return job
+    known = status if isinstance(status, QLoRAJobStatus) else QLoRAJobStatus.model_validate(status)
+    return job.model_copy(update={"status": known})
+
+
+def make_pod(index: int = 0, attempt: int = 0, **fields: Any) -> Pod:
+    """A pod that waits for a node."""
+    known = {"name": f"job-a{attempt}-{index}", "uid": f"pod-{attempt}-{index}", "phase": "Pending"}
+    return Pod(**{**known, "attempt": attempt, "index": index, "owner_uid": f"gang-{attempt}", **fields})
+
+
+def make_gang(attempt: int = 0, **fields: Any) -> Gang:
+    """An attempt's Job that has just been created."""
+    return Gang(
+        **{"name": f"job-a{attempt}", "uid": f"gang-{attempt}", "attempt": attempt, "ours": True, **fields}
+    )
+
+
+@dataclass
+class Cluster:
+    """One QLoRAJob, its Jobs and pods, and an operator that may be behind, or die at any line."""
+
+    job: QLoRAJob
+    now: datetime = NOW
+    gangs: dict[str, Gang] = field(default_factory=dict)
+    pods: dict[str, Pod] = field(default_factory=dict)
+    watched: dict[str, Gang] = field(default_factory=dict)
+    """The Jobs as the operator's watch has told of them."""
+    tiers: tuple[Any, ...] = ("avx512",)
+    made: int = 0
+    charged: list[int] = field(default_factory=list)
+    """Attempts that cost a restart, each time one did."""
+
+    # --- the operator
+
+    def reconcile(self, *, dies: str = "") -> None:
+        """Observe, decide, save and act; `dies`: before "save" or before "act"."""
+        seen = self._observe()
+        decision = decide(self.job, seen, self.now)
+        self._check(seen, decision)
+        if dies == "save":
+            return
+        self.job = self.job.model_copy(update={"status": decision.status})
+        if dies != "act":
+            for action in decision.actions:
+                self._act(action)
+
+    def watch(self) -> None:
+        """The operator's watch catches up."""
+        self.watched = dict(self.gangs)
+
+    def _observe(self) -> Observation:
+        wanted = needs(self.job, tuple(self.watched.values()), self.now)
+        if wanted.pods and wanted.fresh:
+            self.watched |= self.gangs
+        return Observation(
+            gangs=tuple(self.watched.values()),
+            pods=tuple(self.pods.values()) if wanted.pods else None,
+            feasible=Feasible(self.tiers, "" if self.tiers else "0/1 nodes can") if wanted.nodes else None,
+            image="registry.example/trainer:1",
+        )
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case StartAttempt(number):
+                self._start(number)
+            case DeleteGang(_, uid):
+                self.delete_gang(uid)
+            case DeletePod(_, uid):
+                self.delete_pod(uid)
+
+    def _start(self, number: int) -> None:
+        assert not self._finished(self.job.status), "a finished job gets no attempt"
+        if not any(gang.attempt == number for gang in self.gangs.values()):
+            assert not [pod for pod in self.pods.values() if not pod.over], "two gangs at a time"
+            assert not [gang for gang in self.gangs.values() if not gang.over], "two Jobs at a time"
+            self.made += 1
+            uid = f"gang-{number}-{self.made}"
+            self.gangs[uid] = make_gang(
+                number,
+                uid=uid,
+                suspended=self.job.spec.scheduling.queue_name is not None,
+                parallelism=self.job.spec.topology.pods,
+                held_fields=held_fields(self.job.spec),
+            )
+        self.watched |= {uid: gang for uid, gang in self.gangs.items() if gang.attempt == number}
+
+    # --- what must hold after every decision
+
+    def _check(self, seen: Observation, decision: Decision) -> None:
+        before, after = self.job.status or QLoRAJobStatus(), decision.status
+        numbers = [attempt.attempt for attempt in after.attempts]
+        assert numbers == sorted(set(numbers)), "attempts are numbered in order"
+        assert (after.attempt if numbers else None) == (numbers[-1] if numbers else None)
+        assert (after.attempt or 0) - (before.attempt or 0) in (0, 1)
+        self._check_budgets(before, after)
+        self._check_conditions(before, after)
+        again = decide(self.job.model_copy(update={"status": after}), seen, self.now)
+        assert again.status == after, "what was decided is not decided anew"
+        assert again.events == ()
+
+    def _check_budgets(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
+        spec, used = self.job.spec, after.restarts
+        assert used is not None
+        assert used.user <= spec.backoff_limit
+        assert used.infrastructure <= spec.infrastructure_backoff_limit
+        had = before.restarts.user + before.restarts.infrastructure if before.restarts else 0
+        assert used.user + used.infrastructure - had in (0, 1)
+        # No attempt has a price before it has a reason, and none gets another reason.
+        reasons = {attempt.attempt: attempt.reason for attempt in before.attempts}
+        fresh = [a for a in after.attempts if a.reason and reasons.get(a.attempt) is None]
+        assert len(fresh) >= used.user + used.infrastructure - had
+        assert all(a.reason == reasons[a.attempt] for a in after.attempts if reasons.get(a.attempt))
+
+    def _check_conditions(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
+        assert after.phase == conditions.phase(after.conditions)
+        ends = [
+            conditions.is_true(after.conditions, kind)
+            for kind in (ConditionType.COMPLETE, ConditionType.FAILED)
+        ]
+        assert self._finished(after) == any(ends)
+        assert not all(ends)
+        assert (after.completion_time is not None) == self._finished(after)
+        if self._finished(before):
+            assert (after.phase, after.attempt) == (before.phase, before.attempt), "over is over"
+
+    @staticmethod
+    def _finished(status: QLoRAJobStatus | None) -> bool:
+        return status is not None and conditions.is_true(status.conditions, ConditionType.FINISHED)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is over."""
+        return self._finished(self.job.status)
+
+    # --- everybody else
+
+    def control(self) -> None:
+        """The Job controller catches up."""
+        for uid, gang in list(self.gangs.items()):
+            mine = {pod.uid: pod for pod in self.pods.values() if pod.owner_uid == uid}
+            living = [pod for pod in mine.values() if not pod.over]
+            if gang.deleting:
+                for pod in living:
+                    self.delete_pod(pod.uid)
+                if not living:
+                    del self.gangs[uid]
+                    self.pods = {key: pod for key, pod in self.pods.items() if key not in mine}
+                continue
+            self.gangs[uid] = self._controlled(gang, mine, living)
+
+    def _controlled(self, gang: Gang, mine: dict[str, Pod], living: list[Pod]) -> Gang:
+        wanted = self.job.spec.topology.pods if gang.parallelism is None else gang.parallelism
+        if gang.over:
+            return gang
+        failed = next((pod for pod in mine.values() if pod.phase == "Failed"), None)
+        if gang.failing is None and failed is not None:
+            gang = replace(gang, failing=self._failure(failed), failing_since=self.now)
+        if gang.failing is not None or gang.suspended:
+            for pod in living:
+                self.delete_pod(pod.uid)
+            return replace(gang, failed=gang.failing is not None and not living, ready=0)
+        if len(mine) < wanted:
+            self._make_pods(gang, wanted)
+        ready = sum(pod.phase == "Running" and pod.deleting_since is None for pod in mine.values())
+        done = sum(pod.phase == "Succeeded" for pod in mine.values()) == wanted
+        return replace(gang, ready=ready, complete=done, admitted_at=gang.admitted_at or self.now)
+
+    def _make_pods(self, gang: Gang, wanted: int) -> None:
+        for index in range(wanted):
+            self.made += 1
+            pod = make_pod(index, gang.attempt, uid=f"pod-{self.made}", owner_uid=gang.uid)
+            if not any(p.owner_uid == gang.uid and p.index == index for p in self.pods.values()):
+                self.pods[pod.uid] = pod
+
+    @staticmethod
+    def _failure(pod: Pod) -> Said:
+        if pod.disruption is not None:
+            return Said(
+                "PodFailurePolicy", f"Pod team/{pod.name} has condition DisruptionTarget matching rule"
+            )
+        if pod.exit_code in (40, 41, 143):
+            return Said("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+        told = f"Container trainer for pod team/{pod.name} failed with exit code {pod.exit_code} matching"
+        return Said("PodFailurePolicy", told)
+
+    def delete_gang(self, uid: str, *, orphan: bool = False) -> None:
+        """Somebody deletes a Job; with `orphan`, its pods stay."""
+        if uid in self.gangs:
+            self.gangs[uid] = replace(self.gangs[uid], deleting=True)
+            if orphan:
+                del self.gangs[uid]
+
+    def delete_pod(self, uid: str) -> None:
+        """Somebody deletes a pod: it goes at once if it has no node."""
+        pod = self.pods.get(uid)
+        if pod is not None and not pod.over and pod.deleting_since is None:
+            self.pods[uid] = replace(pod, deleting_since=self.now + timedelta(seconds=30))
+            if pod.node is None:
+                self._goes(uid)
+
+    def _goes(self, uid: str, code: int = 143) -> None:
+        self.pods[uid] = replace(self.pods[uid], phase="Failed", exit_code=code)
+
+    def living(self) -> list[Pod]:
+        """Pods that are not over, in the order of their names."""
+        return sorted((pod for pod in self.pods.values() if not pod.over), key=lambda pod: pod.uid)
+
+    def runs(self, uid: str) -> None:
+        """A pod gets a node and is ready."""
+        if self.pods[uid].deleting_since is None:
+            self.pods[uid] = replace(self.pods[uid], phase="Running", node="n")
+
+    def ends(self, uid: str, code: int) -> None:
+        """A pod that runs ends."""
+        pod = self.pods[uid]
+        if pod.phase == "Running":
+            self.pods[uid] = replace(pod, phase="Failed" if code else "Succeeded", exit_code=code)
+
+    def drained(self, uid: str) -> None:
+        """A pod is evicted."""
+        said = Said("EvictionByEvictionAPI", "")
+        self.pods[uid] = replace(self.pods[uid], disruption=said)
+        self.delete_pod(uid)
+
+    def let_in(self, *, suspended: bool) -> None:
+        """The queue lets every Job in, or takes it out."""
+        for uid, gang in self.gangs.items():
+            if self.job.spec.scheduling.queue_name is not None and not gang.over:
+                self.gangs[uid] = replace(gang, suspended=suspended)
+
+    def set_spec(self, **fields: Any) -> None:
+        """The user changes spec."""
+        spec = self.job.spec.model_copy(update=fields)
+        generation = (self.job.metadata.generation or 0) + 1
+        metadata = self.job.metadata.model_copy(update={"generation": generation})
+        self.job = self.job.model_copy(update={"spec": spec, "metadata": metadata})
+
+    def settle(self, rounds: int = 200) -> None:
+        """From now on all goes well, until the job is over and nothing of it lives."""
+        self.tiers = ("avx512",)
+        for _ in range(rounds):
+            self.now += timedelta(seconds=30)
+            if self.job.spec.suspend:
+                self.set_spec(suspend=False)
+            self.let_in(suspended=False)
+            self.control()
+            for pod in self.living():
+                if pod.deleting_since is not None:
+                    self._goes(pod.uid)
+                elif pod.phase == "Pending":
+                    self.runs(pod.uid)
+                elif not any(other.phase == "Pending" for other in self.living()):
+                    self.ends(pod.uid, 0)
+            self.watch()
+            self.reconcile()
+            if self.finished and not self.living():
+                return
+
+
+@pytest.fixture
+def now() -> datetime:
+    """The time of day in all tests."""
+    return NOW
+
+
+@pytest.fixture(name="make_job")
+def make_job_fixture() -> Callable[..., QLoRAJob]:
+    """A maker of jobs: make_job(status, **spec)."""
+    return make_job
+
+
+@pytest.fixture(name="make_gang")
+def make_gang_fixture() -> Callable[..., Gang]:
+    """A maker of an attempt's Jobs."""
+    return make_gang
+
+
+@pytest.fixture(name="make_pod")
+def make_pod_fixture() -> Callable[..., Pod]:
+    """A maker of pods."""
+    return make_pod
+
+
+@pytest.fixture
+def cluster() -> Callable[..., Cluster]:
+    """A maker of clusters with one job."""
+    return lambda **spec: Cluster(make_job(**spec))

@@ -1,0 +1,127 @@
+"""What an attempt waits for whose ranks are not all up."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.types import Attempt, QLoRAJob, QLoRAJobStatus
+from qlora_operator.status.draft import Draft
+from qlora_operator.status.observation import Gang, Observation, Pod, Said, Warned
+from qlora_operator.status.pending import by_quota, waiting
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+GANG = Gang("job-a0", "g", 0, ours=True)
+
+
+def pod(index: int, phase: str = "Pending", **facts: str | Said | None) -> Pod:
+    """A pod of attempt 0."""
+    return Pod(f"p{index}", f"u{index}", 0, index, phase, **facts)  # type: ignore[arg-type]
+
+
+UP = pod(0, "Running", node="n")
+PLACED = pod(1, node="n", waiting=Said("ContainerCreating", ""))
+PULL = pod(1, node="n", waiting=Said("ImagePullBackOff", "Back-off pulling image"))
+PULL_MUTE = pod(1, node="n", waiting=Said("ErrImagePull", ""))
+CONFIG = pod(1, node="n", waiting=Said("CreateContainerConfigError", 'secret "s" not found'))
+NO_ROOM = pod(1, unschedulable="0/3 nodes are available: 3 Insufficient cpu.")
+NO_CLAIM = pod(1, unschedulable='0/3 nodes are available: persistentvolumeclaim "w" not found.')
+UNBOUND = pod(1, unschedulable="0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.")
+QUOTA = Warned("FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "g")
+WEBHOOK = Warned("FailedCreate", "admission webhook denied the request", "g")
+MOUNT = Warned("FailedMount", "MountVolume.SetUp failed", "u1")
+SANDBOX = Warned("FailedCreatePodSandBox", "no network", "u1")
+SCHEDULING = Warned("FailedScheduling", "0/3 nodes are available", "u1")
+
+
+@pytest.mark.parametrize(
+    ("pods", "warnings", "reason", "message"),
+    [
+        ((UP, PLACED), (), Reason.STARTING, "0/2 pods of attempt 0 are ready"),
+        ((UP, PULL), (), Reason.IMAGE_PULL_ERROR, "pod p1 on node n: Back-off pulling image"),
+        ((UP, PULL_MUTE), (), Reason.IMAGE_PULL_ERROR, "pod p1 on node n: ErrImagePull"),
+        ((UP, CONFIG), (), Reason.CONTAINER_CONFIG_ERROR, 'pod p1 on node n: secret "s" not found'),
+        ((UP, NO_ROOM), (), Reason.UNSCHEDULABLE, "pod p1: 0/3 nodes are available: 3 Insufficient cpu."),
+        (
+            (UP, NO_CLAIM),
+            (),
+            Reason.VOLUME_NOT_READY,
+            'pod p1: 0/3 nodes are available: persistentvolumeclaim "w" not found.',
+        ),
+        (
+            (UP, UNBOUND),
+            (),
+            Reason.VOLUME_NOT_READY,
+            "pod p1: 0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.",
+        ),
+        (
+            (NO_ROOM,),
+            (QUOTA,),
+            Reason.QUOTA_EXCEEDED,
+            'the pods of job-a0 are refused: pods "p" is forbidden: exceeded quota: q, requested: pods=1',
+        ),
+        (
+            (),
+            (WEBHOOK, QUOTA),
+            Reason.REFUSED,
+            "the pods of job-a0 are refused: admission webhook denied the request",
+        ),
+        ((UP, PLACED), (QUOTA,), Reason.STARTING, "0/2 pods of attempt 0 are ready"),
+        ((UP, PLACED), (MOUNT,), Reason.VOLUME_NOT_READY, "pod p1 on node n: MountVolume.SetUp failed"),
+        ((UP, PLACED), (SANDBOX,), Reason.STARTING, "pod p1 on node n: no network"),
+        (
+            (UP, PLACED),
+            (SCHEDULING, MOUNT),
+            Reason.VOLUME_NOT_READY,
+            "pod p1 on node n: MountVolume.SetUp failed",
+        ),
+        ((UP, pod(1, "Running", node="n")), (MOUNT,), Reason.STARTING, "0/2 pods of attempt 0 are ready"),
+    ],
+    ids=[
+        "starting",
+        "image",
+        "image-without-words",
+        "config",
+        "no-room",
+        "claim-missing",
+        "claim-unbound",
+        "quota",
+        "webhook",
+        "quota-before",
+        "mount",
+        "sandbox",
+        "scheduling-before",
+        "mount-before",
+    ],
+)
+def test_waiting(
+    a_job: Callable[..., QLoRAJob],
+    pods: tuple[Pod, ...],
+    warnings: tuple[Warned, ...],
+    reason: Reason,
+    message: str,
+) -> None:
+    """One reason, in the words of who is in the way; what is over is not told."""
+    status = QLoRAJobStatus(attempt=0, attempts=[Attempt(attempt=0)])
+    job = a_job(topology={"pods": 2}).model_copy(update={"status": status})
+    said = waiting(Draft(job, Observation(gangs=(GANG,), pods=pods, warnings=warnings), NOW), GANG)
+    assert (said.reason, said.message) == (reason, message)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "expected"),
+    [
+        ("exceeded quota: q, requested: count/jobs.batch=1", True),
+        ("failed quota: q: must specify limits.cpu for: trainer", True),
+        ("insufficient quota to match these scopes: [{PriorityClass In [high]}]", True),
+        ("maximum memory usage per Container is 512Mi, but limit is 1Gi", True),
+        ("cpu max limit to request ratio per Pod is 2, but provided ratio is 4", True),
+        ("no PriorityClass with name urgent was found", False),
+        ('violates PodSecurity "restricted:latest"', False),
+    ],
+    ids=["exceeded", "failed", "scope", "maximum", "ratio", "priority", "security"],
+)
+def test_by_quota(refusal: str, expected: bool) -> None:
+    """Quotas and limits are told from other refusals."""
+    assert by_quota(refusal) == expected

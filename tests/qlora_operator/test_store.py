@@ -1,0 +1,125 @@
+"""What is known of jobs and their Jobs, whatever order it is told in."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_operator.store import Store, owner_key
+
+KEY = ("team", "job")
+
+
+def job(version: int, uid: str = "one", **status: Any) -> dict[str, Any]:
+    """A QLoRAJob."""
+    metadata = {"namespace": "team", "name": "job", "uid": uid, "resourceVersion": str(version)}
+    return {"metadata": {**metadata, "managedFields": ["long"]}, "spec": {}, "status": status}
+
+
+def gang(
+    version: int, *, uid: str = "g", name: str = "job-a0", ready: int = 0, job_uid: str = "one"
+) -> dict[str, Any]:
+    """A batch/v1 Job of it."""
+    labels = {"qlora.dev/job-name": "job", "qlora.dev/job-uid": job_uid, "qlora.dev/attempt": name[-1]}
+    metadata = {
+        "namespace": "team",
+        "name": name,
+        "uid": uid,
+        "resourceVersion": str(version),
+        "labels": labels,
+    }
+    return {"metadata": metadata, "spec": {}, "status": {"ready": ready}}
+
+
+@given(st.permutations(range(5)))
+def test_newest_state_wins(order: list[int]) -> None:
+    """Told in any order, the newest state of a job and of its Job is what is known."""
+    store = Store()
+    for version in order:
+        store.put_job(job(version, phase=f"p{version}"))
+        store.put_gang(gang(version, ready=version))
+    known = store.job(KEY)
+    assert known is not None
+    assert known["status"]["phase"] == "p4"
+    assert [each.ready for each in store.gangs("one")] == [4]
+
+
+def test_newer_job_of_the_same_name() -> None:
+    """A job that was created again replaces the one before, and late news of that one change nothing."""
+    store = Store()
+    store.put_job(job(1))
+    store.put_job(job(5, uid="two"))
+    store.put_job(job(3))
+    store.drop_job(KEY, "one")
+    known = store.job(KEY)
+    assert known is not None
+    assert known["metadata"]["uid"] == "two"
+
+
+def test_large_numbers_are_numbers() -> None:
+    """Versions are compared as numbers: 10 is newer than 9."""
+    store = Store()
+    store.put_job(job(10, phase="new"))
+    store.put_job(job(9, phase="old"))
+    assert (store.job(KEY) or {})["status"] == {"phase": "new"}
+
+
+def test_lean() -> None:
+    """Who changed which field, which is as long as all the rest, is not kept."""
+    store = Store()
+    store.put_job(job(1))
+    assert "managedFields" not in (store.job(KEY) or {})["metadata"]
+
+
+def test_a_job_takes_its_gangs_along() -> None:
+    """With a job, what is known of its Jobs is forgotten."""
+    store = Store()
+    store.put_job(job(1))
+    store.put_gang(gang(2))
+    store.drop_job(KEY)
+    assert (store.job(KEY), store.jobs(), store.gangs("one")) == (None, [], ())
+
+
+def test_only_the_very_gang_is_dropped() -> None:
+    """The end of a Job says nothing about another of its name."""
+    store = Store()
+    store.put_gang(gang(5, uid="new"))
+    store.drop_gang(gang(3, uid="old"))
+    assert [each.uid for each in store.gangs("one")] == ["new"]
+    store.drop_gang(gang(6, uid="new"))
+    assert store.gangs("one") == ()
+
+
+def test_gangs_that_are_no_more() -> None:
+    """A look at all Jobs tells which are gone, and whose they were."""
+    store = Store()
+    store.put_gang(gang(1, uid="a", name="job-a0"))
+    store.put_gang(gang(2, uid="b", name="job-a1"))
+    store.put_gang(gang(3, uid="c", job_uid="two"))
+    assert store.drop_gangs_but(["b", "c"]) == ["one"]
+    assert [each.uid for each in store.gangs("one")] == ["b"]
+
+
+def test_unlabelled_is_nobodys() -> None:
+    """A Job without the label is of no job."""
+    store, raw = Store(), gang(1)
+    del raw["metadata"]["labels"]
+    store.put_gang(raw)
+    store.drop_gang(raw)
+    assert store.gangs("one") == ()
+
+
+@pytest.mark.parametrize(
+    ("labels", "owners", "expected"),
+    [
+        pytest.param({"qlora.dev/job-name": "job"}, [], KEY, id="label"),
+        pytest.param(None, [{"kind": "QLoRAJob", "name": "job"}], KEY, id="owner"),
+        pytest.param({}, [{"kind": "CronJob", "name": "job"}], None, id="another's"),
+        pytest.param({}, [], None, id="nobody's"),
+    ],
+)
+def test_owner_key(labels: Any, owners: Any, expected: Any) -> None:
+    """A child belongs to the job that its label names, or else its owner reference."""
+    raw = {"metadata": {"namespace": "team", "name": "x", "labels": labels, "ownerReferences": owners}}
+    assert owner_key(raw) == expected

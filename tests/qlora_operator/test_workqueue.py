@@ -1,0 +1,222 @@
+"""The queue: one worker at a time for each key, delays, and what it does about failures."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from qlora_operator import workqueue
+from qlora_operator.cluster import ApiError
+from qlora_operator.workqueue import Key, WorkQueue
+
+A, B = ("team", "a"), ("team", "b")
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine for five seconds at most."""
+    asyncio.run(asyncio.wait_for(test(), 5))
+
+
+async def until(check: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    while not check():
+        await asyncio.sleep(0.001)
+
+
+def test_one_worker_for_each_key() -> None:
+    """A key that is added while it is worked on is worked on once more afterwards, and never twice at a time."""
+
+    async def test() -> None:
+        begun, go = [], asyncio.Event()
+
+        async def work(key: Key) -> None:
+            begun.append(key)
+            assert queue.busy <= 2
+            await go.wait()
+
+        queue = WorkQueue(work)
+        queue.start()
+        for key in (A, A, B):
+            queue.add(key)
+        await until(lambda: len(begun) == 2)
+        queue.add(A)
+        queue.add(A)
+        await asyncio.sleep(0.02)
+        assert sorted(begun) == [A, B]
+        go.set()
+        await until(lambda: len(begun) == 3)
+        await asyncio.sleep(0.02)
+        assert sorted(begun) == [A, A, B]
+        await queue.stop()
+
+    run(test)
+
+
+def test_earliest_time_counts() -> None:
+    """A key that is wanted later, and then now, is worked on now, and not once more later."""
+
+    async def test() -> None:
+        done: list[Key] = []
+        queue = WorkQueue(_note(done))
+        queue.start()
+        queue.add(A, 0.05)
+        queue.add(A)
+        queue.add(A, 0.02)
+        await asyncio.sleep(0.1)
+        assert done == [A]
+        await queue.stop()
+
+    run(test)
+
+
+def test_delayed_key_while_others_keep_the_workers_busy() -> None:
+    """A key is worked on when it is due, although whoever waited for it went to work on another."""
+
+    async def test() -> None:
+        done: list[Key] = []
+
+        async def work(key: Key) -> None:
+            done.append(key)
+            await asyncio.sleep(0 if key == A else 10)
+
+        queue = WorkQueue(work, workers=3)
+        queue.start()
+        await asyncio.sleep(0.01)
+        queue.add(A, 0.05)
+        for name in ("b", "c"):
+            await asyncio.sleep(0.01)
+            queue.add(("team", name))
+        await until(lambda: A in done)
+        await queue.stop(patience=0)
+
+    run(test)
+
+
+def test_comes_back_when_it_asks_to() -> None:
+    """The seconds that the work gives are when it is wanted again; None means not by itself."""
+
+    async def test() -> None:
+        delays: list[float | None] = [0.01, 0.0, None, 0.0]
+
+        async def work(_: Key) -> float | None:
+            return delays.pop(0)
+
+        queue = WorkQueue(work)
+        queue.start()
+        queue.add(A)
+        await until(lambda: len(delays) == 1)
+        await asyncio.sleep(0.03)
+        assert len(delays) == 1
+        await queue.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "delays"),
+    [
+        pytest.param(
+            ApiError(500, "InternalError", "no"), [0.5, 1.0, 2.0, 4.0], id="more after each failure"
+        ),
+        pytest.param(ApiError(429, "TooManyRequests", "no", 7.0), [7.0] * 4, id="what the server asks for"),
+        pytest.param(ZeroDivisionError(), [0.5, 1.0, 2.0, 4.0], id="our own mistake"),
+    ],
+)
+def test_failures(error: Exception, delays: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    """What fails is tried again, and the log says when."""
+
+    async def test() -> None:
+        async def work(_: Key) -> None:
+            raise error
+
+        failures = []
+        queue = WorkQueue(work, failed=lambda: failures.append(1))
+        given = [await queue._attempt(A) for _ in delays]
+        assert given == delays
+        assert len(failures) == len(delays)
+
+    run(test)
+    assert (
+        f"team/a: {'it will' if isinstance(error, ZeroDivisionError) else 'the API server refused: no'}"
+        in caplog.text
+    )
+
+
+def test_longest_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delay after failures is bounded, and short again after a success."""
+    outcomes: list[Exception | None] = [*[ApiError(500, "", "")] * 30, None, ApiError(500, "", "")]
+
+    async def work(_: Key) -> None:
+        outcome = outcomes.pop(0)
+        if outcome is not None:
+            raise outcome
+
+    async def test() -> None:
+        queue = WorkQueue(work)
+        delays = [await queue._attempt(A) for _ in range(32)]
+        assert delays[29:] == [workqueue.MAX_RETRY_SECONDS, None, workqueue.FIRST_RETRY_SECONDS]
+
+    run(test)
+
+
+def test_stop() -> None:
+    """Stopping waits for what is being done, and begins nothing, not even what that asks for."""
+
+    async def test() -> None:
+        begun, ended = [], []
+
+        async def work(key: Key) -> float:
+            begun.append(key)
+            await asyncio.sleep(0.05)
+            ended.append(key)
+            return 0.0
+
+        queue = WorkQueue(work, workers=1)
+        queue.start()
+        queue.add(A)
+        queue.add(B)
+        await until(lambda: bool(begun))
+        await queue.stop()
+        queue.add(B)
+        await asyncio.sleep(0.1)
+        assert (begun, ended) == ([A], [A])
+
+    run(test)
+
+
+def test_stop_has_limited_patience() -> None:
+    """Work that does not end is ended."""
+
+    async def test() -> None:
+        queue = WorkQueue(lambda _: asyncio.sleep(100))
+        queue.start()
+        queue.add(A)
+        await until(lambda: queue.busy == 1)
+        await queue.stop(patience=0.05)
+        assert queue.busy == 0
+
+    run(test)
+
+
+def test_what_it_tells_of_itself() -> None:
+    """Its length is what is due; its oldest is what has been due, or at work, the longest."""
+
+    async def test() -> None:
+        queue = WorkQueue(_note([]))
+        assert (len(queue), queue.oldest()) == (0, 0.0)
+        queue.add(A, 60)
+        assert (len(queue), queue.oldest()) == (0, 0.0)
+        queue.add(B)
+        await asyncio.sleep(0.02)
+        assert len(queue) == 1
+        assert queue.oldest() >= 0.02
+
+    run(test)
+
+
+def _note(done: list[Key]) -> Callable[[Key], Awaitable[float | None]]:
+    async def work(key: Key) -> None:
+        done.append(key)
+
+    return work
