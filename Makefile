@@ -61,6 +61,7 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 
 test: demo-data  ## Set everything up and run the tests, fast ones first
 	$(PYTEST) -m "$(FAST)"
+	$(CLUSTER) build --tier fleet
 	$(PYTEST) -m "cluster and not soak"
 	$(PYTEST) -m "slow and not soak"
 
@@ -68,6 +69,7 @@ test-fast: demo-data  ## Run the fast tests
 	$(PYTEST) -m "$(FAST)"
 
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
+	$(CLUSTER) build --tier nodes
 	$(PYTEST) -m "nodes and not soak"
 
 soak: setup  ## Run the long random tests

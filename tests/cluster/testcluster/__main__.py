@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
             _up(folder, options)
         elif options.command == "down":
             _down(folder)
+        elif options.command == "build":
+            _build(options.tier)
         else:
             _env(folder)
     except ClusterError as error:
@@ -44,9 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--cpu", default="32", help="tier fleet: of every node (32)")
     up.add_argument("--memory", default="256Gi", help="tier fleet: of every node (256Gi)")
     up.add_argument("--audit", action="store_true", help="write <folder>/audit.log")
+    build = commands.add_parser("build", help="build what a tier needs, and start nothing")
+    build.add_argument("--tier", choices=TIERS, default="api")
     down = commands.add_parser("down", help="end a cluster and remove every trace of it")
     env = commands.add_parser("env", help="print what to export so that kubectl reaches it")
-    for command in (up, down, env):
+    for command in (up, build, down, env):
         command.add_argument("--name", default="default", help="of the cluster (default)")
     return parser
 
@@ -66,6 +70,15 @@ def _up(folder: Path, options: argparse.Namespace) -> None:
     seconds = time.monotonic() - start
     again = "" if options.name == "default" else f" --name {options.name}"
     print(f'ready in {seconds:.1f} s: {folder}\nto use it: eval "$(python -m testcluster env{again})"')
+
+
+def _build(tier: str) -> None:
+    ensure(tier)
+    if tier == "nodes":
+        from testcluster import images, packages
+
+        packages.ensure()
+        images.all_images(images.Store())
 
 
 def _up_without_nodes(folder: Path, options: argparse.Namespace) -> None:
