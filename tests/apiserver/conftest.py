@@ -17,6 +17,7 @@ import yaml
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
+from testcluster.errors import KubectlError
 from testcluster.faulty import FaultyProxy
 from testcluster.kubelet import Kubelet
 from testcluster.witness import Witness
@@ -42,8 +43,22 @@ AMX_NODE = {
 }
 AVX512_NODE = {
     f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true"
-    for flag in ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL", "AVX2", "FMA3")
+    for flag in ("AVX512F", "AVX2")
 }
+
+
+@pytest.fixture(scope="session")
+def told_cluster(api_cluster: Cluster, crd: None) -> Cluster:
+    """A cluster whose kubectl knows jobs: an API server tells of a new kind a moment after it serves it."""
+
+    def known() -> bool:
+        try:
+            return bool(api_cluster.kubectl("explain", "qlorajobs"))
+        except KubectlError:
+            return False
+
+    eventually(known)
+    return api_cluster
 
 
 @pytest.fixture(scope="session")

@@ -48,11 +48,12 @@ _CPUID = "feature.node.kubernetes.io/cpu-cpuid."
 TIER_LABELS: dict[IsaTier, tuple[str, ...]] = {
     "amx_bf16": (f"{_CPUID}AMXTILE", f"{_CPUID}AMXBF16"),
     "avx512_bf16": (f"{_CPUID}AVX512F", f"{_CPUID}AVX512BF16"),
-    "avx512": (f"{_CPUID}AVX512F", f"{_CPUID}AVX512BW", f"{_CPUID}AVX512DQ", f"{_CPUID}AVX512VL"),
-    "avx2": (f"{_CPUID}AVX2", f"{_CPUID}FMA3"),
+    "avx512": (f"{_CPUID}AVX512F",),
+    "avx2": (f"{_CPUID}AVX2",),
 }
-"""Labels that Node Feature Discovery gives, with the value "true", to a node of a tier or a better one: the
-flags that the ranks themselves look for, in its spelling. Without the feature a label is absent."""
+"""Labels that Node Feature Discovery gives, with the value "true", to a node of a tier or a better one. Without
+the feature a label is absent. Fewer than the flags that the ranks look for: what every server with these has as
+well is not asked of a cluster's labels, which an administrator may have cut down."""
 
 MAX_JOB_NAME = 50
 """Characters. A pod's host name `<name>-a<attempt>-<index>` has 63: 13 are left for an attempt below 10^6 and

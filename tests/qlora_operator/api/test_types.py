@@ -15,6 +15,7 @@ from qlora_operator.api.types import (
     OPERATOR_ONLY,
     QLoRAJob,
     QLoRAJobSpec,
+    held_fields,
     ignored_by_run,
 )
 from qlora_operator.errors import InvalidJobError
@@ -501,3 +502,25 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
     assert ignored_by_run(full) == [
         path for path in OPERATOR_ONLY if path not in ("spec.image", "spec.managedBy")
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "same"),
+    [
+        ({}, True),
+        ({"spec.topology.pods": 1}, True),
+        ({"spec.suspend": True, "spec.backoffLimit": 9}, True),
+        ({"spec.topology.pods": 7}, False),
+        ({"spec.scheduling": {"nodeSelector": {"a": "b"}}}, False),
+    ],
+    ids=["itself", "a default written out", "what may change at any time", "topology", "scheduling"],
+)
+def test_held_fields_tell_what_may_change_only_while_suspended(
+    fields: dict[str, Any], same: bool, minimal: dict[str, Any], changed: Callable[..., dict[str, Any]]
+) -> None:
+    """The hash is another one exactly when a field of MUTABLE_WHILE_SUSPENDED has another value."""
+    before, after = parse_job(minimal), parse_job(changed(fields))
+    assert before is not None
+    assert after is not None
+
+    assert (held_fields(before.spec) == held_fields(after.spec)) == same

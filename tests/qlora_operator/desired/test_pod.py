@@ -187,8 +187,8 @@ def test_the_ranks_read_what_the_user_wrote(
 
 
 def test_the_largest_run_config_fits_an_annotation(template: Make) -> None:
-    """With every bound of the API exhausted by the characters that JSON writes longest, half the room is left."""
-    uri = "pvc://c/" + "\x01" * 504
+    """With every bound of the API exhausted by the longest characters, half the room is left."""
+    uri = "pvc://c/" + "\U0001f600" * 504
     spec = {
         "workspace": uri,
         "model": {"source": uri},
