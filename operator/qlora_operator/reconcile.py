@@ -161,9 +161,7 @@ class Reconciler:
         )
         why = found.why
         if avoid and why:
-            why = (
-                f"{why} (left out, since their ranks found less than the labels promise: {', '.join(sorted(avoid))})"
-            )
+            why = f"{why} (left out, since their ranks found less than the labels promise: {', '.join(sorted(avoid))})"
         return Feasible(found.tiers, why)
 
     async def _nodes_of(self, pods: tuple[Pod, ...]) -> list[placement.Node] | None:

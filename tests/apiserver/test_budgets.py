@@ -111,9 +111,9 @@ def test_first_restart_is_prompt_and_the_next_waits(make_job: MakeJob) -> None:
     with job.kubelet.finish_terminations(job.namespace):
         fail(job, 0, UNEXPECTED)
         fail(job, 1, UNEXPECTED)
-        status = job.until(lambda _: job.condition("Initialized").get("reason") == "BackOff")
+        status = job.until(lambda status: "the next attempt starts at" in (status.get("message") or ""))
         assert status["phase"] == "Restarting"
-        assert "the next attempt starts at" in status["message"]
+        assert job.condition("Initialized")["reason"] == "BackOff"
         assert "exited with code 1" in status["message"]
 
         attempts = job.until(lambda status: status["attempt"] == 2)["attempts"]

@@ -113,11 +113,13 @@ def test_a_sample_is_accepted_and_means_what_qlora_validate_says(
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_kubectl_reads_a_sample_as_we_do(path: Path, api_cluster: Cluster, namespace: str, jobs: str) -> None:
+def test_kubectl_reads_a_sample_as_we_do(
+    path: Path, told_cluster: Cluster, namespace: str, jobs: str
+) -> None:
     """What kubectl makes of the file is what the project's own reader makes of it."""
     arguments = ("create", "--validate=strict", "--dry-run=server", "-o", "json", "-n", namespace)
-    sent = json.loads(api_cluster.kubectl(*arguments, "-f", str(path)))
-    ours = api_cluster.client.post(f"{jobs}?fieldValidation=Strict&dryRun=All", read(path))
+    sent = json.loads(told_cluster.kubectl(*arguments, "-f", str(path)))
+    ours = told_cluster.client.post(f"{jobs}?fieldValidation=Strict&dryRun=All", read(path))
 
     assert sent["spec"] == ours["spec"]
 
@@ -125,13 +127,13 @@ def test_kubectl_reads_a_sample_as_we_do(path: Path, api_cluster: Cluster, names
 @pytest.mark.parametrize("how", ["--server-side", "--server-side=false"])
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
 def test_applying_a_file_twice_changes_nothing(
-    how: str, path: Path, api_cluster: Cluster, namespace: str, jobs: str
+    how: str, path: Path, told_cluster: Cluster, namespace: str, jobs: str
 ) -> None:
     """Generation and resourceVersion are the same after the same file was applied again."""
 
     def applied() -> tuple[int, str]:
-        api_cluster.kubectl("apply", how, "--validate=strict", "-n", namespace, "-f", str(path))
-        (job,) = api_cluster.client.items(jobs)
+        told_cluster.kubectl("apply", how, "--validate=strict", "-n", namespace, "-f", str(path))
+        (job,) = told_cluster.client.items(jobs)
         return job["metadata"]["generation"], job["metadata"]["resourceVersion"]
 
     first = applied()
@@ -161,13 +163,13 @@ STATUS = {
 }
 
 
-def test_the_columns_print(api_cluster: Cluster, namespace: str, jobs: str) -> None:
+def test_the_columns_print(told_cluster: Cluster, namespace: str, jobs: str) -> None:
     """`kubectl get qlj` shows a job in nine columns, `-o wide` in five more, `kubectl get all` too."""
-    job = api_cluster.client.post(jobs, sample("minimal"))
-    api_cluster.client.patch(f"{jobs}/{job['metadata']['name']}/status", {"status": STATUS})
+    job = told_cluster.client.post(jobs, sample("minimal"))
+    told_cluster.client.patch(f"{jobs}/{job['metadata']['name']}/status", {"status": STATUS})
     get = ("get", "-n", namespace)
-    header, row = api_cluster.kubectl(*get, "qlj").splitlines()
-    _, wide = api_cluster.kubectl(*get, "qlj", "-o", "wide").splitlines()
+    header, row = told_cluster.kubectl(*get, "qlj").splitlines()
+    _, wide = told_cluster.kubectl(*get, "qlj", "-o", "wide").splitlines()
 
     assert header.split() == [
         "NAME",
@@ -185,7 +187,7 @@ def test_the_columns_print(api_cluster: Cluster, namespace: str, jobs: str) -> N
     assert row.split()[:-1] == shown
     assert wide.split()[:9] == shown
     assert wide.split()[10:] == ["1", "fp32", "100", STATUS["adapter"]["uri"], "training"]
-    assert "qlorajob.qlora.dev/smollm2-docs" in api_cluster.kubectl(*get, "all")
+    assert "qlorajob.qlora.dev/smollm2-docs" in told_cluster.kubectl(*get, "all")
 
 
 def test_a_user_cannot_set_the_status(client: Client, jobs: str) -> None:

@@ -46,9 +46,9 @@ def explained(text: str) -> tuple[str, dict[str, tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("path", OBJECTS)
-def test_every_field_is_explained(path: str, api_cluster: Cluster, crd: None) -> None:
+def test_every_field_is_explained(path: str, told_cluster: Cluster) -> None:
     """An object and each of its fields has whole sentences of plain words."""
-    description, fields = explained(api_cluster.kubectl("explain", path))
+    description, fields = explained(told_cluster.kubectl("explain", path))
 
     assert set(fields) == set(OBJECTS[path]["properties"])
     for name, text in {"": description, **{name: text for name, (_, text) in fields.items()}}.items():
@@ -57,18 +57,18 @@ def test_every_field_is_explained(path: str, api_cluster: Cluster, crd: None) ->
         assert not JARGON.search(text), f"{path}.{name}: {text!r}"
 
 
-def test_what_must_be_given_is_marked(api_cluster: Cluster, crd: None) -> None:
+def test_what_must_be_given_is_marked(told_cluster: Cluster) -> None:
     """Fields without a default say that they are required, those with one say which."""
-    _, fields = explained(api_cluster.kubectl("explain", "qlj.spec.topology"))
+    _, fields = explained(told_cluster.kubectl("explain", "qlj.spec.topology"))
 
     assert fields["memoryPerRank"][0] == "<string> -required-"
     assert fields["pods"][0] == "<integer>"
     assert fields["pods"][1].endswith("Default: 1.")
 
 
-def test_one_field_can_be_asked_for(api_cluster: Cluster, crd: None) -> None:
+def test_one_field_can_be_asked_for(told_cluster: Cluster) -> None:
     """A field's own page has its type, its values and its description."""
-    text = " ".join(api_cluster.kubectl("explain", "qlj.spec.training.schedule").split())
+    text = " ".join(told_cluster.kubectl("explain", "qlj.spec.training.schedule").split())
 
     assert "FIELD: schedule <string> ENUM: linear cosine constant DESCRIPTION: Learning rate" in text
 
@@ -80,9 +80,9 @@ def tree(node: Schema, indent: int) -> Iterator[str]:
         yield from tree(child, indent + 2)
 
 
-def test_the_whole_tree_is_shown(api_cluster: Cluster, crd: None) -> None:
+def test_the_whole_tree_is_shown(told_cluster: Cluster) -> None:
     """`--recursive` lists every field of spec and status in its place."""
-    text = api_cluster.kubectl("explain", "qlj", "--recursive")
+    text = told_cluster.kubectl("explain", "qlj", "--recursive")
     spec = text.partition("\n  spec\t")[2].partition("\n  status\t")
     for part, top in ((spec[0], "spec"), (spec[2], "status")):
         lines = [line for line in part.splitlines() if "\t<" in line and line.startswith(" ")]

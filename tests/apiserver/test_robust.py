@@ -97,6 +97,7 @@ class Kills:
 
     def __init__(self, operator: Any, seed: int, count: int) -> None:
         self.operator, self.left, self.random = operator, count, random.Random(seed)
+        self.lock = threading.Lock()
         self._draw()
 
     def _draw(self) -> None:
@@ -112,8 +113,9 @@ class Kills:
         return await self.random.choice([before, after])(self._restart)(exchange)
 
     def _restart(self) -> None:
-        self.operator.kill()
-        self.operator.start(wait=False)
+        with self.lock:  # two requests may be under way
+            self.operator.kill()
+            self.operator.start(wait=False)
 
 
 KILLS = 4

@@ -121,7 +121,7 @@ def test_suspended_while_restarting(make_job: MakeJob) -> None:
     job.kubelet.failed(job.run()[0], 1)
     with job.kubelet.finish_terminations(job.namespace):
         job.kubelet.failed(job.run(1)[0], 1)
-        job.until(lambda status: job.condition("Initialized")["reason"] == "BackOff")
+        job.until(lambda status: "the next attempt starts at" in (status.get("message") or ""))
 
         job.patch({"suspend": True})
         status = until_suspended(job)

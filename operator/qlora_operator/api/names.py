@@ -234,7 +234,7 @@ class Reason(StrEnum):
 
     # What a job waits for.
     INVALID_SPEC = "InvalidSpec"
-    """Not Initialized: this operator cannot read the spec."""
+    """Not Initialized: this operator cannot read the spec, or not write the RunConfig that the job began with."""
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"
     """Not Initialized: spec.image is not one that the administrator allows."""
     NAME_CONFLICT = "NameConflict"

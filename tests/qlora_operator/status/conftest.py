@@ -1,12 +1,13 @@
 """Jobs, Jobs' Jobs and pods as the operator sees them, and a small cluster in memory that plays them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
+from qlora_contract.run import IsaTier
 from qlora_operator.api.names import ConditionType
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus, held_fields
 from qlora_operator.status import conditions
@@ -63,7 +64,7 @@ class Cluster:
     pods: dict[str, Pod] = field(default_factory=dict)
     watched: dict[str, Gang] = field(default_factory=dict)
     """The Jobs as the operator's watch has told of them."""
-    tiers: tuple[Any, ...] = ("avx512",)
+    tiers: tuple[IsaTier, ...] = ("avx512",)
     made: int = 0
     charged: list[int] = field(default_factory=list)
     """Attempts that cost a restart, each time one did."""
@@ -317,6 +318,32 @@ def make_gang_fixture() -> Callable[..., Gang]:
 def make_pod_fixture() -> Callable[..., Pod]:
     """A maker of pods."""
     return make_pod
+
+
+@pytest.fixture
+def ask() -> Callable[..., Decision]:
+    """ask(status, gangs, pods, at=now, tiers=..., spec=..., **observed) -> the decision."""
+
+    def made(
+        status: dict[str, Any] | None = None,
+        gangs: Sequence[Gang] = (),
+        pods: Sequence[Pod] | None = None,
+        *,
+        at: datetime = NOW,
+        tiers: Sequence[IsaTier] = ("avx512",),
+        spec: dict[str, Any] | None = None,
+        **observed: Any,
+    ) -> Decision:
+        seen = Observation(
+            gangs=tuple(gangs),
+            pods=None if pods is None else tuple(pods),
+            feasible=Feasible(tuple(tiers), "" if tiers else "0/7 nodes can"),
+            image="registry.example/trainer:1",
+            **observed,
+        )
+        return decide(make_job(status, **(spec or {})), seen, at)
+
+    return made
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+"""What rank 0 tells and what the pods show, as parts of the status."""
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from qlora_contract.progress import ProgressReport, RankFacts
+from qlora_operator.api.types import AdapterStatus, Progress, RankStatus
+from qlora_operator.status import live
+from qlora_operator.status.observation import Pod
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def told(**fields: Any) -> ProgressReport:
+    """Rank 0's report."""
+    known = {"job_uid": "u", "attempt": 0, "stage": "Training", "step": 3, "total_steps": 8, "epoch": 0.5}
+    return ProgressReport.model_validate({**known, "updated_time": "2026-01-31T11:59:59Z", **fields})
+
+
+def ended(**report: Any) -> str:
+    """A termination message."""
+    return json.dumps(
+        {"version": 1, "exitCode": 0, "reason": "DONE", "cause": "all ranks are done", **report}
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "step_time"),
+    [
+        pytest.param(None, "2026-01-31T12:00:00Z", id="the first report"),
+        pytest.param(Progress(step=3, step_time="then"), "then", id="no step since"),
+        pytest.param(Progress(step=2, step_time="then"), "2026-01-31T12:00:00Z", id="a step since"),
+        pytest.param(Progress(step=5, step_time="then"), "2026-01-31T12:00:00Z", id="back to a checkpoint"),
+    ],
+)
+def test_step_time(before: Progress | None, step_time: str) -> None:
+    """The time of the last step is when the operator first saw it, by its own clock."""
+    progress = live.progress(before, told(), NOON)
+
+    assert progress.step_time == step_time
+    assert (progress.step, progress.percent) == (3, 37)
+    assert progress.updated_time == "2026-01-31T11:59:59Z"
+
+
+def test_no_steps_at_all() -> None:
+    """A job of no steps has no percentage."""
+    assert live.progress(None, told(step=0, total_steps=0), NOON).percent is None
+
+
+def test_eta_is_in_whole_seconds() -> None:
+    """The API's field is an integer."""
+    assert live.progress(None, told(eta_seconds=59.6), NOON).eta_seconds == 60
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, None),
+        (Progress(), Progress()),
+        (
+            Progress(step=390, total_steps=400, percent=97, eta_seconds=9, loss=1.0),
+            Progress(step=400, total_steps=400, percent=100, eta_seconds=0, loss=1.0),
+        ),
+    ],
+    ids=["never told", "told nothing", "told of a step before the last"],
+)
+def test_finished(before: Progress | None, after: Progress | None) -> None:
+    """A job that is done has made all its steps."""
+    assert live.finished(before) == after
+
+
+def test_ranks_keep_what_is_known(make_pod: Callable[..., Pod]) -> None:
+    """A second look at the pods keeps what the ranks told, unless the pod is another."""
+    pods = [make_pod(1, node="b"), make_pod(0, node="a")]
+    facts = [RankFacts(rank=n, host="h", isa="avx512", cpus=str(n), threads=1) for n in range(4)]
+    known = live.with_facts(live.ranks([], pods, 2), told(ranks=facts))
+    assert [(r.index, r.pod, r.node, r.isa, r.cpus) for r in known] == [
+        (0, "job-a0-0", "a", "avx512", "0"),
+        (1, "job-a0-0", "a", "avx512", "1"),
+        (2, "job-a0-1", "b", "avx512", "2"),
+        (3, "job-a0-1", "b", "avx512", "3"),
+    ]
+
+    assert live.ranks(known, pods, 2) == known
+    other = live.ranks(known, [make_pod(0, attempt=1, node="a")], 2)
+    assert other == [RankStatus(index=n, pod="job-a1-0", node="a") for n in range(2)]
+
+
+def test_ranks_are_capped(make_pod: Callable[..., Pod]) -> None:
+    """The first 64 ranks are shown."""
+    assert len(live.ranks([], [make_pod(n) for n in range(40)], 2)) == 64
+
+
+def test_nodes(make_pod: Callable[..., Pod]) -> None:
+    """Each node once, in order, without those of pods that have none."""
+    pods = [make_pod(0, node="b"), make_pod(1, node="a"), make_pod(2, node="b"), make_pod(3)]
+
+    assert live.nodes(pods) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        pytest.param([], None, id="no pods"),
+        pytest.param(["Segmentation fault"], None, id="no report"),
+        pytest.param([ended(computeDtype="bf16", step=None)], None, id="no step was made"),
+        pytest.param([ended(computeDtype="bf16", step=0)], None, id="ended before the first step"),
+        pytest.param(["", ended(computeDtype="bf16", step=2)], "bf16", id="a step was made"),
+    ],
+)
+def test_dtype(make_pod: Callable[..., Pod], words: list[str], dtype: str | None) -> None:
+    """What pods say they have computed in counts once they have completed a step."""
+    assert live.dtype([make_pod(n, last_words=each) for n, each in enumerate(words)]) == dtype
+
+
+@pytest.mark.parametrize(
+    ("report", "adapter"),
+    [
+        pytest.param({}, None, id="nothing stored"),
+        pytest.param(
+            {"adapterUri": "pvc://a", "adapterSha256": "5", "baseEvalLoss": 3.0, "evalLoss": 2.0},
+            AdapterStatus(uri="pvc://a", sha256="5", base_eval_loss=3.0, eval_loss=2.0),
+            id="stored and evaluated",
+        ),
+        pytest.param(
+            {"adapterUri": "pvc://a", "baseEvalLossQuantized": 3.5},
+            AdapterStatus(uri="pvc://a", base_eval_loss=3.5),
+            id="only the quantised base was measured",
+        ),
+        pytest.param(
+            {"adapterUri": "pvc://a", "baseEvalLoss": 0.0, "baseEvalLossQuantized": 3.5},
+            AdapterStatus(uri="pvc://a", base_eval_loss=0.0),
+            id="a loss of zero is a loss",
+        ),
+    ],
+)
+def test_adapter(make_pod: Callable[..., Pod], report: dict[str, Any], adapter: AdapterStatus | None) -> None:
+    """Rank 0's pod says what it has stored; nobody else is asked."""
+    assert live.adapter([make_pod(0, last_words=ended(**report))]) == adapter
+    assert live.adapter([make_pod(1, last_words=ended(**report))]) is None

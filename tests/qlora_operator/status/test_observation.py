@@ -1,0 +1,179 @@
+"""Few facts from much JSON."""
+
+import copy
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from qlora_operator.status.observation import Gang, Pod, Said, gang, pod
+
+UID = "0f8fad5b"
+OWNER = {"kind": "QLoRAJob", "uid": UID, "controller": True}
+JOB: dict[str, Any] = {
+    "metadata": {
+        "name": "job-a3",
+        "uid": "g",
+        "labels": {"qlora.dev/attempt": "3"},
+        "annotations": {"qlora.dev/held-fields": "5eed"},
+        "ownerReferences": [{"kind": "Other", "uid": "x"}, OWNER],
+    },
+    "spec": {"parallelism": 2},
+}
+POD: dict[str, Any] = {
+    "metadata": {
+        "name": "job-a3-1-x7",
+        "uid": "p",
+        "labels": {"qlora.dev/attempt": "3"},
+        "annotations": {"batch.kubernetes.io/job-completion-index": "1"},
+        "ownerReferences": [{"kind": "Job", "uid": "g", "controller": True}],
+    },
+    "spec": {},
+}
+
+
+def merged(raw: dict[str, Any], **parts: Any) -> dict[str, Any]:
+    """The object with more in its metadata, spec or status."""
+    result = copy.deepcopy(raw)
+    for key, value in parts.items():
+        result[key] = {**result.get(key, {}), **value}
+    return result
+
+
+def said(kind: str, status: str = "True", reason: str = "R", message: str = "m") -> dict[str, Any]:
+    """A condition."""
+    times = {"lastTransitionTime": "2026-01-31T12:00:00Z"}
+    return {"type": kind, "status": status, "reason": reason, "message": message, **times}
+
+
+def gang_of(**fields: Any) -> Gang:
+    """What JOB is, but for these."""
+    known = {
+        "name": "job-a3",
+        "uid": "g",
+        "attempt": 3,
+        "ours": True,
+        "parallelism": 2,
+        "held_fields": "5eed",
+    }
+    return Gang(**{**known, **fields})
+
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+FAILING = {"failing": Said("R", "m"), "failing_since": NOON}
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        pytest.param({}, {}, id="just created"),
+        pytest.param({"metadata": {"ownerReferences": []}}, {"ours": False}, id="nobody's"),
+        pytest.param(
+            {"metadata": {"ownerReferences": [{**OWNER, "controller": False}]}},
+            {"ours": False},
+            id="not its controller",
+        ),
+        pytest.param({"metadata": {"labels": {}}}, {"attempt": -1}, id="no attempt"),
+        pytest.param({"metadata": {"labels": {"qlora.dev/attempt": "x"}}}, {"attempt": -1}, id="no number"),
+        pytest.param({"metadata": {"annotations": {}}}, {"held_fields": None}, id="annotation taken away"),
+        pytest.param({"spec": {"suspend": True}}, {"suspended": True}, id="suspended"),
+        pytest.param({"metadata": {"deletionTimestamp": "t"}}, {"deleting": True}, id="deleted"),
+        pytest.param({"status": {"ready": 2}}, {"ready": 2}, id="ready"),
+        pytest.param({"status": {"startTime": "2026-01-31T12:00:00Z"}}, {"admitted_at": NOON}, id="started"),
+        pytest.param({"status": {"conditions": [said("Complete")]}}, {"complete": True}, id="complete"),
+        pytest.param({"status": {"conditions": [said("Failed", "False")]}}, {}, id="said not to have failed"),
+        pytest.param({"status": {"conditions": [said("FailureTarget")]}}, FAILING, id="about to fail"),
+        pytest.param({"status": {"conditions": [said("Failed")]}}, {**FAILING, "failed": True}, id="failed"),
+    ],
+)
+def test_gang(parts: dict[str, Any], fields: dict[str, Any]) -> None:
+    """A Job's few facts."""
+    assert gang(merged(JOB, **parts), UID) == gang_of(**fields)
+
+
+def pod_of(**fields: Any) -> Pod:
+    """What POD is, but for these."""
+    known = {
+        "name": "job-a3-1-x7",
+        "uid": "p",
+        "attempt": 3,
+        "index": 1,
+        "phase": "Pending",
+        "owner_uid": "g",
+    }
+    return Pod(**{**known, **fields})
+
+
+def container(**fields: Any) -> dict[str, Any]:
+    """A status with one container's."""
+    return {"status": {"containerStatuses": [fields]}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        pytest.param({}, {}, id="just created"),
+        pytest.param({"metadata": {"ownerReferences": []}}, {"owner_uid": None}, id="an orphan"),
+        pytest.param({"metadata": {"annotations": None}}, {"index": -1}, id="no index"),
+        pytest.param({"spec": {"nodeName": "n"}}, {"node": "n"}, id="placed"),
+        pytest.param(
+            {"status": {"phase": "Running", "podIP": "i"}}, {"phase": "Running", "address": "i"}, id="runs"
+        ),
+        pytest.param(
+            {"metadata": {"deletionTimestamp": "2026-01-31T12:00:00Z"}},
+            {"deleting_since": NOON},
+            id="deleted",
+        ),
+        pytest.param(
+            {"status": {"conditions": [said("PodScheduled", "False", message="no room")]}},
+            {"unschedulable": "no room"},
+            id="unschedulable",
+        ),
+        pytest.param({"status": {"conditions": [said("PodScheduled")]}}, {}, id="scheduled"),
+        pytest.param(
+            {"status": {"conditions": [said("DisruptionTarget")]}},
+            {"disruption": Said("R", "m")},
+            id="disrupted",
+        ),
+        pytest.param({"status": {"conditions": [said("DisruptionTarget", "False")]}}, {}, id="not disrupted"),
+        pytest.param(
+            {"status": {"phase": "Failed", "reason": "Evicted", "message": "m"}},
+            {"phase": "Failed", "verdict": Said("Evicted", "m")},
+            id="its own verdict",
+        ),
+        pytest.param(
+            container(state={"waiting": {"reason": "ErrImagePull"}}),
+            {"waiting": Said("ErrImagePull", "")},
+            id="waits",
+        ),
+        pytest.param(
+            container(state={"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": " last \n"}}),
+            {"exit_code": 137, "ended_by": "OOMKilled", "last_words": "last"},
+            id="ended",
+        ),
+        pytest.param(container(imageID="docker.io/x@sha256:5"), {"image_digest": "sha256:5"}, id="digest"),
+        pytest.param(container(imageID=""), {}, id="no digest yet"),
+    ],
+)
+def test_pod(parts: dict[str, Any], fields: dict[str, Any]) -> None:
+    """A pod's few facts."""
+    assert pod(merged(POD, **parts)) == pod_of(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "over"),
+    [({}, False), ({"complete": True}, True), ({"failed": True}, True), ({"failing": Said("", "")}, False)],
+    ids=["lasts", "complete", "failed", "about to fail"],
+)
+def test_gang_is_over(fields: dict[str, Any], over: bool) -> None:
+    """A Job that fails is over only when its pods are gone."""
+    assert gang_of(**fields).over == over
+
+
+@pytest.mark.parametrize(
+    ("phase", "over"),
+    [("Pending", False), ("Running", False), ("Unknown", False), ("Succeeded", True), ("Failed", True)],
+)
+def test_pod_is_over(phase: str, over: bool) -> None:
+    """A pod of which nobody knows may still run."""
+    assert pod_of(phase=phase).over == over
