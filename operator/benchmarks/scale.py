@@ -307,8 +307,9 @@ def _bursts(options: argparse.Namespace, cluster: ControlPlane, operator: Operat
     for turn in range(options.rounds):
         found["bare"].append(burst(cluster, f"bare-{turn}", options.jobs, gangs, bare))
         empty(cluster, f"bare-{turn}")
-        before = operator.writes()
+        before, cpu = operator.writes(), operator.cpu()
         found["operator"].append(burst(cluster, f"ours-{turn}", options.jobs, jobs, job))
+        found["cpu_s_per_burst"] = operator.cpu() - cpu
         last = turn == options.rounds - 1
         until(lambda: running(cluster, f"ours-{turn}") == options.jobs, "not all running", 0.5)  # noqa: B023
         found["writes_per_job"] = (operator.writes() - before) / options.jobs

@@ -5,6 +5,7 @@ Only on.event handlers are used: kopf then leaves no annotation and no finalizer
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -35,6 +36,8 @@ PORT_ENV = "QLORA_OPERATOR_PORT"
 PORT = 8471
 SWEEP_RETRY_SECONDS = 5.0
 """When a sweep that failed is made again."""
+LOGIN_SECONDS = 2.0
+"""Between two logins."""
 
 
 class Operator:
@@ -179,8 +182,18 @@ async def _stop(memo: kopf.Memo, **_: Any) -> None:
 
 
 @kopf.on.login()
-def _login(**arguments: Any) -> kopf.ConnectionInfo | None:
-    return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+async def _login(memo: kopf.Memo, **arguments: Any) -> kopf.ConnectionInfo | None:
+    """As whom to watch. Asked again whenever the API server has refused the last answer.
+
+    kopf gives up, and does not always end, when it is told again what was refused before; but a token may be
+    replaced late, or refused for a moment. So each answer differs from those before, and none comes soon.
+    """
+    number, last = memo.get("login", (0, 0.0))
+    await asyncio.sleep(max(last + LOGIN_SECONDS - time.monotonic(), 0.0) if number else 0.0)
+    memo.login = (number + 1, time.monotonic())
+    arguments["memo"] = memo
+    found = kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+    return found and dataclasses.replace(found, priority=number)
 
 
 def _object(event: kopf.RawEvent) -> dict[str, Any]:

@@ -366,18 +366,16 @@ def test_token_expires(
     pods = runs(job, 0)
     old = proxy.calls[-1].token
     fresh = proxy.kubeconfig(api_cluster.kubeconfig_for("qlora-operator", "qlora-system")).read_text()
-    with (
-        restarting(operator),
-        proxy.fault(answer(401, "Unauthorized"), matches=lambda call: call.token == old) as rule,
-    ):
+    with proxy.fault(answer(401, "Unauthorized"), matches=lambda call: call.token == old) as rule:
         if not late:
             operator.kubeconfig.write_text(fresh)
         proxy.cut_watches()
         if late:
-            wait_for(lambda: len(rule.hits) > 2)
+            wait_for(lambda: len(rule.hits) > 4)
             operator.kubeconfig.write_text(fresh)
         job.succeed(pods, PATIENCE)
     assert rule.hits
+    assert operator.process.poll() is None
 
 
 # --- probes

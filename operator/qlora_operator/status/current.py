@@ -360,6 +360,9 @@ def delete_orphans(draft: Draft) -> None:
 
 
 def _follow(draft: Draft, gang: Gang) -> None:
+    if _starts_quietly(draft, gang):
+        _look_at_pods(draft)
+        return
     draft.set_attempt(job_uid=gang.uid)
     draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, f"Job {gang.name} exists")
     if draft.seen.incomplete:
@@ -376,6 +379,15 @@ def _follow(draft: Draft, gang: Gang) -> None:
         note = said.reason != Reason.STARTING
         draft.wait(ConditionType.RUNNING, Reason(said.reason), said.message, note=note)
         _look_at_pods(draft)
+
+
+def _starts_quietly(draft: Draft, gang: Gang) -> bool:
+    """Nobody has looked at the pods yet, so the status as it was when the attempt began says all there is to
+    say. Most gangs are up before that changes, and each is spared a write."""
+    queued = draft.job.spec.scheduling.queue_name is not None
+    up = draft.holds(ConditionType.RUNNING) or gang.ready >= draft.job.spec.topology.pods
+    waits = not draft.holds(ConditionType.INITIALIZED)
+    return not (up or queued or waits or draft.seen.incomplete) and draft.seen.pods is None
 
 
 def _look_at_pods(draft: Draft) -> None:
@@ -420,8 +432,6 @@ def _run(draft: Draft) -> None:
         draft.set(message=message)
     if draft.holds(ConditionType.RESTARTING):
         draft.deny(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
-    if first:
-        draft.event("Normal", "Running", f"all ranks of attempt {draft.status.attempt} are up")
     _facts(draft)
     draft.look_in(POLL_SECONDS)
 
