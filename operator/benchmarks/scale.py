@@ -26,15 +26,15 @@ from typing import Any
 
 import psutil
 import yaml
-from testcluster.client import Client
-from testcluster.control_plane import ControlPlane
-from testcluster.fleet import Fleet
-from testcluster.kubelet import Kubelet
 
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.gang import gang_job
 from qlora_operator.settings import Settings
+from testcluster.client import Client
+from testcluster.control_plane import ControlPlane
+from testcluster.fleet import Fleet
+from testcluster.kubelet import Kubelet
 
 ROOT = Path(__file__).parents[2]
 NODES = 50

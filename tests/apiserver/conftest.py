@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
@@ -41,10 +42,7 @@ AMX_NODE = {
     "feature.node.kubernetes.io/cpu-cpuid.AMXTILE": "true",
     "feature.node.kubernetes.io/cpu-cpuid.AMXBF16": "true",
 }
-AVX512_NODE = {
-    f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true"
-    for flag in ("AVX512F", "AVX2")
-}
+AVX512_NODE = {f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true" for flag in ("AVX512F", "AVX2")}
 
 
 @pytest.fixture(scope="session")

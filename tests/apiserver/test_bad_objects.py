@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testcluster.client import ApiError, Client
-from testcluster.cluster import Cluster
 
 from qlora_operator.api import names, quantity
 from qlora_operator.api.documents import read_documents
@@ -18,6 +16,8 @@ from qlora_operator.api.files import parse_job
 from qlora_operator.api.schema import Schema, job_schema
 from qlora_operator.errors import InvalidJobError
 from qlora_operator.validate import INVALID, validate
+from testcluster.client import ApiError, Client
+from testcluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 

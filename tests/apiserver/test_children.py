@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from testcluster.client import ApiError, Client
 from testcluster.control_plane import ControlPlane
 from testcluster.waiting import wait_for

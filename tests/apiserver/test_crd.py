@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from testcluster.client import ApiError, Client
-from testcluster.cluster import Cluster
 
 from qlora_operator.api import names
 from qlora_operator.api.documents import read_documents
 from qlora_operator.api.files import parse_job
 from qlora_operator.api.schema import custom_resource_definition
 from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJobSpec
+from testcluster.client import ApiError, Client
+from testcluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from testcluster.client import ApiError
 from testcluster.rank_zero import rank_zero
 from testcluster.waiting import wait_for

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from testcluster.cluster import Cluster
 
 from qlora_operator.api import names
 from qlora_operator.api.schema import Schema, job_schema
+from testcluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 

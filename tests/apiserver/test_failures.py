@@ -6,6 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+
 from testcluster import pod_status
 from testcluster.client import STRATEGIC_PATCH, ApiError
 from testcluster.waiting import wait_for

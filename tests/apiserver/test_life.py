@@ -11,7 +11,9 @@ pytestmark = pytest.mark.cluster
 
 def report(**values: Any) -> str:
     """A termination message of the trainer's launcher."""
-    return json.dumps({"version": 1, "exitCode": 0, "reason": "DONE", "cause": "all ranks are done", **values})
+    return json.dumps(
+        {"version": 1, "exitCode": 0, "reason": "DONE", "cause": "all ranks are done", **values}
+    )
 
 
 def test_succeeds(operator: Any, make_job: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 from testcluster import pod_status
 from testcluster.client import STRATEGIC_PATCH, ApiError
 from testcluster.waiting import wait_for

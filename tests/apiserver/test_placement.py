@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.run import ISA_TIERS
+from qlora_operator.api.names import TIER_LABELS
 from testcluster.client import Client
 from testcluster.cluster import Cluster
 from testcluster.kubelet import Kubelet
 from testcluster.rank_zero import rank_zero
 from testcluster.waiting import wait_for
-
-from qlora_contract.exit_codes import ExitCode
-from qlora_contract.run import ISA_TIERS
-from qlora_operator.api.names import TIER_LABELS
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("pools", "shared_operator", "claim")]
 

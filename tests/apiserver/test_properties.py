@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from testcluster.client import Client
-from testcluster.cluster import Cluster
-from testcluster.fixtures import fresh_namespace
 
 from qlora_contract.run import ISA_TIERS
 from qlora_operator.api import names
@@ -18,6 +15,9 @@ from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.gang import gang_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
+from testcluster.client import Client
+from testcluster.cluster import Cluster
+from testcluster.fixtures import fresh_namespace
 
 pytestmark = pytest.mark.cluster
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from testcluster.client import Client
 from testcluster.cluster import Cluster
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.faulty import FaultyProxy, answer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from testcluster.control_plane import ControlPlane
 from testcluster.faulty import (
     Exchange,

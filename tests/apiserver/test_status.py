@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
+from qlora_contract.run import config_hash, shaping_fields
+from qlora_operator.api.types import QLoRAJob
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
 from testcluster.rank_zero import RankZero, rank_zero
 from testcluster.waiting import wait_for
-
-from qlora_contract.run import config_hash, shaping_fields
-from qlora_operator.api.types import QLoRAJob
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("shared_operator")]
 

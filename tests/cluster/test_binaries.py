@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from testcluster import binaries
 from testcluster.binaries import PROGRAMS, TIERS, disk_shortage, ensure
 from testcluster.errors import ClusterError

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from testcluster import cgroups, processes
 from testcluster.node import spawn
 

@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from testcluster import kubeconfig
 from testcluster.client import STRATEGIC_PATCH, ApiError, Client
 from testcluster.cluster import Cluster

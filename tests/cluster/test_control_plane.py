@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from testcluster import control_plane as control_plane_module
 from testcluster import kubeconfig
 from testcluster.client import ApiError, Client

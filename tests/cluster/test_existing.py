@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError
 from testcluster.existing import ExistingCluster

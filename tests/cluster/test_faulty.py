@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
 from testcluster import faulty
 from testcluster.client import ApiError, Client
 from testcluster.control_plane import ControlPlane

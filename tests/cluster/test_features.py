@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from testcluster import features
 
 LABEL = "feature.node.kubernetes.io/cpu-cpuid."

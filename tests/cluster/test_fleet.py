@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from testcluster.control_plane import ControlPlane
 from testcluster.fixtures import fresh_namespace
 from testcluster.fleet import RUNS_FOR, Fleet

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from testcluster import go_modules
 from testcluster.errors import ClusterError
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from testcluster import images
 from testcluster.errors import ClusterError
 from testcluster.images import Image, Layer, Store

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from testcluster import kubelets
 from testcluster.node import Node
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from testcluster.__main__ import CLUSTERS
 from testcluster.control_plane import down
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from testcluster import cgroups, features, network, nodes
 from testcluster.cluster import Cluster
 from testcluster.errors import ClusterError, KubectlError

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from testcluster import packages
 from testcluster.errors import ClusterError
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from testcluster.errors import ClusterError
 from testcluster.processes import Processes, end_recorded, recorded, started
 from testcluster.waiting import wait_for

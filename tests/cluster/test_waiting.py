@@ -1,6 +1,7 @@
 """Waiting ends with what was waited for, or with an error."""
 
 import pytest
+
 from testcluster.errors import ClusterError
 from testcluster.waiting import wait_for
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from testcluster.control_plane import ControlPlane
 from testcluster.kubelet import Kubelet
 from testcluster.waiting import wait_for

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
 from testcluster.fixtures import install_crds

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from testcluster.cluster import Cluster
 
 pytestmark = [pytest.mark.nodes, pytest.mark.model, pytest.mark.timeout(1200)]

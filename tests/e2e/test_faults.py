@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from testcluster import features
 from testcluster.cluster import Cluster
 from testcluster.nodes import NodeCluster

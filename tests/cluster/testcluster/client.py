@@ -7,6 +7,7 @@ from typing import Any
 import urllib3
 from kubernetes.client import Configuration
 from kubernetes.config import load_kube_config
+
 from testcluster.errors import ClusterError
 
 MERGE_PATCH = "application/merge-patch+json"

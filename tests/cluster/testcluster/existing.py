@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+
 from testcluster.cluster import Cluster
 from testcluster.errors import ClusterError
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import aiohttp
 from aiohttp import web
+
 from testcluster import kubeconfig as kubeconfigs
 from testcluster.control_plane import LOOPBACK, ControlPlane
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane, down
