@@ -63,7 +63,7 @@ test: demo-data  ## Set everything up and run the tests, fast ones first
 	$(PYTEST) -m "$(FAST)"
 	$(CLUSTER) build --tier fleet
 	$(PYTEST) -m "cluster and not soak"
-	$(PYTEST) -m "slow and not soak"
+	$(PYTEST) -m "slow and not cluster and not nodes and not soak"
 
 test-fast: demo-data  ## Run the fast tests
 	$(PYTEST) -m "$(FAST)"
