@@ -4,6 +4,7 @@ Nothing is tried again here: whoever asks is asked again later, by the queue, wi
 """
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
@@ -63,7 +64,7 @@ async def configuration() -> Configuration:
     try:
         config.load_incluster_config(client_configuration=settings)
     except config.ConfigException:
-        await config.load_kube_config(client_configuration=settings)
+        await config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     settings.connection_pool_maxsize = CONNECTIONS
     return settings
 

@@ -1,0 +1,150 @@
+"""What the operator asks of a real API server, and how it takes a refusal."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_operator import cluster
+from qlora_operator.cluster import SERVICES, ApiError, Cluster
+from testcluster.cluster import Cluster as Server
+
+pytestmark = pytest.mark.cluster
+
+
+class Requests:
+    """Remembers the requests it is told of."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int | None]] = []
+
+    def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:
+        """One request."""
+        assert seconds >= 0
+        self.seen.append((verb, resource, code))
+
+
+def service(name: str, namespace: str) -> dict[str, Any]:
+    """A headless Service."""
+    return {"metadata": {"name": name, "namespace": namespace}, "spec": {"clusterIP": "None"}}
+
+
+@pytest.fixture
+def asked() -> Requests:
+    """The requests of the test."""
+    return Requests()
+
+
+@pytest.fixture
+def talk(api_cluster: Server, asked: Requests, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """talk(function) -> what the coroutine function makes of a Cluster."""
+    monkeypatch.setenv("KUBECONFIG", str(api_cluster.kubeconfig))
+
+    def run(function: Callable[[Cluster], Awaitable[Any]], *namespaces: str) -> Any:
+        async def main() -> Any:
+            async with Cluster(asked, namespaces) as reached:
+                return await function(reached)
+
+        return asyncio.run(main())
+
+    return run
+
+
+def refusal(talk: Callable[..., Any], function: Callable[[Cluster], Awaitable[Any]]) -> ApiError:
+    """The error with which the API server refuses."""
+    with pytest.raises(ApiError) as caught:
+        talk(function)
+    return caught.value
+
+
+def test_lists_come_page_by_page(
+    talk: Callable[..., Any], namespace: str, monkeypatch: pytest.MonkeyPatch, asked: Requests
+) -> None:
+    """More objects than a page holds are all seen, each once."""
+    monkeypatch.setattr(cluster, "PAGE", 2)
+
+    async def work(reached: Cluster) -> list[str]:
+        for number in range(5):
+            await reached.create(SERVICES, namespace, service(f"s{number}", namespace))
+        return [raw["metadata"]["name"] async for raw in reached.all(SERVICES)]
+
+    assert sorted(talk(work, namespace)) == ["s0", "s1", "s2", "s3", "s4"]
+    assert asked.seen.count(("get", "services", 200)) == 3
+
+
+def test_refusals_say_why(talk: Callable[..., Any], namespace: str) -> None:
+    """The API server's code and word for it come through, and its sentence."""
+    body = service("twice", namespace)
+    talk(lambda reached: reached.create(SERVICES, namespace, body))
+
+    again = refusal(talk, lambda reached: reached.create(SERVICES, namespace, body))
+    missing = refusal(talk, lambda reached: reached.get(SERVICES, namespace, "none"))
+
+    assert (again.code, again.reason) == (409, "AlreadyExists")
+    assert (missing.code, missing.reason) == (404, "NotFound")
+    assert '"none" not found' in str(missing)
+
+
+def test_only_the_very_object_is_deleted(talk: Callable[..., Any], namespace: str) -> None:
+    """One of the same name with another uid is left alone; one that is gone is no error."""
+
+    async def work(reached: Cluster) -> Any:
+        made = await reached.create(SERVICES, namespace, service("kept", namespace))
+        await reached.delete(SERVICES, namespace, "kept", "another-uid")
+        kept = await reached.get(SERVICES, namespace, "kept")
+        await reached.delete(SERVICES, namespace, "kept", made["metadata"]["uid"])
+        await reached.delete(SERVICES, namespace, "kept", made["metadata"]["uid"])
+        return made["metadata"]["uid"] == kept["metadata"]["uid"]
+
+    assert talk(work)
+
+
+def test_a_replaced_token_is_read_again(
+    api_cluster: Server,
+    crd: None,
+    talk: Callable[..., Any],
+    namespace: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Requests,
+) -> None:
+    """A refused token makes the operator read its kubeconfig anew, once."""
+    api_cluster.kubectl("-n", namespace, "create", "serviceaccount", "reader")
+    right = api_cluster.kubeconfig_for("reader", namespace)
+    content = yaml.safe_load(right.read_text())
+    content["users"][0]["user"]["token"] = "of-yesterday"
+    mine = tmp_path / "kubeconfig"
+    mine.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(mine))
+
+    async def work(reached: Cluster) -> int:
+        mine.write_text(right.read_text())
+        try:
+            await reached.get(SERVICES, namespace, "none")
+        except ApiError as error:
+            return error.code
+        return 200
+
+    assert talk(work) == 403, "known, and without permissions"
+    assert asked.seen == [("get", "services", 403)]
+
+
+def test_no_answer_is_an_error_of_its_own(
+    api_cluster: Server,
+    talk: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Requests,
+) -> None:
+    """A server that is not there gives code 0, and is counted without a code."""
+    content = yaml.safe_load(Path(api_cluster.kubeconfig).read_text())
+    content["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
+    gone = tmp_path / "kubeconfig"
+    gone.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("KUBECONFIG", str(gone))
+
+    assert refusal(talk, lambda reached: reached.nodes()).code == 0
+    assert asked.seen == [("get", "nodes", None)]
