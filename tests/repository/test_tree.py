@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_contract import exit_codes
-from qlora_contract.exit_codes import ExitCode
 from qlora_operator.api.files import load_jobs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,23 +161,6 @@ def test_the_readme_s_job_is_right(tmp_path: Path) -> None:
 
     assert load_jobs(str(tmp_path / "job.yaml"))
     assert yaml.safe_load(example)["kind"] == "QLoRAJob"
-
-
-KINDS = {
-    "permanent": exit_codes.PERMANENT,
-    "retryable": exit_codes.RETRYABLE,
-    "collateral": exit_codes.COLLATERAL,
-    "infrastructure": exit_codes.INFRASTRUCTURE,
-}
-
-
-def test_the_documented_exit_codes_are_the_contract_s() -> None:
-    """The table in docs/architecture.md has every code with its name and kind, and no other."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| `([A-Z_]+)` \| ([a-z]*) \|", text, re.MULTILINE)
-    kinds = {code: kind for kind, codes in KINDS.items() for code in codes}
-
-    assert rows == [(str(int(code)), code.name, kinds.get(code, "")) for code in ExitCode]
 
 
 MARKDOWN = [path for path in FILES if path.suffix == ".md"]
