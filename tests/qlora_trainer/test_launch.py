@@ -23,8 +23,10 @@ from qlora_contract.places import (
 )
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RunConfig
-from qlora_trainer import cpu, launch
-from qlora_trainer.launch import End, LaunchError, Limits
+from qlora_trainer import cpu, launch, supervise
+from qlora_trainer.launch import LaunchError
+from qlora_trainer.supervise import Limits
+from qlora_trainer.verdict import conclude, end_of
 
 SAY = textwrap.dedent("""
     import os, signal, sys, time
@@ -214,107 +216,6 @@ def test_a_processor_below_the_tier(isa: str, flags: set[str], lacks: str | None
     assert caught.value.code == ExitCode.ISA_BELOW_TIER
 
 
-LIMITS = Limits(grace=10, patience=40, kill_delay=5)
-
-
-@pytest.mark.parametrize(
-    ("now", "stopped", "died", "due"),
-    [
-        pytest.param(1000, None, None, "wait", id="all is well"),
-        pytest.param(100, 100, None, "terminate", id="told to stop"),
-        pytest.param(109, 100, None, "terminate", id="within the grace"),
-        pytest.param(110, 100, None, "kill", id="grace is over"),
-        pytest.param(139, None, 100, "wait", id="peers have time to notice a death"),
-        pytest.param(140, None, 100, "terminate", id="they did not notice"),
-        pytest.param(145, None, 100, "kill", id="nor obey"),
-        pytest.param(101, 100, 99, "terminate", id="told to stop after a death"),
-        pytest.param(110, 100, 99, "kill", id="grace counts after a death"),
-    ],
-)
-def test_what_living_ranks_are_due(now: float, stopped: float | None, died: float | None, due: str) -> None:
-    """Nothing lives past the grace period, nor past its patience with a dead peer."""
-    assert launch.action(now, stopped, died, LIMITS) == due
-
-
-@pytest.mark.parametrize(("period", "grace"), [(300, 295), (10, 5), (4, 2), (1, 0.5)])
-def test_the_grace_is_shorter_than_the_pods(period: int, grace: float) -> None:
-    """The launcher keeps part of the period for its own end, at most half of it."""
-    assert launch.limits_of(a_run(terminationGracePeriodSeconds=period)).grace == grace
-
-
-def test_patience_outlasts_the_ranks_own_heartbeat() -> None:
-    """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are told."""
-    run = a_run(distributed={"timeoutSeconds": 60})
-
-    assert launch.limits_of(run).patience > 60 + 5
-
-
-def told(code: int, cause: str) -> TerminationReport:
-    """A rank's own report."""
-    return TerminationReport(exit_code=code, reason="X", cause=cause, step=3)
-
-
-@pytest.mark.parametrize(
-    ("ends", "oom", "code", "reason", "cause"),
-    [
-        pytest.param([End(0, 0), End(1, 0)], False, 0, "DONE", "all ranks", id="done"),
-        pytest.param(
-            [End(0, 40), End(1, 13, report=told(13, "loss is NaN"))],
-            False,
-            13,
-            "DIVERGED",
-            "loss is NaN",
-            id="cause",
-        ),
-        pytest.param([End(0, 40), End(1, -9)], False, 137, "Signal", "rank 1 died of SIGKILL", id="killed"),
-        pytest.param([End(0, -4), End(1, 40)], False, 132, "Signal", "an instruction", id="illegal"),
-        pytest.param([End(0, -40)], False, 168, "Signal", "signal 40", id="nameless signal"),
-        pytest.param(
-            [End(0, 40), End(1, -9)], True, 15, "OUT_OF_MEMORY", "limit of 2.00 GiB", id="out of memory"
-        ),
-        pytest.param(
-            [End(0, -9, forced=True)], True, 137, "Signal", "still ran", id="own kill is not the kernel's"
-        ),
-        pytest.param(
-            [End(0, 50), End(1, -9, forced=True)], False, 50, "TERMINATED", "", id="own kill tells nothing"
-        ),
-        pytest.param([End(0, 40), End(1, 50, forced=True)], False, 40, "LOST_PEER", "", id="nor own SIGTERM"),
-        pytest.param(
-            [End(0, 1, last_error="KeyError: 'x'"), End(1, 40)],
-            False,
-            1,
-            "UNEXPECTED",
-            "KeyError: 'x'",
-            id="trace",
-        ),
-        pytest.param([End(0, 3)], False, 3, "UNEXPECTED", "nothing to stderr", id="foreign code"),
-        pytest.param(
-            [End(0, -11, report=told(0, "done"))], False, 139, "Signal", "SIGSEGV", id="died after report"
-        ),
-        pytest.param(
-            [End(0, 40), End(1, 40, report=told(40, "lost 3"))], False, 40, "LOST_PEER", "lost 3", id="tie"
-        ),
-    ],
-)
-def test_one_end_for_the_pod(ends: list[End], oom: bool, code: int, reason: str, cause: str) -> None:
-    """The pod's code and cause are those of the rank that names the cause best."""
-    got = launch.conclude(ends, a_run(), oom=oom, limit=2 << 30)
-
-    assert (got.exit_code, got.reason) == (code, reason)
-    assert cause in got.cause
-
-
-def test_the_out_of_memory_sentence() -> None:
-    """It names the limit, what was asked for, and what to change."""
-    run = a_run(layout={"memoryPerRank": 3 << 29})
-
-    assert launch.out_of_memory_cause(1, 3 << 30, run) == (
-        "rank 1 was killed because the pod reached its memory limit of 3.00 GiB with 2 rank(s) of "
-        "memoryPerRank 1.50 GiB: raise topology.memoryPerRank, or lower training.microBatchTokens "
-        "or training.maxSequenceLength"
-    )
-
-
 # --- before the ranks
 
 
@@ -487,7 +388,7 @@ def test_a_rank_that_cannot_be_started_is_told(tmp_path: Path) -> None:
     """A missing program ends the launch with the system's reason."""
     (tmp_path / "run.json").write_text(a_run().to_json())
     with pytest.raises(LaunchError, match=r"could not be started: .*No such file"):
-        launch.launch(["/nowhere/python"], {RUN_CONFIG_ENV: str(tmp_path / "run.json")}, launch.Stop())
+        launch.launch(["/nowhere/python"], {RUN_CONFIG_ENV: str(tmp_path / "run.json")}, supervise.Stop())
 
 
 OBEDIENT = """
@@ -593,11 +494,11 @@ def test_nobody_outlives_a_dead_peer_for_ever(
     (tmp_path / "rank.py").write_text(f"import os; os.chdir({str(tmp_path)!r})\n{program}")
     run, cpus = a_run(), [cpu.RankCpus(sorted(os.sched_getaffinity(0)), 1)] * 2
     environments = [launch.rank_environment(run, 0, local, cpus[local], os.environ) for local in range(2)]
-    ranks = launch.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, cpus, tmp_path)
-    ended = launch.watch(ranks, Limits(grace=60, patience=0.3, kill_delay=1), launch.Stop())
-    ends = [launch.end_of(rank) for rank in ended]
+    ranks = supervise.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, cpus, tmp_path)
+    ended = supervise.watch(ranks, Limits(grace=60, patience=0.3, kill_delay=1), supervise.Stop())
+    ends = [end_of(rank) for rank in ended]
 
     assert (tmp_path / "told-1").exists()
     assert [(end.code, end.forced) for end in ends] == [(31, False), (code, True)]
-    assert launch.conclude(ends, run, oom=False, limit=None).exit_code == ExitCode.STALLED
+    assert conclude(ends, run, oom=False, limit=None).exit_code == ExitCode.STALLED
     assert "a rank has died" in capfd.readouterr().err
