@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from testcluster.control_plane import ControlPlane
 from testcluster.errors import KubectlError
 from testcluster.faulty import FaultyProxy
 from testcluster.kubelet import Kubelet
+from testcluster.processes import with_parent
 from testcluster.witness import Witness
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +96,8 @@ class Operator:
         command += ["--port", str(self.port), *self.arguments]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                command,
+                # Other threads that start one, such as a proxy's, may end before the test does.
+                with_parent(command) if threading.current_thread() is threading.main_thread() else command,
                 env={**os.environ, "KUBECONFIG": str(self.kubeconfig)},
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -13,6 +13,11 @@ from testcluster.errors import ClusterError
 _WRAPPER = Path(__file__).with_name("exec_with_parent.py")
 
 
+def with_parent(command: list[str]) -> list[str]:
+    """The command that starts this one and is killed when the thread that starts it ends, however it does."""
+    return [sys.executable, "-I", "-S", str(_WRAPPER), str(os.getpid()), *command]
+
+
 class Processes:
     """Starts programs with a log each, and records them in `state.json`.
 
@@ -36,10 +41,9 @@ class Processes:
         """Start the program; without a command, as it was started before."""
         command = command or self._commands[name]
         self._commands[name] = command
-        wrapped = [sys.executable, "-I", "-S", str(_WRAPPER), str(os.getpid()), *command]
         with self.log(name).open("ab") as log:
             self._children[name] = subprocess.Popen(
-                command if self.detached else wrapped,
+                command if self.detached else with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
