@@ -20,6 +20,9 @@ N ?= 50
 NAME ?= $(TIER)
 CLUSTER := PYTHONPATH=tests/cluster $(BIN)/python -m testcluster
 PYTEST := $(BIN)/python -m pytest -q
+# Tests of processes against each other, on two busy cores: one that fails is run once more with the machine to
+# itself. Both results are printed; what fails twice fails.
+twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
 # The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
 FAST := not slow and not cluster and not nodes and not soak
 
@@ -62,15 +65,15 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 test: demo-data  ## Set everything up and run the tests, fast ones first
 	$(PYTEST) -m "$(FAST)"
 	$(CLUSTER) build --tier fleet
-	$(PYTEST) -m "cluster and not soak"
-	$(PYTEST) -m "slow and not cluster and not nodes and not soak"
+	$(call twice,-m "cluster and not soak")
+	$(call twice,-m "slow and not cluster and not nodes and not soak")
 
 test-fast: demo-data  ## Run the fast tests
 	$(PYTEST) -m "$(FAST)"
 
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(CLUSTER) build --tier nodes
-	$(PYTEST) -m "nodes and not soak"
+	$(call twice,-m "nodes and not soak")
 
 soak: setup  ## Run the long random tests
 	$(PYTEST) -m soak

@@ -10,6 +10,7 @@ from qlora_contract.run import ISA_TIERS
 from qlora_operator.api.names import TIER_LABELS
 from testcluster.client import Client
 from testcluster.cluster import Cluster
+from testcluster.errors import ClusterError
 from testcluster.kubelet import Kubelet
 from testcluster.rank_zero import rank_zero
 from testcluster.waiting import wait_for
@@ -298,14 +299,14 @@ def test_gangs_that_do_not_both_fit(make_job: MakeJob, client: Client, fill: Any
     for each in free:
         each()
 
-    def with_all_nodes() -> Any:
-        return next((job for job in jobs if nodes_of(client, job) == {"pair-1", "pair-2"}), None)
+    def one_that_runs() -> Any:
+        return next((job for job in jobs if runs_on(client, job, {"pair-1", "pair-2"})), None)
 
     with jobs[0].kubelet.finish_terminations(jobs[0].namespace):
-        winner = wait_for(with_all_nodes, 60)
+        winner = wait_for(one_that_runs, 60)
         (loser,) = set(jobs) - {winner}
         finish(winner)
-        wait_for(lambda: nodes_of(client, loser) == {"pair-1", "pair-2"}, 60)
+        wait_for(lambda: runs_on(client, loser, {"pair-1", "pair-2"}), 60)
         finish(loser)
 
     assert [job.until_phase("Succeeded")["restarts"] for job in jobs] == [NO_RESTARTS, NO_RESTARTS]
@@ -319,9 +320,23 @@ def nodes_of(client: Client, job: Any) -> set[str]:
     return {pod["spec"].get("nodeName", "") for pod in living if "deletionTimestamp" not in pod["metadata"]}
 
 
+def runs_on(client: Client, job: Any, nodes: set[str]) -> bool:
+    """Whether the job has all these nodes; then its pods are up. It may let go of them at the very last moment."""
+    if nodes_of(client, job) != nodes:
+        return False
+    try:
+        selector = f"qlora.dev/job-name={job.name}"
+        for pod in job.kubelet.pods(job.namespace, selector, len(nodes), seconds=1):
+            job.kubelet.running(pod)
+        wait_for(lambda: job.status["phase"] == "Running", 10)
+    except ClusterError:
+        return False
+    return True
+
+
 def finish(job: Any) -> None:
-    """The current attempt runs and ends well."""
-    for pod in job.run(job.status["attempt"]):
+    """The attempt that runs ends well."""
+    for pod in job.pods():
         job.kubelet.succeeded(pod)
     job.until_phase("Succeeded")
 

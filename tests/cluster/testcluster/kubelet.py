@@ -64,7 +64,8 @@ class Kubelet:
         return [state(pod) for pod in self.pods(namespace, selector, count)]
 
     def bind(self, pod: Object, node: str = NODE) -> Object:
-        """Put the pod on a node, as the scheduler does; a missing node is made, closed to other pods."""
+        """Put the pod on a node, as the scheduler does; a missing node is made, closed to other pods. A pod that
+        the scheduler has bound meanwhile stays where it is."""
         current = self.client.get(_path(pod))
         if "nodeName" in current["spec"]:
             return dict(current)
@@ -76,11 +77,16 @@ class Kubelet:
             self._make_node(node, {}, "8", "32Gi", cordoned=True)
         target = {"apiVersion": "v1", "kind": "Node", "name": node}
         metadata = {"name": current["metadata"]["name"]}
-        self.client.post(
-            f"{_path(pod)}/binding",
-            {"kind": "Binding", "apiVersion": "v1", "metadata": metadata, "target": target},
-        )
-        return dict(self.client.get(_path(pod)))
+        binding = {"kind": "Binding", "apiVersion": "v1", "metadata": metadata, "target": target}
+        try:
+            self.client.post(f"{_path(pod)}/binding", binding)
+        except ApiError as error:
+            if error.code != 409:
+                raise
+        bound: Object = self.client.get(_path(pod))
+        if "nodeName" not in bound["spec"]:
+            raise ClusterError(f"pod {metadata['name']} could not be bound to {node}")
+        return bound
 
     def running(self, pod: Object, *, ip: str | None = None, ready: bool = True) -> Object:
         """Every container runs; a pod without a node is bound first."""
