@@ -10,6 +10,7 @@ import pytest
 from testcluster import features
 from testcluster.cluster import Cluster
 from testcluster.nodes import NodeCluster
+from testcluster.waiting import wait_for
 
 pytestmark = [pytest.mark.nodes, pytest.mark.timeout(900)]
 
@@ -71,8 +72,8 @@ def test_suspend_and_resume(small_job: Callable[..., Any], volume: Path, undistu
     job.until_step(20)
     job.patch({"suspend": True})
     status = job.until(lambda status: status["phase"] == "Suspended" and status["attempts"][-1].get("end"))
-    assert job.pods() == []
     assert status["attempts"][-1]["reason"] == "Suspended"
+    wait_for(lambda: not job.pods(), or_else="the end of its pods")
     job.patch({"suspend": False})
 
     status = job.until_phase("Succeeded")
