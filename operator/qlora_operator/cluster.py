@@ -203,7 +203,7 @@ class Cluster:
         client = self._client
         assert client is not None
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        headers["User-Agent"] = names.USER_AGENT
+        headers["User-Agent"] = names.COMPONENT
         await client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = client.configuration.host + path
         pairs = urlencode({key: value for key, value in query.items() if value})

@@ -128,7 +128,7 @@ class Operator:
             if raw is not None and raw["metadata"]["uid"] not in complete:
                 self.reconciler.incomplete.add(raw["metadata"]["uid"])
 
-    def drop(self, key: tuple[str, str], uid: str) -> None:
+    def drop(self, key: names.Key, uid: str) -> None:
         """A job is gone."""
         self.store.drop_job(key, uid)
         self.poller.forget(uid)

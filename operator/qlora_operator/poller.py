@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import aiohttp
 
 from qlora_contract.places import PROGRESS_PORT
+from qlora_operator.api.names import Key
 from qlora_operator.cluster import ApiError, Cluster
 from qlora_operator.progress import fetch
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.status.observation import Pod, pod
-from qlora_operator.workqueue import Key, WorkQueue
+from qlora_operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 

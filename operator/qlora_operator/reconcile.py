@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from qlora_contract.progress import ProgressReport
 from qlora_operator import logs
 from qlora_operator.api.faults import validation_faults
-from qlora_operator.api.names import Phase, Reason
+from qlora_operator.api.names import Key, Phase, Reason
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.cluster import (
     EVENTS,
@@ -49,7 +49,7 @@ from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, 
 from qlora_operator.status.pending import by_quota
 from qlora_operator.status.quote import quote
 from qlora_operator.status.unreadable import unreadable
-from qlora_operator.store import Key, Store
+from qlora_operator.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL, KIND
+from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL, KIND, Key
 from qlora_operator.status.observation import Gang, gang
-
-Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ class Store:
         known = siblings.get(raw["metadata"]["name"])
         if known is not None and known.gang.uid == raw["metadata"]["uid"]:
             del siblings[raw["metadata"]["name"]]
+            if uid and not siblings:
+                del self._gangs[uid]
 
     def drop_gangs_but(self, living: Iterable[str]) -> list[str]:
         """Forget the child Jobs whose uid is not among these; the job uids that have lost one."""

@@ -8,12 +8,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from qlora_operator.api.names import Key
 from qlora_operator.cluster import ApiError
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, str]
-"""Namespace and name of a job."""
 Work = Callable[[Key], Awaitable[float | None]]
 """Does the work for a key; seconds until it is wanted again, None when only an event shall bring it back."""
 

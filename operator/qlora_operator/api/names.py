@@ -17,10 +17,11 @@ CRD_NAME = f"{PLURAL}.{GROUP}"
 CONTROLLER = f"{GROUP}/qlora-operator"
 """What spec.managedBy calls this operator."""
 
-USER_AGENT = "qlora-operator"
-"""How the operator names itself to the API server."""
 COMPONENT = "qlora-operator"
-"""Who says so, in Events."""
+"""How the operator names itself: to the API server, in Events, and on what it manages."""
+
+Key = tuple[str, str]
+"""Namespace and name of a job."""
 
 JOB_NAME_LABEL = f"{GROUP}/job-name"
 """On every child and pod: the job's name."""

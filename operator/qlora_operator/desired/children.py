@@ -6,8 +6,6 @@ from qlora_operator.api import names
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.run_config import DEFAULT_NAMESPACE
 
-APP = "qlora-operator"
-
 
 def labels(job: QLoRAJob, uid: str, role: names.Role, attempt: int | None = None) -> dict[str, str]:
     """Labels of a child or of its pods; `attempt` for what belongs to one attempt."""
@@ -15,7 +13,7 @@ def labels(job: QLoRAJob, uid: str, role: names.Role, attempt: int | None = None
         "app.kubernetes.io/name": names.SINGULAR,
         "app.kubernetes.io/instance": job.metadata.name,
         "app.kubernetes.io/component": role.value,
-        "app.kubernetes.io/managed-by": APP,
+        "app.kubernetes.io/managed-by": names.COMPONENT,
         names.JOB_NAME_LABEL: job.metadata.name,
         names.JOB_UID_LABEL: uid,
         names.ROLE_LABEL: role.value,

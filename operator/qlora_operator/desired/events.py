@@ -1,7 +1,7 @@
 """Events about a job, for `kubectl describe`."""
 
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from qlora_operator.api.names import API_VERSION, COMPONENT, KIND
@@ -33,6 +33,6 @@ def event(job: QLoRAJob, uid: str, kind: str, reason: str, message: str, now: da
         "reportingComponent": COMPONENT,
         "reportingInstance": COMPONENT,
         "firstTimestamp": stamp(now),
-        "lastTimestamp": stamp(now.astimezone(UTC)),
+        "lastTimestamp": stamp(now),
         "count": 1,
     }

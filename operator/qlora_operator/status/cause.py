@@ -190,7 +190,7 @@ def _node_lost(pod: Pod) -> Cause:
 def _lost_peer(pod: Pod) -> Cause | None:
     if pod.exit_code not in COLLATERAL:
         return None
-    message = f"{_where(pod.name, pod)} lost a peer{_detail(pod)}"
+    message = f"{pod.where} lost a peer{_detail(pod)}"
     return Cause(Reason.PEER_LOST, message, Budget.INFRASTRUCTURE)
 
 
@@ -203,7 +203,7 @@ def _terminated(pod: Pod) -> Cause | None:
 
 
 def _where(name: str, pod: Pod | None) -> str:
-    return f"pod {name} on node {pod.node}" if pod is not None and pod.node else f"pod {name}"
+    return f"pod {name}" if pod is None else pod.where
 
 
 def _disrupted(name: str, pod: Pod | None) -> Cause:

@@ -25,8 +25,6 @@ LOOK_SECONDS = 10.0
 """How often pods are looked at while an attempt starts or ends."""
 SETTLE_LOOK_SECONDS = 1.0
 """How often, while a Job ends that only lost a peer: a deleted pod is soon gone, and what it had to tell, too."""
-POLL_SECONDS = 15.0
-"""How often rank 0 is asked for its progress."""
 
 _STAGES = {
     "Starting": Reason.LOADING,
@@ -330,24 +328,26 @@ def _create(draft: Draft) -> None:
     if obstacle := draft.seen.obstacle:
         draft.wait(ConditionType.INITIALIZED, Reason(obstacle.reason), obstacle.message)
     if draft.living:
-        delete_orphans(draft)
-        said = remaining(draft, draft.living)
-        draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
+        await_pods(draft)
     elif not draft.rivals:
         _ensure_children(draft)
     draft.look_in(LOOK_SECONDS)
 
 
+def await_pods(draft: Draft) -> None:
+    """Pods that may still run are in the way of another gang: said, and orphans among them deleted."""
+    delete_orphans(draft)
+    said = remaining(draft, draft.living)
+    draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
+
+
 def _ensure_children(draft: Draft) -> None:
-    placement, provenance = draft.status.placement, draft.status.provenance
+    placement = draft.status.placement
     assert draft.open is not None
     assert placement is not None
     assert placement.isa is not None
-    image = provenance.image if provenance else None
     draft.actions.append(
-        StartAttempt(
-            draft.open.attempt, placement.isa, image or draft.seen.image, avoid=tuple(placement.avoid)
-        )
+        StartAttempt(draft.open.attempt, placement.isa, draft.image, avoid=tuple(placement.avoid))
     )
 
 
@@ -433,7 +433,9 @@ def _run(draft: Draft) -> None:
     if draft.holds(ConditionType.RESTARTING):
         draft.deny(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
     _facts(draft)
-    draft.look_in(POLL_SECONDS)
+    if draft.gang is not None and draft.gang.ready < draft.job.spec.topology.pods:
+        draft.look_in(LOOK_SECONDS)
+    # Otherwise nothing is due: rank 0's reports and the Job's changes come by themselves, deadlines have their time.
 
 
 def _facts(draft: Draft) -> None:

@@ -13,10 +13,9 @@ from qlora_operator.api.times import parse, stamp
 from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec
 from qlora_operator.status import conditions, policies
 from qlora_operator.status.columns import columns
-from qlora_operator.status.current import LOOK_SECONDS, attend, deadline, delete_orphans
+from qlora_operator.status.current import LOOK_SECONDS, attend, await_pods, deadline
 from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft, StartAttempt
 from qlora_operator.status.observation import Observation
-from qlora_operator.status.stuck import remaining
 
 
 def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
@@ -96,10 +95,8 @@ def _occupied(draft: Draft) -> bool:
     first = draft.status.attempt is None and draft.seen.pods is None
     if first or (draft.seen.pods is not None and not draft.living and not draft.rivals):
         return False
-    delete_orphans(draft)
     if draft.living:
-        said = remaining(draft, draft.living)
-        draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
+        await_pods(draft)
     draft.look_in(LOOK_SECONDS)
     return True
 
@@ -110,7 +107,7 @@ def _barred(draft: Draft) -> bool:
 
 
 def _bars_image(draft: Draft) -> bool:
-    if not draft.seen.image_allowed and _fixed_image(draft) is None:
+    if not draft.seen.image_allowed and draft.fixed_image is None:
         message = (
             f"spec.image {draft.seen.image} is not allowed here: ask the administrator, or leave it out in "
             "another job"
@@ -150,7 +147,7 @@ def _start(draft: Draft) -> None:
     """Another attempt becomes a fact; its children are created once that is saved."""
     number = 0 if draft.status.attempt is None else draft.status.attempt + 1
     tier, before = _tier(draft), draft.status.placement or Placement()
-    image = _fixed_image(draft) or draft.seen.image
+    image = draft.image
     spec = draft.job.spec
     world = spec.topology.pods * spec.topology.ranks_per_pod
     draft.add_attempt(Attempt(attempt=number, start=stamp(draft.now)))
@@ -175,10 +172,6 @@ def _tier(draft: Draft) -> IsaTier:
     if last is None or last.reason not in policies.GAVE_UP or had not in tiers:
         return tiers[0]
     return tiers[(tiers.index(had) + 1) % len(tiers)]
-
-
-def _fixed_image(draft: Draft) -> str | None:
-    return draft.status.provenance.image if draft.status.provenance else None
 
 
 def _provenance(draft: Draft, image: str) -> Provenance:

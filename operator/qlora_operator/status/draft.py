@@ -106,6 +106,16 @@ class Draft:
         return last if last is not None and last.end is None else None
 
     @property
+    def fixed_image(self) -> str | None:
+        """The image that the first attempt fixed for all."""
+        return self.status.provenance.image if self.status.provenance else None
+
+    @property
+    def image(self) -> str:
+        """The image of every attempt from now on."""
+        return self.fixed_image or self.seen.image
+
+    @property
     def restarts(self) -> Restarts:
         """So far."""
         return self.status.restarts or Restarts()

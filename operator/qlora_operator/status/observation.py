@@ -92,6 +92,11 @@ class Pod:
     image_digest: str | None = None
 
     @property
+    def where(self) -> str:
+        """Its name, and its node where it has one, for a sentence."""
+        return f"pod {self.name} on node {self.node}" if self.node else f"pod {self.name}"
+
+    @property
     def over(self) -> bool:
         """No process of it runs, or will."""
         return self.phase in ("Succeeded", "Failed")
@@ -111,7 +116,7 @@ class Observation:
     """What the operator sees of a job, besides the object itself."""
 
     gangs: tuple[Gang, ...] = ()
-    """Jobs with the job's uid on their label, or with the name of the current attempt's."""
+    """Jobs with the job's uid on their label."""
     pods: tuple[Pod, ...] | None = None
     """Its pods; None: nobody looked."""
     warnings: tuple[Warned, ...] = ()

@@ -54,7 +54,7 @@ def _of_pod(pod: Pod) -> Said | None:
     if pod.waiting is None or pod.over or pod.waiting.reason not in _WAITS:
         return None
     words = quote(pod.waiting.message) or pod.waiting.reason
-    return Said(_WAITS[pod.waiting.reason], f"{_where(pod)}: {words}")
+    return Said(_WAITS[pod.waiting.reason], f"{pod.where}: {words}")
 
 
 def _of_refusal(gang: Gang, warnings: Sequence[Warned]) -> Said | None:
@@ -73,9 +73,5 @@ def _of_warnings(pod: Pod, warnings: Sequence[Warned]) -> Said | None:
     for warning in warnings:
         if warning.about == pod.uid and warning.reason not in _OUTDATED:
             reason = Reason.VOLUME_NOT_READY if warning.reason in _VOLUME_EVENTS else Reason.STARTING
-            return Said(reason, f"{_where(pod)}: {quote(warning.message)}")
+            return Said(reason, f"{pod.where}: {quote(warning.message)}")
     return None
-
-
-def _where(pod: Pod) -> str:
-    return f"pod {pod.name} on node {pod.node}" if pod.node else f"pod {pod.name}"
