@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from testcluster.errors import KubectlError
 from testcluster.faulty import FaultyProxy
 from testcluster.kubelet import Kubelet
 from testcluster.processes import with_parent
+from testcluster.waiting import wait_for
 from testcluster.witness import Witness
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +39,9 @@ CHILDREN = (
 )
 
 Object = dict[str, Any]
+
+EVERY = 0.05
+"""Seconds between two looks at what is waited for."""
 
 AMX_NODE = {
     "feature.node.kubernetes.io/cpu-cpuid.AMXTILE": "true",
@@ -57,7 +60,7 @@ def told_cluster(api_cluster: Cluster, crd: None) -> Cluster:
         except KubectlError:
             return False
 
-    eventually(known)
+    wait_for(known, 20, every=EVERY)
     return api_cluster
 
 
@@ -107,7 +110,12 @@ class Operator:
 
     def ready(self, seconds: float = 30) -> None:
         """Wait for its readiness."""
-        eventually(lambda: self.get("/readyz")[0] == 200, seconds, lambda: self.log.read_text()[-3000:])
+        wait_for(
+            lambda: self.get("/readyz")[0] == 200,
+            seconds,
+            or_else=lambda: self.log.read_text()[-3000:],
+            every=EVERY,
+        )
 
     def get(self, path: str) -> tuple[int, str]:
         """GET from its own server: status (0: no answer) and text."""
@@ -130,20 +138,6 @@ class Operator:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait(30)
-
-
-def eventually(
-    check: Callable[[], Any], seconds: float = 20, say: Callable[[], str] = lambda: "", every: float = 0.05
-) -> Any:
-    """The first true answer of `check`; fails after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = check()
-        if answer:
-            return answer
-        if time.monotonic() > deadline:
-            pytest.fail(f"did not come about in {seconds} s: {say()}")
-        time.sleep(every)
 
 
 @pytest.fixture
@@ -240,8 +234,11 @@ class Job:
 
     def until(self, check: Callable[[Object], Any], seconds: float = 20) -> Object:
         """The status, once it is so."""
-        return eventually(
-            lambda: (lambda status: check(status) and status)(self.status), seconds, lambda: str(self.status)
+        return wait_for(
+            lambda: (lambda status: check(status) and status)(self.status),
+            seconds,
+            or_else=lambda: str(self.status),
+            every=EVERY,
         )
 
     def until_phase(self, phase: str, seconds: float = 20) -> Object:
@@ -300,14 +297,17 @@ class Job:
             found = [g for g in self.gangs() if g["metadata"]["labels"]["qlora.dev/attempt"] == str(attempt)]
             return found[0] if found and check(found[0]) else None
 
-        return eventually(look, seconds, lambda: str([gang["status"] for gang in self.gangs()]))
+        return wait_for(
+            look, seconds, or_else=lambda: str([gang["status"] for gang in self.gangs()]), every=EVERY
+        )
 
     def until_event(self, reason: str, seconds: float = 20) -> Object:
         """The operator's Event with this reason, once it is there."""
-        return eventually(
+        return wait_for(
             lambda: [event for event in self.events() if event["reason"] == reason],
             seconds,
-            lambda: str([(event["reason"], event["message"]) for event in self.events()]),
+            or_else=lambda: str([(event["reason"], event["message"]) for event in self.events()]),
+            every=EVERY,
         )[0]
 
     def events(self) -> list[Object]:

@@ -123,18 +123,9 @@ KILLS = 4
 """In each life."""
 
 
-def lives_through_kills(
-    seed: int, operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any], witness: Witness
-) -> None:
-    """A life in which the operator is killed again and again is a life like any other."""
-    kills = Kills(operator, seed, KILLS)
-    with proxy.fault(kills, matches=mine):
-        live_with_one_failure(make_job())
-    assert kills.left == 0
-    check(witness, attempts=2)
-
-
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 175))]
+)
 def test_killed_between_any_two_requests(
     seed: int,
     operator: Any,
@@ -143,22 +134,13 @@ def test_killed_between_any_two_requests(
     witness: Witness,
     terminations: None,
 ) -> None:
-    """Killed at 20 random requests: one gang at a time, one Job per attempt, no orphan, one restart paid."""
-    lives_through_kills(seed, operator, proxy, make_job, witness)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(100, 175))
-def test_killed_300_times(
-    seed: int,
-    operator: Any,
-    proxy: FaultyProxy,
-    make_job: Callable[..., Any],
-    witness: Witness,
-    terminations: None,
-) -> None:
-    """Killed at 300 random requests, four in each life: the same."""
-    lives_through_kills(seed, operator, proxy, make_job, witness)
+    """Killed at 20 random requests, and at 300 in the soak: one gang at a time, one Job per attempt, no orphan,
+    one restart paid."""
+    kills = Kills(operator, seed, KILLS)
+    with proxy.fault(kills, matches=mine):
+        live_with_one_failure(make_job())
+    assert kills.left == 0
+    check(witness, attempts=2)
 
 
 @pytest.mark.parametrize("code", [0, 1], ids=["done", "failed"])

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
 from testcluster.fixtures import install_crds
 from testcluster.nodes import NodeCluster
+from testcluster.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "manifests"
@@ -25,18 +25,6 @@ USER = 1000
 """Of the pods, and thus of the files in their volumes."""
 
 Object = dict[str, Any]
-
-
-def eventually(check: Callable[[], Any], seconds: float, say: Callable[[], str] = lambda: "") -> Any:
-    """The first true answer of `check`; fails after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while True:
-        answer = check()
-        if answer:
-            return answer
-        if time.monotonic() > deadline:
-            pytest.fail(f"did not come about in {seconds:.0f} s: {say()}")
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +80,9 @@ class Job:
                 pytest.fail(f"the job failed: {status['message']}\n{self.logs()}")
             return status if check(status) else None
 
-        return eventually(look, seconds, lambda: f"{json.dumps(self.status, indent=1)}\n{self.logs()}")
+        return wait_for(
+            look, seconds, or_else=lambda: f"{json.dumps(self.status, indent=1)}\n{self.logs()}", every=0.2
+        )
 
     def until_phase(self, phase: str, seconds: float = 300) -> Object:
         """The status, once the phase is this."""

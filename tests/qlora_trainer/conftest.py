@@ -12,6 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qlora_contract.run import RunConfig
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -67,5 +69,25 @@ def byte_tokenizer() -> Callable[..., Any]:
         made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
         made.chat_template = chat_template
         return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def a_run() -> Callable[..., RunConfig]:
+    """make(ranks=2, **fields) -> a RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
+
+    def make(ranks: int = 2, **more: Any) -> RunConfig:
+        layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
+        fields = {
+            "version": 1,
+            "job": {"name": "j", "uid": "u", "attempt": 1},
+            "workspace": "pvc://team/w",
+            "model": {"source": "pvc://team/m"},
+            "dataset": {"source": "pvc://team/d.jsonl"},
+            "training": {"maxSteps": 1},
+            "isa": "avx2",
+        }
+        return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
 
     return make

@@ -9,7 +9,6 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,21 +40,6 @@ SAY = textwrap.dedent("""
         open(f"{name}-{local}", "w").write(str(os.getpid()))
 """)
 """What the fake ranks share; they run in the test's folder."""
-
-
-def a_run(ranks: int = 2, **more: Any) -> RunConfig:
-    """A RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
-    layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
-    fields = {
-        "version": 1,
-        "job": {"name": "j", "uid": "u", "attempt": 1},
-        "workspace": "pvc://team/w",
-        "model": {"source": "pvc://team/m"},
-        "dataset": {"source": "pvc://team/d.jsonl"},
-        "training": {"maxSteps": 1},
-        "isa": "avx2",
-    }
-    return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
 
 
 class Machine:
@@ -139,7 +123,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         pytest.param(4, 1, 2, 0, ("2", "4", "0", "1", "2", "4"), id="one rank a pod"),
     ],
 )
-def test_places_of_a_rank(pods: int, ranks: int, index: int, local: int, expected: tuple[str, ...]) -> None:
+def test_places_of_a_rank(
+    a_run: Callable[..., RunConfig], pods: int, ranks: int, index: int, local: int, expected: tuple[str, ...]
+) -> None:
     """RANK counts over all pods, LOCAL_RANK within one, NODE_RANK the pods; PET_* agree."""
     run = a_run(layout={"pods": pods, "ranksPerPod": ranks})
     part = cpu.RankCpus([4, 5, 6], 3)
@@ -154,7 +140,7 @@ def test_places_of_a_rank(pods: int, ranks: int, index: int, local: int, expecte
     assert got["KEPT"] == "yes"
 
 
-def test_threads_and_offline_switches_are_set_for_a_rank() -> None:
+def test_threads_and_offline_switches_are_set_for_a_rank(a_run: Callable[..., RunConfig]) -> None:
     """A rank computes with its own threads, offline, whatever the launcher's environment says."""
     inherited = {"OMP_NUM_THREADS": "64", "HF_HUB_OFFLINE": "0", "MASTER_PORT": "1234"}
     got = launch.rank_environment(a_run(), 0, 0, cpu.RankCpus([0, 1, 2, 3], 2), inherited)
@@ -167,7 +153,7 @@ def test_threads_and_offline_switches_are_set_for_a_rank() -> None:
     assert got["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_several_pods_need_a_master_address() -> None:
+def test_several_pods_need_a_master_address(a_run: Callable[..., RunConfig]) -> None:
     """With more than one pod there is no default for the host of rank 0."""
     with pytest.raises(LaunchError, match="MASTER_ADDR is not set, and 2 pods need") as caught:
         launch.rank_environment(a_run(layout={"pods": 2}), 0, 0, cpu.RankCpus([0], 1), {})
@@ -186,7 +172,9 @@ def test_several_pods_need_a_master_address() -> None:
         pytest.param(3, {"JOB_COMPLETION_INDEX": "one"}, None, id="no number"),
     ],
 )
-def test_the_pods_index(pods: int, environ: dict[str, str], index: int | None) -> None:
+def test_the_pods_index(
+    a_run: Callable[..., RunConfig], pods: int, environ: dict[str, str], index: int | None
+) -> None:
     """The index is taken from Kubernetes and must be one of the pods'."""
     run = a_run(layout={"pods": pods})
     if index is not None:
@@ -204,7 +192,9 @@ def test_the_pods_index(pods: int, environ: dict[str, str], index: int | None) -
         pytest.param("amx_bf16", {"amx_tile", "amx_bf16"}, "permission of the kernel", id="permission"),
     ],
 )
-def test_a_processor_below_the_tier(isa: str, flags: set[str], lacks: str | None) -> None:
+def test_a_processor_below_the_tier(
+    a_run: Callable[..., RunConfig], isa: str, flags: set[str], lacks: str | None
+) -> None:
     """A node below the attempt's tier is named with what it lacks, with the code for elsewhere."""
     found = cpu.Isa(frozenset(flags), amx_permitted=False)
     if lacks is None:
@@ -227,17 +217,15 @@ def test_a_processor_below_the_tier(isa: str, flags: set[str], lacks: str | None
         pytest.param("[1]", "not a JSON object with a version", id="list"),
         pytest.param("{", "not a JSON object with a version", id="no JSON"),
         pytest.param('{"version": 1}', "is malformed at job: Field required", id="fields missing"),
-        pytest.param(
-            a_run().to_json().replace('"maxSteps": 1', '"maxSteps": "1"'),
-            "malformed at training.maxSteps",
-            id="type",
-        ),
+        pytest.param(None, "malformed at training.maxSteps", id="type"),
     ],
 )
-def test_a_run_file_that_cannot_be_used(tmp_path: Path, text: str, says: str) -> None:
+def test_a_run_file_that_cannot_be_used(
+    a_run: Callable[..., RunConfig], tmp_path: Path, text: str | None, says: str
+) -> None:
     """A file of another version, or malformed, is refused in one sentence that says where."""
     path = tmp_path / "run.json"
-    path.write_text(text)
+    path.write_text(text or a_run().to_json().replace('"maxSteps": 1', '"maxSteps": "1"'))
     with pytest.raises(LaunchError, match=says) as caught:
         launch.load_run(path)
 
@@ -251,7 +239,7 @@ def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
         launch.load_run(tmp_path / "absent.json")
 
 
-def test_a_run_file_survives_the_round_trip(tmp_path: Path) -> None:
+def test_a_run_file_survives_the_round_trip(a_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     """What the operator writes is what the launcher reads."""
     path = tmp_path / "run.json"
     path.write_text(a_run().to_json())
@@ -259,13 +247,13 @@ def test_a_run_file_survives_the_round_trip(tmp_path: Path) -> None:
     assert launch.load_run(path) == a_run()
 
 
-def test_a_cpu_that_is_not_ours_is_refused() -> None:
+def test_a_cpu_that_is_not_ours_is_refused(a_run: Callable[..., RunConfig]) -> None:
     """QLORA_CPUS may only name CPUs that the kernel allows."""
     with pytest.raises(LaunchError, match=r"QLORA_CPUS names CPUs 9000, which .* it may use [0-9]"):
         launch.rank_cpus(a_run(), {CPUS_ENV: "9000"})
 
 
-def test_too_few_cpus_end_the_launch(machine: Machine) -> None:
+def test_too_few_cpus_end_the_launch(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """Under strict pinning nothing is started, and the message says what to change."""
     layout = {"pinning": "strict", "cpusPerRank": 1024}
     code, _, err = machine.run("ready()", a_run(layout=layout))
@@ -290,7 +278,7 @@ def test_another_version_ends_the_launch_without_torch(machine: Machine) -> None
 # --- with ranks
 
 
-def test_output_is_passed_on_line_by_line(machine: Machine) -> None:
+def test_output_is_passed_on_line_by_line(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """Lines carry their rank, go to the stream they came from, and keep bytes that are not UTF-8."""
     program = r"""
         os.write(1, b"hello\nbad \xff byte\n")
@@ -308,7 +296,7 @@ def test_output_is_passed_on_line_by_line(machine: Machine) -> None:
     assert len(lines) == 6
 
 
-def test_an_endless_line_does_not_fill_the_memory(machine: Machine) -> None:
+def test_an_endless_line_does_not_fill_the_memory(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """A line beyond the limit is passed on in parts, all of it."""
     code, out, _ = machine.run("os.write(1, b'x' * 200_000)", a_run(ranks=1))
 
@@ -317,7 +305,7 @@ def test_an_endless_line_does_not_fill_the_memory(machine: Machine) -> None:
     assert out.count(b"x") == 200_000
 
 
-def test_a_rank_gets_its_cpus_before_it_starts(machine: Machine) -> None:
+def test_a_rank_gets_its_cpus_before_it_starts(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """The affinity of a rank is its slice, and its threads are as many."""
     first = sorted(os.sched_getaffinity(0))[0]
     program = "print(sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'], os.environ['RANK'])"
@@ -327,7 +315,7 @@ def test_a_rank_gets_its_cpus_before_it_starts(machine: Machine) -> None:
     assert out == f"[rank 0] [{first}] 1 0\n".encode()
 
 
-def test_done_when_every_rank_is(machine: Machine) -> None:
+def test_done_when_every_rank_is(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """With all ranks done the pod's message is the first rank's report."""
     program = "report(0, 'adapter published', eval_loss=1.25) if local == 0 else None"
     code, _, err = machine.run(program, a_run())
@@ -337,7 +325,7 @@ def test_done_when_every_rank_is(machine: Machine) -> None:
     assert err.splitlines()[-1] == b"launcher: ends with 0 (DONE): adapter published"
 
 
-def test_the_cause_wins_over_its_consequences(machine: Machine) -> None:
+def test_the_cause_wins_over_its_consequences(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """A rank that lost its peer ends first; the pod still tells what the peer died of."""
     program = """
         if local == 0:
@@ -353,7 +341,7 @@ def test_the_cause_wins_over_its_consequences(machine: Machine) -> None:
     assert (machine.report().cause, machine.report().rank) == ("record 3 has no messages", 1)
 
 
-def test_of_equal_causes_the_first_in_time_wins(machine: Machine) -> None:
+def test_of_equal_causes_the_first_in_time_wins(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """When ranks die one after the other with codes of one kind, the first one is the cause."""
     program = """
         ready()
@@ -368,7 +356,7 @@ def test_of_equal_causes_the_first_in_time_wins(machine: Machine) -> None:
     assert (code, machine.report().cause) == (ExitCode.UNEXPECTED, "the port is taken")
 
 
-def test_an_exception_that_nobody_foresaw_is_named(machine: Machine) -> None:
+def test_an_exception_that_nobody_foresaw_is_named(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """Without a report the last line of stderr is the cause."""
     code, _, _ = machine.run("raise KeyError('lm_head')", a_run(ranks=1))
 
@@ -376,7 +364,7 @@ def test_an_exception_that_nobody_foresaw_is_named(machine: Machine) -> None:
     assert machine.report().cause == "rank 0 exited with code 1: KeyError: 'lm_head'"
 
 
-def test_a_rank_that_is_killed_gives_137(machine: Machine) -> None:
+def test_a_rank_that_is_killed_gives_137(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """SIGKILL from outside is told as such, with the rank."""
     code, _, _ = machine.run("os.kill(os.getpid(), signal.SIGKILL) if local else sys.exit(40)", a_run())
 
@@ -384,7 +372,7 @@ def test_a_rank_that_is_killed_gives_137(machine: Machine) -> None:
     assert (machine.report().reason, machine.report().rank) == ("Signal", 1)
 
 
-def test_a_rank_that_cannot_be_started_is_told(tmp_path: Path) -> None:
+def test_a_rank_that_cannot_be_started_is_told(a_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A missing program ends the launch with the system's reason."""
     (tmp_path / "run.json").write_text(a_run().to_json())
     with pytest.raises(LaunchError, match=r"could not be started: .*No such file"):
@@ -406,7 +394,9 @@ OBEDIENT = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_sigterm_is_passed_on_once(machine: Machine, number: signal.Signals) -> None:
+def test_sigterm_is_passed_on_once(
+    a_run: Callable[..., RunConfig], machine: Machine, number: signal.Signals
+) -> None:
     """Every rank is told once, however often the launcher is, and the pod ends as they do."""
     process = machine.start(OBEDIENT, a_run())
     machine.pids(2)
@@ -422,7 +412,7 @@ def test_sigterm_is_passed_on_once(machine: Machine, number: signal.Signals) -> 
 
 
 @pytest.mark.parametrize("how", ["signal.signal(signal.SIGTERM, signal.SIG_IGN)", "stop_me()"])
-def test_the_grace_period_is_enforced(machine: Machine, how: str) -> None:
+def test_the_grace_period_is_enforced(a_run: Callable[..., RunConfig], machine: Machine, how: str) -> None:
     """Ranks that ignore SIGTERM, or are stopped, are killed when the grace period is nearly over."""
     program = f"""
         def stop_me():
@@ -442,7 +432,7 @@ def test_the_grace_period_is_enforced(machine: Machine, how: str) -> None:
     assert not any(lives(pid) for pid in pids)
 
 
-def test_ranks_die_with_their_launcher(machine: Machine) -> None:
+def test_ranks_die_with_their_launcher(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """Even when the launcher is killed outright, no rank goes on."""
     process = machine.start(
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(600)", a_run()
@@ -454,7 +444,9 @@ def test_ranks_die_with_their_launcher(machine: Machine) -> None:
     wait_for(lambda: not any(lives(pid) for pid in pids))
 
 
-def test_a_launcher_stops_when_the_one_who_started_it_dies(machine: Machine) -> None:
+def test_a_launcher_stops_when_the_one_who_started_it_dies(
+    a_run: Callable[..., RunConfig], machine: Machine
+) -> None:
     """With QLORA_PARENT_DEATH, the death of the starter is SIGTERM to the launcher."""
     machine.start(OBEDIENT, a_run()).kill()  # writes the files
     starter = textwrap.dedent(f"""
@@ -481,7 +473,7 @@ def test_a_launcher_stops_when_the_one_who_started_it_dies(machine: Machine) -> 
     ("answer", "code"), [pytest.param("None", -9, id="ignores"), pytest.param("os._exit(50)", 50, id="obeys")]
 )
 def test_nobody_outlives_a_dead_peer_for_ever(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], answer: str, code: int
+    a_run: Callable[..., RunConfig], tmp_path: Path, capfd: pytest.CaptureFixture[str], answer: str, code: int
 ) -> None:
     """A rank that does not notice its peer's death is told, then killed, and its end is not the cause."""
     program = SAY + textwrap.dedent(f"""

@@ -1,27 +1,11 @@
 """What the launcher makes of living ranks: decisions. With real processes: test_launch.py."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from qlora_contract.run import RunConfig
 from qlora_trainer.supervise import Limits, action, limits_of
-
-
-def a_run(ranks: int = 2, **more: Any) -> RunConfig:
-    """A RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
-    layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
-    fields = {
-        "version": 1,
-        "job": {"name": "j", "uid": "u", "attempt": 1},
-        "workspace": "pvc://team/w",
-        "model": {"source": "pvc://team/m"},
-        "dataset": {"source": "pvc://team/d.jsonl"},
-        "training": {"maxSteps": 1},
-        "isa": "avx2",
-    }
-    return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
-
 
 LIMITS = Limits(grace=10, patience=40, kill_delay=5)
 
@@ -46,12 +30,14 @@ def test_what_living_ranks_are_due(now: float, stopped: float | None, died: floa
 
 
 @pytest.mark.parametrize(("period", "grace"), [(300, 295), (10, 5), (4, 2), (1, 0.5)])
-def test_the_grace_is_shorter_than_the_pods(period: int, grace: float) -> None:
+def test_the_grace_is_shorter_than_the_pods(
+    a_run: Callable[..., RunConfig], period: int, grace: float
+) -> None:
     """The launcher keeps part of the period for its own end, at most half of it."""
     assert limits_of(a_run(terminationGracePeriodSeconds=period)).grace == grace
 
 
-def test_patience_outlasts_the_ranks_own_heartbeat() -> None:
+def test_patience_outlasts_the_ranks_own_heartbeat(a_run: Callable[..., RunConfig]) -> None:
     """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are told."""
     run = a_run(distributed={"timeoutSeconds": 60})
 

@@ -1,27 +1,12 @@
 """How ranks that ended become one report."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RunConfig
 from qlora_trainer.verdict import End, conclude, out_of_memory_cause
-
-
-def a_run(ranks: int = 2, **more: Any) -> RunConfig:
-    """A RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
-    layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
-    fields = {
-        "version": 1,
-        "job": {"name": "j", "uid": "u", "attempt": 1},
-        "workspace": "pvc://team/w",
-        "model": {"source": "pvc://team/m"},
-        "dataset": {"source": "pvc://team/d.jsonl"},
-        "training": {"maxSteps": 1},
-        "isa": "avx2",
-    }
-    return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
 
 
 def told(code: int, cause: str) -> TerminationReport:
@@ -71,7 +56,9 @@ def told(code: int, cause: str) -> TerminationReport:
         ),
     ],
 )
-def test_one_end_for_the_pod(ends: list[End], oom: bool, code: int, reason: str, cause: str) -> None:
+def test_one_end_for_the_pod(
+    a_run: Callable[..., RunConfig], ends: list[End], oom: bool, code: int, reason: str, cause: str
+) -> None:
     """The pod's code and cause are those of the rank that names the cause best."""
     got = conclude(ends, a_run(), oom=oom, limit=2 << 30)
 
@@ -79,7 +66,7 @@ def test_one_end_for_the_pod(ends: list[End], oom: bool, code: int, reason: str,
     assert cause in got.cause
 
 
-def test_the_out_of_memory_sentence() -> None:
+def test_the_out_of_memory_sentence(a_run: Callable[..., RunConfig]) -> None:
     """It names the limit, what was asked for, and what to change."""
     run = a_run(layout={"memoryPerRank": 3 << 29})
 
