@@ -20,8 +20,8 @@ from qlora_operator.errors import OperatorError
 Raw = dict[str, Any]
 
 REQUEST_SECONDS = 30
-PAGE = 500
-"""Objects of one page of a list."""
+PAGE = 100
+"""Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
 CONNECTIONS = 32
 NAMESPACE_TERMINATING = "NamespaceTerminating"
 """Why nothing can be created any more; the API names it as the cause of a Forbidden."""

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 
 from qlora_operator import metrics
 from qlora_operator.api import names
-from qlora_operator.cluster import GANGS, JOBS, NETWORK_POLICIES, SERVICES, ApiError, Cluster
+from qlora_operator.cluster import GANGS, JOBS, NETWORK_POLICIES, PAGE, SERVICES, ApiError, Cluster
 from qlora_operator.poller import Poller
 from qlora_operator.reconcile import Reconciler
 from qlora_operator.settings import load_settings
@@ -97,7 +97,7 @@ class Operator:
 
     async def sweep(self) -> None:
         """Take stock: what the watches may have missed, above all what has gone."""
-        known = {key: str((self.store.job(key) or {})["metadata"]["uid"]) for key in self.store.jobs()}
+        known = self.store.jobs()
         selector = names.JOB_UID_LABEL
         gangs = set()
         async for raw in self.cluster.all(GANGS, selector):
@@ -123,10 +123,7 @@ class Operator:
             for resource in (SERVICES, NETWORK_POLICIES)
         ]
         complete = set.intersection(*owners)
-        for key in self.store.jobs():
-            raw = self.store.job(key)
-            if raw is not None and raw["metadata"]["uid"] not in complete:
-                self.reconciler.incomplete.add(raw["metadata"]["uid"])
+        self.reconciler.incomplete.update(set(self.store.jobs().values()) - complete)
 
     def drop(self, key: names.Key, uid: str) -> None:
         """A job is gone."""
@@ -162,7 +159,7 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 300
     settings.watching.connect_timeout = 30
-    settings.watching.chunk_size = 500
+    settings.watching.chunk_size = PAGE
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -17,75 +18,94 @@ from qlora_operator.workqueue import WorkQueue
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 15.0
+FIRST_RETRY_SECONDS = 4.0
 MAX_POLL_SECONDS = 240.0
 """How rarely a rank 0 that does not answer is asked."""
+TICK_SECONDS = 0.5
+"""How often it is looked who is to be asked."""
 AT_ONCE = 32
 
 
-@dataclass
+@dataclass(slots=True)
 class _Followed:
+    key: Key
     attempt: int
     address: str | None
-    task: "asyncio.Task[None] | None" = field(default=None)
+    """Of rank 0's pod, which keeps it for as long as it lives, and so as long as the attempt."""
+    due: float = 0.0
+    delay: float = 0.0
+    asked: bool = False
+    """Right now."""
 
 
 class Poller:
-    """One task per running job, and a bound on how many ask at a time."""
+    """One timer for all running jobs, and a bound on how many are asked at a time."""
 
     def __init__(self, cluster: Cluster, reconciler: Reconciler, queue: WorkQueue) -> None:
         self._cluster, self._reconciler, self._queue = cluster, reconciler, queue
         self._followed: dict[str, _Followed] = {}
-        self._slots = asyncio.Semaphore(AT_ONCE)
         self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self._asking: set[asyncio.Task[None]] = set()
+        self._timer = asyncio.create_task(self._ticks())
 
     def follow(self, key: Key, uid: str, attempt: int, pods: list[Pod]) -> None:
         """This attempt runs; its pods, as far as anybody looked."""
         known = self._followed.get(uid)
-        if known is not None and known.attempt == attempt:
-            known.address = _address(pods, attempt) or known.address
-            return
-        if known is not None and known.task is not None:
-            known.task.cancel()
-        followed = self._followed[uid] = _Followed(attempt, _address(pods, attempt))
-        followed.task = asyncio.create_task(self._watch(key, uid, followed))
+        if known is None or known.attempt != attempt:
+            known = self._followed[uid] = _Followed(key, attempt, None)
+        known.address = _address(pods, attempt) or known.address
 
     def forget(self, uid: str) -> None:
         """The job does not run any more."""
-        known = self._followed.pop(uid, None)
-        if known is not None and known.task is not None:
-            known.task.cancel()
+        self._followed.pop(uid, None)
 
     async def close(self) -> None:
         """End all."""
-        for uid in list(self._followed):
-            self.forget(uid)
+        self._followed.clear()
+        tasks = [self._timer, *self._asking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._session.close()
 
-    async def _watch(self, key: Key, uid: str, followed: _Followed) -> None:
-        delay = 0.0
+    async def _ticks(self) -> None:
         while True:
-            await asyncio.sleep(delay)
-            async with self._slots:
-                answered = await self._ask(key, uid, followed)
-            if answered:
-                delay = POLL_SECONDS
-            else:
-                followed.address = None
-                delay = min(max(2 * delay, POLL_SECONDS / 4), MAX_POLL_SECONDS)
+            self._tick(time.monotonic())
+            await asyncio.sleep(TICK_SECONDS)
 
-    async def _ask(self, key: Key, uid: str, followed: _Followed) -> bool:
+    def _tick(self, now: float) -> None:
+        """Ask those who are due, the longest overdue first."""
+        due = [(each.due, uid) for uid, each in self._followed.items() if each.due <= now and not each.asked]
+        for _, uid in sorted(due)[: AT_ONCE - len(self._asking)]:
+            followed = self._followed[uid]
+            followed.asked = True
+            task = asyncio.create_task(self._turn(uid, followed))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _turn(self, uid: str, followed: _Followed) -> None:
+        answered = False
         try:
-            if followed.address is None:
+            answered = await self._ask(uid, followed)
+        finally:
+            silence = min(max(2 * followed.delay, FIRST_RETRY_SECONDS), MAX_POLL_SECONDS)
+            followed.delay = POLL_SECONDS if answered else silence
+            followed.due = time.monotonic() + followed.delay
+            followed.asked = False
+
+    async def _ask(self, uid: str, followed: _Followed) -> bool:
+        key, attempt = followed.key, followed.attempt
+        if followed.address is None:
+            try:
                 pods = [pod(raw) for raw in await self._cluster.pods(key[0], uid)]
-                followed.address = _address(pods, followed.attempt)
-        except ApiError as error:
-            log.debug("the pods of %s/%s could not be listed: %s", *key, error)
+            except ApiError as error:
+                log.debug("the pods of %s/%s could not be listed: %s", *key, error)
+                return False
+            followed.address = _address(pods, attempt)
         if followed.address is None:
             return False
-        report = await fetch(
-            self._session, followed.address, PROGRESS_PORT, uid=uid, attempt=followed.attempt
-        )
-        if report is None:
+        report = await fetch(self._session, followed.address, PROGRESS_PORT, uid=uid, attempt=attempt)
+        if report is None or self._followed.get(uid) is not followed:
             return False
         self._reconciler.reports[uid] = report
         self._queue.add(key)

@@ -1,5 +1,6 @@
 """What the watches have told so far: jobs, and the few facts of their children that decisions need."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,15 @@ from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL, KIND, Key
 from qlora_operator.status.observation import Gang, gang
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    version: int
+    uid: str
+    text: bytes
+    """As JSON, a seventh of the size that it has as dictionaries."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Known:
     version: int
     gang: Gang
@@ -33,16 +42,17 @@ class Store:
     ignored: a watch may be behind our own writes."""
 
     def __init__(self) -> None:
-        self._jobs: dict[Key, dict[str, Any]] = {}
+        self._jobs: dict[Key, _Job] = {}
         self._gangs: dict[str, dict[str, _Known]] = {}
 
-    def jobs(self) -> list[Key]:
-        """The jobs there are."""
-        return list(self._jobs)
+    def jobs(self) -> dict[Key, str]:
+        """The jobs there are, and their uids."""
+        return {key: known.uid for key, known in self._jobs.items()}
 
     def job(self, key: Key) -> dict[str, Any] | None:
-        """The newest state of a job."""
-        return self._jobs.get(key)
+        """The newest state of a job; the caller's own copy."""
+        known = self._jobs.get(key)
+        return None if known is None else dict(json.loads(known.text))
 
     def gangs(self, job_uid: str) -> tuple[Gang, ...]:
         """The Jobs of a job."""
@@ -50,16 +60,17 @@ class Store:
 
     def put_job(self, raw: Mapping[str, Any]) -> None:
         """A job is, or is now, so."""
-        known = self._jobs.get(key_of(raw))
-        if known is None or _version(raw) >= _version(known):
-            self._jobs[key_of(raw)] = _lean(raw)
+        known, version = self._jobs.get(key_of(raw)), _version(raw)
+        if known is None or version >= known.version:
+            text = json.dumps(_lean(raw), separators=(",", ":")).encode()
+            self._jobs[key_of(raw)] = _Job(version, raw["metadata"]["uid"], text)
 
     def drop_job(self, key: Key, uid: str | None = None) -> None:
         """A job is gone; with a uid, only if it is still that very job."""
         known = self._jobs.get(key)
-        if known is not None and uid in (None, known["metadata"]["uid"]):
+        if known is not None and uid in (None, known.uid):
             del self._jobs[key]
-            self._gangs.pop(known["metadata"]["uid"], None)
+            self._gangs.pop(known.uid, None)
 
     def put_gang(self, raw: Mapping[str, Any]) -> None:
         """A child Job is, or is now, so."""

@@ -78,7 +78,7 @@ def test_a_job_takes_its_gangs_along() -> None:
     store.put_job(job(1))
     store.put_gang(gang(2))
     store.drop_job(KEY)
-    assert (store.job(KEY), store.jobs(), store.gangs("one")) == (None, [], ())
+    assert (store.job(KEY), store.jobs(), store.gangs("one")) == (None, {}, ())
 
 
 def test_only_the_very_gang_is_dropped() -> None:

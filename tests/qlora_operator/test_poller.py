@@ -1,0 +1,172 @@
+"""Asking rank 0s for their progress."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from qlora_operator import poller
+from qlora_operator.cluster import ApiError
+from qlora_operator.poller import Poller
+from qlora_operator.status.observation import Pod
+from testcluster.rank_zero import RankZero, rank_zero
+
+KEY = ("team", "job")
+
+
+class Pods:
+    """The API server, as far as the poller asks it: which pods a job has."""
+
+    def __init__(self, address: str | None = None) -> None:
+        self.address = address
+        self.lists = 0
+        self.broken = False
+
+    async def pods(self, namespace: str, uid: str) -> list[dict[str, Any]]:
+        """Rank 0's pod."""
+        self.lists += 1
+        if self.broken:
+            raise ApiError(500, "InternalError", "down")
+        index = {"batch.kubernetes.io/job-completion-index": "0"}
+        metadata = {"name": "p", "uid": "p", "labels": {"qlora.dev/attempt": "0"}, "annotations": index}
+        return [{"metadata": metadata, "spec": {}, "status": {"podIP": self.address}}]
+
+
+class Polled:
+    """A poller at work, and what it has told."""
+
+    def __init__(self, pods: Pods) -> None:
+        self.pods = pods
+        self.reports: dict[str, Any] = {}
+        self.woken: list[tuple[str, str]] = []
+        queue = SimpleNamespace(add=self.woken.append)
+        reconciler = SimpleNamespace(reports=self.reports)
+        self.poller = Poller(cast(Any, pods), cast(Any, reconciler), cast(Any, queue))
+
+
+@asynccontextmanager
+async def polling(pods: Pods) -> AsyncIterator[Polled]:
+    """A poller, until the end of the block."""
+    polled = Polled(pods)
+    yield polled
+    await polled.poller.close()
+
+
+async def until(check: Callable[[], Any]) -> None:
+    """Wait until it is so."""
+    async with asyncio.timeout(10):
+        while not check():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundred times as fast."""
+    for name in ("POLL_SECONDS", "FIRST_RETRY_SECONDS", "MAX_POLL_SECONDS", "TICK_SECONDS"):
+        monkeypatch.setattr(poller, name, getattr(poller, name) / 100)
+
+
+def with_rank_zero(test: Callable[[RankZero], Awaitable[None]]) -> None:
+    """Run a test with a progress server."""
+    with rank_zero() as rank:
+        asyncio.run(cast(Any, test(rank)))
+
+
+def here(rank: RankZero) -> Pod:
+    """Rank 0's pod."""
+    return Pod(name="p", uid="p", phase="Running", attempt=0, index=0, owner_uid="g", address=rank.address)
+
+
+def test_an_answer_is_handed_on_and_the_next_asked_for() -> None:
+    """A report wakes the job's reconciliation, and rank 0 is asked again and again, without a list of pods."""
+
+    async def test(rank: RankZero) -> None:
+        rank.tell("uid", step=3)
+        async with polling(Pods()) as polled:
+            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            await until(lambda: len(polled.woken) > 2)
+            assert polled.reports["uid"].step == 3
+            assert polled.pods.lists == 0
+
+    with_rank_zero(test)
+
+
+def test_the_address_is_looked_up_once() -> None:
+    """Where nobody knows rank 0's address, its pod is looked up; not again when rank 0 then does not answer."""
+
+    async def test(rank: RankZero) -> None:
+        async with polling(Pods(rank.address)) as polled:
+            polled.poller.follow(KEY, "uid", 0, [])
+            await until(lambda: rank.asked > 2)
+            assert (polled.pods.lists, polled.woken) == (1, [])
+
+    with_rank_zero(test)
+
+
+def test_an_api_server_that_is_down_is_asked_again() -> None:
+    """A lookup that fails is made again later."""
+
+    async def test(rank: RankZero) -> None:
+        rank.tell("uid")
+        pods = Pods(rank.address)
+        pods.broken = True
+        async with polling(pods) as polled:
+            polled.poller.follow(KEY, "uid", 0, [])
+            await until(lambda: pods.lists > 1)
+            pods.broken = False
+            await until(lambda: polled.woken)
+
+    with_rank_zero(test)
+
+
+def test_who_is_forgotten_is_not_asked() -> None:
+    """A job that does not run any more is asked no more."""
+
+    async def test(rank: RankZero) -> None:
+        rank.tell("uid")
+        async with polling(Pods()) as polled:
+            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            await until(lambda: polled.woken)
+            polled.poller.forget("uid")
+            await asyncio.sleep(0.1)
+            asked = rank.asked
+            await asyncio.sleep(0.4)
+            assert rank.asked == asked
+
+    with_rank_zero(test)
+
+
+def test_another_attempt_has_another_rank_zero() -> None:
+    """A new attempt is asked where its own pod is, and only its own answer counts."""
+
+    async def test(rank: RankZero) -> None:
+        rank.tell("uid", attempt=0)
+        async with polling(Pods()) as polled:
+            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            await until(lambda: polled.woken)
+            polled.poller.follow(KEY, "uid", 1, [])
+            polled.woken.clear()
+            await until(lambda: polled.pods.lists > 1)
+            assert polled.woken == []
+
+    with_rank_zero(test)
+
+
+def test_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many jobs run, only so many are asked at once, and in the end all of them."""
+    monkeypatch.setattr(poller, "AT_ONCE", 2)
+
+    async def test(rank: RankZero) -> None:
+        async with polling(Pods()) as polled:
+            for number in range(7):
+                polled.poller.follow(("team", str(number)), str(number), 0, [here(rank)])
+            most = 0
+            while rank.asked < 7:
+                most = max(most, len(polled.poller._asking))
+                await asyncio.sleep(0.001)
+            assert most <= 2
+
+    with_rank_zero(test)
