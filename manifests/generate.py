@@ -1,4 +1,5 @@
-"""Writes what is generated from the code: the CRD, and the references of fields, conditions and exit codes.
+"""Writes what is generated from the code: the CRD, the references of fields, conditions and exit codes, and the
+chart's CRD, schema and README; with `--helm PROGRAM` the rendered chart, too.
 
 `python manifests/generate.py` writes them; with `--check` it says what differs and exits with 1 instead.
 """
@@ -14,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import chart
 import yaml
 
 from qlora_contract.exit_codes import ExitCode
@@ -223,19 +225,26 @@ def _exit_code(code: int, reasons: dict[str, str]) -> Sequence[str]:
     return str(int(code)), name, f"`{reason}`", COSTS[budget], _sentence(meaning)
 
 
-def generated() -> dict[str, str]:
+def generated(helm: Path | None = None) -> dict[str, str]:
     """Path from the repository's root -> text."""
-    return {CRD: crd(), REFERENCE: reference(), CONDITIONS: conditions(), EXIT_CODES: exit_codes()}
+    texts = {
+        CRD: crd(),
+        REFERENCE: reference(),
+        CONDITIONS: conditions(),
+        EXIT_CODES: exit_codes(),
+        **chart.generated(ROOT, crd()),
+    }
+    return {**texts, chart.INSTALL: chart.install(ROOT, helm)} if helm else texts
 
 
-def write(root: Path) -> None:
-    for path, text in generated().items():
+def write(root: Path, texts: dict[str, str]) -> None:
+    for path, text in texts.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text, encoding="utf-8")
 
 
-def differences(root: Path) -> Iterator[str]:
-    for path, text in generated().items():
+def differences(root: Path, texts: dict[str, str]) -> Iterator[str]:
+    for path, text in texts.items():
         file = root / path
         there = file.read_text(encoding="utf-8") if file.exists() else ""
         yield from difflib.unified_diff(
@@ -247,11 +256,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository's root")
+    parser.add_argument("--helm", type=Path, help=f"the program that renders the chart to {chart.INSTALL}")
     arguments = parser.parse_args()
     if not arguments.check:
-        write(arguments.root)
+        write(arguments.root, generated())
+        if arguments.helm:  # from what was just written
+            write(arguments.root, generated(arguments.helm))
         return 0
-    diff = list(differences(arguments.root))
+    diff = list(differences(arguments.root, generated(arguments.helm)))
     sys.stdout.writelines(diff)
     return 1 if diff else 0
 
