@@ -31,6 +31,7 @@ from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.gang import gang_job
 from qlora_operator.settings import Settings
+from testcluster.chart import install_rbac
 from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.fleet import Fleet
@@ -121,8 +122,7 @@ class Operator:
     def __init__(self, cluster: ControlPlane, folder: Path) -> None:
         cluster.kubectl("apply", "--server-side", "-f", str(ROOT / "manifests" / "crd"))
         cluster.kubectl("wait", "--for=condition=Established", "-f", str(ROOT / "manifests" / "crd"))
-        cluster.client.post("/api/v1/namespaces", {"metadata": {"name": "qlora-system"}})
-        cluster.kubectl("apply", "-f", str(ROOT / "manifests" / "rbac.yaml"))
+        install_rbac(cluster)
         self.kubeconfig = cluster.kubeconfig_for("qlora-operator", "qlora-system")
         self.settings = folder / "settings.yaml"
         self.settings.write_text(yaml.safe_dump({"trainerImage": IMAGE}))

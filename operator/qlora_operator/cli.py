@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_contract.places import PlaceError, split_pvc
+from qlora_contract.remote import is_remote
 from qlora_operator import plan, processes, run
 from qlora_operator.api.files import load_jobs
 from qlora_operator.api.types import QLoRAJob
@@ -60,9 +61,11 @@ def parser() -> argparse.ArgumentParser:
         "plan", help="show what a job would do on this machine: memory, steps, a sample"
     )
     look.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
+    get = commands.add_parser("fetch", help="fetch a job's remote model and data into its workspace")
     train = commands.add_parser("run", help="train a job on this machine")
-    train.add_argument("--verbose", action="store_true", help="show the output of every rank, too")
-    for command in (look, train):
+    for command in (get, train):
+        command.add_argument("--verbose", action="store_true", help="show the output of every process, too")
+    for command in (look, get, train):
         command.add_argument("file", metavar="FILE", help="YAML or JSON with a QLoRAJob; - is standard input")
         command.add_argument("--name", help="which job, when the file has several")
         command.add_argument(
@@ -82,7 +85,10 @@ def _validate(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
-    missing = sorted(claims(job.spec.model.source, job.spec.dataset.source) - volumes.keys())
+    sources = (job.spec.model.source, job.spec.dataset.source)
+    # What is remote lies in the workspace.
+    needed = [job.spec.workspace if is_remote(uri) else uri for uri in sources]
+    missing = sorted(claims(*needed) - volumes.keys())
     planned = plan.job_plan(job, volumes, missing)
     if options.output == "json":
         print(planned.model_dump_json(by_alias=True, indent=2))
@@ -91,7 +97,18 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(options: argparse.Namespace) -> int:
+    job, volumes = _job_and_volumes(options)
+    return run.fetch_only(job, volumes, Console(highlight=False), verbose=options.verbose)
+
+
 def _run(options: argparse.Namespace) -> int:
+    job, volumes = _job_and_volumes(options)
+    return run.run(job, volumes, Console(highlight=False), verbose=options.verbose)
+
+
+def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, Path]]:
+    """The job, and a folder for each of its claims. Raises CommandError when one has none."""
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     spec = job.spec
@@ -99,10 +116,10 @@ def _run(options: argparse.Namespace) -> int:
         wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
         raise CommandError(f"the job uses claims that have no folder here; add {wanted}", USAGE)
     processes.require_trainer()
-    return run.run(job, volumes, Console(highlight=False), verbose=options.verbose)
+    return job, volumes
 
 
-COMMANDS = {"validate": _validate, "plan": _plan, "run": _run}
+COMMANDS = {"validate": _validate, "plan": _plan, "fetch": _fetch, "run": _run}
 
 
 def one_job(file: str, name: str | None) -> QLoRAJob:
@@ -135,8 +152,8 @@ def parse_volumes(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def claims(*uris: str) -> set[str]:
-    """The claims of `pvc://` URIs."""
-    return {split_pvc(uri)[0] for uri in uris}
+    """The claims of those URIs that name one."""
+    return {split_pvc(uri)[0] for uri in uris if not is_remote(uri)}
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ class Display:
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
+        self._report = None  # of the stage before
         if self._live:
             self._live.start()
         return self
@@ -80,23 +81,34 @@ class Display:
 
 def picture(name: str, report: ProgressReport | None, elapsed: float) -> Group:
     """The live display: name, stage, bar and step on one line, the facts on the next."""
-    total = report.total_steps if report else 0
+    done, total, of = _how_far(report)
     row = Table.grid(padding=(0, 1), expand=True)
     for ratio in (None, None, 1, None):
         row.add_column(ratio=ratio, no_wrap=True)
-    bar = ProgressBar(total=total or 100, completed=report.step if report else 0)
+    bar = ProgressBar(total=total or 100, completed=done)
     row.add_row(
         Text(name, style="bold"),
         Text(report.stage if report else "Starting", style="cyan"),
         bar,
-        Text(f"{report.step}/{total}" if report and total else duration(elapsed)),
+        Text(of if total else duration(elapsed)),
     )
     return Group(row, Text("  ".join(facts(report)[total > 0 :]) if report else "", style="dim"))
 
 
+def _how_far(report: ProgressReport | None) -> tuple[int, int, str]:
+    """(done, in all, both in words): of a transfer's bytes, or of the steps; 0 in all while that is not known."""
+    if report is None:
+        return 0, 0, ""
+    if report.bytes_total is not None:
+        done = report.bytes_done or 0
+        return done, report.bytes_total, f"{size(done)} of {size(report.bytes_total)}"
+    return report.step, report.total_steps, f"{report.step}/{report.total_steps}"
+
+
 def facts(report: ProgressReport) -> list[str]:
-    """What is known of the training, the step first."""
+    """What is known of the transfer or the training, how far it is first."""
     known = [
+        (report.bytes_total, f"{size(report.bytes_done or 0)} of {size(report.bytes_total or 0)}"),
         (report.total_steps or None, f"step {report.step}/{report.total_steps}"),
         (report.loss, f"loss {report.loss:.4f}" if report.loss is not None else ""),
         (report.eval_loss, f"eval loss {report.eval_loss:.4f}" if report.eval_loss is not None else ""),

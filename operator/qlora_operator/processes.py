@@ -37,9 +37,10 @@ from qlora_operator import workspace
 from qlora_operator.errors import CommandError
 
 LAUNCHER = (sys.executable, "-m", "qlora_trainer.launch")
+TRANSFER = (sys.executable, "-m", "qlora_trainer.transfer")
 PLANNER = (sys.executable, "-m", "qlora_trainer.plan")
-TRAINER_PACKAGES = ("jinja2", "numpy", "safetensors", "torch", "transformers")
-"""What the extra `trainer` brings and a rank cannot do without; looked for, never imported here."""
+TRAINER_PACKAGES = ("huggingface_hub", "jinja2", "numpy", "s3fs", "safetensors", "torch", "transformers")
+"""What the extra `trainer` brings and a job cannot do without; looked for, never imported here."""
 
 POLL_SECONDS = 0.1
 PATIENCE_MARGIN_SECONDS = 60.0

@@ -13,6 +13,7 @@ from yarl import URL
 
 from qlora_contract.progress import ProgressReport
 from qlora_operator.api import times
+from qlora_operator.status.quote import presentable
 
 FETCH_SECONDS = 3.0
 """For the whole exchange. Who does not answer now is asked again at the next round."""
@@ -65,7 +66,7 @@ def parse(body: bytes) -> ProgressReport:
     _check_time(report.updated_time)
     if report.checkpoint is not None:
         _check_time(report.checkpoint.time)
-    return report
+    return presentable(report)
 
 
 async def _body(session: aiohttp.ClientSession, url: URL) -> bytes:

@@ -26,8 +26,9 @@ from qlora_operator.cluster import (
     Cluster,
     Resource,
 )
+from qlora_operator.desired.allowed import refusal
 from qlora_operator.desired.events import event
-from qlora_operator.desired.gang import gang_job, image_allowed
+from qlora_operator.desired.gang import gang_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.metrics import Figures, Metrics
@@ -47,6 +48,7 @@ from qlora_operator.status.draft import (
 from qlora_operator.status.needs import needs
 from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, Warned, pod
 from qlora_operator.status.pending import by_quota
+from qlora_operator.status.policies import DONE
 from qlora_operator.status.quote import quote
 from qlora_operator.status.unreadable import unreadable
 from qlora_operator.store import Store
@@ -139,7 +141,7 @@ class Reconciler:
             lost_nodes=_lost(pods or (), nodes),
             progress=self.reports.pop(uid, None),
             image=job.spec.image or self._settings.trainer_image,
-            image_allowed=job.spec.image is None or image_allowed(job.spec.image, self._settings),
+            refusal=self._refusal(job),
             obstacle=self._obstacles.get(uid),
             incomplete=uid in self.incomplete,
         )
@@ -148,6 +150,10 @@ class Reconciler:
         for raw in await self._cluster.gangs(key[0], uid):
             self._store.put_gang(raw)
         return self._store.gangs(uid)
+
+    def _refusal(self, job: QLoRAJob) -> Said | None:
+        said = refusal(job.spec, self._settings)
+        return None if said is None else Said(*said)
 
     def _feasible(self, job: QLoRAJob, nodes: list[placement.Node] | None) -> Feasible:
         if nodes is None:
@@ -254,6 +260,8 @@ class Reconciler:
             image=action.image,
             settings=self._settings,
             avoid=action.avoid,
+            stage=action.stage,
+            fetched=action.fetched,
         )
 
         async def children() -> None:
@@ -332,7 +340,7 @@ class Reconciler:
         after = decision.status
         if after.attempt is not None and (before is None or before.attempt != after.attempt):
             self._metrics.attempts_started.inc()
-        if not after.attempts or not after.attempts[-1].reason:
+        if not after.attempts or after.attempts[-1].reason in (None, *DONE):
             return
         last, was = after.attempts[-1], before.attempts[-1] if before and before.attempts else None
         if was is not None and was.attempt == last.attempt and was.reason is None:
@@ -343,7 +351,7 @@ class Reconciler:
             self._metrics.restarts.labels(last.reason, budget).inc()
 
     def _follow(self, key: Key, uid: str, status: QLoRAJobStatus, seen: Observation) -> None:
-        if status.phase in (Phase.RUNNING, Phase.PUBLISHING) and status.attempt is not None:
+        if status.phase in (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING) and status.attempt is not None:
             self.follow(key, uid, status.attempt, list(seen.pods or ()))
         else:
             self.unfollow(uid)

@@ -7,11 +7,51 @@ import yaml
 from pydantic import Field, ValidationError
 
 from qlora_contract.base import ContractModel
+from qlora_operator.api.quantity import MEMORY_PATTERN
 from qlora_operator.errors import OperatorError
 
 
 class SettingsError(OperatorError):
     """The settings are wrong: where, what, and what would be right."""
+
+
+class Limits(ContractModel):
+    """The most that one job may ask for. Unset: no limit but the API's own."""
+
+    pods: int | None = Field(default=None, ge=1)
+    """topology.pods."""
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks of all pods."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPUs of all pods."""
+    memory: str | None = Field(default=None, pattern=MEMORY_PATTERN)
+    """Memory of all pods, such as 512Gi."""
+
+
+class TransferSettings(ContractModel):
+    """How pods fetch remote sources, and send adapters to remote destinations."""
+
+    service_account_name: str | None = None
+    """Service account, in each job's namespace, that the platform gives a workload identity. Unset: default,
+    without a token."""
+    cpu: str = Field(default="1", pattern="^([1-9][0-9]*m?|[0-9]+[.][0-9]{1,3})$")
+    """CPU that such a pod requests, such as 500m."""
+    memory: str = Field(default="2Gi", pattern=MEMORY_PATTERN)
+    """Memory that such a pod has."""
+    http_proxy: str | None = None
+    """Proxy for http:// addresses."""
+    https_proxy: str | None = None
+    """Proxy for https:// addresses."""
+    no_proxy: str | None = None
+    """Hosts, separated by commas, that are asked without a proxy."""
+    ca_bundle_config_map: str | None = None
+    """ConfigMap, in each job's namespace, whose key `ca.crt` has the authorities to trust."""
+    hub_endpoint: str | None = None
+    """Mirror of the Hugging Face Hub that hf:// means. Unset: the Hub itself."""
+    s3_endpoint: str | None = None
+    """S3 server that s3:// means. Unset: Amazon's."""
+    s3_region: str | None = None
+    """Region of the S3 server."""
 
 
 class Settings(ContractModel):
@@ -21,6 +61,13 @@ class Settings(ContractModel):
     """Image of the trainer for jobs that name none."""
     allowed_images: list[str] = Field(default=[])
     """Images that jobs may name in spec.image, besides trainerImage; `*` stands for any characters."""
+    allowed_sources: list[str] = Field(default=["*"])
+    """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
+    characters."""
+    limits: Limits = Limits()
+    """The most that one job may ask for."""
+    transfer: TransferSettings = TransferSettings()
+    """How remote sources are fetched, and adapters sent."""
     image_pull_policy: str = Field(default="IfNotPresent", pattern="^(Always|IfNotPresent|Never)$")
     """When nodes fetch the trainer image."""
     image_pull_secrets: list[str] = Field(default=[])

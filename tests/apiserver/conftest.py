@@ -1,6 +1,7 @@
 """The operator as a process of its own against a real API server, with its own service account's permissions."""
 
 import copy
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from testcluster.client import ApiError, Client
+from testcluster.chart import RELEASE, SYSTEM, install_rbac
+from testcluster.client import Client
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import KubectlError
@@ -25,10 +27,6 @@ from testcluster.processes import with_parent
 from testcluster.waiting import wait_for
 from testcluster.witness import Witness
 
-ROOT = Path(__file__).parents[2]
-RBAC = ROOT / "manifests" / "rbac.yaml"
-SYSTEM = "qlora-system"
-ACCOUNT = "qlora-operator"
 IMAGE = "registry.example/qlora-trainer:1"
 JOBS = "/apis/qlora.dev/v1alpha1"
 CHILDREN = (
@@ -67,13 +65,8 @@ def told_cluster(api_cluster: Cluster, crd: None) -> Cluster:
 @pytest.fixture(scope="session")
 def account(api_cluster: Cluster, crd: None) -> Path:
     """A kubeconfig with the operator's own permissions."""
-    try:
-        api_cluster.client.post("/api/v1/namespaces", {"metadata": {"name": SYSTEM}})
-    except ApiError as error:
-        if error.code != 409:
-            raise
-    api_cluster.kubectl("apply", "-f", str(RBAC))
-    return api_cluster.kubeconfig_for(ACCOUNT, SYSTEM)
+    install_rbac(api_cluster)
+    return api_cluster.kubeconfig_for(RELEASE, SYSTEM)
 
 
 class Operator:
@@ -207,6 +200,29 @@ MINIMAL: Object = {
 }
 
 
+REMOTE: Object = {
+    "model": {"source": "hf://org/model", "revision": "v1", "credentialsSecret": "hub"},
+    "dataset": {"source": "s3://bucket/docs.jsonl", "credentialsSecret": "store"},
+    "output": {"destination": "s3://bucket/adapters", "credentialsSecret": "writer"},
+}
+FETCHED = {"model": "c0ffee" * 6 + "c0ff", "dataset": "d0" * 32}
+STAGES: dict[str, tuple[int, str, Object]] = {
+    "fetch": (1, "Fetching", {"fetched": FETCHED}),
+    "train": (
+        2,
+        "Running",
+        {"adapterUri": "pvc://work/here/jobs/job/adapter", "baseEvalLoss": 3.0, "evalLoss": 2.0},
+    ),
+    "publish": (1, "Publishing", {"publishedUri": "s3://bucket/adapters/job"}),
+}
+"""Stage -> its pods, the phase in which it runs, and what its pods report at the end."""
+
+
+def report(code: int = 0, cause: str = "done", **values: Any) -> str:
+    """A termination message of the trainer's."""
+    return json.dumps({"version": 1, "exitCode": code, "reason": "X", "cause": cause, **values})
+
+
 class Job:
     """A QLoRAJob in the test's namespace, and its pods, which the test plays."""
 
@@ -274,6 +290,28 @@ class Job:
         self.until(lambda status: status.get("phase") == "Running" and status.get("attempt") == attempt)
         return pods
 
+    def begins(self, attempt: int, stage: str) -> list[Object]:
+        """The pods of an attempt that has just begun, and goes through this stage."""
+        self.until(lambda status: status.get("attempt") == attempt)
+        pods = self.pods(attempt, STAGES[stage][0])
+        assert self.status["attempts"][-1]["stage"] == stage
+        return list(pods)
+
+    def goes(self, attempt: int, stage: str) -> list[Object]:
+        """The pods of an attempt in this stage, which runs."""
+        pods = [self.kubelet.running(pod) for pod in self.begins(attempt, stage)]
+        self.until(lambda status: (status["phase"], status["attempt"]) == (STAGES[stage][1], attempt))
+        return pods
+
+    def done(self, pods: list[Object], stage: str) -> None:
+        """The pods of a stage end well, and report what they did."""
+        for pod in pods:
+            self.kubelet.succeeded(pod, message=report(**STAGES[stage][2]))
+
+    def refuses(self, pod: Object, code: int, cause: str) -> None:
+        """A transfer's pod ends with this code, for this cause."""
+        self.kubelet.failed(pod, code, message=report(code, cause))
+
     def succeed(self, pods: list[Object], seconds: float = 20) -> Object:
         """Its ranks are done, and it is; its status."""
         for pod in pods:
@@ -331,6 +369,12 @@ def make_job(api_cluster: Cluster, kubelet: Kubelet, crd: None, namespace: str) 
         return Job(api_cluster.client, kubelet, namespace, name)
 
     return make
+
+
+@pytest.fixture
+def make_remote_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
+    """make(**spec) -> a job with remote sources and a remote destination, created."""
+    return lambda **spec: make_job(**{**REMOTE, **spec})
 
 
 @pytest.fixture(scope="session", autouse=True)

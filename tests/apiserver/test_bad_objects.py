@@ -72,13 +72,23 @@ def refusal(client: Client, job: Object) -> str | None:
 
 LOW, HIGH = "greater than or equal to", "less than or equal to"
 UNKNOWN = "unknown field"
-CLAIM = "should match '^pvc://"
+CLAIM = "should match '^(pvc://"
+HUB = "should match '^(hf://"
 INSIDE = "may not leave its claim: a path has no `..`"
 NAME = "begins with a letter and ends with no hyphen, at most 50 characters"
 ONE_OF = "exactly one of epochs and maxSteps must be given"
 MEMORY = "must be from 64Mi to 64Ti; without a suffix the number means bytes"
 KEY = "every key must be the name of a label, such as kubernetes.io/hostname"
 TOLERATION = "spec.scheduling.tolerations[0]"
+
+
+REVISION = "goes with a source hf://"
+CREDENTIALS = "goes with a source hf:// or s3://"
+
+
+def remote(**fields: object) -> Object:
+    """A change that gives the job a model of the Hub."""
+    return {"spec.model": {"source": "hf://org/name", **fields}}
 
 
 def tolerating(**fields: object) -> Object:
@@ -122,7 +132,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     # sources
     "no workspace": ({"spec.workspace": GONE}, "spec.workspace", "Required value"),
     "workspace is a path": ({"spec.workspace": "/data/qlora"}, "spec.workspace", CLAIM),
-    "workspace is empty": ({"spec.workspace": ""}, "spec.workspace", "at least 7 chars long"),
+    "workspace is empty": ({"spec.workspace": ""}, "spec.workspace", "at least 6 chars long"),
     "workspace without a claim": ({"spec.workspace": "pvc:///a"}, "spec.workspace", CLAIM),
     "workspace in capitals": ({"spec.workspace": "pvc://Team/a"}, "spec.workspace", CLAIM),
     "workspace with two slashes": ({"spec.workspace": "pvc://team//a"}, "spec.workspace", CLAIM),
@@ -135,11 +145,46 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "no model": ({"spec.model": GONE}, "spec.model", "Required value"),
     "model is a string": ({"spec.model": "pvc://c/m"}, "spec.model", "must be of type object"),
     "model without source": ({"spec.model": {}}, "spec.model.source", "Required value"),
-    "model of a scheme that does not exist yet": ({"spec.model.source": "hf://a/b"}, "spec.model.source", CLAIM),
+    "model by https": ({"spec.model.source": "https://a/b"}, "spec.model.source", CLAIM),
+    "model without an organisation": ({"spec.model.source": "hf://gpt2"}, "spec.model.source", CLAIM),
+    "a file of the Hub as model": ({"spec.model.source": "hf://a/b/c.safetensors"}, "spec.model.source", CLAIM),
+    "a dataset as model": ({"spec.model.source": "hf://datasets/a/b"}, "spec.model.source", CLAIM),
+    "model of a bucket in capitals": ({"spec.model.source": "s3://Abc/m"}, "spec.model.source", CLAIM),
+    "model of a bucket with credentials": ({"spec.model.source": "s3://key:secret@abc/m"}, "model.source", CLAIM),
+    "model leaves its bucket": ({"spec.model.source": "s3://abc/../m"}, "spec.model.source", INSIDE),
     "model leaves its claim": ({"spec.model.source": "pvc://c/../m"}, "spec.model.source", INSIDE),
-    "model revision, which does not exist yet": ({"spec.model.revision": "a"}, "spec.model.revision", UNKNOWN),
+    "revision of a model on a claim": ({"spec.model.revision": "a"}, "spec.model.revision", REVISION),
+    "revision of a model in a bucket": (
+        {"spec.model": {"source": "s3://abc/m", "revision": "a"}}, "spec.model.revision", REVISION),
+    "revision with a space": (remote(revision="a b"), "spec.model.revision", "should match"),
+    "revision that climbs": (remote(revision="../a"), "spec.model.revision", "should match"),
+    "revision of 129 characters": (remote(revision="a" * 129), "spec.model.revision", "Too long"),
+    "revision is empty": (remote(revision=""), "spec.model.revision", "at least 1 chars"),
+    "credentials for a model on a claim": (
+        {"spec.model.credentialsSecret": "a"}, "spec.model.credentialsSecret", CREDENTIALS),
+    "credentials of another namespace": (
+        remote(credentialsSecret="a/b"), "spec.model.credentialsSecret", "should match"),
+    "credentials in place of their Secret": (
+        remote(credentialsSecret={"token": "a"}), "spec.model.credentialsSecret", UNKNOWN),
+    "credentials of 254 characters": (
+        remote(credentialsSecret="a" * 254), "spec.model.credentialsSecret", "Too long"),
     "no dataset": ({"spec.dataset": GONE}, "spec.dataset", "Required value"),
     "dataset leaves its claim": ({"spec.dataset.source": "pvc://c/a/../../b"}, "spec.dataset.source", INSIDE),
+    "dataset leaves its repository": (
+        {"spec.dataset.source": "hf://datasets/a/b/../c"}, "spec.dataset.source", INSIDE),
+    "dataset of the Hub without its word": ({"spec.dataset.source": "hf://a/b"}, "spec.dataset.source", CLAIM),
+    "revision of a dataset on a claim": ({"spec.dataset.revision": "a"}, "spec.dataset.revision", REVISION),
+    "credentials for a dataset on a claim": (
+        {"spec.dataset.credentialsSecret": "a"}, "spec.dataset.credentialsSecret", CREDENTIALS),
+    "destination on a claim": (
+        {"spec.output": {"destination": "pvc://c/a"}}, "spec.output.destination", HUB),
+    "destination among the datasets": (
+        {"spec.output": {"destination": "hf://datasets/a/b"}}, "spec.output.destination", HUB),
+    "destination leaves its bucket": (
+        {"spec.output": {"destination": "s3://abc/a/.."}}, "spec.output.destination", "may not leave its bucket"),
+    "credentials without a destination": (
+        {"spec.output": {"credentialsSecret": "a"}}, "spec.output.credentialsSecret", "goes with a destination"),
+    "misspelt destination": ({"spec.output": {"destinaton": "s3://abc"}}, "spec.output.destinaton", UNKNOWN),
     "unknown format": ({"spec.dataset.format": "text"}, "spec.dataset.format", '"chat", "prompt-completion"'),
     "split is a path": ({"spec.dataset.trainSplit": "../x"}, "spec.dataset.trainSplit", "should match"),
     "split is empty": ({"spec.dataset.evalSplit": ""}, "spec.dataset.evalSplit", "at least 1 chars"),
@@ -203,7 +248,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "no tier allowed": ({"spec.isa": {"allowed": []}}, "spec.isa.allowed", "at least 1 items"),
     "unknown tier": ({"spec.isa": {"allowed": ["avx2", "neon"]}}, "spec.isa.allowed[1]", '"avx512", "avx2"'),
     "a tier twice": ({"spec.isa": {"allowed": ["avx2", "avx2"]}}, "spec.isa.allowed", "Duplicate value"),
-    "unknown backend": ({"spec.distributed.backend": "mpi"}, "spec.distributed.backend", '"gloo"'),
+    "unknown backend": ({"spec.distributed.backend": "nccl"}, "spec.distributed.backend", '"gloo"'),
     "heartbeat of a second": ({"spec.distributed.timeoutSeconds": 1}, "timeoutSeconds", f"{LOW} 5"),
     # scheduling
     "selector value is a boolean": (selecting("a", value=True), "spec.scheduling.nodeSelector.a", "type string"),
@@ -305,6 +350,9 @@ PLAIN = st.one_of(
     st.booleans(),
     st.sampled_from([-1, 0, 0.5, 1.0, 1.5, 1e300, 2**31, 2**63, 10**30]),
     st.sampled_from(["", "A", "a b", "16Gi", "avx2", "pvc://c", "pvc://c/a/", "pvc://c/..", "a.io/b"]),
+    st.sampled_from(
+        ["hf://a/b", "hf://datasets/a/b", "hf://datasets/a/b/..", "s3://abc", "s3://abc/..", "main"]
+    ),
     st.text(max_size=4).map(lambda text: text.encode("utf-8", "replace").decode()),
 )
 ANYTHING = (

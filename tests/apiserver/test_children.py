@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from testcluster.chart import operator_role
 from testcluster.client import ApiError, Client
 from testcluster.control_plane import ControlPlane
 from testcluster.waiting import wait_for
@@ -270,8 +270,7 @@ def test_same_name_again(
 @pytest.fixture
 def role(client: Client, namespace: str, account: Path) -> Any:
     """What the operator needs in one namespace alone: its ClusterRole without what no namespace has."""
-    documents = yaml.safe_load_all((Path(__file__).parents[2] / "manifests" / "rbac.yaml").read_text())
-    rules = next(doc for doc in documents if doc["kind"] == "ClusterRole")["rules"]
+    rules = operator_role()["rules"]
     cluster_wide = {"nodes", "customresourcedefinitions"}
     rules = [rule for rule in rules if not cluster_wide & set(rule["resources"])]
     rbac = f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}"

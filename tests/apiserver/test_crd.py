@@ -18,7 +18,9 @@ from testcluster.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 
-SAMPLES = sorted((Path(__file__).parents[2] / "manifests/samples").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[2] / "manifests/samples").glob("*.yaml"))
+SAMPLES = [path for path in FILES if f"kind: {names.KIND}\n" in path.read_text(encoding="utf-8")]
+OTHERS = [path for path in FILES if path not in SAMPLES]
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 SPARE = 100
 """How many times as large every bound could be."""
@@ -122,6 +124,17 @@ def test_kubectl_reads_a_sample_as_we_do(
     ours = told_cluster.client.post(f"{jobs}?fieldValidation=Strict&dryRun=All", read(path))
 
     assert sent["spec"] == ours["spec"]
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+def test_a_sample_that_is_no_job_is_accepted(path: Path, told_cluster: Cluster, namespace: str) -> None:
+    """What stands beside the jobs is taken as well, in a namespace that enforces Pod Security *restricted*."""
+    enforce = {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}}
+    told_cluster.client.patch(f"/api/v1/namespaces/{namespace}", enforce)
+
+    arguments = ("create", "--validate=strict", "--dry-run=server", "-o", "name", "-n", namespace)
+
+    assert told_cluster.kubectl(*arguments, "-f", str(path)).endswith(f"/{path.stem}\n")
 
 
 @pytest.mark.parametrize("how", ["--server-side", "--server-side=false"])
@@ -275,6 +288,7 @@ OTHER: dict[str, object] = {
     "training": {"epochs": 4},
     "evaluation": {"everySteps": 60},
     "checkpoint": {"keep": 3},
+    "output": {"destination": "hf://org/other"},
     "isa": {"allowed": ["avx2"]},
     "distributed": {"timeoutSeconds": 60},
     "image": "registry.example/other",
@@ -300,6 +314,7 @@ def full(client: Client, jobs: str) -> tuple[str, Object]:
         "checkpoint": {"everySteps": 7},
         "isa": {"stepDownSeconds": 7},
         "distributed": {"timeoutSeconds": 7},
+        "output": {"destination": "s3://team-models/adapters"},
     }
     stored = client.post(jobs, job)
     return f"{jobs}/{stored['metadata']['name']}", stored

@@ -1,17 +1,15 @@
-"""manifests/rbac.yaml grants what the operator does, and nothing that it does not.
-
-Compared with the API server's audit log of the whole session so far, whatever ran of it: what was used must be
-granted. What was granted must be used by this module's own tour of all that an operator ever does.
+"""The chart's ClusterRole grants nothing that the operator does not do: this module takes it on a tour of all that an
+operator ever does. That what it does is granted, test_whole_run.py tells of everything that ran.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from testcluster.audit import Permission, granted, permission, requests
+from testcluster.chart import operator_role
 from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.faulty import FaultyProxy, answer
@@ -19,45 +17,15 @@ from testcluster.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
-RBAC = Path(__file__).parents[2] / "manifests" / "rbac.yaml"
 USER = "system:serviceaccount:qlora-system:qlora-operator"
 WRITES = {"create", "update", "patch", "delete"}
 ASKED_BY_ADMISSION = {("update", "qlora.dev", "qlorajobs/finalizers")}
 """Checked where admission polices owner references that block deletion, and in no request of its own."""
 
-Permission = tuple[str, str, str]
-"""Verb, API group, resource with its subresource."""
-
-
-def granted() -> set[Permission]:
-    """What the ClusterRole allows."""
-    role = next(doc for doc in yaml.safe_load_all(RBAC.read_text()) if doc["kind"] == "ClusterRole")
-    return {
-        (verb, group, resource)
-        for rule in role["rules"]
-        for group in rule["apiGroups"]
-        for resource in rule["resources"]
-        for verb in rule["verbs"]
-    }
-
-
-def requests(cluster: ControlPlane) -> list[Any]:
-    """The operator's requests for resources, from the audit log."""
-    lines = cluster.audit_log.read_text().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [entry for entry in entries if entry["user"]["username"] == USER and "objectRef" in entry]
-
-
-def permission(entry: Any) -> Permission:
-    """What a request needs."""
-    ref = entry["objectRef"]
-    resource = f"{ref['resource']}/{ref['subresource']}" if "subresource" in ref else ref["resource"]
-    return entry["verb"], ref.get("apiGroup", ""), resource
-
 
 def used(cluster: ControlPlane) -> set[Permission]:
-    """What was asked for so far, whether or not it was allowed."""
-    return {permission(entry) for entry in requests(cluster)}
+    """What the operator asked for so far, whether or not it was allowed."""
+    return {permission(entry) for entry in requests(cluster, USER)}
 
 
 @pytest.fixture
@@ -117,16 +85,7 @@ def waits_for_volumes(make_job: Callable[..., Any]) -> None:
 
 def test_what_is_granted_is_used(tour: None, control_plane: ControlPlane) -> None:
     """Every permission of the operator's role is one that it uses."""
-    assert granted() - ASKED_BY_ADMISSION - used(control_plane) == set()
-
-
-def test_what_is_used_is_granted(
-    operator: Any, make_job: Callable[..., Any], control_plane: ControlPlane
-) -> None:
-    """The operator asks for nothing that its role does not grant, neither here nor in tests that ran before."""
-    job = make_job()
-    job.succeed(job.run())
-    assert used(control_plane) - granted() == set()
+    assert granted(operator_role()) - ASKED_BY_ADMISSION - used(control_plane) == set()
 
 
 def test_writes_until_running(
@@ -137,7 +96,7 @@ def test_writes_until_running(
     job.run()
     writes = [
         f"{entry['verb']} {permission(entry)[2]}"
-        for entry in requests(control_plane)
+        for entry in requests(control_plane, USER)
         if entry["verb"] in WRITES and entry["objectRef"].get("namespace") == job.namespace
     ]
     assert len(writes) <= 6, writes

@@ -21,8 +21,10 @@ def test_the_numbers_are_the_contract() -> None:
         "STORAGE_FULL": 14,
         "OUT_OF_MEMORY": 15,
         "NO_IMPROVEMENT": 16,
+        "TRANSFER_REFUSED": 17,
         "RENDEZVOUS_FAILED": 30,
         "STALLED": 31,
+        "TRANSFER_FAILED": 32,
         "LOST_PEER": 40,
         "COLLECTIVE_TIMEOUT": 41,
         "TERMINATED": 50,
@@ -59,6 +61,12 @@ def test_every_code_has_one_kind() -> None:
 def test_the_code_that_names_the_cause_best_wins(codes: list[int], code: int) -> None:
     """Permanent, then retryable, then signals, then infrastructure, then collateral, then done."""
     assert fold(codes) == code
+
+
+def test_a_transfer_that_is_refused_is_not_tried_again() -> None:
+    """The same request is refused again; what broke off may work the next time."""
+    assert ExitCode.TRANSFER_REFUSED in PERMANENT
+    assert ExitCode.TRANSFER_FAILED in RETRYABLE
 
 
 @given(st.lists(CODES))

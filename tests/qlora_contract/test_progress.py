@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_contract.progress import CheckpointRef, ProgressReport, RankFacts, TerminationReport
+from qlora_contract.run import Fetched
 
 PROGRESS = ProgressReport(
     job_uid="0f",
@@ -20,9 +21,20 @@ PROGRESS = ProgressReport(
     updated_time="2026-01-01T00:00:01Z",
 )
 TERMINATION = TerminationReport(exit_code=13, reason="DIVERGED", cause="the loss is NaN at step 7", step=7)
+FETCHING = PROGRESS.model_copy(update={"stage": "Fetching", "bytes_done": 10, "bytes_total": 2**40})
+FETCHED = TerminationReport(
+    exit_code=0, reason="DONE", cause="fetched", fetched=Fetched(model="c" * 40, dataset="d" * 64)
+)
+PUBLISHED = TerminationReport(
+    exit_code=0, reason="DONE", cause="sent", published_uri="hf://org/adapter@" + "c" * 40
+)
 
 
-@pytest.mark.parametrize("report", [PROGRESS, TERMINATION], ids=["progress", "termination"])
+@pytest.mark.parametrize(
+    "report",
+    [PROGRESS, TERMINATION, FETCHING, FETCHED, PUBLISHED],
+    ids=["progress", "termination", "fetching", "fetched", "published"],
+)
 def test_a_report_survives_the_round_trip(report: ProgressReport | TerminationReport) -> None:
     """What one side writes, the other reads as the same."""
     assert type(report).model_validate_json(report.model_dump_json(by_alias=True)) == report
@@ -44,6 +56,7 @@ def test_what_is_not_known_yet_may_be_left_out() -> None:
     )
 
     assert (first.loss, first.eval_loss, first.checkpoint, first.ranks) == (None, None, None, [])
+    assert (first.bytes_done, first.bytes_total) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +76,9 @@ def test_a_loss_that_is_no_number_is_still_valid_json() -> None:
     text = TERMINATION.model_copy(update={"eval_loss": float("nan")}).model_dump_json(by_alias=True)
 
     assert TerminationReport.model_validate_json(text).eval_loss is None
+
+
+def test_a_report_of_ranks_says_nothing_of_transfers() -> None:
+    """Only a fetch tells what was fetched, and only an upload where the copy is."""
+    assert (TERMINATION.fetched, TERMINATION.published_uri) == (None, None)
+    assert (FETCHED.published_uri, PUBLISHED.fetched) == (None, None)

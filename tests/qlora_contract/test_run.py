@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_contract import run
-from qlora_contract.run import Layout, RunConfig, Training
+from qlora_contract.run import Fetched, Layout, RunConfig, Training
 
 MINIMAL: dict[str, Any] = {
     "version": 1,
@@ -59,6 +59,9 @@ def test_defaults_are_those_of_the_api() -> None:
     assert (config.layout.world_size, config.layout.cpus_per_rank, config.layout.pinning) == (1, 4, "strict")
     assert config.evaluation.require_improvement
     assert config.termination_grace_period_seconds == 300
+    assert (config.stage, config.fetched) == ("train", Fetched())
+    assert (config.model.revision, config.dataset.revision) == ("main", "main")
+    assert (config.output.destination, config.output.credentials_secret) == (None, None)
 
 
 def test_json_survives_the_round_trip() -> None:
@@ -89,6 +92,19 @@ def test_json_survives_the_round_trip() -> None:
         pytest.param("dataset.trainSplit", "../x", id="a split that is a path"),
         pytest.param("model.source", "/models/x", id="a path"),
         pytest.param("model.source", "pvc://../x", id="a claim that is a path"),
+        pytest.param("model.source", "hf://name", id="a model without an organisation"),
+        pytest.param("model.source", "hf://datasets/org/name", id="a dataset as model"),
+        pytest.param("model.source", "https://hub.example/org/name", id="a model of the web"),
+        pytest.param("dataset.source", "hf://org/name", id="a model as dataset"),
+        pytest.param("workspace", "s3://bucket/work", id="a workspace in a bucket"),
+        pytest.param("output.destination", "pvc://team/out", id="a destination on a claim"),
+        pytest.param("model.revision", "-x", id="a revision that is an option"),
+        pytest.param("model.credentialsSecret", "a/b", id="a Secret that is a path"),
+        pytest.param("fetched.model", "c" * 129, id="a revision that is too long"),
+        pytest.param("fetched.model", "", id="a revision without a name"),
+        pytest.param("fetched.model", "../../other", id="a revision that is a path"),
+        pytest.param("fetched.dataset", "..", id="a revision that climbs"),
+        pytest.param("stage", "upload", id="unknown stage"),
         pytest.param("layout.memoryPerRank", None, id="no memory"),
         pytest.param("layout.pods", 0, id="no pods"),
         pytest.param("isa", "sse2", id="unknown tier"),
@@ -131,6 +147,11 @@ def hash_of(config: RunConfig) -> str:
         ("isa", "amx_bf16"),
         ("job.attempt", 9),
         ("adapter.rank", 16),
+        ("output.destination", "s3://bucket/out"),
+        ("stage", "fetch"),
+        ("fetched", {"model": "c0ffee"}),
+        ("model.credentialsSecret", "hub"),
+        ("model.revision", "main"),
     ],
 )
 def test_what_does_not_shape_the_result_keeps_the_hash(path: str, value: Any) -> None:
@@ -142,6 +163,7 @@ def test_what_does_not_shape_the_result_keeps_the_hash(path: str, value: Any) ->
     ("path", "value"),
     [
         ("model.source", "pvc://team/other"),
+        ("model.source", "hf://org/model"),
         ("dataset.evalFraction", 0.1),
         ("adapter.rank", 8),
         ("quantization.scheme", "none"),
@@ -159,3 +181,68 @@ def test_what_shapes_the_result_changes_the_hash(path: str, value: Any) -> None:
 def test_the_hash_does_not_depend_on_the_order_of_fields(fields: dict[str, Any]) -> None:
     """Equal fields in another order have the same hash."""
     assert run.config_hash(fields) == run.config_hash(dict(reversed(fields.items())))
+
+
+# --- remote sources
+
+REMOTE = {
+    **MINIMAL,
+    "model": {"source": "hf://org/model"},
+    "dataset": {"source": "hf://datasets/org/data/train.jsonl"},
+}
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+
+
+def remote(**fields: Any) -> RunConfig:
+    """RunConfig of REMOTE with fields set."""
+    return RunConfig.model_validate_json(json.dumps({**REMOTE, **fields}))
+
+
+def test_what_lies_on_a_claim_is_read_where_it_is() -> None:
+    """A source that needs no fetch is its own place, whatever else was fetched."""
+    config = parsed("fetched", {"model": "c0ffee"})
+
+    assert (config.model_uri, config.dataset_uri) == ("pvc://team/model", "pvc://team/docs.jsonl")
+
+
+def test_what_was_fetched_is_read_from_the_workspace() -> None:
+    """The place of a remote source has the revision that the fetch found."""
+    config = remote(fetched={"model": COMMIT, "dataset": "d0"})
+
+    assert config.model_uri == f"pvc://team/qlora/sources/hf/org/model/{COMMIT}"
+    assert config.dataset_uri == "pvc://team/qlora/sources/hf/datasets/org/data/d0/train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "uri"), [("model_uri", "hf://org/model"), ("dataset_uri", "hf://datasets/org")]
+)
+def test_what_was_not_fetched_has_no_place(name: str, uri: str) -> None:
+    """Ranks never train on whatever lies where a source would be."""
+    with pytest.raises(ValueError, match=f"{uri}.* was not fetched"):
+        getattr(remote(), name)
+
+
+@pytest.mark.parametrize(
+    ("revision", "same"),
+    [("main", True), ("v1", False)],
+    ids=["the default, written out", "another"],
+)
+def test_the_revision_of_the_hub_identifies_a_job(revision: str, same: bool) -> None:
+    """The branch, tag or commit that was asked for shapes the result; what it stood for is kept elsewhere."""
+    for part in ("model", "dataset"):
+        asked = remote(**{part: {**REMOTE[part], "revision": revision}})
+        assert (hash_of(asked) == hash_of(remote(fetched={"model": COMMIT}))) == same
+
+
+def test_credentials_do_not_identify_a_job() -> None:
+    """A Secret of another name fetches the same bytes."""
+    for part in ("model", "dataset"):
+        assert hash_of(remote(**{part: {**REMOTE[part], "credentialsSecret": "hub"}})) == hash_of(remote())
+
+
+def test_the_identity_of_jobs_on_claims_is_as_it_was() -> None:
+    """What a workspace holds of releases that knew no remote sources is still the same job's."""
+    fields = run.run_shaping_fields(parsed("isa", "avx2"))
+
+    assert set(fields["model"]) == {"source"}
+    assert set(fields["dataset"]) == {"source", "format", "trainSplit", "evalSplit", "evalFraction"}

@@ -130,7 +130,21 @@ def test_volumes_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_claims_are_the_hosts_of_the_uris() -> None:
     """Each once."""
-    assert claims("pvc://a/b", "pvc://a", "pvc://c/d/e") == {"a", "c"}
+    assert claims("pvc://a/b", "pvc://a", "pvc://c/d/e", "hf://org/name", "s3://bucket/x") == {"a", "c"}
+
+
+def test_what_is_remote_needs_the_workspace_alone(
+    job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is fetched into it; `qlora plan` without that folder says what it wants, and the other two refuse."""
+    remote = {"model": {"source": "hf://org/name"}, "dataset": {"source": "s3://bucket/data.jsonl"}}
+    path = job_file(workspace="pvc://work/a", **remote)
+    assert main(["plan", path, "-o", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["missingVolumes"] == ["work"]
+
+    for command in ("fetch", "run"):
+        assert main([command, path]) == 2
+        assert capsys.readouterr().err.endswith("add --volume work=PATH\n")
 
 
 def test_a_plan_can_be_read_by_programs(

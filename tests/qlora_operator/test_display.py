@@ -215,3 +215,28 @@ def test_nothing_printable_can_move_the_cursor(text: str) -> None:
     assert len(shown) == len(text)
     assert all(c.isprintable() or c in "\n\t" for c in shown)
     assert all(a == b for a, b in zip(text, shown, strict=True) if a.isprintable())
+
+
+def test_a_transfer_is_shown_in_bytes() -> None:
+    """How much has come, of how much; on a terminal with a bar."""
+    report = a_report(stage="Fetching", step=0, total_steps=0, bytes_done=GIB // 2, bytes_total=2 * GIB)
+    assert facts(report) == ["0.50 GiB of 2.00 GiB"]
+
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, color_system=None)
+    with Display(console, "job") as display:
+        display.show(report)
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", text.getvalue())
+    assert re.search(r"job Fetching \S+\s+0\.50 GiB of 2\.00 GiB", shown)
+
+
+def test_a_stage_does_not_show_the_one_before() -> None:
+    """What was fetched says nothing of training that is about to start."""
+    text = io.StringIO()
+    display = Display(Console(file=text, width=200), "job")
+    with display:
+        display.show(a_report(stage="Fetching", step=0, total_steps=0, bytes_done=1, bytes_total=1))
+    with display:
+        display.show(None)
+
+    assert text.getvalue().splitlines()[-1] == "job: Starting"

@@ -17,9 +17,13 @@ class ExitCode(IntEnum):
     STORAGE_FULL = 14
     OUT_OF_MEMORY = 15
     NO_IMPROVEMENT = 16
+    TRANSFER_REFUSED = 17
+    """A remote source or destination is missing, or refuses us."""
 
     RENDEZVOUS_FAILED = 30
     STALLED = 31
+    TRANSFER_FAILED = 32
+    """A remote source or destination did not answer, broke off, or sent what it should not, again and again."""
 
     LOST_PEER = 40
     COLLECTIVE_TIMEOUT = 41
@@ -38,11 +42,14 @@ PERMANENT = frozenset(
         ExitCode.STORAGE_FULL,
         ExitCode.OUT_OF_MEMORY,
         ExitCode.NO_IMPROVEMENT,
+        ExitCode.TRANSFER_REFUSED,
     }
 )
 """Never retried: the same input fails the same way."""
 
-RETRYABLE = frozenset({ExitCode.UNEXPECTED, ExitCode.RENDEZVOUS_FAILED, ExitCode.STALLED})
+RETRYABLE = frozenset(
+    {ExitCode.UNEXPECTED, ExitCode.RENDEZVOUS_FAILED, ExitCode.STALLED, ExitCode.TRANSFER_FAILED}
+)
 """Retried on the user's budget."""
 
 COLLATERAL = frozenset({ExitCode.LOST_PEER, ExitCode.COLLECTIVE_TIMEOUT})

@@ -20,7 +20,12 @@ CPUS_ENV = "QLORA_CPUS"
 PARENT_DEATH_ENV = "QLORA_PARENT_DEATH"
 """Process id of the one who starts a launcher on this machine: the launcher stops when that process dies."""
 
+CREDENTIALS_ENV = "QLORA_CREDENTIALS"
+"""Folder with the credentials of a fetch or an upload: a folder for each of `model`, `dataset` and `output`
+that has a Secret, with a file for each key. Unset with `qlora run`: the libraries' own places are looked at."""
+
 VOLUMES_ROOT = Path("/volumes")
+CREDENTIALS_ROOT = Path("/etc/qlora/credentials")
 RUN_CONFIG_PATH = Path("/etc/qlora/run.json")
 TERMINATION_LOG = Path("/dev/termination-log")
 PROGRESS_PORT = 8470

@@ -84,6 +84,32 @@ class PlanReport(ContractModel):
     """The first sample that is trained on."""
 
 
+class RankPlan(ContractModel):
+    """Where a rank runs. CPUs and nodes are lists such as 0-3,8; empty: none."""
+
+    cpus: str
+    """A thread computes on each, where the pod has CPUs of its own."""
+    threads: int
+    helpers: str
+    """CPUs for its threads that do not compute, if they have others than `cpus`."""
+    nodes: str
+    """NUMA nodes of its CPUs."""
+    memory_node: int | None = None
+    """NUMA node whose memory it prefers; None: what is near."""
+
+
+class PodPlan(ContractModel):
+    """Where the ranks of a pod run."""
+
+    ranks: list[RankPlan]
+    bound: bool
+    """Whether each has CPUs of its own; otherwise they move among all the CPUs shown."""
+    unused: str
+    """CPUs on whose core nothing runs."""
+    notes: list[str]
+    """What is not as one might expect, and why."""
+
+
 class PlanError(ContractModel):
     """Why a job cannot run: the exit code its ranks would have, and the same sentence."""
 
@@ -96,4 +122,5 @@ class PlanAnswer(ContractModel):
 
     machine: Machine | None = None
     plan: PlanReport | None = None
+    pods: list[PodPlan] | None = None
     error: PlanError | None = None

@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_contract.base import ContractModel
+from qlora_contract.run import Fetched
 
-Stage = Literal["Starting", "Training", "Evaluating", "Publishing", "Done"]
+Stage = Literal["Starting", "Fetching", "Training", "Evaluating", "Publishing", "Uploading", "Done"]
 
 
 class CheckpointRef(ContractModel):
@@ -55,6 +56,9 @@ class ProgressReport(ContractModel):
     compute_dtype: str | None = None
     checkpoint: CheckpointRef | None = None
     ranks: list[RankFacts] = Field(default_factory=list)
+    bytes_done: int | None = None
+    """Of what is fetched or uploaded."""
+    bytes_total: int | None = None
     updated_time: str
     """RFC 3339, UTC."""
 
@@ -82,3 +86,7 @@ class TerminationReport(ContractModel):
     eval_loss: float | None = None
     adapter_uri: str | None = None
     adapter_sha256: str | None = None
+    fetched: Fetched | None = None
+    """Of a fetch: what the remote sources stood for."""
+    published_uri: str | None = None
+    """Of an upload: where the copy is, with its revision where there is one."""

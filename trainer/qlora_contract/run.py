@@ -13,12 +13,28 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_contract.base import ContractModel
+from qlora_contract.remote import BUCKET, CLAIM, HUB_NAME, PATH, fetched_uri, is_remote, parse_remote
 
 RUN_CONFIG_VERSION = 1
 
-PvcUri = Field(
-    min_length=7, max_length=512, pattern=r"^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/\x00-\x1f\x7f]+)*/?$"
-)
+_PVC = f"pvc://{CLAIM}{PATH}"
+_HUB = f"{HUB_NAME}/{HUB_NAME}"
+_S3 = f"s3://{BUCKET}{PATH}"
+
+
+def _uri(*forms: str, **more: Any) -> Any:
+    """A field that holds a URI of one of these forms."""
+    return Field(min_length=6, max_length=512, pattern=f"^({'|'.join(forms)})$", **more)
+
+
+PvcUri = _uri(_PVC)
+ModelUri = _uri(_PVC, f"hf://{_HUB}/?", _S3)
+DatasetUri = _uri(_PVC, f"hf://datasets/{_HUB}{PATH}", _S3)
+DestinationUri = _uri(f"hf://{_HUB}/?", _S3, default=None)
+SecretName = Field(default=None, min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+Revision = Field(default="main", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][-A-Za-z0-9._/]*$")
+FetchedRevision = Field(default=None, max_length=128, pattern="^[A-Za-z0-9][-A-Za-z0-9._]*$")
+"""The name of a folder, too."""
 
 IsaTier = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2"]
 ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
@@ -30,15 +46,29 @@ BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
 class ModelSource(ContractModel):
     """The base model: a Hugging Face folder with safetensors weights. No remote code is run."""
 
-    source: str = PvcUri
-    """`pvc://claim/path` of a folder with config.json, tokenizer files and *.safetensors."""
+    source: str = ModelUri
+    """Folder with config.json, tokenizer files and *.safetensors: `pvc://claim/path`, or `hf://org/name` or
+    `s3://bucket/path`, which are fetched into the workspace first."""
+    revision: str = Revision
+    """Branch, tag or commit of a model of the Hub. The job keeps the commit that it stood for at the first
+    fetch."""
+    credentials_secret: str | None = SecretName
+    """Secret, in the job's namespace, to fetch the model with: key `token` for hf://; keys
+    `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` for s3://. Unset: none, or the platform's workload
+    identity."""
 
 
 class Dataset(ContractModel):
     """The training data, and what is held out of it for evaluation."""
 
-    source: str = PvcUri
-    """`pvc://claim/path` of a JSONL file, or of a folder whose split S is the file S.jsonl."""
+    source: str = DatasetUri
+    """JSONL file, or folder whose split S is the file S.jsonl: `pvc://claim/path`, or
+    `hf://datasets/org/name/path` or `s3://bucket/path`, which are fetched into the workspace first."""
+    revision: str = Revision
+    """Branch, tag or commit of a dataset of the Hub. The job keeps the commit that it stood for at the first
+    fetch."""
+    credentials_secret: str | None = SecretName
+    """Secret, in the job's namespace, to fetch the dataset with, as for the model."""
     format: Literal["auto", "chat", "prompt-completion"] = "auto"
     """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
     `auto`: told from the first record."""
@@ -153,10 +183,20 @@ class Checkpoint(ContractModel):
     """Newest checkpoints to keep."""
 
 
+class Output(ContractModel):
+    """Where the finished adapter goes, besides the workspace."""
+
+    destination: str | None = DestinationUri
+    """`hf://org/name` or `s3://bucket/path` that gets a copy of the adapter. Unset: it stays in the
+    workspace only."""
+    credentials_secret: str | None = SecretName
+    """Secret, in the job's namespace, to write the copy with; its keys are those of model.credentialsSecret."""
+
+
 class Distributed(ContractModel):
     """How the ranks talk to each other."""
 
-    backend: Literal["gloo"] = "gloo"
+    backend: Literal["gloo", "ccl", "mpi"] = "gloo"
     """Backend of torch.distributed."""
     timeout_seconds: int = Field(default=300, ge=5, le=86_400)
     """A rank that gives no sign of life for so long is lost."""
@@ -189,11 +229,28 @@ class Layout(ContractModel):
         return self.pods * self.ranks_per_pod
 
 
+RunStage = Literal["fetch", "train", "publish"]
+
+
+class Fetched(ContractModel):
+    """What the remote sources stood for when they were fetched; unset for those on a claim."""
+
+    model: str | None = FetchedRevision
+    """Commit of the Hub, or hash over a bucket's listing."""
+    dataset: str | None = FetchedRevision
+    """As for the model."""
+
+
 class RunConfig(ContractModel):
     """run.json: one attempt at a job, the same for every pod of it."""
 
     version: Literal[1] = 1
+    stage: RunStage = "train"
+    """What the attempt does: fetch remote sources into the workspace, train, or send the adapter to
+    output.destination."""
     job: JobRef
+    fetched: Fetched = Fetched()
+    """Revisions to train on; for the stage `fetch`, those that are known already."""
     workspace: str = PvcUri
     model: ModelSource
     dataset: Dataset
@@ -202,6 +259,7 @@ class RunConfig(ContractModel):
     training: Training
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    output: Output = Output()
     distributed: Distributed = Distributed()
     layout: Layout
     isa: IsaTier
@@ -209,9 +267,27 @@ class RunConfig(ContractModel):
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
     """Seconds between SIGTERM and SIGKILL."""
 
+    @property
+    def model_uri(self) -> str:
+        """`pvc://` URI of the model's folder: as given, or where the fetch has put it."""
+        return _local(self.model.source, self.fetched.model, self.workspace)
+
+    @property
+    def dataset_uri(self) -> str:
+        """`pvc://` URI of the dataset: as given, or where the fetch has put it."""
+        return _local(self.dataset.source, self.fetched.dataset, self.workspace)
+
     def to_json(self) -> str:
         """The text of run.json."""
         return self.model_dump_json(by_alias=True, indent=2)
+
+
+def _local(source: str, revision: str | None, workspace: str) -> str:
+    if not is_remote(source):
+        return source
+    if revision is None:
+        raise ValueError(f"{source} was not fetched")
+    return fetched_uri(workspace, parse_remote(source), revision)
 
 
 MEMORY_KNOBS = frozenset({"microBatchTokens", "gradientCheckpointing"})
@@ -237,6 +313,10 @@ def shaping_fields(
     }
     for knob in MEMORY_KNOBS:
         del fields["training"][knob]
+    for source in (fields["model"], fields["dataset"]):
+        del source["credentialsSecret"]
+        if not source["source"].startswith("hf://"):
+            del source["revision"]
     return fields
 
 

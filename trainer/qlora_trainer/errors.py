@@ -8,6 +8,8 @@ TrainerError
 ├── StorageFull            no space for checkpoints or the adapter
 ├── OutOfMemory            the memory limit
 ├── NoImprovement          the adapter is no better than the base
+├── TransferRefused        a remote source or destination is missing, or refuses us
+├── TransferFailed         a remote source or destination does not answer as it should
 ├── RendezvousError        ranks did not find each other
 ├── CollectiveError        a collective failed
 │   ├── PeerLost           ... because a peer is gone
@@ -71,6 +73,18 @@ class NoImprovement(TrainerError):  # noqa: N818
 
     exit_code = ExitCode.NO_IMPROVEMENT
     agreed = True
+
+
+class TransferRefused(TrainerError):  # noqa: N818
+    """A remote source or destination is missing, or refuses us: the same request is refused again."""
+
+    exit_code = ExitCode.TRANSFER_REFUSED
+
+
+class TransferFailed(TrainerError):  # noqa: N818
+    """A remote source or destination did not answer, broke off, or sent something else, again and again."""
+
+    exit_code = ExitCode.TRANSFER_FAILED
 
 
 class RendezvousError(TrainerError):

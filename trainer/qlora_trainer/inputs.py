@@ -22,8 +22,8 @@ def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, Loade
         ConfigurationError: an improvement is asked for that nothing could show.
         PlaceError: a source whose claim has no folder here.
     """
-    folder = places.resolve(run.model.source, volumes)
-    source = places.resolve(run.dataset.source, volumes)
+    folder = places.resolve(run.model_uri, volumes)
+    source = places.resolve(run.dataset_uri, volumes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

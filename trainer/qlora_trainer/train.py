@@ -37,7 +37,7 @@ from qlora_trainer.packing import Plan
 from qlora_trainer.session import Session, Stopping
 from qlora_trainer.shape import model_shape
 from qlora_trainer.storage import job_uri
-from qlora_trainer.training_report import training_report
+from qlora_trainer.training_report import base_model, training_report
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def prepare(session: Session) -> Job:
     """Load everything, check that all ranks agree, measure the base, resume where an attempt left off."""
     run = session.run
     session.progress.update(stage="Starting")
-    model_folder = places.resolve(run.model.source, session.volumes)
+    model_folder = places.resolve(run.model_uri, session.volumes)
     shape = model_shape(model_folder, run.adapter)
     _, data = load_inputs(run, session.volumes)
     resumed, state = find_checkpoint(session)
@@ -385,7 +385,9 @@ def finish(session: Session, job: Job) -> dict[str, Any]:
     state = job.state
     stage = export.staging(session.folder)
     if session.leads:
-        stage = export.write_adapter(session.folder, job.parameters, str(job.model_folder))
+        stage = export.write_adapter(
+            session.folder, job.parameters, base_model(session.run, job.model_folder)
+        )
     session.group.barrier()
     export.reload_adapter(stage, job.parameters)
     session.progress.update(stage="Evaluating")
@@ -397,7 +399,7 @@ def finish(session: Session, job: Job) -> dict[str, Any]:
     report = training_report(session.run, job.plan, state, job.dtype, loss, everyone, state.not_bit_exact)
     report["adapter_sha256"] = digest
     report["provenance"] |= {
-        "base_model": str(job.model_folder),
+        "base_model": base_model(session.run, job.model_folder),
         "model_sha256": fingerprint(job.model_folder),
     }
     check_improved(session, state, loss)

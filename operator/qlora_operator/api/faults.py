@@ -7,13 +7,19 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_contract.run import PvcUri
+from qlora_contract.run import DatasetUri, DestinationUri, ModelUri, PvcUri, Revision, SecretName
 from qlora_operator.api import names, quantity, types
 from qlora_operator.api.documents import child_path
 from qlora_operator.api.schema import Schema, job_schema
 
 _SHOWN = 60
 """Characters of a wrong value that are shown."""
+
+
+def _pattern(field: Any) -> str:
+    """The pattern that a field of the contract must match."""
+    return next(str(each.pattern) for each in field.metadata if hasattr(each, "pattern"))
+
 
 _FORMS = {
     quantity.MEMORY_PATTERN: "a quantity of memory such as 16Gi, as a string",
@@ -23,7 +29,13 @@ _FORMS = {
     types.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
     types.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
     types.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
-    PvcUri.metadata[-1].pattern: "pvc://claim/path, at most 512 characters",
+    _pattern(PvcUri): "pvc://claim/path, at most 512 characters",
+    _pattern(ModelUri): "pvc://claim/path, hf://org/name or s3://bucket/path, at most 512 characters",
+    _pattern(DatasetUri): "pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path, at most 512 "
+    "characters",
+    _pattern(DestinationUri): "hf://org/name or s3://bucket/path, at most 512 characters",
+    _pattern(SecretName): "the name of a Secret: lower-case letters, digits, '-' and '.'",
+    _pattern(Revision): "a branch, tag or commit of the Hub, at most 128 characters",
 }
 """Pattern of a string -> what it means to people, with places for the schema's bounds. Other strings are
 described by their bounds."""

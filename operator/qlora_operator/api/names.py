@@ -102,6 +102,10 @@ class Role(StrEnum):
 
     TRAINER = "trainer"
     """Runs the ranks of an attempt."""
+    FETCHER = "fetcher"
+    """Fetches remote sources into the workspace."""
+    PUBLISHER = "publisher"
+    """Sends the adapter to output.destination."""
     DISCOVERY = "discovery"
     """Lets the ranks find each other."""
     ISOLATION = "isolation"
@@ -115,6 +119,8 @@ class Phase(StrEnum):
     """Not started: placement or validation has yet to succeed."""
     QUEUED = "Queued"
     """Waits for quota."""
+    FETCHING = "Fetching"
+    """Remote sources are fetched into the workspace."""
     STARTING = "Starting"
     """Pods are being placed, or ranks are finding each other."""
     RUNNING = "Running"
@@ -122,7 +128,7 @@ class Phase(StrEnum):
     RESTARTING = "Restarting"
     """An attempt ended early; the next one starts when its pods are gone."""
     PUBLISHING = "Publishing"
-    """Training is done; the adapter is being verified and stored."""
+    """Training is done; the adapter is being verified and stored, or sent to output.destination."""
     SUSPENDED = "Suspended"
     """Held by spec.suspend."""
     SUCCEEDED = "Succeeded"
@@ -141,7 +147,7 @@ class ConditionType(StrEnum):
     QUOTA_RESERVED = "QuotaReserved"
     """A queue has let the job in."""
     RUNNING = "Running"
-    """Every rank trains."""
+    """Every rank trains; or, as its reason says, sources are fetched, or the adapter is sent."""
     RESTARTING = "Restarting"
     """An attempt ended early and another follows."""
     COMPLETE = "Complete"
@@ -184,6 +190,9 @@ class Reason(StrEnum):
     """Failed: the adapter is no better than the base, and evaluation.requireImprovement is set (exit code
     16)."""
 
+    TRANSFER_REFUSED = "TransferRefused"
+    """Failed: a remote source or the destination is missing, or refuses the credentials (exit code 17)."""
+
     # Ends of an attempt at the cost of one of backoffLimit.
     UNEXPECTED_ERROR = "UnexpectedError"
     """Restarting: a rank ended with an error nobody foresaw."""
@@ -193,6 +202,9 @@ class Reason(StrEnum):
     """Restarting: the ranks did not find each other in time (exit code 30)."""
     STALLED = "Stalled"
     """Restarting: a rank hung (exit code 31)."""
+    TRANSFER_FAILED = "TransferFailed"
+    """Restarting: a remote source or the destination did not answer as it should, again and again (exit code
+    32)."""
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
     """Restarting: no step was completed for progressDeadlineSeconds."""
 
@@ -222,6 +234,10 @@ class Reason(StrEnum):
     """Restarting: the attempt's Job was changed by somebody else: its parallelism, or its suspend."""
 
     # Ends of an attempt that cost nothing.
+    FETCHED = "Fetched"
+    """Not Running: the remote sources are in the workspace; training follows."""
+    TRAINED = "Trained"
+    """Not Running: the adapter is in the workspace; output.destination gets it next."""
     SUSPENDED = "Suspended"
     """Suspended: spec.suspend is true."""
     RESUMED = "Resumed"
@@ -238,6 +254,10 @@ class Reason(StrEnum):
     """Not Initialized: this operator cannot read the spec, or not write the RunConfig that the job began with."""
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"
     """Not Initialized: spec.image is not one that the administrator allows."""
+    SOURCE_NOT_ALLOWED = "SourceNotAllowed"
+    """Not Initialized: a source, or the destination, is not one that the administrator allows."""
+    LIMIT_EXCEEDED = "LimitExceeded"
+    """Not Initialized: the job asks for more than the administrator allows one job."""
     NAME_CONFLICT = "NameConflict"
     """Not Initialized: an object that is not the job's has the name of one of its children."""
     REFUSED = "Refused"
@@ -269,6 +289,8 @@ class Reason(StrEnum):
     """Not Initialized, or not Running: the namespace's quota or limits refuse the job's children or pods."""
 
     # How a job runs.
+    FETCHING = "Fetching"
+    """Running: remote sources are fetched into the workspace."""
     LOADING = "Loading"
     """Running: every rank is up; the first step is yet to come."""
     TRAINING = "Training"
@@ -277,3 +299,5 @@ class Reason(StrEnum):
     """Running: the model is being evaluated."""
     PUBLISHING = "Publishing"
     """Running: the adapter is being verified and stored."""
+    UPLOADING = "Uploading"
+    """Running: the adapter is sent to output.destination."""

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from qlora_contract.base import ContractModel
+from qlora_contract.remote import is_remote
 from qlora_contract.run import (
     ISA_TIERS,
     Adapter,
@@ -23,8 +24,10 @@ from qlora_contract.run import (
     Evaluation,
     IsaTier,
     ModelSource,
+    Output,
     PvcUri,
     Quantization,
+    RunStage,
     Training,
 )
 from qlora_operator.api import names, quantity
@@ -70,6 +73,9 @@ MUTABLE_WHILE_SUSPENDED = frozenset({"topology", "scheduling"})
 it."""
 
 OPERATOR_ONLY = (
+    "spec.model.credentialsSecret",
+    "spec.dataset.credentialsSecret",
+    "spec.output.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
     "spec.image",
@@ -95,6 +101,30 @@ def _without_duplicates(tiers: list[IsaTier]) -> list[IsaTier]:
 
 def _stays_inside(uri: str) -> bool:
     return "/../" not in f"{uri}/"
+
+
+def _revision_of_hub(name: str) -> Rule:
+    """A revision is the Hub's."""
+    return Rule(
+        cel=f"self.{name}.revision == 'main' || self.{name}.source.startsWith('hf://')",
+        holds=lambda spec: (
+            getattr(spec, name).revision == "main" or getattr(spec, name).source.startswith("hf://")
+        ),
+        message="goes with a source hf://",
+        field=(name, "revision"),
+    )
+
+
+def _secret_of_remote(name: str) -> Rule:
+    """A claim needs no credentials."""
+    return Rule(
+        cel=f"!has(self.{name}.credentialsSecret) || !self.{name}.source.startsWith('pvc://')",
+        holds=lambda spec: (
+            getattr(spec, name).credentials_secret is None or is_remote(getattr(spec, name).source)
+        ),
+        message="goes with a source hf:// or s3://",
+        field=(name, "credentialsSecret"),
+    )
 
 
 class Topology(ApiModel):
@@ -240,6 +270,7 @@ class QLoRAJobSpec(ApiModel):
     training: Training
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    output: Output = Output()
     topology: Topology
     isa: Isa = Isa()
     distributed: Distributed = Distributed()
@@ -304,6 +335,20 @@ class QLoRAJobSpec(ApiModel):
             message="may not leave its claim: a path has no `..`",
             field=("dataset", "source"),
         ),
+        Rule(
+            cel="!has(self.output.destination) || !(self.output.destination + '/').contains('/../')",
+            holds=lambda spec: spec.output.destination is None or _stays_inside(spec.output.destination),
+            message="may not leave its bucket: a path has no `..`",
+            field=("output", "destination"),
+        ),
+        *(_revision_of_hub(name) for name in ("model", "dataset")),
+        *(_secret_of_remote(name) for name in ("model", "dataset")),
+        Rule(
+            cel="!has(self.output.credentialsSecret) || has(self.output.destination)",
+            holds=lambda spec: spec.output.credentials_secret is None or spec.output.destination is not None,
+            message="goes with a destination",
+            field=("output", "credentialsSecret"),
+        ),
     )
 
 
@@ -355,6 +400,8 @@ class Attempt(Observed):
 
     attempt: int
     """Its number; the first is 0."""
+    stage: RunStage = "train"
+    """What it was to do: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
     start: Time | None = None
     """When its ranks were asked for."""
     end: Time | None = None
@@ -450,13 +497,18 @@ class AdapterStatus(Observed):
     """Eval loss of the base model without the adapter."""
     eval_loss: float | None = None
     """Eval loss with the adapter, read back from where it is."""
+    published_uri: str | None = None
+    """Where output.destination has its copy, with the revision where there is one."""
 
 
 class Provenance(Observed):
     """What the adapter was made from."""
 
     model_revision: str | None = None
-    """Revision of the base model, when its source has revisions."""
+    """What a remote model.source stood for at the first fetch, and for every attempt: a commit of the Hub, or
+    a hash over the bucket's listing."""
+    dataset_revision: str | None = None
+    """As modelRevision, of dataset.source."""
     dataset_sha256: str | None = None
     """Of the dataset's files, in hexadecimal."""
     image: str | None = None

@@ -1,29 +1,20 @@
 """The Indexed Job of one attempt: a pod for each of spec.topology.pods, all of them or none."""
 
-import re
 import signal
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT
-from qlora_contract.run import IsaTier
+from qlora_contract.run import Fetched, IsaTier, RunStage
 from qlora_operator.api import names
+from qlora_operator.api.sizes import stage_pods
 from qlora_operator.api.types import QLoRAJob, held_fields
 from qlora_operator.desired.children import metadata
-from qlora_operator.desired.pod import pod_template
+from qlora_operator.desired.pod import ROLES, pod_template
+from qlora_operator.desired.run_config import NOTHING_FETCHED, run_config
 from qlora_operator.settings import Settings
 
 KILLED_BY_SIGTERM = 128 + signal.SIGTERM
-
-
-def image_allowed(image: str, settings: Settings) -> bool:
-    """Whether a job may name this image: the default one, or one that a pattern fits from end to end."""
-    return image == settings.trainer_image or any(_fits(image, p) for p in settings.allowed_images)
-
-
-def _fits(image: str, pattern: str) -> bool:
-    """Whether an image has a pattern's form, in which only `*` is special: any characters, or none."""
-    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), image) is not None
 
 
 def gang_job(
@@ -35,6 +26,8 @@ def gang_job(
     image: str,
     settings: Settings,
     avoid: Sequence[str] = (),
+    stage: RunStage = "train",
+    fetched: Fetched = NOTHING_FETCHED,
 ) -> dict[str, Any]:
     """The batch/v1 Job of one attempt. Created once, never changed; its first failed pod ends it.
 
@@ -43,17 +36,20 @@ def gang_job(
         uid: the job's.
         attempt: from 0.
         isa: the tier that placement chose for all ranks.
-        image: the trainer's, which must be one that image_allowed allows.
+        image: the trainer's, which must be one that is allowed.
         settings: the administrator's.
         avoid: names of nodes that the pods may not go to, although their labels fit.
+        stage: what the attempt is to do.
+        fetched: what the remote sources stand for, as far as that is known.
     """
-    pods = job.spec.topology.pods
+    pods = stage_pods(job.spec.topology, stage)
+    run = run_config(job, uid=uid, attempt=attempt, isa=isa, stage=stage, fetched=fetched)
     name = names.attempt_job(job.metadata.name, attempt)
     child: dict[str, Any] = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            **metadata(job, uid, name, names.Role.TRAINER, attempt),
+            **metadata(job, uid, name, ROLES[stage], attempt),
             "annotations": {names.HELD_FIELDS_ANNOTATION: held_fields(job.spec)},
         },
         "spec": {
@@ -63,7 +59,7 @@ def gang_job(
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": failure_rules()},
-            "template": pod_template(job, uid, attempt, isa, image, settings, avoid),
+            "template": pod_template(job, run, image, settings, avoid),
         },
     }
     if job.spec.scheduling.queue_name is not None:

@@ -4,36 +4,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT, TERMINATION_LOG
-from qlora_contract.run import IsaTier
+from qlora_contract.run import IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.sizes import pod_cpus, pod_memory
 from qlora_operator.api.types import QLoRAJob, Scheduling, Topology
 from qlora_operator.desired.children import labels, pods_of
-from qlora_operator.desired.run_config import run_config
-from qlora_operator.desired.volumes import TMP, volumes
-from qlora_operator.settings import Settings
+from qlora_operator.desired.volumes import CA_BUNDLE, TMP, volumes
+from qlora_operator.settings import Settings, TransferSettings
 
-COMMAND = ["python", "-m", "qlora_trainer.launch"]
+ROLES: dict[RunStage, names.Role] = {
+    "fetch": names.Role.FETCHER,
+    "train": names.Role.TRAINER,
+    "publish": names.Role.PUBLISHER,
+}
+_MODULES: dict[RunStage, str] = {
+    "fetch": "qlora_trainer.transfer",
+    "train": "qlora_trainer.launch",
+    "publish": "qlora_trainer.transfer",
+}
 
 
 def pod_template(
-    job: QLoRAJob,
-    uid: str,
-    attempt: int,
-    isa: IsaTier,
-    image: str,
-    settings: Settings,
-    avoid: Sequence[str] = (),
+    job: QLoRAJob, run: RunConfig, image: str, settings: Settings, avoid: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The pod template of an attempt, with its RunConfig as an annotation.
 
     An object may have 256 KiB of annotations; the API's bounds keep a RunConfig below half of that.
     """
-    run = run_config(job, uid=uid, attempt=attempt, isa=isa)
+    uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
     annotations = {names.RUN_CONFIG_ANNOTATION: run.model_dump_json(by_alias=True)}
     return {
         "metadata": {
-            "labels": {**settings.pod_labels, **labels(job, uid, names.Role.TRAINER, attempt)},
+            "labels": {**settings.pod_labels, **labels(job, uid, role, attempt)},
             "annotations": {**settings.pod_annotations, **annotations},
         },
         "spec": {
@@ -43,10 +45,12 @@ def pod_template(
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": _pod_security(settings),
-            **_placement(job.spec.scheduling, uid, _affinity(isa, avoid), settings),
+            # Transfers go where the ranks may: a claim may be bound to the first node that uses it.
+            **_placement(job.spec.scheduling, uid, _affinity(run.isa, avoid), settings),
             **_pull_secrets(settings),
-            "containers": [_container(job, attempt, image, settings)],
-            "volumes": [volume for volume, _ in volumes(job.spec)],
+            **_service_account(run.stage, settings),
+            "containers": [_container(job, run, image, settings)],
+            "volumes": [volume for volume, _ in volumes(job.spec, run.stage, settings)],
         },
     }
 
@@ -107,24 +111,49 @@ def _pull_secrets(settings: Settings) -> dict[str, Any]:
     return {"imagePullSecrets": secrets} if secrets else {}
 
 
-def _container(job: QLoRAJob, attempt: int, image: str, settings: Settings) -> dict[str, Any]:
-    environment = {
-        "MASTER_ADDR": names.rank_zero_host(job.metadata.name, attempt),
-        "MASTER_PORT": str(RENDEZVOUS_PORT),
-        # The root is read-only, and the user has no home.
-        "HOME": TMP,
-        "TMPDIR": TMP,
-        "HF_HOME": f"{TMP}/hf",
-        "PYTHONUNBUFFERED": "1",
+def _service_account(stage: RunStage, settings: Settings) -> dict[str, Any]:
+    """Of transfers only: a workload identity is a credential, and no rank has any."""
+    name = settings.transfer.service_account_name
+    return {"serviceAccountName": name} if name is not None and stage != "train" else {}
+
+
+def _environment(job: QLoRAJob, run: RunConfig, settings: Settings) -> dict[str, str]:
+    # The root is read-only, and the user has no home.
+    common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
+    if run.stage != "train":
+        return {**common, **_network_environment(settings.transfer)}
+    host = names.rank_zero_host(job.metadata.name, run.job.attempt)
+    return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **common}
+
+
+def _network_environment(transfer: TransferSettings) -> dict[str, str]:
+    """How the libraries that transfer are told of the administrator's network; what is unset is left out."""
+    ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
+    given = {
+        "HTTP_PROXY": transfer.http_proxy,
+        "HTTPS_PROXY": transfer.https_proxy,
+        "NO_PROXY": transfer.no_proxy,
+        "SSL_CERT_FILE": ca_bundle,
+        "REQUESTS_CA_BUNDLE": ca_bundle,
+        "AWS_CA_BUNDLE": ca_bundle,
+        "HF_ENDPOINT": transfer.hub_endpoint,
+        "AWS_ENDPOINT_URL_S3": transfer.s3_endpoint,
+        "AWS_DEFAULT_REGION": transfer.s3_region,
     }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) -> dict[str, Any]:
+    environment = _environment(job, run, settings)
+    training = run.stage == "train"
     return {
         "name": names.TRAINER_CONTAINER,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
-        "command": COMMAND.copy(),
+        "command": ["python", "-m", _MODULES[run.stage]],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "resources": _resources(job.spec.topology),
+        "resources": _resources(job.spec.topology) if training else _transfer_resources(settings.transfer),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -132,7 +161,7 @@ def _container(job: QLoRAJob, attempt: int, image: str, settings: Settings) -> d
         },
         "terminationMessagePath": str(TERMINATION_LOG),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [mount for _, mount in volumes(job.spec)],
+        "volumeMounts": [mount for _, mount in volumes(job.spec, run.stage, settings)],
     }
 
 
@@ -145,3 +174,9 @@ def _resources(topology: Topology) -> dict[str, Any]:
     memory = {"memory": str(pod_memory(topology))}
     both = {"cpu": str(pod_cpus(topology)), **memory}
     return {"requests": both, "limits": dict(both) if topology.pinning == "strict" else memory}
+
+
+def _transfer_resources(transfer: TransferSettings) -> dict[str, Any]:
+    """Of a pod that transfers, which waits for the network most of the time."""
+    memory = {"memory": transfer.memory}
+    return {"requests": {"cpu": transfer.cpu, **memory}, "limits": memory}

@@ -1,13 +1,22 @@
 """The RunConfig of one attempt at a job: what its ranks are told."""
 
-from qlora_contract.run import IsaTier, JobRef, Layout, RunConfig
+from qlora_contract.run import Fetched, IsaTier, JobRef, Layout, RunConfig, RunStage
 from qlora_operator.api.quantity import parse_memory
 from qlora_operator.api.types import QLoRAJob, Topology
 
 DEFAULT_NAMESPACE = "default"
+NOTHING_FETCHED = Fetched()
 
 
-def run_config(job: QLoRAJob, *, uid: str, attempt: int, isa: IsaTier) -> RunConfig:
+def run_config(
+    job: QLoRAJob,
+    *,
+    uid: str,
+    attempt: int,
+    isa: IsaTier,
+    stage: RunStage = "train",
+    fetched: Fetched = NOTHING_FETCHED,
+) -> RunConfig:
     """What every rank of an attempt gets.
 
     Args:
@@ -15,9 +24,13 @@ def run_config(job: QLoRAJob, *, uid: str, attempt: int, isa: IsaTier) -> RunCon
         uid: of the job, from the API server, or of its folder with `qlora run`.
         attempt: from 0.
         isa: the tier that placement chose for all ranks.
+        stage: what the attempt is to do.
+        fetched: what the remote sources stand for, as far as that is known.
     """
     spec = job.spec
     return RunConfig(
+        stage=stage,
+        fetched=fetched,
         job=JobRef(
             name=job.metadata.name,
             namespace=job.metadata.namespace or DEFAULT_NAMESPACE,
@@ -32,6 +45,7 @@ def run_config(job: QLoRAJob, *, uid: str, attempt: int, isa: IsaTier) -> RunCon
         training=spec.training,
         evaluation=spec.evaluation,
         checkpoint=spec.checkpoint,
+        output=spec.output,
         distributed=spec.distributed,
         layout=layout(spec.topology),
         isa=isa,

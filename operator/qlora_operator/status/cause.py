@@ -13,13 +13,20 @@ from qlora_contract.progress import TerminationReport
 from qlora_operator.api.names import Reason
 from qlora_operator.api.types import RANKS_SHOWN
 from qlora_operator.status.observation import Gang, Pod
-from qlora_operator.status.quote import last_line, quote
+from qlora_operator.status.quote import last_line, presentable, quote
 
 SIGKILL_CODE = 137
 SIGTERM_CODE = 143
 SETTLE_SECONDS = 10.0
 """How long the pods of a Job that only lost a peer may take to tell why: the pod that is the cause may be
 reported after those that it took along."""
+
+RANKS_NEED = (
+    "raise topology.memoryPerRank, or lower training.microBatchTokens or "
+    "training.maxSequenceLength, in another job"
+)
+TRANSFERS_NEED = "the administrator sets how much a transfer has, as transfer.memory; then create another job"
+"""What helps a pod that was killed at its memory limit."""
 
 
 class Budget(StrEnum):
@@ -52,8 +59,10 @@ EXIT_REASONS: dict[int, tuple[Reason, Budget]] = {
     ExitCode.STORAGE_FULL: (Reason.STORAGE_FULL, Budget.PERMANENT),
     ExitCode.OUT_OF_MEMORY: (Reason.OUT_OF_MEMORY, Budget.PERMANENT),
     ExitCode.NO_IMPROVEMENT: (Reason.NO_IMPROVEMENT, Budget.PERMANENT),
+    ExitCode.TRANSFER_REFUSED: (Reason.TRANSFER_REFUSED, Budget.PERMANENT),
     ExitCode.RENDEZVOUS_FAILED: (Reason.RENDEZVOUS_FAILED, Budget.USER),
     ExitCode.STALLED: (Reason.STALLED, Budget.USER),
+    ExitCode.TRANSFER_FAILED: (Reason.TRANSFER_FAILED, Budget.USER),
     ExitCode.LOST_PEER: (Reason.PEER_LOST, Budget.INFRASTRUCTURE),
     ExitCode.COLLECTIVE_TIMEOUT: (Reason.PEER_LOST, Budget.INFRASTRUCTURE),
     ExitCode.TERMINATED: (Reason.TERMINATED, Budget.INFRASTRUCTURE),
@@ -78,7 +87,7 @@ _DISRUPTED = re.compile(r"Pod \S+?/(?P<pod>\S+) has condition DisruptionTarget")
 def report(pod: Pod) -> TerminationReport | None:
     """The trainer's own words about its end; None where it had none."""
     try:
-        return TerminationReport.model_validate_json(pod.last_words, extra="ignore")
+        return presentable(TerminationReport.model_validate_json(pod.last_words, extra="ignore"))
     except ValidationError:
         return None
 
@@ -229,11 +238,9 @@ def _exited(name: str, code: int, pod: Pod | None) -> Cause:
 
 
 def _out_of_memory(where: str) -> Cause:
-    message = (
-        f"{where} was killed at its memory limit: raise topology.memoryPerRank, or lower "
-        "training.microBatchTokens or training.maxSequenceLength, in another job"
+    return Cause(
+        Reason.OUT_OF_MEMORY, f"{where} was killed at its memory limit: {RANKS_NEED}", Budget.PERMANENT
     )
-    return Cause(Reason.OUT_OF_MEMORY, message, Budget.PERMANENT)
 
 
 def _detail(pod: Pod | None) -> str:

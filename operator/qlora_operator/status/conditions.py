@@ -62,6 +62,13 @@ def _order(condition: Condition) -> int:
     return known[0] if known else len(ConditionType)
 
 
+_RUNNING_PHASES: dict[str, Phase] = {
+    Reason.FETCHING: Phase.FETCHING,
+    Reason.PUBLISHING: Phase.PUBLISHING,
+    Reason.UPLOADING: Phase.PUBLISHING,
+}
+
+
 def phase(conditions: Sequence[Condition]) -> Phase:
     """One word for all conditions."""
     true = {condition.type for condition in conditions if condition.status == "True"}
@@ -73,7 +80,7 @@ def phase(conditions: Sequence[Condition]) -> Phase:
     if ConditionType.SUSPENDED in true:
         return Phase.SUSPENDED
     if ConditionType.RUNNING in true and running is not None:
-        return Phase.PUBLISHING if running.reason == Reason.PUBLISHING else Phase.RUNNING
+        return _RUNNING_PHASES.get(running.reason, Phase.RUNNING)
     if is_false(conditions, ConditionType.QUOTA_RESERVED) and ConditionType.INITIALIZED in true:
         return Phase.QUEUED
     if ConditionType.RESTARTING in true:

@@ -1,12 +1,23 @@
 """The attempt that is open: has it ended, and if not, how does it go?"""
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
+from qlora_contract.run import Fetched
 from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import NODES_SHOWN, AdapterStatus, Placement, Progress, held_fields
-from qlora_operator.status import conditions, live, policies
+from qlora_operator.api.types import (
+    NODES_SHOWN,
+    AdapterStatus,
+    Placement,
+    Progress,
+    Provenance,
+    held_fields,
+)
+from qlora_operator.status import conditions, live, policies, stages
 from qlora_operator.status.cause import (
+    RANKS_NEED,
+    TRANSFERS_NEED,
     Budget,
     Cause,
     below_tier,
@@ -28,11 +39,24 @@ SETTLE_LOOK_SECONDS = 1.0
 
 _STAGES = {
     "Starting": Reason.LOADING,
+    "Fetching": Reason.FETCHING,
+    "Uploading": Reason.UPLOADING,
     "Training": Reason.TRAINING,
     "Evaluating": Reason.EVALUATING,
     "Publishing": Reason.PUBLISHING,
     "Done": Reason.PUBLISHING,
 }
+
+_RUNNING_MESSAGES = {
+    Reason.LOADING: "every rank is up; the model is being loaded",
+    Reason.TRAINING: "training",
+    Reason.EVALUATING: "evaluating",
+    Reason.PUBLISHING: "the adapter is being verified and stored",
+    Reason.FETCHING: "the remote sources are being fetched",
+    Reason.UPLOADING: "the adapter is being sent to output.destination",
+}
+
+_LOST_WORDS = "the transfer ended well, but left no report of all that it did; it is done again"
 
 _TIERS_DO_NOT_MATTER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
 """What pods wait for on the nodes of any tier."""
@@ -86,7 +110,7 @@ def _meddled(draft: Draft, gang: Gang) -> Cause | None:
     """What somebody else has made of the Job."""
     if gang.suspended and draft.holds(ConditionType.INITIALIZED) and _was_admitted(draft):
         return _suspended(draft, gang)
-    if gang.parallelism not in (None, draft.job.spec.topology.pods):
+    if gang.parallelism not in (None, draft.wanted):
         message = f"the parallelism of the Job {gang.name} was set to {gang.parallelism} by somebody else"
         return Cause(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
     return None
@@ -109,7 +133,10 @@ def _failure(draft: Draft, gang: Gang) -> Cause | None:
     if settled is not None and not _passed(draft, settled):
         draft.look_in(SETTLE_LOOK_SECONDS)
         return None
-    return classify(gang, draft.pods, draft.seen.lost_nodes)
+    cause = classify(gang, draft.pods, draft.seen.lost_nodes)
+    if draft.stage == "train":
+        return cause
+    return replace(cause, message=cause.message.replace(RANKS_NEED, TRANSFERS_NEED))
 
 
 def _was_admitted(draft: Draft) -> bool:
@@ -128,7 +155,7 @@ def _our_end(draft: Draft, gang: Gang | None) -> Cause | None:
     if gang is None or gang.suspended:
         return None
     if draft.holds(ConditionType.RUNNING):
-        return _no_progress(draft)
+        return _no_progress(draft) if draft.stage == "train" else None
     return _no_room(draft, gang)
 
 
@@ -199,7 +226,7 @@ def _no_room(draft: Draft, gang: Gang) -> Cause | None:
     """Pods without a node for too long: another gang may need what we hold, or another tier may have room."""
     assert draft.open is not None
     placed = [pod for pod in draft.pods if pod.node is not None]
-    wanted = draft.job.spec.topology.pods
+    wanted = draft.wanted
     if draft.seen.pods is None or gang.ready >= wanted or len(placed) >= wanted:
         return None
     why = waiting(draft, gang)
@@ -275,19 +302,66 @@ def _charge(draft: Draft, cause: Cause) -> None:
 
 
 def _succeed(draft: Draft) -> None:
-    spec = draft.job.spec
+    """The stage is done."""
     if draft.seen.pods is None:
         return
+    if draft.stage == "fetch":
+        _fetched(draft)
+    elif draft.stage == "train":
+        _trained(draft)
+    else:
+        _published(draft)
+
+
+def _fetched(draft: Draft) -> None:
+    said = live.transfer(draft.pods)
+    found = said.fetched if said is not None and said.fetched is not None else Fetched()
+    known = draft.status.provenance or Provenance()
+    update = {
+        "model_revision": known.model_revision or found.model,
+        "dataset_revision": known.dataset_revision or found.dataset,
+    }
+    draft.set(provenance=known.model_copy(update=update))
+    if stages.next_stage(draft.job.spec, draft.status) == "fetch":
+        end(draft, Cause(Reason.TRANSFER_FAILED, _LOST_WORDS, Budget.USER))
+        return
+    end(draft, Cause(Reason.FETCHED, "the remote sources are in the workspace", Budget.NONE, (0,)))
+
+
+def _published(draft: Draft) -> None:
+    said = live.transfer(draft.pods)
+    if said is None or said.published_uri is None:
+        end(draft, Cause(Reason.TRANSFER_FAILED, _LOST_WORDS, Budget.USER))
+        return
+    adapter = (draft.status.adapter or AdapterStatus()).model_copy(
+        update={"published_uri": said.published_uri}
+    )
+    draft.set_attempt(reason=Reason.SUCCEEDED, message="the adapter is sent", exit_codes=[0])
+    draft.set(adapter=adapter)
+    _complete(draft, adapter)
+
+
+def _trained(draft: Draft) -> None:
+    spec = draft.job.spec
     uri = f"{spec.workspace.rstrip('/')}/jobs/{draft.job.metadata.name}/adapter"
     adapter = live.adapter(draft.pods) or AdapterStatus(uri=uri)
-    draft.set_attempt(reason=Reason.SUCCEEDED, message="every rank is done", exit_codes=[0])
     draft.set(adapter=adapter, progress=live.finished(draft.status.progress))
+    if spec.output.destination is not None:
+        message = f"the adapter is in {adapter.uri}; {spec.output.destination} gets it next"
+        end(draft, Cause(Reason.TRAINED, message, Budget.NONE, (0,)))
+        return
+    draft.set_attempt(reason=Reason.SUCCEEDED, message="every rank is done", exit_codes=[0])
+    _complete(draft, adapter)
+
+
+def _complete(draft: Draft, adapter: AdapterStatus) -> None:
     better = (
         f": eval loss {adapter.eval_loss:.4g}, that of the base {adapter.base_eval_loss:.4g}"
         if adapter.eval_loss is not None and adapter.base_eval_loss is not None
         else ""
     )
-    draft.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, f"the adapter is in {adapter.uri}{better}")
+    sent = f" and {adapter.published_uri}" if adapter.published_uri else ""
+    draft.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, f"the adapter is in {adapter.uri}{sent}{better}")
 
 
 def _wind_up(draft: Draft, gang: Gang | None) -> None:
@@ -341,14 +415,24 @@ def await_pods(draft: Draft) -> None:
     draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message, note=False)
 
 
-def _ensure_children(draft: Draft) -> None:
+def start_attempt(draft: Draft) -> StartAttempt:
+    """Create the children of the last attempt, as the status has it."""
     placement = draft.status.placement
-    assert draft.open is not None
+    assert draft.attempt is not None
     assert placement is not None
     assert placement.isa is not None
-    draft.actions.append(
-        StartAttempt(draft.open.attempt, placement.isa, draft.image, avoid=tuple(placement.avoid))
+    return StartAttempt(
+        draft.attempt.attempt,
+        placement.isa,
+        draft.image,
+        avoid=tuple(placement.avoid),
+        stage=draft.stage,
+        fetched=stages.fetched(draft.status),
     )
+
+
+def _ensure_children(draft: Draft) -> None:
+    draft.actions.append(start_attempt(draft))
 
 
 def delete_orphans(draft: Draft) -> None:
@@ -372,7 +456,7 @@ def _follow(draft: Draft, gang: Gang) -> None:
         _queue(draft, gang, queue)
     if gang.suspended:
         return
-    if draft.holds(ConditionType.RUNNING) or gang.ready >= draft.job.spec.topology.pods:
+    if draft.holds(ConditionType.RUNNING) or gang.ready >= draft.wanted:
         _run(draft)
     else:
         said = waiting(draft, gang)
@@ -385,7 +469,7 @@ def _starts_quietly(draft: Draft, gang: Gang) -> bool:
     """Nobody has looked at the pods yet, so the status as it was when the attempt began says all there is to
     say. Most gangs are up before that changes, and each is spared a write."""
     queued = draft.job.spec.scheduling.queue_name is not None
-    up = draft.holds(ConditionType.RUNNING) or gang.ready >= draft.job.spec.topology.pods
+    up = draft.holds(ConditionType.RUNNING) or gang.ready >= draft.wanted
     waits = not draft.holds(ConditionType.INITIALIZED)
     return not (up or queued or waits or draft.seen.incomplete) and draft.seen.pods is None
 
@@ -420,20 +504,16 @@ def _run(draft: Draft) -> None:
     """Every rank is up."""
     told = draft.seen.progress
     first = not draft.holds(ConditionType.RUNNING)
-    reason = _STAGES[told.stage] if told else Reason.LOADING
+    reason = _STAGES[told.stage] if told and draft.stage == "train" else stages.RUNNING[draft.stage]
     if told or first:
-        message = {
-            Reason.LOADING: "every rank is up; the model is being loaded",
-            Reason.TRAINING: "training",
-            Reason.EVALUATING: "evaluating",
-            Reason.PUBLISHING: "the adapter is being verified and stored",
-        }[reason]
+        message = _RUNNING_MESSAGES[reason] + stages.transferred(told)
         draft.affirm(ConditionType.RUNNING, reason, message)
         draft.set(message=message)
     if draft.holds(ConditionType.RESTARTING):
         draft.deny(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
-    _facts(draft)
-    if draft.gang is not None and draft.gang.ready < draft.job.spec.topology.pods:
+    if draft.stage == "train":
+        _facts(draft)
+    if draft.gang is not None and draft.gang.ready < draft.wanted:
         draft.look_in(LOOK_SECONDS)
     # Otherwise nothing is due: rank 0's reports and the Job's changes come by themselves, deadlines have their time.
 

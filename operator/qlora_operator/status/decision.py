@@ -11,10 +11,10 @@ from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
 from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec
-from qlora_operator.status import conditions, policies
+from qlora_operator.status import conditions, policies, stages
 from qlora_operator.status.columns import columns
-from qlora_operator.status.current import LOOK_SECONDS, attend, await_pods, deadline
-from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft, StartAttempt
+from qlora_operator.status.current import LOOK_SECONDS, attend, await_pods, deadline, start_attempt
+from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft
 from qlora_operator.status.observation import Observation
 
 
@@ -102,20 +102,20 @@ def _occupied(draft: Draft) -> bool:
 
 
 def _barred(draft: Draft) -> bool:
-    """Whether the image, the operator's version, or the nodes, do not let an attempt start."""
-    return _bars_image(draft) or _bars_version(draft) or _bars_nodes(draft)
+    """Whether the administrator, the operator's version, or the nodes, do not let an attempt start."""
+    return _bars_administrator(draft) or _bars_version(draft) or _bars_nodes(draft)
 
 
-def _bars_image(draft: Draft) -> bool:
-    if not draft.seen.image_allowed and draft.fixed_image is None:
-        message = (
-            f"spec.image {draft.seen.image} is not allowed here: ask the administrator, or leave it out in "
-            "another job"
-        )
-        draft.wait(ConditionType.INITIALIZED, Reason.IMAGE_NOT_ALLOWED, message)
-        draft.look_in(6 * LOOK_SECONDS)
-        return True
-    return False
+def _bars_administrator(draft: Draft) -> bool:
+    """What cannot change is looked at before the first attempt only: a job that began may end, and what was
+    trained may be sent."""
+    said, begun = draft.seen.refusal, draft.fixed_image is not None
+    over = said is not None and said.reason == Reason.LIMIT_EXCEEDED and draft.status.adapter is None
+    if said is None or (begun and not over):
+        return False
+    draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message)
+    draft.look_in(6 * LOOK_SECONDS)
+    return True
 
 
 def _bars_version(draft: Draft) -> bool:
@@ -150,10 +150,14 @@ def _start(draft: Draft) -> None:
     image = draft.image
     spec = draft.job.spec
     world = spec.topology.pods * spec.topology.ranks_per_pod
-    draft.add_attempt(Attempt(attempt=number, start=stamp(draft.now)))
-    placement = before.model_copy(update={"isa": tier, "nodes": [], "world_size": world})
-    draft.set(placement=placement, ranks=[], provenance=_provenance(draft, image))
-    message = f"attempt {number} starts on {tier}"
+    stage = stages.next_stage(spec, draft.status)
+    draft.add_attempt(Attempt(attempt=number, stage=stage, start=stamp(draft.now)))
+    placement = before.model_copy(update={"isa": tier, "world_size": world})
+    if stage == "train":
+        placement = placement.model_copy(update={"nodes": []})
+        draft.set(ranks=[])
+    draft.set(placement=placement, provenance=_provenance(draft, image))
+    message = f"attempt {number} {stages.intention(spec, stage)} on {tier}"
     draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, message)
     draft.deny(ConditionType.RUNNING, Reason.STARTING, message)
     draft.set(message=message)
@@ -161,7 +165,7 @@ def _start(draft: Draft) -> None:
         draft.deny(ConditionType.QUOTA_RESERVED, Reason.QUEUED, "waits in the queue")
     else:
         draft.set(conditions=conditions.without(draft.status.conditions, ConditionType.QUOTA_RESERVED))
-    draft.actions.append(StartAttempt(number, tier, image, tuple(placement.avoid)))
+    draft.actions.append(start_attempt(draft))
 
 
 def _tier(draft: Draft) -> IsaTier:
@@ -222,7 +226,8 @@ def _derive(draft: Draft) -> None:
     """What follows from the rest."""
     topology = draft.job.spec.topology
     gang = draft.gang
-    ready = gang.ready * topology.ranks_per_pod if gang is not None and draft.open is not None else 0
+    trains = gang is not None and draft.open is not None and draft.stage == "train"
+    ready = gang.ready * topology.ranks_per_pod if gang is not None and trains else 0
     world = topology.pods * topology.ranks_per_pod
     draft.set(
         observed_generation=draft.job.metadata.generation,

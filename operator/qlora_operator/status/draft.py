@@ -4,12 +4,15 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from qlora_contract.run import IsaTier
+from qlora_contract.run import Fetched, IsaTier, RunStage
 from qlora_operator.api.names import ConditionType, Reason
+from qlora_operator.api.sizes import stage_pods
 from qlora_operator.api.times import stamp
 from qlora_operator.api.types import ATTEMPTS_SHOWN, Attempt, QLoRAJob, QLoRAJobStatus, Restarts
 from qlora_operator.status import conditions
 from qlora_operator.status.observation import Gang, Observation, Pod
+
+NOTHING_FETCHED = Fetched()
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class StartAttempt:
     isa: IsaTier
     image: str
     avoid: tuple[str, ...] = ()
+    stage: RunStage = "train"
+    fetched: Fetched = NOTHING_FETCHED
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,16 @@ class Draft:
         """The last attempt, unless all of it is gone."""
         last = self.attempt
         return last if last is not None and last.end is None else None
+
+    @property
+    def stage(self) -> RunStage:
+        """What the last attempt is to do."""
+        return self.attempt.stage if self.attempt is not None else "train"
+
+    @property
+    def wanted(self) -> int:
+        """Pods that the last attempt has when all are there."""
+        return stage_pods(self.job.spec.topology, self.stage)
 
     @property
     def fixed_image(self) -> str | None:

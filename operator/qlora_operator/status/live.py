@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from qlora_contract.progress import ProgressReport
+from qlora_contract.progress import ProgressReport, TerminationReport
 from qlora_operator.api.times import stamp
 from qlora_operator.api.types import (
     NODES_SHOWN,
@@ -83,6 +83,12 @@ def dtype(pods: Sequence[Pod]) -> str | None:
     """What the pods that have ended say they have completed a step in."""
     told = (report(pod) for pod in pods)
     return next((each.compute_dtype for each in told if each is not None and each.step), None)
+
+
+def transfer(pods: Sequence[Pod]) -> TerminationReport | None:
+    """What the pod of a transfer says of its end."""
+    told = (report(pod) for pod in pods if pod.index == 0)
+    return next((each for each in told if each is not None and each.exit_code == 0), None)
 
 
 def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from qlora_operator.api.names import ConditionType
+from qlora_operator.api.sizes import stage_pods
 from qlora_operator.api.times import parse
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.status import conditions
@@ -52,7 +53,7 @@ def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime) -> Needs:
 
 
 def _of_living(job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime) -> Needs:
-    wanted = job.spec.topology.pods
+    wanted = stage_pods(job.spec.topology, status.attempts[-1].stage)
     if gang.suspended:
         return Needs()
     if conditions.is_true(status.conditions, ConditionType.RUNNING):

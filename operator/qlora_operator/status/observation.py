@@ -129,7 +129,8 @@ class Observation:
     """What rank 0 of the current attempt says now."""
     image: str = ""
     """The image that a first attempt would get."""
-    image_allowed: bool = True
+    refusal: Said | None = None
+    """Why the administrator's settings do not let the job start."""
     obstacle: Said | None = None
     """What came of the last try to create the children, when it did not work out."""
     incomplete: bool = False

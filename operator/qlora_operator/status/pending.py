@@ -33,7 +33,7 @@ _QUOTA = re.compile(
 def waiting(draft: Draft, gang: Gang) -> Said:
     """The one thing that helps most to know."""
     pods, warnings = draft.pods, draft.seen.warnings
-    wanted = draft.job.spec.topology.pods
+    wanted = draft.wanted
     if len(pods) < wanted and (said := _of_refusal(gang, warnings)):
         return said
     for pod in pods:

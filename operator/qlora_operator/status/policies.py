@@ -10,7 +10,9 @@ from qlora_operator.status import conditions
 
 GAVE_UP = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
 """Ends of an attempt whose pods found no room: the next tier has its turn."""
-FREE = frozenset({Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FINISHED})
+DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.SUCCEEDED})
+"""Ends of an attempt that did what it was to do."""
+FREE = DONE | {Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FINISHED}
 """Ends of an attempt that cost nothing and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0

@@ -1,7 +1,13 @@
 """Others' words, fit for a status, an Event and a terminal."""
 
+import math
 import re
 import unicodedata
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+Told = TypeVar("Told", bound=BaseModel)
 
 QUOTED_CHARACTERS = 600
 """Longer words are cut: with the names of a pod and its node around them they still fit into an Event."""
@@ -20,6 +26,21 @@ def quote(words: str) -> str:
 def last_line(words: str) -> str:
     """The last line that says anything."""
     return next((line for each in reversed(words.splitlines()) if (line := quote(each))), "")
+
+
+def presentable(told: Told) -> Told:
+    """What somebody told, fit for a status: every text quoted, and numbers that no JSON holds left out."""
+    return told.model_copy(update={name: _presentable(value) for name, value in told})
+
+
+def _presentable(value: Any) -> Any:
+    if isinstance(value, str):
+        return quote(value)
+    if isinstance(value, BaseModel):
+        return presentable(value)
+    if isinstance(value, list):
+        return [_presentable(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_control(character: str) -> bool:

@@ -1,6 +1,9 @@
 """What a pod asks of its node."""
 
-from qlora_operator.api.sizes import SHM_BYTES, TMP_BYTES, pod_cpus, pod_memory
+import pytest
+
+from qlora_contract.run import RunStage
+from qlora_operator.api.sizes import SHM_BYTES, TMP_BYTES, pod_cpus, pod_memory, stage_pods
 from qlora_operator.api.types import Topology
 
 
@@ -18,3 +21,11 @@ def test_a_pod_has_the_cpus_of_its_ranks() -> None:
     )
 
     assert pod_cpus(topology) == 10
+
+
+@pytest.mark.parametrize(("stage", "pods"), [("fetch", 1), ("train", 7), ("publish", 1)])
+def test_one_pod_transfers_however_many_train(stage: RunStage, pods: int) -> None:
+    """More would fetch the same files, or send them, twice."""
+    topology = Topology.model_validate({"pods": 7, "memoryPerRank": "16Gi"})
+
+    assert stage_pods(topology, stage) == pods

@@ -72,9 +72,16 @@ DEFAULTS = {
     "progressDeadlineSeconds": 1800,
     "terminationGracePeriodSeconds": 300,
     "workspace": "pvc://team-data/qlora",
-    "model": {"source": "pvc://team-data/models/SmolLM2-135M-Instruct"},
+    "model": {
+        "source": "pvc://team-data/models/SmolLM2-135M-Instruct",
+        "revision": "main",
+        "credentialsSecret": None,
+    },
+    "output": {"destination": None, "credentialsSecret": None},
     "dataset": {
         "source": "pvc://team-data/docs.jsonl",
+        "revision": "main",
+        "credentialsSecret": None,
         "format": "auto",
         "trainSplit": "train",
         "evalSplit": None,
@@ -129,16 +136,131 @@ BAD = {
     "no model": ({"spec.model": GONE}, "spec.model", "is required: a map with source"),
     "model is a string": ({"spec.model": "pvc://c/m"}, "spec.model", "must be a map with source"),
     "no model source": ({"spec.model": {}}, "spec.model.source", "is required"),
-    "model from the Hub": ({"spec.model.source": "hf://org/name"}, "spec.model.source", "pvc://claim/path"),
+    "model without an organisation": (
+        {"spec.model.source": "hf://gpt2"},
+        "spec.model.source",
+        "must be pvc://claim/path, hf://org/name or s3://bucket/path",
+    ),
+    "a file of the Hub as model": (
+        {"spec.model.source": "hf://org/name/model.safetensors"},
+        "spec.model.source",
+        "hf://org/name",
+    ),
+    "a dataset as model": (
+        {"spec.model.source": "hf://datasets/org/name"},
+        "spec.model.source",
+        "hf://org/name",
+    ),
+    "model by https": (
+        {"spec.model.source": "https://hub.example/org/name"},
+        "spec.model.source",
+        "must be pvc://claim/path, hf://org/name or s3://bucket/path",
+    ),
+    "model of a file system": ({"spec.model.source": "file:///etc"}, "spec.model.source", "pvc://claim/path"),
+    "model of a bucket in capitals": (
+        {"spec.model.source": "s3://Team/m"},
+        "spec.model.source",
+        "s3://bucket",
+    ),
+    "model of a bucket with credentials": (
+        {"spec.model.source": "s3://key:secret@bucket/m"},
+        "spec.model.source",
+        "s3://bucket/path",
+    ),
     "model source leaves its claim": (
         {"spec.model.source": "pvc://c/../m"},
         "spec.model.source",
         "may not leave its claim",
     ),
-    "model revision": (
-        {"spec.model.revision": "main"},
+    "model source leaves its bucket": (
+        {"spec.model.source": "s3://bucket/a/../../b"},
+        "spec.model.source",
+        "may not leave its claim",
+    ),
+    "revision of a model on a claim": (
+        {"spec.model.revision": "v1"},
         "spec.model.revision",
-        "no such field; there are source",
+        "goes with a source hf://",
+    ),
+    "revision of a model in a bucket": (
+        {"spec.model": {"source": "s3://bucket/m", "revision": "v1"}},
+        "spec.model.revision",
+        "goes with a source hf://",
+    ),
+    "revision with a space": (
+        {"spec.model": {"source": "hf://org/name", "revision": "a b"}},
+        "spec.model.revision",
+        "must be a branch, tag or commit of the Hub",
+    ),
+    "revision that climbs": (
+        {"spec.model": {"source": "hf://org/name", "revision": "../main"}},
+        "spec.model.revision",
+        "must be a branch, tag or commit of the Hub",
+    ),
+    "revision of 129 characters": (
+        {"spec.model": {"source": "hf://org/name", "revision": "a" * 129}},
+        "spec.model.revision",
+        "at most 128 characters",
+    ),
+    "credentials for a model on a claim": (
+        {"spec.model.credentialsSecret": "hub"},
+        "spec.model.credentialsSecret",
+        "goes with a source hf:// or s3://",
+    ),
+    "credentials of another namespace": (
+        {"spec.model": {"source": "hf://org/name", "credentialsSecret": "other/hub"}},
+        "spec.model.credentialsSecret",
+        "must be the name of a Secret",
+    ),
+    "credentials in place of their Secret": (
+        {"spec.model": {"source": "hf://org/name", "credentialsSecret": {"token": "hf_x"}}},
+        "spec.model.credentialsSecret",
+        "is a map; it must be the name of a Secret",
+    ),
+    "dataset of the Hub without its word": (
+        {"spec.dataset.source": "hf://org/name"},
+        "spec.dataset.source",
+        "must be pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path",
+    ),
+    "dataset source leaves its repository": (
+        {"spec.dataset.source": "hf://datasets/org/name/../../x"},
+        "spec.dataset.source",
+        "may not leave its claim",
+    ),
+    "revision of a dataset on a claim": (
+        {"spec.dataset.revision": "v1"},
+        "spec.dataset.revision",
+        "goes with a source hf://",
+    ),
+    "credentials for a dataset on a claim": (
+        {"spec.dataset.credentialsSecret": "hub"},
+        "spec.dataset.credentialsSecret",
+        "goes with a source hf:// or s3://",
+    ),
+    "destination on a claim": (
+        {"spec.output": {"destination": "pvc://c/out"}},
+        "spec.output.destination",
+        "must be hf://org/name or s3://bucket/path",
+    ),
+    "destination among the datasets": (
+        {"spec.output": {"destination": "hf://datasets/org/name"}},
+        "spec.output.destination",
+        "must be hf://org/name or s3://bucket/path",
+    ),
+    "destination leaves its bucket": (
+        {"spec.output": {"destination": "s3://bucket/.."}},
+        "spec.output.destination",
+        "may not leave its bucket",
+    ),
+    "credentials without a destination": (
+        {"spec.output": {"credentialsSecret": "writer"}},
+        "spec.output.credentialsSecret",
+        "goes with a destination",
+    ),
+    "misspelt destination": (
+        {"spec.output": {"destinaton": "s3://bucket"}},
+        "spec.output.destinaton",
+        "did you mean destination?",
     ),
     "dataset source leaves its claim": (
         {"spec.dataset.source": "pvc://c/a/../../b"},
@@ -267,7 +389,7 @@ BAD = {
         "one of amx_bf16, avx512_bf16",
     ),
     "a tier twice": ({"spec.isa.allowed": ["avx2", "avx2"]}, "spec.isa.allowed", "names avx2 twice"),
-    "MPI": ({"spec.distributed.backend": "mpi"}, "spec.distributed.backend", "must be gloo"),
+    "a backend of GPUs": ({"spec.distributed.backend": "nccl"}, "spec.distributed.backend", "gloo"),
     "selector value is a boolean": (
         {"spec.scheduling.nodeSelector": {"fast": True}},
         "spec.scheduling.nodeSelector.fast",
@@ -386,6 +508,21 @@ GOOD = {
     "managed by this operator": {"spec.managedBy": names.CONTROLLER},
     "managed by another": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
     "delete at once": {"spec.ttlSecondsAfterFinished": 0},
+    "a model of the Hub": {"spec.model.source": "hf://HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "a model of the Hub, with a slash": {"spec.model.source": "hf://org/name/"},
+    "a model at a revision": {
+        "spec.model": {"source": "hf://o/n", "revision": "refs/pr/7", "credentialsSecret": "hub.token"}
+    },
+    "a revision that is the default, written out": {"spec.model.revision": "main"},
+    "a model of a bucket": {"spec.model": {"source": "s3://b-1.c/a b/m", "credentialsSecret": "store"}},
+    "a whole bucket": {"spec.model.source": "s3://bucket"},
+    "a dataset of the Hub": {"spec.dataset": {"source": "hf://datasets/org/name", "revision": "v1"}},
+    "a file of a dataset": {"spec.dataset.source": "hf://datasets/org/name/data/train.jsonl"},
+    "a file of a bucket": {"spec.dataset": {"source": "s3://bucket/docs.jsonl", "credentialsSecret": "s"}},
+    "a destination of the Hub": {"spec.output": {"destination": "hf://org/adapter"}},
+    "a destination in a bucket": {
+        "spec.output": {"destination": "s3://bucket/a/b/", "credentialsSecret": "writer"}
+    },
     "never retry": {"spec.backoffLimit": 0, "spec.infrastructureBackoffLimit": 0},
 }
 
@@ -447,7 +584,12 @@ def test_the_operator_reads_its_own_status_back(minimal: dict[str, Any]) -> None
             }
         ],
         "restarts": {"user": 1, "infrastructure": 0},
-        "attempts": [{"attempt": 0, "exitCodes": [50]}],
+        "attempts": [
+            {"attempt": 0, "stage": "fetch", "reason": "Fetched", "exitCodes": [0]},
+            {"attempt": 1, "stage": "train", "exitCodes": [50]},
+        ],
+        "adapter": {"uri": "pvc://c/a", "publishedUri": "s3://bucket/a"},
+        "provenance": {"modelRevision": "c0ffee", "datasetRevision": "d0d0"},
         "progress": {"step": 120, "loss": 1.83},
         "columns": {"ranks": "2/2", "step": "120/400", "eta": "9m"},
     }
@@ -499,9 +641,29 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
 
     assert smallest is not None
     assert ignored_by_run(smallest) == []
-    assert ignored_by_run(full) == [
-        path for path in OPERATOR_ONLY if path not in ("spec.image", "spec.managedBy")
-    ]
+    unset = {
+        "spec.image",
+        "spec.managedBy",
+        "spec.model.credentialsSecret",
+        "spec.dataset.credentialsSecret",
+    }
+    assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]
+
+
+def test_a_secret_is_named_as_ignored(changed: Callable[..., dict[str, Any]]) -> None:
+    """`qlora run` has no Secrets: whose credentials it leaves out is told by the field."""
+    job = parse_job(
+        changed(
+            {
+                "spec.model": {"source": "hf://org/name", "credentialsSecret": "hub"},
+                "spec.dataset": {"source": "s3://bucket/data", "credentialsSecret": "store"},
+                "spec.output": {"destination": "s3://bucket/out"},
+            }
+        )
+    )
+
+    assert job is not None
+    assert ignored_by_run(job) == ["spec.model.credentialsSecret", "spec.dataset.credentialsSecret"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from kubernetes.client import models
 
-from qlora_contract.run import ISA_TIERS
+from qlora_contract.remote import is_remote
+from qlora_contract.run import ISA_TIERS, Fetched
 from qlora_operator.api import names
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.settings import Settings
@@ -32,6 +33,18 @@ segments = st.text(
 uris = st.builds(
     lambda claim, path: "/".join([f"pvc://{claim}", *path]), claims, st.lists(segments, max_size=4)
 )
+hub_names = st.from_regex(r"\A[A-Za-z0-9]([-A-Za-z0-9._]{0,20}[A-Za-z0-9])?\Z")
+buckets = st.from_regex(r"\A[a-z0-9][-a-z0-9.]{1,61}[a-z0-9]\Z")
+s3_uris = st.builds(
+    lambda bucket, path: "/".join([f"s3://{bucket}", *path]), buckets, st.lists(segments, max_size=4)
+)
+hub_models = st.builds("hf://{}/{}".format, hub_names, hub_names)
+hub_datasets = st.builds(
+    lambda org, name, path: "/".join([f"hf://datasets/{org}/{name}", *path]),
+    hub_names,
+    hub_names,
+    st.lists(segments, max_size=3),
+)
 label_keys = st.from_regex(r"\A([a-z]{1,9}[.]example/)?[A-Za-z]([-A-Za-z0-9_.]{0,20}[A-Za-z0-9])?\Z")
 label_values = st.from_regex(r"\A[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?\Z")
 tolerations = st.fixed_dictionaries(
@@ -42,11 +55,17 @@ tolerations = st.fixed_dictionaries(
 specs = st.fixed_dictionaries(
     {
         "workspace": uris,
-        "model": st.builds(lambda uri: {"source": uri}, uris),
+        "model": st.builds(lambda uri: {"source": uri}, uris)
+        | st.fixed_dictionaries({"source": s3_uris}, optional={"credentialsSecret": words})
+        | st.fixed_dictionaries(
+            {"source": hub_models},
+            optional={"revision": st.sampled_from(["v1.5", "pr/7"]), "credentialsSecret": words},
+        ),
         "dataset": st.fixed_dictionaries(
             {"source": uris},
             optional={"evalFraction": st.floats(0, 0.5), "format": st.sampled_from(["auto", "chat"])},
-        ),
+        )
+        | st.fixed_dictionaries({"source": s3_uris | hub_datasets}, optional={"credentialsSecret": words}),
         "training": st.fixed_dictionaries(
             {"maxSteps": st.integers(1, 10**8)},
             optional={
@@ -82,7 +101,25 @@ specs = st.fixed_dictionaries(
                 "queueName": words,
             },
         ),
+        "output": st.fixed_dictionaries(
+            {"destination": s3_uris | hub_models}, optional={"credentialsSecret": words}
+        ),
         "terminationGracePeriodSeconds": st.integers(1, 86_400),
+    },
+)
+random_transfers = st.fixed_dictionaries(
+    {},
+    optional={
+        "serviceAccountName": words,
+        "cpu": st.sampled_from(["250m", "2"]),
+        "memory": st.sampled_from(["512Mi", "8Gi"]),
+        "httpProxy": st.just("http://proxy.example:3128"),
+        "httpsProxy": st.just("http://proxy.example:3129"),
+        "noProxy": st.just("s3.example,10.0.0.0/8"),
+        "caBundleConfigMap": words,
+        "hubEndpoint": st.just("https://hub.example"),
+        "s3Endpoint": st.just("https://s3.example"),
+        "s3Region": st.just("eu-1"),
     },
 )
 random_settings = st.builds(
@@ -98,6 +135,7 @@ random_settings = st.builds(
             "schedulerName": words,
             "podLabels": st.dictionaries(label_keys, label_values, max_size=2),
             "podAnnotations": st.dictionaries(label_keys, st.text(max_size=20), max_size=2),
+            "transfer": random_transfers,
         },
     ),
 )
@@ -114,6 +152,14 @@ def _job(name: str, namespace: str | None, spec: dict[str, Any]) -> QLoRAJob:
     )
 
 
+def fetched(job: QLoRAJob) -> Fetched:
+    """Revisions of the job's remote sources."""
+    model, dataset = job.spec.model.source, job.spec.dataset.source
+    return Fetched(
+        model="c" * 40 if is_remote(model) else None, dataset="d" * 64 if is_remote(dataset) else None
+    )
+
+
 @pytest.fixture(scope="session")
 def gangs() -> SearchStrategy[dict[str, Any]]:
     """Random arguments of gang_job, all valid; the job under "job"."""
@@ -125,8 +171,9 @@ def gangs() -> SearchStrategy[dict[str, Any]]:
             "isa": st.sampled_from(ISA_TIERS),
             "image": st.just("registry.example/trainer:1"),
             "settings": random_settings,
+            "stage": st.sampled_from(["fetch", "train", "publish"]),
         }
-    )
+    ).map(lambda gang: gang | {"fetched": fetched(gang["job"])})
 
 
 # --- Kubernetes' types

@@ -1,6 +1,5 @@
 """The Job of one attempt."""
 
-import fnmatch
 import json
 import re
 from collections.abc import Callable
@@ -15,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, ExitCode
+from qlora_contract.run import Fetched, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.files import load_jobs
 from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.gang import failure_rules, gang_job, image_allowed
+from qlora_operator.desired.gang import failure_rules, gang_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.settings import Settings
@@ -27,45 +27,6 @@ DEMO = Path(__file__).parents[3] / "manifests/samples/demo.yaml"
 GOLDEN = Path(__file__).parent / "golden/demo.yaml"
 LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
 DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
-
-
-# --- images
-
-IMAGES = {
-    "the default": ("registry.example/trainer:1", [], True),
-    "another": ("registry.example/other:1", [], False),
-    "one by name": ("a/b:1", ["a/b:1"], True),
-    "one of several": ("c/d:1", ["a/b:*", "c/*"], True),
-    "any tag": ("a/b:2026.1", ["a/b:*"], True),
-    "any digest": ("a/b@sha256:" + "0" * 64, ["a/b@sha256:*"], True),
-    "a star for nothing": ("a/b", ["a/b*"], True),
-    "a star in the middle": ("a/x/y/c:1", ["a/*/c:1"], True),
-    "anything": ("a/b:1", ["*"], True),
-    "more before the pattern": ("evil/a/b:1", ["a/b:*"], False),
-    "more after the pattern": ("a/b:1-evil", ["a/b:1"], False),
-    "other capitals": ("A/b:1", ["a/b:1"], False),
-    "a dot is a dot": ("registryXexample/b:1", ["registry.example/*"], False),
-    "a question mark is no wildcard": ("a/b:1", ["a/b:?"], False),
-    "brackets are no wildcard": ("a/b:1", ["a/b:[1]"], False),
-    "no pattern": ("a/b:1", [""], False),
-}
-
-
-@pytest.mark.parametrize(("image", "patterns", "allowed"), IMAGES.values(), ids=IMAGES)
-def test_which_images_a_job_may_name(
-    image: str, patterns: list[str], allowed: bool, settings: Callable[..., Settings]
-) -> None:
-    """The default image, and those that one of the administrator's patterns fits as a whole."""
-    assert image_allowed(image, settings(allowedImages=patterns)) is allowed
-
-
-@hypothesis.settings(deadline=None)
-@given(image=st.text("ab/:.*?[]!"), pattern=st.text("ab/:.*?[]!", max_size=8))
-def test_a_star_is_the_only_wildcard(image: str, pattern: str, settings: Callable[..., Settings]) -> None:
-    """Patterns mean what fnmatch makes of them once its other wildcards are quoted."""
-    quoted = re.sub(r"([?\[])", r"[\1]", pattern)
-
-    assert image_allowed(image, settings(allowedImages=[pattern])) == fnmatch.fnmatchcase(image, quoted)
 
 
 # --- the meaning of failures
@@ -88,6 +49,7 @@ CODES = {
     "UNEXPECTED": (ExitCode.UNEXPECTED, 3),
     "RENDEZVOUS_FAILED": (ExitCode.RENDEZVOUS_FAILED, 3),
     "STALLED": (ExitCode.STALLED, 3),
+    "TRANSFER_FAILED": (ExitCode.TRANSFER_FAILED, 3),
     "killed": (137, 3),
     "terminated before the launcher listened": (143, None),
     "no such command": (127, 3),
@@ -180,6 +142,26 @@ def test_the_gang_lives_and_dies_together(
         "backoffLimit": 0,
         "podReplacementPolicy": "Failed",
     }
+
+
+@pytest.mark.parametrize(("stage", "role"), [("fetch", "fetcher"), ("publish", "publisher")])
+def test_a_transfer_is_a_gang_of_one(
+    stage: RunStage, role: str, a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """However many pods train, one transfers, under the same rules of failure; its labels tell what it does."""
+    job = a_job(topology={"pods": 7}, model={"source": "hf://org/model"})
+    known = Fetched(model="c" * 40)
+    gang = gang_job(
+        job, uid="u", attempt=2, isa="avx2", image="a", settings=settings(), stage=stage, fetched=known
+    )
+
+    spec, template = gang["spec"], gang["spec"]["template"]
+    assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (1, 1, 0)
+    assert spec["podFailurePolicy"] == {"rules": failure_rules()}
+    assert gang["metadata"]["name"] == "small-a2"
+    assert {each["labels"][names.ROLE_LABEL] for each in (gang["metadata"], template["metadata"])} == {role}
+    run = RunConfig.model_validate_json(template["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
+    assert (run.stage, run.fetched) == (stage, known)
 
 
 def test_a_queue_gets_the_job_suspended(

@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hypothesis
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from qlora_contract.run import ISA_TIERS, IsaTier, RunConfig
+from qlora_contract.run import ISA_TIERS, Fetched, IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.pod import pod_template
@@ -28,10 +28,29 @@ ANNOTATIONS_LIMIT = 256 * 1024
 def template(a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]) -> Make:
     """A maker of templates: settings by keyword, the spec as `spec`."""
 
-    def make(isa: IsaTier = "avx512", spec: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
-        return pod_template(a_job(**(spec or {})), "u", 3, isa, "registry.example/t:1", settings(**fields))
+    def make(
+        isa: IsaTier = "avx512",
+        spec: dict[str, Any] | None = None,
+        stage: RunStage = "train",
+        avoid: Sequence[str] = (),
+        **fields: Any,
+    ) -> dict[str, Any]:
+        job = a_job(**(spec or {}))
+        run = run_config(job, uid="u", attempt=3, isa=isa, stage=stage)
+        return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid)
 
     return make
+
+
+def run_of(gang: dict[str, Any]) -> RunConfig:
+    """The RunConfig of a random attempt."""
+    given = ("uid", "attempt", "isa", "stage", "fetched")
+    return run_config(gang["job"], **{name: gang[name] for name in given})
+
+
+def template_of(gang: dict[str, Any]) -> dict[str, Any]:
+    """The template of a random attempt."""
+    return pod_template(gang["job"], run_of(gang), gang["image"], gang["settings"])
 
 
 # --- Pod Security
@@ -136,14 +155,13 @@ def test_pods_meet_pod_security_restricted(
     gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """Whatever users and administrators write, a namespace that enforces *restricted* admits the pods."""
-    pod = pod_template(**data.draw(gangs))
+    pod = template_of(data.draw(gangs))
     (container,) = pod["spec"]["containers"]
 
     assert violations(pod) == []
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert pod["spec"]["enableServiceLinks"] is False
-    assert "serviceAccountName" not in pod["spec"]
 
 
 @pytest.mark.parametrize(
@@ -175,10 +193,11 @@ def test_the_ranks_read_what_the_user_wrote(
 ) -> None:
     """The annotation, read back by the trainer's own class, is the attempt's RunConfig, whatever is in it."""
     gang = data.draw(gangs)
-    annotation = pod_template(**gang)["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION]
+    annotation = template_of(gang)["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION]
     read = RunConfig.model_validate_json(annotation)
 
-    assert read == run_config(gang["job"], uid=gang["uid"], attempt=gang["attempt"], isa=gang["isa"])
+    assert read == run_of(gang)
+    assert (read.stage, read.fetched) == (gang["stage"], gang["fetched"])
     assert (read.model, read.training, read.adapter) == (
         gang["job"].spec.model,
         gang["job"].spec.training,
@@ -188,11 +207,13 @@ def test_the_ranks_read_what_the_user_wrote(
 
 def test_the_largest_run_config_fits_an_annotation(template: Make) -> None:
     """With every bound of the API exhausted by the longest characters, half the room is left."""
-    uri = "pvc://c/" + "\U0001f600" * 504
+    secret = "s" * 253
+    remote = {"source": "s3://buc/" + "\U0001f600" * 503, "credentialsSecret": secret}
     spec = {
-        "workspace": uri,
-        "model": {"source": uri},
-        "dataset": {"source": uri, "trainSplit": "s" * 64, "evalSplit": "s" * 64},
+        "workspace": "pvc://c/" + "\U0001f600" * 504,
+        "model": remote,
+        "dataset": {**remote, "trainSplit": "s" * 64, "evalSplit": "s" * 64},
+        "output": {"destination": remote["source"], "credentialsSecret": secret},
         "adapter": {"targetModules": ["\x01" * 256] * 64},
     }
     annotations = template(spec=spec)["metadata"]["annotations"]
@@ -228,9 +249,9 @@ def quality_of_service(pod: dict[str, Any]) -> str:
 def test_strict_pinning_means_guaranteed_whole_cpus(
     gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
-    """With strict pinning a kubelet with static CPU management gives the pod CPUs of its own."""
-    gang = data.draw(gangs)
-    pod = pod_template(**gang)
+    """With strict pinning a kubelet with static CPU management gives the ranks' pod CPUs of its own."""
+    gang = {**data.draw(gangs), "stage": "train"}
+    pod = template_of(gang)
     topology = gang["job"].spec.topology
     requests = pod["spec"]["containers"][0]["resources"]["requests"]
 
@@ -272,12 +293,10 @@ def test_only_nodes_of_the_tier_will_do(isa: IsaTier, template: Make) -> None:
 
 
 def test_nodes_to_avoid_are_ruled_out_by_name(
-    a_job: Callable[..., QLoRAJob],
-    settings: Callable[..., Settings],
-    misfits: Callable[[Any, str], list[str]],
+    template: Make, misfits: Callable[[Any, str], list[str]]
 ) -> None:
     """In the one term that must hold, besides the tier: every name in a requirement of its own."""
-    pod = pod_template(a_job(), "u", 3, "avx2", "a", settings(), avoid=("node-a", "node-b"))
+    pod = template("avx2", avoid=("node-a", "node-b"))
     affinity = pod["spec"]["affinity"]["nodeAffinity"]
 
     (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
@@ -379,3 +398,151 @@ def test_pods_have_the_time_that_the_user_gives_them_to_end(template: Make) -> N
     assert pod["spec"]["terminationGracePeriodSeconds"] == 40
     assert run["terminationGracePeriodSeconds"] == 40
     assert pod["spec"]["restartPolicy"] == "Never"
+
+
+# --- transfers
+
+TRANSFERS: tuple[RunStage, ...] = ("fetch", "publish")
+REMOTE = {
+    "model": {"source": "hf://org/model", "credentialsSecret": "hub"},
+    "dataset": {"source": "s3://bucket/data", "credentialsSecret": "store"},
+    "output": {"destination": "hf://org/adapter", "credentialsSecret": "writer"},
+}
+NETWORK = {
+    "serviceAccountName": "transfers",
+    "httpProxy": "http://proxy.example:3128",
+    "httpsProxy": "http://proxy.example:3129",
+    "noProxy": "s3.example",
+    "caBundleConfigMap": "authorities",
+    "hubEndpoint": "https://hub.example",
+    "s3Endpoint": "https://s3.example",
+    "s3Region": "eu-1",
+}
+SCRATCH = {"HOME": "/tmp", "TMPDIR": "/tmp", "HF_HOME": "/tmp/hf", "PYTHONUNBUFFERED": "1"}
+
+
+def environment(pod: dict[str, Any]) -> dict[str, str]:
+    """Of the pod's container."""
+    return {entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]}
+
+
+def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
+    """Fetch and publish have a command, a role and resources of their own, in a pod like the ranks' otherwise."""
+    topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 8, "memoryPerRank": "64Gi", "pinning": "strict"}
+    for stage, role in (("fetch", "fetcher"), ("publish", "publisher")):
+        pod = template(spec={**REMOTE, "topology": topology}, stage=stage)
+        (container,) = pod["spec"]["containers"]
+
+        assert container["name"] == names.TRAINER_CONTAINER
+        assert container["command"] == ["python", "-m", "qlora_trainer.transfer"]
+        assert "args" not in container
+        assert pod["metadata"]["labels"][names.ROLE_LABEL] == role
+        assert container["resources"] == {
+            "requests": {"cpu": "1", "memory": "2Gi"},
+            "limits": {"memory": "2Gi"},
+        }
+        assert violations(pod) == []
+
+
+def test_the_administrator_sizes_transfers(template: Make) -> None:
+    """transfer.cpu and transfer.memory are the transfers' alone."""
+    transfer = {"cpu": "250m", "memory": "512Mi"}
+
+    resources = template(spec=REMOTE, stage="fetch", transfer=transfer)["spec"]["containers"][0]["resources"]
+
+    assert resources == {"requests": transfer, "limits": {"memory": "512Mi"}}
+    assert template(spec=REMOTE, transfer=transfer) == template(spec=REMOTE)
+
+
+@pytest.mark.parametrize("stage", TRANSFERS)
+def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, template: Make) -> None:
+    """Proxy, authorities, mirror and S3 server stand in the environment under the names that libraries read."""
+    ca_file = "/etc/qlora/ca/ca.crt"
+
+    assert environment(template(spec=REMOTE, stage=stage, transfer=NETWORK)) == {
+        **SCRATCH,
+        "HTTP_PROXY": "http://proxy.example:3128",
+        "HTTPS_PROXY": "http://proxy.example:3129",
+        "NO_PROXY": "s3.example",
+        "SSL_CERT_FILE": ca_file,
+        "REQUESTS_CA_BUNDLE": ca_file,
+        "AWS_CA_BUNDLE": ca_file,
+        "HF_ENDPOINT": "https://hub.example",
+        "AWS_ENDPOINT_URL_S3": "https://s3.example",
+        "AWS_DEFAULT_REGION": "eu-1",
+    }
+
+
+@pytest.mark.parametrize("stage", TRANSFERS)
+def test_what_the_administrator_leaves_out_is_not_in_the_environment(stage: RunStage, template: Make) -> None:
+    """An empty variable would mean something else to a library than none."""
+    assert environment(template(spec=REMOTE, stage=stage)) == SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("stage", "account"),
+    [("fetch", "transfers"), ("train", None), ("publish", "transfers")],
+    ids=["fetch", "train", "publish"],
+)
+def test_only_transfers_have_a_service_account(stage: RunStage, account: str | None, template: Make) -> None:
+    """The workload identity is a credential; even who has it gets no token of the cluster's API."""
+    spec = template(spec=REMOTE, stage=stage, transfer=NETWORK)["spec"]
+
+    assert spec.get("serviceAccountName") == account
+    assert spec["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in template(spec=REMOTE, stage=stage)["spec"]
+
+
+def test_ranks_know_nothing_of_transfers(template: Make) -> None:
+    """Whatever the administrator sets for transfers, the ranks' pods are the same, with no Secret in them."""
+    pod = template(spec=REMOTE, transfer=NETWORK)
+
+    assert pod == template(spec=REMOTE)
+    assert [volume for volume in pod["spec"]["volumes"] if {"secret", "configMap"} & set(volume)] == []
+
+
+@hypothesis.settings(deadline=None)
+@given(data=st.data())
+def test_credentials_are_files_of_transfers_only(
+    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+) -> None:
+    """In no stage does a pod name more Secrets than its transfer shows, and none of them in its environment."""
+    gang = data.draw(gangs)
+    pod, spec = template_of(gang), gang["job"].spec
+    named = {
+        "fetch": [spec.model.credentials_secret, spec.dataset.credentials_secret],
+        "train": [],
+        "publish": [spec.output.credentials_secret],
+    }[gang["stage"]]
+    mounted = [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume]
+    (container,) = pod["spec"]["containers"]
+
+    assert mounted == [name for name in named if name is not None]
+    assert [entry for entry in container["env"] if set(entry) != {"name", "value"}] == []
+    assert "envFrom" not in container
+    account = gang["settings"].transfer.service_account_name if gang["stage"] != "train" else None
+    assert pod["spec"].get("serviceAccountName") == account
+
+
+def test_transfers_go_where_the_ranks_may(template: Make) -> None:
+    """A claim may be bound to the first node that uses it: placement is the same in every stage."""
+    scheduling = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"operator": "Exists"}]}
+    spec = {**REMOTE, "scheduling": scheduling}
+    placed = ("affinity", "nodeSelector", "tolerations")
+    ranks = template("amx_bf16", spec=spec, avoid=["node-a"])["spec"]
+
+    for stage in TRANSFERS:
+        pod = template("amx_bf16", spec=spec, avoid=["node-a"], stage=stage)["spec"]
+        assert {key: pod[key] for key in placed} == {key: ranks[key] for key in placed}
+
+
+def test_a_transfer_knows_what_was_fetched_before(a_job: Callable[..., QLoRAJob], settings: Any) -> None:
+    """The revisions that the job has found stand in run.json, so that a second fetch finds the same."""
+    known = Fetched(model="c" * 40)
+    job = a_job(**REMOTE)
+    run = run_config(job, uid="u", attempt=1, isa="avx2", stage="fetch", fetched=known)
+
+    annotations = pod_template(job, run, "a", settings())["metadata"]["annotations"]
+
+    read = json.loads(annotations[names.RUN_CONFIG_ANNOTATION])
+    assert (read["stage"], read["fetched"]) == ("fetch", {"model": "c" * 40, "dataset": None})

@@ -12,9 +12,34 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from qlora_contract.places import RUN_CONFIG_PATH, resolve
+from qlora_contract.run import RunStage
 from qlora_operator.api import names
 from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.volumes import volumes
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.desired.volumes import Volume, volumes
+from qlora_operator.settings import Settings
+
+Made = Callable[..., list[Volume]]
+
+
+@pytest.fixture
+def made(a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]) -> Made:
+    """made(stage, transfer, **spec) -> the volumes of a pod."""
+
+    def make(stage: RunStage = "train", transfer: Any = None, **spec: Any) -> list[Volume]:
+        return volumes(a_job(**spec).spec, stage, settings(transfer=transfer or {}))
+
+    return make
+
+
+def claims(found: list[Volume]) -> list[tuple[str, str, bool]]:
+    """(claim, where it is mounted, read-only) of each claim."""
+    return [
+        (volume["persistentVolumeClaim"]["claimName"], mount["mountPath"], mount["readOnly"])
+        for volume, mount in found
+        if "persistentVolumeClaim" in volume
+    ]
+
 
 CLAIMS = {
     "three claims": (
@@ -27,23 +52,93 @@ CLAIMS = {
         [("a", "/volumes/a", False), ("b", "/volumes/b", True)],
     ),
     "a name with dots": (("pvc://a.b", "pvc://a.b/m", "pvc://a.b/d"), [("a.b", "/volumes/a.b", False)]),
+    "a model from afar": (
+        ("pvc://a", "hf://org/model", "pvc://b/d"),
+        [("a", "/volumes/a", False), ("b", "/volumes/b", True)],
+    ),
+    "all from afar": (("pvc://a", "s3://bucket/m", "hf://datasets/org/d"), [("a", "/volumes/a", False)]),
 }
 
 
 @pytest.mark.parametrize(("uris", "mounts"), CLAIMS.values(), ids=CLAIMS)
 def test_each_claim_is_mounted_once(
-    uris: tuple[str, str, str], mounts: list[tuple[str, str, bool]], a_job: Callable[..., QLoRAJob]
+    uris: tuple[str, str, str], mounts: list[tuple[str, str, bool]], made: Made
 ) -> None:
     """A claim is where the trainer looks for it, and read-only unless it is the workspace's."""
     workspace, model, dataset = uris
-    job = a_job(workspace=workspace, model={"source": model}, dataset={"source": dataset})
+    found = made(workspace=workspace, model={"source": model}, dataset={"source": dataset})
+
+    assert claims(found) == mounts
+
+
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+def test_transfers_need_the_workspace_alone(stage: RunStage, made: Made) -> None:
+    """What lies on other claims is neither fetched nor sent, so a transfer does not mount them."""
+    found = made(stage, workspace="pvc://a/w", model={"source": "pvc://b"}, dataset={"source": "s3://bucket"})
+
+    assert claims(found) == [("a", "/volumes/a", False)]
+
+
+REMOTE = {
+    "model": {"source": "hf://org/model", "credentialsSecret": "hub"},
+    "dataset": {"source": "s3://bucket/data", "credentialsSecret": "store"},
+    "output": {"destination": "hf://org/adapter", "credentialsSecret": "writer"},
+}
+SAME = {
+    "model": {"source": "hf://org/model", "credentialsSecret": "hub"},
+    "dataset": {"source": "hf://datasets/org/data", "credentialsSecret": "hub"},
+}
+CREDENTIALS: dict[str, tuple[RunStage, dict[str, Any], list[tuple[str, str]]]] = {
+    "fetch": (
+        "fetch",
+        REMOTE,
+        [("hub", "/etc/qlora/credentials/model"), ("store", "/etc/qlora/credentials/dataset")],
+    ),
+    "fetch with one": (
+        "fetch",
+        {**REMOTE, "dataset": {"source": "s3://bucket/data"}},
+        [
+            ("hub", "/etc/qlora/credentials/model"),
+        ],
+    ),
+    "fetch with none": ("fetch", {"model": {"source": "hf://org/model"}}, []),
+    "one Secret for both": (
+        "fetch",
+        SAME,
+        [("hub", "/etc/qlora/credentials/model"), ("hub", "/etc/qlora/credentials/dataset")],
+    ),
+    "train": ("train", REMOTE, []),
+    "publish": ("publish", REMOTE, [("writer", "/etc/qlora/credentials/output")]),
+    "publish with none": ("publish", {"output": {"destination": "s3://bucket/out"}}, []),
+}
+
+
+@pytest.mark.parametrize(("stage", "spec", "secrets"), CREDENTIALS.values(), ids=CREDENTIALS)
+def test_credentials_are_where_the_transfer_looks(
+    stage: RunStage, spec: dict[str, Any], secrets: list[tuple[str, str]], made: Made
+) -> None:
+    """Each Secret is a folder of its source or destination, which nobody can write, in that stage's pod alone."""
+    found = [(volume, mount) for volume, mount in made(stage, **spec) if "secret" in volume]
+
+    assert [(volume["secret"]["secretName"], mount["mountPath"]) for volume, mount in found] == secrets
+    assert all(mount["readOnly"] is True for _, mount in found)
+    assert all(set(volume["secret"]) == {"secretName"} for volume, _ in found)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "train", "publish"])
+def test_the_authorities_are_those_of_transfers(stage: RunStage, made: Made) -> None:
+    """The ConfigMap's one key is a file of the pods that transfer, and of no rank's."""
     found = [
-        (volume["persistentVolumeClaim"]["claimName"], mount["mountPath"], mount["readOnly"])
-        for volume, mount in volumes(job.spec)
-        if "persistentVolumeClaim" in volume
+        pair for pair in made(stage, {"caBundleConfigMap": "authorities"}, **REMOTE) if "configMap" in pair[0]
     ]
 
-    assert found == mounts
+    wanted = {
+        "name": "ca-bundle",
+        "configMap": {"name": "authorities", "items": [{"key": "ca.crt", "path": "ca.crt"}]},
+    }
+    mount = {"name": "ca-bundle", "mountPath": "/etc/qlora/ca", "readOnly": True}
+    assert found == ([] if stage == "train" else [(wanted, mount)])
+    assert [pair for pair in made(stage, **REMOTE) if "configMap" in pair[0]] == []
 
 
 @hypothesis.settings(deadline=None)
@@ -52,8 +147,9 @@ def test_volumes_and_mounts_fit_each_other(
     gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """Names are DNS labels, each used once; what the job names lies below a mount."""
-    spec = data.draw(gangs)["job"].spec
-    made = volumes(spec)
+    gang = data.draw(gangs)
+    spec = gang["job"].spec
+    made = volumes(spec, gang["stage"], gang["settings"])
     volume_names = [volume["name"] for volume, _ in made]
     paths = [mount["mountPath"] for _, mount in made]
 
@@ -64,22 +160,25 @@ def test_volumes_and_mounts_fit_each_other(
     ] == []
     assert len(set(paths)) == len(paths)
     assert [path for path in paths if ":" in path or not path.startswith("/")] == []
-    for uri in (spec.workspace, spec.model.source, spec.dataset.source):
+    given = ("uid", "attempt", "isa", "fetched")
+    run = run_config(gang["job"], **{name: gang[name] for name in given})
+    read = (run.model_uri, run.dataset_uri) if gang["stage"] == "train" else ()
+    for uri in (spec.workspace, *read):
         place = Path(uri.replace("pvc:/", "/volumes"))
         assert any(place.is_relative_to(path) for path in paths)
 
 
-def test_the_mounts_are_where_the_trainer_resolves_uris(a_job: Callable[..., QLoRAJob]) -> None:
+def test_the_mounts_are_where_the_trainer_resolves_uris(made: Made) -> None:
     """The trainer's own reading of a URI in a pod begins with the claim's mount."""
-    job = a_job(workspace="pvc://team/work")
-    paths = [mount["mountPath"] for _, mount in volumes(job.spec)]
+    paths = [mount["mountPath"] for _, mount in made(workspace="pvc://team/work")]
 
-    assert any(resolve(job.spec.workspace, {}).is_relative_to(path) for path in paths)
+    assert any(resolve("pvc://team/work", {}).is_relative_to(path) for path in paths)
 
 
-def test_run_json_is_the_annotation(a_job: Callable[..., QLoRAJob]) -> None:
+@pytest.mark.parametrize("stage", ["fetch", "train", "publish"])
+def test_run_json_is_the_annotation(stage: RunStage, made: Made) -> None:
     """The trainer finds the annotation's text at the path of its run.json."""
-    (found,) = [(volume, mount) for volume, mount in volumes(a_job().spec) if "downwardAPI" in volume]
+    (found,) = [(volume, mount) for volume, mount in made(stage) if "downwardAPI" in volume]
     volume, mount = found
     (item,) = volume["downwardAPI"]["items"]
 
@@ -88,12 +187,11 @@ def test_run_json_is_the_annotation(a_job: Callable[..., QLoRAJob]) -> None:
     assert mount["readOnly"] is True
 
 
-def test_all_that_can_be_written_besides_the_workspace_is_bounded(a_job: Callable[..., QLoRAJob]) -> None:
+@pytest.mark.parametrize("stage", ["fetch", "train", "publish"])
+def test_all_that_can_be_written_besides_the_workspace_is_bounded(stage: RunStage, made: Made) -> None:
     """/tmp and /dev/shm lie in memory, each with a limit."""
     scratch = {
-        mount["mountPath"]: volume["emptyDir"]
-        for volume, mount in volumes(a_job().spec)
-        if "emptyDir" in volume
+        mount["mountPath"]: volume["emptyDir"] for volume, mount in made(stage) if "emptyDir" in volume
     }
 
     assert scratch == {

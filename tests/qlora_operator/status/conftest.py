@@ -1,5 +1,6 @@
 """Jobs, Jobs' Jobs and pods as the operator sees them, and a small cluster in memory that plays them."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -7,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.run import IsaTier
+from qlora_contract.remote import is_remote
+from qlora_contract.run import Fetched, IsaTier, RunStage
 from qlora_operator.api.names import ConditionType
-from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus, held_fields
-from qlora_operator.status import conditions
+from qlora_operator.api.sizes import stage_pods
+from qlora_operator.api.types import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, held_fields
+from qlora_operator.status import conditions, stages
 from qlora_operator.status.decision import decide
 from qlora_operator.status.draft import Action, Decision, DeleteGang, DeletePod, StartAttempt
 from qlora_operator.status.needs import needs
@@ -25,6 +28,26 @@ SPEC: dict[str, Any] = {
     "training": {"maxSteps": 10},
     "topology": {"pods": 2, "memoryPerRank": "1Gi", "cpusPerRank": 1},
 }
+
+
+REMOTE_MODEL = {"model": {"source": "hf://org/model"}}
+REMOTE_DATA = {"dataset": {"source": "s3://bucket/data.jsonl"}}
+DESTINATION = {"output": {"destination": "s3://bucket/adapters"}}
+JOURNEYS: dict[str, dict[str, Any]] = {
+    "on claims": {},
+    "a remote model": REMOTE_MODEL,
+    "remote data": REMOTE_DATA,
+    "remote sources": {**REMOTE_MODEL, **REMOTE_DATA},
+    "a destination": DESTINATION,
+    "all of them": {**REMOTE_MODEL, **REMOTE_DATA, **DESTINATION},
+}
+"""Specs whose jobs go through other stages."""
+ORDER: tuple[RunStage, ...] = ("fetch", "train", "publish")
+
+
+def last_words(**report: Any) -> str:
+    """The termination message of a pod that ended well."""
+    return json.dumps({"version": 1, "exitCode": 0, "reason": "DONE", "cause": "done", **report})
 
 
 def make_job(status: QLoRAJobStatus | dict[str, Any] | None = None, **spec: Any) -> QLoRAJob:
@@ -66,8 +89,10 @@ class Cluster:
     """The Jobs as the operator's watch has told of them."""
     tiers: tuple[IsaTier, ...] = ("avx512",)
     made: int = 0
-    charged: list[int] = field(default_factory=list)
-    """Attempts that cost a restart, each time one did."""
+    words: dict[str, str] = field(default_factory=dict)
+    """What the pods of each Job say when they end well, by the Job's uid."""
+    phases: list[str] = field(default_factory=list)
+    """Every phase that the job was in, each time it was another."""
 
     # --- the operator
 
@@ -79,6 +104,8 @@ class Cluster:
         if dies == "save":
             return
         self.job = self.job.model_copy(update={"status": decision.status})
+        if decision.status.phase and [decision.status.phase] != self.phases[-1:]:
+            self.phases.append(decision.status.phase)
         if dies != "act":
             for action in decision.actions:
                 self._act(action)
@@ -100,15 +127,17 @@ class Cluster:
 
     def _act(self, action: Action) -> None:
         match action:
-            case StartAttempt(number):
-                self._start(number)
+            case StartAttempt():
+                self._start(action)
             case DeleteGang(_, uid):
                 self.delete_gang(uid)
             case DeletePod(_, uid):
                 self.delete_pod(uid)
 
-    def _start(self, number: int) -> None:
+    def _start(self, action: StartAttempt) -> None:
+        number = action.attempt
         assert not self._finished(self.job.status), "a finished job gets no attempt"
+        self._check_stage(action)
         if not any(gang.attempt == number for gang in self.gangs.values()):
             assert not [pod for pod in self.pods.values() if not pod.over], "two gangs at a time"
             assert not [gang for gang in self.gangs.values() if not gang.over], "two Jobs at a time"
@@ -118,12 +147,49 @@ class Cluster:
                 number,
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
-                parallelism=self.job.spec.topology.pods,
+                parallelism=stage_pods(self.job.spec.topology, action.stage),
                 held_fields=held_fields(self.job.spec),
             )
+            self.words[uid] = self._last_words(action)
         self.watched |= {uid: gang for uid, gang in self.gangs.items() if gang.attempt == number}
 
+    def _last_words(self, action: StartAttempt) -> str:
+        """A branch moves: who fetches without knowing the revision finds another one each time."""
+        if action.stage == "publish":
+            return last_words(published_uri=f"s3://bucket/adapters/{action.attempt}")
+        if action.stage == "train":
+            return last_words(adapterUri="pvc://team/work/jobs/job/adapter", evalLoss=1.5)
+        spec, known = self.job.spec, action.fetched
+        found = {
+            "model": known.model or f"m{self.made}" if is_remote(spec.model.source) else None,
+            "dataset": known.dataset or f"d{self.made}" if is_remote(spec.dataset.source) else None,
+        }
+        return last_words(fetched=found)
+
     # --- what must hold after every decision
+
+    def _check_stage(self, action: StartAttempt) -> None:
+        """Nobody trains on what was not fetched, or sends what was not trained."""
+        status = self.job.status
+        assert status is not None
+        assert action.stage == status.attempts[-1].stage
+        assert action.fetched == stages.fetched(status)
+        if action.stage == "fetch":
+            assert not is_complete(action.fetched, self.job.spec), "what is known is not fetched again"
+        else:
+            assert is_complete(action.fetched, self.job.spec)
+        assert (action.stage == "publish") == (status.adapter is not None)
+        assert action.stage != "publish" or self.job.spec.output.destination is not None
+
+    def _check_history(self, before: QLoRAJobStatus, after: QLoRAJobStatus) -> None:
+        """Stages follow each other, and what is known of a source stays."""
+        order = [ORDER.index(attempt.stage) for attempt in after.attempts]
+        assert order == sorted(order), "no stage comes again after the next one"
+        for reason in ("Fetched", "Trained", "Succeeded"):
+            assert sum(attempt.reason == reason for attempt in after.attempts) <= 1
+        had, has = stages.fetched(before), stages.fetched(after)
+        assert had.model in (None, has.model)
+        assert had.dataset in (None, has.dataset)
 
     def _check(self, seen: Observation, decision: Decision) -> None:
         before, after = self.job.status or QLoRAJobStatus(), decision.status
@@ -131,6 +197,7 @@ class Cluster:
         assert numbers == sorted(set(numbers)), "attempts are numbered in order"
         assert (after.attempt if numbers else None) == (numbers[-1] if numbers else None)
         assert (after.attempt or 0) - (before.attempt or 0) in (0, 1)
+        self._check_history(before, after)
         self._check_budgets(before, after)
         self._check_conditions(before, after)
         again = decide(self.job.model_copy(update={"status": after}), seen, self.now)
@@ -249,11 +316,15 @@ class Cluster:
         if self.pods[uid].deleting_since is None:
             self.pods[uid] = replace(self.pods[uid], phase="Running", node="n")
 
-    def ends(self, uid: str, code: int) -> None:
-        """A pod that runs ends."""
+    def ends(self, uid: str, code: int, words: str | None = None) -> None:
+        """A pod that runs ends, with other words than usual if they are given."""
         pod = self.pods[uid]
-        if pod.phase == "Running":
-            self.pods[uid] = replace(pod, phase="Failed" if code else "Succeeded", exit_code=code)
+        if pod.phase != "Running":
+            return
+        if words is None and code == 0:
+            words = self.words.get(pod.owner_uid or "")
+        phase = "Failed" if code else "Succeeded"
+        self.pods[uid] = replace(pod, phase=phase, exit_code=code, last_words=words or "")
 
     def drained(self, uid: str) -> None:
         """A pod is evicted."""
@@ -294,6 +365,12 @@ class Cluster:
             self.reconcile()
             if self.finished and not self.living():
                 return
+
+
+def is_complete(fetched: Fetched, spec: QLoRAJobSpec) -> bool:
+    """Whether every remote source is known by its revision."""
+    sources = ((spec.model.source, fetched.model), (spec.dataset.source, fetched.dataset))
+    return all(revision is not None for source, revision in sources if is_remote(source))
 
 
 @pytest.fixture
@@ -348,5 +425,5 @@ def ask() -> Callable[..., Decision]:
 
 @pytest.fixture
 def cluster() -> Callable[..., Cluster]:
-    """A maker of clusters with one job."""
-    return lambda **spec: Cluster(make_job(**spec))
+    """cluster(journey="on claims", **spec) -> a cluster with one job."""
+    return lambda journey="on claims", **spec: Cluster(make_job(**JOURNEYS[journey], **spec))

@@ -46,6 +46,11 @@ def say(*said: str) -> list[Condition]:
         pytest.param(["Initialized", "Running=Training"], Phase.RUNNING, id="trains"),
         pytest.param(["Initialized", "Running=Evaluating"], Phase.RUNNING, id="evaluates"),
         pytest.param(["Initialized", "Running=Publishing"], Phase.PUBLISHING, id="publishes"),
+        pytest.param(["Initialized", "Running=Fetching"], Phase.FETCHING, id="fetches"),
+        pytest.param(["Initialized", "Running=Uploading"], Phase.PUBLISHING, id="uploads"),
+        pytest.param(["Initialized", "!Running=Fetched"], Phase.STARTING, id="has fetched"),
+        pytest.param(["Initialized", "!Running=Trained"], Phase.STARTING, id="has trained"),
+        pytest.param(["Suspended", "Running=Fetching"], Phase.SUSPENDED, id="suspended while it fetches"),
         pytest.param(["Initialized", "!Running", "Restarting"], Phase.RESTARTING, id="starts anew"),
         pytest.param(["!Initialized=BackOff", "!Running", "Restarting"], Phase.RESTARTING, id="backs off"),
         pytest.param(

@@ -1,5 +1,6 @@
 """What becomes of the open attempt: how it goes, and all that ends it."""
 
+import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
@@ -10,7 +11,7 @@ from qlora_contract.progress import ProgressReport
 from qlora_operator.api.times import parse, stamp
 from qlora_operator.status.decision import decide
 from qlora_operator.status.draft import Decision, DeleteGang, DeletePod, RestoreNetwork, StartAttempt
-from qlora_operator.status.observation import Feasible, Observation, Said
+from qlora_operator.status.observation import Feasible, Observation, Said, Warned
 
 START = "2026-01-31T11:00:00Z"
 
@@ -478,3 +479,349 @@ def test_dtype_is_fixed_by_the_first_step(
     found = ask(status, [make_gang(ready=2, parallelism=2)], progress=told).status
 
     assert found.placement.dtype == after
+
+
+# --- transfers
+
+REMOTE = {
+    "model": {"source": "hf://org/model"},
+    "dataset": {"source": "s3://bucket/data.jsonl"},
+    "output": {"destination": "s3://bucket/adapters"},
+}
+REVISIONS = {"modelRevision": "c0ffee", "datasetRevision": "d0d0"}
+TRAINED = {
+    "progress": {
+        "step": 10,
+        "totalSteps": 10,
+        "percent": 100,
+        "loss": 1.5,
+        "etaSeconds": 0,
+        "stepTime": START,
+    },
+    "ranks": [{"index": 0, "pod": "job-a1-0", "node": "n"}],
+    "checkpoint": {"step": 10},
+    "adapter": {"uri": "pvc://team/work/jobs/job/adapter", "evalLoss": 1.5, "baseEvalLoss": 2.5},
+    "provenance": REVISIONS,
+}
+
+
+def transferring(stage: str, **status: Any) -> dict[str, Any]:
+    """The status of a job whose attempt 0 fetches, or sends, and is up."""
+    reason = {"fetch": "Fetching", "publish": "Uploading"}[stage]
+    known = running(stage=stage) | (TRAINED if stage == "publish" else {}) | status
+    said = {"type": "Running", "reason": reason, "status": "True", "message": "", "lastTransitionTime": START}
+    known["conditions"] = [known["conditions"][0], said]
+    return known
+
+
+TRANSFERS = pytest.mark.parametrize("stage", ["fetch", "publish"])
+
+
+def rule(code: int) -> Said:
+    """What the Job controller says of a pod that a rule matched."""
+    said = f"Container trainer for pod team/job-a0-0 failed with exit code {code} matching FailJob rule at index 1"
+    return Said("PodFailurePolicy", said)
+
+
+@TRANSFERS
+@pytest.mark.parametrize(
+    ("code", "pod", "spec", "phase", "reason", "price", "words"),
+    [
+        pytest.param(17, {}, {}, "Failed", "TransferRefused", (0, 0), "exited with code 17", id="refused"),
+        pytest.param(
+            32, {}, {}, "Restarting", "TransferFailed", (1, 0), "exited with code 32", id="broke off"
+        ),
+        pytest.param(
+            32,
+            {},
+            {"backoffLimit": 0},
+            "Failed",
+            "TransferFailed",
+            (0, 0),
+            "exited with code 32; backoffLimit is 0",
+            id="broke off, and may not be tried again",
+        ),
+        pytest.param(14, {}, {}, "Failed", "StorageFull", (0, 0), "exited with code 14", id="no space"),
+        pytest.param(1, {}, {}, "Restarting", "UnexpectedError", (1, 0), "exited with code 1", id="a bug"),
+        pytest.param(50, {}, {}, "Restarting", "Terminated", (0, 1), "exited with code 50", id="stopped"),
+        pytest.param(
+            137,
+            {"ended_by": "OOMKilled"},
+            {},
+            "Failed",
+            "OutOfMemory",
+            (0, 0),
+            "the administrator sets how much a transfer has, as transfer.memory",
+            id="out of memory",
+        ),
+        pytest.param(
+            143,
+            {"disruption": Said("EvictionByEvictionAPI", "")},
+            {},
+            "Restarting",
+            "Drained",
+            (0, 1),
+            "was evicted, as a drain does",
+            id="drained",
+        ),
+    ],
+)
+def test_a_transfer_fails(
+    ask: Callable[..., Decision],
+    make_gang: Any,
+    make_pod: Any,
+    stage: str,
+    code: int,
+    pod: dict[str, Any],
+    spec: dict[str, Any],
+    phase: str,
+    reason: str,
+    price: tuple[int, int],
+    words: str,
+) -> None:
+    """A transfer's end has the price of its cause, and the cause in words that help."""
+    gang = make_gang(parallelism=1, failing=rule(code), failed=True)
+    pods = [make_pod(0, phase="Failed", node="n", exit_code=code, **pod)]
+
+    status = ask(transferring(stage), [gang], pods, spec={**REMOTE, **spec}, tiers=[]).status
+
+    assert (status.phase, status.attempts[0].reason) == (phase, reason)
+    assert (status.restarts.user, status.restarts.infrastructure) == price
+    told = f"{status.attempts[0].message}\n{status.message}"
+    assert words in told
+    assert "memoryPerRank" not in told
+
+
+@TRANSFERS
+def test_a_transfers_own_words_are_told(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any, stage: str
+) -> None:
+    """The cause that the transfer gives is what the user reads."""
+    cause = "hf://org/model: no such repository, or it is private and credentialsSecret is not set"
+    words = json.dumps({"version": 1, "exitCode": 17, "reason": "TRANSFER_REFUSED", "cause": cause})
+    pods = [make_pod(0, phase="Failed", node="n", exit_code=17, last_words=words)]
+
+    decision = ask(
+        transferring(stage), [make_gang(failing=rule(17), failed=True)], pods, spec=REMOTE, tiers=[]
+    )
+
+    assert decision.status.message == f"pod job-a0-0 on node n exited with code 17: {cause}"
+    assert [(event.type, event.reason) for event in decision.events] == [("Warning", "TransferRefused")]
+
+
+@TRANSFERS
+def test_a_transfers_node_is_lost(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any, now: datetime, stage: str
+) -> None:
+    """A pod on a node that does not answer holds the job: it may still write into the workspace."""
+    taken = {"disruption": Said("DeletionByTaintManager", ""), "deleting_since": now - timedelta(seconds=400)}
+    pods = [make_pod(0, phase="Running", node="n", **taken)]
+    gang = make_gang(
+        parallelism=1, failing=Said("PodFailurePolicy", "Pod team/job-a0-0 has condition DisruptionTarget")
+    )
+
+    decision = ask(transferring(stage), [gang], pods, spec=REMOTE, lost_nodes=frozenset({"n"}))
+
+    assert decision.status.attempts[0].reason == "NodeLost"
+    assert decision.status.attempts[0].end is None
+    assert not any(isinstance(action, StartAttempt) for action in decision.actions)
+    assert decision.status.restarts.infrastructure == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "reason"),
+    [
+        ("fetch", "", "TransferFailed"),
+        ("fetch", "Traceback: what a library wrote", "TransferFailed"),
+        ("fetch", '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": ""}', "TransferFailed"),
+        (
+            "fetch",
+            '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "fetched": {}}',
+            "TransferFailed",
+        ),
+        (
+            "fetch",
+            '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "fetched": {"model": "..", "dataset": "d"}}',
+            "TransferFailed",
+        ),
+        (
+            "fetch",
+            '{"version": 1, "exitCode": 17, "reason": "X", "cause": "", "fetched": {"model": "m", "dataset": "d"}}',
+            "TransferFailed",
+        ),
+        (
+            "fetch",
+            '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "fetched": {"model": "m", "dataset": "d"}}',
+            "Fetched",
+        ),
+        ("publish", "", "TransferFailed"),
+        ("publish", '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": ""}', "TransferFailed"),
+        (
+            "publish",
+            '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "publishedUri": "s3://bucket/adapters"}',
+            "Succeeded",
+        ),
+    ],
+    ids=[
+        "no words",
+        "other words",
+        "nothing of a fetch",
+        "no revision",
+        "a revision that is a path",
+        "a report of a failure",
+        "a report",
+        "no words of an upload",
+        "nothing of an upload",
+        "a report of an upload",
+    ],
+)
+def test_a_transfer_is_done_when_it_says_what_it_did(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any, stage: str, words: str, reason: str
+) -> None:
+    """Ended well is not enough: without its report nobody knows what the sources stand for, or where the copy is."""
+    pods = [make_pod(0, phase="Succeeded", node="n", exit_code=0, last_words=words)]
+
+    status = ask(transferring(stage), [make_gang(complete=True)], pods, spec=REMOTE, tiers=[]).status
+
+    assert status.attempts[0].reason == reason
+    assert status.restarts.user == (1 if reason == "TransferFailed" else 0)
+    assert (status.phase == "Succeeded") == (reason == "Succeeded")
+
+
+@TRANSFERS
+def test_nobody_has_looked_at_a_transfers_pod(
+    ask: Callable[..., Decision], make_gang: Any, stage: str
+) -> None:
+    """A transfer that is done is not judged before its report was looked for."""
+    status = ask(transferring(stage), [make_gang(complete=True)], None, spec=REMOTE).status
+
+    assert (status.attempts[0].reason, status.restarts.user) == (None, 0)
+
+
+def told_of(stage: str, **fields: Any) -> ProgressReport:
+    """A transfer's report."""
+    known = {"job_uid": "u", "attempt": 0, "stage": stage, "step": 0, "total_steps": 0, "epoch": 0.0}
+    return ProgressReport.model_validate({**known, "updated_time": "2026-01-31T12:00:00Z", **fields})
+
+
+@pytest.mark.parametrize(
+    ("stage", "report", "reason", "message", "phase"),
+    [
+        (
+            "fetch",
+            told_of("Fetching", bytes_done=2**29, bytes_total=2**31),
+            "Fetching",
+            "the remote sources are being fetched: 0.5 of 2 GiB",
+            "Fetching",
+        ),
+        ("fetch", told_of("Done"), "Fetching", "the remote sources are being fetched", "Fetching"),
+        (
+            "publish",
+            told_of("Uploading", bytes_done=0, bytes_total=2**20),
+            "Uploading",
+            "the adapter is being sent to output.destination: 0 of 1 MiB",
+            "Publishing",
+        ),
+        (
+            "publish",
+            told_of("Done"),
+            "Uploading",
+            "the adapter is being sent to output.destination",
+            "Publishing",
+        ),
+    ],
+    ids=["fetching", "fetched", "sending", "sent"],
+)
+def test_a_transfer_tells_how_far_it_is(
+    ask: Callable[..., Decision],
+    make_gang: Any,
+    stage: str,
+    report: ProgressReport,
+    reason: str,
+    message: str,
+    phase: str,
+) -> None:
+    """Bytes stand in the message; what the ranks told, and where they ran, stays as it is."""
+    before = transferring(stage)
+    status = ask(before, [make_gang(ready=1, parallelism=1)], spec=REMOTE, progress=report).status
+
+    (condition,) = [each for each in status.conditions if each.type == "Running"]
+    assert (condition.reason, condition.message, status.message, status.phase) == (
+        reason,
+        message,
+        message,
+        phase,
+    )
+    kept = status.model_dump(by_alias=True, exclude_none=True, include={"progress", "ranks", "checkpoint"})
+    assert kept == {
+        "ranks": [],
+        **{key: before[key] for key in ("progress", "ranks", "checkpoint") if key in before},
+    }
+    assert status.columns.ranks == "0/2"
+    assert status.columns.step == ("10/10" if stage == "publish" else None)
+
+
+@TRANSFERS
+def test_a_transfer_may_take_longer_than_a_step(
+    ask: Callable[..., Decision], make_gang: Any, now: datetime, stage: str
+) -> None:
+    """progressDeadlineSeconds is about steps: a transfer makes none, however late the ranks' last report came."""
+    late = {**TRAINED["progress"], "updatedTime": stamp(now)}
+    before = transferring(stage, progress=late)
+
+    status = ask(
+        before, [make_gang(ready=1, parallelism=1)], spec={**REMOTE, "progressDeadlineSeconds": 1}
+    ).status
+
+    assert status.attempts[0].reason is None
+    assert status.restarts.user == 0
+
+
+@TRANSFERS
+@pytest.mark.parametrize("parallelism", [0, 2], ids=["none", "as many as train"])
+def test_one_pod_transfers(
+    ask: Callable[..., Decision], make_gang: Any, stage: str, parallelism: int
+) -> None:
+    """A transfer's Job that somebody gave another number of pods ends, though the ranks have as many."""
+    status = ask(transferring(stage), [make_gang(ready=1, parallelism=parallelism)], spec=REMOTE).status
+
+    assert status.attempts[0].reason == "JobChanged"
+
+
+@TRANSFERS
+def test_a_secret_that_is_missing_is_waited_for(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any, now: datetime, stage: str
+) -> None:
+    """The kubelet's words about a volume are the job's, with no end to the attempt: it may yet be created."""
+    status = starting(30, now, attempts=[{"attempt": 0, "stage": stage, "start": START, "jobUid": "gang-0"}])
+    known = {"provenance": REVISIONS, "adapter": {"uri": "u"}} if stage == "publish" else {}
+    words = 'MountVolume.SetUp failed for volume "credentials-model" : secret "hub" not found'
+    pod = make_pod(0, node="n")
+
+    decision = ask(
+        status | known,
+        [make_gang(parallelism=1)],
+        [pod],
+        spec=REMOTE,
+        warnings=(Warned("FailedMount", words, pod.uid),),
+    )
+
+    assert decision.status.attempts[0].reason is None
+    assert words in decision.status.message
+    assert [event.reason for event in decision.events] == ["VolumeNotReady"]
+
+
+def test_a_source_keeps_the_revision_that_was_found_first(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any
+) -> None:
+    """A second fetch, for the other source, does not move the first one, whatever it says."""
+    found = {"model": "newer", "dataset": "d0d0"}
+    words = json.dumps({"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "fetched": found})
+    pods = [make_pod(0, phase="Succeeded", node="n", exit_code=0, last_words=words)]
+    before = transferring("fetch", provenance={"modelRevision": "c0ffee", "seed": 7})
+
+    status = ask(before, [make_gang(complete=True)], pods, spec=REMOTE, tiers=[]).status
+
+    assert status.attempts[0].reason == "Fetched"
+    known = status.provenance.model_dump(by_alias=True, exclude_none=True)
+    assert known == {"modelRevision": "c0ffee", "datasetRevision": "d0d0", "seed": 7}

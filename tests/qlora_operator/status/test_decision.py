@@ -8,10 +8,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_operator.api.names import Phase
+from qlora_operator.api.names import Phase, Reason
 from qlora_operator.api.times import stamp
 from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, StartAttempt
-from qlora_operator.status.observation import Gang
+from qlora_operator.status.observation import Gang, Said
+
+REFUSED = Said(Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model is not allowed here")
+TOO_LARGE = Said(Reason.LIMIT_EXCEEDED, "spec.topology asks for 2 pods in all, and a job may have 1")
+
+JOURNEYS = {
+    "on claims": (),
+    "a remote model": ("model",),
+    "remote data": ("dataset",),
+    "remote sources": ("model", "dataset"),
+    "a destination": ("output",),
+    "all of them": ("model", "dataset", "output"),
+}
+"""Journeys of the cluster's job -> what of it is remote."""
+journeys = st.sampled_from(sorted(JOURNEYS))
 
 happenings = st.one_of(
     st.sampled_from(["reconcile", "control", "watch"]).map(lambda what: (what, 0)),
@@ -19,7 +33,8 @@ happenings = st.one_of(
     st.tuples(st.just("time"), st.integers(1, 40)),
     st.tuples(st.just("die"), st.sampled_from(["save", "act"])),
     st.tuples(st.sampled_from(["run", "succeed", "terminate", "drain", "delete pod"]), st.integers(0, 1)),
-    st.tuples(st.just("fail"), st.sampled_from([1, 31, 40, 50, 51, 137, 143])),
+    st.tuples(st.just("fail"), st.sampled_from([1, 31, 32, 40, 50, 51, 137, 143])),
+    st.tuples(st.just("end without words"), st.just(0)),
     st.tuples(st.just("suspend"), st.booleans()),
     st.tuples(st.just("queue"), st.booleans()),
     st.tuples(st.just("delete gang"), st.booleans()),
@@ -77,6 +92,7 @@ TO_POD: dict[str, Callable[[Any, Any, int], Any]] = {
     "run": lambda cluster, pod, _: cluster.runs(pod.uid),
     "succeed": lambda cluster, pod, _: cluster.ends(pod.uid, 0),
     "fail": lambda cluster, pod, code: cluster.ends(pod.uid, code),
+    "end without words": lambda cluster, pod, _: cluster.ends(pod.uid, 0, words=""),
     "drain": lambda cluster, pod, _: cluster.drained(pod.uid),
     "delete pod": lambda cluster, pod, _: cluster.delete_pod(pod.uid),
     "terminate": lambda cluster, pod, _: cluster.ends(pod.uid, 143) if pod.deleting_since else None,
@@ -93,31 +109,36 @@ def happen(cluster: Any, what: str, how: Any) -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(happenings, max_size=60), st.booleans())
+@given(st.lists(happenings, max_size=60), st.booleans(), journeys)
 def test_whatever_happens_the_job_ends_well(
-    cluster: Callable[..., Any], events: list[tuple[str, Any]], queued: bool
+    cluster: Callable[..., Any], events: list[tuple[str, Any]], queued: bool, journey: str
 ) -> None:
     """With restarts enough, a job to which anything happened in any order succeeds once all goes well, and at
-    no moment has it two gangs, a number twice, a price twice, or a phase that its conditions do not have."""
+    no moment has it two gangs, a number twice, a price twice, a phase that its conditions do not have, ranks
+    without their sources, or a source whose revision changes."""
     scheduling = {"queueName": "q"} if queued else {}
-    played = cluster(scheduling=scheduling, backoffLimit=1000, infrastructureBackoffLimit=1000)
+    played = cluster(journey, scheduling=scheduling, backoffLimit=1000, infrastructureBackoffLimit=1000)
 
     for what, how in events:
         happen(played, what, how)
     played.settle()
 
-    assert played.job.status.phase == Phase.SUCCEEDED
+    status = played.job.status
+    assert status.phase == Phase.SUCCEEDED
     assert played.living() == []
+    assert (status.adapter.published_uri is not None) == ("output" in JOURNEYS[journey])
+    assert (status.provenance.model_revision is not None) == ("model" in JOURNEYS[journey])
+    assert (status.provenance.dataset_revision is not None) == ("dataset" in JOURNEYS[journey])
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(happenings, max_size=60), st.integers(0, 2), st.integers(0, 2))
+@given(st.lists(happenings, max_size=60), st.integers(0, 2), st.integers(0, 2), journeys)
 def test_whatever_happens_the_job_ends(
-    cluster: Callable[..., Any], events: list[tuple[str, Any]], user: int, infrastructure: int
+    cluster: Callable[..., Any], events: list[tuple[str, Any]], user: int, infrastructure: int, journey: str
 ) -> None:
     """With few restarts a job succeeds or fails, never with more restarts than it may have, and leaves nothing
     that lives."""
-    played = cluster(backoffLimit=user, infrastructureBackoffLimit=infrastructure)
+    played = cluster(journey, backoffLimit=user, infrastructureBackoffLimit=infrastructure)
 
     for what, how in events:
         happen(played, what, how)
@@ -177,7 +198,22 @@ def test_tier(
     ("status", "observed", "reason", "words"),
     [
         pytest.param(None, {"tiers": []}, "NoMatchingNodes", "0/7 nodes can", id="no nodes"),
-        pytest.param(None, {"image_allowed": False}, "ImageNotAllowed", "is not allowed here", id="image"),
+        pytest.param(
+            None,
+            {"refusal": Said(Reason.IMAGE_NOT_ALLOWED, "spec.image evil is not allowed here")},
+            "ImageNotAllowed",
+            "spec.image evil is not allowed here",
+            id="image",
+        ),
+        pytest.param(None, {"refusal": REFUSED}, "SourceNotAllowed", "hf://org/model is not", id="source"),
+        pytest.param(None, {"refusal": TOO_LARGE}, "LimitExceeded", "a job may have 1", id="size"),
+        pytest.param(
+            between("Suspended", provenance={"image": "x", "runConfigVersion": 1}),
+            {"refusal": TOO_LARGE},
+            "LimitExceeded",
+            "a job may have 1",
+            id="size, of a job that has begun",
+        ),
         pytest.param(
             between("Terminated", provenance={"image": "x", "runConfigVersion": 2}),
             {},
@@ -200,11 +236,12 @@ def test_barred(
     assert decision.look_at is not None
 
 
-def test_begun_job_keeps_its_image(ask: Callable[..., Decision]) -> None:
-    """An image that is no longer allowed is still the one of a job that has begun with it."""
+@pytest.mark.parametrize("reason", [Reason.IMAGE_NOT_ALLOWED, Reason.SOURCE_NOT_ALLOWED])
+def test_begun_job_keeps_what_it_began_with(ask: Callable[..., Decision], reason: Reason) -> None:
+    """An image or source that is no longer allowed is still the one of a job that has begun with it."""
     status = between("Terminated", provenance={"image": "old", "runConfigVersion": 1})
 
-    decision = ask(status, [], [], image_allowed=False)
+    decision = ask(status, [], [], refusal=Said(reason, "is not allowed here any more"))
 
     assert decision.actions == (StartAttempt(1, "avx512", "old"),)
 
@@ -342,3 +379,332 @@ def test_attempts_are_capped(ask: Callable[..., Decision], now: datetime) -> Non
 
     assert [attempt.attempt for attempt in status.attempts] == list(range(1, 21))
     assert status.attempts[-1].start == stamp(now)
+
+
+# --- stages
+
+
+def look(cluster: Any, seconds: float = 2) -> None:
+    """A moment later everybody catches up."""
+    cluster.now += timedelta(seconds=seconds)
+    cluster.control()
+    cluster.watch()
+    cluster.reconcile()
+
+
+def stage_of(cluster: Any) -> tuple[str, int]:
+    """What the last attempt does, and its number."""
+    last = cluster.job.status.attempts[-1]
+    return last.stage, last.attempt
+
+
+def until_pods(cluster: Any) -> list[Any]:
+    """The pods of the attempt that starts now."""
+    for _ in range(5):
+        look(cluster)
+        if cluster.living():
+            return list(cluster.living())
+    raise AssertionError(f"no attempt starts: {cluster.job.status}")
+
+
+def run_pods(cluster: Any) -> None:
+    """The pods that are there are up."""
+    for pod in cluster.living():
+        cluster.runs(pod.uid)
+    look(cluster)
+
+
+def end_pods(cluster: Any, code: int = 0, words: str | None = None) -> None:
+    """The pods that are there end."""
+    for pod in cluster.living():
+        cluster.ends(pod.uid, code, words)
+    look(cluster)
+
+
+def reach(cluster: Any, stage: str, *, running: bool = True) -> None:
+    """All goes well until this stage."""
+    while True:
+        until_pods(cluster)
+        if stage_of(cluster)[0] == stage and not running:
+            return
+        run_pods(cluster)
+        if stage_of(cluster)[0] == stage:
+            return
+        end_pods(cluster)
+
+
+PHASES = {"fetch": Phase.FETCHING, "train": Phase.RUNNING, "publish": Phase.PUBLISHING}
+REASONS = {"fetch": "Fetched", "train": "Trained", "publish": "Succeeded"}
+ROUTES = {
+    "on claims": ["train"],
+    "a remote model": ["fetch", "train"],
+    "remote sources": ["fetch", "train"],
+    "a destination": ["train", "publish"],
+    "all of them": ["fetch", "train", "publish"],
+}
+
+
+@pytest.mark.parametrize(("journey", "route"), ROUTES.items(), ids=ROUTES)
+def test_stages_follow_each_other(cluster: Callable[..., Any], journey: str, route: list[str]) -> None:
+    """Each stage is an attempt of its own with its own pods, starts when the one before is done, and costs nothing."""
+    played = cluster(journey)
+
+    for number, stage in enumerate(route):
+        pods = until_pods(played)
+        status = played.job.status
+        assert (stage_of(played), len(pods)) == ((stage, number), 2 if stage == "train" else 1)
+        assert (status.phase, status.columns.ranks) == (Phase.STARTING, "0/2")
+        run_pods(played)
+        status = played.job.status
+        assert (status.phase, status.columns.ranks) == (PHASES[stage], "2/2" if stage == "train" else "0/2")
+        end_pods(played)
+
+    status = played.job.status
+    wanted = [phase for stage in route for phase in (Phase.STARTING, PHASES[stage])]
+    assert played.phases == [*wanted, Phase.SUCCEEDED]
+    reasons = [REASONS[stage] for stage in route[:-1]] + ["Succeeded"]
+    assert [attempt.reason for attempt in status.attempts] == reasons
+    assert [attempt.exit_codes for attempt in status.attempts] == [[0]] * len(route)
+    assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
+
+
+def test_what_a_stage_leaves_to_the_next(cluster: Callable[..., Any]) -> None:
+    """The ranks are told the revisions that the fetch found, and the message tells all places of the adapter."""
+    played = cluster("all of them")
+
+    reach(played, "train", running=False)
+    found = played.job.status.provenance
+    assert (found.model_revision, found.dataset_revision) == ("m1", "d1")
+    assert (found.image, found.seed) == (IMAGE, 0)
+    reach(played, "publish")
+    status = played.job.status
+    assert status.provenance == found
+    assert status.adapter.uri == "pvc://team/work/jobs/job/adapter"
+    assert status.adapter.published_uri is None
+    end_pods(played)
+
+    status = played.job.status
+    assert status.phase == Phase.SUCCEEDED
+    assert status.adapter.published_uri == "s3://bucket/adapters/2"
+    assert status.message == "the adapter is in pvc://team/work/jobs/job/adapter and s3://bucket/adapters/2"
+
+
+EACH_STAGE = pytest.mark.parametrize("stage", ["fetch", "train", "publish"])
+RUNNING = pytest.mark.parametrize("running", [False, True], ids=["starting", "running"])
+
+
+@EACH_STAGE
+def test_a_stage_that_fails_is_tried_again(cluster: Callable[..., Any], stage: str) -> None:
+    """A restart repeats its stage alone: what was fetched or trained before stays."""
+    played = cluster("all of them")
+    reach(played, stage)
+    before = played.job.status.attempt
+    end_pods(played, 1)
+
+    reach(played, stage)
+
+    assert played.job.status.attempt == before + 1
+    assert (played.job.status.restarts.user, played.job.status.phase) == (1, PHASES[stage])
+    played.settle()
+    stages_gone_through = [attempt.stage for attempt in played.job.status.attempts]
+    assert stages_gone_through == sorted([*ROUTES["all of them"], stage], key=ROUTES["all of them"].index)
+
+
+def test_back_off_counts_failures_of_a_stage(cluster: Callable[..., Any]) -> None:
+    """A fetch that fails again and again waits longer each time; its failures do not slow what comes after."""
+    played = cluster("all of them", backoffLimit=4)
+    waits = []
+    for _ in range(3):
+        reach(played, "fetch")
+        ended = played.now
+        end_pods(played, 32)
+        while not played.living():
+            look(played)
+        waits.append((played.now - ended).total_seconds())
+    reach(played, "train")
+    end_pods(played, 1)
+
+    assert waits[0] < 8 < waits[1] < waits[2]
+    assert until_pods(played) != []
+
+
+@RUNNING
+@EACH_STAGE
+def test_suspended_in_each_stage(cluster: Callable[..., Any], stage: str, running: bool) -> None:
+    """A suspended job goes on with the stage that it was in, at no cost, and knows what it knew."""
+    played = cluster("all of them", backoffLimit=0, infrastructureBackoffLimit=0)
+    reach(played, stage, running=running)
+    known = played.job.status.provenance
+    before = played.job.status.attempt
+
+    played.set_spec(suspend=True)
+    look(played)
+    assert played.job.status.phase == Phase.SUSPENDED
+    for pod in played.living():
+        played.ends(pod.uid, 143)
+    for _ in range(5):
+        look(played)
+    assert (played.living(), played.gangs) == ([], {})
+    played.set_spec(suspend=False)
+    until_pods(played)
+
+    status = played.job.status
+    assert [attempt.reason for attempt in status.attempts[before:]] == ["Suspended", None]
+    assert stage_of(played) == (stage, before + 1)
+    assert status.provenance == known
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+
+
+@EACH_STAGE
+@pytest.mark.parametrize(
+    ("field", "running", "reason"),
+    [
+        ("activeDeadlineSeconds", True, "DeadlineExceeded"),
+        ("activeDeadlineSeconds", False, "DeadlineExceeded"),
+        ("pendingDeadlineSeconds", False, "PendingDeadlineExceeded"),
+    ],
+    ids=["active, running", "active, starting", "pending"],
+)
+def test_deadlines_in_each_stage(
+    cluster: Callable[..., Any], stage: str, field: str, running: bool, reason: str
+) -> None:
+    """A deadline that passes in any stage fails the job, and leaves nothing that lives."""
+    played = cluster("all of them", **{field: 600})
+    reach(played, stage, running=running)
+
+    look(played, 600)
+
+    status = played.job.status
+    assert (status.phase, status.attempts[-1].reason) == (Phase.FAILED, reason)
+    before = status.attempt
+    for pod in played.living():
+        played.ends(pod.uid, 143)
+    for _ in range(5):
+        look(played, 60)
+    assert played.living() == []
+    assert played.job.status.attempt == before
+
+
+def test_a_deadline_counts_all_stages(cluster: Callable[..., Any]) -> None:
+    """activeDeadlineSeconds counts from the job's start, not from a stage's."""
+    played = cluster("all of them", activeDeadlineSeconds=600)
+    reach(played, "fetch")
+    look(played, 400)
+    reach_next = [end_pods, until_pods, run_pods]
+    for step in reach_next:
+        step(played)
+    assert stage_of(played) == ("train", 1)
+
+    look(played, 200)
+
+    assert played.job.status.attempts[-1].reason == "DeadlineExceeded"
+
+
+@pytest.mark.parametrize("line", ["save", "act"])
+@pytest.mark.parametrize("journey", ROUTES)
+def test_the_operator_dies_all_the_time(cluster: Callable[..., Any], journey: str, line: str) -> None:
+    """Killed before it saves, or before it acts, at every single decision, it still does each stage once."""
+    played = cluster(journey, backoffLimit=0, infrastructureBackoffLimit=0)
+    live = played.reconcile
+
+    def mortal() -> None:
+        live(dies=line)
+        live()
+
+    played.reconcile = mortal
+    for stage in ROUTES[journey]:
+        reach(played, stage)
+    end_pods(played)
+
+    status = played.job.status
+    assert status.phase == Phase.SUCCEEDED
+    assert [attempt.stage for attempt in status.attempts] == ROUTES[journey]
+    assert len({gang.attempt for gang in played.gangs.values()}) == len(played.gangs)
+
+
+@pytest.mark.parametrize("journey", ROUTES)
+def test_a_finished_job_gets_no_attempts(cluster: Callable[..., Any], journey: str) -> None:
+    """Over is over, whatever there would be to fetch or to send."""
+    played = cluster(journey)
+    played.settle()
+    over = played.job.status
+
+    for _ in range(5):
+        look(played, 3600)
+        assert (played.job.status.attempt, played.job.status.attempts) == (over.attempt, over.attempts)
+        assert played.living() == []
+
+
+@pytest.mark.parametrize("code", [17, 14], ids=["refused", "no space"])
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+def test_a_transfer_that_cannot_work_fails_the_job(
+    cluster: Callable[..., Any], stage: str, code: int
+) -> None:
+    """What the other side refuses for good is not tried again, however many restarts there are."""
+    played = cluster("all of them", backoffLimit=1000)
+    reach(played, stage)
+
+    end_pods(played, code)
+    before = played.job.status.attempt
+    for _ in range(5):
+        look(played, 600)
+
+    status = played.job.status
+    assert (status.phase, status.attempt, status.restarts.user) == (Phase.FAILED, before, 0)
+    assert (status.adapter is not None) == (stage == "publish"), "what was trained is not lost"
+    assert stage in [attempt.stage for attempt in status.attempts]
+
+
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+def test_reports_that_get_lost_are_paid_for(cluster: Callable[..., Any], stage: str) -> None:
+    """A transfer that never tells what it did is done again, but not for ever."""
+    played = cluster("all of them", backoffLimit=2)
+    for _ in range(3):
+        reach(played, stage)
+        end_pods(played, 0, words="")
+        for _ in range(10):
+            look(played, 60)
+            if played.living() or played.finished:
+                break
+
+    status = played.job.status
+    assert (status.phase, status.restarts.user) == (Phase.FAILED, 2)
+    assert status.attempts[-1].reason == "TransferFailed"
+    assert "left no report" in status.message
+
+
+def test_a_fetch_that_tells_only_half_is_done_again_for_the_other(cluster: Callable[..., Any]) -> None:
+    """What is known stays as it is: a branch may have moved since."""
+    played = cluster("all of them")
+    reach(played, "fetch")
+    half = '{"version": 1, "exitCode": 0, "reason": "DONE", "cause": "", "fetched": {"model": "half"}}'
+
+    end_pods(played, 0, words=half)
+    reach(played, "train")
+
+    found = played.job.status.provenance
+    assert [attempt.reason for attempt in played.job.status.attempts] == ["TransferFailed", "Fetched", None]
+    assert found.model_revision == "half"
+    assert found.dataset_revision is not None
+    assert played.job.status.restarts.user == 1
+
+
+@pytest.mark.parametrize(
+    ("adapter", "stage", "kept"),
+    [(None, "train", False), ({"uri": "pvc://team/work/jobs/job/adapter"}, "publish", True)],
+    ids=["train", "publish"],
+)
+def test_where_the_ranks_ran_is_told_until_they_run_elsewhere(
+    ask: Callable[..., Decision], adapter: Any, stage: str, kept: bool
+) -> None:
+    """Ranks and nodes are those of the last training: an upload leaves them, new ranks do not."""
+    ranks = [{"index": 0, "pod": "job-a0-0", "node": "n"}]
+    status = between("Trained", ranks=ranks, adapter=adapter)
+    status["placement"] |= {"nodes": ["n"], "dtype": "bf16"}
+
+    found = ask(status, [], [], spec={"output": {"destination": "s3://bucket/adapters"}}).status
+
+    assert found.attempts[-1].stage == stage
+    assert (found.placement.nodes, len(found.ranks)) == ((["n"], 1) if kept else ([], 0))
+    assert (found.placement.dtype, found.placement.world_size) == ("bf16", 2)

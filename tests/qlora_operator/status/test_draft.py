@@ -126,3 +126,23 @@ def test_finish_says_nothing_of_what_never_was(make_draft: MakeDraft) -> None:
 
     assert conditions.find(draft.status.conditions, ConditionType.RESTARTING) is None
     assert conditions.find(draft.status.conditions, ConditionType.SUSPENDED) is None
+
+
+@pytest.mark.parametrize(
+    ("attempts", "stage", "wanted"),
+    [
+        ([], "train", 2),
+        ([{"attempt": 0}], "train", 2),
+        ([{"attempt": 0, "stage": "fetch"}], "fetch", 1),
+        ([{"attempt": 0, "stage": "fetch", "end": "t"}, {"attempt": 1, "stage": "train"}], "train", 2),
+        ([{"attempt": 1, "stage": "train", "end": "t"}, {"attempt": 2, "stage": "publish"}], "publish", 1),
+    ],
+    ids=["none yet", "of an operator that knew no stages", "fetch", "train", "publish"],
+)
+def test_stage_is_the_last_attempts(
+    make_draft: MakeDraft, attempts: list[Any], stage: str, wanted: int
+) -> None:
+    """What the last attempt does decides how many pods it has."""
+    draft = make_draft({"attempts": attempts})
+
+    assert (draft.stage, draft.wanted) == (stage, wanted)

@@ -142,3 +142,27 @@ def test_adapter(make_pod: Callable[..., Pod], report: dict[str, Any], adapter: 
     """Rank 0's pod says what it has stored; nobody else is asked."""
     assert live.adapter([make_pod(0, last_words=ended(**report))]) == adapter
     assert live.adapter([make_pod(1, last_words=ended(**report))]) is None
+
+
+FETCHED = {"fetched": {"model": "c0ffee", "dataset": None}}
+
+
+@pytest.mark.parametrize(
+    ("pods", "known"),
+    [
+        pytest.param([], False, id="no pod"),
+        pytest.param([(0, "")], False, id="no words"),
+        pytest.param([(0, ended(**FETCHED))], True, id="its report"),
+        pytest.param([(0, ended(**FETCHED, inventedLater=1))], True, id="of a newer trainer"),
+        pytest.param([(0, ended(**{**FETCHED, "exitCode": 32}))], False, id="of one that failed"),
+        pytest.param([(1, ended(**FETCHED))], False, id="of another pod"),
+        pytest.param([(0, ""), (0, ended(**FETCHED))], True, id="the second pod of its index"),
+    ],
+)
+def test_transfer(make_pod: Callable[..., Pod], pods: list[tuple[int, str]], known: bool) -> None:
+    """What a transfer did is told by its one pod, when it ended well."""
+    said = live.transfer([make_pod(index, last_words=words) for index, words in pods])
+
+    assert (said is not None) == known
+    if said is not None and said.fetched is not None:
+        assert (said.fetched.model, said.fetched.dataset) == ("c0ffee", None)

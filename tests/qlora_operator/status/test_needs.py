@@ -145,3 +145,28 @@ def test_why_pods_do_not_start(
 ) -> None:
     """Nobody asks why pods are not up before they had a chance, or a deadline is due."""
     assert needs(make_job(open_attempt(now - age), **spec), [make_gang(ready=1)], now) == wanted
+
+
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+@pytest.mark.parametrize(
+    ("gang", "running", "wanted"),
+    [
+        pytest.param({"ready": 1}, "True", NOTHING, id="it runs"),
+        pytest.param({"ready": 0}, "True", ENDING, id="it is not ready any more"),
+        pytest.param({"ready": 1}, "False", Needs(pods=True), id="it is up just now"),
+        pytest.param({"complete": True}, "True", ENDING, id="it is done: its report is read"),
+    ],
+)
+def test_a_transfer_needs_one_pod(
+    make_job: Callable[..., Any],
+    make_gang: Any,
+    now: datetime,
+    stage: str,
+    gang: Any,
+    running: str,
+    wanted: Needs,
+) -> None:
+    """A transfer does well with one pod, however many ranks the job has."""
+    status = open_attempt(now, running, stage=stage)
+
+    assert needs(make_job(status), [make_gang(**gang)], now) == wanted

@@ -125,3 +125,16 @@ def test_waiting(
 def test_by_quota(refusal: str, expected: bool) -> None:
     """Quotas and limits are told from other refusals."""
     assert by_quota(refusal) == expected
+
+
+@pytest.mark.parametrize("stage", ["fetch", "publish"])
+def test_a_transfer_waits_for_one_pod(a_job: Callable[..., QLoRAJob], stage: str) -> None:
+    """An earlier refusal of a pod is no news once the one pod is there; its volumes are."""
+    status = QLoRAJobStatus.model_validate({"attempt": 0, "attempts": [{"attempt": 0, "stage": stage}]})
+    job = a_job(topology={"pods": 2}).model_copy(update={"status": status})
+    there = pod(0, node="n", waiting=Said("ContainerCreating", ""))
+    mount = Warned("FailedMount", 'secret "hub" not found', "u0")
+
+    said = waiting(Draft(job, Observation(pods=(there,), warnings=(mount, QUOTA)), NOW), GANG)
+
+    assert said == Said(Reason.VOLUME_NOT_READY, 'pod p0 on node n: secret "hub" not found')

@@ -17,6 +17,7 @@ NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 UID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 FAILED, TERMINATED = Reason.UNEXPECTED_ERROR, Reason.TERMINATED
 SUSPENDED, STEPPED_DOWN, RELEASED = Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED
+FETCHED, TRAINED = Reason.FETCHED, Reason.TRAINED
 
 
 def attempts(*reasons: Reason) -> list[Attempt]:
@@ -42,6 +43,11 @@ def attempts(*reasons: Reason) -> list[Attempt]:
         pytest.param([RELEASED], 10, id="who lets go waits at once"),
         pytest.param([RELEASED, RELEASED, RELEASED], 20, id="and longer each time"),
         pytest.param([STEPPED_DOWN, RELEASED], 10, id="let go after stepping down"),
+        pytest.param([FETCHED], 0, id="a fetch is no failure"),
+        pytest.param([FAILED, FAILED, FETCHED], 0, id="a fetch that was done at last"),
+        pytest.param([FETCHED, TRAINED], 0, id="everything went well"),
+        pytest.param([FAILED, FAILED, FETCHED, FAILED], 0, id="the ranks' first failure"),
+        pytest.param([FETCHED, TRAINED, FAILED, FAILED], 10, id="the upload's second failure"),
     ],
 )
 def test_backoff(reasons: list[Reason], seconds: float) -> None:

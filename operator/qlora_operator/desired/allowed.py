@@ -1,0 +1,65 @@
+"""What the administrator lets jobs ask for, looked at again by the operator.
+
+Admission policies refuse such jobs at once; not every cluster has them, and a job may be older than a policy.
+"""
+
+import re
+from collections.abc import Iterable
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.sizes import pod_cpus
+from qlora_operator.api.types import QLoRAJobSpec, Topology
+from qlora_operator.settings import Limits, Settings
+
+ASK = "ask the administrator, or name another in another job"
+
+
+def refusal(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
+    """Why a job may not start here, in a word and a sentence; None when it may."""
+    if spec.image is not None and not image_allowed(spec.image, settings):
+        return Reason.IMAGE_NOT_ALLOWED, (
+            f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
+        )
+    for field, uri in _uris(spec):
+        if not any(fits(uri, pattern) for pattern in settings.allowed_sources):
+            return Reason.SOURCE_NOT_ALLOWED, f"{field} {uri} is not allowed here: {ASK}"
+    if excess := _excess(spec.topology, settings.limits):
+        return (
+            Reason.LIMIT_EXCEEDED,
+            f"{excess}: suspend the job and lower its topology, or ask the administrator",
+        )
+    return None
+
+
+def image_allowed(image: str, settings: Settings) -> bool:
+    """Whether a job may name this image: the default one, or one that a pattern fits from end to end."""
+    return image == settings.trainer_image or any(fits(image, p) for p in settings.allowed_images)
+
+
+def fits(text: str, pattern: str) -> bool:
+    """Whether a text has a pattern's form, in which only `*` is special: any characters, or none."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+
+
+def _uris(spec: QLoRAJobSpec) -> Iterable[tuple[str, str]]:
+    yield "spec.model.source", spec.model.source
+    yield "spec.dataset.source", spec.dataset.source
+    if spec.output.destination is not None:
+        yield "spec.output.destination", spec.output.destination
+
+
+def _excess(topology: Topology, limits: Limits) -> str | None:
+    """The first limit that is exceeded, with both numbers."""
+    ranks = topology.pods * topology.ranks_per_pod
+    memory = ranks * parse_memory(topology.memory_per_rank)
+    asked = {
+        "pods": (topology.pods, limits.pods),
+        "ranks": (ranks, limits.ranks),
+        "CPUs": (topology.pods * pod_cpus(topology), limits.cpus),
+        "bytes of memory": (memory, None if limits.memory is None else parse_memory(limits.memory)),
+    }
+    for name, (wanted, most) in asked.items():
+        if most is not None and wanted > most:
+            return f"spec.topology asks for {wanted} {name} in all, and a job may have {most}"
+    return None

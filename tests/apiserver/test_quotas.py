@@ -1,0 +1,136 @@
+"""The quotas that docs/quotas.md shows, on a real API server: they hold, and jobs say so."""
+
+import contextlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from testcluster.client import ApiError
+from testcluster.cluster import Cluster
+from testcluster.errors import ClusterError
+from testcluster.kubelet import Kubelet
+from testcluster.waiting import wait_for
+
+pytestmark = pytest.mark.cluster
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "quotas.md"
+SUMS, CLASSES = (
+    yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+)
+AVX512 = {f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true" for flag in ("AVX512F", "AVX2")}
+KNOWN_SECONDS = 60.0
+"""The controller manager looks every 30 s which kinds there are to be counted; a quota that was made before that does
+not count a new one for minutes."""
+
+
+@pytest.fixture
+def enforce(api_cluster: Cluster, namespace: str) -> Callable[[dict[str, Any]], None]:
+    """enforce(quota) -> it holds in the namespace."""
+
+    path = f"/api/v1/namespaces/{namespace}/resourcequotas"
+
+    def counts(quota: dict[str, Any]) -> bool:
+        """Whether the quota, made anew, counts all that it should."""
+        one = f"{path}/{quota['metadata']['name']}"
+        with contextlib.suppress(ApiError):
+            api_cluster.client.delete(one)
+        api_cluster.client.post(path, quota)
+        try:
+            hard = set(quota["spec"]["hard"])
+            wait_for(lambda: set(api_cluster.client.get(one).get("status", {}).get("used", {})) == hard, 5)
+        except ClusterError:
+            return False
+        return True
+
+    def make(quota: dict[str, Any]) -> None:
+        wait_for(lambda: counts(quota), KNOWN_SECONDS, or_else="the quota's numbers")
+
+    return make
+
+
+@pytest.fixture
+def huge_node(kubelet: Kubelet) -> None:
+    """A node with more than the quota."""
+    kubelet.add_node("huge", labels=AVX512, cpu="128", memory="1Ti")
+
+
+def test_the_number_of_jobs(crd: None, enforce: Callable[..., None], make_job: Callable[..., Any]) -> None:
+    """One job more than the quota has is refused when it is created; a deleted one makes room."""
+    enforce(SUMS)
+    most = int(SUMS["spec"]["hard"]["count/qlorajobs.qlora.dev"])
+    jobs = [make_job(f"job-{number}", suspend=True) for number in range(most)]
+
+    with pytest.raises(
+        ApiError, match=r"exceeded quota: fine-tuning, requested: count/qlorajobs\.qlora\.dev=1"
+    ):
+        make_job("one-more", suspend=True)
+    jobs[0].delete()
+    wait_for(lambda: accepted(make_job), 20, or_else="room for another job")
+
+
+def accepted(make_job: Callable[..., Any]) -> bool:
+    """Whether another job is taken now."""
+    try:
+        make_job("another", suspend=True)
+    except ApiError as error:
+        if "exceeded quota" in error.message:
+            return False
+        raise
+    return True
+
+
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        (
+            {"pods": 2, "cpusPerRank": 40, "memoryPerRank": "1Gi"},
+            "requested: requests.cpu=40, used: requests.cpu=40, limited: requests.cpu=64",
+        ),
+        (
+            {"pods": 2, "cpusPerRank": 1, "memoryPerRank": "300Gi"},
+            "limited: limits.memory=512Gi,requests.memory=512Gi",
+        ),
+    ],
+    ids=["CPUs", "memory"],
+)
+def test_sums(
+    operator: Any,
+    huge_node: None,
+    enforce: Callable[..., None],
+    make_job: Callable[..., Any],
+    topology: dict[str, Any],
+    said: str,
+) -> None:
+    """A job whose pods do not fit any more waits, with the quota's own words, and ends when it may wait no longer."""
+    enforce(SUMS)
+    job = make_job(topology=topology, pendingDeadlineSeconds=5)
+    job.until(lambda status: reason(status, "Running") == "QuotaExceeded" and said in status["message"])
+    job.until(lambda status: reason(status, "Failed") == "PendingDeadlineExceeded")
+
+
+def test_classes(
+    operator: Any,
+    api_cluster: Cluster,
+    enforce: Callable[..., None],
+    make_job: Callable[..., Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Pods of a class that the quota keeps out are refused, and the job says so; others are not."""
+    path = "/apis/scheduling.k8s.io/v1/priorityclasses"
+    api_cluster.client.post(path, {"metadata": {"name": "urgent"}, "value": 1000})
+    request.addfinalizer(lambda: api_cluster.client.delete(f"{path}/urgent"))
+    enforce(CLASSES)
+    urgent = make_job("urgent", scheduling={"priorityClassName": "urgent"})
+
+    make_job("patient").pods(0)
+    urgent.until(lambda status: "exceeded quota: nothing-is-urgent" in status.get("message", ""))
+
+
+def reason(status: dict[str, Any], condition: str) -> str | None:
+    """The reason of a condition."""
+    found = [each["reason"] for each in status.get("conditions", []) if each["type"] == condition]
+    return found[0] if found else None

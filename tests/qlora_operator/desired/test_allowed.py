@@ -1,0 +1,142 @@
+"""What the administrator lets jobs ask for."""
+
+import fnmatch
+import re
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.types import QLoRAJobSpec
+from qlora_operator.desired.allowed import image_allowed, refusal
+from qlora_operator.settings import Settings
+
+# --- images
+
+IMAGES = {
+    "the default": ("registry.example/trainer:1", [], True),
+    "another": ("registry.example/other:1", [], False),
+    "one by name": ("a/b:1", ["a/b:1"], True),
+    "one of several": ("c/d:1", ["a/b:*", "c/*"], True),
+    "any tag": ("a/b:2026.1", ["a/b:*"], True),
+    "any digest": ("a/b@sha256:" + "0" * 64, ["a/b@sha256:*"], True),
+    "a star for nothing": ("a/b", ["a/b*"], True),
+    "a star in the middle": ("a/x/y/c:1", ["a/*/c:1"], True),
+    "anything": ("a/b:1", ["*"], True),
+    "more before the pattern": ("evil/a/b:1", ["a/b:*"], False),
+    "more after the pattern": ("a/b:1-evil", ["a/b:1"], False),
+    "other capitals": ("A/b:1", ["a/b:1"], False),
+    "a dot is a dot": ("registryXexample/b:1", ["registry.example/*"], False),
+    "a question mark is no wildcard": ("a/b:1", ["a/b:?"], False),
+    "brackets are no wildcard": ("a/b:1", ["a/b:[1]"], False),
+    "no pattern": ("a/b:1", [""], False),
+}
+
+
+@pytest.mark.parametrize(("image", "patterns", "allowed"), IMAGES.values(), ids=IMAGES)
+def test_which_images_a_job_may_name(
+    image: str, patterns: list[str], allowed: bool, settings: Callable[..., Settings]
+) -> None:
+    """The default image, and those that one of the administrator's patterns fits as a whole."""
+    assert image_allowed(image, settings(allowedImages=patterns)) is allowed
+
+
+@hypothesis.settings(deadline=None)
+@given(image=st.text("ab/:.*?[]!"), pattern=st.text("ab/:.*?[]!", max_size=8))
+def test_a_star_is_the_only_wildcard(image: str, pattern: str, settings: Callable[..., Settings]) -> None:
+    """Patterns mean what fnmatch makes of them once its other wildcards are quoted."""
+    quoted = re.sub(r"([?\[])", r"[\1]", pattern)
+
+    assert image_allowed(image, settings(allowedImages=[pattern])) == fnmatch.fnmatchcase(image, quoted)
+
+
+# --- sources, destinations, sizes
+
+
+def spec(**fields: Any) -> QLoRAJobSpec:
+    """A job of two pods with two ranks each."""
+    known = {
+        "workspace": "pvc://team/work",
+        "model": {"source": "hf://org/model"},
+        "dataset": {"source": "s3://bucket/data.jsonl"},
+        "training": {"maxSteps": 10},
+        "topology": {"pods": 2, "ranksPerPod": 2, "cpusPerRank": 3, "memoryPerRank": "1Gi"},
+    }
+    return QLoRAJobSpec.model_validate(known | fields)
+
+
+REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | None]] = {
+    "everything is allowed by default": ({}, {}, None),
+    "an image that is not allowed": (
+        {"image": "evil/trainer:1"},
+        {},
+        (Reason.IMAGE_NOT_ALLOWED, "spec.image evil/trainer:1"),
+    ),
+    "a scheme that is not allowed": (
+        {},
+        {"allowedSources": ["pvc://*", "s3://*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model"),
+    ),
+    "another organisation": (
+        {},
+        {"allowedSources": ["hf://ours/*", "s3://*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model"),
+    ),
+    "another bucket": (
+        {},
+        {"allowedSources": ["hf://*", "s3://other/*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.dataset.source s3://bucket/data.jsonl"),
+    ),
+    "a destination that is not allowed": (
+        {"output": {"destination": "s3://elsewhere/x"}},
+        {"allowedSources": ["hf://*", "s3://bucket/*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.output.destination s3://elsewhere/x"),
+    ),
+    "all of them allowed by name": ({}, {"allowedSources": ["hf://org/model", "s3://bucket/*"]}, None),
+    "too many pods": (
+        {},
+        {"limits": {"pods": 1}},
+        (Reason.LIMIT_EXCEEDED, "2 pods in all, and a job may have 1"),
+    ),
+    "too many ranks": (
+        {},
+        {"limits": {"ranks": 3}},
+        (Reason.LIMIT_EXCEEDED, "4 ranks in all, and a job may have 3"),
+    ),
+    "too many CPUs": (
+        {},
+        {"limits": {"cpus": 11}},
+        (Reason.LIMIT_EXCEEDED, "12 CPUs in all, and a job may have 11"),
+    ),
+    "too much memory": (
+        {},
+        {"limits": {"memory": "4095Mi"}},
+        (Reason.LIMIT_EXCEEDED, f"{4 * 2**30} bytes of memory in all, and a job may have {4095 * 2**20}"),
+    ),
+    "just as much as is allowed": (
+        {},
+        {"limits": {"pods": 2, "ranks": 4, "cpus": 12, "memory": "4Gi"}},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "given_settings", "said"), REFUSALS.values(), ids=REFUSALS)
+def test_which_jobs_may_start(
+    fields: dict[str, Any],
+    given_settings: dict[str, Any],
+    said: tuple[Reason, str] | None,
+    settings: Callable[..., Settings],
+) -> None:
+    """A job whose image, sources, destination and size are allowed may start; else it is told the field, the
+    value and what is allowed."""
+    found = refusal(spec(**fields), settings(**given_settings))
+
+    assert (found is None) == (said is None)
+    if found is not None and said is not None:
+        assert found[0] == said[0]
+        assert said[1] in found[1]

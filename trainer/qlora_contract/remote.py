@@ -1,0 +1,76 @@
+"""Sources and destinations that are not on a claim: `hf://` and `s3://`, and where their files lie once fetched."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+from qlora_contract.places import PlaceError
+
+SOURCES = "sources"
+"""Folder of a workspace that holds what was fetched; shared by its jobs."""
+
+HUB_NAME = r"[A-Za-z0-9]([-A-Za-z0-9._]{0,94}[A-Za-z0-9])?"
+"""An organisation, or a repository, of the Hub."""
+BUCKET = r"[a-z0-9][-a-z0-9.]{1,61}[a-z0-9]"
+PATH = r"(/[^/\x00-\x1f\x7f]+)*/?"
+CLAIM = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
+
+_HUB_DATASET = re.compile(rf"hf://datasets/(?P<root>{HUB_NAME}/{HUB_NAME})(?P<path>{PATH})")
+_HUB_MODEL = re.compile(rf"hf://(?P<root>{HUB_NAME}/{HUB_NAME})/?")
+_S3 = re.compile(rf"s3://(?P<root>{BUCKET})(?P<path>{PATH})")
+
+Kind = Literal["model", "dataset", "bucket"]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """What a remote URI names."""
+
+    uri: str
+    kind: Kind
+    """A model or a dataset of the Hub, or a bucket of S3."""
+    root: str
+    """`org/name` of the Hub, or the bucket."""
+    path: PurePosixPath
+    """Within it; `.` for all of it."""
+
+    @property
+    def shelf(self) -> str:
+        """Folder, within SOURCES, that holds its revisions."""
+        return {"model": "hf", "dataset": "hf/datasets", "bucket": "s3"}[self.kind] + f"/{self.root}"
+
+
+def is_remote(uri: str) -> bool:
+    """Whether it must be fetched, or sent, rather than mounted."""
+    return not uri.startswith("pvc://")
+
+
+def parse_remote(uri: str) -> Remote:
+    """The parts of a remote URI. Raises PlaceError."""
+    if found := _HUB_DATASET.fullmatch(uri):
+        return Remote(uri, "dataset", found["root"], _relative(uri, found["path"]))
+    if found := _S3.fullmatch(uri):
+        return Remote(uri, "bucket", found["root"], _relative(uri, found["path"]))
+    if found := _HUB_MODEL.fullmatch(uri):
+        return Remote(uri, "model", found["root"], PurePosixPath())
+    raise PlaceError(f"{uri!r} is none of hf://org/name, hf://datasets/org/name and s3://bucket/path")
+
+
+def _relative(uri: str, path: str) -> PurePosixPath:
+    relative = PurePosixPath(path.strip("/"))
+    if ".." in relative.parts:
+        raise PlaceError(f"{uri!r} leaves its repository or bucket")
+    return relative
+
+
+def fetched_uri(workspace: str, remote: Remote, revision: str) -> str:
+    """`pvc://` URI of what a remote URI names, once this revision of it was fetched into the workspace.
+
+    Args:
+        workspace: spec.workspace.
+        remote: the source.
+        revision: as the fetch found it: a commit of the Hub, or a hash over a bucket's listing.
+    """
+    path = PurePosixPath(SOURCES, remote.shelf, revision, remote.path)
+    return f"{workspace.rstrip('/')}/{path}"
