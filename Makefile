@@ -27,7 +27,7 @@ twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
 FAST := not slow and not cluster and not nodes and not soak
 
 .PHONY: help demo demo-data test test-fast check verify generate lock bench setup clean
-.PHONY: cluster-up cluster-down e2e soak scale
+.PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
 
 help:  ## Show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -83,12 +83,20 @@ check: setup  ## Lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python requirements/audit.py
+
+audit: setup  ## Look for known vulnerabilities of the locked packages
+	$(BIN)/python requirements/audit.py
 
 verify: setup  ## Generated files are what their sources say
 	$(BIN)/python manifests/generate.py --check
 
 generate: setup  ## Write the generated files
 	$(BIN)/python manifests/generate.py
+
+manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; needs Go for helm
+	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
+	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"
 
 bench: $(VENV)/.bench demo-data  ## Compare with the peers (minutes; see trainer/benchmarks/LOG.md)
 	$(BIN)/python trainer/benchmarks/against_trl.py
@@ -102,8 +110,17 @@ scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG
 cluster-up: setup  ## Start one: TIER=api|nodes|fleet, NAME=..., N=nodes of the fleet
 	$(CLUSTER) up --tier $(TIER) --name $(NAME) $(if $(filter fleet,$(TIER)),--nodes $(N))
 
+cluster-env: setup  ## Print what to export so that kubectl and helm reach it: NAME=...
+	@$(CLUSTER) env --name $(NAME)
+
 cluster-down: setup  ## Remove it: NAME=... (default: the tier's)
 	$(CLUSTER) down --name $(NAME)
+
+cluster-demo: demo-data  ## The whole way on two real nodes: chart, job, adapter, answer (root)
+	$(CLUSTER) up --tier nodes --name demo
+	$(CLUSTER) volume team demo --name demo
+	eval "$$($(CLUSTER) env --name demo)" && demo/cluster.sh team --values demo/small-cluster.yaml
+	@echo; echo "The cluster stays: eval \"\$$(make -s cluster-env NAME=demo)\"; make cluster-down NAME=demo"
 
 lock: setup  ## Resolve the dependencies anew
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python requirements/lock.py

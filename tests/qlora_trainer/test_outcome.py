@@ -1,6 +1,8 @@
 """How a rank's end is told."""
 
 import errno
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,3 +68,19 @@ def test_a_foreseen_end_stays_the_same_error() -> None:
 def test_a_cause_is_one_line(error: Exception, line: str) -> None:
     """The first line with text, else the error's name."""
     assert first_line(error) == line
+
+
+def test_an_unforeseen_error_with_the_data_says_where_and_no_more(tmp_path: Path) -> None:
+    """The text of such an error may quote the data, and the report ends up in the job's status."""
+    module = tmp_path / "records.py"
+    module.write_text("def parse(line):\n    raise ValueError('cannot parse ' + line)\n")
+    scope: dict[str, Any] = {}
+    exec(compile(module.read_text(), str(module), "exec"), scope)
+
+    try:
+        scope["parse"]("a secret")
+    except ValueError as error:
+        cause = failed(error, 0, None).cause
+
+    assert "secret" not in cause
+    assert "unexpected ValueError: in parse of records.py" in cause

@@ -305,3 +305,22 @@ def test_runs_join_to_the_whole_text(byte_tokenizer: Make, text: str, mask: list
     runs = render(ids, np.array(mask[: len(ids)], dtype=np.uint8), tokenizer)
 
     assert "".join(run for run, _ in runs) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('no ' + messages[0].content) }}", "refuses the conversation with TemplateError"),
+        ("{{ [1].index(messages[0].content) }}", "refuses the conversation with ValueError"),
+        ("{{ messages[0].content + 1 }}", "refuses the conversation with TypeError"),
+    ],
+    ids=["quotes it", "bad value", "bad type"],
+)
+def test_a_refusal_does_not_repeat_the_conversation(byte_tokenizer: Make, template: str, says: str) -> None:
+    """What a template says when it fails is only told where it stands in the template: it may quote the data."""
+    chat = _chat("user: a secret", "assistant: x")
+
+    with pytest.raises(DataError, match=says) as refusal:
+        _learnt(chat, byte_tokenizer(template))
+
+    assert "secret" not in str(refusal.value)

@@ -1,6 +1,8 @@
 """How a rank ended, as a TerminationReport."""
 
 import socket
+import traceback
+from pathlib import Path
 from typing import Any
 
 from qlora_contract import places
@@ -9,6 +11,8 @@ from qlora_trainer.errors import ConfigurationError, OutOfMemory, TrainerError, 
 from qlora_trainer.session import Session
 from qlora_trainer.storage import adapter_uri
 
+_SEE_DATA = frozenset({"data", "records", "template", "packing"})
+"""Modules that handle the text of the data."""
 OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 """How torch's allocator and the system say it."""
 
@@ -62,7 +66,17 @@ def as_trainer_error(error: BaseException) -> TrainerError:
         )
     if isinstance(error, OSError) and (known := from_os_error(error, "training")) is not None:
         return known
-    return TrainerError(f"unexpected {type(error).__name__}: {first_line(error)}")
+    return TrainerError(f"unexpected {type(error).__name__}: {_words(error)}")
+
+
+def _words(error: BaseException) -> str:
+    """An error's first line; of one that came up with the data only where, since its text may quote them, and ends up
+    in the job's status."""
+    frames = traceback.extract_tb(error.__traceback__)
+    near = [frame for frame in frames if Path(frame.filename).stem in _SEE_DATA]
+    if not near:
+        return first_line(error)
+    return f"in {near[-1].name} of {Path(near[-1].filename).name}; the log of the rank has the rest"
 
 
 def first_line(error: BaseException) -> str:

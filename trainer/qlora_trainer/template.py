@@ -197,11 +197,17 @@ class ChatTemplate:
             )
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is no valid template: {error}") from error
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program, and can fail in any way
             raise DataError(
-                f"{where}: the model's chat template refuses the conversation: {error}"
+                f"{where}: the model's chat template refuses the conversation{self._why(error)}"
             ) from error
         return texts[0], tuple(spans[0]) if spans else ()
+
+    def _why(self, error: Exception) -> str:
+        """What the template says, in its own words alone: it might repeat the conversation."""
+        said = str(error)
+        own = isinstance(error, jinja2.TemplateError) and said and said in self._source
+        return f": {said}" if own else f" with {type(error).__name__}"
 
     def _start(self, before: Sequence[Message], text: str, where: str) -> int:
         """Where the assistant starts to speak: after the prompt that it will be asked with."""
