@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from testcluster.chart import SYSTEM, Releases
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
-from testcluster.fixtures import install_crds
 from testcluster.nodes import NodeCluster
 from testcluster.waiting import wait_for
 
@@ -28,35 +28,41 @@ Object = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def operator(node_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, with the operator installed as manifests/ has it but for its images."""
+def operator(node_cluster: Cluster, values: Object) -> Iterator[Cluster]:
+    """The cluster, with the operator installed by its chart."""
     kubectl = node_cluster.kubectl
-    install_crds(node_cluster)
-    kubectl("create", "namespace", "qlora-system")
-    kubectl("label", "namespace", "qlora-system", "pod-security.kubernetes.io/enforce=restricted")
-    kubectl("apply", "-f", str(MANIFESTS / "rbac.yaml"))
-    kubectl("apply", "-f", "-", input=_deployment(node_cluster))
-    try:
-        kubectl("-n", "qlora-system", "rollout", "status", "deployment/qlora-operator", "--timeout=120s")
-    except KubectlError:
-        print(kubectl("-n", "qlora-system", "describe", "pods"))
-        print(kubectl("-n", "qlora-system", "logs", "deployment/qlora-operator", "--tail=50"))
-        raise
+    kubectl("create", "namespace", SYSTEM)
+    kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
+    # On a cluster that exists, other tests may have put the definition there.
+    Releases(node_cluster, SYSTEM).install(values, "--take-ownership", "--force-conflicts")
+    rolled_out(node_cluster)
     yield node_cluster
     with contextlib.suppress(KubectlError):  # tests that end the cluster come last
-        print(kubectl("-n", "qlora-system", "logs", "deployment/qlora-operator", "--tail=200"))
+        print(kubectl("-n", SYSTEM, "logs", "deployment/qlora-operator", "--tail=200"))
 
 
-def _deployment(cluster: Cluster) -> str:
-    """manifests/operator.yaml with the test's images, and no CPU of the two there are."""
-    documents = list(yaml.safe_load_all((MANIFESTS / "operator.yaml").read_text()))
-    settings, deployment = documents
-    text = settings["data"]["settings.yaml"].replace("qlora-trainer:0.1.0", cluster.image("trainer"))
-    settings["data"]["settings.yaml"] = text
-    container = deployment["spec"]["template"]["spec"]["containers"][0]
-    container["image"] = cluster.image("operator")
-    del container["resources"]["requests"]["cpu"]
-    return yaml.safe_dump_all(documents)
+def rolled_out(cluster: Cluster) -> None:
+    """Wait until the operator's newest pod is ready."""
+    try:
+        cluster.kubectl("-n", SYSTEM, "rollout", "status", "deployment/qlora-operator", "--timeout=120s")
+    except KubectlError:
+        print(cluster.kubectl("-n", SYSTEM, "describe", "pods"))
+        print(cluster.kubectl("-n", SYSTEM, "logs", "deployment/qlora-operator", "--tail=50"))
+        raise
+
+
+@pytest.fixture(scope="session")
+def values(node_cluster: Cluster) -> Object:
+    """Of the chart: the test's images, and no CPU of the two there are."""
+    operator, trainer = (
+        dict(zip(("repository", "tag"), node_cluster.image(name).rsplit(":", 1), strict=True))
+        for name in ("operator", "trainer")
+    )
+    return {
+        "image": operator,
+        "jobs": {"image": trainer},
+        "resources": {"requests": {"cpu": None}},
+    }
 
 
 class Job:

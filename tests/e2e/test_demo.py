@@ -1,59 +1,49 @@
-"""The demo's job on two real nodes."""
+"""The whole way, as a user goes it: demo/cluster.sh on two real nodes."""
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from testcluster.binaries import ensure
 from testcluster.cluster import Cluster
 
 pytestmark = [pytest.mark.nodes, pytest.mark.model, pytest.mark.timeout(1200)]
 
-SAMPLE = Path(__file__).parents[2] / "manifests" / "samples" / "demo.yaml"
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
 
 
 @pytest.fixture
-def phases() -> Iterator[list[str]]:
-    """The phases that the job was seen in, printed when the test has ended."""
-    seen: list[str] = []
-    yield seen
-    print("phases:", " -> ".join(seen))
+def files(demo_model: Path, demo_data: Path, tmp_path: Path) -> Path:
+    """What `make demo-data` writes."""
+    shutil.copytree(demo_model, tmp_path / "files" / "model")
+    shutil.copytree(demo_data, tmp_path / "files" / "data")
+    return tmp_path / "files"
 
 
 def test_the_demo_succeeds(
-    operator: Cluster,
-    node_namespace: str,
-    volume: Path,
-    demo_model: Path,
-    demo_data: Path,
-    attach: Any,
-    phases: list[str],
+    operator: Cluster, node_namespace: str, volume: Path, files: Path, attach: Any, tmp_path: Path
 ) -> None:
-    """`kubectl apply` of the demo: a rank on each node with a core of its own, an adapter that is better than the
-    base and that stock peft loads, and columns that say so."""
-    shutil.copytree(demo_model, volume / "model")
-    shutil.copytree(demo_data, volume / "data")
-    job = attach("demo", volume)
-    operator.kubectl("-n", node_namespace, "apply", "-f", str(SAMPLE))
+    """From `helm upgrade --install` to an answer of the adapter: a rank on each node with a core of its own, an
+    adapter that is better than the base and that stock peft loads, and columns that say so."""
+    done = whole_way(operator, node_namespace, files, tmp_path / "out")
+    print(done.stdout, done.stderr, sep="\n")
+    assert done.returncode == 0
 
-    def ended(status: dict[str, Any]) -> bool:
-        if status.get("phase") and status["phase"] not in phases[-1:]:
-            phases.append(status["phase"])
-            print(operator.kubectl("-n", node_namespace, "get", "qlj"))
-        return status.get("phase") == "Succeeded"
-
-    status = job.until(ended, 900)
-    operator.kubectl("-n", node_namespace, "wait", "--for=condition=Finished", "qlj/demo", "--timeout=5s")
-
-    assert [phase for phase in phases if phase in ("Starting", "Running", "Succeeded")] == [
+    phases = re.findall(r"^demo +([A-Z][a-z]+) ", done.stdout, re.MULTILINE)
+    assert [phase for phase in dict.fromkeys(phases) if phase in ("Starting", "Running", "Succeeded")] == [
         "Starting",
         "Running",
         "Succeeded",
     ]
+    status = attach("demo", volume).status
     assert status["placement"]["nodes"] == ["node-a", "node-b"]
     assert status["placement"]["worldSize"] == 2
     cpus = [rank["cpus"] for rank in status["ranks"]]
@@ -65,19 +55,33 @@ def test_the_demo_succeeds(
     total = yaml.safe_load(SAMPLE.read_text())["spec"]["training"]["maxSteps"]
     assert row[:2] == ["demo", "Succeeded"]
     assert f"{total}/{total}" in row
-    answers(demo_model, volume / "work" / "jobs" / "demo" / "adapter", status)
-
-
-def answers(model: Path, adapter: Path, status: dict[str, Any]) -> None:
-    """Stock peft loads the adapter, and it changes what the model says."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(model)
-    tokens = torch.arange(20)[None]
-    before = base(tokens).logits.detach().clone()
-    tuned = PeftModel.from_pretrained(base, adapter)
-    assert not torch.equal(before, tuned(tokens).logits)
-    manifest = json.loads((adapter / "manifest.json").read_text())
+    answers(done.stdout)
+    manifest = json.loads((tmp_path / "out" / "adapter" / "manifest.json").read_text())
     assert status["adapter"]["sha256"] in json.dumps(manifest)
+
+
+def whole_way(cluster: Cluster, namespace: str, files: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Run demo/cluster.sh."""
+    programs = ensure("api", "helm")
+    folders = [str(programs[name].parent) for name in ("kubectl", "helm")]
+    environ = {
+        **os.environ,
+        "PATH": ":".join([*folders, os.environ["PATH"]]),
+        "KUBECONFIG": str(cluster.kubeconfig),
+        "QLORA_OPERATOR_IMAGE": cluster.image("operator"),
+        "QLORA_TRAINER_IMAGE": cluster.image("trainer"),
+        "DEMO_FILES": str(files),
+        "DEMO_OUT": str(out),
+    }
+    command = [ROOT / "demo" / "cluster.sh", namespace, "--values", ROOT / "demo" / "small-cluster.yaml"]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=1100)
+
+
+def answers(printed: str) -> None:
+    """The adapter, in stock peft, says something else than the base."""
+    _, _, said = printed.partition("Base model\n")
+    base, _, adapted = said.partition("With the adapter\n")
+
+    assert base.strip()
+    assert adapted.strip()
+    assert base.strip() != adapted.strip()

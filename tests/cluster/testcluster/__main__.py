@@ -1,12 +1,13 @@
-"""Clusters for hand work: `python -m testcluster up --tier api`, `env`, `down`."""
+"""Clusters for hand work: `python -m testcluster up --tier api`, `env`, `volume`, `down`."""
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-from testcluster import control_plane
+from testcluster import control_plane, volumes
 from testcluster.binaries import TIERS, ensure
+from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError
 from testcluster.fleet import Fleet
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
             _down(folder)
         elif options.command == "build":
             _build(options.tier)
+        elif options.command == "volume":
+            _volume(folder, options.namespace, options.claim)
         else:
             _env(folder)
     except ClusterError as error:
@@ -50,14 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--tier", choices=TIERS, default="api")
     down = commands.add_parser("down", help="end a cluster and remove every trace of it")
     env = commands.add_parser("env", help="print what to export so that kubectl reaches it")
-    for command in (up, build, down, env):
+    volume = commands.add_parser(
+        "volume", help="tier nodes: make a namespace and, in it, a claim that all its pods share"
+    )
+    volume.add_argument("namespace")
+    volume.add_argument("claim")
+    for command in (up, build, down, env, volume):
         command.add_argument("--name", default="default", help="of the cluster (default)")
     return parser
 
 
 def _up(folder: Path, options: argparse.Namespace) -> None:
     _down(folder)
-    ensure(options.tier)
+    ensure(options.tier, "helm")
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tier_file(folder).write_text(options.tier)
     start = time.monotonic()
@@ -73,7 +81,7 @@ def _up(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _build(tier: str) -> None:
-    ensure(tier)
+    ensure(tier, "helm")
     if tier == "nodes":
         from testcluster import images, packages
 
@@ -101,12 +109,33 @@ def _down(folder: Path) -> None:
 
 
 def _env(folder: Path) -> None:
+    print(f"export KUBECONFIG={_kubeconfig(folder)}")
+    programs = ensure("api", "helm")
+    folders = dict.fromkeys(str(programs[name].parent) for name in ("kubectl", "helm"))
+    print(f"export PATH={':'.join(folders)}:$PATH")
+    if _tier_file(folder).read_text() == "nodes":
+        from testcluster import images
+
+        for image in images.all_images(images.Store()):
+            print(f"export QLORA_{image.name.upper()}_IMAGE={image.reference}")
+
+
+def _kubeconfig(folder: Path) -> Path:
     places = (folder, folder / "control-plane")  # the second is the nodes tier's
-    kubeconfig = next((file for place in places if (file := place / "admin.kubeconfig").is_file()), None)
-    if kubeconfig is None:
+    found = next((file for place in places if (file := place / "admin.kubeconfig").is_file()), None)
+    if found is None:
         raise ClusterError(f"there is no cluster in {folder}: start one with `make cluster-up`")
-    print(f"export KUBECONFIG={kubeconfig}")
-    print(f"export PATH={ensure('api')['kubectl'].parent}:$PATH")
+    return found
+
+
+def _volume(folder: Path, namespace: str, claim: str) -> None:
+    client = Client(_kubeconfig(folder))
+    try:
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        client.post("/api/v1/namespaces", {"metadata": {"name": namespace, "labels": labels}})
+        print(volumes.shared_volume(client, folder / "volumes", namespace, claim))
+    finally:
+        client.close()
 
 
 def _tier_file(folder: Path) -> Path:

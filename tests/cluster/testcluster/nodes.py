@@ -16,7 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from testcluster import binaries, cgroups, containerd, dns, features, images, kubelets, network, packages
+from testcluster import (
+    binaries,
+    cgroups,
+    containerd,
+    dns,
+    features,
+    images,
+    kubelets,
+    network,
+    packages,
+    volumes,
+)
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError
@@ -28,8 +39,6 @@ NODE_GRACE_SECONDS = 12
 EVICTION_SECONDS = 10
 """How long its pods stay after that; 300 on a usual cluster."""
 READY_SECONDS = 90.0
-POD_USER = 1000
-"""User and group of the project's pods, who own shared volumes."""
 _CLAIM = Path("/run/qlora-nodes.json")
 
 
@@ -80,30 +89,7 @@ class NodeCluster(Cluster):
 
     def shared_volume(self, namespace: str, claim: str, *, size: str = "10Gi") -> Path:
         """Make a claim that pods on both nodes may write to; gives its folder on this machine."""
-        folder = self.folder / "volumes" / f"{namespace}-{claim}"
-        folder.mkdir(parents=True)
-        os.chown(folder, POD_USER, POD_USER)  # a hostPath volume ignores fsGroup
-        common = {
-            "accessModes": ["ReadWriteMany"],
-            "storageClassName": "",
-        }
-        volume = {
-            "metadata": {"name": folder.name},
-            "spec": {
-                **common,
-                "capacity": {"storage": size},
-                "persistentVolumeReclaimPolicy": "Retain",
-                "claimRef": {"namespace": namespace, "name": claim},
-                "hostPath": {"path": str(folder), "type": "Directory"},
-            },
-        }
-        wanted = {
-            "metadata": {"name": claim},
-            "spec": {**common, "volumeName": folder.name, "resources": {"requests": {"storage": size}}},
-        }
-        self.client.post("/api/v1/persistentvolumes", volume)
-        self.client.post(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims", wanted)
-        return folder
+        return volumes.shared_volume(self.client, self.folder / "volumes", namespace, claim, size)
 
     def stop_kubelet(self, name: str) -> None:
         """Kill the node's kubelet; its pods go on, and nobody reports them."""
@@ -215,7 +201,6 @@ def up(
             for node, ready in zip(nodes, prepared, strict=True):
                 ready.result()
                 kubelets.start(node, control)
-        store.prune()
         dns.start(control, folder, nodes[0].name)
         cluster = NodeCluster(folder, control, nodes, wanted)
         cluster.wait_ready()
