@@ -94,6 +94,10 @@ verify: setup  ## Generated files are what their sources say
 generate: setup  ## Write the generated files
 	$(BIN)/python manifests/generate.py
 
+images: setup  ## Build both images and list what is in them (docker, podman or buildah; Go for the list)
+	SYFT="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
+	    'from testcluster.binaries import built; print(built("syft"))')" images/build.sh
+
 manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; needs Go for helm
 	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"

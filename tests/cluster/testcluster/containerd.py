@@ -62,7 +62,7 @@ def _load(node: Node, wanted: Sequence[images.Image], store: images.Store) -> No
     for layer in {layer for image in new for layer in image.layers}:
         _ingest(node, layer, store)
     if new:
-        _import(node, new)
+        _import(node, new, store)
     node.run([*_CTR, "images", "label", wanted[0].reference, _PINNED])
     if outdated := [name for name, digest in _listed(node).items() if digest not in digests]:
         node.run([*_CTR, "images", "remove", "--sync", *outdated])  # their layers, too
@@ -84,7 +84,7 @@ def _complete(node: Node) -> dict[str, str]:
 
 def _ingest(node: Node, layer: images.Layer, store: images.Store) -> None:
     """Give the node a layer, by a hard link where the disk is the same."""
-    blob = store.blob(layer)
+    blob = store.blob(layer.digest)
     target = node.containerd_root / _CONTENT / layer.digest
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists() and target.parent.stat().st_dev == blob.stat().st_dev:
@@ -102,9 +102,9 @@ def _ingest(node: Node, layer: images.Layer, store: images.Store) -> None:
     )
 
 
-def _import(node: Node, new: list[images.Image]) -> None:
+def _import(node: Node, new: list[images.Image], store: images.Store) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        images.write_layout(new, Path(scratch, "layout"))
+        images.write_layout(new, Path(scratch, "layout"), store)
         tar = Path(scratch, "layout.tar")
         subprocess.run(["tar", "-cf", tar, "-C", Path(scratch, "layout"), "."], check=True)
         node.run([*_CTR, "images", "import", f"--snapshotter={_snapshotter(node.containerd_root)}", str(tar)])

@@ -1,22 +1,20 @@
-"""Container images made on this machine, without a registry: layers, and an OCI layout of them.
+"""The images of a node: those that users build from the Dockerfile, made by buildah, in an OCI layout.
 
-Layers are uncompressed tar files in a store outside the tree, each known by the
-hash of what it is made from: what did not change is not made again. The
-project's own code is the last layer and takes a second.
+buildah keeps the layers that it has made: a change of our code takes seconds. What is unchanged in all is not
+even looked at.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +27,34 @@ REGISTRY = "qlora.test"
 """No host of this name exists: an image that is not on the node fails to be pulled at once."""
 TAG = "test"
 """Any but `latest`, which a kubelet would try to pull."""
-VENV = "opt/venv"
-"""Where the images hold the Python environment, below the root."""
+GIGABYTES = 22
+"""Disk for building everything from nothing and unpacking it on two nodes, of which 16 stay in use."""
+GIGABYTES_FOR_CPUS = 8
+"""The same, where torch's index has builds for CPUs."""
 _REPOSITORY = Path(__file__).parents[3]
-_SITE = f"{VENV}/lib/python3.11/site-packages"
-_RELEASE = "bookworm"  # its Python is 3.11, the oldest that the project supports
-_INCLUDE = "python3,python3-venv,libgomp1,ca-certificates"
-_METHOD = 2
-"""To be counted up when layers are filled in another way: then all are made anew."""
-_VALID = ("--invalidation-mode", "unchecked-hash")
-"""Compiled files are valid whatever the time of their source, which a layer does not keep."""
-_SHEBANG = re.compile(r"\A#!(?:/bin/sh\n'''exec' .*\n' '''|.*)\n")
-"""The first line of a command, or three where the path of its Python is too long for one."""
-_UNUSED = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man")
+MADE_FROM = (
+    "Dockerfile",
+    ".dockerignore",
+    "images",
+    "requirements",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "operator",
+    "trainer",
+)
+"""Files and folders of the repository."""
+_LEFT_OUT = {"__pycache__", "compiled"}
+"""Folders that .dockerignore names, too."""
+_BUSYBOX = Path("/bin/busybox")
+_PAUSE = """\
+FROM scratch
+COPY busybox /bin/busybox
+USER 65535:65535
+ENTRYPOINT ["/bin/busybox", "sleep", "2147483647"]
+"""
+_TARGETS = {"python": "base", "operator": "operator", "trainer": "trainer"}
+"""The Dockerfile's target of each image."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +69,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Image:
-    """An image: its layers, lowest first, and how its containers start."""
+    """An image in the store."""
 
     name: str
+    digest: str
+    """The manifest's, such as sha256:012..."""
+    config: str
+    """The configuration's sha256 in hexadecimal."""
     layers: tuple[Layer, ...]
-    command: tuple[str, ...] = ()
-    environment: tuple[str, ...] = ()
-    user: str = "0:0"
+    """The lowest first."""
 
     @property
     def reference(self) -> str:
@@ -70,355 +85,190 @@ class Image:
         return f"{REGISTRY}/{self.name}:{TAG}"
 
     @property
-    def digest(self) -> str:
-        """The manifest's digest, such as sha256:012..."""
-        return f"sha256:{_digest(self.manifest())}"
-
-    @property
     def pinned_reference(self) -> str:
         """The same image by its content."""
         return f"{REGISTRY}/{self.name}@{self.digest}"
 
-    def configuration(self) -> bytes:
-        """The image's OCI configuration."""
-        return _json(
-            {
-                "architecture": "amd64",
-                "os": "linux",
-                "config": {"Entrypoint": self.command, "Env": self.environment, "User": self.user},
-                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{layer.digest}" for layer in self.layers]},
-            }
-        )
-
-    def manifest(self) -> bytes:
-        """The image's OCI manifest."""
-        return _json(
-            {
-                "schemaVersion": 2,
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "config": _descriptor("application/vnd.oci.image.config.v1+json", self.configuration()),
-                "layers": [
-                    {
-                        "mediaType": "application/vnd.oci.image.layer.v1.tar",
-                        "digest": f"sha256:{layer.digest}",
-                        "size": layer.size,
-                    }
-                    for layer in self.layers
-                ],
-            }
-        )
-
-
-def write_layout(images: Iterable[Image], folder: Path) -> None:
-    """Write an OCI layout that names the images; their layers stay in the store."""
-    (folder / "blobs" / "sha256").mkdir(parents=True)
-    (folder / "oci-layout").write_bytes(_json({"imageLayoutVersion": "1.0.0"}))
-    index = []
-    for image in images:
-        for blob in (image.configuration(), image.manifest()):
-            (folder / "blobs" / "sha256" / _digest(blob)).write_bytes(blob)
-        descriptor = _descriptor("application/vnd.oci.image.manifest.v1+json", image.manifest())
-        for reference in (image.reference, image.pinned_reference):
-            index.append({**descriptor, "annotations": {"io.containerd.image.name": reference}})
-    (folder / "index.json").write_bytes(_json({"schemaVersion": 2, "manifests": index}))
-
 
 class Store:
-    """The layers on this machine, in a folder: blobs by digest, and which recipe made which."""
+    """The images on this machine, in a folder: an OCI layout, and buildah's own storage."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or binaries.cache() / "images"
-        (self.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        (self.folder / "blobs").mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.layout = self.folder / "layout"
+        self._note = self.folder / "images.json"
 
-    def blob(self, layer: Layer) -> Path:
-        """The layer's tar file."""
-        return self.folder / "blobs" / layer.digest
+    def blob(self, digest: str) -> Path:
+        """The file of the sha256."""
+        return self.layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
-    def layer(
-        self, name: str, recipe: str, fill: Callable[[Path], None], *, says: str, gigabytes: float
-    ) -> Layer:
-        """The layer of the recipe; when the store lacks it, `fill` writes its files into a folder.
+    def image(self, name: str, digest: str) -> Image:
+        """The image whose manifest has the digest."""
+        manifest = json.loads(self.blob(digest).read_bytes())
+        layers = [
+            Layer(layer["digest"].removeprefix("sha256:"), layer["size"]) for layer in manifest["layers"]
+        ]
+        return Image(name, digest, manifest["config"]["digest"].removeprefix("sha256:"), tuple(layers))
 
-        That takes the gigabytes, the copies that two nodes unpack included.
-        Raises ClusterError when they are not free.
-        """
-        note = self.folder / "recipes" / name
-        recipe = f"{_METHOD} {recipe}"
-        with _locked(self.folder / f"{name}.lock"):
-            if not (layer := self._known(note, recipe)):
-                self._check_disk(name, gigabytes)
-                _say(f"making image layer {name}: {says}")
-                start = time.monotonic()
-                layer = self._make(name, fill)
-                note.write_text(json.dumps({"recipe": recipe, "digest": layer.digest, "size": layer.size}))
-                _say(
-                    f"made image layer {name} in {time.monotonic() - start:.0f} s, {layer.size / 1e6:.0f} MB"
-                )
-        return layer
+    def known(self, recipe: str) -> list[Image] | None:
+        """The images that were made by the recipe, as long as all their files are there."""
+        note = self._noted()
+        if note.get("recipe") != recipe:
+            return None
+        try:
+            images = [self.image(name, digest) for name, digest in note["images"].items()]
+        except FileNotFoundError:
+            return None
+        whole = all(self.blob(digest).exists() for image in images for digest in _blobs(image))
+        return images if whole else None
+
+    def note(self, recipe: str, digests: Mapping[str, str]) -> None:
+        """Remember the images that a recipe made: manifests by name."""
+        self._note.write_text(json.dumps({"recipe": recipe, "images": dict(digests)}))
 
     def prune(self) -> None:
-        """Remove the layers that were made anew since."""
-        noted = {json.loads(note.read_text())["digest"] for note in (self.folder / "recipes").iterdir()}
-        for blob in (self.folder / "blobs").iterdir():
-            if blob.name not in noted:
-                blob.unlink()
+        """Remove the files of images that were made anew since."""
+        wanted = {
+            digest for image in self.known(self._noted().get("recipe", "")) or [] for digest in _blobs(image)
+        }
+        if wanted:
+            for blob in self.blob("").iterdir():
+                if blob.name not in wanted:
+                    blob.unlink()
 
-    def _known(self, note: Path, recipe: str) -> Layer | None:
-        if not note.exists():
-            return None
-        made = json.loads(note.read_text())
-        layer = Layer(made["digest"], made["size"])
-        return layer if made["recipe"] == recipe and self.blob(layer).exists() else None
+    def push(self, buildah: "Buildah", image: str, name: str) -> str:
+        """Write an image of buildah's as it is, uncompressed; its digest."""
+        # buildah itself would compress every layer anew, which takes minutes.
+        target = ["--dest-oci-accept-uncompressed-layers", f"oci:{self.layout}:{name}"]
+        with tempfile.NamedTemporaryFile("r") as digest:
+            source = ["--digestfile", digest.name, f"containers-storage:localhost/{image}"]
+            _run(["skopeo", "copy", "--quiet", "--insecure-policy", *source, *target], buildah.environment)
+            return digest.read().strip()
 
-    def _check_disk(self, name: str, gigabytes: float) -> None:
-        free = shutil.disk_usage(self.folder).free / 1e9
-        if free < gigabytes:
-            raise ClusterError(
-                f"image layer {name} takes {gigabytes:g} GB on two nodes and {free:.1f} GB are free at {self.folder}: "
-                "free space, or set QLORA_CLUSTER_CACHE to a folder on a larger disk"
-            )
-
-    def _make(self, name: str, fill: Callable[[Path], None]) -> Layer:
-        scratch = self.folder / f"making-{name}"
-        shutil.rmtree(scratch, ignore_errors=True)  # of a program that was killed
-        try:
-            root = scratch / "root"
-            root.mkdir(parents=True)
-            fill(root)
-            return self._packed(root, scratch / "layer.tar")
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def _packed(self, root: Path, tar: Path) -> Layer:
-        """The folder as a layer; equal files are equal layers, whenever they were written."""
-        plain = ["--sort=name", "--mtime=@0", "--numeric-owner", "--hard-dereference", "--format=gnu"]
-        _run(["tar", "--create", "--file", str(tar), "--directory", str(root), *plain, "."])
-        with tar.open("rb") as file:
-            layer = Layer(hashlib.file_digest(file, "sha256").hexdigest(), tar.stat().st_size)
-        tar.replace(self.blob(layer))
-        return layer
+    def _noted(self) -> dict[str, Any]:
+        return json.loads(self._note.read_text()) if self._note.exists() else {}
 
 
-def pause(store: Store) -> Image:
-    """The container that holds a pod's network: it sleeps."""
-    layer = store.layer("pause", "busybox", _fill_pause, says="seconds", gigabytes=0.1)
-    return Image("pause", (layer,), command=("/bin/busybox", "sleep", "2147483647"), user="65535:65535")
+class Buildah:
+    """buildah with a storage of its own in a folder."""
 
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "storage.conf"
+        config.write_text(
+            f'[storage]\ndriver = "overlay"\ngraphroot = "{folder}/storage"\nrunroot = "{folder}/run"\n'
+        )
+        self.environment = {
+            "BUILDER": "buildah",
+            "BUILDAH_ISOLATION": "chroot",
+            "CONTAINERS_STORAGE_CONF": str(config),
+            "TMPDIR": str(folder),  # layers pass through it, too large for a /tmp in memory
+        }
 
-def python(store: Store) -> Image:
-    """Debian and Python, nothing of the project: for tests of the cluster itself."""
-    return Image("python", (base_layer(store),), environment=_environment())
-
-
-def operator(store: Store) -> Image:
-    """The operator with what it needs."""
-    locks = [_REPOSITORY / "requirements" / "operator.txt"]
-    layers = (base_layer(store), dependency_layer(store, "operator", locks, gigabytes=1), code_layer(store))
-    return Image("operator", layers, environment=_environment(), user="1000:1000")
-
-
-def trainer(store: Store) -> Image:
-    """The trainer with what it needs."""
-    locks = [_REPOSITORY / "requirements" / name for name in ("trainer.txt", "torch.txt")]
-    gigabytes = 5 if os.environ.get("TORCH_INDEX_URL") else 16  # with CUDA libraries, or without
-    dependencies = dependency_layer(store, "trainer", locks, gigabytes=gigabytes)
-    layers = (base_layer(store), dependencies, code_layer(store))
-    return Image("trainer", layers, environment=_environment(), user="1000:1000")
+    def run(self, *arguments: str) -> str:
+        """What the command prints; raises ClusterError when it fails."""
+        return _run(["buildah", *arguments], self.environment)
 
 
 def all_images(store: Store) -> list[Image]:
-    """Every image of a node, the pause image first."""
-    return [pause(store), python(store), operator(store), trainer(store)]
+    """Every image of a node, the pause image first. What changed is built; raises ClusterError where that fails."""
+    recipe = _recipe()
+    with _locked(store.folder / "lock"):
+        if known := store.known(recipe):
+            return known
+        _check_disk(store.folder)
+        _say("building images: seconds after a change of code, 3 to 10 minutes at first")
+        start = time.monotonic()
+        store.note(recipe, _build(store))
+        store.prune()
+        _say(f"built images in {time.monotonic() - start:.0f} s")
+        return store.known(recipe) or []
 
 
-def base_layer(store: Store) -> Layer:
-    """Debian with Python and an empty virtual environment."""
-    return store.layer(
-        "base", f"{_RELEASE} {_INCLUDE} {VENV} {_UNUSED}", _fill_base, says="1 to 3 minutes", gigabytes=1
-    )
+def tag(name: str) -> str:
+    """What the image is called where buildah keeps it, and where users build it."""
+    version = tomllib.loads((_REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    return f"qlora-{_TARGETS[name]}:{version}" if name in _TARGETS else f"qlora-{name}:latest"
 
 
-def dependency_layer(store: Store, name: str, locks: list[Path], *, gigabytes: float) -> Layer:
-    """The packages of the lock files, their hashes checked."""
-    base = base_layer(store)
-    index = os.environ.get("TORCH_INDEX_URL", "")
-    recipe = hashlib.sha256(b"".join(lock.read_bytes() for lock in locks) + index.encode()).hexdigest()
-
-    def fill(root: Path) -> None:
-        _install(root / _SITE, locks, index)
-        _place_scripts(root)
-        _finish(store.blob(base), root)
-
-    return store.layer(
-        f"{name}-dependencies",
-        recipe,
-        fill,
-        says="1 to 5 minutes, more when wheels are fetched",
-        gigabytes=gigabytes,
-    )
+def write_layout(images: Iterable[Image], folder: Path, store: Store) -> None:
+    """Write an OCI layout that names the images; their layers stay in the store."""
+    (folder / "blobs" / "sha256").mkdir(parents=True)
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    index = []
+    for image in images:
+        for digest in (image.config, image.digest):
+            shutil.copy(store.blob(digest), folder / "blobs" / "sha256")
+        descriptor = {
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": image.digest,
+            "size": store.blob(image.digest).stat().st_size,
+        }
+        for reference in (image.reference, image.pinned_reference):
+            index.append({**descriptor, "annotations": {"io.containerd.image.name": reference}})
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": index}))
 
 
-def code_layer(store: Store) -> Layer:
-    """The project's own wheel, from the working tree."""
-    files = sorted(path for path in _sources() if path.is_file() and path.suffix != ".pyc")
-    recipe = hashlib.sha256()
-    for file in files:
-        recipe.update(
-            f"{file.relative_to(_REPOSITORY)}\0{file.stat().st_size}\0".encode() + file.read_bytes()
-        )
+def _build(store: Store) -> dict[str, str]:
+    """The manifests' digests, by the images' names."""
+    buildah = Buildah(store.folder / "buildah")
+    buildah.run("rm", "--all")  # of a build that was killed: its files fill the disk
+    _build_pause(buildah)
+    # `tools` too, so that it has a name and is not pruned.
+    script = [str(_REPOSITORY / "images" / "build.sh"), "tools", *_TARGETS.values()]
+    _run(script, {**buildah.environment, "BASE_IMAGE": "debootstrap"})
+    digests = {name: store.push(buildah, tag(name), name) for name in ("pause", *_TARGETS)}
+    buildah.run("rmi", "--prune")
+    return digests
 
-    def fill(root: Path) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            _run(
-                [
-                    _uv(),
-                    "build",
-                    "--quiet",
-                    "--wheel",
-                    "--no-build-isolation",
-                    "--python",
-                    sys.executable,
-                    "--out-dir",
-                    scratch,
-                    str(_REPOSITORY),
-                ]
-            )
-            wheel = next(Path(scratch).glob("*.whl"))
-            _run([*_uv_install(root / _SITE), "--no-deps", str(wheel)])
-        _place_scripts(root)
 
-    return store.layer("code", recipe.hexdigest(), fill, says="seconds", gigabytes=0.1)
+def _build_pause(buildah: Buildah) -> None:
+    """The container that holds a pod's network: it sleeps."""
+    with tempfile.TemporaryDirectory() as context:
+        shutil.copy2(_BUSYBOX, context)
+        Path(context, "Dockerfile").write_text(_PAUSE)
+        buildah.run("build", "--quiet", "--layers", "--tag", "qlora-pause", context)
+
+
+def _recipe() -> str:
+    """A hash of all that the images are made from."""
+    recipe = hashlib.sha256(os.environ.get("TORCH_INDEX_URL", "").encode() + _BUSYBOX.read_bytes())
+    for file in _sources():
+        content = file.read_bytes()
+        recipe.update(f"\0{file.relative_to(_REPOSITORY)}\0{len(content)}\0".encode() + content)
+    return recipe.hexdigest()
 
 
 def _sources() -> Iterator[Path]:
-    yield from (_REPOSITORY / name for name in ("pyproject.toml", "README.md", "LICENSE"))
-    for folder in ("operator", "trainer"):
-        yield from (_REPOSITORY / folder).rglob("*")
+    for name in MADE_FROM:
+        path = _REPOSITORY / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from (file for file in files if file.is_file() and _LEFT_OUT.isdisjoint(file.parts))
 
 
-def _environment() -> tuple[str, ...]:
-    return (
-        f"PATH=/{VENV}/bin:/usr/local/bin:/usr/bin:/bin",
-        "PYTHONUNBUFFERED=1",
-        "PYTHONDONTWRITEBYTECODE=1",
-        "LANG=C.UTF-8",
-    )
+def _check_disk(folder: Path) -> None:
+    gigabytes = GIGABYTES_FOR_CPUS if os.environ.get("TORCH_INDEX_URL") else GIGABYTES
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < gigabytes:
+        raise ClusterError(
+            f"building the images and unpacking them on two nodes takes {gigabytes:g} GB and {free:.1f} GB are free "
+            f"at {folder}: free space, or set QLORA_CLUSTER_CACHE to a folder on a larger disk"
+        )
 
 
-def _fill_pause(root: Path) -> None:
-    (root / "bin").mkdir()
-    shutil.copy2("/bin/busybox", root / "bin" / "busybox")
+def _blobs(image: Image) -> Iterator[str]:
+    yield image.digest.removeprefix("sha256:")
+    yield image.config
+    yield from (layer.digest for layer in image.layers)
 
 
-def _fill_base(root: Path) -> None:
-    _run(["debootstrap", "--variant=minbase", f"--include={_INCLUDE}", _RELEASE, str(root)])
-    _run(["chroot", str(root), "python3", "-m", "venv", "--without-pip", f"/{VENV}"])
-    for folder in _UNUSED:
-        shutil.rmtree(root / folder, ignore_errors=True)
-
-
-def _install(site: Path, locks: list[Path], torch_index: str) -> None:
-    """Install the lock files; torch from another index when one is set, which has other hashes."""
-    command = [*_uv_install(site), "--no-deps"]
-    from_lock = [lock for lock in locks if not (torch_index and lock.name == "torch.txt")]
-    _run([*command, "--require-hashes", *(word for lock in from_lock for word in ("-r", str(lock)))])
-    for lock in set(locks) - set(from_lock):
-        pin = next(line.split()[0] for line in lock.read_text().splitlines() if line.startswith("torch=="))
-        _run([*command, "--index-url", torch_index, pin])
-
-
-def _uv_install(site: Path) -> list[str]:
-    # Links into uv's own cache, which `make setup` has filled: seconds instead of gigabytes fetched.
-    return [
-        _uv(),
-        "pip",
-        "install",
-        "--quiet",
-        "--target",
-        str(site),
-        "--python-version",
-        "3.11",
-        "--python-platform",
-        "x86_64-manylinux_2_36",
-        "--link-mode",
-        "hardlink",
-    ]
-
-
-def _place_scripts(root: Path) -> None:
-    """Move commands to where the environment has them, and let them start its Python."""
-    target = root / VENV / "bin"
-    target.mkdir(parents=True)
-    for script in (root / _SITE / "bin").iterdir():
-        text = _SHEBANG.sub(f"#!/{VENV}/bin/python\n", script.read_text(), count=1)
-        (target / script.name).write_text(text)
-        (target / script.name).chmod(0o755)
-    shutil.rmtree(root / _SITE / "bin")
-
-
-def _finish(base: Path, root: Path) -> None:
-    """Drop what a CPU never loads, and compile the rest, with the very Python that will run it."""
-    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
-        _run(["tar", "--extract", "--file", str(base), "--directory", scratch])
-        for path in (root / _SITE).iterdir():
-            path.rename(Path(scratch, _SITE, path.name))
-        chroot = ["chroot", scratch, f"/{VENV}/bin/python"]
-        if Path(scratch, _SITE, "torch").exists():
-            _drop_unloaded(Path(scratch), chroot)
-        # Unchecked, since some packages bring templates that are no Python.
-        _run([*chroot, "-m", "compileall", "-q", "-j", "0", *_VALID, f"/{_SITE}"], check=False)
-        for path in Path(scratch, _SITE).iterdir():
-            path.rename(root / _SITE / path.name)
-
-
-_LOADED = (
-    "import torch, torch.distributed; print(*{line.split()[-1] for line in open('/proc/self/maps') "
-    "if '/nvidia/' in line}, sep='\\n')"
-)
-
-
-def _drop_unloaded(root: Path, chroot: list[str]) -> None:
-    """Of the CUDA libraries (4 GB), keep those that `import torch` cannot do without.
-
-    torch from the usual index is linked against them. A build for CPUs needs none.
-    """
-    # In a mount namespace of its own, so that no mount is left behind.
-    see = (
-        f"mount --bind /proc {shlex.quote(str(root / 'proc'))} && exec {shlex.join([*chroot, '-c', _LOADED])}"
-    )
-    loaded = set(_run(["unshare", "--mount", "sh", "-c", see]).split())
-    for library in (root / _SITE / "nvidia").rglob("*"):
-        if library.is_file() and f"/{library.relative_to(root)}" not in loaded:
-            library.unlink()
-    shutil.rmtree(root / _SITE / "triton", ignore_errors=True)  # compiles for GPUs; 1 GB
-
-
-def _uv() -> str:
-    beside = Path(sys.executable).with_name("uv")
-    found = str(beside) if beside.exists() else shutil.which("uv")
-    if not found:
-        raise ClusterError(f"images need uv, and {beside} is not there: run `make setup`")
-    return found
-
-
-def _run(command: list[str], *, check: bool = True) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check and done.returncode != 0:
+def _run(command: list[str], environment: Mapping[str, str]) -> str:
+    whole = {**os.environ, **environment}
+    done = subprocess.run(command, env=whole, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
         raise ClusterError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
     return done.stdout
-
-
-def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
-    return {"mediaType": kind, "digest": f"sha256:{_digest(blob)}", "size": len(blob)}
-
-
-def _digest(blob: bytes) -> str:
-    return hashlib.sha256(blob).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True).encode()
 
 
 @contextmanager

@@ -17,6 +17,8 @@ PACKAGES = {
     "iproute2": "/sbin/ip",
     "iptables": "/usr/sbin/iptables",
     "nftables": "/usr/sbin/nft",
+    "buildah": "/usr/bin/buildah",
+    "skopeo": "/usr/bin/skopeo",
     "debootstrap": "/usr/sbin/debootstrap",
     "busybox-static": "/bin/busybox",
 }

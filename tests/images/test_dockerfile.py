@@ -1,0 +1,205 @@
+"""The images are small, hold what they need and nothing else, and run as anybody on a read-only root."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tomllib
+import zlib
+from pathlib import Path
+
+import pytest
+
+from testcluster import images
+from testcluster.images import Buildah
+
+pytestmark = pytest.mark.nodes
+
+REPOSITORY = Path(__file__).parents[2]
+MEGABYTE = 1_000_000
+NEVER_SHIPPED = (
+    "pip",
+    "pip3",
+    "uv",
+    "gcc",
+    "g++",
+    "cc",
+    "c++",
+    "clang",
+    "ld",
+    "as",
+    "make",
+    "cmake",
+    "ninja",
+)
+LOADED_FROM_SOURCE = """
+import importlib, importlib.util, os, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for module in list(sys.modules.values()):
+    source = getattr(module, "__file__", None) or ""
+    if source.startswith("/opt/") and source.endswith(".py"):
+        if not os.path.exists(importlib.util.cache_from_source(source)):
+            print(source)
+"""
+
+
+def test_the_operator_is_small(operator) -> None:
+    """The operator's image has less than 250 MB, unpacked and thus packed, and no torch."""
+    unpacked = sum(layer.size for layer in operator.image.layers)
+    packed = sum(packed_size(operator.store.blob(layer.digest)) for layer in operator.image.layers)
+
+    print(f"the operator's image: {unpacked / MEGABYTE:.0f} MB, compressed {packed / MEGABYTE:.0f} MB")
+    assert unpacked < 250 * MEGABYTE
+    assert packed < 100 * MEGABYTE
+    assert not list(operator.root.glob("opt/venv/lib/python3*/site-packages/torch*"))
+
+
+def test_the_operator_starts_as_anybody(operator) -> None:
+    """The operator starts as a user without a name, on a read-only root."""
+    done = operator.run("python", "-m", "qlora_operator", "--help")
+
+    assert done.returncode == 0, done.stderr
+    assert "--config" in done.stdout
+    assert done.stderr == ""
+
+
+def test_the_trainer_starts_as_anybody(trainer) -> None:
+    """The trainer computes with torch, and its command works, as a user without a name on a read-only root."""
+    program = "import torch, torch.distributed, qlora_trainer.train as t; print(torch.ones(3).sum().item())"
+    done = trainer.run("python", "-c", program)
+    help_ = trainer.run("qlora", "--help")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "3.0\n"
+    assert help_.returncode == 0, help_.stderr
+
+
+def test_the_root_is_read_only_in_these_tests(operator) -> None:
+    """What these tests call a read-only root is one, and they do not run as root."""
+    done = operator.run("python", "-c", "import os; print(os.getuid()); open('/opt/new', 'w')")
+
+    assert done.stdout == "54321\n"
+    assert "Read-only file system" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("image", "modules"),
+    [("operator", ["qlora_operator.handlers"]), ("trainer", ["qlora_trainer.train", "qlora_trainer.launch"])],
+    ids=["operator", "trainer"],
+)
+def test_nothing_is_compiled_at_run_time(built, image: str, modules: list[str]) -> None:
+    """Every module that the program imports has its bytecode beside it."""
+    done = built[image].run("python", "-c", LOADED_FROM_SOURCE, *modules)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_nothing_that_builds_or_installs_is_shipped(each) -> None:
+    """Neither pip nor uv nor a compiler is in the image."""
+    found = [path for path in each.files() if path.name in NEVER_SHIPPED and path.is_file()]
+    modules = list(each.root.glob("opt/venv/lib/python3*/site-packages/pip")) + list(
+        each.root.glob("usr/**/ensurepip")
+    )
+
+    assert found == []
+    assert modules == []
+
+
+def test_no_file_gives_privileges_or_can_be_changed_by_all(each) -> None:
+    """No program changes its user, and only folders for temporary files are open to all."""
+    modes = {path: path.lstat().st_mode for path in each.files() if not path.is_symlink()}
+
+    assert [
+        path for path, mode in modes.items() if mode & (stat.S_ISUID | stat.S_ISGID) and stat.S_ISREG(mode)
+    ] == []
+    opened = {path for path, mode in modes.items() if mode & stat.S_IWOTH}
+    assert {str(path.relative_to(each.root)) for path in opened} == {"tmp", "var/tmp", "run/lock"}
+    assert all(modes[path] & stat.S_ISVTX for path in opened)
+
+
+def test_no_file_needs_an_owner(each) -> None:
+    """Everything belongs to root and can be read by all, except what Debian keeps from all."""
+    ours = [path for path in each.files() if path.is_relative_to(each.root / "opt") and not path.is_symlink()]
+
+    assert len(ours) > 1000
+    assert [
+        path for path in ours if path.lstat().st_uid != 0 or not path.lstat().st_mode & stat.S_IROTH
+    ] == []
+
+
+def test_labels_say_what_it_is(each) -> None:
+    """The image carries the labels of the OCI, and a user that is not root."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    labels = {key.removeprefix("org.opencontainers.image."): value for key, value in labels_of(each).items()}
+
+    assert labels["title"] == f"qlora-{each.image.name}"
+    assert labels["version"] == version
+    assert labels["licenses"] == "Apache-2.0"
+    assert labels["description"]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", labels["revision"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d([+-]\d\d:\d\d|Z)", labels["created"])
+    assert each.config["config"]["User"] == "1000:1000"
+
+
+def test_the_trainer_has_no_libraries_that_a_cpu_never_loads(trainer) -> None:
+    """Of what comes with torch for GPUs nothing is left but what torch itself cannot be imported without."""
+    site = next(trainer.root.glob("opt/venv/lib/python3*/site-packages"))
+
+    assert not (site / "triton").exists()
+    assert not list(site.glob("triton-*.dist-info"))
+    assert trainer.run("python", "-c", "import torch; print(torch.cuda.is_available())").stdout == "False\n"
+
+
+def test_a_change_of_code_changes_one_layer(operator, buildah: Buildah, tmp_path: Path) -> None:
+    """After a change of our code the layers of the base and the dependencies are the same ones."""
+    context = tmp_path / "context"
+    copy_sources(context)
+    changed = context / "operator" / "qlora_operator" / "cli.py"
+    changed.write_text(changed.read_text() + "\n# changed\n")
+    settings = context / "pyproject.toml"
+    settings.write_text(re.sub(r'(?m)^version = ".*"', 'version = "0.0.0.dev1"', settings.read_text()))
+
+    build(context, buildah)
+    try:
+        made = json.loads(buildah.run("inspect", "--type", "image", "qlora-operator:0.0.0.dev1"))
+    finally:
+        buildah.run("rmi", "qlora-operator:0.0.0.dev1")
+
+    layers = made["OCIv1"]["rootfs"]["diff_ids"]
+    before = operator.config["rootfs"]["diff_ids"]
+    assert layers[:-1] == before[:-1]
+    assert layers[-1] != before[-1]
+
+
+def packed_size(tar: Path) -> int:
+    """How many bytes the layer has compressed, as registries keep it."""
+    packer = zlib.compressobj(6, wbits=31)
+    with tar.open("rb") as file:
+        size = sum(len(packer.compress(block)) for block in iter(lambda: file.read(1 << 20), b""))
+    return size + len(packer.flush())
+
+
+def labels_of(built) -> dict[str, str]:
+    """The image's labels."""
+    return dict(built.config["config"]["Labels"])
+
+
+def copy_sources(context: Path) -> None:
+    """Copy what the images are made from."""
+    for name in images.MADE_FROM:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            context.mkdir(exist_ok=True)
+            shutil.copy(source, context / name)
+
+
+def build(context: Path, buildah: Buildah) -> None:
+    """Build the operator's image from the folder."""
+    environment = {**os.environ, **buildah.environment, "BASE_IMAGE": "debootstrap"}
+    subprocess.run([context / "images" / "build.sh", "operator"], env=environment, check=True)
