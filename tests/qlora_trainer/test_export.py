@@ -88,6 +88,19 @@ def test_peft_reads_the_configuration(tmp_path: Path) -> None:
     assert config.task_type == "CAUSAL_LM"
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"), [("hf://org/name", "c0ffee"), ("s3://team/name", None)], ids=["hub", "s3"]
+)
+def test_a_model_of_the_hub_has_its_commit(tmp_path: Path, source: str, expected: str | None) -> None:
+    """Stock peft loads that very revision; a bucket's hash is none that it could load."""
+    folder = claimed(tmp_path, model={"source": source}, fetched={"model": "c0ffee"})
+    config = export.peft_config(folder.run, small_adapter(), "org/name")
+
+    assert config["revision"] == expected
+    report = {**REPORT, "provenance": {"base_model": "org/name"}}
+    assert "for `org/name` at c0ffee, trained" in export.model_card(folder.run, report)
+
+
 def test_named_targets_stay_as_they_were_named(tmp_path: Path) -> None:
     """Whole paths are not shortened: peft would adapt more layers than were trained."""
     adapter = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}

@@ -2,16 +2,17 @@
 
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
+from qlora_contract.run import Fetched, ModelSource, RunConfig, config_hash, run_shaping_fields
 from qlora_trainer.checkpoint import LoopState
 from qlora_trainer.packing import Plan
-from qlora_trainer.training_report import training_report
+from qlora_trainer.training_report import base_model, training_report
 
 RUN = RunConfig.model_validate(
     {
@@ -62,6 +63,32 @@ def test_it_says_what_it_was_made_from() -> None:
     assert provenance["config_hash"] == config_hash(run_shaping_fields(RUN))
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["versions"]["python"] == platform.python_version()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        pytest.param("pvc://data/model", "/volumes/data/model", id="claim"),
+        pytest.param("hf://org/name", "org/name", id="hub"),
+        pytest.param("s3://team/models/name", "/volumes/data/model", id="s3"),
+    ],
+)
+def test_the_base_is_named_so_that_it_can_be_loaded(source: str, expected: str) -> None:
+    """By its name on the Hub, from where stock tools fetch it; else by its folder."""
+    run = RUN.model_copy(update={"model": ModelSource(source=source)})
+
+    assert base_model(run, Path("/volumes/data/model")) == expected
+
+
+def test_fetched_revisions_are_in_the_provenance() -> None:
+    """What the remote sources stood for; nothing for those on a claim."""
+    run = RUN.model_copy(update={"fetched": Fetched(model="c0ffee")})
+    report = training_report(
+        run, Plan(np.full(16, 16), run.training), LoopState(), "fp32", 1.0, [{"peak_memory_bytes": 1}], None
+    )
+
+    assert report["provenance"]["model_revision"] == "c0ffee"
+    assert report["provenance"]["dataset_revision"] is None
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-12])

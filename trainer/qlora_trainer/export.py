@@ -53,6 +53,7 @@ def peft_config(run: RunConfig, parameters: AdapterParameters, base: str) -> dic
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": run.fetched.model if run.model.source.startswith("hf://") else None,
         "r": run.adapter.rank,
         "lora_alpha": run.adapter.alpha,
         "lora_dropout": run.adapter.dropout,
@@ -107,6 +108,7 @@ def discard(folder: JobFolder) -> None:
 def model_card(run: RunConfig, report: dict[str, Any]) -> str:
     """README.md of the adapter, with the metadata that model hubs read."""
     base = report["provenance"]["base_model"]
+    revision = f" at {run.fetched.model}" if run.fetched.model else ""
     rows = [
         ("Base, unquantised", report["base_eval_loss"]),
         ("Base, as trained on", report["base_eval_loss_quantized"]),
@@ -123,7 +125,7 @@ tags: [lora, qlora, cpu]
 
 # {run.job.name}
 
-A LoRA adapter for `{base}`, trained on CPUs by qlora-operator.
+A LoRA adapter for `{base}`{revision}, trained on CPUs by qlora-operator.
 
 | Evaluation loss | |
 | --- | --- |

@@ -78,7 +78,7 @@ class Progress:
         """
         with self._lock:
             fields = {name: getattr(self._report, name) for name in ProgressReport.model_fields}
-            self._report = ProgressReport.model_validate(fields | changes | {"updated_time": _now()})
+            self._report = ProgressReport.model_validate(fields | changes | {"updated_time": now()})
 
     def count_tokens(self, tokens: int) -> None:
         """Add a step's tokens, over all ranks."""
@@ -220,5 +220,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: the operator asks every few seconds."""
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as reports have it: RFC 3339, UTC."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

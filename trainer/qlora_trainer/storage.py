@@ -8,15 +8,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from qlora_contract import places
 from qlora_contract.run import RunConfig, config_hash, differences, run_shaping_fields
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull, from_os_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SET_ASIDE = ".old.tmp"
 
@@ -48,6 +49,12 @@ def sync_file(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it."""
+    with storing(f"making {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file by a whole one, or leave the old one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -61,8 +68,10 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and make it durable. A full disk is the OSError it is, not safetensors' own error."""
+    from safetensors.torch import save_file  # transfers use the rest of this module, without torch
+
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
     except SafetensorError as error:

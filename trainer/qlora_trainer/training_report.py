@@ -1,11 +1,13 @@
 """training_report.json: what was trained, on what, how fast, and what came of it."""
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
 from qlora_trainer import kernels
 from qlora_trainer.checkpoint import LoopState, now
@@ -57,11 +59,21 @@ def training_report(
     }
 
 
+def base_model(run: RunConfig, folder: Path) -> str:
+    """What the adapter says that it is for: `org/name` for a model of the Hub, else the model's folder."""
+    if not is_remote(run.model.source):
+        return str(folder)
+    remote = parse_remote(run.model.source)
+    return remote.root if remote.kind == "model" else str(folder)
+
+
 def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
     """What the adapter was made from and with."""
     return {
         "model_source": run.model.source,
+        "model_revision": run.fetched.model,
         "dataset_source": run.dataset.source,
+        "dataset_revision": run.fetched.dataset,
         "dataset_sha256": state.dataset_sha256,
         "seed": run.training.seed,
         "config_hash": config_hash(run_shaping_fields(run)),

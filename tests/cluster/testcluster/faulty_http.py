@@ -111,13 +111,13 @@ class Rule:
 class FaultyHttp:
     """The proxy."""
 
-    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
-        """Stand before the server at a port of the loopback interface, which speaks no TLS; we may."""
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+        """Stand, at an address, before the server at a port of the loopback interface, which speaks no TLS; we may."""
         self.passed: list[Passed] = []
         self._upstream = port
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), type("_Handler", (Handler,), {"wire": self}))
+        self._server = _Server((host, 0), type("_Handler", (Handler,), {"wire": self}))
         self._scheme = "https" if tls else "http"
         if tls:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
@@ -135,7 +135,8 @@ class FaultyHttp:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
+        host, port = self._server.server_address[:2]
+        return f"{self._scheme}://{host!s}:{port}"
 
     def fault(self, fault: Fault, path: str = "", method: str = "GET", skip: int = 0, times: int = 1) -> None:
         """Do this to the next requests whose path (with its query) holds `path`; times -1: to all."""

@@ -242,9 +242,10 @@ class Handler(BaseHTTPRequestHandler):
             self._content(files[path], headers)
             return
         oid = facts["lfs"]["oid"]
-        port = (self.headers.get("Host") or "").rpartition(":")[2]
+        host, _, port = (self.headers.get("Host") or "").rpartition(":")
+        other = "localhost" if host == "127.0.0.1" else host
         headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(facts["size"])}
-        self._send(302, b"", {**headers, "Location": f"http://localhost:{port}/cdn/{oid}?{SIGNATURE}"})
+        self._send(302, b"", {**headers, "Location": f"http://{other}:{port}/cdn/{oid}?{SIGNATURE}"})
 
     def _cdn(self, oid: str) -> None:
         if SIGNATURE not in self.path or "Authorization" in self.headers:

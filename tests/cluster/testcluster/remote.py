@@ -71,14 +71,18 @@ class Remotes:
 
 
 @contextlib.contextmanager
-def remotes() -> Iterator[Remotes]:
-    """Both servers, while the context lasts."""
+def remotes(host: str = "127.0.0.1") -> Iterator[Remotes]:
+    """Both servers, while the context lasts; their wires listen at this address."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
     try:
         _, port = moto.get_host_and_port()
-        with HubServer() as hub, FaultyHttp(hub.port) as hub_wire, FaultyHttp(port) as s3_wire:
+        with (
+            HubServer() as hub,
+            FaultyHttp(hub.port, host=host) as hub_wire,
+            FaultyHttp(port, host=host) as s3_wire,
+        ):
             hub.tokens[HUB_TOKEN] = "write"
             s3 = boto3.client(
                 "s3",

@@ -1,0 +1,359 @@
+"""Sources into a workspace: once for all jobs, at the revision that a job keeps."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_contract import places
+from qlora_contract.run import Fetched
+from qlora_trainer.errors import ConfigurationError, StorageFull, TransferFailed, TransferRefused
+from qlora_trainer.remote.fetch import Fetch
+from qlora_trainer.remote.patience import Patience
+from qlora_trainer.remote.pins import fetched_before
+from testcluster.faulty_http import answer, cut, spoil, stall
+from testcluster.remote import BUCKET, HUB_TOKEN, Remotes, Transfers, part_bytes, until
+
+WEIGHTS = os.urandom(3_000_000)
+MODEL = {
+    "config.json": b"{}",
+    "model.safetensors": WEIGHTS,
+    "tokenizer.json": b"{}",
+    "pytorch_model.bin": b"x",
+}
+DATA = b'{"prompt": "a", "completion": "b"}\n' * 30_000
+HUB = {"model": {"source": "hf://org/name"}}
+S3 = {"dataset": {"source": f"s3://{BUCKET}/sets/train.jsonl"}}
+
+
+@pytest.fixture
+def commit(sound: Remotes) -> str:
+    """The commit of a model."""
+    return sound.hub.commit("org/name", MODEL)
+
+
+@pytest.fixture
+def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., Fetched]:
+    """Fetch for a job, in this process."""
+    (transfers.folder / "claim").mkdir()
+    keys = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret"}
+    for role in ("model", "dataset"):
+        transfers.credentials(role, token=HUB_TOKEN, **keys)
+    environ = here | {"QLORA_CREDENTIALS": str(transfers.folder / "credentials")}
+
+    def do(
+        patience: float = 20, count: Callable[[int, int], None] = lambda done, total: None, **more: Any
+    ) -> Fetched:
+        config = transfers.config("fetch", **more)
+        volumes = {"claim": transfers.folder / "claim"}
+        return Fetch(config, volumes, environ, Patience(patience), count).all()
+
+    return do
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Files below a folder but those that are not the sources' own."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path: path.relative_to(folder) for path in files}
+    return {
+        str(name): path.read_bytes()
+        for path, name in names.items()
+        if not any(p.startswith(".") for p in name.parts)
+    }
+
+
+def test_a_model_and_a_dataset_are_fetched(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+) -> None:
+    """Real files, where run.json says that they are; what training does not read is left where it is."""
+    sound.put("sets/train.jsonl", DATA)
+    fetched = fetch(**HUB, **S3)
+
+    assert fetched.model == commit
+    wanted = {name: data for name, data in MODEL.items() if not name.endswith(".bin")}
+    expected = {f"hf/org/name/{commit}/{name}": data for name, data in wanted.items()}
+    assert tree(transfers.sources) == expected | {f"s3/{BUCKET}/{fetched.dataset}/sets/train.jsonl": DATA}
+    assert not any(path.is_symlink() for path in transfers.sources.rglob("*"))
+    run = transfers.config("train", fetched=fetched, **HUB, **S3)
+    volumes = {"claim": transfers.folder / "claim"}
+    assert places.resolve(run.dataset_uri, volumes).read_bytes() == DATA
+    assert (places.resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
+
+
+def test_sources_on_claims_are_left_alone(fetch: Callable[..., Fetched], sound: Remotes) -> None:
+    """There is nothing to ask anybody."""
+    assert fetch() == Fetched()
+    assert sound.hub_wire.passed == sound.s3_wire.passed == []
+
+
+def test_what_is_there_is_not_asked_for(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+    """The same job need not even reach the servers."""
+    sound.put("sets/train.jsonl", DATA)
+    fetched = fetch(**HUB, **S3)
+    for wire in (sound.hub_wire, sound.s3_wire):
+        wire.fault(answer(500), times=-1)
+
+    assert fetch(**HUB, **S3) == fetched
+
+
+def test_jobs_share(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+    """Another job asks for the revision, and finds its files there."""
+    fetch(**HUB)
+    sent = sound.hub_wire.sent("/cdn/")
+    assert fetch(name="other", **HUB).model == commit
+    assert sound.hub_wire.sent("/cdn/") == sent == len(WEIGHTS)
+
+
+def test_a_moved_branch_does_not_move_a_job(
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+) -> None:
+    """It keeps the commit of its first fetch, also in a workspace that lost the files; a new job gets the new one."""
+    fetch(**HUB)
+    moved = sound.hub.commit("org/name", MODEL | {"config.json": b"[]"})
+
+    assert fetch(**HUB).model == commit
+    assert fetch(name="new", **HUB).model == moved
+
+
+def test_a_lost_source_is_fetched_again_as_it_was(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+) -> None:
+    """The commit is still there, though the branch has moved."""
+    fetch(**HUB)
+    sound.hub.commit("org/name", MODEL | {"config.json": b"[]"})
+    (transfers.sources / f"hf/org/name/{commit}/config.json").unlink()
+
+    assert fetch(**HUB).model == commit
+    assert (transfers.sources / f"hf/org/name/{commit}/config.json").read_bytes() == b"{}"
+
+
+def test_the_commit_that_run_json_names_is_fetched(
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+) -> None:
+    """An attempt gets what the one before it got, whatever the job's folder says."""
+    sound.hub.commit("org/name", MODEL | {"config.json": b"[]"})
+
+    assert fetch(fetched={"model": commit}, **HUB).model == commit
+
+
+def test_a_bucket_that_changed_is_refused(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
+) -> None:
+    """Its old content cannot be had; a job that needs it is not given another."""
+    sound.put("sets/train.jsonl", DATA)
+    first = fetch(**S3).dataset
+    sound.put("sets/train.jsonl", DATA + DATA)
+    assert fetch(**S3).dataset == first
+
+    (transfers.sources / f"s3/{BUCKET}/{first}/sets/train.jsonl").unlink()
+    with pytest.raises(
+        TransferRefused, match=f"is not what it was when this job first fetched it \\({first}\\)"
+    ):
+        fetch(**S3)
+    assert fetch(name="new", **S3).dataset != first
+
+
+def test_another_source_under_the_same_name_is_another_matter(
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+) -> None:
+    """What the folder keeps is for the source and the revision that were asked for."""
+    fetch(**HUB)
+    tag = sound.hub.commit("org/name", MODEL | {"config.json": b"[]"}, branch="v2")
+
+    assert fetch(model={"source": "hf://org/name", "revision": "v2"}).model == tag
+
+
+def test_half_a_file_is_resumed(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+    """Not a byte of it is sent twice."""
+    for _ in range(2):
+        sound.hub_wire.fault(cut(1_000_000), path="/cdn/")
+    fetch(**HUB)
+
+    assert sound.hub_wire.sent("/cdn/") == len(WEIGHTS)
+    assert [each.sent for each in sound.hub_wire.passed if "/cdn/" in each.path] == [1_000_000] * 3
+
+
+def test_half_an_object_is_resumed(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
+) -> None:
+    """But for what was still in aiohttp's hands."""
+    sound.put("sets/train.jsonl", WEIGHTS)
+    sound.s3_wire.fault(cut(2_000_000), path="/sets/train.jsonl")
+    fetched = fetch(**S3)
+
+    assert (transfers.sources / f"s3/{BUCKET}/{fetched.dataset}/sets/train.jsonl").read_bytes() == WEIGHTS
+    assert sound.s3_wire.sent("/sets/train.jsonl") < len(WEIGHTS) + 1_000_000
+
+
+@pytest.mark.parametrize("path", ["/cdn/", "/config.json"])
+def test_wrong_bytes_are_never_kept(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str, path: str
+) -> None:
+    """Once: fetched anew. Again and again: an error, and nothing that a job could take for the model."""
+    sound.hub_wire.fault(spoil(), path=path, times=-1)
+    with pytest.raises(TransferFailed, match="came 2 times, and never as its source says that it is"):
+        fetch(**HUB)
+    with pytest.raises(ConfigurationError):
+        fetched_before(transfers.config("train", **HUB), {"claim": transfers.folder / "claim"})
+
+    sound.hub_wire.heal()
+    sound.hub_wire.fault(spoil(), path=path)
+    fetch(**HUB)
+    assert (transfers.sources / f"hf/org/name/{commit}/model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_spoilt_objects_are_never_kept(fetch: Callable[..., Fetched], sound: Remotes) -> None:
+    """By the etag that S3 told before."""
+    sound.put("sets/train.jsonl", DATA)
+    sound.s3_wire.fault(spoil(), path="/sets/train.jsonl", times=-1)
+    with pytest.raises(TransferFailed, match="its md5 is"):
+        fetch(**S3)
+
+
+@pytest.mark.parametrize("source", [HUB, S3], ids=["hub", "s3"])
+def test_too_many_requests_are_waited_for(
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str, source: dict[str, Any]
+) -> None:
+    """For as long as the server asks."""
+    sound.put("sets/train.jsonl", DATA)
+    for wire, path in ((sound.hub_wire, "/cdn/"), (sound.s3_wire, "/sets/train.jsonl")):
+        wire.fault(answer(429, Retry_After="1"), path=path, times=2)
+
+    assert fetch(**source) != Fetched()
+
+
+def test_a_server_that_stays_away_is_given_up(
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+) -> None:
+    """After the patience, with its last word."""
+    sound.hub_wire.fault(answer(503), path="/cdn/", times=-1)
+    with pytest.raises(TransferFailed, match=r"model\.safetensors of hf://org/name: HTTP 503; given up"):
+        fetch(patience=2, **HUB)
+
+
+def test_bytes_are_counted(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+    """What is there counts as done; what was thrown away does not."""
+    sound.hub_wire.fault(spoil(), path="/cdn/")
+    sums = [0, 0]
+
+    def count(done: int, total: int) -> None:
+        sums[0] += done
+        sums[1] += total
+
+    fetch(count=count, **HUB)
+    assert sums == [len(WEIGHTS) + 4, len(WEIGHTS) + 4]
+
+
+def test_a_traversal_is_refused(fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes) -> None:
+    """A repository with a name that leaves its folder is not fetched at all."""
+    sound.hub.commit("org/name", MODEL | {"../../../../jobs/j/evil.json": b"{}"})
+    with pytest.raises(TransferRefused, match="leaves its folder"):
+        fetch(**HUB)
+
+    assert not list(transfers.folder.rglob("evil.json"))
+
+
+def test_two_at_once_download_once(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+    """The second waits for the first, and takes what that one has fetched."""
+    held = threading.Event()
+    sound.hub_wire.fault(stall(1_000_000, held), path="/cdn/")
+    found: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(fetch(name=n, **HUB).model)) for n in ("a", "b")
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: sum("/tree/" in each.path for each in sound.hub_wire.passed) == 2)
+    held.set()
+    for thread in threads:
+        thread.join()
+
+    assert found == [commit, commit]
+    assert sound.hub_wire.sent("/cdn/") == len(WEIGHTS)
+
+
+def test_a_full_disk_is_told(
+    fetch: Callable[..., Fetched],
+    transfers: Transfers,
+    sound: Remotes,
+    commit: str,
+    small_disk: Callable[[Path, int], None],
+) -> None:
+    """Before a byte is fetched, when the sizes tell that it cannot fit."""
+    small_disk(transfers.folder / "claim", 2_000_000)
+    with pytest.raises(
+        StorageFull, match=r"hf://org/name needs 2.9 MiB more, and the workspace has 1.9 MiB free"
+    ):
+        fetch(**HUB)
+
+    assert sound.hub_wire.sent("/cdn/") == 0
+
+
+def test_a_disk_that_fills_up_is_told(
+    fetch: Callable[..., Fetched],
+    transfers: Transfers,
+    sound: Remotes,
+    commit: str,
+    small_disk: Callable[[Path, int], None],
+) -> None:
+    """While it is written to; half a file is not left, to take up what others need."""
+    small_disk(transfers.folder / "claim", 4_000_000)
+    held = threading.Event()
+    sound.hub_wire.fault(stall(1_000_000, held), path="/cdn/")
+
+    def fill() -> None:
+        until(lambda: part_bytes(transfers.sources) > 500_000)
+        (transfers.folder / "claim/others").write_bytes(bytes(2_000_000))
+        held.set()
+
+    other = threading.Thread(target=fill)
+    other.start()
+    with pytest.raises(
+        StorageFull, match=r"no space left while fetching model\.safetensors of hf://org/name"
+    ):
+        fetch(**HUB)
+    other.join()
+
+    assert part_bytes(transfers.sources) == 0
+
+
+def test_what_was_fetched_before_is_found_without_asking(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+) -> None:
+    """By `qlora plan`; what is not there yet is an error that says what gets it."""
+    config, volumes = transfers.config("train", **HUB), {"claim": transfers.folder / "claim"}
+    with pytest.raises(ConfigurationError, match="hf://org/name is not in the workspace yet; `qlora fetch`"):
+        fetched_before(config, volumes)
+    fetch(**HUB)
+
+    assert fetched_before(config, volumes).fetched == Fetched(model=commit)
+    assert fetched_before(transfers.config("train"), volumes).fetched == Fetched()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"model": {"source": "hf://org/name"}}'])
+def test_damaged_pins_are_as_if_there_were_none(
+    fetch: Callable[..., Fetched], transfers: Transfers, commit: str, text: str
+) -> None:
+    """They are written anew."""
+    transfers.job().mkdir(parents=True)
+    (transfers.job() / "fetched.json").write_text(text)
+
+    assert fetch(**HUB).model == commit
+    pins = json.loads((transfers.job() / "fetched.json").read_text())
+    assert pins["model"] == {"source": "hf://org/name", "revision": "main", "found": commit}
+
+
+def test_the_manifest_has_the_hashes(
+    fetch: Callable[..., Fetched], transfers: Transfers, commit: str
+) -> None:
+    """Of all that was fetched."""
+    fetch(**HUB)
+    manifest = json.loads(next((transfers.sources / "hf/org/name").glob(".*/manifest-*.json")).read_text())
+
+    expected = {"size": len(WEIGHTS), "sha256": hashlib.sha256(WEIGHTS).hexdigest()}
+    assert manifest["files"]["model.safetensors"] == expected

@@ -1,0 +1,117 @@
+"""Who fetches into a folder, so that others wait instead of fetching the same.
+
+A file with its holder's name and a count that grows while the holder lives. Not a lock of the kernel's: those
+are lost over NFS, or held for ever by a node that is gone. Whether a holder lives is told by the file changing, never
+by comparing the clocks of two machines. Only an optimisation: should two hold it after all, they write the same
+bytes to the same places, and the checks before a file gets its name still hold.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 10.0
+"""A lease that has not changed for so long is a dead one's: some beats, and a server of files that stalls."""
+LOOK_SECONDS = 0.2
+
+
+class LeaseLost(Exception):  # noqa: N818 - what happened
+    """Another one has taken the lease over, as we gave no sign of life."""
+
+
+class Lease:
+    """A lease that is held."""
+
+    def __init__(self, path: Path, owner: str) -> None:
+        self._path = path
+        self._owner = owner
+        self._lost = threading.Event()
+        self._over = threading.Event()
+        self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._beats.start()
+
+    def check(self) -> None:
+        """Raises LeaseLost."""
+        if self._lost.is_set():
+            raise LeaseLost
+
+    def release(self) -> None:
+        """Let others have it."""
+        self._over.set()
+        self._beats.join()
+        if _owner(_read(self._path)) == self._owner:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._over.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                if _owner(_read(self._path)) != self._owner:
+                    self._lost.set()
+                    return
+                with self._path.open("r+") as stream:
+                    stream.write(f"{self._owner} {count}")
+            except OSError:
+                continue  # the file server's bad moment; if it is more, the others take over
+
+
+@contextmanager
+def leased(path: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Lease]:
+    """Hold the lease of a path, once nobody else does who lives."""
+    lease = _acquire(path, stale_seconds)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _acquire(path: Path, stale_seconds: float) -> Lease:
+    owner = uuid.uuid4().hex
+    seen: str | None = None
+    since = time.monotonic()
+    while not _create(path, owner):
+        now, content = time.monotonic(), _read(path)
+        if content != seen:
+            seen, since = content, now
+        elif now - since > stale_seconds:
+            _take_away(path, content)
+        time.sleep(LOOK_SECONDS)
+    return Lease(path, owner)
+
+
+def _create(path: Path, owner: str) -> bool:
+    try:
+        with path.open("x") as stream:
+            stream.write(f"{owner} 0")
+    except FileExistsError:
+        return False
+    return True
+
+
+def _take_away(path: Path, dead: str) -> None:
+    """Remove a dead one's lease, which had this content; another's is left, or put back."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)  # of several who try, one gets it
+        if _read(aside) != dead:  # somebody was quicker, and this is the new holder's
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(aside)
+        aside.unlink()
+
+
+def _read(path: Path) -> str:
+    # Opened anew each time: NFS looks at the server then.
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _owner(content: str) -> str:
+    return content.partition(" ")[0]
