@@ -28,27 +28,33 @@ Object = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def operator(node_cluster: Cluster, values: Object) -> Iterator[Cluster]:
+def operator(node_cluster: Cluster, values: Object, settle: Callable[[], None]) -> Iterator[Cluster]:
     """The cluster, with the operator installed by its chart."""
     kubectl = node_cluster.kubectl
     kubectl("create", "namespace", SYSTEM)
     kubectl("label", "namespace", SYSTEM, "pod-security.kubernetes.io/enforce=restricted")
     # On a cluster that exists, other tests may have put the definition there.
     Releases(node_cluster, SYSTEM).install(values, "--take-ownership", "--force-conflicts")
-    rolled_out(node_cluster)
+    settle()
     yield node_cluster
     with contextlib.suppress(KubectlError):  # tests that end the cluster come last
         print(kubectl("-n", SYSTEM, "logs", "deployment/qlora-operator", "--tail=200"))
 
 
-def rolled_out(cluster: Cluster) -> None:
-    """Wait until the operator's newest pod is ready."""
-    try:
-        cluster.kubectl("-n", SYSTEM, "rollout", "status", "deployment/qlora-operator", "--timeout=120s")
-    except KubectlError:
-        print(cluster.kubectl("-n", SYSTEM, "describe", "pods"))
-        print(cluster.kubectl("-n", SYSTEM, "logs", "deployment/qlora-operator", "--tail=50"))
-        raise
+@pytest.fixture(scope="session")
+def settle(node_cluster: Cluster) -> Callable[[], None]:
+    """settle() waits until the operator's newest pod is ready."""
+    kubectl = node_cluster.kubectl
+
+    def wait() -> None:
+        try:
+            kubectl("-n", SYSTEM, "rollout", "status", "deployment/qlora-operator", "--timeout=120s")
+        except KubectlError:
+            print(kubectl("-n", SYSTEM, "describe", "pods"))
+            print(kubectl("-n", SYSTEM, "logs", "deployment/qlora-operator", "--tail=50"))
+            raise
+
+    return wait
 
 
 @pytest.fixture(scope="session")

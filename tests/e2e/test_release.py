@@ -20,17 +20,12 @@ DEFINITION = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.
 
 
 @pytest.fixture
-def releases(operator: Cluster, values: Object) -> Iterator[Releases]:
+def releases(operator: Cluster, values: Object, settle: Callable[[], None]) -> Iterator[Releases]:
     """The operator's, which is as it was when the test has ended."""
     made = Releases(operator, SYSTEM)
     yield made
     made.install(values)
-    settle(operator)
-
-
-def settle(cluster: Cluster) -> None:
-    """Wait for the operator's pod."""
-    cluster.kubectl("-n", SYSTEM, "rollout", "status", f"deployment/{RELEASE}", "--timeout=120s")
+    settle()
 
 
 def newer_chart(folder: Path) -> Path:
@@ -53,12 +48,13 @@ def test_a_job_outlives_every_change_of_the_release(
     operator: Cluster,
     releases: Releases,
     values: Object,
+    settle: Callable[[], None],
     small_job: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     """Upgrade with a new definition, rollback, a killed operator, uninstall and installation anew, all while one job
     trains: it keeps its one attempt and its pods."""
-    job = small_job("unmoved", training={"maxSteps": 1500})
+    job = small_job("unmoved", training={"maxSteps": 4000})
     job.until_step(20)
     pods = [pod["metadata"]["uid"] for pod in job.pods()]
 
@@ -69,36 +65,38 @@ def test_a_job_outlives_every_change_of_the_release(
 
     chart = newer_chart(tmp_path)
     releases("upgrade", RELEASE, str(chart), values={**values, "timing": {"sweepSeconds": 30}})
-    settle(operator)
+    settle()
     assert "ofTheNextVersion" in str(operator.client.get(DEFINITION))
     unmoved(job.status["progress"]["step"] + 10)
 
     releases("rollback", RELEASE)
-    settle(operator)
+    settle()
     wait_for(lambda: "ofTheNextVersion" not in str(operator.client.get(DEFINITION)), 30)
     unmoved(job.status["progress"]["step"] + 10)
 
     operator.kubectl("-n", SYSTEM, "delete", "pod", "-l", "app.kubernetes.io/name=qlora-operator", "--force")
-    settle(operator)
+    settle()
     unmoved(job.status["progress"]["step"] + 10)
 
     releases("uninstall", RELEASE, "--wait")
     assert job.status["phase"] == "Running", "the definition and the job are kept"
     releases.install(values, "--take-ownership")
-    settle(operator)
+    settle()
     unmoved(job.status["progress"]["step"] + 10)
 
     status = job.until_phase("Succeeded")
     assert len(status["attempts"]) == 1
 
 
-def test_helm_test_runs_a_job(operator: Cluster, releases: Releases, values: Object) -> None:
+def test_helm_test_runs_a_job(
+    operator: Cluster, releases: Releases, values: Object, settle: Callable[[], None]
+) -> None:
     """With a claim, `helm test` trains a tiny job to its end, and leaves nothing of it."""
     if not isinstance(operator, NodeCluster):
         pytest.skip("a cluster that exists has no claim of which this test could know")
     folder = operator.shared_volume(SYSTEM, "helm-test")
     releases.install({**values, "test": {"claim": "helm-test"}})
-    settle(operator)
+    settle()
 
     said = releases("test", RELEASE, "--logs", "--timeout", "15m")
 

@@ -45,8 +45,9 @@ def _tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(SPECIAL))
+    end = SPECIAL[0]
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
+        tokenizer_object=core, eos_token=end, pad_token=end, chat_template=TEMPLATE
     )
 
 

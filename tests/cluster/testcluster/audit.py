@@ -14,7 +14,7 @@ def requests(cluster: ControlPlane, user: str) -> list[Object]:
     """The user's requests for resources so far, whether or not they were allowed."""
     lines = cluster.audit_log.read_text().splitlines(keepends=True)
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [entry for entry in entries if entry["user"]["username"] == user and "objectRef" in entry]
+    return [entry for entry in entries if entry["user"].get("username") == user and "objectRef" in entry]
 
 
 def permission(entry: Object) -> Permission:

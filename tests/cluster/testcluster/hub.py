@@ -74,6 +74,8 @@ class HubServer:
         """LFS objects by sha256."""
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         """(method, path, headers) of every request."""
+        self.cdn = ""
+        """Address of the host that LFS objects are read from; empty: the same by another name."""
         self.ranges = True
         """Whether it answers a request for a part of a file with that part."""
         self._server = _Server(("127.0.0.1", 0), type("_Handler", (Handler,), {"hub": self}))
@@ -242,10 +244,10 @@ class Handler(BaseHTTPRequestHandler):
             self._content(files[path], headers)
             return
         oid = facts["lfs"]["oid"]
-        host, _, port = (self.headers.get("Host") or "").rpartition(":")
-        other = "localhost" if host == "127.0.0.1" else host
+        port = (self.headers.get("Host") or "").rpartition(":")[2]
+        cdn = self.hub.cdn or f"http://localhost:{port}"
         headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(facts["size"])}
-        self._send(302, b"", {**headers, "Location": f"http://{other}:{port}/cdn/{oid}?{SIGNATURE}"})
+        self._send(302, b"", {**headers, "Location": f"{cdn}/cdn/{oid}?{SIGNATURE}"})
 
     def _cdn(self, oid: str) -> None:
         if SIGNATURE not in self.path or "Authorization" in self.headers:

@@ -36,6 +36,8 @@ class Remotes:
     s3: Any
     """boto3's client, past the wire."""
     s3_wire: FaultyHttp
+    cdn_wire: FaultyHttp
+    """What LFS objects of the Hub come by."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -54,7 +56,7 @@ class Remotes:
         """Take everything away, faults too."""
         self.hub.repositories.clear()
         self.hub.objects.clear()
-        for wire in (self.hub_wire, self.s3_wire):
+        for wire in (self.hub_wire, self.s3_wire, self.cdn_wire):
             wire.heal()
             wire.passed.clear()
         for key in self.list_keys():
@@ -71,8 +73,9 @@ class Remotes:
 
 
 @contextlib.contextmanager
-def remotes(host: str = "127.0.0.1") -> Iterator[Remotes]:
-    """Both servers, while the context lasts; their wires listen at this address."""
+def remotes(host: str = "127.0.0.1", cdn_host: str | None = None) -> Iterator[Remotes]:
+    """Both servers, while the context lasts; their wires listen at this address, and LFS objects come from the other
+    one, if there is one."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     moto.start()
@@ -82,7 +85,10 @@ def remotes(host: str = "127.0.0.1") -> Iterator[Remotes]:
             HubServer() as hub,
             FaultyHttp(hub.port, host=host) as hub_wire,
             FaultyHttp(port, host=host) as s3_wire,
+            FaultyHttp(hub.port, host=cdn_host or host) as cdn_wire,
         ):
+            if cdn_host:
+                hub.cdn = cdn_wire.url
             hub.tokens[HUB_TOKEN] = "write"
             s3 = boto3.client(
                 "s3",
@@ -92,7 +98,7 @@ def remotes(host: str = "127.0.0.1") -> Iterator[Remotes]:
                 aws_secret_access_key="b",
             )
             s3.create_bucket(Bucket=BUCKET)
-            made = Remotes(hub, hub_wire, s3, s3_wire)
+            made = Remotes(hub, hub_wire, s3, s3_wire, cdn_wire if cdn_host else hub_wire)
             yield made
             made.clear()
             s3.close()
