@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.places import (
+    COMPLETION_INDEX_ENV,
     CPUS_ENV,
     PARENT_DEATH_ENV,
     RENDEZVOUS_PORT,
@@ -25,6 +27,7 @@ from qlora_contract.run import RunConfig
 from qlora_trainer import cpu, launch, supervise
 from qlora_trainer.launch import LaunchError
 from qlora_trainer.supervise import Limits
+from qlora_trainer.topology.layout import RankPlace
 from qlora_trainer.verdict import conclude, end_of
 
 SAY = textwrap.dedent("""
@@ -128,8 +131,8 @@ def test_places_of_a_rank(
 ) -> None:
     """RANK counts over all pods, LOCAL_RANK within one, NODE_RANK the pods; PET_* agree."""
     run = a_run(layout={"pods": pods, "ranksPerPod": ranks})
-    part = cpu.RankCpus([4, 5, 6], 3)
-    got = launch.rank_environment(run, index, local, part, {"MASTER_ADDR": "host-0.svc", "KEPT": "yes"})
+    place, environ = RankPlace((4, 5, 6), 3), {"MASTER_ADDR": "host-0.svc", "KEPT": "yes"}
+    got = launch.rank_environment(run, [ranks] * pods, index, local, place, environ)
 
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "PET_NNODES")
     assert tuple(got[name] for name in names) == expected
@@ -143,7 +146,7 @@ def test_places_of_a_rank(
 def test_threads_and_offline_switches_are_set_for_a_rank(a_run: Callable[..., RunConfig]) -> None:
     """A rank computes with its own threads, offline, whatever the launcher's environment says."""
     inherited = {"OMP_NUM_THREADS": "64", "HF_HUB_OFFLINE": "0", "MASTER_PORT": "1234"}
-    got = launch.rank_environment(a_run(), 0, 0, cpu.RankCpus([0, 1, 2, 3], 2), inherited)
+    got = launch.rank_environment(a_run(), [2], 0, 0, RankPlace((0, 1), 2), inherited)
 
     assert got["OMP_NUM_THREADS"] == got["MKL_NUM_THREADS"] == "2"
     assert got["MKL_DYNAMIC"] == "FALSE"
@@ -156,7 +159,7 @@ def test_threads_and_offline_switches_are_set_for_a_rank(a_run: Callable[..., Ru
 def test_several_pods_need_a_master_address(a_run: Callable[..., RunConfig]) -> None:
     """With more than one pod there is no default for the host of rank 0."""
     with pytest.raises(LaunchError, match="MASTER_ADDR is not set, and 2 pods need") as caught:
-        launch.rank_environment(a_run(layout={"pods": 2}), 0, 0, cpu.RankCpus([0], 1), {})
+        launch.rank_environment(a_run(layout={"pods": 2}), [2, 2], 0, 0, RankPlace((0,), 1), {})
 
     assert caught.value.code == ExitCode.INVALID_CONFIGURATION
 
@@ -250,7 +253,7 @@ def test_a_run_file_survives_the_round_trip(a_run: Callable[..., RunConfig], tmp
 def test_a_cpu_that_is_not_ours_is_refused(a_run: Callable[..., RunConfig]) -> None:
     """QLORA_CPUS may only name CPUs that the kernel allows."""
     with pytest.raises(LaunchError, match=r"QLORA_CPUS names CPUs 9000, which .* it may use [0-9]"):
-        launch.rank_cpus(a_run(), {CPUS_ENV: "9000"})
+        launch.place_ranks(a_run(), {CPUS_ENV: "9000"})
 
 
 def test_too_few_cpus_end_the_launch(a_run: Callable[..., RunConfig], machine: Machine) -> None:
@@ -484,9 +487,11 @@ def test_nobody_outlives_a_dead_peer_for_ever(
         sys.exit(31)
     """)
     (tmp_path / "rank.py").write_text(f"import os; os.chdir({str(tmp_path)!r})\n{program}")
-    run, cpus = a_run(), [cpu.RankCpus(sorted(os.sched_getaffinity(0)), 1)] * 2
-    environments = [launch.rank_environment(run, 0, local, cpus[local], os.environ) for local in range(2)]
-    ranks = supervise.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, cpus, tmp_path)
+    run, places = a_run(), [RankPlace(tuple(os.sched_getaffinity(0)), 1)] * 2
+    environments = [
+        launch.rank_environment(run, [2], 0, local, places[local], os.environ) for local in range(2)
+    ]
+    ranks = supervise.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, places, tmp_path)
     ended = supervise.watch(ranks, Limits(grace=60, patience=0.3, kill_delay=1), supervise.Stop())
     ends = [end_of(rank) for rank in ended]
 
@@ -494,3 +499,98 @@ def test_nobody_outlives_a_dead_peer_for_ever(
     assert [(end.code, end.forced) for end in ends] == [(31, False), (code, True)]
     assert conclude(ends, run, oom=False, limit=None).exit_code == ExitCode.STALLED
     assert "a rank has died" in capfd.readouterr().err
+
+
+# --- one rank per cluster: the launchers agree on the world
+
+AUTO = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from qlora_trainer import launch
+    from qlora_trainer.supervise import Stop
+    from qlora_trainer.topology import machine
+
+    # Each CPU stands for a NUMA node, so that a launcher with two of them has two ranks.
+    real = machine.read()
+    apart = tuple(machine.Core((cpu,), 0, cpu) for core in real.cores for cpu in core.cpus)
+    machine.read = lambda root=None: machine.Machine(apart)
+    run = launch.load_run(Path("run.json"))
+    run = run.model_copy(update={"layout": run.layout.model_copy(update={"ranks_per_pod": "auto"})})
+    launch.load_run = lambda path: run
+    os._exit(launch.main([sys.executable, "rank.py"]))
+""")
+"""A launcher of a job with ranksPerPod auto."""
+
+SAY_PLACE = (
+    "print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NODE_RANK')), flush=True)"
+)
+
+
+def auto_launchers(
+    machine: Machine, run: RunConfig, program: str, cpus: list[str], uids: list[str] | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """A launcher for each list of CPUs, with pod indices from 0; `uids` are the jobs that they belong to."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    started = []
+    for index, named in enumerate(cpus):
+        folder = machine.folder / f"pod-{index}"
+        folder.mkdir()
+        job = run.job.model_copy(update={"uid": uids[index] if uids else run.job.uid})
+        (folder / "run.json").write_text(run.model_copy(update={"job": job}).to_json())
+        (folder / "rank.py").write_text(SAY + textwrap.dedent(program))
+        environ = {RUN_CONFIG_ENV: "run.json", TERMINATION_LOG_ENV: "log", COMPLETION_INDEX_ENV: str(index)}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), CPUS_ENV: named}
+        process = subprocess.Popen(
+            [sys.executable, "-c", AUTO],
+            cwd=folder,
+            env={**os.environ, **environ, **address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        machine.started.append(process)
+        started.append(process)
+    return started
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_pods_of_unequal_size_make_one_world(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """Two ranks in pod 0, one each in pods 1 and 2: ranks count over the pods, and all know the same world."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    run = a_run(layout={"pods": 3})
+    launchers = auto_launchers(machine, run, SAY_PLACE, [f"{first},{second}", str(first), str(second)])
+    ends = [launcher.communicate(timeout=60) for launcher in launchers]
+
+    assert [launcher.returncode for launcher in launchers] == [0, 0, 0]
+    assert sorted(line for out, _ in ends for line in out.splitlines()) == [
+        b"[rank 0] 0 4 0 0",
+        b"[rank 1] 1 4 1 0",
+        b"[rank 2] 2 4 0 1",
+        b"[rank 3] 3 4 0 2",
+    ]
+    assert f"launcher: local rank 1: 1 thread(s) on CPUs {second}".encode() in ends[0][1]
+
+
+def test_a_pod_that_never_comes_ends_the_launch(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """After rendezvousTimeoutSeconds every launcher ends with the code for it, and the sentence names the pod."""
+    run = a_run(layout={"pods": 3}, distributed={"rendezvousTimeoutSeconds": 5})
+    cpu = str(min(os.sched_getaffinity(0)))
+    launchers = auto_launchers(machine, run, SAY_PLACE, [cpu, cpu])
+    ends = [launcher.communicate(timeout=60) for launcher in launchers]
+
+    assert [launcher.returncode for launcher in launchers] == [ExitCode.RENDEZVOUS_FAILED] * 2
+    assert [b"2 of 3 pods came to" in err and b"pod(s) 2 did not" in err for _, err in ends] == [True, True]
+    assert [out for out, _ in ends] == [b"", b""]
+
+
+def test_a_pod_of_another_job_ends_alone(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """It is told whose launcher it met; the other one waits on for its own pods, until it is told to stop."""
+    cpu = str(min(os.sched_getaffinity(0)))
+    launchers = auto_launchers(machine, a_run(layout={"pods": 2}), SAY_PLACE, [cpu, cpu], ["u", "other"])
+    _, err = launchers[1].communicate(timeout=60)
+    launchers[0].terminate()
+    launchers[0].communicate(timeout=60)
+
+    assert launchers[1].returncode == ExitCode.RENDEZVOUS_FAILED
+    assert b"pod 1 is of job uid 'other', attempt 1, 2 pods, and 127.0.0.1:" in err
+    assert launchers[0].returncode == ExitCode.TERMINATED

@@ -1,6 +1,7 @@
 """What the planner tells, with a small model and real data."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,31 @@ def test_the_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> N
     assert PlanAnswer.model_validate_json(capsys.readouterr().out).machine == plan.machine()
     assert plan.main(["a", "b"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_the_layout_is_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each list of CPUs, one pod: its ranks with CPUs, threads and nodes."""
+    cpus = str(min(os.sched_getaffinity(0)))
+    (tmp_path / "run.json").write_text(a_run(layout={"cpusPerRank": 1}).to_json())
+
+    assert plan.main(["layout", str(tmp_path / "run.json"), cpus, cpus]) == 0
+    answer = PlanAnswer.model_validate_json(capsys.readouterr().out)
+    assert answer.pods is not None
+    assert [(rank.cpus, rank.threads) for pod in answer.pods for rank in pod.ranks] == [(cpus, 1)] * 2
+    assert all(pod.bound and pod.notes == [] and pod.unused == "" for pod in answer.pods)
+
+
+def test_ranks_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    """With the launcher's code and sentence."""
+    (tmp_path / "run.json").write_text(a_run(layout={"cpusPerRank": 1000}).to_json())
+    answer = plan.layouts(tmp_path / "run.json", [str(min(os.sched_getaffinity(0)))])
+
+    assert answer.error is not None
+    assert answer.error.code == ExitCode.INVALID_CONFIGURATION
+    assert "need 1000 CPUs, and 1 can be used here" in answer.error.cause
+
+
+def test_a_layout_needs_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a list of CPUs the usage is shown."""
+    assert plan.main(["layout", "run.json"]) == 2
+    assert "layout RUN_JSON CPUS [CPUS ...]" in capsys.readouterr().err

@@ -33,6 +33,7 @@ from qlora_trainer.peers import LostPeer
 from qlora_trainer.progress import Progress, ProgressServer, port_from_environ
 from qlora_trainer.session import Session
 from qlora_trainer.storage import JobFolder
+from qlora_trainer.topology.helpers import on_helpers
 from qlora_trainer.train import train
 
 log = logging.getLogger("qlora_trainer")
@@ -64,8 +65,9 @@ def run_rank() -> int:
     heartbeat: Heartbeat | None = None
     rank = World.from_environ(os.environ).rank
     try:
-        session = open_session()
-        heartbeat = start_heartbeat(session)
+        with on_helpers():
+            session = open_session()
+            heartbeat = start_heartbeat(session)
         ending = train_or_find_done(session)
         part(session, heartbeat)
     except BaseException as error:

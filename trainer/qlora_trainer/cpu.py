@@ -1,17 +1,16 @@
 """What the processor can do, which CPUs this process may use, and how much memory.
 
-Standard library only: the launcher asks before torch is imported. Functions that
-read the kernel's files take `root`, the folder that holds `proc` and `sys`.
+Standard library only: the launcher asks before torch is imported. What ranks make of the
+CPUs is decided in `topology`. Functions that read the kernel's files take `root`, the
+folder that holds `proc` and `sys`.
 """
 
 import ctypes
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_contract.cpus import slices
 from qlora_contract.run import ISA_TIERS, IsaTier
 
 ROOT = Path("/")
@@ -133,82 +132,6 @@ def parse_cpu_list(text: str) -> list[int]:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
-
-
-def by_core(cpus: Iterable[int], root: Path = ROOT) -> list[int]:
-    """The CPUs ordered by socket and core, so that a slice of them holds whole cores.
-
-    In the order of their numbers, hardware threads of one core are often far apart
-    (0 and 64), and two ranks would share every core. Unknown topology: by number.
-    """
-
-    def place(cpu: int) -> tuple[int, int, int]:
-        folder = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        try:
-            package, core = (int((folder / f).read_text()) for f in ("physical_package_id", "core_id"))
-        except (OSError, ValueError):
-            return 0, cpu, cpu
-        return package, core, cpu
-
-    return sorted(cpus, key=place)
-
-
-# --- sharing CPUs out
-
-
-@dataclass(frozen=True)
-class RankCpus:
-    """What one rank runs on: its affinity, and how many threads it computes with."""
-
-    cpus: list[int]
-    threads: int
-
-
-def threads(cpus: list[int], quota: float | None) -> int:
-    """Threads that can run at once on these CPUs under a quota (in CPUs), at least one."""
-    return len(cpus) if quota is None else max(1, min(len(cpus), int(quota)))
-
-
-def check_enough(there: int, ranks: int, cpus_per_rank: int) -> None:
-    """Raise CpuError when there are fewer CPUs than the ranks need."""
-    needed = ranks * cpus_per_rank
-    if there < needed:
-        raise CpuError(
-            f"{ranks} rank(s) of {cpus_per_rank} CPU(s) need {needed} CPUs, and {there} can be used here: "
-            "lower topology.cpusPerRank or topology.ranksPerPod, or set topology.pinning to best-effort"
-        )
-
-
-def split_cpus(cpus: list[int], ranks: int, cpus_per_rank: int, pinning: str) -> list[list[int]]:
-    """One slice of `cpus`, in the order given, for each of `ranks` ranks.
-
-    Slices are disjoint and hold `cpus_per_rank` CPUs. With too few CPUs, `strict`
-    raises CpuError; `best-effort` shares them evenly, and more ranks than CPUs take
-    turns at them.
-    """
-    if pinning == "strict" or not cpus:
-        check_enough(len(cpus), ranks, cpus_per_rank)
-    return slices(cpus, ranks, cpus_per_rank)
-
-
-def assign_cpus(
-    cpus: list[int], quota: float | None, ranks: int, cpus_per_rank: int, pinning: str, *, ours_alone: bool
-) -> list[RankCpus]:
-    """Affinity and threads of each rank.
-
-    Ranks are bound to slices only when other pods do not use the same CPUs: when
-    somebody chose them for us (`ours_alone`), or when there are no more than are
-    needed (a kubelet with static CPU management gives exactly those). Otherwise all
-    pods of a node would crowd on its first CPUs; there the ranks float, and only
-    their threads are limited, to their share of the quota.
-    """
-    usable = threads(cpus, quota)
-    if pinning == "strict":
-        check_enough(usable, ranks, cpus_per_rank)
-    if usable < len(cpus) or (len(cpus) > ranks * cpus_per_rank and not ours_alone):
-        return [RankCpus(cpus, max(1, min(cpus_per_rank, usable // ranks)))] * ranks
-    slices = split_cpus(cpus, ranks, cpus_per_rank, pinning)
-    return [RankCpus(part, len(part)) for part in slices]
 
 
 # --- control groups

@@ -30,6 +30,10 @@ from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RUN_CONFIG_VERSION, RunConfig
 from qlora_trainer import cpu, report
 from qlora_trainer.supervise import Stop, die_with_parent, limits_of, say, start_ranks, watch
+from qlora_trainer.topology import machine, memory
+from qlora_trainer.topology.agreement import AgreementError, Hello, Stopped, agree
+from qlora_trainer.topology.environment import memory_settings, thread_settings
+from qlora_trainer.topology.layout import Layout, Pinning, RankPlace, Ranks, Share, Wish, layout
 from qlora_trainer.verdict import conclude, end_of
 
 RANK_COMMAND = (sys.executable, "-m", "qlora_trainer")
@@ -90,55 +94,104 @@ def check_isa(run: RunConfig, found: cpu.Isa) -> None:
         )
 
 
-def rank_cpus(run: RunConfig, environ: Mapping[str, str], root: Path = cpu.ROOT) -> list[cpu.RankCpus]:
-    """What each local rank runs on, of the CPUs that this launcher was given."""
+def share_of(environ: Mapping[str, str], root: Path = cpu.ROOT) -> Share:
+    """What this launcher was given of its machine."""
     allowed, quota = cpu.available_cpus(root)
-    layout, named = run.layout, environ.get(CPUS_ENV)
+    named = environ.get(CPUS_ENV)
+    cpus = cpu.parse_cpu_list(named) if named else allowed
+    if missing := sorted(set(cpus) - set(allowed)):
+        raise _invalid(
+            f"{CPUS_ENV} names CPUs {format_cpu_list(missing)}, which this process may not use; "
+            f"it may use {format_cpu_list(allowed)}"
+        )
+    return Share(tuple(cpus), quota, bool(named), memory.allowed_nodes(root), memory.may_place())
+
+
+def wish_of(run: RunConfig) -> Wish:
+    """What the job asks for in each pod."""
+    asked = run.layout
+    return _wish(asked.ranks_per_pod, asked.cpus_per_rank, asked.pinning)
+
+
+def _wish(ranks: Ranks, cpus_per_rank: int, pinning: Pinning) -> Wish:
+    return Wish(ranks, None if ranks == "auto" else ranks * cpus_per_rank, pinning)
+
+
+def place_ranks(run: RunConfig, environ: Mapping[str, str], root: Path = cpu.ROOT) -> Layout:
+    """Where each local rank runs. Raises LaunchError when they do not fit."""
     try:
-        cpus = cpu.parse_cpu_list(named) if named else allowed
-        if missing := sorted(set(cpus) - set(allowed)):
-            raise _invalid(
-                f"{CPUS_ENV} names CPUs {format_cpu_list(missing)}, which this process may not use; "
-                f"it may use {format_cpu_list(allowed)}"
-            )
-        ordered = cpu.by_core(cpus, root)
-        ranks, each = layout.ranks_per_pod, layout.cpus_per_rank
-        return cpu.assign_cpus(ordered, quota, ranks, each, layout.pinning, ours_alone=bool(named))
+        return layout(machine.read(root), share_of(environ, root), wish_of(run))
     except cpu.CpuError as error:
         raise _invalid(str(error)) from error
 
 
+def master(run: RunConfig, environ: Mapping[str, str]) -> tuple[str, int]:
+    """Host name or address of pod 0, and the port where rank 0 serves its store."""
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if run.layout.pods == 1 else "")
+    if not address:
+        raise _invalid(f"MASTER_ADDR is not set, and {run.layout.pods} pods need the host name of rank 0")
+    port = environ.get("MASTER_PORT") or str(RENDEZVOUS_PORT)
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise _invalid(f"MASTER_PORT is {port!r}; it must be a whole number from 1 to 65535")
+    return address, int(port)
+
+
+def ranks_of_pods(run: RunConfig, index: int, own: int, environ: Mapping[str, str], stop: Stop) -> list[int]:
+    """How many ranks each pod has: as the job says, or as the launchers tell one another.
+
+    Raises:
+        LaunchError: a pod did not come in time, or one is of another job.
+    """
+    pods = run.layout.pods
+    if wish_of(run).ranks != "auto":
+        return [own] * pods
+    hello = Hello(job=run.job.uid, attempt=run.job.attempt, pods=pods, pod=index, ranks=own)
+    try:
+        return agree(
+            hello,
+            *master(run, environ),
+            run.distributed.rendezvous_timeout_seconds,
+            lambda: stop.at is not None,
+        )
+    except AgreementError as error:
+        raise LaunchError(ExitCode.RENDEZVOUS_FAILED, str(error)) from error
+    except Stopped as error:
+        raise _stopped() from error
+
+
+def _stopped() -> LaunchError:
+    return LaunchError(ExitCode.TERMINATED, "told to stop before the ranks were started")
+
+
 def rank_environment(
-    run: RunConfig, index: int, local: int, cpus: cpu.RankCpus, environ: Mapping[str, str]
+    run: RunConfig,
+    counts: Sequence[int],
+    index: int,
+    local: int,
+    place: RankPlace,
+    environ: Mapping[str, str],
 ) -> dict[str, str]:
     """The whole environment of local rank `local` of pod `index`, after torchrun's conventions.
 
-    OMP_PROC_BIND stays unset: libgomp, which torch's wheels bring, would bind the first
-    thread to one CPU at load, and every helper thread (gloo, heartbeat) would inherit that.
+    `counts` are the ranks of each pod; rank numbers count over the pods in their order.
     """
-    layout = run.layout
-    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if layout.pods == 1 else "")
-    if not address:
-        raise _invalid(f"MASTER_ADDR is not set, and {layout.pods} pods need the host name of rank 0")
-    port = environ.get("MASTER_PORT") or str(RENDEZVOUS_PORT)
+    address, port = master(run, environ)
     return {
         **environ,
-        "RANK": str(index * layout.ranks_per_pod + local),
-        "WORLD_SIZE": str(layout.world_size),
+        "RANK": str(sum(counts[:index]) + local),
+        "WORLD_SIZE": str(sum(counts)),
         "LOCAL_RANK": str(local),
-        "LOCAL_WORLD_SIZE": str(layout.ranks_per_pod),
+        "LOCAL_WORLD_SIZE": str(counts[index]),
         "NODE_RANK": str(index),
         "GROUP_RANK": str(index),
         "MASTER_ADDR": address,
-        "MASTER_PORT": port,
-        "PET_NNODES": str(layout.pods),
-        "PET_NPROC_PER_NODE": str(layout.ranks_per_pod),
+        "MASTER_PORT": str(port),
+        "PET_NNODES": str(len(counts)),
+        "PET_NPROC_PER_NODE": str(counts[index]),
         "PET_NODE_RANK": str(index),
         "PET_MASTER_ADDR": address,
-        "PET_MASTER_PORT": port,
-        "OMP_NUM_THREADS": str(cpus.threads),
-        "MKL_NUM_THREADS": str(cpus.threads),
-        "MKL_DYNAMIC": "FALSE",
+        "PET_MASTER_PORT": str(port),
+        **thread_settings(place, environ),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -153,14 +206,27 @@ def launch(command: Sequence[str], environ: Mapping[str, str], stop: Stop) -> Te
     """Start the ranks of this pod, see them end, and tell how. Raises LaunchError before the start."""
     run = load_run(Path(environ.get(RUN_CONFIG_ENV) or RUN_CONFIG_PATH))
     check_isa(run, cpu.probe())
-    index, cpus = pod_index(run, environ), rank_cpus(run, environ)
-    environments = [rank_environment(run, index, local, part, environ) for local, part in enumerate(cpus)]
+    return run_pod(run, command, environ, stop)
+
+
+def run_pod(
+    run: RunConfig, command: Sequence[str], environ: Mapping[str, str], stop: Stop
+) -> TerminationReport:
+    """`launch` of a job that is read and may run on this processor."""
+    index, found = pod_index(run, environ), place_ranks(run, environ)
+    for line in found.lines():
+        say(line)
+    counts = ranks_of_pods(run, index, len(found.ranks), environ, stop)
+    settled = {**environ, **memory_settings(environ, machine.huge_pages())}
+    environments = [
+        rank_environment(run, counts, index, local, place, settled) for local, place in enumerate(found.ranks)
+    ]
     if stop.at is not None:
-        raise LaunchError(ExitCode.TERMINATED, "told to stop before the ranks were started")
+        raise _stopped()
     kills_before = cpu.oom_kills()
     with tempfile.TemporaryDirectory(prefix="qlora-launch-") as folder:
         try:
-            ranks = start_ranks(command, environments, cpus, Path(folder))
+            ranks = start_ranks(command, environments, found.ranks, Path(folder))
         except (OSError, subprocess.SubprocessError) as error:
             # Those that were started die with this process.
             raise LaunchError(ExitCode.UNEXPECTED, f"a rank could not be started: {error}") from error

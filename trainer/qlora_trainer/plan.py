@@ -2,6 +2,9 @@
 
     python -m qlora_trainer.plan             the machine alone; needs neither torch nor a job
     python -m qlora_trainer.plan RUN_JSON    the model, the data and the steps of a job
+    python -m qlora_trainer.plan layout RUN_JSON CPUS [CPUS ...]
+                                             where the ranks run of pods on this machine whose launchers may use
+                                             these CPU lists each; needs no torch
 
 Prints one line of JSON (qlora_contract.plan), and exits with 0 also when that tells an error of the user's.
 """
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_contract import memory, places
+from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import MemoryEstimate
 from qlora_contract.plan import (
@@ -20,6 +24,8 @@ from qlora_contract.plan import (
     PlanAnswer,
     PlanError,
     PlanReport,
+    PodPlan,
+    RankPlan,
     Run,
     SplitFacts,
     Steps,
@@ -27,18 +33,29 @@ from qlora_contract.plan import (
 from qlora_contract.run import ISA_TIERS, RunConfig, Training
 from qlora_trainer import cpu
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.launch import LaunchError, load_run
+from qlora_trainer.launch import LaunchError, load_run, place_ranks
+from qlora_trainer.topology.layout import Layout
+from qlora_trainer.topology.machine import read
 
 if TYPE_CHECKING:
     from qlora_trainer.data import Facts, Samples
 
 
+USAGE = "usage: python -m qlora_trainer.plan [RUN_JSON | layout RUN_JSON CPUS [CPUS ...]]"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the answer. Returns 2 for wrong arguments, else 0."""
-    if len(arguments) > 1:
-        print("usage: python -m qlora_trainer.plan [RUN_JSON]", file=sys.stderr)
-        return 2
-    result = answer(Path(arguments[0])) if arguments else PlanAnswer(machine=machine())
+    match arguments:
+        case []:
+            result = PlanAnswer(machine=machine())
+        case [path]:
+            result = answer(Path(path))
+        case ["layout", path, *cpu_lists] if cpu_lists:
+            result = layouts(Path(path), cpu_lists)
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
     print(result.model_dump_json(by_alias=True, exclude_none=True))
     return 0
 
@@ -51,7 +68,7 @@ def machine() -> Machine:
     return Machine(
         tiers=[tier for tier in ISA_TIERS if not lacking[tier]],
         lacking={tier: missing for tier, missing in lacking.items() if missing},
-        cpus=cpu.by_core(cpus),
+        cpus=[thread for core in read().cores_of(cpus) for thread in core.cpus],
         quota=quota,
     )
 
@@ -68,6 +85,34 @@ def answer(path: Path) -> PlanAnswer:
         return PlanAnswer(error=PlanError(code=ExitCode.INVALID_CONFIGURATION, cause=str(error)))
 
 
+def layouts(path: Path, cpu_lists: Sequence[str]) -> PlanAnswer:
+    """Where the ranks run of a pod for each list of CPUs, as its launcher would decide; or why they do not fit."""
+    try:
+        run = load_run(path)
+        return PlanAnswer(pods=[pod_plan(place_ranks(run, {places.CPUS_ENV: cpus})) for cpus in cpu_lists])
+    except LaunchError as error:
+        return PlanAnswer(error=PlanError(code=error.code, cause=str(error)))
+
+
+def pod_plan(found: Layout) -> PodPlan:
+    """A layout as it travels."""
+    return PodPlan(
+        ranks=[
+            RankPlan(
+                cpus=format_cpu_list(place.cpus),
+                threads=place.threads,
+                helpers=format_cpu_list(place.helpers),
+                nodes=format_cpu_list(place.nodes),
+                memory_node=place.memory_node,
+            )
+            for place in found.ranks
+        ],
+        bound=found.bound,
+        unused=format_cpu_list(found.unused),
+        notes=list(found.notes),
+    )
+
+
 def plan(run: RunConfig) -> PlanReport:
     """Measure the model and the data as every rank will.
 
@@ -77,11 +122,13 @@ def plan(run: RunConfig) -> PlanReport:
     """
     from qlora_trainer.inputs import first_dtype, load_inputs
     from qlora_trainer.packing import Plan
+    from qlora_trainer.remote.pins import fetched_before
     from qlora_trainer.shape import model_shape
     from qlora_trainer.template import render
 
     volumes = places.volume_map()
-    shape = model_shape(places.resolve(run.model.source, volumes), run.adapter)
+    run = fetched_before(run, volumes)
+    shape = model_shape(places.resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, volumes)
     dtype = first_dtype(run)
     whole = Plan(data.train.lengths(), run.training)

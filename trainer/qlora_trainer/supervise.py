@@ -17,7 +17,9 @@ from typing import IO, Literal
 
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run import RunConfig
-from qlora_trainer import cpu, report
+from qlora_trainer import report
+from qlora_trainer.topology import memory
+from qlora_trainer.topology.layout import RankPlace
 
 GRACE_MARGIN_SECONDS = 5.0
 """Kept of the grace period for the launcher's own end."""
@@ -58,30 +60,32 @@ class Rank:
 
 
 def start_ranks(
-    command: Sequence[str], environments: list[dict[str, str]], cpus: list[cpu.RankCpus], folder: Path
+    command: Sequence[str], environments: Sequence[dict[str, str]], places: Sequence[RankPlace], folder: Path
 ) -> list[Rank]:
-    """Start one process per environment, bound to its CPUs, its output passed on line by line.
+    """Start one process per environment, bound to its place, its output passed on line by line.
 
     All are started before the first reader thread, because they are set up after fork.
     """
     ranks = []
-    for local, (environment, part) in enumerate(zip(environments, cpus, strict=True)):
+    for local, (environment, place) in enumerate(zip(environments, places, strict=True)):
         path = folder / f"rank-{local}.json"
-        process = _start(command, {**environment, report.REPORT_ENV: str(path)}, part.cpus)
+        process = _start(command, {**environment, report.REPORT_ENV: str(path)}, place)
         ranks.append(Rank(int(environment["RANK"]), process, path))
     for rank in ranks:
         _pump(rank)
     return ranks
 
 
-def _start(command: Sequence[str], environment: dict[str, str], cpus: list[int]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], environment: dict[str, str], place: RankPlace) -> subprocess.Popen[bytes]:
     parent = os.getpid()
 
     def set_up() -> None:
         die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(128 + signal.SIGKILL)
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(0, place.cpus)
+        if place.memory_node is not None:
+            memory.prefer(place.memory_node)
 
     return subprocess.Popen(
         command,

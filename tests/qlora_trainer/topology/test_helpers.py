@@ -1,0 +1,251 @@
+"""Helpers' CPUs, and where the threads of real ranks really are, read back from the kernel."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qlora_contract import places
+from qlora_contract.cpus import format_cpu_list
+from qlora_contract.run import RunConfig
+from qlora_trainer import supervise
+from qlora_trainer.cpu import parse_cpu_list
+from qlora_trainer.topology.environment import HELPERS_ENV, thread_settings
+from qlora_trainer.topology.helpers import on_helpers
+from qlora_trainer.topology.layout import RankPlace, Share, Wish, layout
+from qlora_trainer.topology.machine import read
+
+CPUS = sorted(os.sched_getaffinity(0))
+
+two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
+
+
+def started() -> set[int]:
+    """The affinity of a thread started now."""
+    found: list[set[int]] = []
+    thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_threads_started_inside_stay_on_the_helpers_cpus() -> None:
+    """The thread that starts them comes back afterwards."""
+    own = os.sched_getaffinity(0)
+    one = max(own)
+    with on_helpers({HELPERS_ENV: str(one)}):
+        assert started() == {one}
+
+    assert started() == own
+
+
+def test_an_error_inside_leaves_no_trace() -> None:
+    """The thread comes back to its own CPUs."""
+    own = os.sched_getaffinity(0)
+    with suppress(KeyError), on_helpers({HELPERS_ENV: str(max(own))}):
+        raise KeyError
+
+    assert os.sched_getaffinity(0) == own
+
+
+def test_without_helpers_nothing_moves() -> None:
+    """Threads share the rank's CPUs."""
+    with on_helpers({}):
+        assert started() == os.sched_getaffinity(0)
+
+
+def threads_of(pid: int) -> dict[int, tuple[str, set[int], int]]:
+    """Thread id -> name, CPUs that it may use, CPU that it ran on last (proc_pid_stat(5), field 39)."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            name = (task / "comm").read_text().strip()
+            status = (task / "status").read_text()
+            last = int((task / "stat").read_text().rpartition(")")[2].split()[36])
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+        allowed = next(line for line in status.splitlines() if line.startswith("Cpus_allowed_list:"))
+        found[int(task.name)] = (name, set(parse_cpu_list(allowed.partition(":")[2])), last)
+    return found
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+# --- helpers and compute threads of torch
+
+
+RANK = textwrap.dedent("""
+    import json, os, sys, threading
+    from qlora_trainer.topology.helpers import on_helpers
+
+    def tasks():
+        return sorted(map(int, os.listdir("/proc/self/task")))
+
+    start = tasks()
+    with on_helpers():
+        import torch
+        from qlora_trainer.distributed import Group, World
+        before = tasks()
+        group = Group.open(World.from_environ(os.environ), "gloo", 60, 60)
+        group.barrier()
+        helping = sorted(set(tasks()) - set(before))
+    a = torch.ones(1024, 1024)
+    for _ in range(3):
+        a = torch.softmax(a @ a, 0)
+    group.barrier()
+    print(json.dumps({"helping": helping, "computing": sorted(set(tasks()) - set(before) - set(helping))}), flush=True)
+    sys.stdin.read()
+""")
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Iterator[tuple[RankPlace, list[tuple[int, dict[str, list[int]]]]]]:
+    """Two ranks of two threads on one CPU, helpers on another; their process ids, and what they tell of threads."""
+    place = RankPlace((CPUS[0],), 2, (CPUS[1],))
+    port, log = free_port(), tmp_path / "said"
+    (tmp_path / "rank.py").write_text(RANK.replace("sys.stdin.read()", "threading.Event().wait()"))
+    environments = [
+        {
+            **os.environ,
+            **thread_settings(place, {}),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for rank in range(2)
+    ]
+    command = ["/bin/sh", "-c", f"exec {sys.executable} {tmp_path}/rank.py > {log}-$RANK"]
+    ranks = supervise.start_ranks(command, environments, [place, place], tmp_path)
+    try:
+        said = []
+        for rank in ranks:
+            path = Path(f"{log}-{rank.rank}")
+            while not (path.exists() and path.read_text().endswith("\n")):
+                assert rank.lives, rank.last_error
+                time.sleep(0.05)
+            said.append((rank.process.pid, json.loads(path.read_text())))
+        yield place, said
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+        supervise.watch(ranks, supervise.Limits(60, 60), supervise.Stop())
+
+
+@two_cpus
+def test_communication_and_compute_threads_are_apart(
+    two_ranks: tuple[RankPlace, list[tuple[int, dict[str, list[int]]]]],
+) -> None:
+    """gloo's threads are on the helpers' CPU, torch's own and the main thread on the compute CPU."""
+    place, ranks = two_ranks
+    for pid, told in ranks:
+        threads = threads_of(pid)
+
+        assert told["helping"]
+        assert told["computing"]
+        assert {thread: threads[thread][1] for thread in told["helping"] if thread in threads} == {
+            thread: set(place.helpers) for thread in told["helping"] if thread in threads
+        }
+        assert [threads[thread][1] for thread in told["computing"]] == [set(place.cpus)] * len(
+            told["computing"]
+        )
+        assert threads[pid][1:] == (set(place.cpus), place.cpus[0])
+
+
+# --- a real job
+
+
+@contextmanager
+def job(folder: Path, model: Path, data: Path, each: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A launcher that trains with two ranks of so many CPUs; it and its progress port."""
+    run = RunConfig.model_validate(
+        {
+            "version": 1,
+            "job": {"name": "pinned", "uid": "u", "attempt": 0},
+            "workspace": "pvc://work",
+            "model": {"source": "pvc://model"},
+            "dataset": {"source": f"pvc://data/{data.name}"},
+            "training": {"maxSteps": 100_000, "globalBatchTokens": 512, "maxSequenceLength": 96},
+            "layout": {"ranksPerPod": 2, "cpusPerRank": each, "memoryPerRank": 8 << 30},
+            "isa": "avx2",
+        }
+    )
+    (folder / "run.json").write_text(run.to_json())
+    (folder / "work").mkdir()
+    volumes = {"work": str(folder / "work"), "model": str(model), "data": str(data.parent)}
+    port = free_port()
+    environ = {
+        **os.environ,
+        "TMPDIR": str(folder),  # what it leaves behind goes with the test
+        places.RUN_CONFIG_ENV: str(folder / "run.json"),
+        places.VOLUMES_ENV: json.dumps(volumes),
+        places.PROGRESS_PORT_ENV: str(port),
+        places.PARENT_DEATH_ENV: str(os.getpid()),
+        places.CPUS_ENV: format_cpu_list(CPUS),
+        "MASTER_PORT": str(free_port()),
+    }
+    with (folder / "log").open("wb") as log:
+        command = [sys.executable, "-m", "qlora_trainer.launch"]
+        launcher = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+    try:
+        yield launcher, port
+    finally:
+        launcher.kill()  # its ranks die with it
+        launcher.wait()
+
+
+def until_training(launcher: subprocess.Popen[bytes], port: int, folder: Path) -> list[dict[str, Any]]:
+    """The ranks' facts, once a step is done."""
+    while True:
+        assert launcher.poll() is None, (folder / "log").read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress", timeout=10) as answer:
+                progress = json.load(answer)
+        except OSError:
+            progress = {"step": 0}
+        if progress["step"] > 0:
+            ranks: list[dict[str, Any]] = progress["ranks"]
+            return ranks
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@two_cpus
+def test_every_thread_of_a_job_is_where_the_layout_says(
+    tmp_path: Path, small_model: Callable[..., Path], demo_data: Path
+) -> None:
+    """While it trains, each of a rank's threads may use, and used, only its rank's CPUs; the report says the same."""
+    each = len(CPUS) // 2
+    expected = layout(read(), Share(tuple(CPUS), ours_alone=True), Wish(2, 2 * each)).ranks
+    with job(tmp_path, small_model(), demo_data / "train.jsonl", each) as (launcher, port):
+        facts = until_training(launcher, port, tmp_path)
+        ranks = {int(child.environ()["RANK"]): child.pid for child in psutil.Process(launcher.pid).children()}
+        threads = {rank: threads_of(pid) for rank, pid in ranks.items()}
+
+    assert [(rank["cpus"], rank["threads"]) for rank in facts] == [
+        (format_cpu_list(place.cpus), place.threads) for place in expected
+    ]
+    for rank, place in enumerate(expected):
+        own = set(place.cpus) | set(place.helpers)
+        assert len(threads[rank]) >= place.threads + 3, (
+            "gloo's, the heartbeat's and torch's threads are there"
+        )
+        strays = [each for each in threads[rank].values() if not each[1] <= own or each[2] not in own]
+        assert strays == []
