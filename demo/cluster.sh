@@ -36,7 +36,7 @@ run in_team wait --for=condition=Ready pod/workspace-shell --timeout=180s
 tar -c -C "$files" model data | shell tar -x -C /volume
 
 run in_team apply -f manifests/samples/demo.yaml
-in_team get qlorajobs demo --watch &
+kubectl --namespace "$namespace" get qlorajobs demo --watch & # not through a function: this very process is ended
 watch=$!
 trap 'kill "$watch" 2>/dev/null || true' EXIT
 in_team wait --for=condition=Finished qlorajob/demo --timeout=20m >/dev/null

@@ -36,11 +36,10 @@ def newer_chart(folder: Path) -> Path:
     (chart / "Chart.yaml").write_text(yaml.safe_dump({**metadata, "version": "99.0.0"}))
     definition = chart / "templates" / "crd.yaml"
     text = definition.read_text()
-    field = "observedGeneration:\n"
-    assert field in text
-    indent = text.split(field)[0].rpartition("\n")[2]
+    before, field, after = text.partition("observedGeneration:\n")  # the status' own
+    indent = before.rpartition("\n")[2]
     added = f"ofTheNextVersion:\n{indent}  type: string\n{indent}"
-    definition.write_text(text.replace(field, added + field))
+    definition.write_text(before + added + field + after)
     return chart
 
 

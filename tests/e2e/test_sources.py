@@ -88,7 +88,7 @@ def test_from_the_hub_and_s3_to_s3(
     commit = filled.hub.repositories["models", "org/tiny"].branches["main"]
     assert status["provenance"]["modelRevision"] == commit
     assert status["adapter"]["publishedUri"] == f"s3://{BUCKET}/out"
-    keys = filled.keys()
+    keys = filled.list_keys()
     sent = {key.removeprefix("out/") for key in keys if key.startswith("out/")}
     local = volume / "work" / "jobs" / "remote" / "adapter"
     assert sent == {path.name for path in local.iterdir()}
