@@ -41,6 +41,12 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	requirements/install.sh $(PYTHON) $(VENV) requirements/dev.txt
 	@touch $@
 
+# The backends beside gloo: needs g++. Jobs cannot name them yet; any script of torch can.
+$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/distributed/csrc/*)
+	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/backends.txt
+	$(BIN)/python -m qlora_trainer.distributed.build
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.installed requirements/bench.txt
 	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/bench.txt
 	@touch $@
@@ -62,13 +68,13 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 
 # --- the checks
 
-test: demo-data  ## Set everything up and run the tests, fast ones first
+test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
 	$(PYTEST) -m "$(FAST)"
 	$(CLUSTER) build --tier fleet
 	$(call twice,-m "cluster and not soak")
 	$(call twice,-m "slow and not cluster and not nodes and not soak")
 
-test-fast: demo-data  ## Run the fast tests
+test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
 	$(PYTEST) -m "$(FAST)"
 
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
@@ -102,9 +108,11 @@ manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; n
 	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"
 
-bench: $(VENV)/.bench demo-data  ## Compare with the peers (minutes; see trainer/benchmarks/LOG.md)
+bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers (minutes; see trainer/benchmarks/LOG.md)
 	$(BIN)/python trainer/benchmarks/against_trl.py
 	$(BIN)/python trainer/benchmarks/convergence.py
+	$(BIN)/python trainer/benchmarks/pinning.py
+	$(BIN)/python trainer/benchmarks/allreduce.py
 
 scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG.md)
 	PYTHONPATH=tests/cluster $(BIN)/python operator/benchmarks/scale.py

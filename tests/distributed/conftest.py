@@ -1,6 +1,7 @@
 """Jobs run by the real launcher, with real rank processes, on a tiny model."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 import pytest
@@ -22,9 +23,10 @@ from transformers import AutoTokenizer
 
 from qlora_contract import places
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run import Distributed, RunConfig
 from qlora_trainer import storage
 from qlora_trainer.data import load
+from qlora_trainer.distributed import backends
 from qlora_trainer.packing import Plan
 
 POLL_SECONDS = 0.003
@@ -125,6 +127,8 @@ class Job:
     """Fields of run.json besides the places and the layout."""
     attempt: int = 0
     extra_environ: dict[str, str] = field(default_factory=dict)
+    hosts: list[list[str]] = field(default_factory=list)
+    """What each pod's command begins with; empty: all run on this host."""
 
     @property
     def folder(self) -> Path:
@@ -177,7 +181,8 @@ class Job:
                     places.TERMINATION_LOG_ENV: str(attempt.reports[pod]),
                 }
                 with attempt.logs[pod].open("wb") as log:
-                    command = [sys.executable, "-m", "qlora_trainer.launch"]
+                    host = self.hosts[pod] if self.hosts else []
+                    command = [*host, sys.executable, "-m", "qlora_trainer.launch"]
                     attempt.launchers.append(
                         subprocess.Popen(command, env=environ | names, stdout=log, stderr=log)
                     )
@@ -347,15 +352,34 @@ def alone(make_job: MakeJob) -> Job:
 
 
 @pytest.fixture(scope="session")
-def two(make_job: MakeJob) -> Job:
-    """The undisturbed job on two ranks."""
-    return make_job().done(2)
+def undisturbed(make_job: MakeJob) -> Callable[[int, str], Job]:
+    """done(ranks, backend) -> the undisturbed job on so many ranks, run once."""
+
+    @functools.cache
+    def done(ranks: int, backend: str) -> Job:
+        return make_job(distributed={"backend": backend}).done(ranks)
+
+    return done
 
 
 @pytest.fixture(scope="session")
-def four(make_job: MakeJob) -> Job:
+def two(undisturbed: Callable[[int, str], Job]) -> Job:
+    """The undisturbed job on two ranks."""
+    return undisturbed(2, "gloo")
+
+
+@pytest.fixture(scope="session")
+def four(undisturbed: Callable[[int, str], Job]) -> Job:
     """The undisturbed job on four ranks."""
-    return make_job().done(4)
+    return undisturbed(4, "gloo")
+
+
+@pytest.fixture(params=get_args(Distributed.model_fields["backend"].annotation))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that a job may name."""
+    name: str = request.param
+    backends.prepare(name)
+    return name
 
 
 def _assert_same_training(job: Job, reference: Job) -> None:

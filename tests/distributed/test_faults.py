@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def test_stopped_peer_is_waited_for(
-    make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
+    backend: str, make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
 ) -> None:
     """A rank that stands still for 10 s costs 10 s and nothing else."""
-    job = make_job(distributed={"timeoutSeconds": 60})
+    job = make_job(distributed={"timeoutSeconds": 60, "backend": backend})
 
     with job.start(2) as attempt:
         attempt.until_step(6)
@@ -36,9 +36,9 @@ def test_stopped_peer_is_waited_for(
     assert_same_bits(job, two)
 
 
-def test_stopped_peer_is_reported(make_job: Callable[..., Any]) -> None:
+def test_stopped_peer_is_reported(backend: str, make_job: Callable[..., Any]) -> None:
     """A rank that stands still beyond the timeout is lost: its peer says which, where, and for how long."""
-    job = make_job(distributed={"timeoutSeconds": 8})
+    job = make_job(distributed={"timeoutSeconds": 8, "backend": backend})
 
     with job.start(2, pods=2) as attempt:
         attempt.until_step(6)
@@ -48,6 +48,26 @@ def test_stopped_peer_is_reported(make_job: Callable[..., Any]) -> None:
     assert end.code == ExitCode.LOST_PEER, end.log
     assert re.search(r"rank 1 on host \S+ gave no sign of life for 8 s", end.report.cause)
     assert job.checkpoints()[-1] == 5
+
+
+@pytest.mark.parametrize(
+    ("end", "seen"),
+    [
+        pytest.param("kill", r"rank 0 on host \S+ died", id="killed"),
+        pytest.param("suspend", r"rank 0 on host \S+ gave no sign of life for 8 s", id="stopped"),
+    ],
+)
+def test_rank_0_is_missed_too(end: str, seen: str, backend: str, make_job: Callable[..., Any]) -> None:
+    """The end of rank 0, which serves the store and the heartbeat, is named by every other rank."""
+    job = make_job(distributed={"timeoutSeconds": 8, "backend": backend})
+
+    with job.start(3, pods=3) as attempt:
+        attempt.until_step(6)
+        getattr(attempt.ranks()[0], end)()
+        ends = [attempt.wait_for_pod(pod) for pod in (1, 2)]
+
+    assert [each.code for each in ends] == [ExitCode.LOST_PEER] * 2, ends[0].log + ends[1].log
+    assert all(re.search(seen, each.report.cause) for each in ends)
 
 
 def test_fenced_attempt_writes_nothing(make_job: Callable[..., Any]) -> None:

@@ -10,12 +10,23 @@ from qlora_trainer.packing import rank_share
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-@pytest.mark.parametrize("ranks", ["two", "four"])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_train_as_one_does(
-    ranks: str, alone: Any, assert_same_training: Callable[..., None], request: pytest.FixtureRequest
+    ranks: int,
+    backend: str,
+    undisturbed: Callable[[int, str], Any],
+    alone: Any,
+    assert_same_training: Callable[..., None],
 ) -> None:
-    """Every step of N ranks is that of one rank: counts exactly, numbers up to rounding."""
-    assert_same_training(request.getfixturevalue(ranks), alone)
+    """Every step of N ranks is that of one rank, by whatever backend: counts exactly, numbers up to rounding."""
+    assert_same_training(undisturbed(ranks, backend), alone)
+
+
+def test_backends_agree_on_two_ranks_to_the_bit(
+    backend: str, undisturbed: Callable[[int, str], Any], two: Any, assert_same_bits: Callable[..., None]
+) -> None:
+    """A sum of two numbers has one rounding, so two ranks get the same bits by every backend."""
+    assert_same_bits(undisturbed(2, backend), two)
 
 
 def test_shares_are_uneven(four: Any) -> None:

@@ -30,10 +30,10 @@ def steps_of(job: Any) -> list[int]:
 
 
 def test_killed_job_goes_on_as_if_nothing_had_been(
-    make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
+    backend: str, make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
 ) -> None:
     """After kill -9 of a rank and of the launcher at random steps, the job ends with the undisturbed one's bits."""
-    job = make_job()
+    job = make_job(distributed={"backend": backend})
     at = sorted(random.Random(24).sample(range(2, 22), 2))
 
     with job.start(2, pods=2) as attempt:
@@ -68,10 +68,10 @@ def test_killed_job_goes_on_as_if_nothing_had_been(
 
 
 def test_sigterm_stops_all_ranks_at_one_step(
-    make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
+    backend: str, make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
 ) -> None:
     """SIGTERM to one pod ends both after the same step with a checkpoint, and nothing of the job is lost."""
-    job = make_job()
+    job = make_job(distributed={"backend": backend})
 
     with job.start(2, pods=2) as attempt:
         attempt.until_step(7)

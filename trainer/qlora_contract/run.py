@@ -196,7 +196,7 @@ class Output(ContractModel):
 class Distributed(ContractModel):
     """How the ranks talk to each other."""
 
-    backend: Literal["gloo", "ccl", "mpi"] = "gloo"
+    backend: Literal["gloo"] = "gloo"
     """Backend of torch.distributed."""
     timeout_seconds: int = Field(default=300, ge=5, le=86_400)
     """A rank that gives no sign of life for so long is lost."""

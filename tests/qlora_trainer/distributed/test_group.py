@@ -5,10 +5,11 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from qlora_trainer.distributed import Group, World
+from qlora_trainer.distributed import Group, World, backends
 
 START = """
     import json, os, signal, sys, time, torch
@@ -20,7 +21,8 @@ START = """
 """
 
 
-def test_collectives_agree_on_every_rank(gang: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("backend", backends.TORCH_NAMES)
+def test_collectives_agree_on_every_rank(backend: str, gang: Callable[..., Any]) -> None:
     """Three ranks sum in fp64, int64 and fp32, broadcast and gather, and all get the same."""
     script = (
         START
@@ -38,15 +40,16 @@ def test_collectives_agree_on_every_rank(gang: Callable[..., Any]) -> None:
         group.broadcast(sent, src=2)
         said["sent"] = sent.tolist()
         said["gathered"] = group.all_gather_object({"rank": world.rank})
-        said["interface"] = os.environ["GLOO_SOCKET_IFNAME"]
+        said["interface"] = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ["FI_TCP_IFACE"]
         group.barrier()
         print(json.dumps(said))
     """
     )
-    outputs = gang(script, 3).outputs()
-    said = json.loads(outputs[0])
+    outputs = gang(script.replace("gloo", backend), 3).outputs()
+    lines = [outputs[rank].splitlines()[-1] for rank in range(3)]
+    said = json.loads(lines[0])
 
-    assert outputs[1] == outputs[2] == outputs[0]
+    assert lines[1] == lines[2] == lines[0]
     assert said["torch.float64"] == said["torch.int64"] == said["torch.float32"] == [0, 111, 222, 333]
     assert said["large"] == [6.0, 6.0]
     assert said["sent"] == [2, 2]

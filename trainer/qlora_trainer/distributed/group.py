@@ -14,7 +14,7 @@ import torch.distributed as dist
 # torch exports these without saying so in a way that mypy accepts.
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from qlora_trainer.distributed import gloo
+from qlora_trainer.distributed import backends, gloo
 from qlora_trainer.distributed.interface import interface_towards
 from qlora_trainer.distributed.rendezvous import meet, within
 from qlora_trainer.distributed.world import World
@@ -44,13 +44,15 @@ class Group:
         timeout_seconds: float,
         rendezvous_timeout_seconds: float,
     ) -> "Group":
-        """Wait for all ranks, then connect them.
+        """Wait for all ranks, then connect them by `backend`: gloo, ccl or mpi.
 
         `timeout_seconds` bounds each collective, `rendezvous_timeout_seconds`
-        how long ranks wait for each other. Raises RendezvousError.
+        how long ranks wait for each other. Raises ConfigurationError when the
+        backend cannot be used here, and RendezvousError.
         """
         if world.size == 1:
             return cls(world, HashStore())
+        torch_name = backends.prepare(backend)
         store, address = within(
             rendezvous_timeout_seconds + _GRACE_SECONDS,
             lambda: meet(world, socket.gethostname(), rendezvous_timeout_seconds),
@@ -61,7 +63,7 @@ class Group:
             os.environ.update(_gloo_settings(world, address))
         within(
             timeout_seconds + _GRACE_SECONDS,
-            lambda: _connect(world, backend, store, timeout_seconds),
+            lambda: _connect(world, torch_name, store, timeout_seconds),
             f"rank {world.rank} met the other ranks, but could not connect to them in {timeout_seconds:g} s",
         )
         return cls(world, store)
@@ -107,10 +109,10 @@ class Group:
         self.close()
 
 
-def _connect(world: World, backend: str, store: Store, timeout_seconds: float) -> None:
+def _connect(world: World, torch_name: str, store: Store, timeout_seconds: float) -> None:
     try:
         dist.init_process_group(
-            backend,
+            torch_name,
             store=PrefixStore("group", store),
             rank=world.rank,
             world_size=world.size,
