@@ -25,6 +25,9 @@ PYTEST := $(BIN)/python -m pytest -q
 twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
 # The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
 FAST := not slow and not cluster and not nodes and not soak
+PARALLEL := -n 2 --dist loadfile
+# Tests of the cluster wait most of the time; each process has a control plane of its own.
+WAITING := -n 3 --dist worksteal
 
 .PHONY: help demo demo-data test test-fast check verify generate lock bench setup clean
 .PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
@@ -69,13 +72,13 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 # --- the checks
 
 test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
-	$(PYTEST) -m "$(FAST)"
+	$(PYTEST) $(PARALLEL) -m "$(FAST)"
 	$(CLUSTER) build --tier fleet
-	$(call twice,-m "cluster and not soak")
+	$(call twice,$(WAITING) -m "cluster and not soak")
 	$(call twice,-m "slow and not cluster and not nodes and not soak")
 
 test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
-	$(PYTEST) -m "$(FAST)"
+	$(PYTEST) $(PARALLEL) -m "$(FAST)"
 
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(CLUSTER) build --tier nodes
