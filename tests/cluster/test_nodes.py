@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from testcluster import cgroups, features, network, nodes
+from testcluster.binaries import cache
 from testcluster.cluster import Cluster
 from testcluster.errors import ClusterError, KubectlError
 from testcluster.nodes import NodeCluster
@@ -355,7 +356,10 @@ def traces(folder: Path, made: list[str]) -> list[str]:
     commands = (" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
     listings = (["ip", "link"], ["ip", "rule"], ["nft", "list", "ruleset"], ["cat", "/proc/self/mounts"])
     lines = [
-        line for listing in listings for line in subprocess.check_output(listing, text=True).splitlines()
+        line
+        for listing in listings
+        for line in subprocess.check_output(listing, text=True).splitlines()
+        if str(cache() / "images") not in line  # the store of images is mounted on itself while it is used
     ]
     groups = [hierarchy / cgroups.ROOT for hierarchy in cgroups.hierarchies()]
     return [
