@@ -72,7 +72,7 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 # --- the checks
 
 test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
-	$(PYTEST) $(PARALLEL) -m "$(FAST)"
+	$(call twice,$(PARALLEL) -m "$(FAST)")
 	$(CLUSTER) build --tier fleet
 	$(call twice,$(WAITING) -m "cluster and not soak")
 	$(call twice,-m "slow and not cluster and not nodes and not soak")
