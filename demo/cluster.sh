@@ -32,16 +32,16 @@ run kubectl --namespace qlora-system rollout status deployment/qlora-operator --
 echo; echo "# The claim gets the model and the data."
 sed -e "s|qlora-trainer:0.1.0|$trainer|" -e "s|claimName: .*|claimName: demo|" \
     manifests/workspace-shell.yaml | in_team apply -f -
-run in_team wait --for=condition=Ready pod/workspace-shell --timeout=180s
+run kubectl --namespace "$namespace" wait --for=condition=Ready pod/workspace-shell --timeout=180s
 tar -c -C "$files" model data | shell tar -x -C /volume
 
-run in_team apply -f manifests/samples/demo.yaml
+run kubectl --namespace "$namespace" apply -f manifests/samples/demo.yaml
 kubectl --namespace "$namespace" get qlorajobs demo --watch & # not through a function: this very process is ended
 watch=$!
 trap 'kill "$watch" 2>/dev/null || true' EXIT
 in_team wait --for=condition=Finished qlorajob/demo --timeout=20m >/dev/null
 kill "$watch"; wait "$watch" 2>/dev/null || true
-run in_team get qlorajobs demo -o wide
+run kubectl --namespace "$namespace" get qlorajobs demo -o wide
 phase=$(in_team get qlorajob demo -o 'jsonpath={.status.phase}')
 if [ "$phase" != Succeeded ]; then
     in_team describe qlorajob demo
