@@ -248,19 +248,8 @@ def main(command: Sequence[str] = RANK_COMMAND, environ: Mapping[str, str] = os.
     except LaunchError as error:
         host = os.uname().nodename
         ended = TerminationReport(exit_code=error.code, reason=error.code.name, cause=str(error), host=host)
-    _announce(ended, environ)
+    report.announce(ended, environ, say)
     return ended.exit_code
-
-
-def _announce(ended: TerminationReport, environ: Mapping[str, str]) -> None:
-    """The termination message, and a last line in the log."""
-    path = report.termination_log(environ)
-    try:
-        if path is not None:
-            path.write_bytes(report.to_bytes(ended))
-    except OSError as error:
-        say(f"the termination message could not be written: {error}")
-    say(f"ends with {ended.exit_code} ({ended.reason}): {ended.cause}")
 
 
 if __name__ == "__main__":

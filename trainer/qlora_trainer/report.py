@@ -1,7 +1,7 @@
 """How a rank tells its launcher why it ended, and the launcher Kubernetes."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -66,3 +66,14 @@ def termination_log(environ: Mapping[str, str] = os.environ) -> Path | None:
     if name := environ.get(TERMINATION_LOG_ENV):
         return Path(name)
     return TERMINATION_LOG if TERMINATION_LOG.exists() else None
+
+
+def announce(ended: TerminationReport, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Write the termination message, and say how it ended as a last line in the log."""
+    path = termination_log(environ)
+    try:
+        if path is not None:
+            path.write_bytes(to_bytes(ended))
+    except OSError as error:
+        say(f"the termination message could not be written: {error}")
+    say(f"ends with {ended.exit_code} ({ended.reason}): {ended.cause}")

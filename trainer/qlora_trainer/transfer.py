@@ -46,7 +46,7 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
     except Exception as error:  # whatever it is, it must be told
         ended = _failed(_as_trainer_error(error, environ))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _announce(ended.model_copy(update={"cause": redact(ended.cause, environ)}), environ)
+    report.announce(ended.model_copy(update={"cause": redact(ended.cause, environ)}), environ, tell)
     return ended.exit_code
 
 
@@ -148,17 +148,6 @@ def _as_trainer_error(error: Exception, environ: Mapping[str, str]) -> TrainerEr
     tell(redact("".join(traceback.format_exception(error)), environ))
     first = (str(error).strip().splitlines() or ["no more is known"])[0]
     return TrainerError(f"unexpected {type(error).__name__}: {first}")
-
-
-def _announce(ended: TerminationReport, environ: Mapping[str, str]) -> None:
-    """The termination message, and a last line in the log."""
-    path = report.termination_log(environ)
-    try:
-        if path is not None:
-            path.write_bytes(report.to_bytes(ended))
-    except OSError as error:
-        tell(f"the termination message could not be written: {error}")
-    tell(f"ends with {ended.exit_code} ({ended.reason}): {ended.cause}")
 
 
 if __name__ == "__main__":
