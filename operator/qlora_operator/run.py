@@ -127,6 +127,7 @@ class _Here:
             and outcome.report.fetched is not None
         ):
             self.fetched = outcome.report.fetched
+            self.display.say(outcome.report.cause)
         return self._code(outcome, "fetch")
 
     def train(self, launcher: Sequence[str], cpus: Sequence[Sequence[int]], *, verbose: bool) -> int:

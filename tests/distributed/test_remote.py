@@ -89,7 +89,7 @@ def test_from_the_hub_and_s3_to_s3(machine: Machine) -> None:
     code, out, err = machine.run("run")
     assert (code, err) == (0, "")
     commit = machine.servers.hub.repositories["models", "team/tiny"].branches["main"]
-    assert "way: Fetching" in out
+    assert f"fetched model at {commit}, dataset at " in out
     assert "published  s3://team/adapters/way\n" in out
     assert (
         "ignored, since only the operator knows what to do with them: spec.model.credentialsSecret\n" in out
