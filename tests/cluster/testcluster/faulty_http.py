@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Self
+from http.server import BaseHTTPRequestHandler
+
+from testcluster.http_server import HttpServer
 
 CHUNK = 1 << 14
 
@@ -108,7 +109,7 @@ class Rule:
         return True
 
 
-class FaultyHttp:
+class FaultyHttp(HttpServer):
     """The proxy."""
 
     def __init__(self, port: int, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
@@ -117,20 +118,10 @@ class FaultyHttp:
         self._upstream = port
         self._rules: list[Rule] = []
         self._lock = threading.Lock()
-        self._server = _Server((host, 0), type("_Handler", (Handler,), {"wire": self}))
+        super().__init__(host, type("_Handler", (Handler,), {"wire": self}))
         self._scheme = "https" if tls else "http"
         if tls:
             self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     @property
     def url(self) -> str:
@@ -176,13 +167,6 @@ class FaultyHttp:
         connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body)
         return connection, connection.getresponse()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients break off: that is what this is for."""
 
 
 class Handler(BaseHTTPRequestHandler):

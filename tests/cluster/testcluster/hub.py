@@ -12,12 +12,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
+
+from testcluster.http_server import HttpServer
 
 Kind = Literal["models", "datasets"]
 Files = dict[str, bytes]
@@ -56,14 +57,7 @@ class Refusal(Exception):
             self.headers["X-Error-Message"] = message
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients break off: nothing to tell."""
-
-
-class HubServer:
+class HubServer(HttpServer):
     """The server. Change what it holds as you like."""
 
     def __init__(self) -> None:
@@ -78,17 +72,7 @@ class HubServer:
         """Address of the host that LFS objects are read from; empty: the same by another name."""
         self.ranges = True
         """Whether it answers a request for a part of a file with that part."""
-        self._server = _Server(("127.0.0.1", 0), type("_Handler", (Handler,), {"hub": self}))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        super().__init__("127.0.0.1", type("_Handler", (Handler,), {"hub": self}))
 
     @property
     def port(self) -> int:
