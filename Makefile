@@ -44,7 +44,7 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	requirements/install.sh $(PYTHON) $(VENV) requirements/dev.txt
 	@touch $@
 
-# The backends beside gloo: needs g++. Jobs cannot name them yet; any script of torch can.
+# The backends beside gloo: needs g++.
 $(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/distributed/csrc/*)
 	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/backends.txt
 	$(BIN)/python -m qlora_trainer.distributed.build

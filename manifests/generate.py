@@ -20,7 +20,7 @@ import yaml
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_operator.api import names
-from qlora_operator.api.schema import custom_resource_definition, job_schema
+from qlora_operator.api.schema import INT_OR_STRING, custom_resource_definition, job_schema
 from qlora_operator.status.cause import EXIT_REASONS, Budget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def _section(path: str, node: dict[str, Any]) -> Iterator[str]:
         [_row(name, child, required=name in required) for name, child in node["properties"].items()],
     )
     for name, child in node["properties"].items():
-        inner, suffix = (child["items"], "[]") if child["type"] == "array" else (child, "")
+        inner, suffix = (child["items"], "[]") if child.get("type") == "array" else (child, "")
         if "properties" in inner:
             yield from _section(f"{path}.{name}{suffix}", inner)
 
@@ -102,6 +102,8 @@ def _row(name: str, node: dict[str, Any], *, required: bool) -> Sequence[str]:
 
 
 def _type(node: dict[str, Any]) -> str:
+    if INT_OR_STRING in node:
+        return f"integer, or `{node['pattern'].strip('^$')}`"
     if node["type"] == "array":
         return f"list of {_type(node['items'])}"
     if "additionalProperties" in node:

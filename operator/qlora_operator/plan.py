@@ -1,7 +1,7 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,15 +10,23 @@ from rich.text import Text
 
 from qlora_contract.base import ContractModel
 from qlora_contract.cpus import format_cpu_list
-from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts
-from qlora_contract.run import BF16_NATIVE, IsaTier, Training
+from qlora_contract.plan import (
+    Machine,
+    MemoryFigures,
+    PlanAnswer,
+    PlanReport,
+    PodPlan,
+    RankPlan,
+    Run,
+    SplitFacts,
+)
+from qlora_contract.run import BF16_NATIVE, IsaTier, RunConfig, Training
 from qlora_operator import processes
-from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.types import QLoRAJob, Topology
+from qlora_operator.api.types import QLoRAJob
 from qlora_operator.desired.run_config import run_config
 from qlora_operator.display import printable, size
 from qlora_operator.errors import CommandError
-from qlora_operator.placement.local import PlacementError, choose_tier, rank_cpus
+from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
 
 RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
@@ -26,12 +34,11 @@ SAMPLE_CHARACTERS = 2_000
 MEBIBYTE = 2**20
 
 
-class RankPlace(ContractModel):
-    """A rank and the CPUs that it would be bound to here."""
+class RankPlace(RankPlan):
+    """A rank, and where it would run here."""
 
     rank: int
     pod: int
-    cpus: str
 
 
 class JobPlan(ContractModel):
@@ -40,11 +47,14 @@ class JobPlan(ContractModel):
     name: str
     isa: IsaTier
     compute_dtype: str
-    world_size: int
+    world_size: int | None
+    """Ranks; None where it depends on the machine, and they do not fit this one."""
     memory_per_rank: int
     """Bytes."""
     ranks: list[RankPlace]
     """Empty when they do not fit this machine."""
+    notes: list[str]
+    """What is not as one might expect of where they run."""
     problems: list[str]
     """Why the job cannot run here, or not as it is."""
     missing_volumes: list[str]
@@ -60,75 +70,108 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
     """
     machine = processes.ask_trainer().machine
     assert machine is not None, "the planner without arguments tells of the machine"
-    isa, ranks, problems = place(job, machine)
-    details = None if missing_volumes else ask_details(job, isa, volumes)
+    isa, problems = tier(job, machine)
+    auto = job.spec.topology.ranks_per_pod == "auto"
+    run = run_config(job, uid="plan", attempt=0, isa=isa)
+    pods: list[PodPlan] = []
+    try:
+        pods = ask_layout(run, launcher_cpus(job.spec.topology, machine))
+    except CommandError as error:
+        problems.append(str(error))
+    run = run.model_copy(update={"layout": run.layout.settled([len(pod.ranks) for pod in pods] or [1])})
+    details = None if missing_volumes else ask_details(run, volumes)
     if details is not None:
-        problems += memory_problems(details.memory, job.spec.topology, job.spec.training)
+        sharing = max(len(pod.ranks) for pod in pods) if pods and auto else 1
+        problems += memory_problems(details.memory, run.layout.memory_per_rank, job.spec.training, sharing)
     asked = job.spec.training.compute_dtype
     return JobPlan(
         name=job.metadata.name,
         isa=isa,
         compute_dtype=("bf16" if isa in BF16_NATIVE else "fp32") if asked == "auto" else asked,
-        world_size=job.spec.topology.pods * job.spec.topology.ranks_per_pod,
-        memory_per_rank=parse_memory(job.spec.topology.memory_per_rank),
-        ranks=ranks,
+        world_size=run.layout.world_size if pods or not auto else None,
+        memory_per_rank=run.layout.memory_per_rank,
+        ranks=rank_places(pods),
+        notes=list(dict.fromkeys(note for pod in pods for note in pod.notes)),
         problems=problems,
         missing_volumes=missing_volumes,
         details=details,
     )
 
 
-def place(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[RankPlace], list[str]]:
-    """Tier, CPUs of each rank, and what does not fit. A tier that is not met here is planned for all the same."""
-    topology, problems = job.spec.topology, []
+def tier(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[str]]:
+    """The tier, and why this machine has none. One that is not met here is planned for all the same."""
     try:
-        isa = choose_tier(job.spec.isa.allowed, machine)
+        return choose_tier(job.spec.isa.allowed, machine), []
     except PlacementError as error:
-        isa = job.spec.isa.allowed[0]
-        problems.append(str(error))
-    try:
-        ranks = _rank_places(topology, machine)
-    except PlacementError as error:
-        ranks = []
-        problems.append(str(error))
-    return isa, ranks, problems
+        return job.spec.isa.allowed[0], [str(error)]
 
 
-def _rank_places(topology: Topology, machine: Machine) -> list[RankPlace]:
+def rank_places(pods: Iterable[PodPlan]) -> list[RankPlace]:
+    """The ranks of all pods, in their order."""
+    everyone = ((pod, rank) for pod, plan in enumerate(pods) for rank in plan.ranks)
     return [
-        RankPlace(rank=rank, pod=rank // topology.ranks_per_pod, cpus=format_cpu_list(cpus))
-        for rank, cpus in enumerate(rank_cpus(topology, machine))
+        RankPlace(rank=number, pod=pod, **rank.model_dump()) for number, (pod, rank) in enumerate(everyone)
     ]
 
 
-def ask_details(job: QLoRAJob, isa: IsaTier, volumes: Mapping[str, Path]) -> PlanReport:
-    """What the trainer measures of the job's model and data."""
+def ask_layout(run: RunConfig, cpus: Iterable[Iterable[int]]) -> list[PodPlan]:
+    """Where the ranks of each pod run, as its launcher decides it, given the CPUs of each launcher.
+
+    Raises:
+        CommandError: they do not fit.
+    """
+    answer = _ask(run, ["layout"], [format_cpu_list(each) for each in cpus], {})
+    assert answer.pods is not None, "the planner answers with a layout or an error"
+    return answer.pods
+
+
+def ask_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
+    """What the trainer measures of the job's model and data.
+
+    Raises:
+        CommandError: the model or the data cannot be trained on; with the sentence and code that training gives.
+    """
     processes.require_trainer()
-    run = run_config(job, uid="plan", attempt=0, isa=isa)
-    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
-        path = Path(folder) / "run.json"
-        path.write_text(run.to_json())
-        answer = processes.ask_trainer(str(path), volumes=volumes)
-    if answer.error is not None:
-        raise CommandError(processes.sentence(answer.error.code, answer.error.cause), answer.error.code)
+    answer = _ask(run, [], [], volumes)
     assert answer.plan is not None, "the planner answers with a plan or an error"
     return answer.plan
 
 
-def memory_problems(memory: MemoryFigures, topology: Topology, training: Training) -> list[str]:
-    """Why memoryPerRank is too small, and what to change; nothing when it is enough."""
-    there = parse_memory(topology.memory_per_rank)
+def _ask(
+    run: RunConfig, before: Sequence[str], after: Sequence[str], volumes: Mapping[str, Path]
+) -> PlanAnswer:
+    """The planner's answer about a run.json, between other arguments."""
+    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
+        path = Path(folder) / "run.json"
+        path.write_text(run.to_json())
+        answer = processes.ask_trainer(*before, str(path), *after, volumes=volumes)
+    if answer.error is not None:
+        raise CommandError(processes.sentence(answer.error.code, answer.error.cause), answer.error.code)
+    return answer
+
+
+def memory_problems(memory: MemoryFigures, there: int, training: Training, sharing: int = 1) -> list[str]:
+    """Why memoryPerRank is too small, and what to change; nothing when it is enough.
+
+    Args:
+        memory: what a rank needs.
+        there: bytes that a rank has.
+        training: the job's settings.
+        sharing: ranks that share memoryPerRank.
+    """
     if memory.total <= there:
         return []
     step = 64 * MEBIBYTE
-    remedies = [f"raise it to {-(-memory.total // step) * 64}Mi"]
+    remedies = [f"raise it to {-(-memory.total * sharing // step) * 64}Mi"]
     if memory.micro_batch_tokens > training.max_sequence_length:
         remedies.append("lower training.microBatchTokens")
     if memory.checkpointing == "none":
         remedies.append("set training.gradientCheckpointing to auto")
     remedies.append("lower training.maxSequenceLength")
     total = -(-memory.total // MEBIBYTE)
-    what = f"a rank needs {total:,} MiB, and spec.topology.memoryPerRank is {there // MEBIBYTE:,} MiB"
+    among = f" for the {sharing} ranks of a pod" if sharing > 1 else ""
+    has = f"{there * sharing // MEBIBYTE:,} MiB{among}"
+    what = f"a rank needs {total:,} MiB, and spec.topology.memoryPerRank is {has}"
     return [f"{what}: {', or '.join(remedies)}"]
 
 
@@ -137,11 +180,14 @@ def memory_problems(memory: MemoryFigures, topology: Topology, training: Trainin
 
 def show(plan: JobPlan, console: Console) -> None:
     """The plan for people."""
-    _print(console, f"{plan.name}: {plan.world_size} rank(s), {plan.isa}, computing in {plan.compute_dtype}")
+    ranks = "as many ranks as CPUs suggest" if plan.world_size is None else f"{plan.world_size} rank(s)"
+    _print(console, f"{plan.name}: {ranks}, {plan.isa}, computing in {plan.compute_dtype}")
     if plan.ranks:
         console.print(ranks_table(plan.ranks))
         if len(plan.ranks) > RANKS_SHOWN:
             _print(console, f"... and {len(plan.ranks) - RANKS_SHOWN} more")
+    for note in plan.notes:
+        _print(console, note)
     if plan.details is not None:
         show_details(plan.details, plan.memory_per_rank, console)
     for problem in plan.problems:
@@ -158,10 +204,19 @@ def _print(console: Console, text: str, style: str | None = None) -> None:
 def ranks_table(ranks: list[RankPlace]) -> Table:
     """Where the first ranks would run."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("rank", "pod", "CPUs here"):
+    for name in ("rank", "pod", "CPUs here", "threads", "helpers on", "NUMA nodes", "memory of node"):
         table.add_column(name)
     for each in ranks[:RANKS_SHOWN]:
-        table.add_row(str(each.rank), str(each.pod), each.cpus)
+        memory = each.nodes if each.memory_node is None else str(each.memory_node)
+        table.add_row(
+            str(each.rank),
+            str(each.pod),
+            each.cpus,
+            str(each.threads),
+            each.helpers or "-",
+            each.nodes,
+            memory,
+        )
     return table
 
 

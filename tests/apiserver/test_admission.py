@@ -300,6 +300,9 @@ ASKED: dict[str, Object] = {
     "pods: one more": {"topology": {"pods": 5, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},
     "ranks: the most": {"topology": {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},
     "ranks: one more": {"topology": {"pods": 3, "ranksPerPod": 3, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},
+    "ranks: settled by the launchers": {
+        "topology": {"pods": 4, "ranksPerPod": "auto", "cpusPerRank": 4, "memoryPerRank": "16Gi"}
+    },
     "cpus: the most": {"topology": {"ranksPerPod": 4, "cpusPerRank": 4, "memoryPerRank": "1Gi"}},
     "cpus: one more": {"topology": {"cpusPerRank": 17, "memoryPerRank": "1Gi"}},
     "memory: the most": {"topology": {"pods": 2, "memoryPerRank": "32Gi"}},

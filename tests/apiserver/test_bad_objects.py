@@ -243,6 +243,13 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "no pods": ({"spec.topology.pods": 0}, "spec.topology.pods", f"{LOW} 1"),
     "too many ranks": (
         {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 3}, "spec.topology", "at most 1024 ranks"),
+    "no ranks": ({"spec.topology.ranksPerPod": 0}, "spec.topology.ranksPerPod", f"{LOW} 1"),
+    "too many ranks of a pod": ({"spec.topology.ranksPerPod": 65}, "spec.topology.ranksPerPod", f"{HIGH} 64"),
+    "ranks in another word": (
+        {"spec.topology.ranksPerPod": "all"}, "spec.topology.ranksPerPod", "should match '^auto$'"),
+    "ranks as a string": ({"spec.topology.ranksPerPod": "2"}, "spec.topology.ranksPerPod", "should match '^auto$'"),
+    "half a rank": ({"spec.topology.ranksPerPod": 1.5}, "spec.topology.ranksPerPod", "must be"),
+    "unknown memory tier": ({"spec.topology.memoryTier": "ddr"}, "spec.topology.memoryTier", "any"),
     "half a CPU": ({"spec.topology.cpusPerRank": 0.5}, "spec.topology.cpusPerRank", "must be of type integer"),
     "unknown pinning": ({"spec.topology.pinning": "loose"}, "spec.topology.pinning", '"best-effort"'),
     "no tier allowed": ({"spec.isa": {"allowed": []}}, "spec.isa.allowed", "at least 1 items"),

@@ -130,6 +130,30 @@ def test_the_world_is_pods_times_ranks() -> None:
     assert Layout(pods=3, ranks_per_pod=4, memory_per_rank=1).world_size == 12
 
 
+def test_a_layout_is_settled_by_the_launchers() -> None:
+    """With `auto` a pod's memory and CPUs are shared by as many ranks as the fullest pod has."""
+    asked = Layout(pods=3, ranks_per_pod="auto", cpus_per_rank=9, memory_per_rank=100)
+    found = asked.settled([4, 2, 2])
+
+    assert asked.pod_cpus == 9
+    assert (found.world_size, found.ranks_per_pod, found.cpus_per_rank, found.memory_per_rank) == (
+        8,
+        4,
+        2,
+        25,
+    )
+    with pytest.raises(ValueError, match="the launchers settle the number of ranks"):
+        _ = asked.world_size
+
+
+def test_a_layout_of_given_ranks_is_settled() -> None:
+    """What the launchers tell one another changes nothing."""
+    asked = Layout(pods=2, ranks_per_pod=3, cpus_per_rank=2, memory_per_rank=100)
+
+    assert asked.settled([3, 3]) == asked
+    assert asked.pod_cpus == 6
+
+
 def hash_of(config: RunConfig) -> str:
     """The hash that identifies what a job folder holds."""
     return run.config_hash(run.run_shaping_fields(config))

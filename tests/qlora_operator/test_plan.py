@@ -1,17 +1,31 @@
 """`qlora plan`: the parts that need no model. The trainer's half is tested with the trainer."""
 
 import io
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
 from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts, Steps
 from qlora_contract.run import Training
-from qlora_operator.api.types import QLoRAJob, Topology
-from qlora_operator.plan import JobPlan, RankPlace, job_plan, memory_problems, place, sample_text, show
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.errors import CommandError
+from qlora_operator.plan import (
+    JobPlan,
+    RankPlace,
+    ask_layout,
+    job_plan,
+    memory_problems,
+    rank_places,
+    sample_text,
+    show,
+    tier,
+)
 
 MIB = 2**20
 Job = Callable[..., QLoRAJob]
@@ -57,6 +71,12 @@ def details(memory: MemoryFigures) -> PlanReport:
     )
 
 
+def a_rank(number: int, **fields: Any) -> RankPlace:
+    """A rank on four CPUs of a machine with one NUMA node."""
+    known = {"rank": number, "pod": 0, "cpus": "0-3", "threads": 4, "helpers": "", "nodes": "0"}
+    return RankPlace.model_validate(known | fields)
+
+
 def a_plan(**fields: Any) -> JobPlan:
     """A plan of one rank."""
     known = {
@@ -65,7 +85,8 @@ def a_plan(**fields: Any) -> JobPlan:
         "compute_dtype": "fp32",
         "world_size": 1,
         "memory_per_rank": 1024 * MIB,
-        "ranks": [RankPlace(rank=0, pod=0, cpus="0-3")],
+        "ranks": [a_rank(0)],
+        "notes": [],
         "problems": [],
         "missing_volumes": [],
         "details": None,
@@ -80,30 +101,73 @@ def shown(plan: JobPlan, **console: Any) -> str:
     return out.getvalue()
 
 
-def test_ranks_are_placed_on_this_machine(a_job: Job) -> None:
-    """Each rank with its pod and its CPUs; the first allowed tier that is met."""
-    topology = {"pods": 2, "ranksPerPod": 2, "pinning": "strict"}
-    isa, ranks, problems = place(a_job(topology=topology), a_machine())
+def test_ranks_that_share_memory_are_counted() -> None:
+    """With `auto` memoryPerRank is the pod's, so that is what the sentence tells."""
+    (problem,) = memory_problems(figures(1025), 1024 * MIB, Training(max_steps=1), sharing=8)
 
-    assert (isa, problems) == ("avx512", [])
-    assert [(each.rank, each.pod, each.cpus) for each in ranks] == [
-        (0, 0, "0"),
-        (1, 0, "1"),
-        (2, 1, "2"),
-        (3, 1, "3"),
+    assert "a rank needs 1,025 MiB, and spec.topology.memoryPerRank is 8,192 MiB for the 8 ranks" in problem
+    assert "raise it to 8256Mi" in problem
+
+
+def test_ranks_are_placed_as_their_launchers_would(a_job: Job) -> None:
+    """Each rank with its pod, its CPUs, threads and NUMA nodes, told by the launcher's own code."""
+    cpus = sorted(os.sched_getaffinity(0))
+    topology = {"pods": 2, "ranksPerPod": 1, "cpusPerRank": 1, "pinning": "best-effort"}
+    run = run_config(a_job(topology=topology), uid="u", attempt=0, isa="avx2")
+    ranks = rank_places(ask_layout(run, [cpus[:1], cpus[-1:]]))
+
+    assert [(each.rank, each.pod, each.cpus, each.threads) for each in ranks] == [
+        (0, 0, str(cpus[0]), 1),
+        (1, 1, str(cpus[-1]), 1),
+    ]
+
+
+def test_ranks_that_do_not_fit_their_pod_are_a_problem(a_job: Job) -> None:
+    """With the launcher's sentence, and the code that it would exit with."""
+    run = run_config(a_job(topology={"cpusPerRank": 8, "pinning": "strict"}), uid="u", attempt=0, isa="avx2")
+
+    with pytest.raises(CommandError, match="need 8 CPUs, and 1 can be used here") as caught:
+        ask_layout(run, [sorted(os.sched_getaffinity(0))[:1]])
+    assert caught.value.code == ExitCode.INVALID_CONFIGURATION
+
+
+def test_a_tier_that_is_not_met_here_is_planned_for(a_job: Job) -> None:
+    """A job for a cluster can be planned on a laptop: with the tier that it will have."""
+    isa, problems = tier(a_job(isa={"allowed": ["amx_bf16"]}), a_machine())
+
+    assert isa == "amx_bf16"
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "this machine has avx512, and spec.isa.allowed has only amx_bf16"
     ]
 
 
 def test_what_does_not_fit_here_is_a_problem_not_an_end(a_job: Job) -> None:
-    """A job for a cluster can be planned on a laptop: with the tier that it will have."""
-    job = a_job(isa={"allowed": ["amx_bf16"]}, topology={"cpusPerRank": 8, "pinning": "strict"})
-    isa, ranks, problems = place(job, a_machine())
+    """The plan has no ranks, and says what would have to change."""
+    plan = job_plan(a_job(topology={"cpusPerRank": 1024, "pinning": "strict"}), {}, ["team"])
 
-    assert (isa, ranks) == ("amx_bf16", [])
-    assert [problem.partition(":")[0] for problem in problems] == [
-        "this machine has avx512, and spec.isa.allowed has only amx_bf16",
-        "1 pod(s) with 1 rank(s) of 8 CPU(s) need 8 CPUs, and 4 can be used here",
-    ]
+    assert plan.ranks == []
+    assert any(
+        "1 pod(s) with 1 rank(s) of 1024 CPU(s) need 1024 CPUs" in problem for problem in plan.problems
+    )
+
+
+def test_auto_ranks_are_planned(a_job: Job) -> None:
+    """One rank for each NUMA node of this machine's CPUs, and what memory each of them gets."""
+    count = len(os.sched_getaffinity(0))
+    topology = {"ranksPerPod": "auto", "cpusPerRank": count, "memoryPerRank": "8Gi", "pinning": "best-effort"}
+    plan = job_plan(a_job(topology=topology), {}, ["team"])
+
+    assert plan.world_size == len(plan.ranks) >= 1
+    assert plan.memory_per_rank == 8 * 1024 * MIB // len(plan.ranks)
+
+
+def test_ranks_that_nobody_can_count_are_said_so(a_job: Job) -> None:
+    """With `auto`, and a pod that does not fit this machine, their number is left open."""
+    topology = {"ranksPerPod": "auto", "cpusPerRank": 1024, "pinning": "strict"}
+    plan = job_plan(a_job(topology=topology), {}, ["team"])
+
+    assert plan.world_size is None
+    assert "as many ranks as CPUs suggest" in shown(plan)
 
 
 def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
@@ -138,9 +202,7 @@ def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
 )
 def test_too_little_memory_is_a_problem(memory: MemoryFigures, remedies: list[str]) -> None:
     """The sentence says what is needed and what could be changed instead."""
-    topology = Topology.model_validate({"memoryPerRank": "1Gi"})
-
-    problems = memory_problems(memory, topology, Training(max_steps=1))
+    problems = memory_problems(memory, 1024 * MIB, Training(max_steps=1))
     needs = f"a rank needs {memory.total // MIB:,} MiB, and spec.topology.memoryPerRank is 1,024 MiB: "
     assert problems == ([needs + ", or ".join(remedies)] if remedies else [])
 
@@ -175,7 +237,7 @@ def test_a_long_sample_is_cut_on_screen() -> None:
 
 def test_many_ranks_are_counted() -> None:
     """The first sixteen stand for all."""
-    ranks = [RankPlace(rank=n, pod=n, cpus=str(n)) for n in range(20)]
+    ranks = [a_rank(n) for n in range(20)]
 
     assert "... and 4 more" in shown(a_plan(ranks=ranks))
 

@@ -505,31 +505,29 @@ def test_nobody_outlives_a_dead_peer_for_ever(
 
 AUTO = textwrap.dedent("""
     import os, sys
-    from pathlib import Path
     from qlora_trainer import launch
-    from qlora_trainer.supervise import Stop
     from qlora_trainer.topology import machine
 
     # Each CPU stands for a NUMA node, so that a launcher with two of them has two ranks.
     real = machine.read()
     apart = tuple(machine.Core((cpu,), 0, cpu) for core in real.cores for cpu in core.cpus)
     machine.read = lambda root=None: machine.Machine(apart)
-    run = launch.load_run(Path("run.json"))
-    run = run.model_copy(update={"layout": run.layout.model_copy(update={"ranks_per_pod": "auto"})})
-    launch.load_run = lambda path: run
     os._exit(launch.main([sys.executable, "rank.py"]))
 """)
-"""A launcher of a job with ranksPerPod auto."""
+"""A launcher on a machine of small NUMA nodes."""
 
-SAY_PLACE = (
-    "print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NODE_RANK')), flush=True)"
-)
+SAY_PLACE = """
+names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'NODE_RANK', 'QLORA_RANKS')
+print(*(os.environ[name] for name in names), flush=True)
+"""
 
 
 def auto_launchers(
     machine: Machine, run: RunConfig, program: str, cpus: list[str], uids: list[str] | None = None
 ) -> list[subprocess.Popen[bytes]]:
-    """A launcher for each list of CPUs, with pod indices from 0; `uids` are the jobs that they belong to."""
+    """A launcher for each list of CPUs, with pod indices from 0 and ranksPerPod auto; `uids` are the jobs that they
+    belong to."""
+    run = run.model_copy(update={"layout": run.layout.model_copy(update={"ranks_per_pod": "auto"})})
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     started = []
@@ -563,10 +561,10 @@ def test_pods_of_unequal_size_make_one_world(a_run: Callable[..., RunConfig], ma
 
     assert [launcher.returncode for launcher in launchers] == [0, 0, 0]
     assert sorted(line for out, _ in ends for line in out.splitlines()) == [
-        b"[rank 0] 0 4 0 0",
-        b"[rank 1] 1 4 1 0",
-        b"[rank 2] 2 4 0 1",
-        b"[rank 3] 3 4 0 2",
+        b"[rank 0] 0 4 0 0 2,1,1",
+        b"[rank 1] 1 4 1 0 2,1,1",
+        b"[rank 2] 2 4 0 1 2,1,1",
+        b"[rank 3] 3 4 0 2 2,1,1",
     ]
     assert f"launcher: local rank 1: 1 thread(s) on CPUs {second}".encode() in ends[0][1]
 

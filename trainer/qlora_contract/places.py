@@ -17,6 +17,8 @@ COMPLETION_INDEX_ENV = "JOB_COMPLETION_INDEX"
 """The pod's index, set by Kubernetes' Indexed Jobs."""
 CPUS_ENV = "QLORA_CPUS"
 """CPU list (such as 0-3,8) a launcher may use; unset: all that the kernel allows."""
+RANKS_ENV = "QLORA_RANKS"
+"""How many ranks each pod has, such as 4,4,2: told to every rank by its launcher."""
 PARENT_DEATH_ENV = "QLORA_PARENT_DEATH"
 """Process id of the one who starts a launcher on this machine: the launcher stops when that process dies."""
 

@@ -28,6 +28,10 @@ class RankFacts(ContractModel):
     cpus: str
     """CPU list, such as `0-3,8`."""
     threads: int
+    pod: int = 0
+    """Completion index of its pod."""
+    nodes: str = ""
+    """NUMA nodes of its CPUs, such as `0-1`."""
 
 
 class ProgressReport(ContractModel):

@@ -7,7 +7,7 @@ what the trainer reads.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -35,6 +35,12 @@ SecretName = Field(default=None, min_length=1, max_length=253, pattern=r"^[a-z0-
 Revision = Field(default="main", min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][-A-Za-z0-9._/]*$")
 FetchedRevision = Field(default=None, max_length=128, pattern="^[A-Za-z0-9][-A-Za-z0-9._]*$")
 """The name of a folder, too."""
+
+MAX_RANKS = 1024
+"""Ranks of a job. Every rank holds a connection to every other."""
+RanksPerPod = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
+Pinning = Literal["strict", "best-effort"]
+MemoryTier = Literal["any", "hbm"]
 
 IsaTier = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2"]
 ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
@@ -196,8 +202,9 @@ class Output(ContractModel):
 class Distributed(ContractModel):
     """How the ranks talk to each other."""
 
-    backend: Literal["gloo"] = "gloo"
-    """Backend of torch.distributed."""
+    backend: Literal["gloo", "ccl", "mpi"] = "gloo"
+    """What the ranks exchange numbers with: `gloo`, which torch has itself; `ccl`, Intel's oneCCL; `mpi`, Intel
+    MPI. The result does not depend on it, up to rounding."""
     timeout_seconds: int = Field(default=300, ge=5, le=86_400)
     """A rank that gives no sign of life for so long is lost."""
     rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
@@ -214,19 +221,49 @@ class JobRef(ContractModel):
 
 
 class Layout(ContractModel):
-    """Pods, ranks and what each rank has."""
+    """Pods, ranks and what each rank has.
+
+    With `auto` the launchers make a rank of each NUMA cluster of their pod's CPUs, and `cpus_per_rank` and
+    `memory_per_rank` are the pod's. `settled` tells what came of it.
+    """
 
     pods: int = Field(default=1, ge=1, le=512)
-    ranks_per_pod: int = Field(default=1, ge=1, le=64)
+    ranks_per_pod: RanksPerPod = 1
     cpus_per_rank: int = Field(default=4, ge=1, le=1024)
     memory_per_rank: int = Field(ge=1)
     """Bytes."""
-    pinning: Literal["strict", "best-effort"] = "strict"
+    pinning: Pinning = "strict"
+    memory_tier: MemoryTier = "any"
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks of all pods, where `auto` is settled."""
+
+    @property
+    def pod_cpus(self) -> int:
+        """CPUs of a pod."""
+        return self.cpus_per_rank * (1 if self.ranks_per_pod == "auto" else self.ranks_per_pod)
 
     @property
     def world_size(self) -> int:
-        """Ranks of all pods."""
+        """Ranks of all pods. Raises ValueError while the launchers have yet to agree on it."""
+        if self.ranks is not None:
+            return self.ranks
+        if self.ranks_per_pod == "auto":
+            raise ValueError("ranksPerPod is auto: the launchers settle the number of ranks")
         return self.pods * self.ranks_per_pod
+
+    def settled(self, counts: Sequence[int]) -> Self:
+        """The layout once each pod's number of ranks is known: all ranks get what those of the fullest pod get."""
+        if self.ranks_per_pod != "auto":
+            return self
+        most = max(counts)
+        return self.model_copy(
+            update={
+                "ranks": sum(counts),
+                "ranks_per_pod": most,
+                "cpus_per_rank": max(1, self.cpus_per_rank // most),
+                "memory_per_rank": self.memory_per_rank // most,
+            }
+        )
 
 
 RunStage = Literal["fetch", "train", "publish"]

@@ -26,7 +26,7 @@ from qlora_trainer.checkpoint import now
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.errors import CollectiveError, ConfigurationError, PeerLost, TrainerError
 from qlora_trainer.heartbeat import Heartbeat, leave
-from qlora_trainer.launch import LaunchError, load_run
+from qlora_trainer.launch import LaunchError, load_run, settled
 from qlora_trainer.memory_watch import MemoryWatch
 from qlora_trainer.outcome import done, failed
 from qlora_trainer.peers import LostPeer
@@ -126,11 +126,12 @@ def open_session() -> Session:
 
 
 def read_run(path: Path) -> RunConfig:
-    """run.json, as the launcher has already read it."""
+    """run.json, as the launcher has already read it, with the number of ranks that the launchers agreed on."""
     try:
-        return load_run(path)
+        run = load_run(path)
     except LaunchError as error:
         raise ConfigurationError(str(error)) from error
+    return settled(run, [int(count) for count in os.environ.get(places.RANKS_ENV, "1").split(",")])
 
 
 def starting(run: RunConfig) -> ProgressReport:

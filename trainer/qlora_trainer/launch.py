@@ -22,18 +22,19 @@ from qlora_contract.places import (
     COMPLETION_INDEX_ENV,
     CPUS_ENV,
     PARENT_DEATH_ENV,
+    RANKS_ENV,
     RENDEZVOUS_PORT,
     RUN_CONFIG_ENV,
     RUN_CONFIG_PATH,
 )
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RUN_CONFIG_VERSION, RunConfig
+from qlora_contract.run import MAX_RANKS, RUN_CONFIG_VERSION, RunConfig
 from qlora_trainer import cpu, report
 from qlora_trainer.supervise import Stop, die_with_parent, limits_of, say, start_ranks, watch
 from qlora_trainer.topology import machine, memory
 from qlora_trainer.topology.agreement import AgreementError, Hello, Stopped, agree
 from qlora_trainer.topology.environment import memory_settings, thread_settings
-from qlora_trainer.topology.layout import Layout, Pinning, RankPlace, Ranks, Share, Wish, layout
+from qlora_trainer.topology.layout import Layout, RankPlace, Share, Wish, layout
 from qlora_trainer.verdict import conclude, end_of
 
 RANK_COMMAND = (sys.executable, "-m", "qlora_trainer")
@@ -70,6 +71,11 @@ def load_run(path: Path) -> RunConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the object as a whole"
         raise _invalid(f"{path} is malformed at {where}: {first['msg']}") from error
+
+
+def settled(run: RunConfig, counts: Sequence[int]) -> RunConfig:
+    """The job once each pod's number of ranks is known."""
+    return run.model_copy(update={"layout": run.layout.settled(counts)})
 
 
 def _invalid(cause: str) -> LaunchError:
@@ -110,11 +116,7 @@ def share_of(environ: Mapping[str, str], root: Path = cpu.ROOT) -> Share:
 def wish_of(run: RunConfig) -> Wish:
     """What the job asks for in each pod."""
     asked = run.layout
-    return _wish(asked.ranks_per_pod, asked.cpus_per_rank, asked.pinning)
-
-
-def _wish(ranks: Ranks, cpus_per_rank: int, pinning: Pinning) -> Wish:
-    return Wish(ranks, None if ranks == "auto" else ranks * cpus_per_rank, pinning)
+    return Wish(asked.ranks_per_pod, asked.pod_cpus, asked.pinning, asked.memory_tier)
 
 
 def place_ranks(run: RunConfig, environ: Mapping[str, str], root: Path = cpu.ROOT) -> Layout:
@@ -143,11 +145,11 @@ def ranks_of_pods(run: RunConfig, index: int, own: int, environ: Mapping[str, st
         LaunchError: a pod did not come in time, or one is of another job.
     """
     pods = run.layout.pods
-    if wish_of(run).ranks != "auto":
+    if run.layout.ranks_per_pod != "auto":
         return [own] * pods
     hello = Hello(job=run.job.uid, attempt=run.job.attempt, pods=pods, pod=index, ranks=own)
     try:
-        return agree(
+        counts = agree(
             hello,
             *master(run, environ),
             run.distributed.rendezvous_timeout_seconds,
@@ -157,6 +159,12 @@ def ranks_of_pods(run: RunConfig, index: int, own: int, environ: Mapping[str, st
         raise LaunchError(ExitCode.RENDEZVOUS_FAILED, str(error)) from error
     except Stopped as error:
         raise _stopped() from error
+    if sum(counts) > MAX_RANKS:
+        raise _invalid(
+            f"topology.ranksPerPod auto makes {sum(counts)} ranks of {pods} pods, and {MAX_RANKS} is the most: "
+            "set it to a number, or lower topology.pods"
+        )
+    return counts
 
 
 def _stopped() -> LaunchError:
@@ -191,6 +199,7 @@ def rank_environment(
         "PET_NODE_RANK": str(index),
         "PET_MASTER_ADDR": address,
         "PET_MASTER_PORT": str(port),
+        RANKS_ENV: ",".join(map(str, counts)),
         **thread_settings(place, environ),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

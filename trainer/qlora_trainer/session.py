@@ -17,6 +17,7 @@ from qlora_trainer.distributed import Group, World
 from qlora_trainer.memory_watch import MemoryWatch
 from qlora_trainer.progress import Progress, Rate
 from qlora_trainer.storage import JobFolder
+from qlora_trainer.topology import machine
 
 
 class Stopping(Exception):  # noqa: N818 - a request, not an error
@@ -48,12 +49,15 @@ class Session:
 
     def place(self) -> RankFacts:
         """Where this rank runs, for the live report."""
+        cpus = os.sched_getaffinity(0)
         return RankFacts(
             rank=self.world.rank,
             host=socket.gethostname(),
             isa=self.isa,
-            cpus=format_cpu_list(os.sched_getaffinity(0)),
+            cpus=format_cpu_list(cpus),
             threads=torch.get_num_threads(),
+            pod=self.world.pod,
+            nodes=format_cpu_list(machine.read().nodes_of(cpus)),
         )
 
     def facts(self) -> dict[str, Any]:

@@ -28,8 +28,9 @@ def out_of_memory_cause(rank: int, limit: int | None, run: RunConfig) -> str:
     """The sentence for a rank that the kernel killed for want of memory."""
     layout = run.layout
     allowed = "its memory limit" if limit is None else f"its memory limit of {_gib(limit)}"
+    sharing = "ranks that share" if layout.ranks_per_pod == "auto" else f"{layout.ranks_per_pod} rank(s) of"
     return (
-        f"rank {rank} was killed because the pod reached {allowed} with {layout.ranks_per_pod} rank(s) of "
+        f"rank {rank} was killed because the pod reached {allowed} with {sharing} "
         f"memoryPerRank {_gib(layout.memory_per_rank)}: raise topology.memoryPerRank, or lower "
         "training.microBatchTokens or training.maxSequenceLength"
     )

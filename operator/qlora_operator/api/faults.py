@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from qlora_contract.run import DatasetUri, DestinationUri, ModelUri, PvcUri, Revision, SecretName
 from qlora_operator.api import names, quantity, types
 from qlora_operator.api.documents import child_path
-from qlora_operator.api.schema import Schema, job_schema
+from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 
 _SHOWN = 60
 """Characters of a wrong value that are shown."""
@@ -44,7 +44,22 @@ described by their bounds."""
 def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
     """(field path, message) of everything that pydantic found wrong with a job, in the order of the
     fields."""
-    return [(_path(details["loc"]), _message(details)) for details in error.errors(include_url=False)]
+    # Each side of a union complains for itself.
+    found = error.errors(include_url=False)
+    for details in found:
+        details["loc"] = _field(details["loc"])
+    return list(dict.fromkeys((_path(details["loc"]), _message(details)) for details in found))
+
+
+def _field(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The location without the side of the union that pydantic adds to it."""
+    for length in range(1, len(location)):
+        try:
+            if INT_OR_STRING in schema_at(location[:length]):
+                return location[:length]
+        except KeyError:  # no such field
+            break
+    return location
 
 
 def _path(location: Sequence[str | int]) -> str:
@@ -114,6 +129,8 @@ def expected(node: Schema) -> str:
     if "enum" in node:
         values = ", ".join(str(value) for value in node["enum"])
         return f"one of {values}" if len(node["enum"]) > 1 else values
+    if INT_OR_STRING in node:
+        return f"an integer{_interval(node)}, or {node['pattern'].strip('^$')}"
     return _EXPECTED[node["type"]](node)
 
 

@@ -1,8 +1,8 @@
 """From the pydantic models to the structural schema that an API server accepts, and to the whole CRD.
 
 What pydantic emits and a structural schema refuses is rewritten: references are inlined, `X or null` becomes
-an optional X, `const` a list of one value, and what says nothing to an API server (titles, closedness) is
-dropped.
+an optional X, `number or word` Kubernetes' own int-or-string, `const` a list of one value, and what says nothing to
+an API server (titles, closedness) is dropped.
 """
 
 import functools
@@ -26,6 +26,8 @@ _DROPPED = (
     "default",
 )
 """Keywords that are not copied as they stand: left out, or rewritten by _structural."""
+INT_OR_STRING = "x-kubernetes-int-or-string"
+"""Bounds beside it are those of the number, the pattern is that of the word."""
 
 
 @functools.cache
@@ -70,9 +72,19 @@ def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
         if "$ref" in node:
             under = definitions[node["$ref"].rpartition("/")[2]]
         else:
-            (under,) = [option for option in node["anyOf"] if option != {"type": "null"}]
+            under = _one([option for option in node["anyOf"] if option != {"type": "null"}])
         node = {**under, **{key: value for key, value in node.items() if key not in ("$ref", "anyOf")}}
     return node
+
+
+def _one(options: list[Schema]) -> Schema:
+    """The only option, or what stands for a number or a word."""
+    if len(options) == 1:
+        return options[0]
+    number, word = options
+    assert number["type"] == "integer", "a union is of a number and a word, in this order"
+    bounds = {key: value for key, value in number.items() if key != "type"}
+    return {INT_OR_STRING: True, **bounds, "pattern": f"^{word['const']}$"}
 
 
 def custom_resource_definition() -> Schema:

@@ -17,24 +17,26 @@ from qlora_contract.base import ContractModel
 from qlora_contract.remote import is_remote
 from qlora_contract.run import (
     ISA_TIERS,
+    MAX_RANKS,
     Adapter,
     Checkpoint,
     Dataset,
     Distributed,
     Evaluation,
     IsaTier,
+    MemoryTier,
     ModelSource,
     Output,
+    Pinning,
     PvcUri,
     Quantization,
+    RanksPerPod,
     RunStage,
     Training,
 )
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
 
-MAX_RANKS = 1024
-"""Ranks of a job. Every rank holds a connection to every other."""
 MAX_SECONDS = 2_147_483_647
 """The longest time span: what Kubernetes' own int32 fields hold, 68 years."""
 MAX_RESTARTS = 10_000
@@ -133,24 +135,32 @@ class Topology(ApiModel):
 
     pods: int = Field(default=1, ge=1, le=512)
     """Pods of an attempt. More than one need a workspace that many nodes can mount (ReadWriteMany)."""
-    ranks_per_pod: int = Field(default=1, ge=1, le=64)
-    """Ranks of a pod: processes that train together, one for each NUMA node is a good choice."""
+    ranks_per_pod: RanksPerPod = 1
+    """Ranks of a pod: processes that train together. `auto`: one for each NUMA node (with sub-NUMA clustering:
+    each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
+    its ranks share them."""
     cpus_per_rank: int = Field(default=4, ge=1, le=1024)
-    """Whole CPUs of a rank, requested for it and bound to it."""
+    """Whole CPUs of a rank, requested for it and bound to it; with ranksPerPod auto, of a pod."""
     memory_per_rank: str = Field(
         min_length=1, max_length=quantity.MAX_MEMORY_CHARACTERS, pattern=quantity.MEMORY_PATTERN
     )
-    """Memory of a rank, such as `16Gi`: what `qlora plan` says. There is no default, since the operator
-    cannot read a model on a claim. Suffixes Ki Mi Gi Ti Pi (powers of 1024) and k M G T P (powers of
-    1000)."""
-    pinning: Literal["strict", "best-effort"] = "strict"
+    """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`: what `qlora plan` says. There is no
+    default, since the operator cannot read a model on a claim. Suffixes Ki Mi Gi Ti Pi (powers of 1024) and
+    k M G T P (powers of 1000)."""
+    pinning: Pinning = "strict"
     """`strict`: each rank has its CPUs to itself, and the job waits, or is refused, where that cannot be;
     `best-effort`: ranks may share CPUs."""
+    memory_tier: MemoryTier = "any"
+    """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. In cache mode and HBM-only mode there is nothing
+    to be done; in flat mode the ranks take it where the container may choose memory, else the job is refused with
+    pinning strict, and goes on without it with best-effort. `any`: memory near the CPUs."""
 
     rules = (
         Rule(
-            cel=f"self.pods * self.ranksPerPod <= {MAX_RANKS}",
-            holds=lambda topology: topology.pods * topology.ranks_per_pod <= MAX_RANKS,
+            cel=f"type(self.ranksPerPod) != int || self.pods * self.ranksPerPod <= {MAX_RANKS}",
+            holds=lambda topology: (
+                topology.ranks_per_pod == "auto" or topology.pods * topology.ranks_per_pod <= MAX_RANKS
+            ),
             message=f"pods times ranksPerPod may be at most {MAX_RANKS} ranks",
         ),
         Rule(
@@ -426,7 +436,7 @@ class Placement(Observed):
     nodes: list[str] = Field(default=[], max_length=NODES_SHOWN)
     """Nodes of the pods, the first 64."""
     world_size: int | None = None
-    """Ranks."""
+    """Ranks; with ranksPerPod auto, once rank 0 has told."""
     avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
     """Nodes whose processor turned out to lack what their labels promise."""
 
@@ -473,6 +483,8 @@ class RankStatus(Observed):
     """The tier that it found."""
     cpus: str | None = None
     """The CPUs that it is bound to, such as `0-3,8`."""
+    numa_nodes: str | None = None
+    """The NUMA nodes of these CPUs, such as `0-1`."""
 
 
 class CheckpointStatus(Observed):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from qlora_operator.api.names import Reason
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.sizes import pod_cpus
+from qlora_operator.api.sizes import pod_cpus, shares
 from qlora_operator.api.types import QLoRAJobSpec, Topology
 from qlora_operator.settings import Limits, Settings
 
@@ -50,8 +50,8 @@ def _uris(spec: QLoRAJobSpec) -> Iterable[tuple[str, str]]:
 
 
 def _excess(topology: Topology, limits: Limits) -> str | None:
-    """The first limit that is exceeded, with both numbers."""
-    ranks = topology.pods * topology.ranks_per_pod
+    """The first limit that is exceeded, with both numbers. Ranks that launchers settle count as one a pod."""
+    ranks = topology.pods * shares(topology)
     memory = ranks * parse_memory(topology.memory_per_rank)
     asked = {
         "pods": (topology.pods, limits.pods),

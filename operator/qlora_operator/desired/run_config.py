@@ -61,4 +61,5 @@ def layout(topology: Topology) -> Layout:
         cpus_per_rank=topology.cpus_per_rank,
         memory_per_rank=parse_memory(topology.memory_per_rank),
         pinning=topology.pinning,
+        memory_tier=topology.memory_tier,
     )

@@ -7,7 +7,7 @@ from qlora_contract.places import CREDENTIALS_ROOT, RUN_CONFIG_PATH, VOLUMES_ROO
 from qlora_contract.remote import is_remote
 from qlora_contract.run import RunStage
 from qlora_operator.api import names
-from qlora_operator.api.sizes import SHM_BYTES, TMP_BYTES
+from qlora_operator.api.sizes import TMP_BYTES, shm_bytes
 from qlora_operator.api.types import QLoRAJobSpec
 from qlora_operator.settings import Settings
 
@@ -28,7 +28,7 @@ def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Vol
         *_credentials(spec, stage),
         *(_ca_bundle(settings) if stage != "train" else []),
         _in_memory("tmp", TMP, TMP_BYTES),
-        _in_memory("shm", SHM, SHM_BYTES),
+        _in_memory("shm", SHM, shm_bytes(spec.topology)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a job on one machine: their ISA tier, and the CPUs of each."""
+"""The pods of a job on one machine: the ISA tier of all, and the CPUs of each."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ from qlora_contract.cpus import slices
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_contract.run import IsaTier
+from qlora_operator.api.sizes import pod_cpus
 from qlora_operator.api.types import Topology
 from qlora_operator.errors import CommandError
 
@@ -34,22 +35,16 @@ def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
 
     Too few: PlacementError with pinning strict; shared evenly, or in turns, with best-effort.
     """
-    there = machine.usable_cpus
-    needed = topology.pods * topology.ranks_per_pod * topology.cpus_per_rank
+    there, each = machine.usable_cpus, pod_cpus(topology)
+    needed = topology.pods * each
     if topology.pinning == "strict" and there < needed:
+        what, less = f"{topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s)", ", ranksPerPod"
+        if topology.ranks_per_pod == "auto":
+            what, less = f"{each} CPU(s)", ""
         raise PlacementError(
-            f"{topology.pods} pod(s) with {topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s) "
-            f"need {needed} CPUs, and {there} can be used here: lower spec.topology.cpusPerRank, "
-            "ranksPerPod or pods, or set spec.topology.pinning to best-effort",
+            f"{topology.pods} pod(s) with {what} "
+            f"need {needed} CPUs, and {there} can be used here: lower spec.topology.cpusPerRank{less} or pods, "
+            "or set spec.topology.pinning to best-effort",
             ExitCode.INVALID_CONFIGURATION,
         )
-    return slices(machine.cpus[:there], topology.pods, topology.ranks_per_pod * topology.cpus_per_rank)
-
-
-def rank_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
-    """The CPUs of each rank, as its launcher will share its own out."""
-    return [
-        cpus
-        for launcher in launcher_cpus(topology, machine)
-        for cpus in slices(launcher, topology.ranks_per_pod, topology.cpus_per_rank)
-    ]
+    return slices(machine.cpus[:there], topology.pods, each)

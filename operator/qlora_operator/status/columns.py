@@ -5,12 +5,19 @@ from qlora_operator.api.types import Columns, Progress, Restarts
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
 
 
-def columns(ready: int, world_size: int, progress: Progress | None, restarts: Restarts) -> Columns:
-    """The text of the columns. `ready`: ranks of pods that are ready."""
+def columns(ready: int, world_size: int | None, progress: Progress | None, restarts: Restarts) -> Columns:
+    """The text of the columns.
+
+    Args:
+        ready: ranks of pods that are ready.
+        world_size: all ranks; None while nobody has told how many there are.
+        progress: of rank 0.
+        restarts: of both kinds.
+    """
     seen = progress or Progress()
     total = seen.total_steps
     return Columns(
-        ranks=f"{ready}/{world_size}",
+        ranks=f"{ready}/{'auto' if world_size is None else world_size}",
         step=f"{seen.step}/{total}" if seen.step is not None and total else None,
         loss=f"{seen.loss:.4g}" if seen.loss is not None else None,
         tokens_per_second=f"{seen.tokens_per_second:.4g}" if seen.tokens_per_second is not None else None,

@@ -530,9 +530,11 @@ def _facts(draft: Draft) -> None:
         if digest and status.provenance:
             draft.set(provenance=status.provenance.model_copy(update={"image_digest": digest}))
     if told:
-        draft.set(ranks=live.with_facts(draft.status.ranks, told))
+        draft.set(ranks=live.with_facts(draft.status.ranks, told, pods if per_pod == "auto" else ()))
         draft.set(progress=live.progress(status.progress, told, draft.now))
         draft.set(checkpoint=live.checkpoint(told) or status.checkpoint)
         if told.step > 0 and placement.dtype is None:
             placement = placement.model_copy(update={"dtype": told.compute_dtype})
+        if told.ranks and per_pod == "auto":
+            placement = placement.model_copy(update={"world_size": len(told.ranks)})
     draft.set(placement=placement)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping_fields
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec
+from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec, Topology
 from qlora_operator.status import conditions, policies, stages
 from qlora_operator.status.columns import columns
 from qlora_operator.status.current import LOOK_SECONDS, attend, await_pods, deadline, start_attempt
@@ -149,10 +149,9 @@ def _start(draft: Draft) -> None:
     tier, before = _tier(draft), draft.status.placement or Placement()
     image = draft.image
     spec = draft.job.spec
-    world = spec.topology.pods * spec.topology.ranks_per_pod
     stage = stages.next_stage(spec, draft.status)
     draft.add_attempt(Attempt(attempt=number, stage=stage, start=stamp(draft.now)))
-    placement = before.model_copy(update={"isa": tier, "world_size": world})
+    placement = before.model_copy(update={"isa": tier, "world_size": _world(spec.topology)})
     if stage == "train":
         placement = placement.model_copy(update={"nodes": []})
         draft.set(ranks=[])
@@ -222,16 +221,22 @@ def _expire(draft: Draft) -> None:
         draft.look(expiry)
 
 
+def _world(topology: Topology) -> int | None:
+    """Ranks of all pods; None where the launchers settle it."""
+    return None if topology.ranks_per_pod == "auto" else topology.pods * topology.ranks_per_pod
+
+
 def _derive(draft: Draft) -> None:
     """What follows from the rest."""
     topology = draft.job.spec.topology
     gang = draft.gang
     trains = gang is not None and draft.open is not None and draft.stage == "train"
-    ready = gang.ready * topology.ranks_per_pod if gang is not None and trains else 0
-    world = topology.pods * topology.ranks_per_pod
+    known = draft.status.placement.world_size if draft.status.placement else None
+    world = _world(topology) or known
+    ready = gang.ready * (world or 0) // topology.pods if gang is not None and trains else 0
     draft.set(
         observed_generation=draft.job.metadata.generation,
         phase=conditions.phase(draft.status.conditions),
         restarts=draft.restarts,
-        columns=columns(min(ready, world), world, draft.status.progress, draft.restarts),
+        columns=columns(min(ready, world or 0), world, draft.status.progress, draft.restarts),
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from qlora_contract.progress import ProgressReport, TerminationReport
+from qlora_contract.run import RanksPerPod
 from qlora_operator.api.times import stamp
 from qlora_operator.api.types import (
     NODES_SHOWN,
@@ -51,27 +52,41 @@ def checkpoint(told: ProgressReport) -> CheckpointStatus | None:
     return CheckpointStatus(step=known.step, time=known.time, uri=known.uri) if known else None
 
 
-def ranks(before: Sequence[RankStatus], pods: Sequence[Pod], ranks_per_pod: int) -> list[RankStatus]:
-    """Where the ranks run, the first few of them, with what was known of each in its pod."""
+def ranks(before: Sequence[RankStatus], pods: Sequence[Pod], ranks_per_pod: RanksPerPod) -> list[RankStatus]:
+    """Where the ranks run, the first few of them, with what was known of each in its pod.
+
+    With `auto` those that rank 0 has told of.
+    """
     known = {(rank.index, rank.pod): rank for rank in before}
     found = []
     for pod in sorted(pods, key=lambda pod: pod.index):
-        for local in range(ranks_per_pod):
-            index = pod.index * ranks_per_pod + local
+        if ranks_per_pod == "auto":
+            indices = [rank.index for rank in before if rank.pod == pod.name]
+        else:
+            indices = [pod.index * ranks_per_pod + local for local in range(ranks_per_pod)]
+        for index in indices:
             rank = known.get((index, pod.name)) or RankStatus(index=index, pod=pod.name)
             found.append(rank.model_copy(update={"node": pod.node}))
     return found[:RANKS_SHOWN]
 
 
-def with_facts(before: Sequence[RankStatus], told: ProgressReport) -> list[RankStatus]:
-    """The ranks as they were, with what each has found by now."""
-    facts = {fact.rank: fact for fact in told.ranks}
-    return [
-        rank.model_copy(update={"isa": facts[rank.index].isa, "cpus": facts[rank.index].cpus})
-        if rank.index in facts
-        else rank
-        for rank in before
-    ]
+def with_facts(
+    before: Sequence[RankStatus], told: ProgressReport, pods: Sequence[Pod] = ()
+) -> list[RankStatus]:
+    """The ranks with what each has found by now.
+
+    `pods` are those of whose ranks only rank 0 can tell how many there are.
+    """
+    known = {rank.index: rank for rank in before}
+    of_index = {pod.index: pod for pod in pods}
+    for fact in told.ranks:
+        if fact.rank not in known and fact.pod in of_index:
+            pod = of_index[fact.pod]
+            known[fact.rank] = RankStatus(index=fact.rank, pod=pod.name, node=pod.node)
+        if fact.rank in known:
+            found = {"isa": fact.isa, "cpus": fact.cpus, "numa_nodes": fact.nodes or None}
+            known[fact.rank] = known[fact.rank].model_copy(update=found)
+    return [known[index] for index in sorted(known)][:RANKS_SHOWN]
 
 
 def nodes(pods: Sequence[Pod]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from qlora_operator.api import names
 from qlora_operator.api.documents import read_documents
-from qlora_operator.api.schema import custom_resource_definition, job_schema, transition_rules
+from qlora_operator.api.schema import INT_OR_STRING, custom_resource_definition, job_schema, transition_rules
 from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob, QLoRAJobSpec
 
 Wrong = Callable[[dict[str, Any]], object]
@@ -42,6 +42,7 @@ STRUCTURAL = frozenset(
         "additionalProperties",
         "x-kubernetes-list-type",
         "x-kubernetes-list-map-keys",
+        "x-kubernetes-int-or-string",
         "x-kubernetes-map-type",
         "x-kubernetes-validations",
     }
@@ -79,15 +80,17 @@ def is_number(value: object) -> bool:
 
 NOT_STRUCTURAL: dict[str, Wrong] = {
     "keyword unknown to structural schemas": lambda node: set(node) - STRUCTURAL,
-    "no type, or several": lambda node: not isinstance(node.get("type"), str),
+    "no type, or several": lambda node: (
+        isinstance(node.get("type"), str) == node.get("x-kubernetes-int-or-string", False)
+    ),
     "numeric exclusiveMinimum": lambda node: is_number(node.get("exclusiveMinimum")),
     "numeric exclusiveMaximum": lambda node: is_number(node.get("exclusiveMaximum")),
     "exclusiveMinimum of nothing": lambda node: "exclusiveMinimum" in node and "minimum" not in node,
     "exclusiveMaximum of nothing": lambda node: "exclusiveMaximum" in node and "maximum" not in node,
     "closed object": lambda node: not isinstance(node.get("additionalProperties", {}), dict),
     "both kinds of object": lambda node: {"properties", "additionalProperties"} <= set(node),
-    "list of anything": lambda node: node["type"] == "array" and "items" not in node,
-    "list of no kind": lambda node: node["type"] == "array" and "x-kubernetes-list-type" not in node,
+    "list of anything": lambda node: node.get("type") == "array" and "items" not in node,
+    "list of no kind": lambda node: node.get("type") == "array" and "x-kubernetes-list-type" not in node,
     "default null": lambda node: node.get("default", 0) is None,
     "null among values": lambda node: None in node.get("enum", []),
     "required, but unknown": lambda node: set(node.get("required", [])) - set(node.get("properties", {})),
@@ -121,18 +124,23 @@ def test_everything_in_spec_is_bounded() -> None:
     """Strings, lists and maps have a maximum, so that the cost of every rule has one."""
     spec = crd_schema()["properties"]["spec"]
     limits = {
+        INT_OR_STRING: ("pattern",),
         "string": ("maxLength", "enum"),
         "array": ("maxItems",),
         "object": ("maxProperties", "properties"),
     }
 
-    assert offenders(lambda node: not set(limits.get(node["type"], node)) & set(node), spec) == []
+    assert (
+        offenders(lambda node: not set(limits.get(node.get("type", INT_OR_STRING), node)) & set(node), spec)
+        == []
+    )
 
 
 def test_every_number_in_spec_is_bounded() -> None:
     """Integers and numbers have a minimum and a maximum, or a list of values."""
     spec = crd_schema()["properties"]["spec"]
-    numbers = [(path, node) for path, node in nodes(spec) if node["type"] in ("integer", "number")]
+    kinds = ("integer", "number", INT_OR_STRING)
+    numbers = [(path, node) for path, node in nodes(spec) if node.get("type", INT_OR_STRING) in kinds]
 
     assert [
         path for path, node in numbers if "enum" not in node and not {"minimum", "maximum"} <= set(node)

@@ -3,15 +3,32 @@
 import pytest
 
 from qlora_contract.run import RunStage
-from qlora_operator.api.sizes import SHM_BYTES, TMP_BYTES, pod_cpus, pod_memory, stage_pods
+from qlora_operator.api.sizes import (
+    AUTO_RANKS,
+    SHM_BYTES_PER_RANK,
+    TMP_BYTES,
+    pod_cpus,
+    pod_memory,
+    stage_pods,
+)
 from qlora_operator.api.types import Topology
 
 
 def test_a_pod_has_the_memory_of_its_ranks_and_of_its_own_folders() -> None:
-    """What /tmp and /dev/shm may fill is asked for once per pod, beyond what the user asks for per rank."""
+    """What /tmp and each rank in /dev/shm may fill is asked for beyond what the user asks for per rank."""
     topology = Topology.model_validate({"pods": 3, "ranksPerPod": 2, "memoryPerRank": "16Gi"})
 
-    assert pod_memory(topology) == 32 * 2**30 + TMP_BYTES + SHM_BYTES
+    assert pod_memory(topology) == 32 * 2**30 + TMP_BYTES + 2 * SHM_BYTES_PER_RANK
+
+
+def test_a_pod_whose_ranks_are_settled_there_has_what_the_job_says() -> None:
+    """With `auto`, cpusPerRank and memoryPerRank are the pod's, however many ranks come of it."""
+    topology = Topology.model_validate(
+        {"pods": 3, "ranksPerPod": "auto", "cpusPerRank": 96, "memoryPerRank": "400Gi"}
+    )
+
+    assert pod_cpus(topology) == 96
+    assert pod_memory(topology) == 400 * 2**30 + TMP_BYTES + AUTO_RANKS * SHM_BYTES_PER_RANK
 
 
 def test_a_pod_has_the_cpus_of_its_ranks() -> None:

@@ -57,6 +57,7 @@ DEFAULTS = {
         "cpusPerRank": 4,
         "memoryPerRank": "4Gi",
         "pinning": "strict",
+        "memoryTier": "any",
     },
     "isa": {"allowed": ["amx_bf16", "avx512_bf16", "avx512", "avx2"], "stepDownSeconds": 300},
     "distributed": {"backend": "gloo", "timeoutSeconds": 300, "rendezvousTimeoutSeconds": 1800},
@@ -375,11 +376,22 @@ BAD = {
         "spec.topology",
         "pods times ranksPerPod may be at most 1024 ranks",
     ),
-    "ranks chosen automatically": (
-        {"spec.topology.ranksPerPod": "auto"},
+    "ranks chosen otherwise": (
+        {"spec.topology.ranksPerPod": "automatic"},
         "spec.topology.ranksPerPod",
-        "an integer",
+        "is the string 'automatic'; it must be an integer from 1 to 64, or auto",
     ),
+    "number of ranks as a string": (
+        {"spec.topology.ranksPerPod": "2"},
+        "spec.topology.ranksPerPod",
+        "is the string '2'; it must be an integer from 1 to 64, or auto",
+    ),
+    "no ranks": (
+        {"spec.topology.ranksPerPod": 0},
+        "spec.topology.ranksPerPod",
+        "is the number 0; it must be an integer from 1 to 64, or auto",
+    ),
+    "unknown memory tier": ({"spec.topology.memoryTier": "ddr"}, "spec.topology.memoryTier", "any, hbm"),
     "half a CPU": ({"spec.topology.cpusPerRank": 0.5}, "spec.topology.cpusPerRank", "is the number 0.5"),
     "unknown pinning": ({"spec.topology.pinning": "loose"}, "spec.topology.pinning", "strict, best-effort"),
     "no tier allowed": ({"spec.isa.allowed": []}, "spec.isa.allowed", "a list of 1 to 4 items"),

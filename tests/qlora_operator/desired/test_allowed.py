@@ -117,6 +117,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {"limits": {"memory": "4095Mi"}},
         (Reason.LIMIT_EXCEEDED, f"{4 * 2**30} bytes of memory in all, and a job may have {4095 * 2**20}"),
     ),
+    "a pod whose ranks are settled there counts as one": (
+        {"topology": {"pods": 2, "ranksPerPod": "auto", "cpusPerRank": 6, "memoryPerRank": "2Gi"}},
+        {"limits": {"pods": 2, "ranks": 2, "cpus": 12, "memory": "4Gi"}},
+        None,
+    ),
+    "too many CPUs of pods whose ranks are settled there": (
+        {"topology": {"pods": 2, "ranksPerPod": "auto", "cpusPerRank": 7, "memoryPerRank": "2Gi"}},
+        {"limits": {"cpus": 12}},
+        (Reason.LIMIT_EXCEEDED, "14 CPUs in all, and a job may have 12"),
+    ),
     "just as much as is allowed": (
         {},
         {"limits": {"pods": 2, "ranks": 4, "cpus": 12, "memory": "4Gi"}},

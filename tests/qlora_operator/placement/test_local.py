@@ -57,6 +57,12 @@ def test_a_machine_without_any_tier_is_refused() -> None:
     ("topology", "machine", "expected"),
     [
         pytest.param({"pods": 2, "cpusPerRank": 3}, {}, [[0, 1, 2], [3, 4, 5]], id="enough"),
+        pytest.param(
+            {"pods": 2, "ranksPerPod": "auto", "cpusPerRank": 2},
+            {"cpus": 5},
+            [[0, 1], [2, 3]],
+            id="auto: a pod's CPUs are what the job says",
+        ),
         pytest.param({"pods": 2, "cpusPerRank": 1}, {"cpus": 4, "quota": 2.5}, [[0], [1]], id="a quota"),
         pytest.param(
             {"pods": 2, "cpusPerRank": 4, "pinning": "best-effort"},
@@ -97,6 +103,17 @@ def test_too_few_cpus_are_refused_under_strict(machine: dict[str, Any]) -> None:
     assert str(refused.value) == (
         "2 pod(s) with 2 rank(s) of 2 CPU(s) need 8 CPUs, and 7 can be used here: lower "
         "spec.topology.cpusPerRank, ranksPerPod or pods, or set spec.topology.pinning to best-effort"
+    )
+
+
+def test_too_few_cpus_for_ranks_that_launchers_settle() -> None:
+    """The sentence does not name a number of ranks that nobody gave."""
+    with pytest.raises(PlacementError) as refused:
+        launcher_cpus(a_topology(pods=2, ranksPerPod="auto", cpusPerRank=4), a_machine(cpus=7))
+
+    assert str(refused.value) == (
+        "2 pod(s) with 4 CPU(s) need 8 CPUs, and 7 can be used here: lower "
+        "spec.topology.cpusPerRank or pods, or set spec.topology.pinning to best-effort"
     )
 
 

@@ -104,7 +104,7 @@ def test_a_demand_is_what_a_pod_requests(a_job: Callable[..., QLoRAJob]) -> None
     assert demand(job) == Demand(
         pods=3,
         cpus=8,
-        memory=32 * GIB + 320 * 2**20,
+        memory=32 * GIB + (256 + 2 * 64) * 2**20,
         node_selector={"disk": "ssd"},
         tolerations=(a_toleration(operator="Exists"),),
         tiers=("avx2", "amx_bf16"),

@@ -454,6 +454,36 @@ def test_facts_survive_a_look_at_the_pods(
     ]
 
 
+def test_ranks_that_launchers_settle_are_counted_once_rank_0_tells(
+    ask: Callable[..., Decision], make_gang: Any, make_pod: Any
+) -> None:
+    """With ranksPerPod auto the column says so first, and then how many there are."""
+    status = running()
+    status["placement"] |= {"worldSize": None}
+    topology = {"pods": 2, "ranksPerPod": "auto", "memoryPerRank": "1Gi"}
+    pods = [make_pod(n, phase="Running", node="n") for n in range(2)]
+    facts = [
+        {"rank": n, "host": "h", "isa": "avx512", "cpus": str(n), "threads": 1, "pod": n // 2}
+        for n in range(3)
+    ]
+    told = ProgressReport.model_validate(
+        {"job_uid": "u", "attempt": 0, "stage": "Training", "step": 1, "total_steps": 9, "epoch": 0}
+        | {"updated_time": START, "ranks": facts}
+    )
+    gang = make_gang(ready=2, parallelism=2)
+
+    before = ask(status, [gang], pods, spec={"topology": topology}).status
+    after = ask(status, [gang], pods, spec={"topology": topology}, progress=told).status
+
+    assert (before.columns.ranks, before.placement.world_size, before.ranks) == ("0/auto", None, [])
+    assert (after.columns.ranks, after.placement.world_size) == ("3/3", 3)
+    assert [(rank.index, rank.pod) for rank in after.ranks] == [
+        (0, "job-a0-0"),
+        (1, "job-a0-0"),
+        (2, "job-a0-1"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("before", "step", "after"),
     [(None, 0, None), (None, 1, "bf16"), ("fp32", 1, "fp32")],

@@ -90,6 +90,37 @@ def test_ranks_keep_what_is_known(make_pod: Callable[..., Pod]) -> None:
     assert other == [RankStatus(index=n, pod="job-a1-0", node="a") for n in range(2)]
 
 
+def test_ranks_that_only_rank_0_can_count(make_pod: Callable[..., Pod]) -> None:
+    """With `auto` there are none until rank 0 tells; then each is in the pod that it was told to be in."""
+    pods = [make_pod(1, node="b"), make_pod(0, node="a")]
+    of_pod = {0: 0, 1: 0, 2: 1, 3: 7}
+    facts = [
+        RankFacts(rank=n, host="h", isa="avx512", cpus=str(n), threads=1, pod=pod, nodes=str(n))
+        for n, pod in of_pod.items()
+    ]
+
+    before = live.ranks([], pods, "auto")
+    known = live.with_facts(before, told(ranks=facts), pods)
+
+    assert before == []
+    assert [(r.index, r.pod, r.node, r.cpus, r.numa_nodes) for r in known] == [
+        (0, "job-a0-0", "a", "0", "0"),
+        (1, "job-a0-0", "a", "1", "1"),
+        (2, "job-a0-1", "b", "2", "2"),
+    ]
+    assert live.ranks(known, pods, "auto") == known
+    assert live.ranks(known, [make_pod(0, attempt=1, node="a")], "auto") == []
+
+
+def test_rank_0_adds_no_ranks_where_the_job_says_how_many(make_pod: Callable[..., Pod]) -> None:
+    """What it tells of others is passed over."""
+    facts = [RankFacts(rank=9, host="h", isa="avx512", cpus="9", threads=1)]
+
+    assert live.with_facts(live.ranks([], [make_pod(0)], 1), told(ranks=facts)) == [
+        RankStatus(index=0, pod="job-a0-0")
+    ]
+
+
 def test_ranks_are_capped(make_pod: Callable[..., Pod]) -> None:
     """The first 64 ranks are shown."""
     assert len(live.ranks([], [make_pod(n) for n in range(40)], 2)) == 64

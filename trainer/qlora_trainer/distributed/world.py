@@ -18,10 +18,12 @@ class World:
     master_addr: str
     """Name or address of rank 0's host; a name need not resolve yet."""
     master_port: int
+    pod: int = 0
+    """Completion index of its pod."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "World":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, NODE_RANK, MASTER_ADDR and MASTER_PORT.
 
         Without WORLD_SIZE the process is alone. Raises ConfigurationError.
         """
@@ -34,6 +36,7 @@ class World:
             local_rank=_number(environ, "LOCAL_RANK", 0, 0, size - 1),
             master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
             master_port=_number(environ, "MASTER_PORT", RENDEZVOUS_PORT, 1, 65535),
+            pod=_number(environ, "NODE_RANK", 0, 0, size - 1),
         )
 
 
