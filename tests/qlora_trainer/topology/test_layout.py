@@ -30,7 +30,8 @@ def shown(found: Layout) -> list[tuple[str, str]]:
     ]
 
 
-AUTO = Wish("auto", None)
+AUTO = Wish("auto", 1024, "best-effort")
+"""As many ranks as the CPUs suggest, of however many CPUs."""
 
 
 @pytest.mark.parametrize(
@@ -258,18 +259,18 @@ def test_ranks_are_bound_only_to_cpus_that_nobody_else_uses(
 @pytest.mark.parametrize(
     ("quota", "asked", "threads"),
     [
-        pytest.param(8.0, None, 8, id="a quota"),
-        pytest.param(3.5, None, 3, id="part of a CPU is no thread"),
-        pytest.param(0.5, None, 1, id="at least one"),
-        pytest.param(24.0, None, 16, id="no more than cores"),
+        pytest.param(8.0, 1024, 8, id="a quota"),
+        pytest.param(3.5, 1024, 3, id="part of a CPU is no thread"),
+        pytest.param(0.5, 1024, 1, id="at least one"),
+        pytest.param(24.0, 1024, 16, id="no more than cores"),
         pytest.param(None, 8, 8, id="more CPUs than the pod asked for"),
     ],
 )
 def test_auto_on_shared_cpus_is_one_rank(
-    machines: dict[str, Machine], quota: float | None, asked: int | None, threads: int
+    machines: dict[str, Machine], quota: float | None, asked: int, threads: int
 ) -> None:
     """Without CPUs of its own a pod has no cluster: one rank floats, with the quota's threads, and says why."""
-    found = laid_out(machines["vm_m7i_8xlarge"], ALL, Wish("auto", asked), quota=quota)
+    found = laid_out(machines["vm_m7i_8xlarge"], ALL, Wish("auto", asked, "best-effort"), quota=quota)
 
     assert [(len(place.cpus), place.threads) for place in found.ranks] == [(32, threads)]
     assert "cpuManagerPolicy static; ranksPerPod auto is one rank here" in found.notes[0]
@@ -352,8 +353,10 @@ def test_hbm_is_near_the_rank(
     expected: list[int | None],
 ) -> None:
     """In flat mode each rank prefers its own cluster's HBM; the other modes need nothing."""
-    wish = Wish("auto", None, memory_tier="hbm")
-    found = laid_out(machines[name], ALL, wish, memory_nodes=memory, may_place_memory=may_place)
+    wish = Wish("auto", 1, memory_tier="hbm")
+    found = laid_out(
+        machines[name], ALL, wish, ours_alone=True, memory_nodes=memory, may_place_memory=may_place
+    )
 
     assert [place.memory_node for place in found.ranks] == expected
     assert found.notes == ()
@@ -361,7 +364,7 @@ def test_hbm_is_near_the_rank(
 
 def test_hbm_that_cannot_be_had_is_said_under_best_effort(machines: dict[str, Machine]) -> None:
     """The ranks run on DDR, and the layout says why."""
-    found = laid_out(machines["xeon_max_flat_snc4"], ALL, Wish("auto", None, "best-effort", "hbm"))
+    found = laid_out(machines["xeon_max_flat_snc4"], ALL, Wish("auto", 1024, "best-effort", "hbm"))
 
     assert {place.memory_node for place in found.ranks} == {None}
     assert "as NUMA node(s) 8-15 without CPUs; only a memory policy" in found.notes[0]
@@ -369,8 +372,10 @@ def test_hbm_that_cannot_be_had_is_said_under_best_effort(machines: dict[str, Ma
 
 def test_lines_tell_each_rank(machines: dict[str, Machine]) -> None:
     """Threads, CPUs, nodes, helpers, memory, what is unused, and notes."""
-    wish = Wish("auto", None, memory_tier="hbm")
-    found = laid_out(machines["xeon_max_flat_snc4"], "0-11,96-107,12-13", wish, may_place_memory=True)
+    wish = Wish("auto", 1, memory_tier="hbm")
+    found = laid_out(
+        machines["xeon_max_flat_snc4"], "0-11,96-107,12-13", wish, ours_alone=True, may_place_memory=True
+    )
 
     assert found.lines() == [
         "local rank 0: 12 thread(s) on CPUs 0-11, NUMA node(s) 0, helpers on 96-107, memory of node 8",
@@ -407,7 +412,7 @@ def small_machines(draw: st.DrawFn) -> tuple[Machine, tuple[int, ...]]:
 
 
 wishes = st.one_of(
-    st.builds(lambda pinning: Wish("auto", None, pinning), st.sampled_from(["strict", "best-effort"])),
+    st.builds(Wish, st.just("auto"), st.integers(1, 40), st.sampled_from(["strict", "best-effort"])),
     st.builds(
         lambda ranks, each, pinning: Wish(ranks, ranks * each, pinning),
         st.integers(1, 8),
@@ -443,7 +448,7 @@ def test_what_always_holds(
         holds(found, cores)
     if wish.ranks != "auto":
         assert len(found.ranks) == wish.ranks
-        assert all(place.threads <= (wish.cpus or 0) // len(found.ranks) for place in found.ranks)
+        assert all(place.threads <= wish.cpus // len(found.ranks) for place in found.ranks)
 
 
 def holds(found: Layout, cores: Sequence[Core]) -> None:

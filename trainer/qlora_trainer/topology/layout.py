@@ -18,16 +18,12 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 from qlora_contract.cpus import format_cpu_list
+from qlora_contract.run import MemoryTier, Pinning, RanksPerPod
 from qlora_trainer.cpu import CpuError
 from qlora_trainer.topology.machine import Core, Machine
 from qlora_trainer.topology.memory import choose_hbm
-
-Ranks = int | Literal["auto"]
-Pinning = Literal["strict", "best-effort"]
-MemoryTier = Literal["any", "hbm"]
 
 JOIN_GAIN = 1.25
 """Nodes are joined into one rank when more than so many times as many cores work then. An estimate: within a socket
@@ -64,9 +60,9 @@ class Share:
 class Wish:
     """What a job asks for in each pod."""
 
-    ranks: Ranks
-    cpus: int | None
-    """CPUs of all the pod's ranks together; None, with `auto`: all there are."""
+    ranks: RanksPerPod
+    cpus: int
+    """CPUs of all the pod's ranks together."""
     pinning: Pinning = "strict"
     """`strict` refuses what cannot be had; `best-effort` takes what there is and says so."""
     memory_tier: MemoryTier = "any"
@@ -131,7 +127,7 @@ def layout(machine: Machine, share: Share, wish: Wish) -> Layout:
     elif len(cores) < wish.ranks:
         found = _crowd(cores, wish)
     else:
-        found = _spread(cores, wish.ranks, _each(wish, wish.ranks))
+        found = _spread(cores, wish.ranks, wish.cpus // wish.ranks)
     found = replace(found, ranks=tuple(_near(machine, place) for place in found.ranks))
     return found if wish.memory_tier == "any" else _in_hbm(found, machine, share, wish)
 
@@ -139,7 +135,7 @@ def layout(machine: Machine, share: Share, wish: Wish) -> Layout:
 def _check_cpus(share: Share, wish: Wish) -> None:
     if not share.cpus:
         raise LayoutError("no CPU can be used here: at least one is needed")
-    if wish.pinning != "strict" or wish.cpus is None or share.usable >= wish.cpus:
+    if wish.pinning != "strict" or share.usable >= wish.cpus:
         return
     if wish.ranks == "auto":
         raise LayoutError(
@@ -154,14 +150,7 @@ def _check_cpus(share: Share, wish: Wish) -> None:
 
 def _is_ours(share: Share, wish: Wish) -> bool:
     """Whether no other pod uses these CPUs, as far as can be known."""
-    asked_for = wish.cpus is None or len(share.cpus) <= wish.cpus
-    return share.usable == len(share.cpus) and (share.ours_alone or asked_for)
-
-
-def _each(wish: Wish, ranks: int) -> int:
-    """CPUs of each of a given number of ranks."""
-    assert wish.cpus is not None, "only `auto` may leave the CPUs open"
-    return wish.cpus // ranks
+    return share.usable == len(share.cpus) and (share.ours_alone or len(share.cpus) <= wish.cpus)
 
 
 # --- the ways to lay out
@@ -170,8 +159,7 @@ def _each(wish: Wish, ranks: int) -> int:
 def _float(share: Share, wish: Wish, cores: Sequence[Core]) -> Layout:
     """Not bound: the kernel's scheduler sees who else is at work, and we do not."""
     ranks = 1 if wish.ranks == "auto" else wish.ranks
-    most = share.usable if wish.cpus is None else wish.cpus // ranks
-    threads = max(1, min(most, share.usable // ranks, len(cores) // ranks))
+    threads = max(1, min(wish.cpus // ranks, share.usable // ranks, len(cores) // ranks))
     note = (
         "CPUs are shared with others, so ranks are not bound to any: for CPUs of its own a pod needs a kubelet "
         "with cpuManagerPolicy static"
