@@ -75,3 +75,10 @@ def test_the_out_of_memory_sentence(a_run: Callable[..., RunConfig]) -> None:
         "memoryPerRank 1.50 GiB: raise topology.memoryPerRank, or lower training.microBatchTokens "
         "or training.maxSequenceLength"
     )
+
+
+def test_ranks_that_share_memory_are_said_to(a_run: Callable[..., RunConfig]) -> None:
+    """With `auto` memoryPerRank is the pod's, and the number of ranks is not the user's to lower."""
+    run = a_run(layout={"ranksPerPod": "auto", "memoryPerRank": 3 << 30})
+
+    assert "3.00 GiB with ranks that share memoryPerRank 3.00 GiB: raise" in out_of_memory_cause(1, 3 << 30, run)
