@@ -4,12 +4,15 @@
 
 In one run, interleaved: bursts of bare Indexed Jobs with the very pods that the operator would make, and bursts
 of as many QLoRAJobs. Then the operator alone: one job, a gang's restart, kill -9 with all jobs running, memory,
-and what it costs when nothing happens. Prints one JSON object; the medians go into LOG.md by hand.
+and what it costs when nothing happens. Prints one JSON object; the medians go into LOG.md by hand. Of each
+burst there are the CPU seconds of every program, too, and the operator's requests: on a machine that others use,
+believe these.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -19,6 +22,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter as Count
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +169,14 @@ class Operator:
                 total += float(line.rpartition(" ")[2])
         return total
 
+    def requests(self) -> Count[str]:
+        """How many so far, by verb and resource."""
+        pattern = re.compile(r'qlora_api_requests_total{.*resource="(\w+)",verb="(\w+)"} (\S+)')
+        found: Count[str] = Count()
+        for resource, verb, number in pattern.findall(self.get("/metrics") or ""):
+            found[f"{verb} {resource}"] += int(float(number))
+        return found
+
     def writes(self) -> float:
         """Requests so far that changed something."""
         return sum(self.metric("qlora_api_requests_total", verb=verb) for verb in ("post", "put", "delete"))
@@ -182,6 +194,17 @@ class Operator:
         """kill -9."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def cpu(cluster: ControlPlane, operator: Operator) -> dict[str, float]:
+    """CPU seconds so far of the cluster's programs, and of the operator."""
+    times = {name: psutil.Process(pid).cpu_times() for name, pid in cluster.processes.items()}
+    return {**{name: each.user + each.system for name, each in times.items()}, "operator": operator.cpu()}
+
+
+def since(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """What was used in between."""
+    return {name: round(seconds - before[name], 2) for name, seconds in now.items()}
 
 
 def until(check: Callable[[], Any], say: str, every: float = 0.02) -> float:
@@ -305,17 +328,22 @@ def measure(options: argparse.Namespace, folder: Path) -> Object:
 def _bursts(options: argparse.Namespace, cluster: ControlPlane, operator: Operator, found: Object) -> None:
     gangs, jobs = "/apis/batch/v1/namespaces/{}/jobs", JOBS + "/namespaces/{}/qlorajobs"
     for turn in range(options.rounds):
+        used = cpu(cluster, operator)
         found["bare"].append(burst(cluster, f"bare-{turn}", options.jobs, gangs, bare))
+        found["cpu_s_bare"] = since(used, cpu(cluster, operator))
         empty(cluster, f"bare-{turn}")
-        before, cpu = operator.writes(), operator.cpu()
+        before, asked, used = operator.writes(), operator.requests(), cpu(cluster, operator)
         found["operator"].append(burst(cluster, f"ours-{turn}", options.jobs, jobs, job))
-        found["cpu_s_per_burst"] = operator.cpu() - cpu
+        found["cpu_s_operator"] = since(used, cpu(cluster, operator))
         last = turn == options.rounds - 1
         until(lambda: running(cluster, f"ours-{turn}") == options.jobs, "not all running", 0.5)  # noqa: B023
         found["writes_per_job"] = (operator.writes() - before) / options.jobs
+        asked = operator.requests() - asked
+        found["requests_per_job"] = {kind: round(number / options.jobs, 2) for kind, number in asked.items()}
         if not last:
             empty(cluster, f"ours-{turn}")
         print(json.dumps(found), file=sys.stderr)
+    found["cpu_ratio"] = sum(found["cpu_s_operator"].values()) / sum(found["cpu_s_bare"].values())
     found["ratio"] = statistics.median(found["operator"]) / statistics.median(found["bare"])
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 from urllib.parse import urlencode
+from urllib.request import getproxies_environment
 
 import aiohttp
 from kubernetes.aio import config
@@ -22,7 +23,8 @@ Raw = dict[str, Any]
 REQUEST_SECONDS = 30
 PAGE = 100
 """Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
-CONNECTIONS = 32
+CONNECTIONS = 16
+"""Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
 NAMESPACE_TERMINATING = "NamespaceTerminating"
 """Why nothing can be created any more; the API names it as the cause of a Forbidden."""
 
@@ -66,6 +68,8 @@ async def configuration() -> Configuration:
     except config.ConfigException:
         await config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     settings.connection_pool_maxsize = CONNECTIONS
+    # Told to heed the environment, aiohttp looks for proxies and for ~/.netrc in another thread, at each request.
+    settings.client_session_kwargs = {"trust_env": bool(getproxies_environment())}
     return settings
 
 

@@ -115,6 +115,12 @@ class Metrics:
         self.attempts_started = Counter(
             "qlora_attempts_started", "Attempts whose Job was created", registry=registry
         )
+        self.jobs_finished = Counter(
+            "qlora_jobs_finished",
+            "Jobs that ended while this operator ran; phase: Succeeded or Failed",
+            ["namespace", "phase"],
+            registry=registry,
+        )
         self.restarts = Counter(
             "qlora_restarts",
             "Attempts that ended early and are followed by another; budget: user, infrastructure or none",

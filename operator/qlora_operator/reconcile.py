@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
@@ -45,7 +46,7 @@ from qlora_operator.status.draft import (
     RestoreNetwork,
     StartAttempt,
 )
-from qlora_operator.status.needs import needs
+from qlora_operator.status.needs import Needs, needs
 from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, Warned, pod
 from qlora_operator.status.pending import by_quota
 from qlora_operator.status.policies import DONE
@@ -62,6 +63,7 @@ NODES_KEPT_SECONDS = 10.0
 DENIED_SECONDS = 600.0
 """How long a missing permission to list nodes is taken for granted."""
 UNREADABLE_SECONDS = 60.0
+ENDS = (Phase.SUCCEEDED, Phase.FAILED)
 
 
 class Reconciler:
@@ -69,7 +71,7 @@ class Reconciler:
 
     def __init__(self, cluster: Cluster, store: Store, settings: Settings, metrics: Metrics) -> None:
         self._cluster, self._store, self._settings, self._metrics = cluster, store, settings, metrics
-        self._nodes: Kept[list[placement.Node] | None] = Kept(self._list_nodes)
+        self._nodes: Kept[Nodes | None] = Kept(self._list_nodes)
         self._warnings: dict[str, Kept[list[dict[str, Any]]]] = {}
         self._obstacles: dict[str, Said] = {}
         self.incomplete: set[str] = set()
@@ -104,12 +106,14 @@ class Reconciler:
     async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
         uid = str(job.metadata.uid)
         now = datetime.now(UTC)
-        seen = await self._observe(key, uid, job, now)
+        wanted = needs(job, self._store.gangs(uid), now)
+        seen = await self._observe(key, uid, job, wanted)
         decision = decide(job, seen, now)
         self._show(key, decision.status)
-        if not await self._save(raw, decision.status, guard=bool(decision.actions)):
+        saved = await self._save(raw, decision.status, guard=bool(decision.actions))
+        if saved is None:
             return 0.0
-        self._count(job.status, decision)
+        self._count(key[0], job.status, decision)
         try:
             for action in decision.actions:
                 if not await self._act(action, job, uid):
@@ -118,13 +122,17 @@ class Reconciler:
             for told in decision.events:
                 await self._tell(job, uid, told)
         self._follow(key, uid, decision.status, seen)
+        after = job.model_copy(update={"status": decision.status})
+        written = saved["metadata"]["resourceVersion"] != raw["metadata"]["resourceVersion"]
+        if (written and _starts(decision)) or _more(needs(after, self._store.gangs(uid), now), wanted):
+            # At once, since no event will come of it: what we did ourselves is no news.
+            return await self._reconcile(key, saved, after)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
 
     # --- observe
 
-    async def _observe(self, key: Key, uid: str, job: QLoRAJob, now: datetime) -> Observation:
+    async def _observe(self, key: Key, uid: str, job: QLoRAJob, wanted: Needs) -> Observation:
         gangs = self._store.gangs(uid)
-        wanted = needs(job, gangs, now)
         if wanted.pods and wanted.fresh:
             # Before another gang may start, the watch's word is not enough.
             gangs = await self._list_gangs(key, uid)
@@ -132,7 +140,7 @@ class Reconciler:
         if {each.owner_uid for each in pods or ()} - {gang.uid for gang in gangs}:
             # Orphans, or pods of a Job that is newer than what is known: asked after them, it is told.
             gangs = await self._list_gangs(key, uid)
-        nodes = await self._nodes_of(pods or ()) if wanted.nodes or (wanted.pods and wanted.stuck) else []
+        nodes = await self._nodes_of(pods or ()) if wanted.nodes or (wanted.pods and wanted.stuck) else None
         return Observation(
             gangs=gangs,
             pods=pods,
@@ -155,33 +163,30 @@ class Reconciler:
         said = refusal(job.spec, self._settings)
         return None if said is None else Said(*said)
 
-    def _feasible(self, job: QLoRAJob, nodes: list[placement.Node] | None) -> Feasible:
+    def _feasible(self, job: QLoRAJob, nodes: "Nodes | None") -> Feasible:
         if nodes is None:
             return Feasible(tuple(job.spec.isa.allowed))
         known = job.status.placement if job.status else None
-        avoid = set(known.avoid) if known else set()
-        found = placement.feasible(
-            [node for node in nodes if node.name not in avoid],
-            placement.demand(job),
-            native_bf16_only=known is not None and known.dtype == "bf16",
-        )
+        avoid = frozenset(known.avoid if known else ())
+        native = known is not None and known.dtype == "bf16"
+        found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
         why = found.why
         if avoid and why:
             why = f"{why} (left out, since their ranks found less than the labels promise: {', '.join(sorted(avoid))})"
         return Feasible(found.tiers, why)
 
-    async def _nodes_of(self, pods: tuple[Pod, ...]) -> list[placement.Node] | None:
+    async def _nodes_of(self, pods: tuple[Pod, ...]) -> "Nodes | None":
         """The nodes; asked for anew when a pod is on one that has joined, or gone, since they were."""
         nodes = await self._nodes.get()
-        if nodes is not None and {each.node for each in pods if each.node} - {node.name for node in nodes}:
+        if nodes is not None and {each.node for each in pods if each.node} - nodes.names:
             self._nodes.hold(0.0)
             nodes = await self._nodes.get()
         return nodes
 
-    async def _list_nodes(self) -> list[placement.Node] | None:
+    async def _list_nodes(self) -> "Nodes | None":
         """None without the permission: then the labels of the first tier are required, unseen."""
         try:
-            return [placement.node(raw) for raw in await self._cluster.nodes()]
+            return Nodes([placement.node(raw) for raw in await self._cluster.nodes()])
         except ApiError as error:
             if error.code != 403:
                 raise
@@ -204,8 +209,10 @@ class Reconciler:
 
     # --- save
 
-    async def _save(self, raw: dict[str, Any], status: QLoRAJobStatus, *, guard: bool = False) -> bool:
-        """Whether the decision stands: it does not when the job has changed since it was read.
+    async def _save(
+        self, raw: dict[str, Any], status: QLoRAJobStatus, *, guard: bool = False
+    ) -> dict[str, Any] | None:
+        """The job with this status; None when it has changed since it was read, so that the decision is void.
 
         What changes nothing is not written, unless it is to guard what is done about it: the API server stores
         nothing then, but tells whether the job is still as it was.
@@ -213,15 +220,16 @@ class Reconciler:
         new = status.model_dump(by_alias=True, mode="json", exclude_none=True, exclude_defaults=False)
         old = raw.get("status") or {}
         if _pruned(new) == _pruned(old) and not guard:
-            return True
+            return raw
         try:
-            self._store.put_job(await self._cluster.save_status({**raw, "status": new}))
+            saved = await self._cluster.save_status({**raw, "status": new})
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
             await self._refresh(raw)
-            return False
-        return True
+            return None
+        self._store.put_job(saved)
+        return saved
 
     async def _refresh(self, raw: dict[str, Any]) -> None:
         metadata = raw["metadata"]
@@ -335,9 +343,11 @@ class Reconciler:
             ),
         )
 
-    def _count(self, before: QLoRAJobStatus | None, decision: Decision) -> None:
+    def _count(self, namespace: str, before: QLoRAJobStatus | None, decision: Decision) -> None:
         """What the metrics count, once the decision is a fact."""
         after = decision.status
+        if after.phase in ENDS and (before is None or before.phase not in ENDS):
+            self._metrics.jobs_finished.labels(namespace, after.phase).inc()
         if after.attempt is not None and (before is None or before.attempt != after.attempt):
             self._metrics.attempts_started.inc()
         if not after.attempts or after.attempts[-1].reason in (None, *DONE):
@@ -361,9 +371,29 @@ class Reconciler:
         faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
         log.error("%s/%s cannot be read: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], faults)
         status = unreadable(raw, faults, datetime.now(UTC))
-        if status is not None and not await self._save(raw, status):
+        if status is not None and await self._save(raw, status) is None:
             return 0.0
         return UNREADABLE_SECONDS
+
+
+class Nodes:
+    """The nodes at one moment. Jobs that ask for the same find the same room, so it is looked for once."""
+
+    def __init__(self, nodes: Sequence[placement.Node]) -> None:
+        self._nodes = nodes
+        self.names = frozenset(node.name for node in nodes)
+        self.ready = frozenset(node.name for node in nodes if node.ready)
+        self._found: dict[tuple[str, frozenset[str], bool], placement.Feasibility] = {}
+
+    def feasible(
+        self, demand: placement.Demand, avoid: frozenset[str], *, native_bf16_only: bool
+    ) -> placement.Feasibility:
+        """As placement says it of the nodes but these."""
+        asked = (repr(demand), avoid, native_bf16_only)
+        if asked not in self._found:
+            nodes = [node for node in self._nodes if node.name not in avoid]
+            self._found[asked] = placement.feasible(nodes, demand, native_bf16_only=native_bf16_only)
+        return self._found[asked]
 
 
 class Kept(Generic[T]):
@@ -389,12 +419,20 @@ class Kept(Generic[T]):
         self._until = time.monotonic() + seconds
 
 
-def _lost(pods: tuple[Pod, ...], nodes: list[placement.Node] | None) -> frozenset[str]:
+def _starts(decision: Decision) -> bool:
+    return any(isinstance(action, StartAttempt) for action in decision.actions)
+
+
+def _more(after: Needs, before: Needs) -> bool:
+    """Whether something is to be looked at now that was not before."""
+    return any(new and not old for new, old in zip(astuple(after), astuple(before), strict=True))
+
+
+def _lost(pods: tuple[Pod, ...], nodes: Nodes | None) -> frozenset[str]:
     """Nodes of pods that do not answer, or are no longer there."""
-    if not nodes:
+    if nodes is None or not nodes.names:
         return frozenset()
-    ready = {node.name for node in nodes if node.ready}
-    return frozenset(each.node for each in pods if each.node is not None and each.node not in ready)
+    return frozenset(each.node for each in pods if each.node is not None and each.node not in nodes.ready)
 
 
 def _about_uid(raw: dict[str, Any]) -> str:

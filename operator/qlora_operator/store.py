@@ -58,12 +58,15 @@ class Store:
         """The Jobs of a job."""
         return tuple(known.gang for known in self._gangs.get(job_uid, {}).values())
 
-    def put_job(self, raw: Mapping[str, Any]) -> None:
-        """A job is, or is now, so."""
+    def put_job(self, raw: Mapping[str, Any]) -> bool:
+        """A job is, or is now, so. Whether that is news: the echo of our own write is none."""
         known, version = self._jobs.get(key_of(raw)), _version(raw)
-        if known is None or version >= known.version:
-            text = json.dumps(_lean(raw), separators=(",", ":")).encode()
-            self._jobs[key_of(raw)] = _Job(version, raw["metadata"]["uid"], text)
+        if known is not None and known.version > version:
+            return False
+        # Not told by the version alone: with another CRD, the same object has other fields.
+        text = json.dumps(_lean(raw), separators=(",", ":")).encode()
+        self._jobs[key_of(raw)] = _Job(version, raw["metadata"]["uid"], text)
+        return known is None or known.text != text
 
     def drop_job(self, key: Key, uid: str | None = None) -> None:
         """A job is gone; with a uid, only if it is still that very job."""
@@ -72,15 +75,19 @@ class Store:
             del self._jobs[key]
             self._gangs.pop(known.uid, None)
 
-    def put_gang(self, raw: Mapping[str, Any]) -> None:
-        """A child Job is, or is now, so."""
+    def put_gang(self, raw: Mapping[str, Any]) -> bool:
+        """A child Job is, or is now, so. Whether that is news: most changes of a Job change no fact that
+        decisions need."""
         uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
         if not uid:
-            return
+            return False
         name, version = raw["metadata"]["name"], _version(raw)
         siblings = self._gangs.setdefault(uid, {})
-        if name not in siblings or siblings[name].version <= version:
-            siblings[name] = _Known(version, gang(raw, uid))
+        known = siblings.get(name)
+        if known is not None and known.version > version:
+            return False
+        siblings[name] = _Known(version, gang(raw, uid))
+        return known is None or known.gang != siblings[name].gang
 
     def drop_gang(self, raw: Mapping[str, Any]) -> None:
         """A child Job is gone."""

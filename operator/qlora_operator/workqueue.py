@@ -18,13 +18,21 @@ Work = Callable[[Key], Awaitable[float | None]]
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 60.0
+PATIENT_SECONDS = 10.0
+"""How long what is due by the clock lets what has just happened go first."""
 
 
 class WorkQueue:
-    """Keys to be worked on. A key that is added while it is worked on is worked on once more afterwards."""
+    """Keys to be worked on. A key that is added while it is worked on is worked on once more afterwards.
+
+    In a rush, what has just happened goes before what is due by the clock: many a look is not needed any more
+    when its turn comes.
+    """
 
     def __init__(self, work: Work, workers: int = 16, failed: Callable[[], None] = lambda: None) -> None:
         self._work, self._workers, self._failed = work, workers, failed
+        self._now: dict[Key, float] = {}
+        """To be worked on as soon as possible, in the order of their coming; since when."""
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._count = itertools.count()
@@ -35,7 +43,7 @@ class WorkQueue:
         self._stopping = False
 
     def __len__(self) -> int:
-        return sum(due <= time.monotonic() for due in self._due.values())
+        return len(self._now) + sum(due <= time.monotonic() for due in self._due.values())
 
     @property
     def busy(self) -> int:
@@ -45,16 +53,24 @@ class WorkQueue:
     def oldest(self) -> float:
         """Seconds for which the key that has waited, or been worked on, the longest is overdue."""
         now = time.monotonic()
-        begun = [*self._busy.values(), *(due for due in self._due.values() if due <= now)]
+        begun = [
+            *self._busy.values(),
+            *self._now.values(),
+            *(due for due in self._due.values() if due <= now),
+        ]
         return now - min(begun, default=now)
 
     def add(self, key: Key, delay: float = 0.0) -> None:
         """Work on a key after so many seconds, or earlier where that was wanted before."""
         due = time.monotonic() + delay
-        if self._stopping or self._due.get(key, float("inf")) <= due:
+        if self._stopping or key in self._now or (delay and self._due.get(key, float("inf")) <= due):
             return
-        self._due[key] = due
-        heapq.heappush(self._heap, (due, next(self._count), key))
+        if delay:
+            self._due[key] = due
+            heapq.heappush(self._heap, (due, next(self._count), key))
+            self._tidy()
+        else:
+            self._now[key] = min(due, self._due.pop(key, due))
         self._wake()
 
     def start(self) -> None:
@@ -66,6 +82,7 @@ class WorkQueue:
         more."""
         deadline = time.monotonic() + patience
         self._stopping = True
+        self._now.clear()
         self._due.clear()
         while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -107,8 +124,24 @@ class WorkQueue:
 
     def _ready(self) -> tuple[Key | None, float | None]:
         """A key that is due and not being worked on; else how long to wait for the next."""
-        now, held = time.monotonic(), []
-        found, wait = None, None
+        now = time.monotonic()
+        key, wait = self._timed(now - PATIENT_SECONDS)
+        key = key or next((each for each in self._now if each not in self._busy), None)
+        if key is None:
+            key, wait = self._timed(now)
+        if key is not None:
+            self._now.pop(key, None)
+        return key, wait
+
+    def _tidy(self) -> None:
+        """Of keys that came back before their time, the old times would stay until then: hours, it may be."""
+        if len(self._heap) > 2 * len(self._due) + self._workers:
+            self._heap = [item for item in self._heap if self._due.get(item[2]) == item[0]]
+            heapq.heapify(self._heap)
+
+    def _timed(self, now: float) -> tuple[Key | None, float | None]:
+        """A key that is due by this time."""
+        held, found, wait = [], None, None
         while self._heap:
             due, _, key = self._heap[0]
             if self._due.get(key) != due:  # added anew for an earlier time, or forgotten

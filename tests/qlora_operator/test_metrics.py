@@ -114,6 +114,7 @@ def test_requests_are_counted_and_timed(metrics: Metrics) -> None:
 def test_what_the_operator_does_is_counted(metrics: Metrics) -> None:
     """Attempts, restarts by reason and budget, reconciliations, the queue and the sweep have their names."""
     metrics.attempts_started.inc()
+    metrics.jobs_finished.labels("team", "Failed").inc()
     metrics.restarts.labels("Preempted", "infrastructure").inc()
     metrics.reconcile_errors.inc()
     metrics.reconcile_seconds.observe(0.2)
@@ -122,6 +123,7 @@ def test_what_the_operator_does_is_counted(metrics: Metrics) -> None:
     metrics.sweep_time.set(1e9)
 
     assert samples(metrics, "qlora_attempts_started_total") == {(): 1}
+    assert samples(metrics, "qlora_jobs_finished_total", "namespace", "phase") == {("team", "Failed"): 1}
     assert samples(metrics, "qlora_restarts_total", "reason", "budget") == {
         ("Preempted", "infrastructure"): 1
     }

@@ -65,6 +65,18 @@ def test_large_numbers_are_numbers() -> None:
     assert (store.job(KEY) or {})["status"] == {"phase": "new"}
 
 
+def test_news() -> None:
+    """An echo, and what is older, is no news; the same version with other fields, after a change of the CRD, is."""
+    store = Store()
+    assert store.put_job(job(5, phase="new"))
+    assert not store.put_job(job(5, phase="new"))
+    assert not store.put_job(job(4, phase="old"))
+    assert store.put_job(job(5))
+    assert store.put_gang(gang(5))
+    assert not store.put_gang(gang(6))
+    assert store.put_gang(gang(7, ready=1))
+
+
 def test_lean() -> None:
     """Who changed which field, which is as long as all the rest, is not kept."""
     store = Store()

@@ -70,6 +70,61 @@ def test_earliest_time_counts() -> None:
     run(test)
 
 
+def test_events_go_first() -> None:
+    """What has just happened goes before what was due by the clock, however long the queue of it."""
+
+    async def test() -> None:
+        done: list[Key] = []
+        queue = WorkQueue(_note(done), workers=1)
+        queue.add(A, 0.001)
+        await asyncio.sleep(0.01)
+        for number in range(3):
+            queue.add(("team", str(number)))
+        queue.start()
+        await until(lambda: len(done) == 4)
+        assert done[-1] == A
+        await queue.stop()
+
+    run(test)
+
+
+def test_what_is_long_overdue_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events without end do not keep back what is due by the clock for longer than so many seconds."""
+    monkeypatch.setattr(workqueue, "PATIENT_SECONDS", 0.05)
+
+    async def test() -> None:
+        done: list[Key] = []
+
+        async def work(key: Key) -> float | None:
+            done.append(key)
+            await asyncio.sleep(0.001)
+            return None if key == A else 0.0
+
+        queue = WorkQueue(work, workers=1)
+        queue.add(A, 0.001)
+        queue.add(B)
+        queue.start()
+        await until(lambda: A in done)
+        assert len(done) > 10
+        await queue.stop()
+
+    run(test)
+
+
+def test_times_that_are_not_needed_any_more_are_forgotten() -> None:
+    """A key that comes back a thousand times before its time takes no more room than one that does not."""
+
+    async def test() -> None:
+        queue = WorkQueue(_note([]))
+        for _ in range(1000):
+            queue.add(A, 3600)
+            queue.add(A)
+            assert queue._ready()[0] == A
+        assert len(queue._heap) < 50
+
+    run(test)
+
+
 def test_delayed_key_while_others_keep_the_workers_busy() -> None:
     """A key is worked on when it is due, although whoever waited for it went to work on another."""
 

@@ -58,6 +58,9 @@ _RUNNING_MESSAGES = {
 
 _LOST_WORDS = "the transfer ended well, but left no report of all that it did; it is done again"
 
+QUIET = timedelta(seconds=20)
+"""For how long nothing is said of pods that merely start: in a rush, longer than it takes to ask after them."""
+
 _TIERS_DO_NOT_MATTER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
 """What pods wait for on the nodes of any tier."""
 
@@ -466,12 +469,20 @@ def _follow(draft: Draft, gang: Gang) -> None:
 
 
 def _starts_quietly(draft: Draft, gang: Gang) -> bool:
-    """Nobody has looked at the pods yet, so the status as it was when the attempt began says all there is to
-    say. Most gangs are up before that changes, and each is spared a write."""
+    """The status as it was when the attempt began says all there is to say: nobody has looked at the pods yet, or
+    they are merely starting. Most gangs are up before that changes, and each is spared a write."""
     queued = draft.job.spec.scheduling.queue_name is not None
     up = draft.holds(ConditionType.RUNNING) or gang.ready >= draft.wanted
     waits = not draft.holds(ConditionType.INITIALIZED)
-    return not (up or queued or waits or draft.seen.incomplete) and draft.seen.pods is None
+    if up or queued or waits or draft.seen.incomplete:
+        return False
+    return draft.seen.pods is None or _merely_starting(draft, gang)
+
+
+def _merely_starting(draft: Draft, gang: Gang) -> bool:
+    begun = draft.open.start if draft.open else None
+    quiet = begun is not None and draft.now < parse(begun) + QUIET
+    return quiet and waiting(draft, gang).reason == Reason.STARTING
 
 
 def _look_at_pods(draft: Draft) -> None:

@@ -1,0 +1,226 @@
+"""What the watches' events and the sweep make of the store and the queue."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import kopf
+import pytest
+
+from qlora_operator import handlers
+from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL
+from qlora_operator.handlers import NoDiffs, Operator
+from testcluster.cluster import Cluster as Server
+
+KEY = ("team", "job")
+SPEC = {
+    "workspace": "pvc://work/here",
+    "model": {"source": "pvc://work/model"},
+    "dataset": {"source": "pvc://work/data"},
+    "training": {"maxSteps": 10},
+    "topology": {"cpusPerRank": 1, "memoryPerRank": "1Gi"},
+}
+
+
+@pytest.fixture
+def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Operator:
+    """One that has not started."""
+    return made(tmp_path, monkeypatch)
+
+
+def made(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Operator:
+    """An operator with these variables set."""
+    settings = folder / "settings.yaml"
+    settings.write_text("trainerImage: registry.example/trainer:1\n")
+    monkeypatch.setenv(handlers.CONFIG_ENV, str(settings))
+    monkeypatch.setenv(handlers.PORT_ENV, "0")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return Operator()
+
+
+def job(version: int = 1, uid: str = "uid", **status: Any) -> dict[str, Any]:
+    """A QLoRAJob."""
+    metadata = {"namespace": "team", "name": "job", "uid": uid, "resourceVersion": str(version)}
+    return {"metadata": metadata, "spec": {}, "status": status}
+
+
+def gang(version: int = 1, **status: Any) -> dict[str, Any]:
+    """Its Job."""
+    labels = {JOB_NAME_LABEL: "job", JOB_UID_LABEL: "uid", "qlora.dev/attempt": "0"}
+    names = {"namespace": "team", "name": "job-a0", "uid": "g", "labels": labels}
+    return {"metadata": {**names, "resourceVersion": str(version)}, "spec": {}, "status": status}
+
+
+def happens(operator: Operator, kind: str | None, raw: dict[str, Any]) -> list[tuple[str, str]]:
+    """An event comes in; the keys that wait then to be reconciled."""
+    handler: Any = handlers._job if "labels" not in raw["metadata"] else handlers._gang
+
+    async def main() -> list[tuple[str, str]]:
+        await handler(event={"type": kind, "object": raw}, memo=SimpleNamespace(operator=operator))
+        return waiting(operator)
+
+    return asyncio.run(main())
+
+
+def waiting(operator: Operator) -> list[tuple[str, str]]:
+    """The keys that are to be reconciled, which then are not any more."""
+    found = []
+    while (key := operator.queue._ready()[0]) is not None:
+        found.append(key)
+    return found
+
+
+# --- events
+
+
+def test_a_job_is_known_and_reconciled(operator: Operator) -> None:
+    """Whether it was there from the start, is new or has changed."""
+    assert happens(operator, None, job(1)) == [KEY]
+    assert happens(operator, "MODIFIED", job(2, phase="Running")) == [KEY]
+    assert (operator.store.job(KEY) or {})["status"] == {"phase": "Running"}
+
+
+def test_what_the_operator_wrote_itself_is_no_news(operator: Operator) -> None:
+    """The echo of our own write, and what is older, wake nobody."""
+    operator.store.put_job(job(5, phase="Starting"))
+
+    assert happens(operator, "MODIFIED", job(5, phase="Starting")) == []
+    assert happens(operator, "MODIFIED", job(4)) == []
+
+
+def test_a_job_that_is_deleted_is_forgotten(operator: Operator) -> None:
+    """It is reconciled once more, and everything that was kept of it goes."""
+    happens(operator, "ADDED", job(1))
+    operator.poller = SimpleNamespace(forget=lambda uid: None)  # type: ignore[assignment]
+    operator.reconciler.incomplete.add("uid")
+
+    assert happens(operator, "DELETED", job(2)) == [KEY]
+    assert operator.store.jobs() == {}
+    assert operator.reconciler.incomplete == set()
+
+
+def test_only_facts_of_a_gang_wake_its_job(operator: Operator) -> None:
+    """A Job's change matters when it changes what decisions need: not each of its pods' comings and goings."""
+    assert happens(operator, "ADDED", gang(1, active=1)) == [KEY]
+    assert happens(operator, "MODIFIED", gang(2, active=2)) == []
+    assert happens(operator, "MODIFIED", gang(3, active=2, ready=2)) == [KEY]
+    assert happens(operator, "DELETED", gang(4)) == [KEY]
+    assert operator.store.gangs("uid") == ()
+
+
+# --- the settings
+
+
+def test_namespaces_are_those_that_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them when none is."""
+    assert made(tmp_path, monkeypatch, **{handlers.NAMESPACES_ENV: "a,b"}).namespaces == ("a", "b")
+    assert made(tmp_path, monkeypatch, **{handlers.NAMESPACES_ENV: ""}).namespaces == ()
+
+
+def test_kopf_keeps_nothing_of_an_object() -> None:
+    """What kopf compares objects by is empty, whatever the object, and nothing is stored on it."""
+    body, patch = kopf.Body({"metadata": {"name": "x"}, "spec": {"field": 1}}), kopf.Patch()
+    storage = NoDiffs()
+
+    assert storage.build(body=body) == {}
+    assert storage.fetch(body=body) is None
+    storage.store(body=body, patch=patch, essence=storage.build(body=body))
+    assert not patch
+
+
+# --- probes
+
+
+def test_ready_when_all_jobs_were_looked_at(operator: Operator) -> None:
+    """Until the first sweep is through, readiness says so."""
+    assert operator.readiness() == "the jobs were not looked at yet"
+    operator.swept = time.monotonic()
+    assert operator.readiness() is None
+
+
+def test_alive_while_it_reconciles(operator: Operator) -> None:
+    """A job that waits for too long, or a sweep that does not come, is what a restart may help against."""
+    assert operator.liveness() is None
+    late = time.monotonic() - operator.settings.stuck_seconds - 10
+    operator.queue._now[KEY] = late
+    assert "a job has waited for" in str(operator.liveness())
+    operator.queue._now.clear()
+    operator.tried = late - 2 * operator.settings.sweep_seconds
+    assert operator.liveness() == "the jobs were not looked at for long"
+
+
+# --- against an API server
+
+
+def against(
+    server: Server,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    namespace: str,
+    test: Callable[[Operator], Coroutine[Any, Any, None]],
+) -> None:
+    """Run a coroutine function with an operator that has the namespace and does not reconcile."""
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig))
+
+    async def main() -> None:
+        operator = made(folder, monkeypatch, **{handlers.NAMESPACES_ENV: namespace})
+        operator.queue = handlers.WorkQueue(operator.reconciler, workers=0)
+        async with operator.cluster:
+            operator.poller = handlers.Poller(operator.cluster, operator.reconciler, operator.queue)
+            try:
+                await test(operator)
+            finally:
+                await operator.poller.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.cluster
+def test_the_sweep_sees_what_the_watches_missed(
+    api_cluster: Server, crd: None, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that nobody told of is known afterwards, one that is gone is forgotten, and a missing Service shows."""
+    path = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
+    body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "job"}, "spec": SPEC}
+    uid = api_cluster.client.post(path, body)["metadata"]["uid"]
+    gone = job(1, uid="gone")
+
+    async def test(operator: Operator) -> None:
+        operator.store.put_job(gone)
+        await operator.sweep()
+        assert operator.store.jobs() == {(namespace, "job"): uid}
+        assert sorted(waiting(operator)) == sorted([KEY, (namespace, "job")])
+        assert operator.reconciler.incomplete == {uid}
+
+    against(api_cluster, tmp_path, monkeypatch, namespace, test)
+
+
+@pytest.mark.cluster
+def test_it_starts_and_stops(
+    api_cluster: Server, crd: None, namespace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started, it sweeps by itself, is ready and shows its metrics; stopped, nothing of it is left."""
+    monkeypatch.setenv("KUBECONFIG", str(api_cluster.kubeconfig))
+
+    async def main() -> None:
+        operator = made(tmp_path, monkeypatch, **{handlers.NAMESPACES_ENV: namespace})
+        before = asyncio.all_tasks()
+        await operator.start()
+        while operator.readiness() is not None:
+            await asyncio.sleep(0.01)
+        # Of IPv6 it has another free port.
+        (port,) = (address[1] for address in operator._server.addresses if address[0] == "0.0.0.0")
+        url = f"http://127.0.0.1:{port}"
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
+            text = await answer.text()
+        assert "qlora_last_successful_sweep_timestamp_seconds" in text
+        assert handlers.of(SimpleNamespace(operator=operator)) is operator
+        await operator.stop()
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(main(), 60))
