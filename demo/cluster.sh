@@ -35,7 +35,7 @@ sed -e "s|qlora-trainer:0.1.0|$trainer|" -e "s|claimName: .*|claimName: demo|" \
 run kubectl --namespace "$namespace" wait --for=condition=Ready pod/workspace-shell --timeout=180s
 tar -c -C "$files" model data | shell tar -x -C /volume
 
-run kubectl --namespace "$namespace" apply -f manifests/samples/demo.yaml
+run kubectl --namespace "$namespace" apply -f manifests/samples/two-nodes.yaml
 kubectl --namespace "$namespace" get qlorajobs demo --watch & # not through a function: this very process is ended
 watch=$!
 trap 'kill "$watch" 2>/dev/null || true' EXIT

@@ -191,7 +191,7 @@ def small_job(
     (volume / "data" / "train.jsonl").write_text("".join(lines[:300]))
     (volume / "data" / "eval.jsonl").write_text("".join(lines[300:320]))
     give(volume)
-    sample = yaml.safe_load((MANIFESTS / "samples" / "demo.yaml").read_text())
+    sample = yaml.safe_load((MANIFESTS / "samples" / "two-nodes.yaml").read_text())
 
     def make(name: str, **spec: Any) -> Job:
         body = copy.deepcopy(sample)

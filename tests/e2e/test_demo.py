@@ -17,7 +17,7 @@ from testcluster.cluster import Cluster
 pytestmark = [pytest.mark.nodes, pytest.mark.model, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-SAMPLE = ROOT / "manifests" / "samples" / "demo.yaml"
+SAMPLE = ROOT / "manifests" / "samples" / "two-nodes.yaml"
 
 
 @pytest.fixture

@@ -108,12 +108,23 @@ def test_every_exit_code_has_its_row() -> None:
     assert table["50"][2] == "one of `infrastructureBackoffLimit`"
 
 
-@pytest.mark.parametrize("sample", ["minimal.yaml", "full.yaml"])
+@pytest.mark.parametrize("sample", ["minimal.yaml", "full.yaml", "demo.yaml", "two-nodes.yaml"])
 def test_samples_are_valid(sample: str) -> None:
     """What a user copies is a valid job."""
     (job,) = load_jobs(str(ROOT / "manifests/samples" / sample))
 
     assert names.is_job_name(job.metadata.name)
+
+
+def test_the_demo_on_two_nodes_is_the_demo() -> None:
+    """It has as many ranks, in pods of their own; all else is the same, and so is the adapter."""
+    (here,), (there,) = (
+        load_jobs(str(ROOT / "manifests/samples" / name)) for name in ("demo.yaml", "two-nodes.yaml")
+    )
+    topology = here.spec.topology.model_copy(update={"pods": 2, "ranks_per_pod": 1})
+
+    assert (here.spec.topology.pods, here.spec.topology.ranks_per_pod) == (1, 2)
+    assert there == here.model_copy(update={"spec": here.spec.model_copy(update={"topology": topology})})
 
 
 def test_the_smallest_sample_cannot_be_smaller() -> None:

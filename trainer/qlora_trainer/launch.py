@@ -8,7 +8,6 @@ Nothing here imports torch: thread counts and affinity must be set before it is.
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,10 +29,11 @@ from qlora_contract.places import (
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run import MAX_RANKS, RUN_CONFIG_VERSION, RunConfig
 from qlora_trainer import cpu, report
+from qlora_trainer.births import BirthError
 from qlora_trainer.supervise import Stop, die_with_parent, limits_of, say, start_ranks, watch
 from qlora_trainer.topology import machine, memory
 from qlora_trainer.topology.agreement import AgreementError, Hello, Stopped, agree
-from qlora_trainer.topology.environment import memory_settings, thread_settings
+from qlora_trainer.topology.environment import allocator, memory_settings, thread_settings
 from qlora_trainer.topology.layout import Layout, RankPlace, Share, Wish, layout
 from qlora_trainer.verdict import conclude, end_of
 
@@ -226,7 +226,7 @@ def run_pod(
     for line in found.lines():
         say(line)
     counts = ranks_of_pods(run, index, len(found.ranks), environ, stop)
-    settled = {**environ, **memory_settings(environ, machine.huge_pages())}
+    settled = {**environ, **memory_settings(environ, machine.huge_pages(), allocator())}
     environments = [
         rank_environment(run, counts, index, local, place, settled) for local, place in enumerate(found.ranks)
     ]
@@ -235,9 +235,10 @@ def run_pod(
     kills_before = cpu.oom_kills()
     with tempfile.TemporaryDirectory(prefix="qlora-launch-") as folder:
         try:
-            ranks = start_ranks(command, environments, found.ranks, Path(folder))
-        except (OSError, subprocess.SubprocessError) as error:
-            # Those that were started die with this process.
+            ranks = start_ranks(command, environments, found.ranks, Path(folder), stop)
+        except BirthError as error:
+            if stop.at is not None:
+                raise _stopped() from error
             raise LaunchError(ExitCode.UNEXPECTED, f"a rank could not be started: {error}") from error
         ends = [end_of(rank) for rank in watch(ranks, limits_of(run), stop)]
     return conclude(ends, run, oom=cpu.oom_kills() > kills_before, limit=cpu.memory_limit())

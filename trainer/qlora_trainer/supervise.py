@@ -1,12 +1,11 @@
 """The ranks of a pod: started with their CPUs, watched over, ended when their time is over.
 
-Nothing here imports torch: affinity must be set before it is.
+Nothing here imports torch: a process that waits shall be small.
 """
 
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,8 +16,8 @@ from typing import IO, Literal
 
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run import RunConfig
-from qlora_trainer import report
-from qlora_trainer.topology import memory
+from qlora_trainer import births, report
+from qlora_trainer.births import Process
 from qlora_trainer.topology.layout import RankPlace
 
 GRACE_MARGIN_SECONDS = 5.0
@@ -45,7 +44,7 @@ class Rank:
     """One rank's process and what became of it."""
 
     rank: int
-    process: subprocess.Popen[bytes]
+    process: Process
     report: Path
     pumps: list[threading.Thread] = field(default_factory=list)
     last_error: str = ""
@@ -60,43 +59,30 @@ class Rank:
 
 
 def start_ranks(
-    command: Sequence[str], environments: Sequence[dict[str, str]], places: Sequence[RankPlace], folder: Path
+    command: Sequence[str],
+    environments: Sequence[dict[str, str]],
+    places: Sequence[RankPlace],
+    folder: Path,
+    stop: "Stop | None" = None,
 ) -> list[Rank]:
     """Start one process per environment, bound to its place, its output passed on line by line.
 
-    All are started before the first reader thread, because they are set up after fork.
+    Raises:
+        births.BirthError: there is no process; when `stop` came first, too.
     """
-    ranks = []
-    for local, (environment, place) in enumerate(zip(environments, places, strict=True)):
-        path = folder / f"rank-{local}.json"
-        process = _start(command, {**environment, report.REPORT_ENV: str(path)}, place)
-        ranks.append(Rank(int(environment["RANK"]), process, path))
+    reports = [folder / f"rank-{local}.json" for local in range(len(places))]
+    told = [
+        {**environment, report.REPORT_ENV: str(path)}
+        for environment, path in zip(environments, reports, strict=True)
+    ]
+    processes = births.fork(command, told, places, lambda: stop is not None and stop.at is not None)
+    ranks = [
+        Rank(int(environment["RANK"]), process, path)
+        for environment, process, path in zip(told, processes, reports, strict=True)
+    ]
     for rank in ranks:
         _pump(rank)
     return ranks
-
-
-def _start(command: Sequence[str], environment: dict[str, str], place: RankPlace) -> subprocess.Popen[bytes]:
-    parent = os.getpid()
-
-    def set_up() -> None:
-        die_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(128 + signal.SIGKILL)
-        os.sched_setaffinity(0, place.cpus)
-        if place.memory_node is not None:
-            memory.prefer(place.memory_node)
-
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # Ctrl-C reaches the launcher alone, which asks every rank once, with SIGTERM.
-        start_new_session=True,
-        preexec_fn=set_up,  # noqa: PLW1509 (no thread runs yet: see start_ranks)
-    )
 
 
 def die_with_parent(signal_number: int) -> None:
@@ -111,7 +97,6 @@ def _pump(rank: Rank) -> None:
     """Pass a rank's output on, each line with its prefix, by a thread per stream."""
     streams = ((rank.process.stdout, sys.stdout.buffer), (rank.process.stderr, sys.stderr.buffer))
     for source, sink in streams:
-        assert source is not None
         remember = source is rank.process.stderr
         thread = threading.Thread(target=_pass_on, args=(rank, source, sink, remember), daemon=True)
         thread.start()

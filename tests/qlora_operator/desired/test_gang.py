@@ -23,7 +23,7 @@ from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.settings import Settings
 
-DEMO = Path(__file__).parents[3] / "manifests/samples/demo.yaml"
+DEMO = Path(__file__).parents[3] / "manifests/samples/two-nodes.yaml"
 GOLDEN = Path(__file__).parent / "golden/demo.yaml"
 LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
 DNS_LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"

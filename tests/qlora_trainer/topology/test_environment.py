@@ -1,18 +1,21 @@
 """What ranks find in their environment."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from qlora_trainer.topology.environment import HELPERS_ENV, allocator, memory_settings, thread_settings
 from qlora_trainer.topology.layout import RankPlace
+from qlora_trainer.topology.machine import HugePages
 
 
 def test_threads_are_those_of_the_place() -> None:
-    """Every library computes with the layout's threads, and nothing binds single threads."""
+    """torch's libraries compute with the layout's threads, numpy's with one, and nothing binds single threads."""
     got = thread_settings(RankPlace((0, 1, 2), 3), {"OMP_NUM_THREADS": "64"})
 
-    assert got == {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3", "MKL_DYNAMIC": "FALSE"}
+    torchs = {"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3", "MKL_DYNAMIC": "FALSE"}
+    assert got == torchs | {"OPENBLAS_NUM_THREADS": "1"}
 
 
 def test_helpers_are_named() -> None:
@@ -39,32 +42,52 @@ TCMALLOC = "usr/lib64/libtcmalloc_minimal.so.4"
 
 
 @pytest.mark.parametrize(
-    ("environ", "mode", "libraries", "expected"),
+    ("environ", "mode", "library", "expected"),
     [
-        pytest.param({}, "madvise", [], HUGE, id="huge pages on request"),
-        pytest.param({}, "always", [], {}, id="huge pages always"),
-        pytest.param({}, "never", [], {}, id="huge pages never"),
-        pytest.param({}, None, [], {}, id="not told"),
-        pytest.param({"GLIBC_TUNABLES": "x=1"}, "madvise", [], {}, id="tunables are somebody's"),
-        pytest.param({}, "madvise", [JEMALLOC], {"LD_PRELOAD": f"/{JEMALLOC}"}, id="jemalloc"),
-        pytest.param({}, "never", [TCMALLOC], {"LD_PRELOAD": f"/{TCMALLOC}"}, id="tcmalloc"),
-        pytest.param({}, None, [TCMALLOC, JEMALLOC], {"LD_PRELOAD": f"/{JEMALLOC}"}, id="both"),
-        pytest.param({"LD_PRELOAD": "x.so"}, "madvise", [JEMALLOC], {}, id="preloading is somebody's"),
+        pytest.param({}, "madvise", None, HUGE, id="huge pages on request"),
+        pytest.param({}, "always", None, {}, id="huge pages always"),
+        pytest.param({}, "never", None, {}, id="huge pages never"),
+        pytest.param({}, None, None, {}, id="not told"),
+        pytest.param({"GLIBC_TUNABLES": "x=1"}, "madvise", None, {}, id="tunables are somebody's"),
+        pytest.param({}, "madvise", "/lib/j.so", {"LD_PRELOAD": "/lib/j.so"}, id="an allocator"),
+        pytest.param({"LD_PRELOAD": "x.so"}, "madvise", "/lib/j.so", {}, id="preloading is somebody's"),
     ],
 )
 def test_who_allocates_memory(
-    tmp_path: Path, environ: dict[str, str], mode: str | None, libraries: list[str], expected: dict[str, str]
+    environ: dict[str, str], mode: HugePages | None, library: str | None, expected: dict[str, str]
 ) -> None:
-    """An allocator of the image, else glibc's with huge pages; what is set already stays."""
+    """An allocator that there is, else glibc's with huge pages; what is set already stays."""
+    assert memory_settings(environ, mode, library) == expected
+
+
+@pytest.mark.parametrize(
+    ("libraries", "expected"),
+    [
+        pytest.param([JEMALLOC], f"/{JEMALLOC}", id="jemalloc"),
+        pytest.param([TCMALLOC], f"/{TCMALLOC}", id="tcmalloc"),
+        pytest.param([TCMALLOC, JEMALLOC], f"/{JEMALLOC}", id="both"),
+    ],
+)
+def test_the_systems_allocator_comes_first(tmp_path: Path, libraries: list[str], expected: str) -> None:
+    """jemalloc before tcmalloc, wherever the system keeps its libraries."""
     for library in libraries:
         (tmp_path / library).parent.mkdir(parents=True)
         (tmp_path / library).touch()
 
-    assert memory_settings(environ, mode, tmp_path) == expected  # type: ignore[arg-type]
+    assert allocator(tmp_path) == expected
 
 
-def test_an_allocator_that_is_found_here_can_be_loaded() -> None:
-    """Its path is absolute, and the file is there."""
-    found = allocator()
+def test_without_one_of_the_systems_there_is_the_one_installed_with_us(tmp_path: Path) -> None:
+    """It can be loaded: a process that is started with it has it."""
+    found = allocator(tmp_path)
+    assert found is not None
 
-    assert found is None or (Path(found).is_absolute() and Path(found).is_file())
+    maps = subprocess.run(
+        ["/bin/cat", "/proc/self/maps"],
+        env={"LD_PRELOAD": found},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found in maps.stdout
+    assert maps.stderr == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def free_port() -> int:
 
 
 RANK = textwrap.dedent("""
-    import json, os, sys, threading
+    import json, os, threading
+    from pathlib import Path
     from qlora_trainer.topology.helpers import on_helpers
 
     def tasks():
@@ -109,8 +111,9 @@ RANK = textwrap.dedent("""
     for _ in range(3):
         a = torch.softmax(a @ a, 0)
     group.barrier()
-    print(json.dumps({"helping": helping, "computing": sorted(set(tasks()) - set(before) - set(helping))}), flush=True)
-    sys.stdin.read()
+    told = {"helping": helping, "computing": sorted(set(tasks()) - set(before) - set(helping))}
+    Path(os.environ["SAID"]).write_text(json.dumps(told) + "\\n")
+    threading.Event().wait()
 """)
 
 
@@ -119,20 +122,21 @@ def two_ranks(tmp_path: Path) -> Iterator[tuple[RankPlace, list[tuple[int, dict[
     """Two ranks of two threads on one CPU, helpers on another; their process ids, and what they tell of threads."""
     place = RankPlace((CPUS[0],), 2, (CPUS[1],))
     port, log = free_port(), tmp_path / "said"
-    (tmp_path / "rank.py").write_text(RANK.replace("sys.stdin.read()", "threading.Event().wait()"))
+    (tmp_path / "rank.py").write_text(RANK)
     environments = [
         {
             **os.environ,
             **thread_settings(place, {}),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
+            "SAID": f"{log}-{rank}",
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
         for rank in range(2)
     ]
-    command = ["/bin/sh", "-c", f"exec {sys.executable} {tmp_path}/rank.py > {log}-$RANK"]
+    command = [sys.executable, str(tmp_path / "rank.py")]
     ranks = supervise.start_ranks(command, environments, [place, place], tmp_path)
     try:
         said = []
@@ -145,7 +149,7 @@ def two_ranks(tmp_path: Path) -> Iterator[tuple[RankPlace, list[tuple[int, dict[
         yield place, said
     finally:
         for rank in ranks:
-            rank.process.kill()
+            rank.process.send_signal(signal.SIGKILL)
         supervise.watch(ranks, supervise.Limits(60, 60), supervise.Stop())
 
 
@@ -236,7 +240,10 @@ def test_every_thread_of_a_job_is_where_the_layout_says(
     expected = layout(read(), Share(tuple(CPUS), ours_alone=True), Wish(2, 2 * each)).ranks
     with job(tmp_path, small_model(), demo_data / "train.jsonl", each) as (launcher, port):
         facts = until_training(launcher, port, tmp_path)
-        ranks = {int(child.environ()["RANK"]): child.pid for child in psutil.Process(launcher.pid).children()}
+        ranks = {
+            int(child.name().rpartition("-")[2]): child.pid
+            for child in psutil.Process(launcher.pid).children()
+        }
         threads = {rank: threads_of(pid) for rank, pid in ranks.items()}
 
     assert [(rank["cpus"], rank["threads"]) for rank in facts] == [

@@ -145,8 +145,9 @@ def test_asking_leaves_a_policy_as_it_is() -> None:
 def test_a_rank_starts_with_its_memory_preferred(tmp_path: Path) -> None:
     """The policy of its place holds in a rank before its first line."""
     place = RankPlace((min(os.sched_getaffinity(0)),), 1, memory_node=0)
-    program = textwrap.dedent(GET_POLICY) + f"open({str(tmp_path / 'told')!r}, 'w').write(told)"
-    ranks = supervise.start_ranks([sys.executable, "-c", program], [{"RANK": "0"}], [place], tmp_path)
+    program = tmp_path / "rank.py"
+    program.write_text(textwrap.dedent(GET_POLICY) + f"open({str(tmp_path / 'told')!r}, 'w').write(told)")
+    ranks = supervise.start_ranks([sys.executable, str(program)], [{"RANK": "0"}], [place], tmp_path)
     supervise.watch(ranks, supervise.Limits(60, 60), supervise.Stop())
 
     assert (tmp_path / "told").read_text() == "1 1"

@@ -1,0 +1,86 @@
+"""What the process that forks the ranks makes of its order. With its launcher: test_births.py."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer import nursery
+from qlora_trainer.births import Birth, Order, fork
+from qlora_trainer.topology.layout import RankPlace
+
+
+def test_an_order_arrives_as_it_was_given() -> None:
+    """Environments may hold what is no text."""
+    birth = Birth({"A": "ä", "B": os.fsdecode(b"\xff")}, [0, 3], None, 5, 6)
+    order = Order(1, 4, [birth])
+
+    assert nursery.read_order(json.dumps(asdict(order))) == order
+
+
+def test_a_script_is_read_by_each_rank(tmp_path: Path) -> None:
+    """A script is not looked at before it runs, and runs as a script does."""
+    run = nursery.program([str(tmp_path / "rank.py")])
+    (tmp_path / "rank.py").write_text(
+        f"import pathlib\nif __name__ == '__main__': pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    )
+    run()
+
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_module_is_imported_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank runs is the module's `main`, found when the program is."""
+    (tmp_path / "imported_once").mkdir()
+    (tmp_path / "imported_once" / "__main__.py").write_text("def main():\n    return 'ran'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = nursery.program(["-m", "imported_once"])
+
+    assert "imported_once.__main__" in sys.modules
+    assert run() == "ran"
+
+
+def test_it_starts_nothing_for_another_than_its_parent(tmp_path: Path) -> None:
+    """When the launcher is gone by then, no rank is started."""
+    (tmp_path / "rank.py").write_text("raise SystemExit(3)")
+    order = Order(1, 0, [Birth(dict(os.environ), sorted(os.sched_getaffinity(0)), None, 1, 2)])
+    done = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer.nursery", str(tmp_path / "rank.py")],
+        input=json.dumps(asdict(order)).encode(),
+        capture_output=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (137, b"", b"")
+
+
+PARALLEL = """
+    import os, torch
+    SUM = float(torch.ones(1 << 21).mul_(2).sum())
+    def main():
+        print(SUM, float(torch.ones(1 << 21).mul_(2).sum()), torch.get_num_threads())
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="OpenMP starts no thread for one CPU")
+def test_ranks_compute_in_parallel_though_imports_did(tmp_path: Path) -> None:
+    """OpenMP threads that an import started are not waited for by the ranks, which start their own."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "__main__.py").write_text(textwrap.dedent(PARALLEL))
+    environ = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
+    cpus = tuple(os.sched_getaffinity(0))
+    ranks = fork(
+        [sys.executable, "-m", "job"],
+        [environ | {"RANK": str(rank)} for rank in range(2)],
+        [RankPlace(cpus, 2)] * 2,
+        lambda: False,
+    )
+    for rank in ranks:
+        with rank.stdout as out, rank.stderr:
+            assert out.read() == b"4194304.0 4194304.0 2\n"
+        assert rank.wait() == 0
