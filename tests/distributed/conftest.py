@@ -30,6 +30,8 @@ from qlora_trainer.distributed import backends
 from qlora_trainer.packing import Plan
 
 POLL_SECONDS = 0.003
+RANK_NAME = "qlora-rank-"
+"""What a rank's process is called before its number."""
 WAIT_SECONDS = 240.0
 """For anything that shall happen; far beyond what a busy machine needs."""
 
@@ -102,7 +104,9 @@ class Attempt:
         for launcher in self.launchers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(launcher.pid).children():
-                    found[int(child.environ()["RANK"])] = child
+                    # What forks the ranks is a child for a while, too.
+                    if child.name().startswith(RANK_NAME):
+                        found[int(child.name().removeprefix(RANK_NAME))] = child
         return found
 
     def kill(self) -> None:
@@ -374,9 +378,43 @@ def four(undisturbed: Callable[[int, str], Job]) -> Job:
     return undisturbed(4, "gloo")
 
 
-@pytest.fixture(params=get_args(Distributed.model_fields["backend"].annotation))
+ALL = get_args(Distributed.model_fields["backend"].annotation)
+"""Every backend that a job may name."""
+LIBRARIES = tuple(name for name in ALL if name != "gloo")
+"""Those that come as libraries, with wires, threads and shared memory of their own."""
+
+BACKENDS = {
+    # The numbers are what a backend adds up.
+    "test_ranks_train_as_one_does": ALL,
+    "test_backends_agree": LIBRARIES,  # with gloo
+    # A rank is in a collective of the library when something happens to it or to its peer.
+    "test_stopped_peer_is_waited_for": ALL,
+    "test_stopped_peer_is_reported": ALL,
+    "test_rank_0_that_dies_is_missed": ALL,
+    "test_killed_job_goes_on_as_if_nothing_had_been": ALL,
+    "test_partition_is_noticed_on_both_sides": ALL,
+    # How ranks of several hosts find each other is torch's own business with gloo.
+    "test_ranks_of_two_hosts_reach_each_other": LIBRARIES,
+    "test_backend_that_is_not_compiled_is_refused": LIBRARIES,
+}
+"""The tests that run once for each of several backends, and why.
+
+All others run once, with gloo: what they see is decided before the ranks meet (bad input, the Hub and S3), by one rank
+alone (checkpoints, the fence, a full disk), or by numbers that all ranks have already (divergence, no improvement).
+test_fewer_ranks_go_on ends ranks of mpi and then of ccl by SIGTERM, which therefore needs no test by each; and a rank 0
+that stands still is to a library what any rank is.
+"""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `backend` runs for those that BACKENDS has for it."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS[metafunc.function.__name__], indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that a job may name."""
+    """A backend of the test's, which can be used here."""
     name: str = request.param
     backends.prepare(name)
     return name

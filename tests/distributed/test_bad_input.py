@@ -1,6 +1,7 @@
 """Bad input ends a job before its first step, with its permanent exit code and one clear sentence."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qlora_trainer
 from qlora_contract.exit_codes import PERMANENT, ExitCode
 from qlora_contract.run import config_hash, run_shaping_fields
 
@@ -122,6 +124,17 @@ def test_all_ranks_refuse_together(make_job: MakeJob, tmp_path: Path) -> None:
     job = malformed_line(make_job, tmp_path)
 
     assert_refused(job, job.run(4), ExitCode.INVALID_DATA, ["lines.jsonl: line 3: is not JSON"])
+
+
+def test_backend_that_is_not_compiled_is_refused(backend: str, make_job: MakeJob, tmp_path: Path) -> None:
+    """Where nobody compiled a backend, a job that names it ends before the ranks meet, with what to run."""
+    trainer = Path(qlora_trainer.__file__).parents[1]
+    shutil.copytree(trainer, tmp_path / "trainer", ignore=shutil.ignore_patterns("compiled", "benchmarks"))
+    job = make_job(distributed={"backend": backend})
+    job.extra_environ = {"PYTHONPATH": str(tmp_path / "trainer")}
+
+    words = [f"backend {backend} is not compiled", f"`python -m qlora_trainer.distributed.build {backend}`"]
+    assert_refused(job, job.run(2), ExitCode.INVALID_CONFIGURATION, words)
 
 
 def test_other_version_is_refused(make_job: MakeJob) -> None:

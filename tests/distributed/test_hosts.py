@@ -13,7 +13,8 @@ from qlora_contract.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ADDRESSES = ("10.78.0.1", "10.78.0.2")
+ADDRESSES = {"ipv4": ("10.78.0.1/24", "10.78.0.2/24"), "ipv6": ("fd78::1/64", "fd78::2/64")}
+RANK_0 = {family: pair[0].partition("/")[0] for family, pair in ADDRESSES.items()}
 ALONE = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && hostname "$0" && exec "$@"'
 """What a process does before its command, in mounts and a host name of its own."""
 
@@ -24,7 +25,13 @@ def ip(*words: str) -> None:
 
 
 @pytest.fixture
-def hosts() -> Iterator[list[list[str]]]:
+def family() -> str:
+    """What addresses the hosts have."""
+    return "ipv4"
+
+
+@pytest.fixture
+def hosts(family: str) -> Iterator[list[list[str]]]:
     """The beginning of a command that shall run on either host."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
@@ -33,8 +40,9 @@ def hosts() -> Iterator[list[list[str]]]:
         ip("netns", "add", name)
     try:
         ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "link0", "netns", names[1])
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip("-n", name, "address", "add", f"{address}/24", "dev", "link0")
+        for name, address in zip(names, ADDRESSES[family], strict=True):
+            fresh = ["nodad"] if family == "ipv6" else []  # of use at once
+            ip("-n", name, "address", "add", address, "dev", "link0", *fresh)
             for device in ("lo", "link0"):
                 ip("-n", name, "link", "set", device, "up")
         yield [["ip", "netns", "exec", name, "unshare", "-mu", "sh", "-c", ALONE, name] for name in names]
@@ -49,7 +57,7 @@ from qlora_trainer.distributed import backends
 dist.init_process_group(backends.prepare(sys.argv[1]))
 sums = torch.full((300_000,), float(dist.get_rank() + 1))
 dist.all_reduce(sums)
-names = [None] * 4
+names = [None] * dist.get_world_size()
 dist.all_gather_object(names, os.uname().nodename)
 print(json.dumps([sums.unique().tolist(), len(set(names)), os.environ["FI_TCP_IFACE"]]), flush=True)
 dist.barrier()
@@ -57,18 +65,25 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("backend", ["ccl", "mpi"])
-def test_ranks_of_two_hosts_reach_each_other(backend: str, hosts: list[list[str]]) -> None:
-    """Two ranks on each of two hosts sum what all have, over the interface that leads to rank 0."""
-    world = {"WORLD_SIZE": "4", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(("family", "size"), [("ipv4", 4), ("ipv6", 2)], ids=["ipv4", "ipv6"])
+def test_ranks_of_two_hosts_reach_each_other(
+    backend: str, family: str, size: int, hosts: list[list[str]]
+) -> None:
+    """The ranks of two hosts sum what all have, over the interface that leads to rank 0, by either family alone."""
+    world = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": RANK_0[family],
+        "MASTER_PORT": "29500",
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
-            [*hosts[rank // 2], sys.executable, "-c", SCRIPT, backend],
+            [*hosts[2 * rank // size], sys.executable, "-c", SCRIPT, backend],
             env=os.environ | world | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank in range(4)
+        for rank in range(size)
     ]
     try:
         said = [rank.communicate(timeout=240)[0].splitlines()[-1] for rank in ranks]
@@ -76,8 +91,8 @@ def test_ranks_of_two_hosts_reach_each_other(backend: str, hosts: list[list[str]
         for rank in ranks:
             rank.kill()
 
-    assert said == ['[[10.0], 2, "link0"]'] * 4
-    assert [rank.returncode for rank in ranks] == [0] * 4
+    assert said == [f'[[{size * (size + 1) / 2}], 2, "link0"]'] * size
+    assert [rank.returncode for rank in ranks] == [0] * size
 
 
 def test_partition_is_noticed_on_both_sides(
@@ -86,7 +101,7 @@ def test_partition_is_noticed_on_both_sides(
     """When the link between two hosts breaks, each side says that it hears nothing of the other, and leaves."""
     job = make_job(distributed={"timeoutSeconds": 8, "backend": backend})
     job.hosts = hosts
-    job.extra_environ = {"MASTER_ADDR": ADDRESSES[0]}
+    job.extra_environ = {"MASTER_ADDR": RANK_0["ipv4"]}
 
     with job.start(2, pods=2) as attempt:
         attempt.until_step(6)

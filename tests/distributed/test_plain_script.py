@@ -89,11 +89,18 @@ save()
 """
 
 
-def run(backend: str, folder: Path) -> list[dict[str, Any]]:
+def run(torch_name: str, folder: Path) -> list[dict[str, Any]]:
     """What two ranks of the script said, started as its users would."""
     folder.mkdir()
     (folder / "script.py").write_text(SCRIPT)
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py", backend, str(folder)]
+    words = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "script.py",
+        torch_name,
+        str(folder),
+    ]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=folder, env=environ, capture_output=True, text=True, timeout=300
@@ -108,10 +115,10 @@ def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run("gloo", tmp_path_factory.mktemp("plain") / "gloo")
 
 
-@pytest.mark.parametrize("backend", ["ccl", "impi"])
-def test_a_plain_script_may_use_it(backend: str, tmp_path: Path, with_gloo: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("torch_name", ["ccl", "impi"])
+def test_a_plain_script_may_use_it(torch_name: str, tmp_path: Path, with_gloo: list[dict[str, Any]]) -> None:
     """All types and sizes, async work, groups at once, objects, DDP, a second life: as with gloo, to the bit."""
-    said = run(backend, tmp_path / backend)
+    said = run(torch_name, tmp_path / torch_name)
 
     assert said[0] == said[1]
     assert said[0]["mean"] == 0.5

@@ -81,4 +81,6 @@ def test_ranks_that_share_memory_are_said_to(a_run: Callable[..., RunConfig]) ->
     """With `auto` memoryPerRank is the pod's, and the number of ranks is not the user's to lower."""
     run = a_run(layout={"ranksPerPod": "auto", "memoryPerRank": 3 << 30})
 
-    assert "3.00 GiB with ranks that share memoryPerRank 3.00 GiB: raise" in out_of_memory_cause(1, 3 << 30, run)
+    assert "3.00 GiB with ranks that share memoryPerRank 3.00 GiB: raise" in out_of_memory_cause(
+        1, 3 << 30, run
+    )

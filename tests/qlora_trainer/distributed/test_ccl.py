@@ -1,4 +1,8 @@
-"""What oneCCL is told."""
+"""What oneCCL is told, and what it must leave alone."""
+
+import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -45,3 +49,33 @@ def test_all_ranks_agree_on_shared_memory(nodes: list[str], shared: str) -> None
     said = [ccl.settings("lo", nodes, rank, {0}, {})["CCL_ATL_SHM"] for rank in range(len(nodes))]
 
     assert said == [shared] * len(nodes)
+
+
+def test_signals_and_shared_memory_stay_in_order(gang: Callable[..., Any]) -> None:
+    """A dead rank's file goes at the start; ours stays on SIGTERM, since peers need it, and goes at the end."""
+    outputs = gang(
+        """
+        import json, os, signal, subprocess, torch
+        from pathlib import Path
+        from qlora_trainer.distributed import Group, World
+
+        world = World.from_environ(os.environ)
+        caught = []
+        signal.signal(signal.SIGTERM, lambda *_: caught.append("SIGTERM"))
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        left = Path(f"/dev/shm/{dead.pid}:0:0")
+        left.write_bytes(b"")
+        with Group.open(world, "ccl", 60, 60) as group:
+            group.all_reduce_sum(torch.ones(1000))
+            os.kill(os.getpid(), signal.SIGTERM)
+            group.barrier()
+            own = list(Path("/dev/shm").glob(f"{os.getpid()}:*"))
+            said = [left.exists(), caught, len(own)]
+        print(json.dumps([*said, own[0].exists()]))
+        """,
+        2,
+    ).outputs()
+
+    lines = [line for said in outputs.values() for line in said.splitlines() if line.startswith("[")]
+    assert [json.loads(line) for line in lines] == [[False, ["SIGTERM"], 1, False]] * 2

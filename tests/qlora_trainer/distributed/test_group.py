@@ -82,6 +82,82 @@ def test_a_peer_that_dies_is_told_from_one_that_is_slow(gang: Callable[..., Any]
     assert outputs[0].splitlines() == ["CollectiveTimeout 41 1", "PeerLost 40 1"]
 
 
+@pytest.mark.parametrize("backend", ["ccl", "mpi"])
+def test_silence_is_a_timeout_by_any_backend(backend: str, gang: Callable[..., Any]) -> None:
+    """A peer that takes no part ends a collective as CollectiveTimeout; the process can end though the call goes on."""
+    script = (
+        START
+        + """
+    group = opened(timeout=3)
+    group.barrier()
+    if world.rank == 1:
+        time.sleep(6)
+    else:
+        try:
+            group.all_reduce_sum(torch.ones(8))
+        except TrainerError as error:
+            print(type(error).__name__, int(error.exit_code), len(str(error).splitlines()), flush=True)
+    os._exit(0)
+    """
+    )
+    outputs = gang(script.replace("gloo", backend), 2).outputs()
+
+    assert outputs[0].splitlines()[-1] == "CollectiveTimeout 41 1"
+
+
+def test_mpi_that_cannot_start_is_an_error_and_no_end(gang: Callable[..., Any]) -> None:
+    """Every rank for which MPI finds no network says so in one line, with the code of a failed rendezvous."""
+    script = (
+        START
+        + """
+    os.environ.update(FI_PROVIDER="nonsense", I_MPI_FABRICS="ofi")
+    try:
+        opened(rendezvous=10)
+    except TrainerError as error:
+        print(int(error.exit_code), error, flush=True)
+    os._exit(0)
+    """
+    )
+    outputs = gang(script.replace("gloo", "mpi"), 2).outputs()
+
+    for rank, said in outputs.items():
+        assert said.startswith(f"30 rank {rank} cannot connect to the other ranks: MPI_Session_init:")
+        assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        pytest.param("ccl", "30 rank 0 met the other ranks, but could not connect to them in 6 s", id="ccl"),
+        pytest.param("mpi", "30 rank 0 cannot connect to the other ranks:", id="mpi"),
+    ],
+)
+def test_a_peer_that_dies_while_connecting(backend: str, said: str, gang: Callable[..., Any]) -> None:
+    """Who met a peer that died before it was connected ends in time: by mpi at once, by ccl after its patience."""
+    script = (
+        START
+        + """
+    from qlora_trainer.distributed import ccl, group, mpi, nodes, pmi
+    group._GRACE_SECONDS = 0.5
+    if world.rank == 1:
+        enter = pmi.enter
+        def die(*_):
+            if len(_) == 3:
+                enter(*_)
+            os.kill(os.getpid(), signal.SIGKILL)
+        pmi.enter = ccl.interface_towards = die
+    try:
+        opened(rendezvous=6)
+    except TrainerError as error:
+        print(int(error.exit_code), error, flush=True)
+    os._exit(0)
+    """
+    )
+    outputs = gang(script.replace("gloo", backend), 2).outputs()
+
+    assert outputs[0].splitlines()[-1].startswith(said)
+
+
 def test_a_missing_rank_is_named_by_the_others(gang: Callable[..., Any]) -> None:
     """Two processes of a world of three end in time, and say that rank 1 did not come."""
     script = (

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -88,21 +89,10 @@ def manager() -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-def enter(port: int, rank: int) -> socket.socket:
-    """A rank's connection, greeted."""
-    sock = socket.create_connection(("127.0.0.1", port), timeout=30)
-    sock.sendall(f"cmd=initack pmiid={rank}\n".encode())
-    lines = b""
-    while lines.count(b"\n") < 4:
-        lines += sock.recv(4096)
-    assert [f"rank={rank}" in line for line in lines.decode().splitlines()] == [False, False, True, False]
-    return sock
-
-
 def test_it_ends_when_every_rank_has_left(manager: tuple[subprocess.Popen[str], int]) -> None:
     """After the last goodbye the process is gone, though rank 0 still holds its end."""
     process, port = manager
-    ranks = [enter(port, rank) for rank in range(2)]
+    ranks = [pmi.enter("127.0.0.1", port, rank) for rank in range(2)]
     for sock in ranks:
         sock.sendall(b"cmd=finalize\n")
         assert sock.recv(4096) == b"cmd=finalize_ack\n"
@@ -111,21 +101,55 @@ def test_it_ends_when_every_rank_has_left(manager: tuple[subprocess.Popen[str], 
     assert process.wait(30) == 0
 
 
-def test_it_ends_with_rank_0_and_its_peers(manager: tuple[subprocess.Popen[str], int]) -> None:
-    """When rank 0 is gone and the connections are closed, however that came, nothing stays behind."""
+def test_it_ends_with_rank_0(manager: tuple[subprocess.Popen[str], int]) -> None:
+    """When rank 0 is gone, however that came, nothing stays behind."""
     process, port = manager
-    sock = enter(port, 1)
-    assert process.stdin is not None
-    process.stdin.close()
-    sock.close()
+    with pmi.enter("127.0.0.1", port, 1):
+        assert process.stdin is not None
+        process.stdin.close()
 
+        assert process.wait(20) == 0
+
+
+def test_who_waits_for_a_rank_that_died_is_told(manager: tuple[subprocess.Popen[str], int]) -> None:
+    """A rank in a barrier sees its connection end when another rank goes without a goodbye."""
+    process, port = manager
+    with pmi.enter("127.0.0.1", port, 0) as waiting:
+        waiting.sendall(b"cmd=barrier_in\n")
+        pmi.enter("127.0.0.1", port, 1).close()
+
+        assert waiting.recv(4096) == b""
     assert process.wait(20) == 0
+
+
+def test_it_is_reached_over_ipv6(manager: tuple[subprocess.Popen[str], int]) -> None:
+    """Ranks may come over either family; each is told its own number."""
+    _, port = manager
+    with pmi.enter("::1", port, 1) as six, pmi.enter("127.0.0.1", port, 0) as four:
+        for sock in (six, four):
+            sock.sendall(b"cmd=barrier_in\n")
+
+        assert [sock.recv(4096) for sock in (six, four)] == [b"cmd=barrier_out\n"] * 2
+
+
+def test_a_rank_that_is_not_taken_says_so() -> None:
+    """Something else at the manager's port is named, with the rank that came to it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        port = listener.getsockname()[1]
+        entering = pool.submit(pmi.enter, "127.0.0.1", port, 3)
+        listener.accept()[0].close()
+
+        with pytest.raises(ConnectionError, match=f"127.0.0.1:{port} does not take rank 3|reset"):
+            entering.result(30)
 
 
 def test_a_stranger_is_dropped_and_the_others_served(manager: tuple[subprocess.Popen[str], int]) -> None:
     """Another protocol at the port costs its connection only."""
     _, port = manager
-    with enter(port, 0) as rank, socket.create_connection(("127.0.0.1", port), timeout=30) as stranger:
+    with (
+        pmi.enter("127.0.0.1", port, 0) as rank,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as stranger,
+    ):
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert stranger.recv(4096) == b""
         rank.sendall(b"cmd=get_universe_size\n")

@@ -18,6 +18,7 @@ from qlora_trainer.distributed import compiled, upstream
 from qlora_trainer.distributed.interface import interface_towards, resolve
 from qlora_trainer.distributed.libraries import BackendUnavailable, find, preload
 from qlora_trainer.distributed.nodes import exchange, fresh, local_place, node_name, store_host
+from qlora_trainer.distributed.shared_memory import sweep
 
 log = logging.getLogger("qlora_trainer")
 
@@ -67,6 +68,7 @@ def extension() -> ModuleType:
 
 def create(options: Any, _: Any) -> Any:
     """A c10d backend for one group: torch calls this with its DistributedBackendOptions."""
+    sweep()
     store = fresh(options.store, options.group_id)
     rank, size = options.group_rank, options.group_size
     nodes = exchange(store, "ccl/node", rank, size, node_name())

@@ -47,7 +47,7 @@ class Group:
         """Wait for all ranks, then connect them by `backend`: gloo, ccl or mpi.
 
         `timeout_seconds` bounds each collective, `rendezvous_timeout_seconds`
-        how long ranks wait for each other. Raises ConfigurationError when the
+        how long ranks wait for each other, and then for their connections. Raises ConfigurationError when the
         backend cannot be used here, and RendezvousError.
         """
         if world.size == 1:
@@ -61,10 +61,11 @@ class Group:
         )
         if backend == "gloo":
             os.environ.update(_gloo_settings(world, address))
+        patience = min(timeout_seconds, rendezvous_timeout_seconds)
         within(
-            timeout_seconds + _GRACE_SECONDS,
+            patience + _GRACE_SECONDS,
             lambda: _connect(world, torch_name, store, timeout_seconds),
-            f"rank {world.rank} met the other ranks, but could not connect to them in {timeout_seconds:g} s",
+            f"rank {world.rank} met the other ranks, but could not connect to them in {patience:g} s",
         )
         return cls(world, store)
 
@@ -118,7 +119,7 @@ def _connect(world: World, torch_name: str, store: Store, timeout_seconds: float
             world_size=world.size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = gloo.one_line(str(error))
         raise RendezvousError(f"rank {world.rank} cannot connect to the other ranks: {reason}") from None
 

@@ -12,7 +12,6 @@ import functools
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +31,6 @@ from qlora_trainer.distributed.nodes import exchange, fresh, node_name, store_ho
 NAME = "mpi"
 TORCH_NAME = "impi"
 _NEW = "new"
-_LARGEST_TAG = 32767
 
 _place: str | None = None
 """`ADDRESS RANK` of this process in MPI's world, once it is there."""
@@ -75,8 +73,7 @@ def create(options: Any, _: Any) -> Any:
         _place = _join(store, rank, size)
         places = [f"{_place.split()[0]} {each}" for each in range(size)]
     timeout = timedelta(seconds=_seconds(options.timeout))
-    tag = zlib.crc32(options.group_id.encode()) % _LARGEST_TAG
-    return extension().create(world_ranks(places), tag, rank, timeout)
+    return extension().create(world_ranks(places), options.group_id, rank, timeout)
 
 
 def _seconds(timeout: Any) -> float:
@@ -103,11 +100,13 @@ def _join(store: Store, rank: int, size: int) -> str:
     nodes = exchange(store, "mpi/node", rank, size, node_name())
     if rank == 0:
         store.set("mpi/manager", _start_manager(size, pmi.mapping(nodes)))
-    port = store.get("mpi/manager").decode()
-    host = resolve(store_host(store, os.environ), int(port))
+    port = int(store.get("mpi/manager"))
+    host = resolve(store_host(store, os.environ), port)
     root = find("impi-rt", "libmpi.so.12", NAME).parents[1]
     os.environ.update(settings(interface_towards(host), root, os.environ))
-    os.environ.update(PMI_PORT=f"{host}:{port}", PMI_ID=str(rank), PMI_RANK=str(rank), PMI_SIZE=str(size))
+    # A connection of ours, since MPI cannot make one to an IPv6 address.
+    manager = pmi.enter(host, port, rank)
+    os.environ.update(PMI_FD=str(manager.detach()), PMI_RANK=str(rank), PMI_SIZE=str(size))
     return f"{port} {rank}"
 
 

@@ -3,13 +3,14 @@
     python pmi.py SIZE MAPPING
 
 Listens on a free port and writes the port to standard output. Ends when every
-rank has left, or soon after standard input, whose other end rank 0 has, is closed.
-A process of its own, since ranks still ask it while they end. It imports the
-standard library only, and is run by its path, so that it starts at once.
+rank has left, when one is lost, or when standard input, whose other end rank 0
+has, is closed. A process of its own, since MPI asks without Python's lock. It
+imports the standard library only, and is run by its path, so that it starts at once.
 
 The wire format is MPICH's simple PMI: lines of `cmd=NAME key=value ...`.
 """
 
+import contextlib
 import selectors
 import socket
 import sys
@@ -20,8 +21,8 @@ KVS = "kvs"
 _LONGEST = 1024
 """Bytes of a key or of a value, at most."""
 _LINE = 16_384
-_LINGER_SECONDS = 30.0
-"""How long ranks may go on after rank 0 has ended."""
+_ANSWER_SECONDS = 60.0
+_WELCOME_LINES = 4
 
 Message = dict[str, str]
 
@@ -124,6 +125,22 @@ class Space:
         return line(cmd="get_result", rc=0, msg="success", value=self.values[message["key"]])
 
 
+def enter(host: str, port: int, rank: int) -> socket.socket:
+    """A rank's connection to the manager, as MPI expects it in PMI_FD. Raises OSError."""
+    with contextlib.ExitStack() as failing:
+        sock = failing.enter_context(socket.create_connection((host, port), timeout=_ANSWER_SECONDS))
+        sock.sendall(line(cmd="initack", pmiid=rank).encode())
+        received = b""
+        while received.count(b"\n") < _WELCOME_LINES:
+            part = sock.recv(_LINE)
+            if not part:
+                raise ConnectionError(f"the process manager at {host}:{port} does not take rank {rank}")
+            received += part
+        sock.settimeout(None)
+        failing.pop_all()
+    return sock
+
+
 @dataclass(eq=False)
 class _Rank:
     """A rank's connection."""
@@ -142,21 +159,21 @@ class Server:
     space: Space
     ranks: list[_Rank] = field(default_factory=list)
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
-    orphaned: bool = False
+    broken: bool = False
+    """A rank went without a word."""
 
     def serve(self, parent: int) -> None:
-        """Serve until all ranks have left, or until a while after the file descriptor `parent` was closed."""
+        """Serve until all ranks have left, one is lost, or the file descriptor `parent` is closed.
+
+        Who still waits for a lost rank learns it by the end of its own connection.
+        """
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(parent, selectors.EVENT_READ)
-        while self.ranks or not (self.orphaned or self.space.deserted):
-            ready = self.selector.select(_LINGER_SECONDS if self.orphaned else None)
-            if not ready:
-                return
-            for key, _ in ready:
+        while not (self.broken or self.space.deserted):
+            for key, _ in self.selector.select():
                 if key.fd == parent:
-                    self.selector.unregister(parent)
-                    self.orphaned = True
-                elif isinstance(key.data, _Rank):
+                    return
+                if isinstance(key.data, _Rank):
                     self._read(key.data)
                 else:
                     self._accept()
@@ -181,6 +198,7 @@ class Server:
         self.selector.unregister(rank.sock)
         self.ranks.remove(rank)
         rank.sock.close()
+        self.broken |= rank.number is not None and rank.number not in self.space.left
 
     def _take(self, rank: _Rank, message: Message) -> None:
         if message["cmd"] == "initack":

@@ -1,4 +1,6 @@
 // oneCCL as a transport.
+#include <array>
+#include <csignal>
 #include <cstring>
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
@@ -72,6 +74,27 @@ void complete(Start start) {
   }
 }
 
+// libfabric's shared memory takes these signals to remove its files, which ranks that have yet to talk to each other
+// still need: a job that is asked to stop goes on for a while. Restored here; see shared_memory.py for the files.
+class Signals {
+ public:
+  Signals() {
+    for (std::size_t i = 0; i < kinds.size(); ++i) {
+      sigaction(kinds[i], nullptr, &before_[i]);
+    }
+  }
+
+  ~Signals() {
+    for (std::size_t i = 0; i < kinds.size(); ++i) {
+      sigaction(kinds[i], &before_[i], nullptr);
+    }
+  }
+
+ private:
+  static constexpr std::array kinds{SIGBUS, SIGINT, SIGSEGV, SIGTERM};
+  std::array<struct sigaction, kinds.size()> before_{};
+};
+
 class CclTransport : public Transport {
  public:
   CclTransport(int size, int rank, std::shared_ptr<ccl::kvs> kvs)
@@ -127,8 +150,9 @@ std::shared_ptr<ccl::kvs> meet(c10d::Store& store, int rank) {
 
 c10::intrusive_ptr<c10d::Backend> create(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
                                          std::chrono::milliseconds timeout) {
-  ccl::init();
   auto connect = [store, rank, size]() -> std::unique_ptr<Transport> {
+    const Signals kept;
+    ccl::init();
     return std::make_unique<CclTransport>(size, rank, meet(*store, rank));
   };
   return c10::make_intrusive<TransportBackend>("ccl", rank, size, timeout, connect);

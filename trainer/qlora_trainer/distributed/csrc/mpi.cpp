@@ -94,16 +94,37 @@ Reducible reducible(c10::ScalarType type, Reduction reduction) {
   }
 }
 
+// MPI as this process has joined it, once. A session, and not MPI_Init: what fails there is returned; MPI_Init would
+// end the process, with a code of its own or a fault.
+struct World {
+  MPI_Session session = MPI_SESSION_NULL;
+  MPI_Group group = MPI_GROUP_NULL;
+
+  // Joins those that PMI_FD, PMI_RANK and PMI_SIZE describe.
+  World() {
+    MPI_Info info;
+    check(MPI_Info_create(&info), "MPI_Info_create");
+    check(MPI_Info_set(info, "thread_level", "MPI_THREAD_MULTIPLE"), "MPI_Info_set");
+    check(MPI_Session_init(info, MPI_ERRORS_RETURN, &session), "MPI_Session_init");
+    MPI_Info_free(&info);
+    check(MPI_Group_from_session_pset(session, "mpi://WORLD", &group), "MPI_Group_from_session_pset");
+  }
+
+  static const World& joined() {
+    static const World world;
+    return world;
+  }
+};
+
 class MpiTransport : public Transport {
  public:
-  MpiTransport(const std::vector<int>& members, int tag) {
-    MPI_Group world, group;
-    check(MPI_Comm_group(MPI_COMM_WORLD, &world), "MPI_Comm_group");
-    check(MPI_Group_incl(world, static_cast<int>(members.size()), members.data(), &group), "MPI_Group_incl");
-    check(MPI_Comm_create_group(MPI_COMM_WORLD, group, tag, &comm_), "MPI_Comm_create_group");
-    check(MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  MpiTransport(const std::vector<int>& members, const std::string& name) {
+    MPI_Group group;
+    const int size = static_cast<int>(members.size());
+    check(MPI_Group_incl(World::joined().group, size, members.data(), &group), "MPI_Group_incl");
+    check(MPI_Comm_create_from_group(group, name.c_str(), MPI_INFO_NULL, MPI_ERRORS_RETURN, &comm_),
+          "MPI_Comm_create_from_group");
     MPI_Group_free(&group);
-    MPI_Group_free(&world);
   }
 
   ~MpiTransport() override {
@@ -132,23 +153,13 @@ class MpiTransport : public Transport {
   MPI_Comm comm_ = MPI_COMM_NULL;
 };
 
-// Joins the world that PMI_PORT, PMI_ID and PMI_SIZE describe. Once a process.
-void init() {
-  int given = 0;
-  check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &given), "MPI_Init_thread");
-  TORCH_CHECK(given == MPI_THREAD_MULTIPLE, "this MPI does not let several threads call it");
-  check(MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
-}
-
-// `members` are ranks of MPI's world, in the order of the group; `tag` tells groups made at the same time apart.
+// `members` are ranks of MPI's world, in the order of the group; `name` tells groups made at the same time apart.
 // The first group of a process must be the world.
-c10::intrusive_ptr<c10d::Backend> create(std::vector<int> members, int tag, int rank,
+c10::intrusive_ptr<c10d::Backend> create(std::vector<int> members, std::string name, int rank,
                                          std::chrono::milliseconds timeout) {
   const int size = static_cast<int>(members.size());
-  auto connect = [members = std::move(members), tag]() -> std::unique_ptr<Transport> {
-    static std::once_flag joined;
-    std::call_once(joined, init);
-    return std::make_unique<MpiTransport>(members, tag);
+  auto connect = [members = std::move(members), name = std::move(name)]() -> std::unique_ptr<Transport> {
+    return std::make_unique<MpiTransport>(members, name);
   };
   return c10::make_intrusive<TransportBackend>("mpi", rank, size, timeout, connect);
 }
@@ -163,7 +174,7 @@ std::string version() {
 }  // namespace qlora
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("create", &qlora::create, pybind11::arg("members"), pybind11::arg("tag"), pybind11::arg("rank"),
+  module.def("create", &qlora::create, pybind11::arg("members"), pybind11::arg("name"), pybind11::arg("rank"),
              pybind11::arg("timeout"), pybind11::call_guard<pybind11::gil_scoped_release>());
   module.def("version", &qlora::version);
 }
