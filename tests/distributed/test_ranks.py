@@ -114,3 +114,20 @@ def test_finished_job_is_not_run_again(two: Any) -> None:
     after = two.files()
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == ["fence.json"]
+
+
+def test_launchers_that_settle_the_ranks_train_as_one_does(
+    make_job: Callable[..., Any], alone: Any, assert_same_training: Callable[..., None]
+) -> None:
+    """With ranksPerPod auto two pods agree on the world, share memoryPerRank, and the report says what came of it."""
+    job = make_job()
+    run = job.run_config(2, 2)
+    layout = run.layout.model_copy(update={"ranks_per_pod": "auto"})
+    with job.start_text(run.model_copy(update={"layout": layout}).to_json(), pods=2) as attempt:
+        ends = attempt.wait()
+
+    assert [end.code for end in ends] == [0, 0], ends[0].log
+    assert_same_training(job, alone)
+    report = job.report()
+    assert report["world_size"] == len(report["ranks"]) >= 2
+    assert {rank["pod"] for rank in report["ranks"]} == {0, 1}

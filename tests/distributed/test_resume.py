@@ -127,12 +127,12 @@ def test_fewer_ranks_go_on(
             attempt.launchers[0].send_signal(signal.SIGTERM)
             (end,) = attempt.wait()
         assert end.code == ExitCode.TERMINATED, end.log
-    assert "not bit-exact: world_size 4 -> 2" in end.log
+    assert "not bit-exact: backend mpi -> ccl, world_size 4 -> 2" in end.log
 
     end = job.run(1)
 
     assert end.code == 0, end.log
-    assert end.report.not_bit_exact == "world_size 4 -> 2; world_size 2 -> 1"
+    assert end.report.not_bit_exact == "backend mpi -> ccl, world_size 4 -> 2; world_size 2 -> 1"
     assert job.report()["not_bit_exact"] == end.report.not_bit_exact
     assert_same_training(job, alone)
     plan = job.plan()

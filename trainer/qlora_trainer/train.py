@@ -159,6 +159,7 @@ def bit_conditions(session: Session, chosen: MemoryEstimate, dtype: Dtype) -> di
     """All that decides in which order numbers are added up."""
     return {
         "world_size": session.world.size,
+        "backend": session.run.distributed.backend,
         "compute_dtype": dtype,
         "kernels": kernels.name(),
         "isa": torch.backends.cpu.get_cpu_capability(),
