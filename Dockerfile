@@ -7,13 +7,12 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 # uv and what builds a wheel; nothing of it is shipped. The secret `ca` is a bundle of certificates to trust
 # meanwhile, where the package index is behind a company's own authority.
 FROM ${BASE_IMAGE} AS tools
-COPY images/tools.sh images/trust.sh requirements/uv.txt requirements/dev.txt /build/
+COPY images/tools.sh images/trust.sh images/packages.sh requirements/uv.txt requirements/dev.txt /build/
 RUN --mount=type=secret,id=ca sh /build/tools.sh
 # Mounted below, buildah 1.28 lacks the last step of a stage that it has in its cache.
 WORKDIR /build
 
-# Our own code, as a wheel, in the folders it has in the image. Kernels in C++ are to be compiled here: what
-# compiles them then stays here, too.
+# Our own code, as a wheel, in the folders it has in the image.
 FROM tools AS code
 WORKDIR /source
 COPY images/code.sh /build/
@@ -43,10 +42,25 @@ RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=
 
 FROM base AS trainer-dependencies
 ARG TORCH_INDEX_URL=
-COPY images/trust.sh images/install.sh images/drop_unused.py /opt/install/
+COPY images/trust.sh images/install.sh images/drop_unused.py images/packages.sh /opt/install/
+# The launcher preloads it into the ranks.
+RUN sh /opt/install/packages.sh libjemalloc2
 COPY requirements/trainer.txt requirements/torch.txt /opt/install/
 RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=/build \
     sh /opt/install/install.sh trainer.txt torch.txt
+
+# The backends ccl and mpi, compiled for the very torch and Python of the image. Of our code only what compiles them
+# is copied, so that another change of it leaves this as it is; of this stage only /image is shipped.
+FROM trainer-dependencies AS backends
+COPY images/backends.sh requirements/backends.txt /opt/install/
+RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=/build \
+    sh /opt/install/backends.sh
+COPY images/compile.sh /opt/install/
+COPY trainer/qlora_trainer/__init__.py /source/qlora_trainer/
+COPY trainer/qlora_trainer/distributed/build.py trainer/qlora_trainer/distributed/compiled.py \
+     trainer/qlora_trainer/distributed/libraries.py /source/qlora_trainer/distributed/
+COPY trainer/qlora_trainer/distributed/csrc /source/qlora_trainer/distributed/csrc
+RUN sh /opt/install/compile.sh
 
 FROM operator-dependencies AS operator
 COPY --from=code /image/ /
@@ -63,6 +77,7 @@ USER 1000:1000
 CMD ["python", "-m", "qlora_operator", "--help"]
 
 FROM trainer-dependencies AS trainer
+COPY --from=backends /image/ /
 COPY --from=code /image/ /
 ARG VERSION=unknown
 ARG REVISION=unknown

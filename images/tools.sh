@@ -4,10 +4,7 @@ set -eu
 here=$(dirname "$0")
 . "$here/trust.sh"
 # Debian has pip's own installer in a package of its own.
-python3 -c 'import ensurepip' 2>/dev/null || {
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends python3-venv >/dev/null
-}
+python3 -c 'import ensurepip' 2>/dev/null || sh "$here/packages.sh" python3-venv
 python3 -m venv "$here/venv"
 "$here/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --no-deps \
     --require-hashes -r "$here/uv.txt"

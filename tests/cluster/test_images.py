@@ -102,6 +102,14 @@ def test_the_index_of_torch_is_part_of_the_recipe(monkeypatch: pytest.MonkeyPatc
     assert images._recipe() != before
 
 
+def test_what_backends_are_compiled_from_is_part_of_the_recipe() -> None:
+    """The sources in C++ are; what was compiled from them for this machine is not."""
+    names = {file.name for file in images._sources()}
+
+    assert {"ccl.cpp", "mpi.cpp", "backend.hpp", "compile.sh", "backends.txt"} <= names
+    assert not {name for name in names if name.startswith(("_ccl.", "_mpi."))}
+
+
 def test_a_full_disk_is_an_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images for which there is no room are refused with how much they take and what to set."""
     monkeypatch.setattr(images, "GIGABYTES", 1e9)

@@ -18,7 +18,7 @@ SOMEBODY = "54321:54321"
 _CONTAINER = """\
 root=$1; shift
 mount --bind "$root" "$root" && mount -o remount,bind,ro "$root" && mount -t proc proc "$root/proc" &&
-mount --bind /dev "$root/dev" && mount -t tmpfs tmpfs "$root/tmp" &&
+mount --bind /dev "$root/dev" && mount -o ro -t sysfs sysfs "$root/sys" && mount -t tmpfs tmpfs "$root/tmp" &&
 exec chroot --userspec="$user" --groups= "$root" env -i "$@"
 """
 

@@ -18,8 +18,11 @@ from testcluster.images import Buildah
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "images" / "build.sh"
-LOCKS = {"operator": ["operator.txt"], "trainer": ["trainer.txt"]}
-"""torch.txt is told apart: of the libraries for GPUs only a part is kept."""
+LOCKS = {
+    "operator": {"operator.txt": ".*"},
+    "trainer": {"trainer.txt": ".*", "torch.txt": "torch", "backends.txt": "impi-rt|oneccl-cpu-devel|tcmlib"},
+}
+"""What of each lock file is in the image: of the libraries for GPUs only a part is kept, and of oneCCL its licence."""
 
 
 def run(environment: Mapping[str, str], *targets: str) -> subprocess.CompletedProcess[str]:
@@ -131,9 +134,9 @@ def locked(name: str) -> dict[str, str]:
     """What the lock files name for the Python of the image, which is Debian's 3.11 on Linux."""
     lines = [
         line.removesuffix("\\")
-        for lock in LOCKS[name]
+        for lock, kept in LOCKS[name].items()
         for line in (REPOSITORY / "requirements" / lock).read_text().splitlines()
-        if re.match(r"[a-z0-9]", line)
+        if re.match(rf"(?=[a-z0-9])({kept})==", line)
     ]
     wanted = [Requirement(line) for line in lines]
     image = {"python_version": "3.11", "python_full_version": "3.11.2", "sys_platform": "linux"}

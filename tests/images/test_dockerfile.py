@@ -44,6 +44,26 @@ for module in list(sys.modules.values()):
         if not os.path.exists(importlib.util.cache_from_source(source)):
             print(source)
 """
+ALL_REDUCE = """
+import os, socket, subprocess, sys
+
+if "RANK" in os.environ:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group(sys.argv[1])
+    numbers = torch.arange(100_000.0) * (dist.get_rank() + 1)
+    dist.all_reduce(numbers)
+    dist.destroy_process_group()
+    print(torch.equal(numbers, torch.arange(100_000.0) * 3), flush=True)
+else:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    world = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [subprocess.Popen(sys.orig_argv, env={**world, "RANK": rank}) for rank in "01"]
+    sys.exit(max(abs(rank.wait(60)) for rank in ranks))
+"""
+"""The sum over two ranks, each a process; what a backend is called in torch is the argument."""
 
 
 def test_the_operator_is_small(operator) -> None:
@@ -75,6 +95,51 @@ def test_the_trainer_starts_as_anybody(trainer) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == "3.0\n"
     assert help_.returncode == 0, help_.stderr
+
+
+@pytest.mark.parametrize("backend", ["ccl", "impi"])
+def test_two_ranks_all_reduce_as_anybody(trainer, backend: str) -> None:
+    """Each backend that torch itself has not adds up the numbers of two ranks, as a user without a name on a
+    read-only root."""
+    done = trainer.run("python", "-c", ALL_REDUCE, backend)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count("True") == 2, done.stderr
+
+
+def test_the_launcher_finds_an_allocator_that_loads(trainer) -> None:
+    """What the launcher would preload into the ranks is in the image, and is in a process that it is preloaded into."""
+    library = trainer.run(
+        "python", "-c", "from qlora_trainer.topology.environment import allocator; print(allocator())"
+    ).stdout.strip()
+    done = trainer.run(
+        "env", f"LD_PRELOAD={library}", "python", "-c", "print(open('/proc/self/maps').read())"
+    )
+
+    assert library.endswith("/libjemalloc.so.2")
+    assert library in done.stdout
+    assert done.stderr == ""
+
+
+def test_of_the_backends_only_what_runs_is_shipped(trainer) -> None:
+    """Of oneCCL and Intel MPI there are neither headers, archives, programs nor libraries for devices, but every
+    licence."""
+    environment = trainer.root / "opt/venv"
+    names = {path.name for path in trainer.files() if path.is_relative_to(environment)}
+    libraries = {path.name for path in environment.glob("lib/*.so*")}
+
+    assert libraries == {
+        "libfabric.so.1",
+        "libhwloc.so.15",
+        "libmpi.so.12",
+        "libshm-fi.so",
+        "libtcp-fi.so",
+    }
+    assert names.isdisjoint({"mpi.h", "ccl.hpp", "libccl.a", "mpirun", "mpiexec.hydra", "mpicc"})
+    for library in ("ccl", "mpi", "tcm"):
+        assert len(list(environment.glob(f"share/doc/{library}/licens*/*.txt"))) == 2
+    for distribution in ("impi_rt", "oneccl_cpu_devel", "tcmlib"):
+        assert list(environment.glob(f"lib/python3*/site-packages/{distribution}-*.dist-info/LICENSE.txt"))
 
 
 def test_the_root_is_read_only_in_these_tests(operator) -> None:
@@ -154,23 +219,31 @@ def test_the_trainer_has_no_libraries_that_a_cpu_never_loads(trainer) -> None:
     assert trainer.run("python", "-c", "import torch; print(torch.cuda.is_available())").stdout == "False\n"
 
 
-def test_a_change_of_code_changes_one_layer(operator, buildah: Buildah, tmp_path: Path) -> None:
-    """After a change of our code the layers of the base and the dependencies are the same ones."""
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("operator", "operator/qlora_operator/cli.py"), ("trainer", "trainer/qlora_trainer/distributed/ccl.py")],
+    ids=["operator", "trainer"],
+)
+def test_a_change_of_code_changes_one_layer(
+    built, name: str, file: str, buildah: Buildah, tmp_path: Path
+) -> None:
+    """After a change of our code the layers of the base, the dependencies and the compiled backends are the same
+    ones."""
     context = tmp_path / "context"
     copy_sources(context)
-    changed = context / "operator" / "qlora_operator" / "cli.py"
+    changed = context / file
     changed.write_text(changed.read_text() + "\n# changed\n")
     settings = context / "pyproject.toml"
     settings.write_text(re.sub(r'(?m)^version = ".*"', 'version = "0.0.0.dev1"', settings.read_text()))
 
-    build(context, buildah)
+    build(name, context, buildah)
     try:
-        made = json.loads(buildah.run("inspect", "--type", "image", "qlora-operator:0.0.0.dev1"))
+        made = json.loads(buildah.run("inspect", "--type", "image", f"qlora-{name}:0.0.0.dev1"))
     finally:
-        buildah.run("rmi", "qlora-operator:0.0.0.dev1")
+        buildah.run("rmi", f"qlora-{name}:0.0.0.dev1")
 
     layers = made["OCIv1"]["rootfs"]["diff_ids"]
-    before = operator.config["rootfs"]["diff_ids"]
+    before = built[name].config["rootfs"]["diff_ids"]
     assert layers[:-1] == before[:-1]
     assert layers[-1] != before[-1]
 
@@ -193,13 +266,13 @@ def copy_sources(context: Path) -> None:
     for name in images.MADE_FROM:
         source = REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(source, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, context / name, ignore=shutil.ignore_patterns("__pycache__", "compiled"))
         else:
             context.mkdir(exist_ok=True)
             shutil.copy(source, context / name)
 
 
-def build(context: Path, buildah: Buildah) -> None:
-    """Build the operator's image from the folder."""
+def build(name: str, context: Path, buildah: Buildah) -> None:
+    """Build the image from the folder."""
     environment = {**os.environ, **buildah.environment, "BASE_IMAGE": "debootstrap"}
-    subprocess.run([context / "images" / "build.sh", "operator"], env=environment, check=True)
+    subprocess.run([context / "images" / "build.sh", name], env=environment, check=True)

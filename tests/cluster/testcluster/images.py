@@ -215,8 +215,8 @@ def _build(store: Store) -> dict[str, str]:
     buildah = Buildah(store.folder / "buildah")
     buildah.run("rm", "--all")  # of a build that was killed: its files fill the disk
     _build_pause(buildah)
-    # `tools` too, so that it has a name and is not pruned.
-    script = [str(_REPOSITORY / "images" / "build.sh"), "tools", *_TARGETS.values()]
+    # What the images only copy from, too, so that it has a name and is not pruned.
+    script = [str(_REPOSITORY / "images" / "build.sh"), "tools", "backends", *_TARGETS.values()]
     _run(script, {**buildah.environment, "BASE_IMAGE": "debootstrap"})
     digests = {name: store.push(buildah, tag(name), name) for name in ("pause", *_TARGETS)}
     buildah.run("rmi", "--prune")
