@@ -111,7 +111,7 @@ manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; n
 	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"
 
-bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers (minutes; see trainer/benchmarks/LOG.md)
+bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers, each at length: hours on two cores (see trainer/benchmarks/LOG.md)
 	$(BIN)/python trainer/benchmarks/against_trl.py
 	$(BIN)/python trainer/benchmarks/convergence.py
 	$(BIN)/python trainer/benchmarks/pinning.py
