@@ -91,6 +91,7 @@ def series() -> set[str]:
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1")
     metrics.restarts.labels("Stalled", "user")
+    metrics.jobs_finished.labels("team", "Failed")
     metrics.api_request("get", "jobs", 200, 0.1)
     names = {sample.name for family in registry.collect() for sample in family.samples}
     return names | {family.name for family in registry.collect()}
