@@ -92,7 +92,7 @@ def play(
 ) -> Iterator[Callable[[Test], None]]:
     """play(test): run a coroutine function with a Table."""
     monkeypatch.setenv("KUBECONFIG", str(api_cluster.kubeconfig))
-    kubelet.add_node("played-node", labels=NODE)
+    kubelet.add_node(f"node-of-{namespace}", labels=NODE)
 
     def run(test: Test) -> None:
         async def main() -> None:
