@@ -85,6 +85,8 @@ class TerminationReport(ContractModel):
     not_bit_exact: str | None = None
     """Why a resume was not bit-exact; None when it was, or when nothing was resumed."""
     compute_dtype: str | None = None
+    world_size: int | None = None
+    """Ranks that the adapter was trained by."""
     base_eval_loss: float | None = None
     base_eval_loss_quantized: float | None = None
     eval_loss: float | None = None

@@ -29,6 +29,7 @@ def done(session: Session, report: dict[str, Any]) -> TerminationReport:
         step=report["steps"],
         not_bit_exact=report["not_bit_exact"],
         compute_dtype=report["compute_dtype"],
+        world_size=report["world_size"],
         base_eval_loss=report["base_eval_loss"],
         base_eval_loss_quantized=report["base_eval_loss_quantized"],
         eval_loss=loss,

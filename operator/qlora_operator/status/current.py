@@ -349,6 +349,13 @@ def _trained(draft: Draft) -> None:
     uri = f"{spec.workspace.rstrip('/')}/jobs/{draft.job.metadata.name}/adapter"
     adapter = live.adapter(draft.pods) or AdapterStatus(uri=uri)
     draft.set(adapter=adapter, progress=live.finished(draft.status.progress))
+    placement = draft.status.placement or Placement()
+    # Ranks of a short job have not told how many they are before they are done.
+    draft.set(
+        placement=placement.model_copy(
+            update={"world_size": placement.world_size or live.world_size(draft.pods)}
+        )
+    )
     if spec.output.destination is not None:
         message = f"the adapter is in {adapter.uri}; {spec.output.destination} gets it next"
         end(draft, Cause(Reason.TRAINED, message, Budget.NONE, (0,)))

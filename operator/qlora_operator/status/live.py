@@ -106,6 +106,12 @@ def transfer(pods: Sequence[Pod]) -> TerminationReport | None:
     return next((each for each in told if each is not None and each.exit_code == 0), None)
 
 
+def world_size(pods: Sequence[Pod]) -> int | None:
+    """How many ranks rank 0's pod says that there were."""
+    told = (report(pod) for pod in pods if pod.index == 0)
+    return next((each.world_size for each in told if each is not None and each.world_size), None)
+
+
 def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:
     """What rank 0's pod says of the adapter that it has stored."""
     for pod in pods:

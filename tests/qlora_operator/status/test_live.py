@@ -148,6 +148,15 @@ def test_dtype(make_pod: Callable[..., Pod], words: list[str], dtype: str | None
     assert live.dtype([make_pod(n, last_words=each) for n, each in enumerate(words)]) == dtype
 
 
+def test_world_size(make_pod: Callable[..., Pod]) -> None:
+    """Rank 0's pod says in the end how many ranks there were; other pods do not count."""
+    pods = [make_pod(1, last_words=ended(worldSize=9)), make_pod(0, last_words=ended(worldSize=3))]
+
+    assert live.world_size(pods) == 3
+    assert live.world_size(pods[:1]) is None
+    assert live.world_size([make_pod(0, last_words=ended())]) is None
+
+
 @pytest.mark.parametrize(
     ("report", "adapter"),
     [
