@@ -87,7 +87,8 @@ def start(case: Case, run: RunConfig, cpus: list[int], *, bound: bool = True) ->
     (folder / "run.json").write_text(run.to_json())
     rank = [sys.executable, "-m", "qlora_trainer"]
     if not bound:
-        rank = [sys.executable, "-c", UNBOUND.format(cpus=cpus)]
+        (folder / "rank.py").write_text(UNBOUND.format(cpus=cpus))
+        rank = [sys.executable, str(folder / "rank.py")]
     command = [
         sys.executable,
         "-c",
