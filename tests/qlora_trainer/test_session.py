@@ -119,13 +119,13 @@ def test_a_good_end_says_what_came_of_it(alone: Session, loss: float | None, cau
         alone,
         {
             "eval_loss": loss, "steps": 4, "not_bit_exact": None, "compute_dtype": "fp32", "base_eval_loss": 2.0,
-            "base_eval_loss_quantized": 2.1, "adapter_sha256": "ab",
+            "base_eval_loss_quantized": 2.1, "adapter_sha256": "ab", "world_size": 3,
         },
     )  # fmt: skip
 
     assert (report.exit_code, report.reason, report.cause) == (0, "DONE", cause)
     assert report.adapter_uri == "pvc://data/work/jobs/smollm2/adapter"
-    assert (report.step, report.adapter_sha256, report.eval_loss) == (4, "ab", loss)
+    assert (report.step, report.adapter_sha256, report.eval_loss, report.world_size) == (4, "ab", loss, 3)
 
 
 def test_a_bad_end_says_how_far_it_came(alone: Session) -> None:
