@@ -78,10 +78,11 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
         pods = ask_layout(run, launcher_cpus(job.spec.topology, machine))
     except CommandError as error:
         problems.append(str(error))
-    run = run.model_copy(update={"layout": run.layout.settled([len(pod.ranks) for pod in pods] or [1])})
+    counts = [len(pod.ranks) for pod in pods] or [1]
+    run = run.model_copy(update={"layout": run.layout.settled(counts)})
     details = None if missing_volumes else ask_details(run, volumes)
     if details is not None:
-        sharing = max(len(pod.ranks) for pod in pods) if pods and auto else 1
+        sharing = max(counts) if auto else 1
         problems += memory_problems(details.memory, run.layout.memory_per_rank, job.spec.training, sharing)
     asked = job.spec.training.compute_dtype
     return JobPlan(

@@ -1,4 +1,4 @@
-"""CPUs as lists, and how ranks share them: said once for the operator's side and the trainer's."""
+"""CPUs as lists, and how launchers on one machine share them."""
 
 from collections.abc import Iterable, Sequence
 
