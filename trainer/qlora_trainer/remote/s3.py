@@ -20,7 +20,7 @@ from qlora_contract.places import MANIFEST
 from qlora_contract.remote import Remote
 from qlora_trainer.errors import TransferFailed, TransferRefused
 from qlora_trainer.remote.credentials import S3_KEYS, S3_SESSION_KEY, Credentials, ca_bundle
-from qlora_trainer.remote.files import CHUNK_BYTES, Choose, Digest, RemoteFile
+from qlora_trainer.remote.files import Choose, Digest, RemoteFile
 from qlora_trainer.remote.patience import Interrupted, Patience, retry_after
 
 CONNECT_SECONDS = 20.0
@@ -28,6 +28,8 @@ PASSING = frozenset({408, 409, 429, 500, 502, 503, 504})
 """Statuses that may be others a moment later."""
 CHANGED = 412
 MD5_LENGTH = 32
+READ_BYTES = 1 << 17
+"""aiohttp holds back up to twice as much as it is asked for, which is lost when the connection breaks."""
 
 
 class S3:
@@ -104,7 +106,7 @@ class S3:
             answer = self._call("get_object", Key=file.name, IfMatch=file.etag, Range=f"bytes={offset}-")
             body = answer["Body"]
             try:
-                while chunk := sync(self._fs.loop, body.read, CHUNK_BYTES):
+                while chunk := sync(self._fs.loop, body.read, READ_BYTES):
                     yield chunk
             finally:
                 body.close()
