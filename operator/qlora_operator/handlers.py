@@ -38,6 +38,8 @@ SWEEP_RETRY_SECONDS = 5.0
 """When a sweep that failed is made again."""
 IDLE_SECONDS = 0.5
 """For how long kopf keeps an object, with a task of its own, after its last event: at the start, all of them."""
+CALM_SECONDS = 0.1
+"""After which it is told that pods are up. In a rush, jobs that have none yet go first thereby (see workqueue)."""
 LOGIN_SECONDS = 2.0
 """Between two logins."""
 
@@ -235,4 +237,4 @@ async def _gang(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
         return
     key = owner_key(raw)
     if key is not None:
-        operator.queue.add(key)
+        operator.queue.add(key, CALM_SECONDS if operator.store.does_well(raw) else 0.0)

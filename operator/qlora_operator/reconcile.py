@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import astuple
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -49,7 +49,7 @@ from qlora_operator.status.draft import (
 from qlora_operator.status.needs import Needs, needs
 from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said, Warned, pod
 from qlora_operator.status.pending import by_quota
-from qlora_operator.status.policies import DONE
+from qlora_operator.status.policies import DONE, patience
 from qlora_operator.status.quote import quote
 from qlora_operator.status.unreadable import unreadable
 from qlora_operator.store import Store
@@ -106,8 +106,9 @@ class Reconciler:
     async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
         uid = str(job.metadata.uid)
         now = datetime.now(UTC)
-        wanted = needs(job, self._store.gangs(uid), now)
-        seen = await self._observe(key, uid, job, wanted)
+        patient = patience(self._store.starting)
+        wanted = needs(job, self._store.gangs(uid), now, patient)
+        seen = await self._observe(key, uid, job, wanted, patient)
         decision = decide(job, seen, now)
         self._show(key, decision.status)
         saved = await self._save(raw, decision.status, guard=bool(decision.actions))
@@ -124,14 +125,18 @@ class Reconciler:
         self._follow(key, uid, decision.status, seen)
         after = job.model_copy(update={"status": decision.status})
         written = saved["metadata"]["resourceVersion"] != raw["metadata"]["resourceVersion"]
-        if (written and _starts(decision)) or _more(needs(after, self._store.gangs(uid), now), wanted):
+        if (written and _starts(decision)) or _more(
+            needs(after, self._store.gangs(uid), now, patient), wanted
+        ):
             # At once, since no event will come of it: what we did ourselves is no news.
             return await self._reconcile(key, saved, after)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
 
     # --- observe
 
-    async def _observe(self, key: Key, uid: str, job: QLoRAJob, wanted: Needs) -> Observation:
+    async def _observe(
+        self, key: Key, uid: str, job: QLoRAJob, wanted: Needs, patient: timedelta
+    ) -> Observation:
         gangs = self._store.gangs(uid)
         if wanted.pods and wanted.fresh:
             # Before another gang may start, the watch's word is not enough.
@@ -152,6 +157,7 @@ class Reconciler:
             refusal=self._refusal(job),
             obstacle=self._obstacles.get(uid),
             incomplete=uid in self.incomplete,
+            patience=patient,
         )
 
     async def _list_gangs(self, key: Key, uid: str) -> tuple[Gang, ...]:

@@ -44,6 +44,13 @@ class Store:
     def __init__(self) -> None:
         self._jobs: dict[Key, _Job] = {}
         self._gangs: dict[str, dict[str, _Known]] = {}
+        self._starting: set[str] = set()
+        """Uids of child Jobs."""
+
+    @property
+    def starting(self) -> int:
+        """Child Jobs whose pods are not all up."""
+        return len(self._starting)
 
     def jobs(self) -> dict[Key, str]:
         """The jobs there are, and their uids."""
@@ -73,7 +80,8 @@ class Store:
         known = self._jobs.get(key)
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
-            self._gangs.pop(known.uid, None)
+            gone = self._gangs.pop(known.uid, {})
+            self._starting -= {each.gang.uid for each in gone.values()}
 
     def put_gang(self, raw: Mapping[str, Any]) -> bool:
         """A child Job is, or is now, so. Whether that is news: most changes of a Job change no fact that
@@ -87,7 +95,14 @@ class Store:
         if known is not None and known.version > version:
             return False
         siblings[name] = _Known(version, gang(raw, uid))
+        self._count(known, siblings[name])
         return known is None or known.gang != siblings[name].gang
+
+    def does_well(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a child Job starts or runs, so that no more is to be done about it than to say so."""
+        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        known = self._gangs.get(uid or "", {}).get(raw["metadata"]["name"])
+        return known is not None and known.gang.does_well
 
     def drop_gang(self, raw: Mapping[str, Any]) -> None:
         """A child Job is gone."""
@@ -96,6 +111,7 @@ class Store:
         known = siblings.get(raw["metadata"]["name"])
         if known is not None and known.gang.uid == raw["metadata"]["uid"]:
             del siblings[raw["metadata"]["name"]]
+            self._count(known, None)
             if uid and not siblings:
                 del self._gangs[uid]
 
@@ -105,9 +121,15 @@ class Store:
         for uid, siblings in self._gangs.items():
             gone = [name for name, known in siblings.items() if known.gang.uid not in keep]
             for name in gone:
-                del siblings[name]
+                self._count(siblings.pop(name), None)
             lost += [uid] if gone else []
         return lost
+
+    def _count(self, before: _Known | None, after: _Known | None) -> None:
+        if before is not None:
+            self._starting.discard(before.gang.uid)
+        if after is not None and after.gang.starting:
+            self._starting.add(after.gang.uid)
 
 
 def _version(raw: Mapping[str, Any]) -> int:

@@ -104,13 +104,23 @@ def test_a_job_that_is_deleted_is_forgotten(operator: Operator) -> None:
     assert operator.reconciler.incomplete == set()
 
 
-def test_only_facts_of_a_gang_wake_its_job(operator: Operator) -> None:
+def test_only_facts_of_a_gang_wake_its_job(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Job's change matters when it changes what decisions need: not each of its pods' comings and goings."""
+    monkeypatch.setattr(handlers, "CALM_SECONDS", 0.0)
     assert happens(operator, "ADDED", gang(1, active=1)) == [KEY]
     assert happens(operator, "MODIFIED", gang(2, active=2)) == []
     assert happens(operator, "MODIFIED", gang(3, active=2, ready=2)) == [KEY]
     assert happens(operator, "DELETED", gang(4)) == [KEY]
     assert operator.store.gangs("uid") == ()
+
+
+def test_good_news_can_wait(operator: Operator) -> None:
+    """That pods are up is told a moment later, so that jobs that have none yet go first; a failure at once."""
+    failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
+
+    assert happens(operator, "MODIFIED", gang(1, ready=2)) == []
+    assert KEY in operator.queue._due
+    assert happens(operator, "MODIFIED", gang(2, conditions=[failed])) == [KEY]
 
 
 # --- the settings

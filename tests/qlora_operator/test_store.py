@@ -77,6 +77,46 @@ def test_news() -> None:
     assert store.put_gang(gang(7, ready=1))
 
 
+def test_gangs_that_start_are_counted_once() -> None:
+    """From the Job's creation until all its pods are up, or it or its owner is gone."""
+    store = Store()
+
+    def told(version: int, ready: int = 0, *, uid: str = "g") -> int:
+        raw = gang(version, ready=ready, uid=uid)
+        store.put_gang({**raw, "spec": {"parallelism": 2}})
+        return store.starting
+
+    assert [told(1), told(2, 1), told(3, 2), told(4, 1)] == [1, 1, 0, 1]
+    store.drop_gang(gang(5))
+    assert store.starting == 0
+    told(6)
+    store.drop_gangs_but([])
+    assert store.starting == 0
+    told(7)
+    store.put_job(job(8))
+    store.drop_job(KEY)
+    assert store.starting == 0
+
+
+def test_a_gang_that_is_replaced_starts_no_more() -> None:
+    """A Job of the same name with another uid takes the place of the one before."""
+    store = Store()
+    for version, uid in enumerate("gh", 1):
+        store.put_gang({**gang(version, uid=uid), "spec": {"parallelism": 2}})
+    assert store.starting == 1
+
+
+def test_who_does_well() -> None:
+    """A Job that starts or runs; not one that fails, or of which nothing is known."""
+    store = Store()
+    assert not store.does_well(gang(1))
+    store.put_gang(gang(1))
+    assert store.does_well(gang(1))
+    failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
+    store.put_gang({**gang(2), "status": {"conditions": [failed]}})
+    assert not store.does_well(gang(2))
+
+
 def test_lean() -> None:
     """Who changed which field, which is as long as all the rest, is not kept."""
     store = Store()

@@ -27,7 +27,6 @@ from qlora_operator.status.cause import (
     settled_at,
 )
 from qlora_operator.status.draft import DeleteGang, DeletePod, Draft, RestoreNetwork, StartAttempt
-from qlora_operator.status.needs import PATIENCE
 from qlora_operator.status.observation import Gang, Said
 from qlora_operator.status.pending import waiting
 from qlora_operator.status.stuck import remaining
@@ -59,7 +58,7 @@ _RUNNING_MESSAGES = {
 _LOST_WORDS = "the transfer ended well, but left no report of all that it did; it is done again"
 
 QUIET = timedelta(seconds=20)
-"""For how long nothing is said of pods that merely start: in a rush, longer than it takes to ask after them."""
+"""For how long at least nothing is said of pods that merely start."""
 
 _TIERS_DO_NOT_MATTER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
 """What pods wait for on the nodes of any tier."""
@@ -488,7 +487,7 @@ def _starts_quietly(draft: Draft, gang: Gang) -> bool:
 
 def _merely_starting(draft: Draft, gang: Gang) -> bool:
     begun = draft.open.start if draft.open else None
-    quiet = begun is not None and draft.now < parse(begun) + QUIET
+    quiet = begun is not None and draft.now < parse(begun) + max(QUIET, 2 * draft.seen.patience)
     return quiet and waiting(draft, gang).reason == Reason.STARTING
 
 
@@ -496,10 +495,11 @@ def _look_at_pods(draft: Draft) -> None:
     """Soon, the first time: what keeps pods from starting shows within seconds."""
     assert draft.open is not None
     if draft.open.start is not None:
-        patience = parse(draft.open.start) + PATIENCE
-        if draft.now < patience:
-            draft.look(patience)
-    draft.look_in(LOOK_SECONDS)
+        first = parse(draft.open.start) + draft.seen.patience
+        if draft.now < first:
+            draft.look(first)
+            return
+    draft.look_in(max(LOOK_SECONDS, draft.seen.patience.total_seconds()))
 
 
 def _queue(draft: Draft, gang: Gang, queue: str) -> None:

@@ -10,10 +10,7 @@ from qlora_operator.api.times import parse
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.status import conditions
 from qlora_operator.status.observation import Gang
-from qlora_operator.status.policies import pending_deadline
-
-PATIENCE = timedelta(seconds=3)
-"""How long pods may take to start before anybody looks why."""
+from qlora_operator.status.policies import PATIENCE, pending_deadline
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Needs:
     warnings: bool = False
 
 
-def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime) -> Needs:
-    """What to look at now."""
+def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime, patience: timedelta = PATIENCE) -> Needs:
+    """What to look at now, if pods may take so long to start."""
     status = job.status or QLoRAJobStatus()
     last = status.attempts[-1] if status.attempts else None
     over = conditions.is_true(status.conditions, ConditionType.FINISHED)
@@ -49,10 +46,12 @@ def needs(job: QLoRAJob, gangs: Sequence[Gang], now: datetime) -> Needs:
         return Needs(pods=True, fresh=True, stuck=True)
     if gang.over or gang.failing is not None or job.spec.suspend:
         return Needs(pods=True, stuck=True)
-    return _of_living(job, status, gang, now)
+    return _of_living(job, status, gang, now, patience)
 
 
-def _of_living(job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime) -> Needs:
+def _of_living(
+    job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime, patience: timedelta
+) -> Needs:
     wanted = stage_pods(job.spec.topology, status.attempts[-1].stage)
     if gang.suspended:
         return Needs()
@@ -62,5 +61,5 @@ def _of_living(job: QLoRAJob, status: QLoRAJobStatus, gang: Gang, now: datetime)
         return Needs(pods=True)
     start = status.attempts[-1].start
     due = pending_deadline(job.spec, status, now)
-    late = start is None or now >= parse(start) + PATIENCE or (due is not None and now >= due)
+    late = start is None or now >= parse(start) + patience or (due is not None and now >= due)
     return Needs(pods=late, nodes=late, warnings=late)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run import IsaTier
 from qlora_operator.api.names import ATTEMPT_LABEL, HELD_FIELDS_ANNOTATION
 from qlora_operator.api.times import parse
+from qlora_operator.status.policies import PATIENCE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
@@ -60,6 +61,16 @@ class Gang:
     def over(self) -> bool:
         """It will have no more pods."""
         return self.complete or self.failed
+
+    @property
+    def starting(self) -> bool:
+        """Its pods are not all up yet."""
+        return self.does_well and self.ready < (self.parallelism or 0)
+
+    @property
+    def does_well(self) -> bool:
+        """It starts or runs, as far as it tells itself."""
+        return not (self.over or self.suspended or self.deleting or self.failing is not None)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,8 @@ class Observation:
     """What came of the last try to create the children, when it did not work out."""
     incomplete: bool = False
     """A child other than the Job is known to be missing."""
+    patience: timedelta = PATIENCE
+    """How long pods may take to start before anybody looks why, and between two looks."""
 
 
 def gang(raw: Mapping[str, Any], job_uid: str) -> Gang:

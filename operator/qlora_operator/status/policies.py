@@ -1,4 +1,4 @@
-"""When: deadlines, back-off between attempts, and how long an attempt may wait for nodes."""
+"""When: deadlines, back-off between attempts, and how long nodes, and pods that start, are waited for."""
 
 import hashlib
 from datetime import datetime, timedelta
@@ -17,6 +17,17 @@ FREE = DONE | {Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED, Reason.FI
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0
 """As of batch/v1's own Jobs."""
+PATIENCE = timedelta(seconds=3)
+"""How long pods may take to start before anybody looks why, when no other gang starts."""
+MAX_PATIENCE = timedelta(seconds=60)
+LOOKS_PER_SECOND = 10
+"""How often pods that do not start yet are looked at, those of all jobs together."""
+
+
+def patience(starting: int) -> timedelta:
+    """How long pods may take to start, when so many gangs have pods that are not up: in a rush all of them take
+    longer, and what is looked at then is mostly no longer so when it is written."""
+    return min(max(PATIENCE, timedelta(seconds=starting / LOOKS_PER_SECOND)), MAX_PATIENCE)
 
 
 def backoff(uid: str, attempts: list[Attempt]) -> float:

@@ -257,6 +257,37 @@ def test_deadline_is_looked_at_in_time(ask: Callable[..., Decision], make_gang: 
 
 
 @pytest.mark.parametrize(
+    ("age", "patience", "due", "said"),
+    [
+        pytest.param(1, 3, 2, False, id="has just begun"),
+        pytest.param(10, 3, 10, False, id="looked at before"),
+        pytest.param(21, 3, 10, True, id="takes long"),
+        pytest.param(21, 30, 9, False, id="in a rush"),
+        pytest.param(45, 30, 30, False, id="in a rush, looked at before"),
+        pytest.param(61, 30, 30, True, id="takes long even for a rush"),
+    ],
+)
+def test_pods_that_merely_start(
+    ask: Callable[..., Decision],
+    make_gang: Any,
+    now: datetime,
+    age: float,
+    patience: float,
+    due: float,
+    said: bool,
+) -> None:
+    """Nothing is said of them for a while, nor are they looked at often: in a rush for longer, and less often."""
+    pods = None if age < patience else []
+    status = starting(age, now)
+    gang = make_gang(parallelism=2)
+
+    decision = ask(status, [gang], pods, patience=timedelta(seconds=patience))
+
+    assert decision.look_at == now + timedelta(seconds=due)
+    assert ("0/2 pods" in str(decision.status.message)) == said
+
+
+@pytest.mark.parametrize(
     ("limit", "attempts", "pods", "words"),
     [
         pytest.param(

@@ -171,6 +171,24 @@ def test_gang_is_over(fields: dict[str, Any], over: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "starts"),
+    [
+        ({}, True),
+        ({"ready": 1}, True),
+        ({"ready": 2}, False),
+        ({"suspended": True}, False),
+        ({"deleting": True}, False),
+        ({"failing": Said("", "")}, False),
+        ({"failed": True}, False),
+    ],
+    ids=["no pod is up", "one is", "all are", "in the queue", "deleted", "about to fail", "failed"],
+)
+def test_gang_starts(fields: dict[str, Any], starts: bool) -> None:
+    """As long as pods are missing that it is to have."""
+    assert gang_of(**{"parallelism": 2, **fields}).starting == starts
+
+
+@pytest.mark.parametrize(
     ("phase", "over"),
     [("Pending", False), ("Running", False), ("Unknown", False), ("Succeeded", True), ("Failed", True)],
 )
