@@ -124,10 +124,7 @@ class Reconciler:
                 await self._tell(job, uid, told)
         self._follow(key, uid, decision.status, seen)
         after = job.model_copy(update={"status": decision.status})
-        written = saved["metadata"]["resourceVersion"] != raw["metadata"]["resourceVersion"]
-        if (written and _starts(decision)) or _more(
-            needs(after, self._store.gangs(uid), now, patient), wanted
-        ):
+        if _more(needs(after, self._store.gangs(uid), now, patient), wanted):
             # At once, since no event will come of it: what we did ourselves is no news.
             return await self._reconcile(key, saved, after)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
@@ -423,10 +420,6 @@ class Kept(Generic[T]):
     def hold(self, seconds: float) -> None:
         """The answer that is being given is good for longer."""
         self._until = time.monotonic() + seconds
-
-
-def _starts(decision: Decision) -> bool:
-    return any(isinstance(action, StartAttempt) for action in decision.actions)
 
 
 def _more(after: Needs, before: Needs) -> bool:

@@ -18,7 +18,7 @@ Work = Callable[[Key], Awaitable[float | None]]
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 60.0
-PATIENT_SECONDS = 20.0
+PATIENT_SECONDS = 60.0
 """How long what is due by the clock lets what has just happened go first."""
 
 

@@ -73,7 +73,8 @@ def _placement(
 ) -> dict[str, Any]:
     """Where the pods may go; what nobody asked for is left out."""
     fields = {
-        "affinity": {"nodeAffinity": node_affinity, "podAntiAffinity": _spread(uid)},
+        "affinity": {"nodeAffinity": node_affinity},
+        "topologySpreadConstraints": [_spread(uid)],
         "nodeSelector": dict(scheduling.node_selector),
         "tolerations": [
             toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
@@ -101,9 +102,17 @@ def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
 
 
 def _spread(uid: str) -> dict[str, Any]:
-    """Pods of a job rather on different nodes, where they do not share the memory's bandwidth."""
-    term = {"labelSelector": pods_of(uid), "topologyKey": "kubernetes.io/hostname"}
-    return {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]}
+    """Pods of a job rather on different nodes, where they do not share the memory's bandwidth.
+
+    Not as anti-affinity, which costs the scheduler a look at the pods of all jobs. Without either, it would look
+    through the namespace's Services for what to spread.
+    """
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": pods_of(uid),
+    }
 
 
 def _pull_secrets(settings: Settings) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def _start(draft: Draft) -> None:
     else:
         draft.set(conditions=conditions.without(draft.status.conditions, ConditionType.QUOTA_RESERVED))
     draft.actions.append(start_attempt(draft))
+    draft.look_in(draft.seen.patience.total_seconds())
 
 
 def _tier(draft: Draft) -> IsaTier:

@@ -310,14 +310,14 @@ def test_nodes_to_avoid_are_ruled_out_by_name(
 
 def test_pods_spread_over_nodes_where_they_can(template: Make) -> None:
     """Pods of the job keep away from each other's nodes, but go there rather than wait."""
-    affinity = template()["spec"]["affinity"]["podAntiAffinity"]
-
-    (preference,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
-    assert set(affinity) == {"preferredDuringSchedulingIgnoredDuringExecution"}
-    assert preference["podAffinityTerm"] == {
-        "labelSelector": {"matchLabels": {names.JOB_UID_LABEL: "u"}},
-        "topologyKey": "kubernetes.io/hostname",
-    }
+    assert template()["spec"]["topologySpreadConstraints"] == [
+        {
+            "maxSkew": 1,
+            "topologyKey": "kubernetes.io/hostname",
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": {names.JOB_UID_LABEL: "u"}},
+        }
+    ]
 
 
 def test_the_users_scheduling_is_taken_over(template: Make) -> None:
