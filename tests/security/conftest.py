@@ -33,6 +33,7 @@ POD_KEYS = {
     "subdomain",
     "terminationGracePeriodSeconds",
     "tolerations",
+    "topologySpreadConstraints",
     "volumes",
 }
 """No hostNetwork, hostPID, hostUsers, serviceAccountName, initContainers, nodeName, schedulerName or dnsConfig."""

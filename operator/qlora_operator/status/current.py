@@ -502,10 +502,15 @@ def _look_at_pods(draft: Draft) -> None:
     draft.look_in(max(LOOK_SECONDS, draft.seen.patience.total_seconds()))
 
 
+def wait_in_queue(draft: Draft, queue: str) -> None:
+    """The queue has not let the job in."""
+    message = f"waits in the queue {queue}"
+    draft.wait(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, note=False)
+
+
 def _queue(draft: Draft, gang: Gang, queue: str) -> None:
     if gang.suspended:
-        message = f"waits in the queue {queue}"
-        draft.wait(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, note=False)
+        wait_in_queue(draft, queue)
         return
     admitted = gang.admitted_at or draft.now
     waiting = conditions.find(draft.status.conditions, ConditionType.QUOTA_RESERVED)

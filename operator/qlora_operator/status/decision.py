@@ -13,7 +13,14 @@ from qlora_operator.api.times import parse, stamp
 from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec, Topology
 from qlora_operator.status import conditions, policies, stages
 from qlora_operator.status.columns import columns
-from qlora_operator.status.current import LOOK_SECONDS, attend, await_pods, deadline, start_attempt
+from qlora_operator.status.current import (
+    LOOK_SECONDS,
+    attend,
+    await_pods,
+    deadline,
+    start_attempt,
+    wait_in_queue,
+)
 from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft
 from qlora_operator.status.observation import Observation
 
@@ -161,7 +168,7 @@ def _start(draft: Draft) -> None:
     draft.deny(ConditionType.RUNNING, Reason.STARTING, message)
     draft.set(message=message)
     if spec.scheduling.queue_name is not None:
-        draft.deny(ConditionType.QUOTA_RESERVED, Reason.QUEUED, "waits in the queue")
+        wait_in_queue(draft, spec.scheduling.queue_name)
     else:
         draft.set(conditions=conditions.without(draft.status.conditions, ConditionType.QUOTA_RESERVED))
     draft.actions.append(start_attempt(draft))
