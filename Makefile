@@ -20,14 +20,14 @@ N ?= 50
 NAME ?= $(TIER)
 CLUSTER := PYTHONPATH=tests/cluster $(BIN)/python -m testcluster
 PYTEST := $(BIN)/python -m pytest -q
-# Tests of processes against each other, on two busy cores: one that fails is run once more with the machine to
-# itself. Both results are printed; what fails twice fails.
+# Tests of processes against each other, on two busy cores: those that fail are run once more, with less beside them.
+# Both results are printed; what fails twice fails.
 twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
 # The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
 FAST := not slow and not cluster and not nodes and not soak
 PARALLEL := -n 2 --dist loadfile
-# Tests of the cluster wait most of the time; each process has a control plane of its own.
-WAITING := -n 3 --dist worksteal
+# Tests of the cluster wait most of the time; each process has a control plane of its own (0.5 GB).
+WAITING := -n 6 --dist worksteal
 
 .PHONY: help demo demo-data test test-fast check verify generate lock bench setup clean
 .PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
@@ -75,7 +75,7 @@ test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast 
 	$(call twice,$(PARALLEL) -m "$(FAST)")
 	$(CLUSTER) build --tier fleet
 	$(call twice,$(WAITING) -m "cluster and not soak")
-	$(call twice,-m "slow and not cluster and not nodes and not soak")
+	$(call twice,$(PARALLEL) -m "slow and not cluster and not nodes and not soak")
 
 test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
 	$(PYTEST) $(PARALLEL) -m "$(FAST)"
@@ -85,7 +85,8 @@ e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(call twice,-m "nodes and not soak")
 
 soak: setup  ## Run the long random tests
-	$(PYTEST) -m soak
+	$(CLUSTER) build --tier fleet
+	$(PYTEST) $(WAITING) -m soak
 
 check: setup  ## Lint, types, import rules
 	$(BIN)/ruff check .

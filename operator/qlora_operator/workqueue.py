@@ -17,7 +17,7 @@ Work = Callable[[Key], Awaitable[float | None]]
 """Does the work for a key; seconds until it is wanted again, None when only an event shall bring it back."""
 
 FIRST_RETRY_SECONDS = 0.5
-MAX_RETRY_SECONDS = 60.0
+MAX_RETRY_SECONDS = 30.0
 PATIENT_SECONDS = 60.0
 """How long what is due by the clock lets what has just happened go first."""
 
