@@ -1,5 +1,6 @@
 """Sources of the Hub and of S3, and an adapter that goes back there, with servers that misbehave."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,48 @@ def test_from_the_hub_and_s3_to_s3(
     assert SECRET_KEY not in said
 
 
-def test_a_private_model_without_a_secret(filled: Remotes, small_job: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        pytest.param({}, "model.credentialsSecret", id="private, without a secret"),
+        pytest.param({"source": "hf://org/none", "credentialsSecret": "hub"}, "HTTP 404", id="not there"),
+    ],
+)
+def test_a_model_that_cannot_be_had(
+    filled: Remotes, small_job: Callable[..., Any], model: dict[str, str], words: str
+) -> None:
     """The job fails at once, with the server's answer and what would be right."""
-    job = small_job("refused", **remote())
+    job = small_job("refused", **remote(**model))
 
     status = job.until(lambda status: status.get("phase") == "Failed")
 
     assert status["attempts"][0]["reason"] == "TransferRefused"
-    assert "hf://org/tiny" in status["message"]
-    assert "model.credentialsSecret" in status["message"]
+    assert model.get("source", "hf://org/tiny") in status["message"]
+    assert words in status["message"]
     assert len(status["attempts"]) == 1
+
+
+@pytest.fixture
+def small_workspace(volume: Path) -> Iterator[Path]:
+    """The workspace has 4 MiB."""
+    folder = volume / "work"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=777", "tmpfs", str(folder)], check=True)
+    yield folder
+    # Pods that are on their way out may still use it.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_no_space(filled: Remotes, small_job: Callable[..., Any], small_workspace: Path) -> None:
+    """A workspace in which the sources have no room fails the job before anything is fetched, and says how much it
+    lacks."""
+    before = filled.cdn_wire.sent("")
+    job = small_job("full", **remote(credentialsSecret="hub"))
+
+    status = job.until(lambda status: status.get("phase") == "Failed")
+
+    assert status["attempts"][0]["reason"] == "StorageFull"
+    assert "hf://org/tiny needs" in status["message"]
+    assert len(status["attempts"]) == 1
+    assert filled.cdn_wire.sent("") == before
+    assert list(small_workspace.rglob("*.safetensors")) == []
