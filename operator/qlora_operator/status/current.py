@@ -33,6 +33,8 @@ from qlora_operator.status.stuck import remaining
 
 LOOK_SECONDS = 10.0
 """How often pods are looked at while an attempt starts or ends."""
+FIRST_RETRY_SECONDS = 0.5
+"""When the children that could not be created are tried again."""
 SETTLE_LOOK_SECONDS = 1.0
 """How often, while a Job ends that only lost a peer: a deleted pod is soon gone, and what it had to tell, too."""
 
@@ -414,7 +416,15 @@ def _create(draft: Draft) -> None:
         await_pods(draft)
     elif not draft.rivals:
         _ensure_children(draft)
-    draft.look_in(LOOK_SECONDS)
+    draft.look_in(_until_next_try(draft))
+
+
+def _until_next_try(draft: Draft) -> float:
+    """Seconds: as many as the attempt is old, so twice as long each time. What is in the way of a job that was just
+    created is often a job of its name that is on its way out."""
+    assert draft.open is not None
+    age = (draft.now - parse(draft.open.start)).total_seconds() if draft.open.start else LOOK_SECONDS
+    return min(max(age, FIRST_RETRY_SECONDS), LOOK_SECONDS)
 
 
 def await_pods(draft: Draft) -> None:

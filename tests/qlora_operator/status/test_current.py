@@ -109,6 +109,20 @@ def test_job_beside_one_that_is_over(
     assert any(isinstance(action, StartAttempt) and action.attempt == 1 for action in actions)
 
 
+@pytest.mark.parametrize(("age", "seconds"), [(0, 0.5), (1, 1), (4, 4), (60, 10)])
+def test_children_that_cannot_be_created_are_tried_again(
+    ask: Callable[..., Decision], now: datetime, age: float, seconds: float
+) -> None:
+    """Soon at first, since a job of the same name may be on its way out, then every ten seconds."""
+    decision = ask(
+        starting(age, now, attempts=[began(age, now)]), [], [], obstacle=Said("NameConflict", "no")
+    )
+
+    assert decision.look_at == now + timedelta(seconds=seconds)
+    assert [type(action) for action in decision.actions] == [StartAttempt]
+    assert decision.status.message == "no"
+
+
 def test_emptied_status(judge: Callable[..., Decision], make_gang: Any) -> None:
     """A job whose status somebody emptied starts nothing beside the Job that is there; that one goes."""
     decision = judge(None, [make_gang(3)], [])
@@ -126,6 +140,11 @@ def test_orphans(judge: Callable[..., Decision], make_pod: Any) -> None:
 
 UNSCHEDULABLE = "0/7 nodes are available: 7 Insufficient cpu"
 UNBOUND = 'persistentvolumeclaim "team" not found'
+
+
+def began(seconds: float, now: datetime) -> dict[str, Any]:
+    """An attempt whose Job nobody has seen, so many seconds old."""
+    return {"attempt": 0, "start": stamp(now - timedelta(seconds=seconds))}
 
 
 def starting(seconds: float, now: datetime, **status: Any) -> dict[str, Any]:
