@@ -400,6 +400,7 @@ def test_up_cleans_up_after_a_killed_program(doomed_nodes: NodeCluster, tmp_path
         stdout=subprocess.PIPE,
         text=True,
         env={
+            "HOME": str(Path.home()),
             "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": str(Path(__file__).parent),
         },

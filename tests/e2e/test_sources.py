@@ -1,6 +1,5 @@
 """Sources of the Hub and of S3, and an adapter that goes back there, with servers that misbehave."""
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,27 +126,15 @@ def test_a_model_that_cannot_be_had(
     assert len(status["attempts"]) == 1
 
 
-@pytest.fixture
-def small_workspace(volume: Path) -> Iterator[Path]:
-    """The workspace has 4 MiB."""
-    folder = volume / "work"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=777", "tmpfs", str(folder)], check=True)
-    yield folder
-    # Pods that are on their way out may still use it.
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_no_space(filled: Remotes, small_job: Callable[..., Any], small_workspace: Path) -> None:
-    """A workspace in which the sources have no room fails the job before anything is fetched, and says how much it
-    lacks."""
-    before = filled.cdn_wire.sent("")
-    job = small_job("full", **remote(credentialsSecret="hub"))
+def test_a_workspace_of_somebody_else(filled: Remotes, small_job: Callable[..., Any], volume: Path) -> None:
+    """A workspace that the pods' user may not write in fails the job at once, and says whose it must be."""
+    (volume / "work").mkdir(mode=0o755)
+    job = small_job("theirs", **remote(credentialsSecret="hub"))
 
     status = job.until(lambda status: status.get("phase") == "Failed")
 
-    assert status["attempts"][0]["reason"] == "StorageFull"
-    assert "hf://org/tiny needs" in status["message"]
+    assert status["attempts"][0]["reason"] == "InvalidConfiguration", status["message"]
+    assert "Permission denied" in status["message"]
+    assert "/work/" in status["message"]
+    assert "user 1000 must be let" in status["message"]
     assert len(status["attempts"]) == 1
-    assert filled.cdn_wire.sent("") == before
-    assert list(small_workspace.rglob("*.safetensors")) == []

@@ -7,7 +7,14 @@ import pytest
 
 from qlora_contract.exit_codes import COLLATERAL, ExitCode
 from qlora_trainer import errors
-from qlora_trainer.errors import CollectiveError, OutOfMemory, StorageFull, TrainerError, from_os_error
+from qlora_trainer.errors import (
+    CollectiveError,
+    ConfigurationError,
+    OutOfMemory,
+    StorageFull,
+    TrainerError,
+    from_os_error,
+)
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TrainerError)]
 
@@ -43,18 +50,27 @@ def test_ranks_part_in_order_only_when_none_is_lost(kind: type[TrainerError]) ->
         pytest.param(errno.ENOSPC, StorageFull, id="disk-full"),
         pytest.param(errno.EDQUOT, StorageFull, id="over-quota"),
         pytest.param(errno.ENOMEM, OutOfMemory, id="no-memory"),
-        pytest.param(errno.EACCES, None, id="not-allowed"),
+        pytest.param(errno.EACCES, ConfigurationError, id="not-allowed"),
+        pytest.param(errno.EROFS, ConfigurationError, id="read-only"),
         pytest.param(errno.EIO, None, id="broken-disk"),
     ],
 )
 def test_an_os_error_is_foreseen_only_where_its_meaning_is_certain(
     number: int, kind: type[TrainerError] | None
 ) -> None:
-    """A full disk and no memory have codes of their own; all else stays what it is."""
+    """A full disk, no memory and what is not allowed have codes of their own; all else stays what it is."""
     found = from_os_error(OSError(number, os.strerror(number), "/work/x"), "writing a checkpoint")
 
     assert type(found) is (kind or type(None))
     assert found is None or "writing a checkpoint" in str(found)
+
+
+def test_what_is_not_allowed_names_the_file_and_the_user() -> None:
+    """The user learns whose the files must be; without a file it may be anything."""
+    found = from_os_error(PermissionError(errno.EACCES, "Permission denied", "/work/x"), "making /work/x")
+
+    assert str(found).startswith(f"Permission denied while making /work/x: /work/x: user {os.geteuid()} must")
+    assert from_os_error(PermissionError(errno.EPERM, "Operation not permitted"), "training") is None
 
 
 def test_a_full_disk_names_the_file() -> None:

@@ -19,6 +19,7 @@ TrainerError
 """
 
 import errno
+import os
 
 from qlora_contract.exit_codes import ExitCode
 
@@ -124,6 +125,11 @@ class Fenced(TrainerError):  # noqa: N818
 
 def from_os_error(error: OSError, doing: str) -> TrainerError | None:
     """The foreseen error an OSError stands for; None when it is none of them."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return ConfigurationError(
+            f"{error.strerror} while {doing}: {error.filename}: user {os.geteuid()} must be let to read what is there, "
+            "and to write in the workspace"
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f": {error.filename}" if error.filename else ""
         return StorageFull(f"no space left while {doing}{where} ({error.strerror})")
