@@ -25,7 +25,8 @@ PYTEST := $(BIN)/python -m pytest -q
 twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
 # The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
 FAST := not slow and not cluster and not nodes and not soak
-PARALLEL := -n 2 --dist loadfile
+BRIEF := -n 3 --dist loadfile
+RANKS := -n 2 --dist loadfile
 # Tests of the cluster wait most of the time; each process has a control plane of its own (0.5 GB).
 WAITING := -n 6 --dist worksteal
 
@@ -72,13 +73,13 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 # --- the checks
 
 test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
-	$(call twice,$(PARALLEL) -m "$(FAST)")
+	$(call twice,$(BRIEF) -m "$(FAST)")
 	$(CLUSTER) build --tier fleet
 	$(call twice,$(WAITING) -m "cluster and not soak")
-	$(call twice,$(PARALLEL) -m "slow and not cluster and not nodes and not soak")
+	$(call twice,$(RANKS) -m "slow and not cluster and not nodes and not soak")
 
 test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
-	$(PYTEST) $(PARALLEL) -m "$(FAST)"
+	$(PYTEST) $(BRIEF) -m "$(FAST)"
 
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(CLUSTER) build --tier nodes
