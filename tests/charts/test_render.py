@@ -33,7 +33,7 @@ CLUSTER_WIDE = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # with several processes, a module may come twice
 def places(chart_cluster: ControlPlane) -> Iterator[str]:
     """The namespaces that the cases name, and one to release into: its name."""
     for name in ("team-a", "team-b"):
