@@ -86,7 +86,7 @@ class Store:
     def put_gang(self, raw: Mapping[str, Any]) -> bool:
         """A child Job is, or is now, so. Whether that is news: most changes of a Job change no fact that
         decisions need."""
-        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        uid = _job_uid(raw)
         if not uid:
             return False
         name, version = raw["metadata"]["name"], _version(raw)
@@ -100,13 +100,13 @@ class Store:
 
     def does_well(self, raw: Mapping[str, Any]) -> bool:
         """Whether a child Job starts or runs, so that no more is to be done about it than to say so."""
-        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        uid = _job_uid(raw)
         known = self._gangs.get(uid or "", {}).get(raw["metadata"]["name"])
         return known is not None and known.gang.does_well
 
     def drop_gang(self, raw: Mapping[str, Any]) -> None:
         """A child Job is gone."""
-        uid = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+        uid = _job_uid(raw)
         siblings = self._gangs.get(uid or "", {})
         known = siblings.get(raw["metadata"]["name"])
         if known is not None and known.gang.uid == raw["metadata"]["uid"]:
@@ -130,6 +130,12 @@ class Store:
             self._starting.discard(before.gang.uid)
         if after is not None and after.gang.starting:
             self._starting.add(after.gang.uid)
+
+
+def _job_uid(raw: Mapping[str, Any]) -> str | None:
+    """Of the job that a child's label names."""
+    uid: str | None = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
+    return uid
 
 
 def _version(raw: Mapping[str, Any]) -> int:

@@ -24,7 +24,7 @@ SET_ASIDE = ".old.tmp"
 
 @contextmanager
 def storing(doing: str) -> Iterator[None]:
-    """Turn a full disk into StorageFull."""
+    """Turn what is foreseen of a disk, above all that it is full, into an error of ours (see from_os_error)."""
     try:
         yield
     except OSError as error:

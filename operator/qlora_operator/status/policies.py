@@ -21,7 +21,7 @@ PATIENCE = timedelta(seconds=3)
 """How long pods may take to start before anybody looks why, when no other gang starts."""
 MAX_PATIENCE = timedelta(seconds=60)
 LOOKS_PER_SECOND = 10
-"""How often pods that do not start yet are looked at, those of all jobs together."""
+"""How often pods that do not start yet are looked at, those of all jobs together, as long as patience lasts."""
 
 
 def patience(starting: int) -> timedelta:

@@ -26,6 +26,20 @@ def attempts(*reasons: Reason) -> list[Attempt]:
 
 
 @pytest.mark.parametrize(
+    ("starting", "seconds"),
+    [
+        pytest.param(0, 3, id="none"),
+        pytest.param(30, 3, id="a few"),
+        pytest.param(100, 10, id="ten looks a second"),
+        pytest.param(10_000, 60, id="never longer than a minute"),
+    ],
+)
+def test_patience_grows_with_the_gangs_that_start(starting: int, seconds: int) -> None:
+    """In a rush, pods are given longer before anybody asks why they are not up."""
+    assert policies.patience(starting) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
     ("reasons", "seconds"),
     [
         pytest.param([], 0, id="none before"),
