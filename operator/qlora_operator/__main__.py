@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import kopf
 
-from qlora_operator import handlers, logs
 from qlora_operator.api.names import COMPONENT
+from qlora_operator.controller import handlers, logs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,28 +11,29 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from qlora_contract.progress import ProgressReport
-from qlora_operator import logs
 from qlora_operator.api.faults import validation_faults
 from qlora_operator.api.names import Key, Phase, Reason
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
-from qlora_operator.cluster import (
+from qlora_operator.controller import logs
+from qlora_operator.controller.api_client import (
+    BATCH_JOBS,
     EVENTS,
-    GANGS,
-    JOBS,
     NAMESPACE_TERMINATING,
     NETWORK_POLICIES,
     PODS,
+    QLORAJOBS,
     SERVICES,
+    ApiClient,
     ApiError,
-    Cluster,
     Resource,
 )
+from qlora_operator.controller.cache import ObjectCache
+from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_operator.desired.allowed import refusal
 from qlora_operator.desired.events import event
 from qlora_operator.desired.gang import gang_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
-from qlora_operator.metrics import Figures, Metrics
 from qlora_operator.placement import nodes as placement
 from qlora_operator.settings import Settings
 from qlora_operator.status.decision import decide
@@ -52,7 +53,6 @@ from qlora_operator.status.pending import by_quota
 from qlora_operator.status.policies import DONE, patience
 from qlora_operator.status.quote import quote
 from qlora_operator.status.unreadable import unreadable
-from qlora_operator.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ ENDS = (Phase.SUCCEEDED, Phase.FAILED)
 class Reconciler:
     """What brings a job from the state it is in to the one it should be in."""
 
-    def __init__(self, cluster: Cluster, store: Store, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, cluster: ApiClient, store: ObjectCache, settings: Settings, metrics: Metrics) -> None:
         self._cluster, self._store, self._settings, self._metrics = cluster, store, settings, metrics
         self._nodes: Kept[Nodes | None] = Kept(self._list_nodes)
         self._warnings: dict[str, Kept[list[dict[str, Any]]]] = {}
@@ -93,7 +93,7 @@ class Reconciler:
         """Reconcile one job; seconds until it is due again."""
         raw = self._store.job(key)
         if raw is None:
-            self._metrics.jobs.drop(*key)
+            self._metrics.jobs.remove(*key)
             return None
         try:
             job = QLoRAJob.model_validate(raw)
@@ -107,7 +107,7 @@ class Reconciler:
         uid = str(job.metadata.uid)
         now = datetime.now(UTC)
         patient = patience(self._store.starting)
-        wanted = needs(job, self._store.gangs(uid), now, patient)
+        wanted = needs(job, self._store.attempt_jobs(uid), now, patient)
         seen = await self._observe(key, uid, job, wanted, patient)
         decision = decide(job, seen, now)
         self._show(key, decision.status)
@@ -124,7 +124,7 @@ class Reconciler:
                 await self._tell(job, uid, told)
         self._follow(key, uid, decision.status, seen)
         after = job.model_copy(update={"status": decision.status})
-        if _more(needs(after, self._store.gangs(uid), now, patient), wanted):
+        if _more(needs(after, self._store.attempt_jobs(uid), now, patient), wanted):
             # At once, since no event will come of it: what we did ourselves is no news.
             return await self._reconcile(key, saved, after)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
@@ -134,7 +134,7 @@ class Reconciler:
     async def _observe(
         self, key: Key, uid: str, job: QLoRAJob, wanted: Needs, patient: timedelta
     ) -> Observation:
-        gangs = self._store.gangs(uid)
+        gangs = self._store.attempt_jobs(uid)
         if wanted.pods and wanted.fresh:
             # Before another gang may start, the watch's word is not enough.
             gangs = await self._list_gangs(key, uid)
@@ -158,9 +158,9 @@ class Reconciler:
         )
 
     async def _list_gangs(self, key: Key, uid: str) -> tuple[Gang, ...]:
-        for raw in await self._cluster.gangs(key[0], uid):
-            self._store.put_gang(raw)
-        return self._store.gangs(uid)
+        for raw in await self._cluster.attempt_jobs(key[0], uid):
+            self._store.put_attempt_job(raw)
+        return self._store.attempt_jobs(uid)
 
     def _refusal(self, job: QLoRAJob) -> Said | None:
         said = refusal(job.spec, self._settings)
@@ -202,7 +202,7 @@ class Reconciler:
     ) -> tuple[Warned, ...]:
         """Warnings about the job's Jobs and pods, newest first."""
         namespace = key[0]
-        kept = self._warnings.setdefault(namespace, Kept(lambda: self._cluster.warnings(namespace)))
+        kept = self._warnings.setdefault(namespace, Kept(lambda: self._cluster.warning_events(namespace)))
         uids = {gang.uid for gang in gangs} | {each.uid for each in pods or ()}
         mine = [raw for raw in await kept.get() if _about_uid(raw) in uids]
         mine.sort(key=_when, reverse=True)
@@ -238,7 +238,7 @@ class Reconciler:
         metadata = raw["metadata"]
         key = (metadata["namespace"], metadata["name"])
         try:
-            self._store.put_job(await self._cluster.get(JOBS, *key))
+            self._store.put_job(await self._cluster.get(QLORAJOBS, *key))
         except ApiError as error:
             if error.code != 404:
                 raise
@@ -255,11 +255,11 @@ class Reconciler:
             case RestoreNetwork():
                 return await self._create(uid, self._network(job, uid))
             case DeleteGang(name, gang_uid):
-                await self._cluster.delete(GANGS, namespace, name, gang_uid)
+                await self._cluster.delete(BATCH_JOBS, namespace, name, gang_uid)
             case DeletePod(name, pod_uid):
                 await self._cluster.delete(PODS, namespace, name, pod_uid)
             case DeleteJob():
-                await self._cluster.delete(JOBS, namespace, job.metadata.name, uid)
+                await self._cluster.delete(QLORAJOBS, namespace, job.metadata.name, uid)
         return True
 
     async def _start(self, action: StartAttempt, job: QLoRAJob, uid: str) -> bool:
@@ -277,7 +277,7 @@ class Reconciler:
 
         async def children() -> None:
             await self._network(job, uid)
-            self._store.put_gang(await self._ensure(GANGS, gang, uid))
+            self._store.put_attempt_job(await self._ensure(BATCH_JOBS, gang, uid))
 
         return await self._create(uid, children())
 
@@ -337,9 +337,9 @@ class Reconciler:
 
     def _show(self, key: Key, status: QLoRAJobStatus) -> None:
         seen = status.progress
-        self._metrics.jobs.put(
+        self._metrics.jobs.set(
             *key,
-            Figures(
+            JobSample(
                 phase=Phase(status.phase or Phase.PENDING),
                 tokens_per_second=seen.tokens_per_second if seen else None,
                 loss=seen.loss if seen else None,

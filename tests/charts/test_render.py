@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from qlora_contract.places import PROGRESS_PORT
-from qlora_operator.handlers import PORT
+from qlora_operator.controller.handlers import PORT
 from qlora_operator.settings import load_settings
 from testcluster.binaries import ensure
 from testcluster.chart import CHART, RELEASE, SYSTEM, HelmError, find, helm, installed, render

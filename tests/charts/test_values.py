@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from qlora_operator.api.names import ConditionType
-from qlora_operator.metrics import Metrics
+from qlora_operator.controller.metrics import Metrics
 from qlora_operator.settings import Settings
 
 ROOT = Path(__file__).parents[2]

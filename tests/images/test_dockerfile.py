@@ -152,7 +152,10 @@ def test_the_root_is_read_only_in_these_tests(operator) -> None:
 
 @pytest.mark.parametrize(
     ("image", "modules"),
-    [("operator", ["qlora_operator.handlers"]), ("trainer", ["qlora_trainer.train", "qlora_trainer.launch"])],
+    [
+        ("operator", ["qlora_operator.controller.handlers"]),
+        ("trainer", ["qlora_trainer.train", "qlora_trainer.launch"]),
+    ],
     ids=["operator", "trainer"],
 )
 def test_nothing_is_compiled_at_run_time(built, image: str, modules: list[str]) -> None:

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from qlora_contract.progress import CheckpointRef, ProgressReport
 from qlora_operator.api.names import Phase
-from qlora_operator.metrics import Figures, Metrics
+from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_trainer.progress import metrics as of_a_job
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
@@ -23,7 +23,7 @@ def documented(section: str) -> set[str]:
 def test_every_metric_of_the_operator_is_documented() -> None:
     """The page has the operator's metrics, and no other ones."""
     metrics = Metrics(CollectorRegistry(), "1")
-    metrics.jobs.put("team", "job", Figures(Phase.RUNNING, 1.0, 1.0))
+    metrics.jobs.put("team", "job", JobSample(Phase.RUNNING, 1.0, 1.0))
     metrics.api_request("get", "jobs", 200, 0.1)
     metrics.restarts.labels("Killed", "user").inc()
     text = generate_latest(metrics.registry).decode()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_operator import cluster
-from qlora_operator.cluster import SERVICES, ApiError, Cluster
+from qlora_operator.controller import api_client
+from qlora_operator.controller.api_client import SERVICES, ApiClient, ApiError
 from testcluster.cluster import Cluster as Server
 
 pytestmark = pytest.mark.cluster
@@ -43,9 +43,9 @@ def talk(api_cluster: Server, asked: Requests, monkeypatch: pytest.MonkeyPatch) 
     """talk(function) -> what the coroutine function makes of a Cluster."""
     monkeypatch.setenv("KUBECONFIG", str(api_cluster.kubeconfig))
 
-    def run(function: Callable[[Cluster], Awaitable[Any]], *namespaces: str) -> Any:
+    def run(function: Callable[[ApiClient], Awaitable[Any]], *namespaces: str) -> Any:
         async def main() -> Any:
-            async with Cluster(asked, namespaces) as reached:
+            async with ApiClient(asked, namespaces) as reached:
                 return await function(reached)
 
         return asyncio.run(main())
@@ -53,7 +53,7 @@ def talk(api_cluster: Server, asked: Requests, monkeypatch: pytest.MonkeyPatch) 
     return run
 
 
-def refusal(talk: Callable[..., Any], function: Callable[[Cluster], Awaitable[Any]]) -> ApiError:
+def refusal(talk: Callable[..., Any], function: Callable[[ApiClient], Awaitable[Any]]) -> ApiError:
     """The error with which the API server refuses."""
     with pytest.raises(ApiError) as caught:
         talk(function)
@@ -64,12 +64,12 @@ def test_lists_come_page_by_page(
     talk: Callable[..., Any], namespace: str, monkeypatch: pytest.MonkeyPatch, asked: Requests
 ) -> None:
     """More objects than a page holds are all seen, each once."""
-    monkeypatch.setattr(cluster, "PAGE", 2)
+    monkeypatch.setattr(api_client, "PAGE", 2)
 
-    async def work(reached: Cluster) -> list[str]:
+    async def work(reached: ApiClient) -> list[str]:
         for number in range(5):
             await reached.create(SERVICES, namespace, service(f"s{number}", namespace))
-        return [raw["metadata"]["name"] async for raw in reached.all(SERVICES)]
+        return [raw["metadata"]["name"] async for raw in reached.list_all(SERVICES)]
 
     assert sorted(talk(work, namespace)) == ["s0", "s1", "s2", "s3", "s4"]
     assert asked.seen.count(("get", "services", 200)) == 3
@@ -91,7 +91,7 @@ def test_refusals_say_why(talk: Callable[..., Any], namespace: str) -> None:
 def test_only_the_very_object_is_deleted(talk: Callable[..., Any], namespace: str) -> None:
     """One of the same name with another uid is left alone; one that is gone is no error."""
 
-    async def work(reached: Cluster) -> Any:
+    async def work(reached: ApiClient) -> Any:
         made = await reached.create(SERVICES, namespace, service("kept", namespace))
         await reached.delete(SERVICES, namespace, "kept", "another-uid")
         kept = await reached.get(SERVICES, namespace, "kept")
@@ -120,7 +120,7 @@ def test_a_replaced_token_is_read_again(
     mine.write_text(yaml.safe_dump(content))
     monkeypatch.setenv("KUBECONFIG", str(mine))
 
-    async def work(reached: Cluster) -> int:
+    async def work(reached: ApiClient) -> int:
         mine.write_text(right.read_text())
         try:
             await reached.get(SERVICES, namespace, "none")

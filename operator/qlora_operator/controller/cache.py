@@ -1,4 +1,4 @@
-"""What the watches have told so far: jobs, and the few facts of their children that decisions need."""
+"""What the watches have delivered: jobs, and the few facts of their batch/v1 Jobs that decisions need."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,15 +10,15 @@ from qlora_operator.status.observation import Gang, gang
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _CachedJob:
     version: int
     uid: str
     text: bytes
-    """As JSON, a seventh of the size that it has as dictionaries."""
+    """The object as JSON: a seventh of the memory of its dictionaries."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _CachedAttemptJob:
     version: int
     gang: Gang
 
@@ -29,103 +29,101 @@ def key_of(raw: Mapping[str, Any]) -> Key:
 
 
 def owner_key(raw: Mapping[str, Any]) -> Key | None:
-    """Namespace and name of the job that a child belongs to: by its label, or by its owner if somebody took
-    the label away."""
+    """Namespace and name of the job that a child belongs to: by its label; by its owner where the label is gone."""
     metadata = raw["metadata"]
     owners = [owner["name"] for owner in metadata.get("ownerReferences") or [] if owner["kind"] == KIND]
     name = (metadata.get("labels") or {}).get(JOB_NAME_LABEL) or next(iter(owners), None)
     return (metadata["namespace"], name) if name else None
 
 
-class Store:
-    """Jobs by key, and their batch/v1 Jobs by the job's uid. Whatever is older than what is known is
-    ignored: a watch may be behind our own writes."""
+class ObjectCache:
+    """Jobs by key, and their batch/v1 Jobs by the uid of the job. Older versions of a cached object are ignored: a
+    watch may lag behind our own writes."""
 
     def __init__(self) -> None:
-        self._jobs: dict[Key, _Job] = {}
-        self._gangs: dict[str, dict[str, _Known]] = {}
+        self._jobs: dict[Key, _CachedJob] = {}
+        self._attempt_jobs: dict[str, dict[str, _CachedAttemptJob]] = {}
         self._starting: set[str] = set()
-        """Uids of child Jobs."""
+        """Uids of the batch/v1 Jobs whose pods are not all up."""
 
     @property
     def starting(self) -> int:
-        """Child Jobs whose pods are not all up."""
+        """How many batch/v1 Jobs have pods that are not all up."""
         return len(self._starting)
 
     def jobs(self) -> dict[Key, str]:
-        """The jobs there are, and their uids."""
+        """Key -> uid of every job."""
         return {key: known.uid for key, known in self._jobs.items()}
 
     def job(self, key: Key) -> dict[str, Any] | None:
-        """The newest state of a job; the caller's own copy."""
+        """The newest version of a job, a copy for the caller; None for one that is not cached."""
         known = self._jobs.get(key)
         return None if known is None else dict(json.loads(known.text))
 
-    def gangs(self, job_uid: str) -> tuple[Gang, ...]:
-        """The Jobs of a job."""
-        return tuple(known.gang for known in self._gangs.get(job_uid, {}).values())
+    def attempt_jobs(self, job_uid: str) -> tuple[Gang, ...]:
+        """The batch/v1 Jobs of a job."""
+        return tuple(known.gang for known in self._attempt_jobs.get(job_uid, {}).values())
 
     def put_job(self, raw: Mapping[str, Any]) -> bool:
-        """A job is, or is now, so. Whether that is news: the echo of our own write is none."""
+        """Cache a job. Returns whether anything changed: the echo of our own write changes nothing."""
         known, version = self._jobs.get(key_of(raw)), _version(raw)
         if known is not None and known.version > version:
             return False
-        # Not told by the version alone: with another CRD, the same object has other fields.
-        text = json.dumps(_lean(raw), separators=(",", ":")).encode()
-        self._jobs[key_of(raw)] = _Job(version, raw["metadata"]["uid"], text)
+        # The version alone does not tell: under another CRD, the same object has other fields.
+        text = json.dumps(_without_managed_fields(raw), separators=(",", ":")).encode()
+        self._jobs[key_of(raw)] = _CachedJob(version, raw["metadata"]["uid"], text)
         return known is None or known.text != text
 
     def drop_job(self, key: Key, uid: str | None = None) -> None:
-        """A job is gone; with a uid, only if it is still that very job."""
+        """Drop a job; with a uid, only if the cached job has it."""
         known = self._jobs.get(key)
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
-            gone = self._gangs.pop(known.uid, {})
+            gone = self._attempt_jobs.pop(known.uid, {})
             self._starting -= {each.gang.uid for each in gone.values()}
 
-    def put_gang(self, raw: Mapping[str, Any]) -> bool:
-        """A child Job is, or is now, so. Whether that is news: most changes of a Job change no fact that
-        decisions need."""
+    def put_attempt_job(self, raw: Mapping[str, Any]) -> bool:
+        """Cache a batch/v1 Job. Returns whether a fact that decisions need has changed; most updates change none."""
         uid = _job_uid(raw)
         if not uid:
             return False
         name, version = raw["metadata"]["name"], _version(raw)
-        siblings = self._gangs.setdefault(uid, {})
+        siblings = self._attempt_jobs.setdefault(uid, {})
         known = siblings.get(name)
         if known is not None and known.version > version:
             return False
-        siblings[name] = _Known(version, gang(raw, uid))
+        siblings[name] = _CachedAttemptJob(version, gang(raw, uid))
         self._count(known, siblings[name])
         return known is None or known.gang != siblings[name].gang
 
-    def does_well(self, raw: Mapping[str, Any]) -> bool:
-        """Whether a child Job starts or runs, so that no more is to be done about it than to say so."""
+    def is_healthy(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a batch/v1 Job is starting or running: nothing to do but to update the status."""
         uid = _job_uid(raw)
-        known = self._gangs.get(uid or "", {}).get(raw["metadata"]["name"])
+        known = self._attempt_jobs.get(uid or "", {}).get(raw["metadata"]["name"])
         return known is not None and known.gang.does_well
 
-    def drop_gang(self, raw: Mapping[str, Any]) -> None:
-        """A child Job is gone."""
+    def drop_attempt_job(self, raw: Mapping[str, Any]) -> None:
+        """Drop a batch/v1 Job, if the cached one has its uid."""
         uid = _job_uid(raw)
-        siblings = self._gangs.get(uid or "", {})
+        siblings = self._attempt_jobs.get(uid or "", {})
         known = siblings.get(raw["metadata"]["name"])
         if known is not None and known.gang.uid == raw["metadata"]["uid"]:
             del siblings[raw["metadata"]["name"]]
             self._count(known, None)
             if uid and not siblings:
-                del self._gangs[uid]
+                del self._attempt_jobs[uid]
 
-    def drop_gangs_but(self, living: Iterable[str]) -> list[str]:
-        """Forget the child Jobs whose uid is not among these; the job uids that have lost one."""
-        keep, lost = set(living), []
-        for uid, siblings in self._gangs.items():
+    def retain_attempt_jobs(self, uids: Iterable[str]) -> list[str]:
+        """Drop the batch/v1 Jobs whose uid is not among `uids`; returns the uids of the jobs that have lost one."""
+        keep, lost = set(uids), []
+        for uid, siblings in self._attempt_jobs.items():
             gone = [name for name, known in siblings.items() if known.gang.uid not in keep]
             for name in gone:
                 self._count(siblings.pop(name), None)
             lost += [uid] if gone else []
         return lost
 
-    def _count(self, before: _Known | None, after: _Known | None) -> None:
+    def _count(self, before: _CachedAttemptJob | None, after: _CachedAttemptJob | None) -> None:
         if before is not None:
             self._starting.discard(before.gang.uid)
         if after is not None and after.gang.starting:
@@ -133,17 +131,17 @@ class Store:
 
 
 def _job_uid(raw: Mapping[str, Any]) -> str | None:
-    """Of the job that a child's label names."""
+    """The uid of the job that a child's label names."""
     uid: str | None = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
     return uid
 
 
 def _version(raw: Mapping[str, Any]) -> int:
-    """resourceVersion, which Kubernetes defines to grow."""
+    """The resourceVersion, which Kubernetes defines to grow."""
     return int(raw["metadata"]["resourceVersion"])
 
 
-def _lean(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Without managedFields, which are as large as all the rest."""
+def _without_managed_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without managedFields, which are as large as all the rest."""
     metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
     return {**raw, "metadata": metadata}

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_contract.progress import ProgressReport, RankFacts
-from qlora_operator import progress
-from qlora_operator.progress import MAX_REPORT_BYTES, fetch, parse
+from qlora_operator.controller import progress_client
+from qlora_operator.controller.progress_client import MAX_REPORT_BYTES, fetch_progress, parse_progress
 from qlora_trainer.progress import Progress, ProgressServer
 
 KNOWN: dict[str, Any] = {
@@ -74,7 +74,7 @@ def fetched(answer: Answer, paths: list[str] | None = None) -> ProgressReport | 
             served(answer, paths if paths is not None else []) as port,
             aiohttp.ClientSession() as session,
         ):
-            return await fetch(session, "127.0.0.1", port, uid="u", attempt=1)
+            return await fetch_progress(session, "127.0.0.1", port, uid="u", attempt=1)
 
     return asyncio.run(ask())
 
@@ -112,7 +112,7 @@ def test_rank_0_s_report_is_fetched(host: str, rank_0: ProgressServer) -> None:
 
     async def ask() -> ProgressReport | None:
         async with aiohttp.ClientSession() as session:
-            return await fetch(session, host, rank_0.port, uid="u", attempt=1)
+            return await fetch_progress(session, host, rank_0.port, uid="u", attempt=1)
 
     report = asyncio.run(ask())
     assert report is not None
@@ -180,7 +180,7 @@ def test_redirects_are_not_followed() -> None:
 @pytest.mark.parametrize("first", [b"", http(a_body())[:-10]], ids=["silent", "stuck"])
 def test_who_does_not_finish_is_given_up(first: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time holds for the whole answer, however much of it has come."""
-    monkeypatch.setattr(progress, "FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(progress_client, "FETCH_SECONDS", 0.2)
 
     async def stuck(writer: asyncio.StreamWriter) -> None:
         writer.write(first)
@@ -195,7 +195,7 @@ def test_who_does_not_finish_is_given_up(first: bytes, monkeypatch: pytest.Monke
 )
 def test_who_never_stops_is_cut_off(every: float, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow bytes meet the time limit, fast ones the size limit."""
-    monkeypatch.setattr(progress, "FETCH_SECONDS", seconds)
+    monkeypatch.setattr(progress_client, "FETCH_SECONDS", seconds)
 
     async def endless(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -215,14 +215,14 @@ def test_nobody_there_is_none(host: str) -> None:
 
     async def ask() -> ProgressReport | None:
         async with aiohttp.ClientSession() as session:
-            return await fetch(session, host, port, uid="u", attempt=1)
+            return await fetch_progress(session, host, port, uid="u", attempt=1)
 
     assert asyncio.run(ask()) is None
 
 
 def test_the_reason_is_told_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     """Who looks closely learns on one line why there is no report."""
-    with caplog.at_level(logging.DEBUG, "qlora_operator.progress"):
+    with caplog.at_level(logging.DEBUG, "qlora_operator.controller.progress_client"):
         fetched(saying(http(b"{}", "500 Oh No")))
         fetched(saying(http(a_body(jobUid="v\n" * 100))))
 
@@ -251,11 +251,11 @@ def test_the_reason_is_told_at_debug(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_no_status_can_hold_is_refused(field: bytes) -> None:
     """The API server would refuse the whole status, again and again."""
     with pytest.raises(ValueError, match=r"not finite|too large|time|format|day|parsing"):
-        parse(a_body()[:-1] + b", " + field + b"}")
+        parse_progress(a_body()[:-1] + b", " + field + b"}")
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
 def test_garbage_raises_nothing_but_value_error(body: bytes) -> None:
     """Any bytes are a report or refused."""
     with pytest.raises(ValueError, match=r"."):
-        parse(body)
+        parse_progress(body)

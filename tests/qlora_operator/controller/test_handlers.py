@@ -11,9 +11,9 @@ import aiohttp
 import kopf
 import pytest
 
-from qlora_operator import handlers
 from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL
-from qlora_operator.handlers import NoDiffs, Operator
+from qlora_operator.controller import handlers
+from qlora_operator.controller.handlers import NullDiffBase, Operator
 from testcluster.cluster import Cluster as Server
 
 KEY = ("team", "job")
@@ -58,7 +58,7 @@ def gang(version: int = 1, **status: Any) -> dict[str, Any]:
 
 def happens(operator: Operator, kind: str | None, raw: dict[str, Any]) -> list[tuple[str, str]]:
     """An event comes in; the keys that wait then to be reconciled."""
-    handler: Any = handlers._job if "labels" not in raw["metadata"] else handlers._gang
+    handler: Any = handlers._job if "labels" not in raw["metadata"] else handlers._attempt_job
 
     async def main() -> list[tuple[str, str]]:
         await handler(event={"type": kind, "object": raw}, memo=SimpleNamespace(operator=operator))
@@ -70,7 +70,7 @@ def happens(operator: Operator, kind: str | None, raw: dict[str, Any]) -> list[t
 def waiting(operator: Operator) -> list[tuple[str, str]]:
     """The keys that are to be reconciled, which then are not any more."""
     found = []
-    while (key := operator.queue._ready()[0]) is not None:
+    while (key := operator.queue._take()[0]) is not None:
         found.append(key)
     return found
 
@@ -82,12 +82,12 @@ def test_a_job_is_known_and_reconciled(operator: Operator) -> None:
     """Whether it was there from the start, is new or has changed."""
     assert happens(operator, None, job(1)) == [KEY]
     assert happens(operator, "MODIFIED", job(2, phase="Running")) == [KEY]
-    assert (operator.store.job(KEY) or {})["status"] == {"phase": "Running"}
+    assert (operator.cache.job(KEY) or {})["status"] == {"phase": "Running"}
 
 
 def test_what_the_operator_wrote_itself_is_no_news(operator: Operator) -> None:
     """The echo of our own write, and what is older, wake nobody."""
-    operator.store.put_job(job(5, phase="Starting"))
+    operator.cache.put_job(job(5, phase="Starting"))
 
     assert happens(operator, "MODIFIED", job(5, phase="Starting")) == []
     assert happens(operator, "MODIFIED", job(4)) == []
@@ -96,30 +96,30 @@ def test_what_the_operator_wrote_itself_is_no_news(operator: Operator) -> None:
 def test_a_job_that_is_deleted_is_forgotten(operator: Operator) -> None:
     """It is reconciled once more, and everything that was kept of it goes."""
     happens(operator, "ADDED", job(1))
-    operator.poller = SimpleNamespace(forget=lambda uid: None)  # type: ignore[assignment]
+    operator.poller = SimpleNamespace(untrack=lambda uid: None)  # type: ignore[assignment]
     operator.reconciler.incomplete.add("uid")
 
     assert happens(operator, "DELETED", job(2)) == [KEY]
-    assert operator.store.jobs() == {}
+    assert operator.cache.jobs() == {}
     assert operator.reconciler.incomplete == set()
 
 
-def test_only_facts_of_a_gang_wake_its_job(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_facts_of_a_batch_job_wake_its_qlorajob(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Job's change matters when it changes what decisions need: not each of its pods' comings and goings."""
-    monkeypatch.setattr(handlers, "CALM_SECONDS", 0.0)
+    monkeypatch.setattr(handlers, "COALESCE_SECONDS", 0.0)
     assert happens(operator, "ADDED", gang(1, active=1)) == [KEY]
     assert happens(operator, "MODIFIED", gang(2, active=2)) == []
     assert happens(operator, "MODIFIED", gang(3, active=2, ready=2)) == [KEY]
     assert happens(operator, "DELETED", gang(4)) == [KEY]
-    assert operator.store.gangs("uid") == ()
+    assert operator.cache.attempt_jobs("uid") == ()
 
 
-def test_good_news_can_wait(operator: Operator) -> None:
+def test_a_healthy_batch_job_yields_to_jobs_without_pods(operator: Operator) -> None:
     """That pods are up is told a moment later, so that jobs that have none yet go first; a failure at once."""
     failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
 
     assert happens(operator, "MODIFIED", gang(1, ready=2)) == []
-    assert KEY in operator.queue._due
+    assert KEY in operator.queue._delayed
     assert happens(operator, "MODIFIED", gang(2, conditions=[failed])) == [KEY]
 
 
@@ -135,7 +135,7 @@ def test_namespaces_are_those_that_are_named(tmp_path: Path, monkeypatch: pytest
 def test_kopf_keeps_nothing_of_an_object() -> None:
     """What kopf compares objects by is empty, whatever the object, and nothing is stored on it."""
     body, patch = kopf.Body({"metadata": {"name": "x"}, "spec": {"field": 1}}), kopf.Patch()
-    storage = NoDiffs()
+    storage = NullDiffBase()
 
     assert storage.build(body=body) == {}
     assert storage.fetch(body=body) is None
@@ -146,22 +146,22 @@ def test_kopf_keeps_nothing_of_an_object() -> None:
 # --- probes
 
 
-def test_ready_when_all_jobs_were_looked_at(operator: Operator) -> None:
-    """Until the first sweep is through, readiness says so."""
-    assert operator.readiness() == "the jobs were not looked at yet"
-    operator.swept = time.monotonic()
+def test_ready_once_the_first_resync_is_through(operator: Operator) -> None:
+    """Until the first resync is through, readiness says so."""
+    assert operator.readiness() == "the first resync has not completed"
+    operator.resynced = time.monotonic()
     assert operator.readiness() is None
 
 
 def test_alive_while_it_reconciles(operator: Operator) -> None:
-    """A job that waits for too long, or a sweep that does not come, is what a restart may help against."""
+    """A job that waits for too long, or a resync that does not come, is what a restart may help against."""
     assert operator.liveness() is None
     late = time.monotonic() - operator.settings.stuck_seconds - 10
-    operator.queue._now[KEY] = late
-    assert "a job has waited for" in str(operator.liveness())
-    operator.queue._now.clear()
-    operator.tried = late - 2 * operator.settings.sweep_seconds
-    assert operator.liveness() == "the jobs were not looked at for long"
+    operator.queue._ready[KEY] = late
+    assert "a job has been waiting for" in str(operator.liveness())
+    operator.queue._ready.clear()
+    operator.resync_tried = late - 2 * operator.settings.sweep_seconds
+    assert operator.liveness() == "the last resync was too long ago"
 
 
 # --- against an API server
@@ -180,8 +180,8 @@ def against(
     async def main() -> None:
         operator = made(folder, monkeypatch, **{handlers.NAMESPACES_ENV: namespace})
         operator.queue = handlers.WorkQueue(operator.reconciler, workers=0)
-        async with operator.cluster:
-            operator.poller = handlers.Poller(operator.cluster, operator.reconciler, operator.queue)
+        async with operator.client:
+            operator.poller = handlers.Poller(operator.client, operator.reconciler, operator.queue)
             try:
                 await test(operator)
             finally:
@@ -201,9 +201,9 @@ def test_the_sweep_sees_what_the_watches_missed(
     gone = job(1, uid="gone")
 
     async def test(operator: Operator) -> None:
-        operator.store.put_job(gone)
-        await operator.sweep()
-        assert operator.store.jobs() == {(namespace, "job"): uid}
+        operator.cache.put_job(gone)
+        await operator.resync()
+        assert operator.cache.jobs() == {(namespace, "job"): uid}
         assert sorted(waiting(operator)) == sorted([KEY, (namespace, "job")])
         assert operator.reconciler.incomplete == {uid}
 
@@ -229,7 +229,7 @@ def test_it_starts_and_stops(
         async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics") as answer:
             text = await answer.text()
         assert "qlora_last_successful_sweep_timestamp_seconds" in text
-        assert handlers.of(SimpleNamespace(operator=operator)) is operator
+        assert handlers.operator_of(SimpleNamespace(operator=operator)) is operator
         await operator.stop()
         assert asyncio.all_tasks() == before
 

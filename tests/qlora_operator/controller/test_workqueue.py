@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from qlora_operator import workqueue
-from qlora_operator.cluster import ApiError
-from qlora_operator.workqueue import Key, WorkQueue
+from qlora_operator.controller import workqueue
+from qlora_operator.controller.api_client import ApiError
+from qlora_operator.controller.workqueue import Key, WorkQueue
 
 A, B = ("team", "a"), ("team", "b")
 
@@ -90,7 +90,7 @@ def test_events_go_first() -> None:
 
 def test_what_is_long_overdue_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events without end do not keep back what is due by the clock for longer than so many seconds."""
-    monkeypatch.setattr(workqueue, "PATIENT_SECONDS", 0.05)
+    monkeypatch.setattr(workqueue, "STARVATION_LIMIT_SECONDS", 0.05)
 
     async def test() -> None:
         done: list[Key] = []
@@ -119,7 +119,7 @@ def test_times_that_are_not_needed_any_more_are_forgotten() -> None:
         for _ in range(1000):
             queue.add(A, 3600)
             queue.add(A)
-            assert queue._ready()[0] == A
+            assert queue._take()[0] == A
         assert len(queue._heap) < 50
 
     run(test)
@@ -143,7 +143,7 @@ def test_delayed_key_while_others_keep_the_workers_busy() -> None:
             await asyncio.sleep(0.01)
             queue.add(("team", name))
         await until(lambda: A in done)
-        await queue.stop(patience=0)
+        await queue.stop(drain_timeout=0)
 
     run(test)
 
@@ -187,13 +187,13 @@ def test_failures(error: Exception, delays: list[float], caplog: pytest.LogCaptu
 
         failures = []
         queue = WorkQueue(work, failed=lambda: failures.append(1))
-        given = [await queue._attempt(A) for _ in delays]
+        given = [await queue._process(A) for _ in delays]
         assert given == delays
         assert len(failures) == len(delays)
 
     run(test)
     assert (
-        f"team/a: {'it will' if isinstance(error, ZeroDivisionError) else 'the API server refused: no'}"
+        f"team/a: {'reconciling failed' if isinstance(error, ZeroDivisionError) else 'the API server refused: no'}"
         in caplog.text
     )
 
@@ -209,7 +209,7 @@ def test_longest_delay(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def test() -> None:
         queue = WorkQueue(work)
-        delays = [await queue._attempt(A) for _ in range(32)]
+        delays = [await queue._process(A) for _ in range(32)]
         assert delays[29:] == [workqueue.MAX_RETRY_SECONDS, None, workqueue.FIRST_RETRY_SECONDS]
 
     run(test)
@@ -248,7 +248,7 @@ def test_stop_has_limited_patience() -> None:
         queue.start()
         queue.add(A)
         await until(lambda: queue.busy == 1)
-        await queue.stop(patience=0.05)
+        await queue.stop(drain_timeout=0.05)
         assert queue.busy == 0
 
     run(test)

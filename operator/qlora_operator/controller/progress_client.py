@@ -1,7 +1,7 @@
-"""Asking rank 0 of an attempt how far it is.
+"""Fetches the progress of an attempt from its rank 0.
 
-Whatever answers there runs a user's data and model, so nothing it says is taken on trust: neither how much it
-says, nor how long it takes, nor that it is the job's own.
+The other end runs a user's model and data, so nothing is taken on trust: neither the size of the answer, nor the time
+it takes, nor that it comes from the job's own pod.
 """
 
 import logging
@@ -16,29 +16,31 @@ from qlora_operator.api import times
 from qlora_operator.status.quote import presentable
 
 FETCH_SECONDS = 3.0
-"""For the whole exchange. Who does not answer now is asked again at the next round."""
+"""Timeout of the whole exchange; the poller asks again later."""
 MAX_REPORT_BYTES = 1 << 18
-"""A report of 1,024 ranks, the most that a job may have, is half as long."""
+"""Twice the size of a report of 1,024 ranks, the most that a job may have."""
 MAX_NUMBER = 2**53
-"""More than there are bytes or steps anywhere; every JSON reader still tells it from its neighbours."""
+"""Larger than any count of bytes or steps; the largest integer that every JSON reader holds exactly."""
 
 _log = logging.getLogger(__name__)
 
 
-async def fetch(
+async def fetch_progress(
     session: aiohttp.ClientSession, host: str, port: int, *, uid: str, attempt: int
 ) -> ProgressReport | None:
-    """Rank 0's newest report; None when none comes, or when it is not of this very attempt.
+    """Rank 0's newest report; None without an answer, or when it is of another job or attempt.
 
     Args:
-        session: shared by all fetches. It must send no credentials of its own.
+        session: shared by all requests; it must send no credentials.
         host: a name or an IPv4 or IPv6 address.
         port: of rank 0's progress server.
-        uid: of the job that must answer.
-        attempt: that must answer.
+        uid: of the job.
+        attempt: of the job.
     """
     try:
-        report = parse(await _body(session, URL.build(scheme="http", host=host, port=port, path="/progress")))
+        report = parse_progress(
+            await _body(session, URL.build(scheme="http", host=host, port=port, path="/progress"))
+        )
     except (aiohttp.ClientError, OSError, ValueError) as error:
         _log.debug("no progress from %s port %s: %s", host, port, _one_line(error))
         return None
@@ -56,10 +58,10 @@ async def fetch(
     return report
 
 
-def parse(body: bytes) -> ProgressReport:
-    """The report in an answer. Fields that a newer trainer has added are passed over.
+def parse_progress(body: bytes) -> ProgressReport:
+    """The report in an answer. Fields that a newer trainer has added are ignored.
 
-    Raises ValueError for what is no report, or has a number or a time that no status can hold.
+    Raises ValueError for anything that is not a report, or has a number or a time that a status cannot hold.
     """
     report = ProgressReport.model_validate_json(body, extra="ignore")
     _check_numbers(report.model_dump())
@@ -87,16 +89,16 @@ async def _body(session: aiohttp.ClientSession, url: URL) -> bytes:
 def _check_numbers(value: Any) -> None:
     """Raise ValueError unless every number is finite, and small enough for the API server's 64 bits."""
     if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_numbers(each)
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_numbers(item)
     elif isinstance(value, int | float) and not (math.isfinite(value) and abs(value) <= MAX_NUMBER):
-        raise ValueError("a number is not finite, or too large")
+        raise ValueError("a number is infinite, NaN or too large")
 
 
 def _check_time(text: str) -> None:
     """Raise ValueError unless the API server takes it for a time."""
     if times.stamp(times.parse(text)) != text:
-        raise ValueError(f"{text[:60]!r} is no time such as 2026-01-31T12:00:00Z")
+        raise ValueError(f"{text[:60]!r} is not a time such as 2026-01-31T12:00:00Z")
 
 
 def _one_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from qlora_operator.api.names import Phase
-from qlora_operator.metrics import JOBS_SHOWN, OTHERS, Figures, Metrics, Probe, serve
+from qlora_operator.controller.metrics import JOBS_SHOWN, OTHERS, JobSample, Metrics, Probe, serve
 
 HOST = "127.0.0.1"
 JOB = ("namespace", "name")
@@ -36,10 +36,10 @@ def samples(metrics: Metrics, name: str, *labels: str) -> dict[tuple[str, ...], 
 
 def test_jobs_are_counted_by_phase(metrics: Metrics) -> None:
     """Each job counts once, under its newest phase; a phase that no job has any more is not shown."""
-    metrics.jobs.put("team", "a", Figures(Phase.PENDING))
-    metrics.jobs.put("team", "b", Figures(Phase.RUNNING))
-    metrics.jobs.put("other", "a", Figures(Phase.RUNNING))
-    metrics.jobs.put("team", "a", Figures(Phase.RUNNING))
+    metrics.jobs.set("team", "a", JobSample(Phase.PENDING))
+    metrics.jobs.set("team", "b", JobSample(Phase.RUNNING))
+    metrics.jobs.set("other", "a", JobSample(Phase.RUNNING))
+    metrics.jobs.set("team", "a", JobSample(Phase.RUNNING))
 
     assert samples(metrics, "qlora_jobs", "namespace", "phase") == {
         ("team", "Running"): 2,
@@ -49,9 +49,9 @@ def test_jobs_are_counted_by_phase(metrics: Metrics) -> None:
 
 def test_a_job_that_is_gone_leaves_nothing(metrics: Metrics) -> None:
     """Neither its count nor its series stay, and to say twice that it is gone does no harm."""
-    metrics.jobs.put("team", "a", Figures(Phase.RUNNING, 412.0, 1.83))
-    metrics.jobs.drop("team", "a")
-    metrics.jobs.drop("team", "a")
+    metrics.jobs.set("team", "a", JobSample(Phase.RUNNING, 412.0, 1.83))
+    metrics.jobs.remove("team", "a")
+    metrics.jobs.remove("team", "a")
 
     assert (
         samples(metrics, "qlora_jobs", "namespace", "phase") == samples(metrics, "qlora_job_loss", *JOB) == {}
@@ -61,8 +61,8 @@ def test_a_job_that_is_gone_leaves_nothing(metrics: Metrics) -> None:
 
 def test_running_jobs_have_speed_and_loss(metrics: Metrics) -> None:
     """Both are shown while the job runs, as soon as they are known."""
-    metrics.jobs.put("team", "a", Figures(Phase.RUNNING, 412.0, 1.83))
-    metrics.jobs.put("team", "new", Figures(Phase.RUNNING))
+    metrics.jobs.set("team", "a", JobSample(Phase.RUNNING, 412.0, 1.83))
+    metrics.jobs.set("team", "new", JobSample(Phase.RUNNING))
 
     assert samples(metrics, "qlora_job_tokens_per_second", *JOB) == {("team", "a"): 412.0}
     assert samples(metrics, "qlora_job_loss", *JOB) == {("team", "a"): 1.83}
@@ -71,7 +71,7 @@ def test_running_jobs_have_speed_and_loss(metrics: Metrics) -> None:
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.RUNNING])
 def test_other_jobs_have_neither(metrics: Metrics, phase: Phase) -> None:
     """The last figures of a job that has stopped are no current ones."""
-    metrics.jobs.put("team", "a", Figures(phase, 412.0, 1.83))
+    metrics.jobs.set("team", "a", JobSample(phase, 412.0, 1.83))
 
     assert samples(metrics, "qlora_job_tokens_per_second", *JOB) == {}
     assert samples(metrics, "qlora_job_loss", *JOB) == {}
@@ -80,7 +80,7 @@ def test_other_jobs_have_neither(metrics: Metrics, phase: Phase) -> None:
 def test_the_series_of_jobs_are_bounded(metrics: Metrics) -> None:
     """Beyond the limit speeds are summed under one name, so that their sum stays right, and losses left out."""
     for index in range(JOBS_SHOWN + 3):
-        metrics.jobs.put("team", f"job-{index}", Figures(Phase.RUNNING, 2.0, 1.0))
+        metrics.jobs.set("team", f"job-{index}", JobSample(Phase.RUNNING, 2.0, 1.0))
 
     speeds, losses = (
         samples(metrics, "qlora_job_tokens_per_second", *JOB),

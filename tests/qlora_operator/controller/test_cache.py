@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator.store import Store, owner_key
+from qlora_operator.controller.cache import ObjectCache, owner_key
 
 KEY = ("team", "job")
 
@@ -35,131 +35,131 @@ def gang(
 @given(st.permutations(range(5)))
 def test_newest_state_wins(order: list[int]) -> None:
     """Told in any order, the newest state of a job and of its Job is what is known."""
-    store = Store()
+    cache = ObjectCache()
     for version in order:
-        store.put_job(job(version, phase=f"p{version}"))
-        store.put_gang(gang(version, ready=version))
-    known = store.job(KEY)
+        cache.put_job(job(version, phase=f"p{version}"))
+        cache.put_attempt_job(gang(version, ready=version))
+    known = cache.job(KEY)
     assert known is not None
     assert known["status"]["phase"] == "p4"
-    assert [each.ready for each in store.gangs("one")] == [4]
+    assert [each.ready for each in cache.attempt_jobs("one")] == [4]
 
 
 def test_newer_job_of_the_same_name() -> None:
     """A job that was created again replaces the one before, and late news of that one change nothing."""
-    store = Store()
-    store.put_job(job(1))
-    store.put_job(job(5, uid="two"))
-    store.put_job(job(3))
-    store.drop_job(KEY, "one")
-    known = store.job(KEY)
+    cache = ObjectCache()
+    cache.put_job(job(1))
+    cache.put_job(job(5, uid="two"))
+    cache.put_job(job(3))
+    cache.drop_job(KEY, "one")
+    known = cache.job(KEY)
     assert known is not None
     assert known["metadata"]["uid"] == "two"
 
 
 def test_large_numbers_are_numbers() -> None:
     """Versions are compared as numbers: 10 is newer than 9."""
-    store = Store()
-    store.put_job(job(10, phase="new"))
-    store.put_job(job(9, phase="old"))
-    assert (store.job(KEY) or {})["status"] == {"phase": "new"}
+    cache = ObjectCache()
+    cache.put_job(job(10, phase="new"))
+    cache.put_job(job(9, phase="old"))
+    assert (cache.job(KEY) or {})["status"] == {"phase": "new"}
 
 
 def test_news() -> None:
     """An echo, and what is older, is no news; the same version with other fields, after a change of the CRD, is."""
-    store = Store()
-    assert store.put_job(job(5, phase="new"))
-    assert not store.put_job(job(5, phase="new"))
-    assert not store.put_job(job(4, phase="old"))
-    assert store.put_job(job(5))
-    assert store.put_gang(gang(5))
-    assert not store.put_gang(gang(6))
-    assert store.put_gang(gang(7, ready=1))
+    cache = ObjectCache()
+    assert cache.put_job(job(5, phase="new"))
+    assert not cache.put_job(job(5, phase="new"))
+    assert not cache.put_job(job(4, phase="old"))
+    assert cache.put_job(job(5))
+    assert cache.put_attempt_job(gang(5))
+    assert not cache.put_attempt_job(gang(6))
+    assert cache.put_attempt_job(gang(7, ready=1))
 
 
 def test_gangs_that_start_are_counted_once() -> None:
     """From the Job's creation until all its pods are up, or it or its owner is gone."""
-    store = Store()
+    cache = ObjectCache()
 
     def told(version: int, ready: int = 0, *, uid: str = "g") -> int:
         raw = gang(version, ready=ready, uid=uid)
-        store.put_gang({**raw, "spec": {"parallelism": 2}})
-        return store.starting
+        cache.put_attempt_job({**raw, "spec": {"parallelism": 2}})
+        return cache.starting
 
     assert [told(1), told(2, 1), told(3, 2), told(4, 1)] == [1, 1, 0, 1]
-    store.drop_gang(gang(5))
-    assert store.starting == 0
+    cache.drop_attempt_job(gang(5))
+    assert cache.starting == 0
     told(6)
-    store.drop_gangs_but([])
-    assert store.starting == 0
+    cache.retain_attempt_jobs([])
+    assert cache.starting == 0
     told(7)
-    store.put_job(job(8))
-    store.drop_job(KEY)
-    assert store.starting == 0
+    cache.put_job(job(8))
+    cache.drop_job(KEY)
+    assert cache.starting == 0
 
 
 def test_a_gang_that_is_replaced_starts_no_more() -> None:
     """A Job of the same name with another uid takes the place of the one before."""
-    store = Store()
+    cache = ObjectCache()
     for version, uid in enumerate("gh", 1):
-        store.put_gang({**gang(version, uid=uid), "spec": {"parallelism": 2}})
-    assert store.starting == 1
+        cache.put_attempt_job({**gang(version, uid=uid), "spec": {"parallelism": 2}})
+    assert cache.starting == 1
 
 
-def test_who_does_well() -> None:
+def test_which_batch_jobs_are_healthy() -> None:
     """A Job that starts or runs; not one that fails, or of which nothing is known."""
-    store = Store()
-    assert not store.does_well(gang(1))
-    store.put_gang(gang(1))
-    assert store.does_well(gang(1))
+    cache = ObjectCache()
+    assert not cache.is_healthy(gang(1))
+    cache.put_attempt_job(gang(1))
+    assert cache.is_healthy(gang(1))
     failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
-    store.put_gang({**gang(2), "status": {"conditions": [failed]}})
-    assert not store.does_well(gang(2))
+    cache.put_attempt_job({**gang(2), "status": {"conditions": [failed]}})
+    assert not cache.is_healthy(gang(2))
 
 
 def test_lean() -> None:
     """Who changed which field, which is as long as all the rest, is not kept."""
-    store = Store()
-    store.put_job(job(1))
-    assert "managedFields" not in (store.job(KEY) or {})["metadata"]
+    cache = ObjectCache()
+    cache.put_job(job(1))
+    assert "managedFields" not in (cache.job(KEY) or {})["metadata"]
 
 
 def test_a_job_takes_its_gangs_along() -> None:
     """With a job, what is known of its Jobs is forgotten."""
-    store = Store()
-    store.put_job(job(1))
-    store.put_gang(gang(2))
-    store.drop_job(KEY)
-    assert (store.job(KEY), store.jobs(), store.gangs("one")) == (None, {}, ())
+    cache = ObjectCache()
+    cache.put_job(job(1))
+    cache.put_attempt_job(gang(2))
+    cache.drop_job(KEY)
+    assert (cache.job(KEY), cache.jobs(), cache.attempt_jobs("one")) == (None, {}, ())
 
 
 def test_only_the_very_gang_is_dropped() -> None:
     """The end of a Job says nothing about another of its name."""
-    store = Store()
-    store.put_gang(gang(5, uid="new"))
-    store.drop_gang(gang(3, uid="old"))
-    assert [each.uid for each in store.gangs("one")] == ["new"]
-    store.drop_gang(gang(6, uid="new"))
-    assert store.gangs("one") == ()
+    cache = ObjectCache()
+    cache.put_attempt_job(gang(5, uid="new"))
+    cache.drop_attempt_job(gang(3, uid="old"))
+    assert [each.uid for each in cache.attempt_jobs("one")] == ["new"]
+    cache.drop_attempt_job(gang(6, uid="new"))
+    assert cache.attempt_jobs("one") == ()
 
 
 def test_gangs_that_are_no_more() -> None:
     """A look at all Jobs tells which are gone, and whose they were."""
-    store = Store()
-    store.put_gang(gang(1, uid="a", name="job-a0"))
-    store.put_gang(gang(2, uid="b", name="job-a1"))
-    store.put_gang(gang(3, uid="c", job_uid="two"))
-    assert store.drop_gangs_but(["b", "c"]) == ["one"]
-    assert [each.uid for each in store.gangs("one")] == ["b"]
+    cache = ObjectCache()
+    cache.put_attempt_job(gang(1, uid="a", name="job-a0"))
+    cache.put_attempt_job(gang(2, uid="b", name="job-a1"))
+    cache.put_attempt_job(gang(3, uid="c", job_uid="two"))
+    assert cache.retain_attempt_jobs(["b", "c"]) == ["one"]
+    assert [each.uid for each in cache.attempt_jobs("one")] == ["b"]
 
 
 def test_unlabelled_is_nobodys() -> None:
     """A Job without the label is of no job."""
-    store, raw = Store(), gang(1)
+    cache, raw = ObjectCache(), gang(1)
     del raw["metadata"]["labels"]
-    store.put_gang(raw)
-    store.drop_gang(raw)
-    assert store.gangs("one") == ()
+    cache.put_attempt_job(raw)
+    cache.drop_attempt_job(raw)
+    assert cache.attempt_jobs("one") == ()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The operator's log: one record a line, plain or JSON, with the job it is about and without secrets."""
+"""The operator's log: one record per line, plain or JSON, with the job that it is about and without secrets."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ Format = Literal["plain", "json"]
 HIDDEN = "***"
 
 _SECRETS = (
-    re.compile(r"\b((?:hf|api_org)_)[A-Za-z0-9]{16,}"),  # Hugging Face tokens; hf_hub_download is none
+    re.compile(r"\b((?:hf|api_org)_)[A-Za-z0-9]{16,}"),  # Hugging Face tokens; hf_hub_download does not match
     re.compile(
         r"""(\bbearer\s+|authorization["']?\s*:\s*["']?basic\s+)[A-Za-z0-9._~+/=-]{8,}""", re.IGNORECASE
     ),
@@ -27,14 +27,14 @@ _SECRETS = (
     re.compile(r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^\s&\"']+", re.IGNORECASE),
     re.compile(r"(://[^\s/:@]*:)[^\s/@]+(?=@)"),  # a proxy's password in its URL
 )
-"""Each with what may stay in its first group."""
+"""What group 1 matches may stay."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
 class JobRef:
-    """The job, and perhaps the attempt, that records are about."""
+    """The job, and if known the attempt, that records are about."""
 
     namespace: str
     name: str
@@ -50,7 +50,7 @@ _job: ContextVar[JobRef | None] = ContextVar("job", default=None)
 
 @contextmanager
 def job(namespace: str, name: str, attempt: int | None = None) -> Iterator[None]:
-    """Until the end of the block, records are about this job, in the tasks started there too."""
+    """Within the block, also in tasks started there, records are about this job."""
     token = _job.set(JobRef(namespace, name, attempt))
     try:
         yield
@@ -69,13 +69,13 @@ def set_up(log_format: Format, *, verbose: bool = False, stream: TextIO | None =
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else PlainFormatter())
     root = logging.getLogger()
-    # Instead of the handlers there, kopf's command line's among them: no record is told twice.
+    # Replaces the handlers, kopf's among them, so that no record is logged twice.
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("qlora_operator").setLevel(logging.DEBUG if verbose else logging.INFO)
-    # At DEBUG it tells of every event of every object.
+    # At DEBUG kopf logs every event of every object.
     logging.getLogger("kopf").setLevel(logging.INFO if verbose else logging.WARNING)
-    # kopf's command line mutes it, and with it the errors of tasks that nobody awaited.
+    # kopf's command line mutes it, and with it the exceptions of tasks that were never awaited.
     logging.getLogger("asyncio").propagate = True
 
 
@@ -87,10 +87,10 @@ def redact(text: str) -> str:
 
 
 class PlainFormatter(logging.Formatter):
-    """`2026-01-31T12:00:00.000Z INFO    qlora_operator.reconcile [team/smollm2 a0] message`, then a traceback."""
+    """`2026-01-31T12:00:00.000Z INFO    qlora_operator.controller.cache [team/smollm2 a0] message`, a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, its message on one line, whatever it quotes."""
+        """The record, its message on one line."""
         about = f" [{_job.get()}]" if _job.get() else ""
         message = _CONTROL.sub(lambda match: repr(match[0])[1:-1], redact(record.getMessage()))
         line = f"{_stamp(record)} {record.levelname:7} {record.name}{about} {message}"
@@ -101,7 +101,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, logger, message; namespace, job, attempt and exception if any."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, its exception with all its lines included."""
+        """The record, with the whole traceback."""
         about = _job.get()
         fields = {
             "time": _stamp(record),

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from qlora_operator import poller
-from qlora_operator.cluster import ApiError
-from qlora_operator.poller import Poller
+from qlora_operator.controller import progress_poller
+from qlora_operator.controller.api_client import ApiError
+from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.status.observation import Pod
 from testcluster.rank_zero import RankZero, rank_zero
 
@@ -44,7 +44,7 @@ class Polled:
         self.woken: list[tuple[str, str]] = []
         queue = SimpleNamespace(add=self.woken.append)
         reconciler = SimpleNamespace(reports=self.reports)
-        self.poller = Poller(cast(Any, pods), cast(Any, reconciler), cast(Any, queue))
+        self.poller = ProgressPoller(cast(Any, pods), cast(Any, reconciler), cast(Any, queue))
 
 
 @asynccontextmanager
@@ -66,7 +66,7 @@ async def until(check: Callable[[], Any]) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundred times as fast."""
     for name in ("POLL_SECONDS", "FIRST_RETRY_SECONDS", "MAX_POLL_SECONDS", "TICK_SECONDS"):
-        monkeypatch.setattr(poller, name, getattr(poller, name) / 100)
+        monkeypatch.setattr(progress_poller, name, getattr(progress_poller, name) / 100)
 
 
 def with_rank_zero(test: Callable[[RankZero], Awaitable[None]]) -> None:
@@ -86,7 +86,7 @@ def test_an_answer_is_handed_on_and_the_next_asked_for() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid", step=3)
         async with polling(Pods()) as polled:
-            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, [here(rank)])
             await until(lambda: len(polled.woken) > 2)
             assert polled.reports["uid"].step == 3
             assert polled.pods.lists == 0
@@ -99,7 +99,7 @@ def test_the_address_is_looked_up_once() -> None:
 
     async def test(rank: RankZero) -> None:
         async with polling(Pods(rank.address)) as polled:
-            polled.poller.follow(KEY, "uid", 0, [])
+            polled.poller.track(KEY, "uid", 0, [])
             await until(lambda: rank.asked > 2)
             assert (polled.pods.lists, polled.woken) == (1, [])
 
@@ -114,7 +114,7 @@ def test_an_api_server_that_is_down_is_asked_again() -> None:
         pods = Pods(rank.address)
         pods.broken = True
         async with polling(pods) as polled:
-            polled.poller.follow(KEY, "uid", 0, [])
+            polled.poller.track(KEY, "uid", 0, [])
             await until(lambda: pods.lists > 1)
             pods.broken = False
             await until(lambda: polled.woken)
@@ -128,9 +128,9 @@ def test_who_is_forgotten_is_not_asked() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid")
         async with polling(Pods()) as polled:
-            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, [here(rank)])
             await until(lambda: polled.woken)
-            polled.poller.forget("uid")
+            polled.poller.untrack("uid")
             await asyncio.sleep(0.1)
             asked = rank.asked
             await asyncio.sleep(0.4)
@@ -145,9 +145,9 @@ def test_another_attempt_has_another_rank_zero() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid", attempt=0)
         async with polling(Pods()) as polled:
-            polled.poller.follow(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, [here(rank)])
             await until(lambda: polled.woken)
-            polled.poller.follow(KEY, "uid", 1, [])
+            polled.poller.track(KEY, "uid", 1, [])
             polled.woken.clear()
             await until(lambda: polled.pods.lists > 1)
             assert polled.woken == []
@@ -157,15 +157,15 @@ def test_another_attempt_has_another_rank_zero() -> None:
 
 def test_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many jobs run, only so many are asked at once, and in the end all of them."""
-    monkeypatch.setattr(poller, "AT_ONCE", 2)
+    monkeypatch.setattr(progress_poller, "MAX_CONCURRENT", 2)
 
     async def test(rank: RankZero) -> None:
         async with polling(Pods()) as polled:
             for number in range(7):
-                polled.poller.follow(("team", str(number)), str(number), 0, [here(rank)])
+                polled.poller.track(("team", str(number)), str(number), 0, [here(rank)])
             most = 0
             while rank.asked < 7:
-                most = max(most, len(polled.poller._asking))
+                most = max(most, len(polled.poller._requests))
                 await asyncio.sleep(0.001)
             assert most <= 2
 

@@ -1,4 +1,4 @@
-"""The operator's metrics, and the server that shows them and answers the kubelet's probes.
+"""The operator's metrics, and the HTTP server for them and for the kubelet's probes.
 
 Labels are bounded: namespaces, phases, documented reasons, verbs and resources that the operator itself uses;
 series of single jobs are limited to JOBS_SHOWN.
@@ -27,17 +27,17 @@ from qlora_operator.api.names import Phase
 JOBS_SHOWN = 1000
 """Jobs with series of their own."""
 OTHERS = "_others"
-"""The name under which the jobs beyond JOBS_SHOWN are summed; no job can have it."""
+"""Name of the series that sums the jobs beyond JOBS_SHOWN; not a valid job name."""
 CLOSE_SECONDS = 1.0
-"""What an answer under way gets when the operator stops."""
+"""Grace of responses under way when the operator stops."""
 
 Probe = Callable[[], str | None]
-"""Says what is wrong, in a sentence; None when nothing is."""
+"""Returns what is wrong, in a sentence; None: healthy."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What is known of a job."""
+class JobSample:
+    """What the metrics show of a job."""
 
     phase: Phase
     tokens_per_second: float | None = None
@@ -46,41 +46,41 @@ class Figures:
     """Of the last step, while it trains."""
 
 
-class Jobs(Collector):
-    """The jobs there are. Metrics are derived from them when they are asked for, so none outlives its job."""
+class JobsCollector(Collector):
+    """Derives the metrics of jobs at each scrape, so that no series outlives its job."""
 
     def __init__(self) -> None:
-        self._figures: dict[tuple[str, str], Figures] = {}
+        self._samples: dict[tuple[str, str], JobSample] = {}
 
-    def put(self, namespace: str, name: str, figures: Figures) -> None:
-        """Say how a job is now."""
-        self._figures[namespace, name] = figures
+    def set(self, namespace: str, name: str, sample: JobSample) -> None:
+        """Show this sample of a job from now on."""
+        self._samples[namespace, name] = sample
 
-    def drop(self, namespace: str, name: str) -> None:
-        """A job is gone. Saying so twice does no harm."""
-        self._figures.pop((namespace, name), None)
+    def remove(self, namespace: str, name: str) -> None:
+        """Stop showing a job; idempotent."""
+        self._samples.pop((namespace, name), None)
 
     def collect(self) -> Iterator[Metric]:
         """Jobs by phase; speed and loss of those that train."""
-        figures = dict(self._figures)
-        yield _by_phase(figures)
-        running = {job: each for job, each in figures.items() if each.phase is Phase.RUNNING}
+        samples = dict(self._samples)
+        yield _by_phase(samples)
+        running = {job: each for job, each in samples.items() if each.phase is Phase.RUNNING}
         yield _speeds(running)
         yield _losses(running)
 
 
-def _by_phase(figures: dict[tuple[str, str], Figures]) -> Metric:
+def _by_phase(samples: dict[tuple[str, str], JobSample]) -> Metric:
     family = GaugeMetricFamily("qlora_jobs", "Jobs by phase", labels=["namespace", "phase"])
-    counts = Count((namespace, each.phase.value) for (namespace, _), each in figures.items())
+    counts = Count((namespace, each.phase.value) for (namespace, _), each in samples.items())
     for labels, count in sorted(counts.items()):
         family.add_metric(labels, count)
     return family
 
 
-def _speeds(running: dict[tuple[str, str], Figures]) -> Metric:
+def _speeds(running: dict[tuple[str, str], JobSample]) -> Metric:
     family = GaugeMetricFamily(
         "qlora_job_tokens_per_second",
-        f"Tokens of all ranks of a running job per second; the jobs beyond {JOBS_SHOWN} are summed as {OTHERS}",
+        f"Tokens per second of a running job, all ranks; the jobs beyond {JOBS_SHOWN} are summed as {OTHERS}",
         labels=["namespace", "name"],
     )
     known = [
@@ -93,10 +93,10 @@ def _speeds(running: dict[tuple[str, str], Figures]) -> Metric:
     return family
 
 
-def _losses(running: dict[tuple[str, str], Figures]) -> Metric:
+def _losses(running: dict[tuple[str, str], JobSample]) -> Metric:
     family = GaugeMetricFamily(
         "qlora_job_loss",
-        f"Mean loss per supervised token of a running job's last step; of {JOBS_SHOWN} jobs at most",
+        f"Mean loss per supervised token in the last step of a running job; at most {JOBS_SHOWN} jobs",
         labels=["namespace", "name"],
     )
     known = [(job, each.loss) for job, each in running.items() if each.loss is not None]
@@ -110,52 +110,50 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry, version: str) -> None:
         self.registry = registry
-        self.jobs = Jobs()
+        self.jobs = JobsCollector()
         registry.register(self.jobs)
-        self.attempts_started = Counter(
-            "qlora_attempts_started", "Attempts whose Job was created", registry=registry
-        )
+        self.attempts_started = Counter("qlora_attempts_started", "Attempts started", registry=registry)
         self.jobs_finished = Counter(
             "qlora_jobs_finished",
-            "Jobs that ended while this operator ran; phase: Succeeded or Failed",
+            "Jobs finished since the operator started; phase: Succeeded or Failed",
             ["namespace", "phase"],
             registry=registry,
         )
         self.restarts = Counter(
             "qlora_restarts",
-            "Attempts that ended early and are followed by another; budget: user, infrastructure or none",
+            "Attempts that ended early and were followed by another; budget: user, infrastructure or none",
             ["reason", "budget"],
             registry=registry,
         )
         self.reconcile_seconds = Histogram(
-            "qlora_reconcile_duration_seconds", "One reconciliation of one job", registry=registry
+            "qlora_reconcile_duration_seconds", "Duration of one reconciliation of one job", registry=registry
         )
         self.reconcile_errors = Counter(
-            "qlora_reconcile_errors", "Reconciliations that ended with an error", registry=registry
+            "qlora_reconcile_errors", "Reconciliations that failed", registry=registry
         )
         self.api_requests = Counter(
             "qlora_api_requests",
-            "Requests to the API server; code: the HTTP status, or `none` without an answer",
+            "Requests to the API server; code: the HTTP status, or none without a response",
             ["verb", "resource", "code"],
             registry=registry,
         )
         self.api_seconds = Histogram(
             "qlora_api_request_duration_seconds",
-            "Requests to the API server, watches left out",
+            "Duration of requests to the API server, watches excluded",
             ["verb", "resource"],
             registry=registry,
         )
-        self.queue_depth = Gauge("qlora_queue_depth", "Jobs that wait to be reconciled", registry=registry)
-        self.workers_busy = Gauge("qlora_workers_busy", "Reconciliations at work", registry=registry)
+        self.queue_depth = Gauge("qlora_queue_depth", "Jobs waiting to be reconciled", registry=registry)
+        self.workers_busy = Gauge("qlora_workers_busy", "Reconciliations in progress", registry=registry)
         self.sweep_time = Gauge(
             "qlora_last_successful_sweep_timestamp_seconds",
-            "When all jobs were last looked at, in seconds since 1970; 0: not yet",
+            "Unix time of the last complete resync of all jobs; 0: none yet",
             registry=registry,
         )
-        Info("qlora_operator_build", "The operator", registry=registry).info({"version": version})
+        Info("qlora_operator_build", "Build of the operator", registry=registry).info({"version": version})
 
     def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:
-        """Count a request to the API server; `code` is None when no answer came."""
+        """Count a request to the API server; `code` is None without a response."""
         self.api_requests.labels(verb, resource, "none" if code is None else str(code)).inc()
         self.api_seconds.labels(verb, resource).observe(seconds)
 
@@ -163,17 +161,17 @@ class Metrics:
 async def serve(
     registry: CollectorRegistry, port: int, liveness: Probe, readiness: Probe, host: str | None = None
 ) -> web.AppRunner:
-    """Answer `GET /metrics`, `/healthz` (liveness) and `/readyz` (readiness) until the runner's cleanup().
+    """Serve `GET /metrics`, `/healthz` (liveness) and `/readyz` (readiness) until the runner's cleanup().
 
     Args:
-        registry: what /metrics shows.
-        port: 0 takes a free one, which the runner's `addresses` tell.
-        liveness: asked at each /healthz.
-        readiness: asked at each /readyz.
-        host: address to listen at; all of them unless given.
+        registry: of /metrics.
+        port: 0 takes a free one; see the runner's `addresses`.
+        liveness: called at each /healthz.
+        readiness: called at each /readyz.
+        host: address to listen on; default: all.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
     app = web.Application()
     app.router.add_get("/metrics", _metrics(registry))

@@ -1,4 +1,4 @@
-"""A keyed queue: one worker at a time for each key, with delays, and a growing one after failures."""
+"""A keyed work queue: at most one worker per key, delayed keys, and exponential backoff after failures."""
 
 import asyncio
 import contextlib
@@ -9,31 +9,39 @@ import time
 from collections.abc import Awaitable, Callable
 
 from qlora_operator.api.names import Key
-from qlora_operator.cluster import ApiError
+from qlora_operator.controller.api_client import ApiError
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[Key], Awaitable[float | None]]
-"""Does the work for a key; seconds until it is wanted again, None when only an event shall bring it back."""
+"""Processes a key. Returns the seconds after which to requeue it; None: only an event brings it back."""
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 30.0
-PATIENT_SECONDS = 60.0
-"""How long what is due by the clock lets what has just happened go first."""
+STARVATION_LIMIT_SECONDS = 60.0
+"""How long delayed keys that are due yield to fresh events."""
 
 
 class WorkQueue:
-    """Keys to be worked on. A key that is added while it is worked on is worked on once more afterwards.
+    """Keys to process. A key that is added while it is being processed is processed once more afterwards.
 
-    In a rush, what has just happened goes before what is due by the clock: many a look is not needed any more
-    when its turn comes.
+    Under load, fresh events go before delayed keys that are due: many a delayed look is no longer needed when its
+    turn comes.
     """
 
     def __init__(self, work: Work, workers: int = 16, failed: Callable[[], None] = lambda: None) -> None:
+        """Prepare a queue; `start` starts its workers.
+
+        Args:
+            work: processes one key.
+            workers: keys processed at the same time, at most.
+            failed: called after each failure of `work`.
+        """
         self._work, self._workers, self._failed = work, workers, failed
-        self._now: dict[Key, float] = {}
-        """To be worked on as soon as possible, in the order of their coming; since when."""
-        self._due: dict[Key, float] = {}
+        self._ready: dict[Key, float] = {}
+        """Keys to process as soon as possible, in the order in which they were added -> when that was."""
+        self._delayed: dict[Key, float] = {}
+        """Keys to process later -> when they are due; their order is the heap's."""
         self._heap: list[tuple[float, int, Key]] = []
         self._count = itertools.count()
         self._busy: dict[Key, float] = {}
@@ -43,47 +51,46 @@ class WorkQueue:
         self._stopping = False
 
     def __len__(self) -> int:
-        return len(self._now) + sum(due <= time.monotonic() for due in self._due.values())
+        return len(self._ready) + sum(due <= time.monotonic() for due in self._delayed.values())
 
     @property
     def busy(self) -> int:
-        """Workers at work."""
+        """Keys being processed."""
         return len(self._busy)
 
     def oldest(self) -> float:
-        """Seconds for which the key that has waited, or been worked on, the longest is overdue."""
+        """Seconds for which the longest-waiting key has been due or in progress; 0 when there is none."""
         now = time.monotonic()
         begun = [
             *self._busy.values(),
-            *self._now.values(),
-            *(due for due in self._due.values() if due <= now),
+            *self._ready.values(),
+            *(due for due in self._delayed.values() if due <= now),
         ]
         return now - min(begun, default=now)
 
     def add(self, key: Key, delay: float = 0.0) -> None:
-        """Work on a key after so many seconds, or earlier where that was wanted before."""
+        """Process a key after `delay` seconds, or earlier if it was already queued for an earlier time."""
         due = time.monotonic() + delay
-        if self._stopping or key in self._now or (delay and self._due.get(key, float("inf")) <= due):
+        if self._stopping or key in self._ready or (delay and self._delayed.get(key, float("inf")) <= due):
             return
         if delay:
-            self._due[key] = due
+            self._delayed[key] = due
             heapq.heappush(self._heap, (due, next(self._count), key))
-            self._tidy()
+            self._compact()
         else:
-            self._now[key] = min(due, self._due.pop(key, due))
+            self._ready[key] = min(due, self._delayed.pop(key, due))
         self._wake()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the workers."""
         self._tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]
 
-    async def stop(self, patience: float = 10.0) -> None:
-        """Let the workers finish what they are at, for so many seconds, and end them. Nothing is begun any
-        more."""
-        deadline = time.monotonic() + patience
+    async def stop(self, drain_timeout: float = 10.0) -> None:
+        """Drop what is queued, give the workers `drain_timeout` seconds to finish, then cancel them."""
+        deadline = time.monotonic() + drain_timeout
         self._stopping = True
-        self._now.clear()
-        self._due.clear()
+        self._ready.clear()
+        self._delayed.clear()
         while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for task in self._tasks:
@@ -102,49 +109,47 @@ class WorkQueue:
             key = await self._next()
             self._busy[key] = time.monotonic()
             try:
-                self._again(key, await self._attempt(key))
+                delay = await self._process(key)
+                if delay is not None:
+                    self.add(key, delay)
             finally:
                 del self._busy[key]
                 self._wake()
 
-    def _again(self, key: Key, delay: float | None) -> None:
-        if delay is not None:
-            self.add(key, delay)
-
     async def _next(self) -> Key:
         async with self._changed:
             while True:
-                key, wait = self._ready()
+                key, wait = self._take()
                 if key is not None:
-                    # Whoever waited for the key that is due next may be the one that goes to work now.
+                    # The worker that waited for the next due key may be the one that takes this one.
                     self._changed.notify()
                     return key
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), wait)
 
-    def _ready(self) -> tuple[Key | None, float | None]:
-        """A key that is due and not being worked on; else how long to wait for the next."""
+    def _take(self) -> tuple[Key | None, float | None]:
+        """(a key that is due and not in progress, None), or (None, seconds until the next one is due)."""
         now = time.monotonic()
-        key, wait = self._timed(now - PATIENT_SECONDS)
-        key = key or next((each for each in self._now if each not in self._busy), None)
+        key, wait = self._pop_due(now - STARVATION_LIMIT_SECONDS)
+        key = key or next((key for key in self._ready if key not in self._busy), None)
         if key is None:
-            key, wait = self._timed(now)
+            key, wait = self._pop_due(now)
         if key is not None:
-            self._now.pop(key, None)
+            self._ready.pop(key, None)
         return key, wait
 
-    def _tidy(self) -> None:
-        """Of keys that came back before their time, the old times would stay until then: hours, it may be."""
-        if len(self._heap) > 2 * len(self._due) + self._workers:
-            self._heap = [item for item in self._heap if self._due.get(item[2]) == item[0]]
+    def _compact(self) -> None:
+        """Drop heap entries of keys that were requeued earlier: they would stay until their old time, perhaps hours."""
+        if len(self._heap) > 2 * len(self._delayed) + self._workers:
+            self._heap = [item for item in self._heap if self._delayed.get(item[2]) == item[0]]
             heapq.heapify(self._heap)
 
-    def _timed(self, now: float) -> tuple[Key | None, float | None]:
-        """A key that is due by this time."""
+    def _pop_due(self, now: float) -> tuple[Key | None, float | None]:
+        """As `_take`, of the delayed keys that are due at `now`."""
         held, found, wait = [], None, None
         while self._heap:
             due, _, key = self._heap[0]
-            if self._due.get(key) != due:  # added anew for an earlier time, or forgotten
+            if self._delayed.get(key) != due:  # requeued for an earlier time, or dropped
                 heapq.heappop(self._heap)
             elif due > now:
                 wait = due - now
@@ -153,31 +158,31 @@ class WorkQueue:
                 held.append(heapq.heappop(self._heap))
             else:
                 heapq.heappop(self._heap)
-                del self._due[key]
+                del self._delayed[key]
                 found = key
                 break
         for item in held:
             heapq.heappush(self._heap, item)
         return found, wait
 
-    async def _attempt(self, key: Key) -> float | None:
+    async def _process(self, key: Key) -> float | None:
         try:
             delay = await self._work(key)
         except ApiError as error:
             return self._retry(key, f"the API server refused: {error}", error.retry_after)
         except Exception:
-            log.exception("reconciling failed")
-            return self._retry(key, "it will be tried again", None)
+            log.exception("an unexpected error")
+            return self._retry(key, "reconciling failed", None)
         self._failures.pop(key, None)
         return delay
 
     def _retry(self, key: Key, why: str, after: float | None) -> float:
-        """Seconds until the next try: what the server asks for, else more after each failure in a row."""
+        """Seconds until the next try: what the server asks for, else doubled after each failure in a row."""
         self._failed()
         if after is not None:
             delay = after
         else:
             failures = self._failures[key] = self._failures.get(key, 0) + 1
             delay = min(FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 10), MAX_RETRY_SECONDS)
-        log.warning("%s/%s: %s; again in %.1f s", *key, why, delay)
+        log.warning("%s/%s: %s; retrying in %.1f s", *key, why, delay)
         return delay

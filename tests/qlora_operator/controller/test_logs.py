@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator import logs
+from qlora_operator.controller import logs
 
 OURS = "qlora_operator.reconcile"
 HF = "hf_" + "aB3" * 11 + "x"

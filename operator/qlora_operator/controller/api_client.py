@@ -1,6 +1,6 @@
 """The only module that talks to the API server.
 
-Nothing is tried again here: whoever asks is asked again later, by the queue, with a growing delay.
+Nothing is retried here: the work queue requeues the key of the caller, with backoff.
 """
 
 import json
@@ -12,8 +12,8 @@ from urllib.parse import urlencode
 from urllib.request import getproxies_environment
 
 import aiohttp
+from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config
-from kubernetes.aio.client import ApiClient, Configuration
 
 from qlora_operator.api import names
 from qlora_operator.errors import OperatorError
@@ -26,10 +26,10 @@ PAGE = 100
 CONNECTIONS = 16
 """Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
 NAMESPACE_TERMINATING = "NamespaceTerminating"
-"""Why nothing can be created any more; the API names it as the cause of a Forbidden."""
+"""The cause that the API gives for a Forbidden while a namespace is being deleted: nothing can be created in it."""
 
-JOBS = f"apis/{names.GROUP}/{names.VERSION}", names.PLURAL
-GANGS = "apis/batch/v1", "jobs"
+QLORAJOBS = f"apis/{names.GROUP}/{names.VERSION}", names.PLURAL
+BATCH_JOBS = "apis/batch/v1", "jobs"
 SERVICES = "api/v1", "services"
 NETWORK_POLICIES = "apis/networking.k8s.io/v1", "networkpolicies"
 PODS = "api/v1", "pods"
@@ -40,12 +40,12 @@ Resource = tuple[str, str]
 
 
 class ApiError(OperatorError):
-    """The API server refused, or did not answer.
+    """The API server refused a request, or did not answer.
 
     Attributes:
         code: HTTP status; 0 when there was no answer.
-        reason: the API's word for it, such as AlreadyExists.
-        retry_after: seconds to wait, when the server names them.
+        reason: the API's reason, such as AlreadyExists.
+        retry_after: seconds to wait, when the server gives them.
     """
 
     def __init__(self, code: int, reason: str, message: str, retry_after: float | None = None) -> None:
@@ -53,47 +53,46 @@ class ApiError(OperatorError):
         self.code, self.reason, self.retry_after = code, reason, retry_after
 
 
-class Watcher(Protocol):
-    """Is told of every request."""
+class RequestObserver(Protocol):
+    """Is told about every request."""
 
     def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:
-        """One request and its answer; None when there was none."""
+        """A request has ended with this HTTP status; None: without an answer."""
 
 
-async def configuration() -> Configuration:
-    """As whom to talk to which server: the pod's service account, else the kubeconfig."""
-    settings = Configuration()
+async def load_configuration() -> kubernetes_client.Configuration:
+    """Server and credentials: the pod's service account, else the kubeconfig."""
+    settings = kubernetes_client.Configuration()
     try:
         config.load_incluster_config(client_configuration=settings)
     except config.ConfigException:
         await config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     settings.connection_pool_maxsize = CONNECTIONS
-    # Told to heed the environment, aiohttp looks for proxies and for ~/.netrc in another thread, at each request.
+    # With trust_env aiohttp looks for proxies and for ~/.netrc in another thread, at each request.
     settings.client_session_kwargs = {"trust_env": bool(getproxies_environment())}
     return settings
 
 
-class Cluster:
-    """The API server, as far as the operator needs it. An async context manager."""
+class ApiClient:
+    """The requests that the operator makes. An async context manager."""
 
-    def __init__(self, watcher: Watcher, namespaces: tuple[str, ...] = ()) -> None:
-        self._watcher = watcher
+    def __init__(self, observer: RequestObserver, namespaces: tuple[str, ...] = ()) -> None:
+        """Prepare a client for these namespaces; none: the whole cluster."""
+        self._observer = observer
         self._namespaces = namespaces
-        self._client: ApiClient | None = None
-        self._held: dict[str, float] = {}
-        """By the plural of a resource: until when the server wants to hear nothing about it."""
+        self._client: kubernetes_client.ApiClient | None = None
+        self._throttled_until: dict[str, float] = {}
+        """Plural of a resource -> monotonic time until which the server asked not to be asked about it (HTTP 429)."""
 
-    async def __aenter__(self) -> "Cluster":
-        self._client = ApiClient(await configuration())
+    async def __aenter__(self) -> "ApiClient":
+        self._client = kubernetes_client.ApiClient(await load_configuration())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self._client is not None:
             await self._client.close()
 
-    # --- what the operator asks
-
-    async def all(self, resource: Resource, selector: str = "") -> AsyncIterator[Raw]:
+    async def list_all(self, resource: Resource, selector: str = "") -> AsyncIterator[Raw]:
         """Every object of the namespaces that the operator serves, page by page."""
         for namespace in self._namespaces or (None,):
             async for raw in self._pages(resource, namespace, selector):
@@ -104,17 +103,17 @@ class Cluster:
         return [raw async for raw in self._pages(NODES, None, "")]
 
     async def pods(self, namespace: str, job_uid: str) -> list[Raw]:
-        """The pods of a job, whatever their attempt."""
+        """The pods of a job, of all its attempts."""
         selector = f"{names.JOB_UID_LABEL}={job_uid}"
         return [raw async for raw in self._pages(PODS, namespace, selector)]
 
-    async def gangs(self, namespace: str, job_uid: str) -> list[Raw]:
-        """The batch/v1 Jobs of a job, whatever their attempt."""
+    async def attempt_jobs(self, namespace: str, job_uid: str) -> list[Raw]:
+        """The batch/v1 Jobs of a job, of all its attempts."""
         selector = f"{names.JOB_UID_LABEL}={job_uid}"
-        return [raw async for raw in self._pages(GANGS, namespace, selector)]
+        return [raw async for raw in self._pages(BATCH_JOBS, namespace, selector)]
 
-    async def warnings(self, namespace: str) -> list[Raw]:
-        """The Events of type Warning in a namespace, newest last."""
+    async def warning_events(self, namespace: str) -> list[Raw]:
+        """The Events of type Warning in a namespace, oldest first."""
         return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Raw:
@@ -126,23 +125,21 @@ class Cluster:
         return await self._request("POST", resource, namespace, body=body)
 
     async def save_status(self, raw: Mapping[str, Any]) -> Raw:
-        """Replace a job's status. Raises ApiError, code 409, when the job has changed since it was read."""
+        """Replace a job's status. Raises ApiError with code 409 when the job has changed since it was read."""
         metadata = raw["metadata"]
         return await self._request(
-            "PUT", JOBS, metadata["namespace"], metadata["name"], subresource="status", body=raw
+            "PUT", QLORAJOBS, metadata["namespace"], metadata["name"], subresource="status", body=raw
         )
 
     async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
-        """Delete this very object and, before it, what it owns. One that is gone, or another of its name, is
-        left alone."""
+        """Delete the object with this uid in the foreground, that is, after what it owns. An object that is gone, or
+        another one of that name, is left alone."""
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         try:
             await self._request("DELETE", resource, namespace, name, body=body)
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
-
-    # --- how
 
     async def _pages(
         self, resource: Resource, namespace: str | None, labels: str, fields: str = ""
@@ -176,29 +173,29 @@ class Cluster:
         group, plural = resource
         parts = [group, f"namespaces/{namespace}" if namespace else "", plural, name, subresource]
         path = "/" + "/".join(part for part in parts if part)
-        self._check_held(method, path, plural)
+        self._check_throttle(method, path, plural)
         begun, code = time.monotonic(), None
         try:
             code, headers, content = await self._send(method, path, query or {}, body)
-            if code == 401:  # the token was replaced under us
-                await self._renew()
+            if code == 401:  # the token has been rotated
+                await self._reload_credentials()
                 code, headers, content = await self._send(method, path, query or {}, body)
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
         finally:
-            self._watcher.api_request(method.lower(), plural, code, time.monotonic() - begun)
+            self._observer.api_request(method.lower(), plural, code, time.monotonic() - begun)
         try:
-            return _answer(method, path, code, headers, content)
+            return _parse_response(method, path, code, headers, content)
         except ApiError as error:
             if error.code == 429:
-                self._held[plural] = time.monotonic() + (error.retry_after or 1.0)
+                self._throttled_until[plural] = time.monotonic() + (error.retry_after or 1.0)
             raise
 
-    def _check_held(self, method: str, path: str, plural: str) -> None:
+    def _check_throttle(self, method: str, path: str, plural: str) -> None:
         """Raise ApiError while the server has asked for a pause."""
-        wait = self._held.get(plural, 0.0) - time.monotonic()
+        wait = self._throttled_until.get(plural, 0.0) - time.monotonic()
         if wait > 0:
-            message = f"{method} {path}: not sent, since the API server has asked for a pause"
+            message = f"{method} {path}: not sent: the API server has asked for a pause"
             raise ApiError(429, "TooManyRequests", message, wait)
 
     async def _send(
@@ -221,13 +218,13 @@ class Cluster:
         content = await response.read()
         return int(response.status), response.getheaders(), content
 
-    async def _renew(self) -> None:
-        """Read the credentials anew. In place: others have requests under way with the same client."""
+    async def _reload_credentials(self) -> None:
+        """Reload the credentials in place: other requests are under way with the same client."""
         assert self._client is not None
-        self._client.configuration.api_key = (await configuration()).api_key
+        self._client.configuration.api_key = (await load_configuration()).api_key
 
 
-def _answer(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:
+def _parse_response(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:
     try:
         raw = json.loads(content)
     except ValueError:

@@ -1,0 +1,253 @@
+"""kopf watches; every event ends in one work queue.
+
+kopf serves as watcher, login and lifecycle only: with on.event handlers alone it leaves no annotation and no finalizer
+on any object, and what it offers beyond them (per-object state, diffs, posting, peering) is switched off.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import kopf
+from prometheus_client import CollectorRegistry
+
+from qlora_operator.api import names
+from qlora_operator.controller import metrics
+from qlora_operator.controller.api_client import (
+    BATCH_JOBS,
+    NETWORK_POLICIES,
+    PAGE,
+    QLORAJOBS,
+    SERVICES,
+    ApiClient,
+    ApiError,
+)
+from qlora_operator.controller.cache import ObjectCache, key_of, owner_key
+from qlora_operator.controller.progress_poller import ProgressPoller
+from qlora_operator.controller.workqueue import WorkQueue
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.settings import load_settings
+
+log = logging.getLogger(__name__)
+
+CONFIG_ENV = "QLORA_OPERATOR_CONFIG"
+"""Path of the settings file."""
+NAMESPACES_ENV = "QLORA_OPERATOR_NAMESPACES"
+"""Namespaces to serve, comma-separated; unset or empty: all."""
+PORT_ENV = "QLORA_OPERATOR_PORT"
+"""Port of /metrics, /healthz and /readyz."""
+PORT = 8471
+RESYNC_RETRY_SECONDS = 5.0
+"""Delay after a failed resync."""
+IDLE_SECONDS = 0.5
+"""How long kopf keeps a task for an object after its last event; at the start it has one for every object."""
+COALESCE_SECONDS = 0.1
+"""Delay before reconciling for a healthy batch/v1 Job, so that jobs without pods go first under load."""
+LOGIN_SECONDS = 2.0
+"""Minimum interval between two logins."""
+
+
+class NullDiffBase(kopf.DiffBaseStorage):
+    """kopf copies every object twice, to compute diffs later. None is used here, and the copies took a third of the
+    operator's CPU time."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        """An empty essence: nothing to compare."""
+        return cast(kopf.BodyEssence, {})
+
+    def fetch(self, **_: Any) -> None:
+        """No earlier essence."""
+
+    def store(self, **_: Any) -> None:
+        """Stores nothing."""
+
+
+class Operator:
+    """The parts of one running operator. Events of the watches go into `cache` and `queue`."""
+
+    def __init__(self) -> None:
+        self.settings = load_settings(Path(os.environ.get(CONFIG_ENV) or "/etc/qlora-operator/settings.yaml"))
+        self.namespaces = tuple(filter(None, os.environ.get(NAMESPACES_ENV, "").split(",")))
+        self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
+        self.cache = ObjectCache()
+        self.client = ApiClient(self.metrics, self.namespaces)
+        self.reconciler = Reconciler(self.client, self.cache, self.settings, self.metrics)
+        self.queue = WorkQueue(self.reconciler, failed=self.metrics.reconcile_errors.inc)
+        self.resynced = 0.0
+        """Monotonic time of the last complete resync; 0: none yet."""
+        self.resync_tried = time.monotonic()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start the parts; kopf starts the watches afterwards."""
+        await self.client.__aenter__()
+        self.poller = ProgressPoller(self.client, self.reconciler, self.queue)
+        self.reconciler.follow = self.poller.track
+        self.reconciler.unfollow = self.poller.untrack
+        port = int(os.environ.get(PORT_ENV) or PORT)
+        self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
+        self.metrics.queue_depth.set_function(lambda: len(self.queue))
+        self.metrics.workers_busy.set_function(lambda: self.queue.busy)
+        self.queue.start()
+        self._tasks = [asyncio.create_task(self._resync_forever())]
+
+    async def stop(self) -> None:
+        """Stop: finish what is in progress, start nothing."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.queue.stop()
+        await self.poller.close()
+        await self._server.cleanup()
+        await self.client.__aexit__()
+
+    # --- resync
+
+    async def _resync_forever(self) -> None:
+        while True:
+            self.resync_tried = time.monotonic()
+            try:
+                await self.resync()
+                self.resynced = time.monotonic()
+                self.metrics.sweep_time.set_to_current_time()
+                await asyncio.sleep(self.settings.sweep_seconds)
+            except ApiError as error:
+                log.warning("resync failed: %s", error)
+                await asyncio.sleep(error.retry_after or RESYNC_RETRY_SECONDS)
+            except Exception:
+                log.exception("resync failed")
+                await asyncio.sleep(RESYNC_RETRY_SECONDS)
+
+    async def resync(self) -> None:
+        """List everything: finds what the watches have missed, above all deletions."""
+        known = self.cache.jobs()
+        selector = names.JOB_UID_LABEL
+        attempt_jobs = set()
+        async for raw in self.client.list_all(BATCH_JOBS, selector):
+            self.cache.put_attempt_job(raw)
+            attempt_jobs.add(raw["metadata"]["uid"])
+        jobs = set()
+        async for raw in self.client.list_all(QLORAJOBS):
+            self.cache.put_job(raw)
+            jobs.add(raw["metadata"]["uid"])
+        for key, uid in known.items():
+            if uid not in jobs:
+                self.drop(key, uid)
+        self.cache.retain_attempt_jobs(attempt_jobs)
+        await self._find_missing_children()
+        for key in self.cache.jobs():
+            self.queue.add(key)
+
+    async def _find_missing_children(self) -> None:
+        """Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync."""
+        selector = names.JOB_UID_LABEL
+        owners = [
+            {raw["metadata"]["labels"][selector] async for raw in self.client.list_all(resource, selector)}
+            for resource in (SERVICES, NETWORK_POLICIES)
+        ]
+        complete = set.intersection(*owners)
+        self.reconciler.incomplete.update(set(self.cache.jobs().values()) - complete)
+
+    def drop(self, key: names.Key, uid: str) -> None:
+        """Forget a job that was deleted."""
+        self.cache.drop_job(key, uid)
+        self.poller.untrack(uid)
+        self.reconciler.forget(uid)
+        self.queue.add(key)
+
+    # --- probes
+
+    def liveness(self) -> str | None:
+        """What is wrong with this process; an API server that does not answer does not count."""
+        if self.queue.oldest() > self.settings.stuck_seconds:
+            return f"a job has been waiting for {self.queue.oldest():.0f} s to be reconciled"
+        if (
+            time.monotonic() - self.resync_tried
+            > 2 * self.settings.sweep_seconds + self.settings.stuck_seconds
+        ):
+            return "the last resync was too long ago"
+        return None
+
+    def readiness(self) -> str | None:
+        """Why it is not reconciling yet."""
+        return None if self.resynced else "the first resync has not completed"
+
+
+def operator_of(memo: Any) -> Operator:
+    """The operator in kopf's memo."""
+    operator = memo.operator
+    assert isinstance(operator, Operator)
+    return operator
+
+
+@kopf.on.startup()
+async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    settings.watching.server_timeout = 240
+    settings.watching.client_timeout = 300
+    settings.watching.connect_timeout = 30
+    settings.watching.chunk_size = PAGE
+    settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    settings.persistence.diffbase_storage = NullDiffBase()
+    settings.queueing.idle_timeout = IDLE_SECONDS
+    memo.operator = Operator()
+    settings.watching.inactivity_timeout = memo.operator.settings.watch_inactivity_seconds
+    # A namespaced Role does not allow listing namespaces and custom resource definitions.
+    settings.scanning.disabled = bool(memo.operator.namespaces)
+    await memo.operator.start()
+
+
+@kopf.on.cleanup()
+async def _stop(memo: kopf.Memo, **_: Any) -> None:
+    with contextlib.suppress(AttributeError):  # it never started
+        await operator_of(memo).stop()
+
+
+@kopf.on.login()
+async def _login(memo: kopf.Memo, **arguments: Any) -> kopf.ConnectionInfo | None:
+    """Credentials of the watches. kopf asks again whenever the API server has refused the last ones.
+
+    kopf gives up, and does not always exit, when it gets credentials that were refused before; but a token may be
+    rotated late, or refused for a moment. So each answer differs from the ones before, and none comes at once.
+    """
+    number, last = memo.get("login", (0, 0.0))
+    await asyncio.sleep(max(last + LOGIN_SECONDS - time.monotonic(), 0.0) if number else 0.0)
+    memo.login = (number + 1, time.monotonic())
+    arguments["memo"] = memo
+    found = kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+    return found and dataclasses.replace(found, priority=number)
+
+
+def _object(event: kopf.RawEvent) -> dict[str, Any]:
+    return cast(dict[str, Any], event["object"])
+
+
+@kopf.on.event(names.GROUP, names.VERSION, names.PLURAL)
+async def _job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    raw, operator = _object(event), operator_of(memo)
+    if event["type"] == "DELETED":
+        operator.drop(key_of(raw), raw["metadata"]["uid"])
+        return
+    if operator.cache.put_job(raw):
+        operator.queue.add(key_of(raw))
+
+
+@kopf.on.event("batch", "v1", "jobs", labels={names.JOB_UID_LABEL: kopf.PRESENT})
+async def _attempt_job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    raw, operator = _object(event), operator_of(memo)
+    if event["type"] == "DELETED":
+        operator.cache.drop_attempt_job(raw)
+    elif not operator.cache.put_attempt_job(raw):
+        return
+    key = owner_key(raw)
+    if key is not None:
+        operator.queue.add(key, COALESCE_SECONDS if operator.cache.is_healthy(raw) else 0.0)

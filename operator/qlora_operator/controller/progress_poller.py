@@ -1,0 +1,117 @@
+"""Polls rank 0 of every running attempt for its progress, a few at a time."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import aiohttp
+
+from qlora_contract.places import PROGRESS_PORT
+from qlora_operator.api.names import Key
+from qlora_operator.controller.api_client import ApiClient, ApiError
+from qlora_operator.controller.progress_client import fetch_progress
+from qlora_operator.controller.workqueue import WorkQueue
+from qlora_operator.reconcile import Reconciler
+from qlora_operator.status.observation import Pod, pod
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 15.0
+FIRST_RETRY_SECONDS = 4.0
+MAX_POLL_SECONDS = 240.0
+"""The longest interval between polls of a rank 0 that does not answer."""
+TICK_SECONDS = 0.5
+"""Between two looks for attempts that are due."""
+MAX_CONCURRENT = 32
+"""Requests at a time, at most."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    key: Key
+    attempt: int
+    address: str | None
+    """Address of rank 0's pod; it stays the same for the whole attempt. None: not known yet."""
+    due: float = 0.0
+    delay: float = 0.0
+    polling: bool = False
+    """A request is under way."""
+
+
+class ProgressPoller:
+    """One timer for all running attempts, with a bound on concurrent requests."""
+
+    def __init__(self, cluster: ApiClient, reconciler: Reconciler, queue: WorkQueue) -> None:
+        self._cluster, self._reconciler, self._queue = cluster, reconciler, queue
+        self._tracked: dict[str, _Tracked] = {}
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self._requests: set[asyncio.Task[None]] = set()
+        self._timer = asyncio.create_task(self._run())
+
+    def track(self, key: Key, uid: str, attempt: int, pods: list[Pod]) -> None:
+        """Poll this attempt from now on; `pods` are those that are known, if any."""
+        known = self._tracked.get(uid)
+        if known is None or known.attempt != attempt:
+            known = self._tracked[uid] = _Tracked(key, attempt, None)
+        known.address = _address(pods, attempt) or known.address
+
+    def untrack(self, uid: str) -> None:
+        """Stop polling a job."""
+        self._tracked.pop(uid, None)
+
+    async def close(self) -> None:
+        """Stop polling, cancel requests and close the session."""
+        self._tracked.clear()
+        tasks = [self._timer, *self._requests]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._session.close()
+
+    async def _run(self) -> None:
+        while True:
+            self._start_due(time.monotonic())
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _start_due(self, now: float) -> None:
+        """Start requests for the attempts that are due, the longest overdue first."""
+        due = [(each.due, uid) for uid, each in self._tracked.items() if each.due <= now and not each.polling]
+        for _, uid in sorted(due)[: MAX_CONCURRENT - len(self._requests)]:
+            tracked = self._tracked[uid]
+            tracked.polling = True
+            task = asyncio.create_task(self._poll(uid, tracked))
+            self._requests.add(task)
+            task.add_done_callback(self._requests.discard)
+
+    async def _poll(self, uid: str, tracked: _Tracked) -> None:
+        answered = False
+        try:
+            answered = await self._request(uid, tracked)
+        finally:
+            backoff = min(max(2 * tracked.delay, FIRST_RETRY_SECONDS), MAX_POLL_SECONDS)
+            tracked.delay = POLL_SECONDS if answered else backoff
+            tracked.due = time.monotonic() + tracked.delay
+            tracked.polling = False
+
+    async def _request(self, uid: str, tracked: _Tracked) -> bool:
+        key, attempt = tracked.key, tracked.attempt
+        if tracked.address is None:
+            try:
+                pods = [pod(raw) for raw in await self._cluster.pods(key[0], uid)]
+            except ApiError as error:
+                log.debug("the pods of %s/%s could not be listed: %s", *key, error)
+                return False
+            tracked.address = _address(pods, attempt)
+        if tracked.address is None:
+            return False
+        report = await fetch_progress(self._session, tracked.address, PROGRESS_PORT, uid=uid, attempt=attempt)
+        if report is None or self._tracked.get(uid) is not tracked:
+            return False
+        self._reconciler.reports[uid] = report
+        self._queue.add(key)
+        return True
+
+
+def _address(pods: list[Pod], attempt: int) -> str | None:
+    return next((each.address for each in pods if each.index == 0 and each.attempt == attempt), None)
