@@ -19,10 +19,10 @@ TIER ?= api
 N ?= 50
 NAME ?= $(TIER)
 CLUSTER := PYTHONPATH=tests/cluster $(BIN)/python -m testcluster
-PYTEST := $(BIN)/python -m pytest -q
-# Tests of processes against each other, on two busy cores: those that fail are run once more, with less beside them.
-# Both results are printed; what fails twice fails.
-twice = $(PYTEST) $(1) || $(PYTEST) $(1) --last-failed
+PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
+# Tests of processes against each other, on two busy cores: up to five that fail are repeated once, alone. Both results
+# are printed, each repeated test is named, and `make repeated` counts them; what fails twice fails.
+tier = $(PYTEST) $(1) || { echo "some tests failed; they are repeated, alone:"; $(PYTEST) $(1) --last-failed --repeat -n 0; }
 # The tests' tiers, the fastest first. `cluster` needs Go, `nodes` root as well.
 FAST := not slow and not cluster and not nodes and not soak
 BRIEF := -n 3 --dist loadfile
@@ -30,7 +30,7 @@ RANKS := -n 2 --dist loadfile
 # Tests of the cluster wait most of the time; each process has a control plane of its own (0.5 GB).
 WAITING := -n 6 --dist worksteal
 
-.PHONY: help demo demo-data test test-fast check verify generate lock bench setup clean
+.PHONY: help demo demo-data test test-unit test-fast repeated check verify generate lock bench setup clean
 .PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
 
 help:  ## Show the commands
@@ -46,9 +46,9 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	@touch $@
 
 # The backends beside gloo: needs g++.
-$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/distributed/csrc/*)
+$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/distributed/backends/csrc/*)
 	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/backends.txt
-	$(BIN)/python -m qlora_trainer.distributed.build
+	$(BIN)/python -m qlora_trainer.native.build
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed requirements/bench.txt
@@ -73,17 +73,24 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 # --- the checks
 
 test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
-	$(call twice,$(BRIEF) -m "$(FAST)")
+	$(call tier,$(BRIEF) -m "$(FAST)")
 	$(CLUSTER) build --tier fleet
-	$(call twice,$(WAITING) -m "cluster and not soak")
-	$(call twice,$(RANKS) -m "slow and not cluster and not nodes and not soak")
+	$(call tier,$(WAITING) -m "cluster and not soak")
+	$(call tier,$(RANKS) -m "slow and not cluster and not nodes and not soak")
+
+test-unit: setup  ## Run the tests that start no process and import no torch: under a minute
+	$(PYTEST) --unit -n 2 -m "$(FAST)" tests/qlora_contract tests/qlora_operator tests/qlora_trainer tests/repository
 
 test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
 	$(PYTEST) $(BRIEF) -m "$(FAST)"
 
+repeated:  ## Say which tests had to be repeated since the last time it was asked
+	@touch $(CACHE)/repeated-tests.txt; \
+	 echo "$$(wc -l < $(CACHE)/repeated-tests.txt) tests were repeated"; cat $(CACHE)/repeated-tests.txt; rm $(CACHE)/repeated-tests.txt
+
 e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(CLUSTER) build --tier nodes
-	$(call twice,-m "nodes and not soak")
+	$(call tier,-m "nodes and not soak")
 
 soak: setup  ## Run the long random tests
 	$(CLUSTER) build --tier fleet

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ["testcluster.fixtures", "testcluster.node_fixtures"]
+pytest_plugins = ["tiers", "testcluster.fixtures", "testcluster.node_fixtures"]
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / ".cache" / "demo"
