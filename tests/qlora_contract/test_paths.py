@@ -4,42 +4,43 @@ from pathlib import Path
 
 import pytest
 
-from qlora_contract import places
-from qlora_contract.places import PlaceError
+from qlora_contract import paths
+from qlora_contract.env import VOLUMES_ENV
+from qlora_contract.paths import InvalidUriError
 
 
 def test_in_a_pod_a_claim_is_where_it_is_mounted() -> None:
     """Without a map, every claim has its folder below /volumes."""
-    assert places.resolve("pvc://team-data/docs.jsonl", {}) == Path("/volumes/team-data/docs.jsonl")
+    assert paths.resolve("pvc://team-data/docs.jsonl", {}) == Path("/volumes/team-data/docs.jsonl")
 
 
 def test_on_one_machine_a_claim_is_where_the_map_says(tmp_path: Path) -> None:
     """The map is read from the environment, as `qlora run` sets it."""
-    volumes = places.volume_map({places.VOLUMES_ENV: f'{{"team": "{tmp_path}"}}'})
+    volumes = paths.volume_map({VOLUMES_ENV: f'{{"team": "{tmp_path}"}}'})
 
-    assert places.resolve("pvc://team/a/b", volumes) == tmp_path / "a/b"
-    assert places.resolve("pvc://team", volumes) == tmp_path
+    assert paths.resolve("pvc://team/a/b", volumes) == tmp_path / "a/b"
+    assert paths.resolve("pvc://team", volumes) == tmp_path
 
 
-@pytest.mark.parametrize("environ", [{}, {places.VOLUMES_ENV: ""}])
+@pytest.mark.parametrize("environ", [{}, {VOLUMES_ENV: ""}])
 def test_a_pod_has_no_map(environ: dict[str, str]) -> None:
     """An unset or empty variable means a pod."""
-    assert places.volume_map(environ) == {}
+    assert paths.volume_map(environ) == {}
 
 
 def test_a_claim_without_a_folder_is_named_with_those_that_have_one(tmp_path: Path) -> None:
     """The message lists what the map holds."""
-    with pytest.raises(PlaceError, match="claim 'c' has no folder here; those that have one: a, b"):
-        places.resolve("pvc://c/x", {"b": tmp_path, "a": tmp_path})
+    with pytest.raises(InvalidUriError, match="claim 'c' has no directory here; these have one: a, b"):
+        paths.resolve("pvc://c/x", {"b": tmp_path, "a": tmp_path})
 
 
 @pytest.mark.parametrize(
     "uri", ["/volumes/team", "team/x", "hf://org/name", "pvc://", "pvc:team/x", "PVC://team/x"]
 )
-def test_only_claims_are_places(uri: str) -> None:
+def test_only_pvc_uris_are_resolved(uri: str) -> None:
     """Another scheme, or none, is refused with the form that is right."""
-    with pytest.raises(PlaceError, match="is not of the form pvc://claim/path"):
-        places.resolve(uri, {})
+    with pytest.raises(InvalidUriError, match="is not of the form pvc://claim/path"):
+        paths.resolve(uri, {})
 
 
 @pytest.mark.parametrize(
@@ -47,15 +48,15 @@ def test_only_claims_are_places(uri: str) -> None:
 )
 def test_a_path_that_leaves_its_claim_is_refused(uri: str) -> None:
     """Neither .. nor an absolute path leads out of a claim."""
-    with pytest.raises(PlaceError, match="leaves its claim"):
-        places.resolve(uri, {})
+    with pytest.raises(InvalidUriError, match="leads out of its claim"):
+        paths.resolve(uri, {})
 
 
 @pytest.mark.parametrize("uri", ["pvc:///x", "pvc://../etc", "pvc://./x"])
 def test_a_uri_without_a_claim_is_refused(uri: str) -> None:
     """What stands where the claim's name should be must not become a part of a path."""
-    with pytest.raises(PlaceError, match="names no claim"):
-        places.resolve(uri, {})
+    with pytest.raises(InvalidUriError, match="does not name a claim"):
+        paths.resolve(uri, {})
 
 
 def test_a_link_that_leaves_its_claim_is_refused(tmp_path: Path) -> None:
@@ -66,10 +67,10 @@ def test_a_link_that_leaves_its_claim_is_refused(tmp_path: Path) -> None:
     (claim / "out").symlink_to(outside)
     (claim / "in").symlink_to(claim / "inside")
 
-    assert places.resolve("pvc://c/in/file", {"c": claim}) == claim / "in/file"
+    assert paths.resolve("pvc://c/in/file", {"c": claim}) == claim / "in/file"
     for uri in ("pvc://c/out", "pvc://c/out/file"):
-        with pytest.raises(PlaceError, match="is a link that leaves its claim"):
-            places.resolve(uri, {"c": claim})
+        with pytest.raises(InvalidUriError, match="is a symbolic link that leads out of its claim"):
+            paths.resolve(uri, {"c": claim})
 
 
 def test_a_volume_may_itself_be_a_link(tmp_path: Path) -> None:
@@ -77,10 +78,4 @@ def test_a_volume_may_itself_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
 
-    assert places.resolve("pvc://c/x", {"c": tmp_path / "link"}) == tmp_path / "link/x"
-
-
-@pytest.mark.parametrize("workspace", ["pvc://team/qlora", "pvc://team/qlora/"])
-def test_a_jobs_folder_is_in_its_workspace(workspace: str) -> None:
-    """A slash at the end of the workspace changes nothing."""
-    assert places.job_folder(workspace, "demo", {}) == Path("/volumes/team/qlora/jobs/demo")
+    assert paths.resolve("pvc://c/x", {"c": tmp_path / "link"}) == tmp_path / "link/x"

@@ -1,0 +1,106 @@
+"""The format of `jobs/<name>` in a workspace: what its files are called, whose it is, and whether its job is done.
+
+`qlora run` and the trainer both read it, and a folder that an earlier release wrote must stay readable. The trainer
+writes everything but run.json, the lock and the logs, which are there only with `qlora run`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_contract.files import sha256
+from qlora_contract.paths import resolve
+from qlora_contract.run import RunConfig, config_hash, differences, run_shaping_fields
+
+FENCE = "fence.json"
+"""The attempt that may write: {"uid": ..., "attempt": ...}."""
+IDENTITY = "identity.json"
+"""The fields of the spec that shape the result: {"hash": ..., "fields": {...}}."""
+RUN_CONFIG = "run.json"
+"""The newest attempt's RunConfig."""
+LOCK = "lock"
+"""Held by `qlora run` and its launchers."""
+LOGS = "logs"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+METRICS = "metrics.jsonl"
+TRAINING_REPORT = "training_report.json"
+LOSS_CURVE = "loss_curve.png"
+
+MANIFEST = "manifest.json"
+"""Of a checkpoint or an adapter, written last: {"files": {name: sha256}, ...}. A folder without one is incomplete."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class IdentityError(ValueError):
+    """A job folder that does not belong to the spec at hand."""
+
+
+class DamagedIdentityError(IdentityError):
+    """identity.json is not what a trainer writes."""
+
+
+def job_path(workspace: str, name: str, volumes: Mapping[str, Path]) -> Path:
+    """The path of `jobs/<name>` in a workspace. Raises InvalidUriError."""
+    return resolve(f"{workspace.rstrip('/')}/jobs/{name}", volumes)
+
+
+def job_uri(run: RunConfig, *names: str) -> str:
+    """The URI of the job's folder, or of something in it."""
+    return "/".join([run.workspace.rstrip("/"), "jobs", run.job.name, *names])
+
+
+def adapter_uri(run: RunConfig) -> str:
+    """The URI of the finished adapter."""
+    return job_uri(run, ADAPTER)
+
+
+def identity_text(run: RunConfig) -> str:
+    """The text of identity.json for this spec."""
+    fields = run_shaping_fields(run)
+    return json.dumps({"hash": config_hash(fields), "fields": fields}, indent=1)
+
+
+def has_identity(folder: Path, run: RunConfig) -> bool:
+    """Whether the folder is marked as this spec's; False while it has no mark at all.
+
+    Raises:
+        IdentityError: it belongs to another spec; says what differs.
+        DamagedIdentityError: the mark cannot be understood.
+        OSError: it cannot be read.
+    """
+    path = folder / IDENTITY
+    try:
+        theirs = json.loads(path.read_text())
+        same, fields = theirs["hash"] == config_hash(run_shaping_fields(run)), theirs["fields"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
+    if not same:
+        raise IdentityError(
+            f"{folder} holds the results of another spec ({differences(fields, run_shaping_fields(run))}); "
+            "choose another metadata.name, or remove the folder"
+        )
+    return True
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder all of whose files are present and unchanged; None otherwise."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        intact = all(sha256(folder / name) == digest for name, digest in manifest["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return manifest if intact else None
+
+
+def finished_report(folder: Path) -> dict[str, Any] | None:
+    """training_report.json of a job whose adapter is complete and intact; None otherwise."""
+    try:
+        report = json.loads((folder / TRAINING_REPORT).read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and read_manifest(folder / ADAPTER) is not None else None
