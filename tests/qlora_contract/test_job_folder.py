@@ -28,6 +28,46 @@ def a_run(**changes: Any) -> RunConfig:
     )
 
 
+IDENTITY_OF_RELEASE_0_1_0 = {
+    "hash": "d15fffa0bf43345a1b138440a85f61ade6b6dfde9450bafe82ade9c29e7f4f36",
+    "fields": {
+        "model": {"source": "pvc://data/model"},
+        "dataset": {
+            "source": "pvc://data/train.jsonl",
+            "format": "auto",
+            "trainSplit": "train",
+            "evalSplit": None,
+            "evalFraction": 0.05,
+        },
+        "adapter": {
+            "method": "lora",
+            "rank": 16,
+            "alpha": 32.0,
+            "dropout": 0.0,
+            "targetModules": ["all-linear"],
+        },
+        "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
+        "training": {
+            "epochs": 1,
+            "maxSteps": None,
+            "globalBatchTokens": 8192,
+            "maxSequenceLength": 1024,
+            "packing": True,
+            "overlong": "truncate",
+            "learningRate": 0.0002,
+            "schedule": "cosine",
+            "warmupRatio": 0.03,
+            "weightDecay": 0.0,
+            "maxGradNorm": 1.0,
+            "computeDtype": "auto",
+            "seed": 0,
+        },
+        "evaluation": {"everySteps": None, "requireImprovement": True},
+    },
+}
+"""Of a_run(), byte for byte what that release wrote."""
+
+
 def finish(folder: Path, weights: bytes = b"weights") -> None:
     """Leave an adapter and a report, as the trainer of release 0.1.0 does."""
     (folder / "adapter").mkdir()
@@ -51,6 +91,15 @@ def test_a_folder_without_a_mark_belongs_to_nobody_yet(tmp_path: Path) -> None:
     (tmp_path / "identity.json").write_text(job_folder.identity_text(a_run()))
 
     assert job_folder.has_identity(tmp_path, a_run())
+
+
+def test_a_folder_of_the_release_before_is_recognised(tmp_path: Path) -> None:
+    """A job that was begun by release 0.1.0, which wrote every default, goes on after an upgrade."""
+    (tmp_path / "identity.json").write_text(json.dumps(IDENTITY_OF_RELEASE_0_1_0))
+
+    assert job_folder.has_identity(tmp_path, a_run())
+    with pytest.raises(IdentityError, match=r"another spec \(adapter.rank: 16, now 8\);"):
+        job_folder.has_identity(tmp_path, a_run(adapter={"rank": 8}))
 
 
 def test_the_folder_of_another_spec_is_refused_with_what_differs(tmp_path: Path) -> None:
