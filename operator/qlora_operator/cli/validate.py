@@ -1,4 +1,4 @@
-"""`qlora validate`: says whether files of jobs are right, before a cluster or a machine sees them."""
+"""`qlora validate`: whether job files are valid, before a cluster or a machine sees them."""
 
 from collections.abc import Sequence
 from typing import TextIO
@@ -11,10 +11,9 @@ INVALID = 2
 
 
 def validate(paths: Sequence[str], stdout: TextIO) -> int:
-    """Prints a line for each job that is valid and each fault that is not, file by file (`-`: standard
-    input).
+    """Print a line for every valid job and every fault, file by file (`-`: standard input).
 
-    Returns the exit status: 0 when all is well, else 2.
+    Returns the exit status: 0 if all are valid, else 2.
     """
     status = VALID
     for path in paths:

@@ -13,19 +13,21 @@ from qlora_contract.memory import ModelShape
 from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts, Steps
 from qlora_contract.run import Training
 from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.run_config import run_config
-from qlora_operator.errors import CommandError
-from qlora_operator.plan import (
+from qlora_operator.cli.plan import (
     JobPlan,
     RankPlace,
-    ask_layout,
+    choose_isa,
     job_plan,
     memory_problems,
+    query_layout,
     rank_places,
     sample_text,
     show,
-    tier,
 )
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.errors import CommandError
+
+pytestmark = pytest.mark.process
 
 MIB = 2**20
 Job = Callable[..., QLoRAJob]
@@ -105,7 +107,7 @@ def test_ranks_that_share_memory_are_counted() -> None:
     """With `auto` memoryPerRank is the pod's, so that is what the sentence tells."""
     (problem,) = memory_problems(figures(1025), 1024 * MIB, Training(max_steps=1), sharing=8)
 
-    assert "a rank needs 1,025 MiB, and spec.topology.memoryPerRank is 8,192 MiB for the 8 ranks" in problem
+    assert "a rank needs 1,025 MiB, but spec.topology.memoryPerRank is 8,192 MiB for the 8 ranks" in problem
     assert "raise it to 8256Mi" in problem
 
 
@@ -114,7 +116,7 @@ def test_ranks_are_placed_as_their_launchers_would(a_job: Job) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     topology = {"pods": 2, "ranksPerPod": 1, "cpusPerRank": 1, "pinning": "best-effort"}
     run = run_config(a_job(topology=topology), uid="u", attempt=0, isa="avx2")
-    ranks = rank_places(ask_layout(run, [cpus[:1], cpus[-1:]]))
+    ranks = rank_places(query_layout(run, [cpus[:1], cpus[-1:]]))
 
     assert [(each.rank, each.pod, each.cpus, each.threads) for each in ranks] == [
         (0, 0, str(cpus[0]), 1),
@@ -127,13 +129,13 @@ def test_ranks_that_do_not_fit_their_pod_are_a_problem(a_job: Job) -> None:
     run = run_config(a_job(topology={"cpusPerRank": 8, "pinning": "strict"}), uid="u", attempt=0, isa="avx2")
 
     with pytest.raises(CommandError, match="need 8 CPUs, and 1 can be used here") as caught:
-        ask_layout(run, [sorted(os.sched_getaffinity(0))[:1]])
+        query_layout(run, [sorted(os.sched_getaffinity(0))[:1]])
     assert caught.value.code == ExitCode.INVALID_CONFIGURATION
 
 
 def test_a_tier_that_is_not_met_here_is_planned_for(a_job: Job) -> None:
     """A job for a cluster can be planned on a laptop: with the tier that it will have."""
-    isa, problems = tier(a_job(isa={"allowed": ["amx_bf16"]}), a_machine())
+    isa, problems = choose_isa(a_job(isa={"allowed": ["amx_bf16"]}), a_machine())
 
     assert isa == "amx_bf16"
     assert [problem.partition(":")[0] for problem in problems] == [
@@ -167,7 +169,7 @@ def test_ranks_that_nobody_can_count_are_said_so(a_job: Job) -> None:
     plan = job_plan(a_job(topology=topology), {}, ["team"])
 
     assert plan.world_size is None
-    assert "as many ranks as CPUs suggest" in shown(plan)
+    assert "one rank per NUMA cluster" in shown(plan)
 
 
 def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
@@ -203,7 +205,7 @@ def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
 def test_too_little_memory_is_a_problem(memory: MemoryFigures, remedies: list[str]) -> None:
     """The sentence says what is needed and what could be changed instead."""
     problems = memory_problems(memory, 1024 * MIB, Training(max_steps=1))
-    needs = f"a rank needs {memory.total // MIB:,} MiB, and spec.topology.memoryPerRank is 1,024 MiB: "
+    needs = f"a rank needs {memory.total // MIB:,} MiB, but spec.topology.memoryPerRank is 1,024 MiB: "
     assert problems == ([needs + ", or ".join(remedies)] if remedies else [])
 
 
@@ -212,10 +214,13 @@ def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:
     out = shown(a_plan(details=details(figures(512))))
 
     assert "demo: 1 rank(s), avx512, computing in fp32" in out
-    assert "memory    0.50 GiB of 1.00 GiB a rank (MiB: base 512)" in out
-    assert "10 samples of 12 records, 4,000 tokens, 1,000 of them learnt; 3 cut off, 2 of them dropped" in out
+    assert "memory    512 MiB of 1.00 GiB per rank (MiB: base 512)" in out
+    assert (
+        "10 samples from 12 records, 4,000 tokens, 1,000 of them trained on; 3 truncated; "
+        "2 dropped, because truncation left nothing to train on\n"
+    ) in out
     assert "held out  none" in out
-    assert "steps     10 (2.50 epochs of 4), 1,000 tokens a step, bins 92 % full" in out
+    assert "steps     10 (2.50 epochs of 4), 1,000 tokens per step, bins 92 % full" in out
     assert "What?\N{REPLACEMENT CHARACTER} [[That.]]" in out
 
 

@@ -1,12 +1,7 @@
 """What `qlora run` shows."""
 
-import http.server
 import io
-import json
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qlora_contract.progress import CheckpointRef, ProgressReport
-from qlora_operator.display import Display, duration, facts, fetch, printable, result_lines, size
-from qlora_operator.processes import free_port
+from qlora_operator.cli.display import Display, facts, printable, result_lines
 
 GIB = 2**30
 RESULT: dict[str, Any] = {
@@ -39,55 +33,6 @@ def a_report(**fields: Any) -> ProgressReport:
     return ProgressReport.model_validate({**known, "updated_time": "2026-01-01T00:00:00Z", **fields})
 
 
-@contextmanager
-def served(body: bytes, status: int = 200) -> Iterator[int]:
-    """A port at which this is answered."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
-
-
-def test_rank_0_is_asked_for_its_report() -> None:
-    """The report of this very attempt is given."""
-    report = a_report(loss=1.5)
-    with served(report.model_dump_json(by_alias=True).encode()) as port:
-        assert fetch(port, "u", 1) == report
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"", id="nothing"),
-        pytest.param(b"<html>", id="no JSON"),
-        pytest.param(json.dumps({"version": 1}).encode(), id="no report"),
-        pytest.param(a_report(attempt=2).model_dump_json(by_alias=True).encode(), id="another attempt's"),
-        pytest.param(a_report(job_uid="v").model_dump_json(by_alias=True).encode(), id="another job's"),
-    ],
-)
-def test_what_is_not_our_report_is_none(body: bytes) -> None:
-    """Somebody else may listen at the port before rank 0 does."""
-    with served(body) as port:
-        assert fetch(port, "u", 1) is None
-
-
-def test_nobody_at_the_port_is_none() -> None:
-    """A refused connection is no error: rank 0 has not come yet, or has gone."""
-    assert fetch(free_port(), "u", 1) is None
-
-
 def test_only_what_is_known_is_shown() -> None:
     """Before the first step there is little to tell."""
     assert facts(a_report(total_steps=0)) == []
@@ -106,7 +51,7 @@ def test_all_that_is_known_is_shown() -> None:
         checkpoint=CheckpointRef(step=2, time="2026-01-01T00:00:00Z", uri="pvc://a/b"),
     )
     assert "  ".join(facts(report)) == (
-        "step 3/7  loss 1.8322  eval loss 2.0000  412 tok/s  ETA 9m 12s  memory 1.00 GiB of estimated 2.00 GiB  "
+        "step 3/7  loss 1.8322  eval loss 2.0000  412 tok/s  ETA 9m 12s  memory 1.00 GiB (estimate 2.00 GiB)  "
         "checkpoint at step 2"
     )
 
@@ -143,7 +88,7 @@ def test_on_a_terminal_the_display_is_live() -> None:
     with Display(console, "demo") as display:
         display.show(None)
         display.show(a_report(loss=1.5))
-        display.say("resumed after step 2")
+        display.print("resumed after step 2")
         display.show(None)
 
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines()
@@ -157,9 +102,9 @@ def test_a_result_tells_what_was_gained() -> None:
     """Where the adapter is, its loss beside the base's, time and memory."""
     assert result_lines(RESULT, Path("/w/adapter")) == [
         "adapter    /w/adapter",
-        "eval loss  1.5000, base 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised one",
+        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised base",
         "trained    7 steps, 7,000 tokens in 1m 10s, 100 tokens/s with 2 rank(s)",
-        "memory     1.00 GiB at most in a rank",
+        "memory     1.00 GiB peak per rank",
     ]
 
 
@@ -168,12 +113,12 @@ def test_a_result_tells_what_was_gained() -> None:
     [
         pytest.param(
             {"base_eval_loss": None},
-            "eval loss  1.5000, base 2.0000 quantised: 25.0 % below the quantised one",
+            "eval loss  1.5000, base model 2.0000 quantised: 25.0 % below the quantised base",
             id="no fp32",
         ),
         pytest.param(
             {"eval_loss": 2.5, "base_eval_loss": None},
-            "eval loss  2.5000, base 2.0000 quantised: 25.0 % above the quantised one",
+            "eval loss  2.5000, base model 2.0000 quantised: 25.0 % above the quantised base",
             id="worse",
         ),
         pytest.param({"eval_loss": None}, None, id="no evaluation"),
@@ -193,20 +138,6 @@ def test_an_inexact_resume_is_told() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0s"), (59.9, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m"), (90_000, "1d 01h")],
-)
-def test_durations_have_two_units(seconds: float, text: str) -> None:
-    """Neither seconds of days nor days in seconds."""
-    assert duration(seconds) == text
-
-
-def test_sizes_are_in_gib() -> None:
-    """Memory is told in the unit it is asked for in."""
-    assert size(3 * GIB // 2) == "1.50 GiB"
-
-
 @given(st.text())
 def test_nothing_printable_can_move_the_cursor(text: str) -> None:
     """No control character but newline and tab is left, and nothing else is changed."""
@@ -220,14 +151,14 @@ def test_nothing_printable_can_move_the_cursor(text: str) -> None:
 def test_a_transfer_is_shown_in_bytes() -> None:
     """How much has come, of how much; on a terminal with a bar."""
     report = a_report(stage="Fetching", step=0, total_steps=0, bytes_done=GIB // 2, bytes_total=2 * GIB)
-    assert facts(report) == ["0.50 GiB of 2.00 GiB"]
+    assert facts(report) == ["0.50 of 2.00 GiB"]
 
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100, color_system=None)
     with Display(console, "job") as display:
         display.show(report)
     shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", text.getvalue())
-    assert re.search(r"job Fetching \S+\s+0\.50 GiB of 2\.00 GiB", shown)
+    assert re.search(r"job Fetching \S+\s+0\.50 of 2\.00 GiB", shown)
 
 
 def test_a_stage_does_not_show_the_one_before() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cli import claims, main, parse_volumes
+from qlora_operator.cli.main import claims, main, parse_volumes
 from qlora_operator.errors import CommandError
+
+pytestmark = pytest.mark.process
 
 Document = Callable[..., dict[str, Any]]
 
@@ -83,7 +85,7 @@ def test_claims_without_a_folder_are_all_named(
 
     assert main(["run", path, "--volume", f"work={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
-        "error: the job uses claims that have no folder here; add --volume models=PATH --volume team=PATH\n"
+        "error: the job uses claims that have no directory here; add --volume models=PATH --volume team=PATH\n"
     )
 
 
@@ -92,7 +94,7 @@ def test_several_jobs_need_a_name(job_file: Callable[..., str], capsys: pytest.C
     assert main(["run", job_file("a", "b")]) == 2
     assert "has 2 jobs (a, b); choose one with --name" in capsys.readouterr().err
     assert main(["run", job_file("a", "b"), "--name", "c"]) == 2
-    assert "has 0 jobs of the name 'c'; it has: a, b" in capsys.readouterr().err
+    assert "has no jobs named 'c'; it has: a, b" in capsys.readouterr().err
     assert main(["plan", job_file("a", "b"), "--name", "b"]) == 0
     assert capsys.readouterr().out.startswith("b: 1 rank(s)")
 
@@ -103,11 +105,13 @@ def test_several_jobs_need_a_name(job_file: Callable[..., str], capsys: pytest.C
         pytest.param("team", "must be CLAIM=PATH, such as team-data=/srv/data", id="no path"),
         pytest.param("=.", "must be CLAIM=PATH", id="no claim"),
         pytest.param(
-            "team=/no/such/folder", "/no/such/folder is no folder; make it, or name another", id="no folder"
+            "team=/no/such/folder",
+            "/no/such/folder is not a directory; create it or choose another",
+            id="not a directory",
         ),
     ],
 )
-def test_a_volume_must_be_a_folder(text: str, message: str) -> None:
+def test_a_volume_must_be_a_directory(text: str, message: str) -> None:
     """The argument is quoted, and what would be right is said."""
     with pytest.raises(CommandError, match=message) as refused:
         parse_volumes([text])
@@ -115,9 +119,9 @@ def test_a_volume_must_be_a_folder(text: str, message: str) -> None:
     assert refused.value.code == 2
 
 
-def test_a_claim_has_one_folder(tmp_path: Path) -> None:
+def test_a_claim_has_one_directory(tmp_path: Path) -> None:
     """Two would be a mistake."""
-    with pytest.raises(CommandError, match="claim team has a folder already"):
+    with pytest.raises(CommandError, match="claim team already has a directory"):
         parse_volumes([f"team={tmp_path}", f"team={tmp_path}"])
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 DRIVER = """
 import json, sys
 from pathlib import Path
 from rich.console import Console
-from qlora_operator import run
+from qlora_operator.cli import run
 from qlora_operator.api.types import QLoRAJob
 from qlora_operator.errors import CommandError
 launcher = f"import os; from qlora_trainer import launch; os._exit(launch.main([{sys.executable!r}, {sys.argv[2]!r}]))"
@@ -55,10 +57,9 @@ def publish():
         "eval_loss": 1.5, "base_eval_loss": 1.9, "base_eval_loss_quantized": 2.0, "steps": 7, "tokens": 7000,
         "seconds": 70.0, "tokens_per_second": 100.0, "world_size": size, "peak_memory_bytes": 2**30}))
 def identify():
-    from qlora_contract import run as contract
-    fields = contract.run_shaping_fields(contract.RunConfig.model_validate_json(json.dumps(run)))
-    identity = {"hash": contract.config_hash(fields), "fields": fields}
-    (folder / "identity.json").write_text(json.dumps(identity))
+    from qlora_contract.job_folder import identity_text
+    from qlora_contract.run import RunConfig
+    (folder / "identity.json").write_text(identity_text(RunConfig.model_validate_json(json.dumps(run))))
 def serve(**fields):
     report = {"version": 1, "jobUid": run["job"]["uid"], "attempt": run["job"]["attempt"], "stage": "Training",
               "step": 3, "totalSteps": 7, "epoch": 0.5, "updatedTime": "2026-01-01T00:00:00Z", **fields}
@@ -153,7 +154,8 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
     assert "small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s\n" in out
     assert f"adapter    {machine.job}/adapter\n" in out
     assert (
-        "eval loss  1.5000, base 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised one\n" in out
+        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised base\n"
+        in out
     )
 
 
@@ -163,7 +165,7 @@ def test_a_job_that_is_done_is_not_trained_again(machine: Machine) -> None:
     code, out, _ = machine.run("end(1, 'was started')")
 
     assert code == 0
-    assert "small is done already" in out
+    assert "small is already finished" in out
     assert "eval loss  1.5000" in out
 
 
@@ -186,7 +188,7 @@ def test_the_cause_is_one_sentence(machine: Machine) -> None:
     assert code == 11
     assert err == (
         "invalid data: data.jsonl: line 3: is not JSON\n"
-        f"The whole log: {machine.job}/logs/attempt-0/launcher-1.log\n"
+        f"Full log: {machine.job}/logs/attempt-0/launcher-1.log\n"
     )
 
 
@@ -194,7 +196,7 @@ def test_a_failure_that_may_pass_says_how_to_go_on(machine: Machine) -> None:
     """What is not permanent can be resumed by the same command, as another attempt."""
     _, _, err = machine.run("end(31, 'no step for 1800 s')")
     assert "stalled: no step for 1800 s" in err
-    assert "Run the same command again to go on from the last checkpoint." in err
+    assert "Run the same command again to continue from the last checkpoint." in err
 
     _, _, err = machine.run("end(31, 'again')")
     assert "/logs/attempt-1/" in err
@@ -235,7 +237,7 @@ def test_a_stopped_job_saves_and_says_how_to_go_on(machine: Machine, number: int
 
     assert (process.returncode, err) == (expected, "")
     assert "stopping after a checkpoint ..." in out
-    assert re.search("a checkpoint holds all up to step 7; run the same command again to go on", out)
+    assert re.search("a checkpoint holds all up to step 7; run the same command again to continue", out)
     assert all(gone(pid) for pid in pids)
 
 
@@ -250,7 +252,7 @@ def test_a_second_ctrl_c_ends_at_once(machine: Machine) -> None:
     out, _ = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert "stopped at once; run the same command again" in out
+    assert "stopped immediately; run the same command again" in out
     wait_for(lambda: all(gone(pid) for pid in pids))
 
 
@@ -275,7 +277,7 @@ def test_one_job_is_run_once_at_a_time(machine: Machine) -> None:
     _, err = second.communicate(timeout=60)
 
     assert second.returncode == 1
-    assert f"is in use by `qlora run` with process id {process.pid}" in err
+    assert f"is in use by `qlora run` (process {process.pid})" in err
     assert process.poll() is None
 
 
@@ -309,7 +311,7 @@ def test_a_killed_launcher_ends_the_job(machine: Machine) -> None:
     _, err = process.communicate(timeout=60)
 
     assert process.returncode == 137
-    assert "launcher 1 died of SIGKILL" in err
+    assert "launcher 1 was killed by SIGKILL" in err
 
 
 def test_too_few_cpus_start_nothing(machine: Machine) -> None:
@@ -321,5 +323,5 @@ def test_too_few_cpus_start_nothing(machine: Machine) -> None:
     code, _, err = machine.run("end(1, 'was started')")
 
     assert code == 10
-    assert "need 1000 CPUs, and" in err
+    assert "need 1000 CPUs, " in err
     assert not machine.job.exists()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_operator.validate import validate
+from qlora_operator.cli.validate import validate
 
-SAMPLES = Path(__file__).parents[2] / "manifests/samples"
+SAMPLES = Path(__file__).parents[3] / "manifests/samples"
 
 
 def test_valid_files_are_listed() -> None:

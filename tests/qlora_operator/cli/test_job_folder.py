@@ -1,7 +1,5 @@
 """The folder of a job, as `qlora run` sees it."""
 
-import hashlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +8,15 @@ from pathlib import Path
 import pytest
 
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.job_folder import identity_text
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
-from qlora_operator import workspace
+from qlora_contract.run import RunConfig
 from qlora_operator.api.types import QLoRAJob
+from qlora_operator.cli import job_folder
+from qlora_operator.cli.job_folder import WorkspaceError, locked
 from qlora_operator.desired.run_config import run_config
-from qlora_operator.workspace import WorkspaceError, locked
+
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture
@@ -29,18 +30,8 @@ def a_run(a_job: Callable[..., QLoRAJob]) -> Callable[..., RunConfig]:
 
 
 def identify(folder: Path, run: RunConfig) -> None:
-    """Write identity.json as the trainer does."""
-    fields = run_shaping_fields(run)
-    (folder / "identity.json").write_text(json.dumps({"hash": config_hash(fields), "fields": fields}))
-
-
-def publish(folder: Path, weights: bytes = b"weights") -> None:
-    """Leave an adapter and a report as the trainer does."""
-    (folder / "adapter").mkdir()
-    (folder / "adapter/adapter_model.safetensors").write_bytes(weights)
-    files = {"adapter_model.safetensors": hashlib.sha256(b"weights").hexdigest()}
-    (folder / "adapter/manifest.json").write_text(json.dumps({"files": files}))
-    (folder / "training_report.json").write_text(json.dumps({"steps": 3}))
+    """Mark the folder as the trainer does."""
+    (folder / "identity.json").write_text(identity_text(run))
 
 
 def test_a_folder_is_locked_once(tmp_path: Path) -> None:
@@ -48,7 +39,7 @@ def test_a_folder_is_locked_once(tmp_path: Path) -> None:
     again = locked(tmp_path / "job")
     with (
         locked(tmp_path / "job"),
-        pytest.raises(WorkspaceError, match=r"`qlora run` with process id \d+"),
+        pytest.raises(WorkspaceError, match=r"`qlora run` \(process \d+\)"),
         again,
     ):
         pass
@@ -63,7 +54,7 @@ def test_a_lock_outlives_its_holder_in_those_who_inherited_it(tmp_path: Path) ->
         heir = subprocess.Popen(
             [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fileno(),)
         )
-    with pytest.raises(WorkspaceError, match="still ending"), locked(tmp_path):
+    with pytest.raises(WorkspaceError, match="still exiting"), locked(tmp_path):
         pass
     heir.communicate(b"\n")
 
@@ -72,11 +63,11 @@ def test_a_lock_outlives_its_holder_in_those_who_inherited_it(tmp_path: Path) ->
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    """A file in the way is no folder."""
+    """A file in the way is not a directory."""
     (tmp_path / "file").touch()
 
     with (
-        pytest.raises(WorkspaceError, match="cannot be written to: Not a directory"),
+        pytest.raises(WorkspaceError, match=r"cannot write to .*: Not a directory"),
         locked(tmp_path / "file/job"),
     ):
         pass
@@ -84,11 +75,11 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_attempts_are_counted(tmp_path: Path, a_run: Callable[..., RunConfig]) -> None:
     """The uid stays and the attempt is the last plus one."""
-    first = workspace.next_attempt(tmp_path)
-    workspace.prepare(tmp_path, a_run(*first))
+    first = job_folder.next_attempt(tmp_path)
+    job_folder.prepare(tmp_path, a_run(*first))
 
     assert first[1] == 0
-    assert workspace.next_attempt(tmp_path) == (first[0], 1)
+    assert job_folder.next_attempt(tmp_path) == (first[0], 1)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"job": 1}', '{"job": {"uid": "u"}}'])
@@ -96,17 +87,15 @@ def test_a_damaged_run_config_gives_a_new_job(tmp_path: Path, text: str) -> None
     """Without a readable run.json the job gets another uid, so that nobody of before may publish."""
     (tmp_path / "run.json").write_text(text)
 
-    assert workspace.next_attempt(tmp_path)[1] == 0
+    assert job_folder.next_attempt(tmp_path)[1] == 0
 
 
 def test_a_folder_of_the_same_spec_is_known(tmp_path: Path, a_run: Callable[..., RunConfig]) -> None:
     """Memory knobs and topology do not make it another spec."""
-    assert not workspace.check_identity(tmp_path, a_run())
+    assert not job_folder.belongs_to(tmp_path, a_run())
     identify(tmp_path, a_run())
 
-    assert workspace.check_identity(
-        tmp_path, a_run(topology={"pods": 2}, training={"microBatchTokens": 1024})
-    )
+    assert job_folder.belongs_to(tmp_path, a_run(topology={"pods": 2}, training={"microBatchTokens": 1024}))
 
 
 def test_a_folder_of_another_spec_is_refused(tmp_path: Path, a_run: Callable[..., RunConfig]) -> None:
@@ -114,7 +103,7 @@ def test_a_folder_of_another_spec_is_refused(tmp_path: Path, a_run: Callable[...
     identify(tmp_path, a_run())
 
     with pytest.raises(WorkspaceError, match=r"another spec \(training.seed: 0, now 1\)") as refused:
-        workspace.check_identity(tmp_path, a_run(training={"seed": 1}))
+        job_folder.belongs_to(tmp_path, a_run(training={"seed": 1}))
     assert refused.value.code == ExitCode.INVALID_CONFIGURATION
 
 
@@ -122,29 +111,14 @@ def test_a_damaged_identity_is_left_to_rank_0(tmp_path: Path, a_run: Callable[..
     """What cannot be read is not judged here."""
     (tmp_path / "identity.json").write_text("{")
 
-    assert not workspace.check_identity(tmp_path, a_run())
-
-
-def test_a_finished_job_is_known_by_its_whole_adapter(tmp_path: Path) -> None:
-    """Its report is given."""
-    assert workspace.finished(tmp_path) is None
-    publish(tmp_path)
-
-    assert workspace.finished(tmp_path) == {"steps": 3}
-
-
-def test_a_damaged_adapter_is_not_finished(tmp_path: Path) -> None:
-    """Bytes that are not those of the manifest are no verified adapter."""
-    publish(tmp_path, b"weighty")
-
-    assert workspace.finished(tmp_path) is None
+    assert not job_folder.belongs_to(tmp_path, a_run())
 
 
 def test_an_attempt_starts_with_a_clean_folder(tmp_path: Path, a_run: Callable[..., RunConfig]) -> None:
     """Reports of the last attempt are gone, run.json is this one's."""
-    stale = workspace.termination_file(tmp_path, 5)
+    stale = job_folder.termination_file(tmp_path, 5)
     stale.write_text("{}")
-    logs = workspace.prepare(tmp_path, a_run(attempt=3))
+    logs = job_folder.prepare(tmp_path, a_run(attempt=3))
 
     assert logs == tmp_path / "logs/attempt-3"
     assert logs.is_dir()
@@ -154,11 +128,11 @@ def test_an_attempt_starts_with_a_clean_folder(tmp_path: Path, a_run: Callable[.
 
 def test_reports_are_read_if_they_are_reports(tmp_path: Path) -> None:
     """A missing or damaged one is None."""
-    path = workspace.termination_file(tmp_path, 0)
-    assert workspace.read_termination(path) is None
+    path = job_folder.termination_file(tmp_path, 0)
+    assert job_folder.read_termination(path) is None
     path.write_text("{")
-    assert workspace.read_termination(path) is None
+    assert job_folder.read_termination(path) is None
     report = TerminationReport(exit_code=11, reason="INVALID_DATA", cause="line 3")
     path.write_text(report.model_dump_json(by_alias=True))
 
-    assert workspace.read_termination(path) == report
+    assert job_folder.read_termination(path) == report

@@ -21,16 +21,18 @@ from qlora_contract.plan import (
     SplitFacts,
 )
 from qlora_contract.run import BF16_NATIVE, IsaTier, RunConfig, Training
-from qlora_operator import processes
+from qlora_contract.units import format_bytes
 from qlora_operator.api.types import QLoRAJob
+from qlora_operator.cli.display import printable
+from qlora_operator.cli.outcome import error_message
+from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.desired.run_config import run_config
-from qlora_operator.display import printable, size
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
 
 RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
-"""Of a sample, on screen; `-o json` has all of it."""
+"""How much of a sample is shown; `-o json` has all of it."""
 MEBIBYTE = 2**20
 
 
@@ -42,45 +44,45 @@ class RankPlace(RankPlan):
 
 
 class JobPlan(ContractModel):
-    """All that `qlora plan` tells."""
+    """What `qlora plan -o json` prints."""
 
     name: str
     isa: IsaTier
     compute_dtype: str
     world_size: int | None
-    """Ranks; None where it depends on the machine, and they do not fit this one."""
+    """Ranks; None where their number depends on the machine, and they do not fit this one."""
     memory_per_rank: int
     """Bytes."""
     ranks: list[RankPlace]
     """Empty when they do not fit this machine."""
     notes: list[str]
-    """What is not as one might expect of where they run."""
+    """What may surprise about where they run, and why it is so."""
     problems: list[str]
     """Why the job cannot run here, or not as it is."""
     missing_volumes: list[str]
-    """Claims without a folder here: what depends on them is left out."""
+    """Claims without a directory here; `details` is left out if there are any."""
     details: PlanReport | None
 
 
 def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[str]) -> JobPlan:
-    """Ask the machine, and, if model and data can be read here, the trainer.
+    """Plan the job for this machine, and, if its model and data can be read here, measure them.
 
     Raises:
-        CommandError: the model or the data cannot be trained on; with the sentence and code that training gives.
+        CommandError: the model or the data cannot be trained on; with the message and code that training gives.
     """
-    machine = processes.ask_trainer().machine
-    assert machine is not None, "the planner without arguments tells of the machine"
-    isa, problems = tier(job, machine)
+    machine = query_trainer().machine
+    assert machine is not None, "without arguments, the planner answers with the machine"
+    isa, problems = choose_isa(job, machine)
     auto = job.spec.topology.ranks_per_pod == "auto"
     run = run_config(job, uid="plan", attempt=0, isa=isa)
     pods: list[PodPlan] = []
     try:
-        pods = ask_layout(run, launcher_cpus(job.spec.topology, machine))
+        pods = query_layout(run, launcher_cpus(job.spec.topology, machine))
     except CommandError as error:
         problems.append(str(error))
     counts = [len(pod.ranks) for pod in pods] or [1]
     run = run.model_copy(update={"layout": run.layout.settled(counts)})
-    details = None if missing_volumes else ask_details(run, volumes)
+    details = None if missing_volumes else query_details(run, volumes)
     if details is not None:
         sharing = max(counts) if auto else 1
         problems += memory_problems(details.memory, run.layout.memory_per_rank, job.spec.training, sharing)
@@ -99,8 +101,8 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
     )
 
 
-def tier(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[str]]:
-    """The tier, and why this machine has none. One that is not met here is planned for all the same."""
+def choose_isa(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[str]]:
+    """(tier to plan for, problems): the first that the machine meets; if it meets none, the preferred one, and why."""
     try:
         return choose_tier(job.spec.isa.allowed, machine), []
     except PlacementError as error:
@@ -108,59 +110,61 @@ def tier(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[str]]:
 
 
 def rank_places(pods: Iterable[PodPlan]) -> list[RankPlace]:
-    """The ranks of all pods, in their order."""
-    everyone = ((pod, rank) for pod, plan in enumerate(pods) for rank in plan.ranks)
-    return [
-        RankPlace(rank=number, pod=pod, **rank.model_dump()) for number, (pod, rank) in enumerate(everyone)
-    ]
+    """The ranks of all pods, numbered through."""
+    ranks = ((pod, rank) for pod, plan in enumerate(pods) for rank in plan.ranks)
+    return [RankPlace(rank=number, pod=pod, **rank.model_dump()) for number, (pod, rank) in enumerate(ranks)]
 
 
-def ask_layout(run: RunConfig, cpus: Iterable[Iterable[int]]) -> list[PodPlan]:
-    """Where the ranks of each pod run, as its launcher decides it, given the CPUs of each launcher.
+def query_layout(run: RunConfig, cpus: Iterable[Iterable[int]]) -> list[PodPlan]:
+    """Where the ranks of each pod run, as their launchers decide it.
+
+    Args:
+        run: the job.
+        cpus: of each launcher.
 
     Raises:
-        CommandError: they do not fit.
+        CommandError: the ranks do not fit.
     """
-    answer = _ask(run, ["layout"], [format_cpu_list(each) for each in cpus], {})
+    answer = _query(run, ["layout"], [format_cpu_list(part) for part in cpus], {})
     assert answer.pods is not None, "the planner answers with a layout or an error"
     return answer.pods
 
 
-def ask_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
+def query_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
     """What the trainer measures of the job's model and data.
 
     Raises:
-        CommandError: the model or the data cannot be trained on; with the sentence and code that training gives.
+        CommandError: the model or the data cannot be trained on; with the message and code that training gives.
     """
-    processes.require_trainer()
-    answer = _ask(run, [], [], volumes)
+    require_trainer()
+    answer = _query(run, [], [], volumes)
     assert answer.plan is not None, "the planner answers with a plan or an error"
     return answer.plan
 
 
-def _ask(
+def _query(
     run: RunConfig, before: Sequence[str], after: Sequence[str], volumes: Mapping[str, Path]
 ) -> PlanAnswer:
-    """The planner's answer about a run.json, between other arguments."""
+    """The planner's answer about a RunConfig, whose file stands between the other arguments."""
     with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
         path = Path(folder) / "run.json"
         path.write_text(run.to_json())
-        answer = processes.ask_trainer(*before, str(path), *after, volumes=volumes)
+        answer = query_trainer(*before, str(path), *after, volumes=volumes)
     if answer.error is not None:
-        raise CommandError(processes.sentence(answer.error.code, answer.error.cause), answer.error.code)
+        raise CommandError(error_message(answer.error.code, answer.error.cause), answer.error.code)
     return answer
 
 
-def memory_problems(memory: MemoryFigures, there: int, training: Training, sharing: int = 1) -> list[str]:
-    """Why memoryPerRank is too small, and what to change; nothing when it is enough.
+def memory_problems(memory: MemoryFigures, available: int, training: Training, sharing: int = 1) -> list[str]:
+    """Why memoryPerRank is too small, and what to change; empty when it is enough.
 
     Args:
         memory: what a rank needs.
-        there: bytes that a rank has.
+        available: bytes that a rank has.
         training: the job's settings.
         sharing: ranks that share memoryPerRank.
     """
-    if memory.total <= there:
+    if memory.total <= available:
         return []
     step = 64 * MEBIBYTE
     remedies = [f"raise it to {-(-memory.total * sharing // step) * 64}Mi"]
@@ -169,19 +173,19 @@ def memory_problems(memory: MemoryFigures, there: int, training: Training, shari
     if memory.checkpointing == "none":
         remedies.append("set training.gradientCheckpointing to auto")
     remedies.append("lower training.maxSequenceLength")
-    total = -(-memory.total // MEBIBYTE)
+    needed = -(-memory.total // MEBIBYTE)
     among = f" for the {sharing} ranks of a pod" if sharing > 1 else ""
-    has = f"{there * sharing // MEBIBYTE:,} MiB{among}"
-    what = f"a rank needs {total:,} MiB, and spec.topology.memoryPerRank is {has}"
-    return [f"{what}: {', or '.join(remedies)}"]
+    limit = f"{available * sharing // MEBIBYTE:,} MiB{among}"
+    problem = f"a rank needs {needed:,} MiB, but spec.topology.memoryPerRank is {limit}"
+    return [f"{problem}: {', or '.join(remedies)}"]
 
 
 # --- showing it
 
 
 def show(plan: JobPlan, console: Console) -> None:
-    """The plan for people."""
-    ranks = "as many ranks as CPUs suggest" if plan.world_size is None else f"{plan.world_size} rank(s)"
+    """Print the plan for people."""
+    ranks = "one rank per NUMA cluster" if plan.world_size is None else f"{plan.world_size} rank(s)"
     _print(console, f"{plan.name}: {ranks}, {plan.isa}, computing in {plan.compute_dtype}")
     if plan.ranks:
         console.print(ranks_table(plan.ranks))
@@ -203,81 +207,71 @@ def _print(console: Console, text: str, style: str | None = None) -> None:
 
 
 def ranks_table(ranks: list[RankPlace]) -> Table:
-    """Where the first ranks would run."""
+    """Where the first ranks run."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("rank", "pod", "CPUs here", "threads", "helpers on", "NUMA nodes", "memory of node"):
+    for name in ("rank", "pod", "CPUs", "threads", "helper CPUs", "NUMA nodes", "memory node"):
         table.add_column(name)
-    for each in ranks[:RANKS_SHOWN]:
-        memory = each.nodes if each.memory_node is None else str(each.memory_node)
-        table.add_row(
-            str(each.rank),
-            str(each.pod),
-            each.cpus,
-            str(each.threads),
-            each.helpers or "-",
-            each.nodes,
-            memory,
-        )
+    for rank in ranks[:RANKS_SHOWN]:
+        memory = rank.nodes if rank.memory_node is None else str(rank.memory_node)
+        cells = (rank.rank, rank.pod, rank.cpus, rank.threads, rank.helpers or "-", rank.nodes, memory)
+        table.add_row(*map(str, cells))
     return table
 
 
 def show_details(details: PlanReport, memory_per_rank: int, console: Console) -> None:
-    """Memory, data, steps, a sample."""
+    """Print memory, data, steps and a sample."""
     memory, steps = details.memory, details.steps
-    over = memory.total > memory_per_rank
     parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in memory.parts.items())
-    console.print()
-    _print(
-        console,
-        f"memory    {size(memory.total)} of {size(memory_per_rank)} a rank (MiB: {parts})",
-        "bold red" if over else None,
-    )
-    _print(
-        console,
-        f"          micro-batches of {memory.micro_batch_tokens:,} tokens, checkpointing {memory.checkpointing}",
-    )
-    _print(console, f"training  {split_text(details.training)}")
     evaluation = split_text(details.evaluation) if details.evaluation else "none"
-    _print(console, f"held out  {evaluation}")
+    console.print()
     _print(
         console,
-        f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
-        f"{steps.tokens_per_step:,.0f} tokens a step, bins {100 * steps.fill:.0f} % full",
+        f"memory    {format_bytes(memory.total)} of {format_bytes(memory_per_rank)} per rank (MiB: {parts})",
+        "bold red" if memory.total > memory_per_rank else None,
     )
+    for line in (
+        (
+            f"          micro-batches of {memory.micro_batch_tokens:,} tokens, "
+            f"gradient checkpointing {memory.checkpointing}"
+        ),
+        f"training  {split_text(details.training)}",
+        f"held out  {evaluation}",
+        (
+            f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
+            f"{steps.tokens_per_step:,.0f} tokens per step, bins {100 * steps.fill:.0f} % full"
+        ),
+    ):
+        _print(console, line)
     console.print()
-    _print(console, f"the first sample, {legend(console)}:")
+    how = "green and underlined" if console.color_system else "between [[ and ]]"
+    _print(console, f"first sample; what is trained on is {how}:")
     console.print(sample_text(details.sample, marked=not console.color_system), soft_wrap=True)
     console.print()
 
 
-def split_text(facts: SplitFacts) -> str:
+def split_text(split: SplitFacts) -> str:
     """A split in one line."""
     text = (
-        f"{facts.samples:,} samples of {facts.records:,} records, {facts.tokens:,} tokens, "
-        f"{facts.supervised_tokens:,} of them learnt"
+        f"{split.samples:,} samples from {split.records:,} records, {split.tokens:,} tokens, "
+        f"{split.supervised_tokens:,} of them trained on"
     )
-    if facts.truncated:
-        text += f"; {facts.truncated:,} cut off"
-    if facts.dropped:
-        text += f", {facts.dropped:,} of them dropped: nothing was left to learn"
+    if split.truncated:
+        text += f"; {split.truncated:,} truncated"
+    if split.dropped:
+        text += f"; {split.dropped:,} dropped, because truncation left nothing to train on"
     return text
 
 
-def legend(console: Console) -> str:
-    """How to tell what is learnt."""
-    return "learnt where green and underlined" if console.color_system else "learnt between [[ and ]]"
-
-
-def sample_text(runs: Iterable[Run], *, marked: bool) -> Text:
-    """A sample with its loss mask: in colour, or marked with brackets."""
+def sample_text(spans: Iterable[Run], *, marked: bool) -> Text:
+    """A sample with its loss mask: colored, or `marked` with brackets."""
     text, left = Text(), SAMPLE_CHARACTERS
-    for run in runs:
-        shown = printable(run.text[:left])
+    for span in spans:
+        shown = printable(span.text[:left])
         left -= len(shown)
-        if run.learnt and marked:
+        if span.learnt and marked:
             text.append(f"[[{shown}]]")
         else:
-            text.append(shown, style="green underline" if run.learnt else "dim")
+            text.append(shown, style="green underline" if span.learnt else "dim")
         if left <= 0:
             text.append(" ...")
             break

@@ -1,0 +1,229 @@
+"""`qlora run`: a job on this machine, from its file to its adapter. `qlora fetch`: only what it needs for that."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
+from qlora_contract.job_folder import ADAPTER, finished_report, job_path
+from qlora_contract.remote import is_remote
+from qlora_contract.run import Fetched, IsaTier, RunConfig, RunStage
+from qlora_operator.api.types import QLoRAJob, ignored_by_run
+from qlora_operator.cli import job_folder, processes
+from qlora_operator.cli.display import Display, result_lines
+from qlora_operator.cli.log_tail import LogTail
+from qlora_operator.cli.outcome import Outcome, error_message, summarize
+from qlora_operator.cli.progress_client import fetch_progress
+from qlora_operator.cli.supervision import StopRequest, limits_of, supervise
+from qlora_operator.cli.trainer_query import query_trainer
+from qlora_operator.desired.run_config import run_config
+from qlora_operator.errors import CommandError
+from qlora_operator.placement.local import choose_tier, launcher_cpus
+
+PROGRESS_SECONDS = 0.5
+"""Between two looks at rank 0's progress."""
+RESUME_HINT: dict[RunStage, str] = {
+    "fetch": "run the same command again to continue from there",
+    "train": "run the same command again to continue from the last checkpoint",
+    "publish": "run the same command again to upload the adapter",
+}
+STOPPING: dict[RunStage, str] = {
+    "fetch": "stopping ...",
+    "train": "stopping after a checkpoint ... (press Ctrl-C again to stop immediately, without one)",
+    "publish": "stopping ...",
+}
+
+
+def run(
+    job: QLoRAJob,
+    volumes: Mapping[str, Path],
+    console: Console,
+    *,
+    verbose: bool = False,
+    launcher: Sequence[str] = processes.LAUNCHER,
+) -> int:
+    """Fetch what is remote, train, and upload the adapter to its destination. Returns 0, or 128 + a signal's number.
+
+    Args:
+        job: what to train.
+        volumes: claim -> directory, for every claim of the job.
+        console: where progress goes.
+        verbose: show the ranks' own output, too.
+        launcher: command line of the process to start for each pod.
+
+    Raises:
+        CommandError: the job cannot be started here, or failed; with the exit code.
+    """
+    machine = query_trainer().machine
+    assert machine is not None, "without arguments, the planner answers with the machine"
+    isa = choose_tier(job.spec.isa.allowed, machine)
+    cpus = launcher_cpus(job.spec.topology, machine)
+    with _local_run(job, volumes, console, isa, verbose=verbose) as local:
+        if ignored := ignored_by_run(job):
+            local.display.print(f"ignored, because only the operator acts on it: {', '.join(ignored)}")
+        if local.is_finished():
+            local.display.print(f"{job.metadata.name} is already finished")
+        elif code := local.fetch() or local.train(launcher, cpus):
+            return code
+        if code := local.publish():
+            return code
+        local.print_result()
+        return 0
+
+
+def fetch_only(job: QLoRAJob, volumes: Mapping[str, Path], console: Console, *, verbose: bool = False) -> int:
+    """Fetch what is remote, so that `qlora plan` can read it. Returns and raises as `run` does."""
+    with _local_run(job, volumes, console, job.spec.isa.allowed[0], verbose=verbose) as local:
+        if code := local.fetch():
+            return code
+        local.display.print(f"everything that {job.metadata.name} needs is in {local.folder.parent.parent}")
+        return 0
+
+
+@contextmanager
+def _local_run(
+    job: QLoRAJob, volumes: Mapping[str, Path], console: Console, isa: IsaTier, *, verbose: bool
+) -> Iterator["LocalRun"]:
+    """The job with its folder, which is locked meanwhile, and signals handled."""
+    folder = job_path(job.spec.workspace, job.metadata.name, volumes).absolute()
+    stop = StopRequest()
+    stop.listen()
+    with job_folder.locked(folder) as lock:
+        yield LocalRun(job, isa, folder, volumes, lock, stop, Display(console, job.metadata.name), verbose)
+
+
+@dataclass
+class LocalRun:
+    """A job on this machine. Each stage returns 0 to continue, or the code to exit with."""
+
+    job: QLoRAJob
+    isa: IsaTier
+    folder: Path
+    volumes: Mapping[str, Path]
+    lock: IO[str]
+    stop: StopRequest
+    display: Display
+    verbose: bool
+    fetched: Fetched = field(default_factory=Fetched)
+
+    def next_config(self, stage: RunStage) -> RunConfig:
+        """The RunConfig of the next attempt."""
+        uid, attempt = job_folder.next_attempt(self.folder)
+        return run_config(self.job, uid=uid, attempt=attempt, isa=self.isa, stage=stage, fetched=self.fetched)
+
+    def is_finished(self) -> bool:
+        """Whether this very job is done. Raises WorkspaceError when the folder belongs to another spec."""
+        ours = job_folder.belongs_to(self.folder, self.next_config("train"))
+        return ours and finished_report(self.folder) is not None
+
+    def fetch(self) -> int:
+        """Fetch remote sources into the workspace."""
+        if not any(is_remote(uri) for uri in (self.job.spec.model.source, self.job.spec.dataset.source)):
+            return 0
+        outcome = self._run_stage(self.next_config("fetch"), processes.TRANSFER, _any_cpus())
+        report = outcome.report
+        if outcome.code == ExitCode.DONE and report is not None and report.fetched is not None:
+            self.fetched = report.fetched
+            self.display.print(report.cause)
+        return self._exit_code(outcome, "fetch")
+
+    def train(self, launcher: Sequence[str], cpus: Sequence[Sequence[int]]) -> int:
+        """Train the adapter."""
+        if code := self._stopped_before("train"):
+            return code
+        outcome = self._run_stage(self.next_config("train"), launcher, cpus)
+        if outcome.code == ExitCode.DONE and finished_report(self.folder) is None:
+            raise CommandError(
+                f"training ended without an error, but {self.folder} has no complete adapter; see {outcome.log}"
+            )
+        return self._exit_code(outcome, "train")
+
+    def publish(self) -> int:
+        """Upload the adapter to its destination, if it has one."""
+        if self.job.spec.output.destination is None:
+            return 0
+        if code := self._stopped_before("publish"):
+            return code
+        outcome = self._run_stage(self.next_config("publish"), processes.TRANSFER, _any_cpus())
+        if outcome.code == ExitCode.DONE and outcome.report is not None:
+            self.display.print(f"published  {outcome.report.published_uri}")
+        return self._exit_code(outcome, "publish")
+
+    def print_result(self) -> None:
+        """Show what a finished job has achieved."""
+        report = finished_report(self.folder)
+        assert report is not None, "asked only of a finished job"
+        for line in result_lines(report, self.folder / ADAPTER):
+            self.display.print(line)
+
+    def _stopped_before(self, stage: RunStage) -> int:
+        """The code to exit with when a signal came too late for the stage before; else 0."""
+        if self.stop.signal is None:
+            return 0
+        self.display.print(f"stopped; {RESUME_HINT[stage]}")
+        return 128 + self.stop.signal
+
+    def _run_stage(self, config: RunConfig, command: Sequence[str], cpus: Sequence[Sequence[int]]) -> Outcome:
+        """Start a stage's processes, and show progress until all have ended."""
+        port = processes.free_port()
+        launchers = processes.start(
+            config, self.folder, cpus, self.volumes, self.lock.fileno(), port, command
+        )
+        limits = limits_of(config)
+        tails = [LogTail(launcher.log) for launcher in launchers] if self.verbose else []
+        next_look, announced = 0.0, False
+        try:
+            with self.display:
+                for _ in supervise(launchers, limits, self.stop):
+                    if self.stop.signal is not None and not announced:
+                        announced = True
+                        self.display.print(STOPPING[config.stage])
+                    self._print_logs(tails)
+                    if time.monotonic() >= next_look:
+                        self.display.show(fetch_progress(port, config.job.uid, config.job.attempt))
+                        next_look = time.monotonic() + PROGRESS_SECONDS
+                self._print_logs(tails)
+        except BaseException:
+            # Nothing can be shown any more; perhaps the terminal is gone. The ranks still get to save their work.
+            if self.stop.signal is None:
+                self.stop(signal.SIGTERM)
+            for _ in supervise(launchers, limits, self.stop):
+                pass
+            raise
+        return summarize(launchers)
+
+    def _print_logs(self, tails: Sequence[LogTail]) -> None:
+        for tail in tails:
+            for line in tail.new_lines():
+                self.display.print(line)
+
+    def _exit_code(self, outcome: Outcome, stage: RunStage) -> int:
+        """0 to continue, or the code to exit with because we were asked to stop.
+
+        Raises:
+            CommandError: the stage failed. A permanent failure counts as such even while stopping.
+        """
+        if outcome.code == ExitCode.DONE:
+            return 0
+        permanent = outcome.code in PERMANENT
+        if self.stop.signal is not None and not permanent:
+            at_once = self.stop.forced or outcome.report is None or outcome.code in COLLATERAL
+            how = "stopped immediately" if at_once else f"stopped: {outcome.cause}"
+            self.display.print(f"{how}; {RESUME_HINT[stage]}")
+            return 128 + self.stop.signal
+        message = f"{error_message(outcome.code, outcome.cause)}\nFull log: {outcome.log}"
+        if not permanent:
+            message += f"\n{RESUME_HINT[stage][0].upper()}{RESUME_HINT[stage][1:]}."
+        raise CommandError(message, outcome.code)
+
+
+def _any_cpus() -> list[list[int]]:
+    """For the one process of a transfer, which mostly waits for the network."""
+    return [sorted(os.sched_getaffinity(0))]

@@ -1,0 +1,63 @@
+"""Questions to the trainer, which alone can read models and data. It answers from a process of its own."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qlora_contract import entry_points
+from qlora_contract.plan import PlanAnswer
+from qlora_operator.cli.processes import ProcessError, environment
+
+PLANNER = (sys.executable, "-m", entry_points.PLAN)
+TRAINER_PACKAGES = ("huggingface_hub", "jinja2", "numpy", "s3fs", "safetensors", "torch", "transformers")
+"""What the extra `trainer` installs and a job needs; looked for, never imported here."""
+
+
+def require_trainer() -> None:
+    """Raise ProcessError, saying what to install, unless all of the trainer's packages are installed."""
+    missing = [name for name in TRAINER_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ProcessError(
+            f"the trainer's packages are not installed (missing: {', '.join(missing)}); "
+            "run pip install 'qlora-operator[trainer]'"
+        )
+
+
+def query_trainer(
+    *arguments: str, volumes: Mapping[str, Path] | None = None, command: Sequence[str] = PLANNER
+) -> PlanAnswer:
+    """What `python -m qlora_trainer.plan ARGUMENT...` answers.
+
+    Args:
+        arguments: see qlora_trainer.plan; none: what this machine has.
+        volumes: claim -> directory.
+        command: the planner's command line.
+
+    Raises:
+        ProcessError: it could not be started, or did not answer.
+    """
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *arguments],
+            env=environment(volumes or {}) | offline,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except OSError as error:
+        raise ProcessError(f"{command[0]} could not be started: {error.strerror}") from error
+    lines = done.stdout.strip().splitlines()
+    try:
+        return PlanAnswer.model_validate_json(lines[-1] if lines else "")
+    except ValidationError:
+        errors = done.stderr.strip().splitlines() or ["it wrote nothing to stderr"]
+        raise ProcessError(
+            f"`{' '.join(command[1:])}` exited with code {done.returncode} without an answer: {errors[-1]}"
+        ) from None

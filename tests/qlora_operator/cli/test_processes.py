@@ -1,0 +1,58 @@
+"""Launchers that are started on this machine, with real processes."""
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.cli import job_folder, processes
+from qlora_operator.cli.processes import Launcher, ProcessError
+from qlora_operator.desired.run_config import run_config
+
+pytestmark = pytest.mark.process
+
+Start = Callable[..., list[Launcher]]
+
+
+def test_launchers_get_what_they_need(start_launchers: Start, tmp_path: Path) -> None:
+    """Each launcher has its place in the environment, and an output of its own."""
+    launchers = start_launchers("print(json.dumps(dict(os.environ)), os.getsid(0) == os.getpid())")
+
+    assert [launcher.process.wait() for launcher in launchers] == [0, 0]
+    places, own_session = zip(
+        *(launcher.log.read_text().strip().rsplit(" ", 1) for launcher in launchers), strict=True
+    )
+    first, second = (json.loads(text) for text in places)
+    assert own_session == ("True", "True")
+    assert [env["JOB_COMPLETION_INDEX"] for env in (first, second)] == ["0", "1"]
+    assert [env["QLORA_PROGRESS_PORT"] for env in (first, second)] == ["4242", "0"]
+    assert first["QLORA_TERMINATION_LOG"] != second["QLORA_TERMINATION_LOG"]
+    assert first["QLORA_CPUS"] == "0"
+    assert json.loads(first["QLORA_VOLUMES"]) == {"team": str(tmp_path)}
+    assert first["QLORA_PARENT_DEATH"] == str(os.getpid())
+    assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("127.0.0.1", second["MASTER_PORT"])
+    assert json.loads(Path(first["QLORA_RUN_CONFIG"]).read_text())["job"]["attempt"] == 1
+    assert launchers[1].log == tmp_path / "logs/attempt-1/launcher-1.log"
+
+
+def test_a_program_that_is_not_there_is_named(tmp_path: Path, a_job: Callable[..., QLoRAJob]) -> None:
+    """A launcher that cannot be started is an error, and leaves nothing behind."""
+    run = run_config(a_job(topology={"pods": 2}), uid="u", attempt=1, isa="avx2")
+    with (
+        job_folder.locked(tmp_path) as lock,
+        pytest.raises(ProcessError, match="launcher 0 could not be started"),
+    ):
+        processes.start(run, tmp_path, [[0], [0]], {}, lock.fileno(), 1, ("./no-such-program",))
+
+
+def test_a_port_is_free_and_another() -> None:
+    """Somebody can listen at it, and two that are asked for differ."""
+    first = processes.free_port()
+    second = processes.free_port(besides=first)
+
+    assert first != second
+    socket.create_server(("127.0.0.1", second)).close()
