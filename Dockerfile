@@ -57,9 +57,8 @@ RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=
     sh /opt/install/backends.sh
 COPY images/compile.sh /opt/install/
 COPY trainer/qlora_trainer/__init__.py /source/qlora_trainer/
-COPY trainer/qlora_trainer/distributed/build.py trainer/qlora_trainer/distributed/compiled.py \
-     trainer/qlora_trainer/distributed/libraries.py /source/qlora_trainer/distributed/
-COPY trainer/qlora_trainer/distributed/csrc /source/qlora_trainer/distributed/csrc
+COPY trainer/qlora_trainer/native /source/qlora_trainer/native
+COPY trainer/qlora_trainer/distributed/backends/csrc /source/qlora_trainer/distributed/backends/csrc
 RUN sh /opt/install/compile.sh
 
 FROM operator-dependencies AS operator

@@ -2,9 +2,9 @@
 # In the stage `backends`: compile ccl and mpi from /source into /image, and remove there what only the compiler reads.
 set -eu
 site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-PYTHONPATH=/source:/image$site python -m qlora_trainer.distributed.build
-mkdir -p "/image$site/qlora_trainer/distributed"
-mv /source/qlora_trainer/distributed/compiled "/image$site/qlora_trainer/distributed/"
+PYTHONPATH=/source:/image$site python -m qlora_trainer.native.build
+mkdir -p "/image$site/qlora_trainer/native"
+mv /source/qlora_trainer/native/compiled "/image$site/qlora_trainer/native/"
 cd /image/opt/venv
 # oneCCL's own description stays, since the extension has it inside.
 rm -rf include lib/ccl "lib/${site##*/lib/}"/impi_devel-*.dist-info

@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Gang:
+class Ranks:
     """Processes of one world that run the same script; their output is kept."""
 
     def __init__(self, folder: Path, script: str, size: int, ranks: list[int]) -> None:
@@ -53,12 +53,12 @@ class Gang:
 
 
 @pytest.fixture
-def gang(tmp_path: Path) -> Iterator[Callable[..., Gang]]:
+def start_ranks(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
     """Start ranks; none outlives the test."""
-    made: list[Gang] = []
+    made: list[Ranks] = []
 
-    def start(script: str, size: int, ranks: list[int] | None = None) -> Gang:
-        made.append(Gang(tmp_path, script, size, list(range(size)) if ranks is None else ranks))
+    def start(script: str, size: int, ranks: list[int] | None = None) -> Ranks:
+        made.append(Ranks(tmp_path, script, size, list(range(size)) if ranks is None else ranks))
         return made[-1]
 
     yield start

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qlora_trainer.distributed import Group, World, backends
+from qlora_trainer.distributed import Group, World
+from qlora_trainer.distributed.backends import registry
+
+pytestmark = pytest.mark.process
 
 START = """
     import json, os, signal, sys, time, torch
@@ -21,8 +24,8 @@ START = """
 """
 
 
-@pytest.mark.parametrize("backend", backends.TORCH_NAMES)
-def test_collectives_agree_on_every_rank(backend: str, gang: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("backend", registry.TORCH_NAMES)
+def test_collectives_agree_on_every_rank(backend: str, start_ranks: Callable[..., Any]) -> None:
     """Three ranks sum in fp64, int64 and fp32, broadcast and gather, and all get the same."""
     script = (
         START
@@ -37,7 +40,7 @@ def test_collectives_agree_on_every_rank(backend: str, gang: Callable[..., Any])
         group.all_reduce_sum(large)
         said["large"] = [large.min().item(), large.max().item()]
         sent = torch.full((2,), world.rank)
-        group.broadcast(sent, src=2)
+        torch.distributed.broadcast(sent, src=2)
         said["sent"] = sent.tolist()
         said["gathered"] = group.all_gather_object({"rank": world.rank})
         said["interface"] = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ["FI_TCP_IFACE"]
@@ -45,7 +48,7 @@ def test_collectives_agree_on_every_rank(backend: str, gang: Callable[..., Any])
         print(json.dumps(said))
     """
     )
-    outputs = gang(script.replace("gloo", backend), 3).outputs()
+    outputs = start_ranks(script.replace("gloo", backend), 3).outputs()
     lines = [outputs[rank].splitlines()[-1] for rank in range(3)]
     said = json.loads(lines[0])
 
@@ -57,7 +60,7 @@ def test_collectives_agree_on_every_rank(backend: str, gang: Callable[..., Any])
     assert said["interface"] in {name for _, name in socket.if_nameindex()}
 
 
-def test_a_peer_that_dies_is_told_from_one_that_is_slow(gang: Callable[..., Any]) -> None:
+def test_a_peer_that_dies_is_told_from_one_that_is_slow(start_ranks: Callable[..., Any]) -> None:
     """A broken connection ends a collective as PeerLost, silence as CollectiveTimeout; each in one line."""
     script = (
         START
@@ -77,13 +80,13 @@ def test_a_peer_that_dies_is_told_from_one_that_is_slow(gang: Callable[..., Any]
         time.sleep(4)
     """
     )
-    outputs = gang(script, 2).outputs()
+    outputs = start_ranks(script, 2).outputs()
 
     assert outputs[0].splitlines() == ["CollectiveTimeout 41 1", "PeerLost 40 1"]
 
 
 @pytest.mark.parametrize("backend", ["ccl", "mpi"])
-def test_silence_is_a_timeout_by_any_backend(backend: str, gang: Callable[..., Any]) -> None:
+def test_silence_is_a_timeout_by_any_backend(backend: str, start_ranks: Callable[..., Any]) -> None:
     """A peer that takes no part ends a collective as CollectiveTimeout; the process can end though the call goes on."""
     script = (
         START
@@ -100,12 +103,12 @@ def test_silence_is_a_timeout_by_any_backend(backend: str, gang: Callable[..., A
     os._exit(0)
     """
     )
-    outputs = gang(script.replace("gloo", backend), 2).outputs()
+    outputs = start_ranks(script.replace("gloo", backend), 2).outputs()
 
     assert outputs[0].splitlines()[-1] == "CollectiveTimeout 41 1"
 
 
-def test_mpi_that_cannot_start_is_an_error_and_no_end(gang: Callable[..., Any]) -> None:
+def test_mpi_that_cannot_start_is_an_error_and_no_end(start_ranks: Callable[..., Any]) -> None:
     """Every rank for which MPI finds no network says so in one line, with the code of a failed rendezvous."""
     script = (
         START
@@ -118,7 +121,7 @@ def test_mpi_that_cannot_start_is_an_error_and_no_end(gang: Callable[..., Any]) 
     os._exit(0)
     """
     )
-    outputs = gang(script.replace("gloo", "mpi"), 2).outputs()
+    outputs = start_ranks(script.replace("gloo", "mpi"), 2).outputs()
 
     for rank, said in outputs.items():
         assert said.startswith(f"30 rank {rank} cannot connect to the other ranks: MPI_Session_init:")
@@ -132,20 +135,21 @@ def test_mpi_that_cannot_start_is_an_error_and_no_end(gang: Callable[..., Any]) 
         pytest.param("mpi", "30 rank 0 cannot connect to the other ranks:", id="mpi"),
     ],
 )
-def test_a_peer_that_dies_while_connecting(backend: str, said: str, gang: Callable[..., Any]) -> None:
+def test_a_peer_that_dies_while_connecting(backend: str, said: str, start_ranks: Callable[..., Any]) -> None:
     """Who met a peer that died before it was connected ends in time: by mpi at once, by ccl after its patience."""
     script = (
         START
         + """
-    from qlora_trainer.distributed import ccl, group, mpi, nodes, pmi
+    from qlora_trainer.distributed import group
+    from qlora_trainer.distributed.backends import ccl, pmi
     group._GRACE_SECONDS = 0.5
     if world.rank == 1:
-        enter = pmi.enter
-        def die(*_):
-            if len(_) == 3:
-                enter(*_)
+        connect = pmi.connect
+        def die(*arguments):
+            if len(arguments) == 3:
+                connect(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
-        pmi.enter = ccl.interface_towards = die
+        pmi.connect = ccl.interface_towards = die
     try:
         opened(rendezvous=6)
     except TrainerError as error:
@@ -153,12 +157,12 @@ def test_a_peer_that_dies_while_connecting(backend: str, said: str, gang: Callab
     os._exit(0)
     """
     )
-    outputs = gang(script.replace("gloo", backend), 2).outputs()
+    outputs = start_ranks(script.replace("gloo", backend), 2).outputs()
 
     assert outputs[0].splitlines()[-1].startswith(said)
 
 
-def test_a_missing_rank_is_named_by_the_others(gang: Callable[..., Any]) -> None:
+def test_a_missing_rank_is_named_by_the_others(start_ranks: Callable[..., Any]) -> None:
     """Two processes of a world of three end in time, and say that rank 1 did not come."""
     script = (
         START
@@ -169,14 +173,14 @@ def test_a_missing_rank_is_named_by_the_others(gang: Callable[..., Any]) -> None
         print(int(error.exit_code), error)
     """
     )
-    outputs = gang(script, 3, ranks=[0, 2]).outputs()
+    outputs = start_ranks(script, 3, ranks=[0, 2]).outputs()
 
     for said in outputs.values():
         assert said.startswith("30 ranks 0, 2 of 3 came to 127.0.0.1:")
         assert "rank 1 did not" in said
 
 
-def test_a_stranger_at_the_port_does_not_hang_a_rank(gang: Callable[..., Any]) -> None:
+def test_a_stranger_at_the_port_does_not_hang_a_rank(start_ranks: Callable[..., Any]) -> None:
     """Something that takes the connection and stays silent is given up in time, and said to be no rank 0."""
     script = (
         START
@@ -189,7 +193,7 @@ def test_a_stranger_at_the_port_does_not_hang_a_rank(gang: Callable[..., Any]) -
         print(int(error.exit_code), error)
     """
     )
-    listening = gang(script, 2, ranks=[1])
+    listening = start_ranks(script, 2, ranks=[1])
     with socket.create_server(("127.0.0.1", listening.port)):
         outputs = listening.outputs()
 
@@ -202,7 +206,6 @@ def test_a_world_of_one_changes_nothing_and_starts_nothing(world: Callable[..., 
     with Group.open(world(0, 1), "gloo", 5, 5) as alone:
         tensor = torch.arange(3.0)
         alone.all_reduce_sum(tensor)
-        alone.broadcast(tensor)
         alone.barrier()
         alone.store.set("k", "v")
 

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from qlora_trainer.distributed import World, rendezvous
 from qlora_trainer.errors import RendezvousError
 
+pytestmark = pytest.mark.process
+
 
 @given(st.sets(st.integers(0, 40)))
 def test_ranges_name_exactly_the_given_ranks(ranks: set[int]) -> None:
     """Written as ranges, ranks are neither lost nor invented."""
     named: set[int] = set()
-    for part in rendezvous.ranges(ranks).split(", ") if ranks else []:
+    for part in rendezvous.rank_ranges(ranks).split(", ") if ranks else []:
         low, _, high = part.partition("-")
         named |= set(range(int(low), int(high or low) + 1))
 
@@ -34,15 +36,15 @@ def test_ranges_name_exactly_the_given_ranks(ranks: set[int]) -> None:
         pytest.param([0, 2, 3], "ranks 0, 2-3 of 4 came to a:1 within 5 s; rank 1 did not", id="one-missing"),
     ],
 )  # fmt: skip
-def test_attendance(came: list[int], expected: str) -> None:
+def test_the_message_names_who_came_and_who_did_not(came: list[int], expected: str) -> None:
     """The sentence names who came, who did not, where and for how long."""
-    assert rendezvous.attendance(4, came, "a:1", 5.0).startswith(expected)
+    assert rendezvous.missing_ranks_message(4, came, "a:1", 5.0).startswith(expected)
 
 
 def test_ranks_that_all_come_share_a_store(world: Callable[..., World]) -> None:
     """What one rank writes after the meeting, another reads."""
     with ThreadPoolExecutor(3) as pool:
-        met = list(pool.map(lambda rank: rendezvous.meet(world(rank, 3), f"h{rank}", 60), range(3)))
+        met = list(pool.map(lambda rank: rendezvous.rendezvous(world(rank, 3), f"h{rank}", 60), range(3)))
     met[2][0].set("k", "v")
 
     assert met[1][0].get("k") == b"v"
@@ -53,7 +55,7 @@ def test_every_rank_that_came_names_the_missing_ones(world: Callable[..., World]
 
     def meet(rank: int) -> str:
         with pytest.raises(RendezvousError) as caught:
-            rendezvous.meet(world(rank, 4), f"h{rank}", 3)
+            rendezvous.rendezvous(world(rank, 4), f"h{rank}", 3)
         return str(caught.value)
 
     with ThreadPoolExecutor(2) as pool:
@@ -67,7 +69,7 @@ def test_without_rank_0_the_address_is_named(world: Callable[..., World]) -> Non
     here = world(1, 2)
 
     with pytest.raises(RendezvousError, match=rf"rank 0 at 127.0.0.1:{here.master_port}.*refused"):
-        rendezvous.meet(here, "h", 0.5)
+        rendezvous.rendezvous(here, "h", 0.5)
 
 
 def test_a_name_may_start_to_resolve_later(
@@ -82,7 +84,7 @@ def test_a_name_may_start_to_resolve_later(
         return "127.0.0.1"
 
     monkeypatch.setattr(rendezvous, "resolve", resolve)
-    _, address = rendezvous.meet(world(0, 1, "gang-0.ranks"), "h", 60)
+    _, address = rendezvous.rendezvous(world(0, 1, "gang-0.ranks"), "h", 60)
 
     assert address == "127.0.0.1"
     assert not answers
@@ -95,18 +97,18 @@ def test_a_taken_port_is_named(world: Callable[..., World]) -> None:
         socket.create_server(("127.0.0.1", here.master_port)),
         pytest.raises(RendezvousError, match=f"{here.master_port}.*in use.*MASTER_PORT must be free"),
     ):
-        rendezvous.meet(here, "h", 5)
+        rendezvous.rendezvous(here, "h", 5)
 
 
 def test_a_rank_that_comes_twice_is_refused(world: Callable[..., World]) -> None:
     """The second process of one rank hears of the first, and the others go on without it."""
     with ThreadPoolExecutor(3) as pool:
-        first = [pool.submit(rendezvous.meet, world(rank, 3), f"h{rank}", 60) for rank in (0, 1)]
+        first = [pool.submit(rendezvous.rendezvous, world(rank, 3), f"h{rank}", 60) for rank in (0, 1)]
         while not _has_come(world(1, 3)):
             time.sleep(0.05)
         with pytest.raises(RendezvousError, match=r"rank 1 came twice .* from h1 and from other"):
-            rendezvous.meet(world(1, 3), "other", 60)
-        last = pool.submit(rendezvous.meet, world(2, 3), "h2", 60)
+            rendezvous.rendezvous(world(1, 3), "other", 60)
+        last = pool.submit(rendezvous.rendezvous, world(2, 3), "h2", 60)
 
         assert all(each.result() for each in (*first, last))
 
@@ -117,5 +119,5 @@ def _has_come(here: World) -> bool:
             pass
     except OSError:
         return False
-    store = rendezvous._join(here, "127.0.0.1", timedelta(seconds=60))
-    return bool(store.check([rendezvous._key(here.rank)]))
+    store = rendezvous._open_store(here, "127.0.0.1", timedelta(seconds=60))
+    return bool(store.check([rendezvous._rank_key(here.rank)]))

@@ -1,4 +1,4 @@
-"""The only place where a process group or a backend is named."""
+"""The ranks of a job as one group. Process groups and backends are named here and nowhere else."""
 
 from qlora_trainer.distributed.group import Group
 from qlora_trainer.distributed.world import World

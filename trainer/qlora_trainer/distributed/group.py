@@ -14,11 +14,11 @@ import torch.distributed as dist
 # torch exports these without saying so in a way that mypy accepts.
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
-from qlora_trainer.distributed import backends, gloo
-from qlora_trainer.distributed.interface import interface_towards
-from qlora_trainer.distributed.rendezvous import meet, within
+from qlora_trainer.distributed.backends import gloo, registry
+from qlora_trainer.distributed.rendezvous import rendezvous, run_with_timeout
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RendezvousError
+from qlora_trainer.host.network import interface_towards
 
 _GRACE_SECONDS = 10.0
 """Beyond the timeouts proper, before a rendezvous that has none of its own is left."""
@@ -52,20 +52,20 @@ class Group:
         """
         if world.size == 1:
             return cls(world, HashStore())
-        torch_name = backends.prepare(backend)
-        store, address = within(
+        torch_name = registry.prepare(backend)
+        store, address = run_with_timeout(
             rendezvous_timeout_seconds + _GRACE_SECONDS,
-            lambda: meet(world, socket.gethostname(), rendezvous_timeout_seconds),
-            f"rank {world.rank} reached {world.master_addr}:{world.master_port}, "
+            lambda: rendezvous(world, socket.gethostname(), rendezvous_timeout_seconds),
+            f"rank {world.rank} reached {world.master}, "
             f"but what listens there did not answer as rank 0 does in {rendezvous_timeout_seconds:g} s",
         )
         if backend == "gloo":
             os.environ.update(_gloo_settings(world, address))
-        patience = min(timeout_seconds, rendezvous_timeout_seconds)
-        within(
-            patience + _GRACE_SECONDS,
+        connect_timeout = min(timeout_seconds, rendezvous_timeout_seconds)
+        run_with_timeout(
+            connect_timeout + _GRACE_SECONDS,
             lambda: _connect(world, torch_name, store, timeout_seconds),
-            f"rank {world.rank} met the other ranks, but could not connect to them in {patience:g} s",
+            f"rank {world.rank} met the other ranks, but could not connect to them in {connect_timeout:g} s",
         )
         return cls(world, store)
 
@@ -74,12 +74,6 @@ class Group:
         if self.world.size > 1:
             with _collective("all-reduce"):
                 dist.all_reduce(tensor)
-
-    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> None:
-        """Replace a tensor, in place, by that of rank `src`."""
-        if self.world.size > 1:
-            with _collective("broadcast"):
-                dist.broadcast(tensor, src)
 
     def all_gather_object(self, item: Any) -> list[Any]:
         """The items of all ranks, in rank order. They are pickled: small things only."""

@@ -1,37 +1,39 @@
 """How ranks find each other at the start.
 
 Rank 0 serves a store at MASTER_ADDR:MASTER_PORT; every rank announces itself in
-it; rank 0 gives the verdict when all have come, or says who is missing.
+it; rank 0 gives the outcome when all have come, or says who is missing.
+
+c10d's own ways would be shorter, and say less: `TCPStore(wait_for_workers=True)` counts and names no rank, its
+connecting fills the log with warnings while rank 0 is not up yet, and so does a `wait` that times out.
 """
 
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TypeVar
 
 # torch exports these without saying so in a way that mypy accepts.
 from torch.distributed import DistError, Store, TCPStore  # type: ignore[attr-defined]
 
-from qlora_trainer.distributed.gloo import one_line
-from qlora_trainer.distributed.interface import is_loopback, listen, resolve
+from qlora_trainer.distributed.backends.gloo import one_line
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RendezvousError
+from qlora_trainer.host.network import is_loopback, listen, resolve
 
-_VERDICT = "rendezvous/verdict"
-_HEARD = "rendezvous/heard"
+_OUTCOME = "rendezvous/outcome"
 _READY = "ready"
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 0.25
 _CONNECT_SECONDS = 5.0
 _LINGER_SECONDS = 2.0
-"""How long a failed rank 0 stays, so that the others can read its verdict."""
+"""How long a failed rank 0 stays, so that the others can read the outcome."""
 
 T = TypeVar("T")
 
 
-def meet(world: World, host: str, timeout_seconds: float) -> tuple[Store, str]:
+def rendezvous(world: World, host: str, timeout_seconds: float) -> tuple[Store, str]:
     """Wait until every rank has come; return the store they share, and rank 0's address.
 
     Raises RendezvousError, which names the ranks that came and those that did not.
@@ -39,16 +41,16 @@ def meet(world: World, host: str, timeout_seconds: float) -> tuple[Store, str]:
     deadline = time.monotonic() + timeout_seconds
     address = _find_rank_0(world, deadline, timeout_seconds)
     try:
-        store = (_serve if world.rank == 0 else _join)(world, address, timedelta(seconds=timeout_seconds))
+        store = _open_store(world, address, timedelta(seconds=timeout_seconds))
         _announce(store, world, host)
-        await_all = _await_ranks if world.rank == 0 else _await_verdict
+        await_all = _await_ranks if world.rank == 0 else _await_outcome
         await_all(store, world, deadline, timeout_seconds)
     except DistError as error:
-        raise RendezvousError(f"rank 0 at {_place(world)} went away: {one_line(str(error))}") from None
+        raise RendezvousError(f"rank 0 at {world.master} went away: {one_line(str(error))}") from None
     return store, address
 
 
-def within(seconds: float, call: Callable[[], T], otherwise: str) -> T:
+def run_with_timeout(seconds: float, call: Callable[[], T], otherwise: str) -> T:
     """The call's result; RendezvousError(otherwise) when it takes longer.
 
     The call is left behind in a daemon thread: some of c10d's have no timeout
@@ -73,33 +75,28 @@ def within(seconds: float, call: Callable[[], T], otherwise: str) -> T:
     return results[0]
 
 
-def ranges(ranks: Iterable[int]) -> str:
+def rank_ranges(ranks: Iterable[int]) -> str:
     """`[0, 1, 2, 5]` -> `0-2, 5`."""
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+        if ranges and rank == ranges[-1][-1] + 1:
+            ranges[-1].append(rank)
         else:
-            runs.append([rank])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            ranges.append([rank])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in ranges)
 
 
-def attendance(size: int, came: Iterable[int], place: str, seconds: float) -> str:
+def missing_ranks_message(size: int, joined: Iterable[int], address: str, seconds: float) -> str:
     """The sentence that says which ranks came and which did not."""
-    came = set(came)
-    missing = set(range(size)) - came
+    joined = set(joined)
+    came, missing = (
+        f"rank{'' if len(ranks) == 1 else 's'} {rank_ranges(ranks)}"
+        for ranks in (joined, set(range(size)) - joined)
+    )
     return (
-        f"{_ranks(came)} of {size} came to {place} within {seconds:g} s; {_ranks(missing)} did not: "
+        f"{came} of {size} came to {address} within {seconds:g} s; {missing} did not: "
         f"see whether their processes started and can reach that address"
     )
-
-
-def _ranks(ranks: set[int]) -> str:
-    return f"rank{'' if len(ranks) == 1 else 's'} {ranges(ranks)}"
-
-
-def _place(world: World) -> str:
-    return f"{world.master_addr}:{world.master_port}"
 
 
 def _find_rank_0(world: World, deadline: float, timeout_seconds: float) -> str:
@@ -108,33 +105,38 @@ def _find_rank_0(world: World, deadline: float, timeout_seconds: float) -> str:
         try:
             address = resolve(world.master_addr, world.master_port)
             if world.rank > 0:
-                _knock(address, world.master_port)
+                _probe(address, world.master_port)
             return address
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise RendezvousError(
-                    f"rank {world.rank} waited {timeout_seconds:g} s for rank 0 at {_place(world)}, "
+                    f"rank {world.rank} waited {timeout_seconds:g} s for rank 0 at {world.master}, "
                     f"which did not come: {error.strerror or error}"
                 ) from None
         time.sleep(_RETRY_SECONDS)
 
 
-def _knock(address: str, port: int) -> None:
+def _probe(address: str, port: int) -> None:
+    """Raise OSError unless something listens there."""
     with socket.create_connection((address, port), timeout=_CONNECT_SECONDS) as connection:
         # While nobody listens on an ephemeral port, a connection to it can meet itself.
         if connection.getsockname()[:2] == connection.getpeername()[:2]:
             raise ConnectionRefusedError("nobody listens there")
 
 
-def _serve(world: World, address: str, timeout: timedelta) -> TCPStore:
+def _open_store(world: World, address: str, timeout: timedelta) -> TCPStore:
+    """Serve the store, as rank 0, or connect to it."""
+    if world.rank > 0:
+        return TCPStore(
+            address, world.master_port, is_master=False, timeout=timeout, wait_for_workers=False
+        )
     try:
         listener = listen(address, world.master_port)
     except OSError as error:
-        reason = f"rank 0 cannot listen at {_place(world)}: {error.strerror}"
+        reason = f"rank 0 cannot listen at {world.master}: {error.strerror}"
         raise RendezvousError(f"{reason}; MASTER_PORT must be free") from None
-    own = address if is_loopback(address) else "127.0.0.1"
     return TCPStore(
-        own,
+        address if is_loopback(address) else "127.0.0.1",
         world.master_port,
         is_master=True,
         timeout=timeout,
@@ -143,56 +145,55 @@ def _serve(world: World, address: str, timeout: timedelta) -> TCPStore:
     )
 
 
-def _join(world: World, address: str, timeout: timedelta) -> TCPStore:
-    return TCPStore(address, world.master_port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-def _key(rank: int) -> str:
+def _rank_key(rank: int) -> str:
     return f"rendezvous/rank/{rank}"
+
+
+def _heard_key(rank: int) -> str:
+    return f"rendezvous/heard/{rank}"
 
 
 def _announce(store: Store, world: World, host: str) -> None:
     # The nonce tells two processes on one host apart.
     mine = f"{host} {time.time_ns()}"
-    first = store.compare_set(_key(world.rank), "", mine).decode()
+    first = store.compare_set(_rank_key(world.rank), "", mine).decode()
     if first != mine:
         other = first.rpartition(" ")[0]
-        raise RendezvousError(
-            f"rank {world.rank} came twice to {_place(world)}: from {other} and from {host}"
-        )
+        raise RendezvousError(f"rank {world.rank} came twice to {world.master}: from {other} and from {host}")
 
 
-def _came(store: Store, size: int) -> list[int]:
-    return [rank for rank in range(size) if store.check([_key(rank)])]
+def _joined(store: Store, size: int) -> list[int]:
+    return [rank for rank in range(size) if store.check([_rank_key(rank)])]
+
+
+def _await_keys(store: Store, keys: Sequence[str], deadline: float) -> bool:
+    """Whether all keys are there by the deadline."""
+    while not store.check(list(keys)):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
 
 
 def _await_ranks(store: Store, world: World, deadline: float, timeout_seconds: float) -> None:
-    everyone = [_key(rank) for rank in range(world.size)]
-    while not store.check(everyone):
-        if time.monotonic() >= deadline:
-            came = _came(store, world.size)
-            sentence = attendance(world.size, came, _place(world), timeout_seconds)
-            store.set(_VERDICT, sentence)
-            _linger(store, len(came) - 1)
-            raise RendezvousError(sentence)
-        time.sleep(_POLL_SECONDS)
-    store.set(_VERDICT, _READY)
+    """Rank 0: give the outcome."""
+    if _await_keys(store, [_rank_key(rank) for rank in range(world.size)], deadline):
+        store.set(_OUTCOME, _READY)
+        return
+    joined = _joined(store, world.size)
+    sentence = missing_ranks_message(world.size, joined, world.master, timeout_seconds)
+    store.set(_OUTCOME, sentence)
+    _await_keys(store, [_heard_key(rank) for rank in joined if rank], time.monotonic() + _LINGER_SECONDS)
+    raise RendezvousError(sentence)
 
 
-def _linger(store: Store, listeners: int) -> None:
-    until = time.monotonic() + _LINGER_SECONDS
-    while store.add(_HEARD, 0) < listeners and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
-
-
-def _await_verdict(store: Store, world: World, deadline: float, timeout_seconds: float) -> None:
-    while not store.check([_VERDICT]):
-        # Rank 0 may have started later than we did: then we are the first to give up.
-        if time.monotonic() >= deadline + _POLL_SECONDS:
-            sentence = attendance(world.size, _came(store, world.size), _place(world), timeout_seconds)
-            raise RendezvousError(sentence)
-        time.sleep(_POLL_SECONDS)
-    verdict = store.get(_VERDICT).decode()
-    store.add(_HEARD, 1)
-    if verdict != _READY:
-        raise RendezvousError(verdict)
+def _await_outcome(store: Store, world: World, deadline: float, timeout_seconds: float) -> None:
+    """Another rank: read the outcome."""
+    # Rank 0 may have started later than we did: then we are the first to give up.
+    if not _await_keys(store, [_OUTCOME], deadline + _POLL_SECONDS):
+        joined = _joined(store, world.size)
+        raise RendezvousError(missing_ranks_message(world.size, joined, world.master, timeout_seconds))
+    outcome = store.get(_OUTCOME).decode()
+    store.set(_heard_key(world.rank), "")
+    if outcome != _READY:
+        raise RendezvousError(outcome)

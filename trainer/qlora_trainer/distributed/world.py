@@ -9,7 +9,7 @@ from qlora_trainer.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place, as the launcher set it in the environment."""
+    """This rank's number among all, as the launcher set it in the environment."""
 
     rank: int
     size: int
@@ -20,6 +20,11 @@ class World:
     master_port: int
     pod: int = 0
     """Completion index of its pod."""
+
+    @property
+    def master(self) -> str:
+        """Where ranks meet, as `host:port`."""
+        return f"{self.master_addr}:{self.master_port}"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "World":
