@@ -127,9 +127,7 @@ def _probe(address: str, port: int) -> None:
 def _open_store(world: World, address: str, timeout: timedelta) -> TCPStore:
     """Serve the store, as rank 0, or connect to it."""
     if world.rank > 0:
-        return TCPStore(
-            address, world.master_port, is_master=False, timeout=timeout, wait_for_workers=False
-        )
+        return TCPStore(address, world.master_port, is_master=False, timeout=timeout, wait_for_workers=False)
     try:
         listener = listen(address, world.master_port)
     except OSError as error:
