@@ -3,15 +3,17 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_contract.files import sha256
 from qlora_contract.run import Dataset
+from qlora_trainer.data.readers import READERS, reader_for
+from qlora_trainer.data.records import Format, Record, interpret
+from qlora_trainer.data.tokenization import Sample, tokenize
 from qlora_trainer.errors import ConfigurationError, DataError
-from qlora_trainer.records import Record, read_records
-from qlora_trainer.template import Sample, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,24 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Tokenised samples, end to end."""
+    """Tokenized samples, end to end."""
 
     ids: NDArray[np.int32]
     """(tokens of all samples,)"""
     mask: NDArray[np.uint8]
-    """As ids: 1 where token t is a target, predicted from those before it; never a sample's first token."""
+    """As ids: 1 where token t is supervised, predicted from those before it; never a sample's first token."""
     offsets: NDArray[np.int64]
     """(samples + 1,): sample i is ids[offsets[i]:offsets[i + 1]]."""
+    group_offsets: NDArray[np.int64] | None = None
+    """(groups + 1,): group g is samples group_offsets[g] to group_offsets[g + 1], at least one. Packing
+    keeps them in one bin, and so in one micro-batch of one rank (a preferred answer and the other one, say). None: each
+    sample stands by itself."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sample."""
+        """(samples,): tokens of each sample."""
         return np.diff(self.offsets)
 
     def supervised_counts(self) -> NDArray[np.int64]:
-        """Targets of each sample; at least one."""
+        """(samples,): supervised tokens of each sample; at least one."""
         return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)
 
     def sample(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -47,8 +53,9 @@ class Samples:
     def digest(self) -> str:
         """sha256 of everything here: equal on two ranks exactly if they train on the same tokens."""
         hashed = hashlib.sha256()
-        for array in (self.ids, self.mask, self.offsets):
-            hashed.update(array.tobytes())
+        for array in (self.ids, self.mask, self.offsets, self.group_offsets):
+            if array is not None:
+                hashed.update(array.tobytes())
         return hashed.hexdigest()
 
 
@@ -60,7 +67,7 @@ class Facts:
     truncated: int
     """Samples whose end was cut off, dropped ones among them."""
     dropped: int
-    """Samples in which nothing is left to learn."""
+    """Samples without a supervised token."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,31 +84,32 @@ class LoadedData:
 
 
 def load(dataset: Dataset, root: Path, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> LoadedData:
-    """Read, split and tokenise what `dataset` names; `root` is its source as a path.
+    """Read, split and tokenize what `dataset` names; `root` is its source as a path.
 
     Raises DataError (the data), ConfigurationError (a dataset field that does
     not fit them) or ModelError (the tokenizer).
     """
-    files = _files(dataset, root)
-    train, held_out = _split(dataset, files)
-    samples, facts = _samples(train, tokenizer, max_length, "training")
+    files = find_files(dataset, root)
+    train, held_out = split_records(dataset, files)
+    samples, facts = make_samples(train, tokenizer, max_length, "training")
     evaluation, evaluation_facts = (
-        _samples(held_out, tokenizer, max_length, "evaluation") if held_out else (None, None)
+        make_samples(held_out, tokenizer, max_length, "evaluation") if held_out else (None, None)
     )
-    return LoadedData(samples, evaluation, _sha256(files), facts, evaluation_facts)
+    return LoadedData(samples, evaluation, dataset_sha256(files), facts, evaluation_facts)
 
 
-def _files(dataset: Dataset, root: Path) -> list[Path]:
-    """The training file, and the evaluation file where there is one."""
+def find_files(dataset: Dataset, root: Path) -> list[Path]:
+    """The training file, and the evaluation file where dataset.evalSplit names one."""
     if root.is_dir():
         splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
         if len(set(splits)) < len(splits):
             raise ConfigurationError(
                 f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
             )
-        return [_split_file(root, split) for split in splits]
+        return [split_file(root, split) for split in splits]
     if not root.exists():
-        raise DataError(f"{root}: no such file; dataset.source is a JSONL file, or a folder of them")
+        containers = " or ".join(reader.container for reader in READERS.values())
+        raise DataError(f"{root}: no such file; dataset.source is a {containers}, or a folder of them")
     if dataset.eval_split:
         raise ConfigurationError(
             f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
@@ -110,15 +118,32 @@ def _files(dataset: Dataset, root: Path) -> list[Path]:
     return [root]
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    path = folder / f"{split}.jsonl"
-    if not path.is_file():
-        splits = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
-        raise DataError(f"{folder}: has no split {split!r} ({path.name}); its splits: {splits}")
-    return path
+def split_file(folder: Path, split: str) -> Path:
+    """The file of a folder that holds a split: its name, with the suffix of a reader."""
+    paths = [folder / f"{split}{suffix}" for suffix in READERS]
+    found = [path for path in paths if path.is_file()]
+    if len(found) == 1:
+        return found[0]
+    names = " or ".join(path.name for path in paths)
+    if found:
+        raise DataError(f"{folder}: has split {split!r} more than once ({names}); leave one file of it")
+    splits = sorted({file.stem for suffix in READERS for file in folder.glob(f"*{suffix}")})
+    raise DataError(f"{folder}: has no split {split!r} ({names}); its splits: {', '.join(splits) or 'none'}")
 
 
-def _split(dataset: Dataset, files: list[Path]) -> tuple[list[Record], list[Record]]:
+def read_records(path: Path, format: Literal["auto"] | Format = "auto") -> list[Record]:  # noqa: A002 - the API's word
+    """All records of a file, in its order; `auto` goes by the first record.
+
+    Raises DataError, which names the file, where in it, and what would be right.
+    """
+    reader = reader_for(path)
+    records = list(interpret(reader.rows(path), format))
+    if not records:
+        raise DataError(f"{path}: holds no record; {reader.expects}")
+    return records
+
+
+def split_records(dataset: Dataset, files: list[Path]) -> tuple[list[Record], list[Record]]:
     """Records to train on and to evaluate on; the second is empty when no evaluation is asked for."""
     records = read_records(files[0], dataset.format)
     if len(files) > 1:
@@ -129,7 +154,7 @@ def _split(dataset: Dataset, files: list[Path]) -> tuple[list[Record], list[Reco
             f"{files[0]}: evalFraction {dataset.eval_fraction} holds out every record; give more, or set 0"
         )
     if not held_out and dataset.eval_fraction:
-        least = min(record.fraction for record in records)
+        least = min(record.split_key for record in records)
         raise DataError(
             f"{files[0]}: evalFraction {dataset.eval_fraction} holds out none of the {len(records)} records: "
             f"give more, set it above {least:.4f}, name an evalSplit, or set 0 for no evaluation"
@@ -138,21 +163,22 @@ def _split(dataset: Dataset, files: list[Path]) -> tuple[list[Record], list[Reco
 
 
 def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and those held out: the ones whose own hash, as a fraction, is below `fraction`.
+    """Records to train on, and those held out: the ones whose split key is below `fraction`.
 
     Neither the file's order nor its other records matter, and copies of one
     record stay on one side.
     """
-    held_out = [record for record in records if record.fraction < fraction]
-    return [record for record in records if record.fraction >= fraction], held_out
+    held_out = [record for record in records if record.split_key < fraction]
+    return [record for record in records if record.split_key >= fraction], held_out
 
 
-def _samples(
+def make_samples(
     records: list[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int, use: str
 ) -> tuple[Samples, Facts]:
+    """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
     kept: list[Sample] = []
     truncated = 0
-    for sample in tokenise(records, tokenizer, max_length):
+    for sample in tokenize(records, tokenizer, max_length):
         truncated += sample.truncated
         if sample.mask.any():
             kept.append(sample)
@@ -167,12 +193,9 @@ def _samples(
     return Samples(ids, mask, offsets), Facts(len(records), truncated, len(records) - len(kept))
 
 
-def _sha256(files: list[Path]) -> str:
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+def dataset_sha256(files: list[Path]) -> str:
+    """sha256 of one file, or of what `sha256sum` prints for several."""
     if len(files) == 1:
-        return digests[0]
-    listing = "".join(f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True))
+        return sha256(files[0])
+    listing = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Which samples make up which bin, step and rank's share: pure, and the same on every rank.
+"""Which samples make up which bin, step and shard of a rank: pure, and the same on every rank.
 
-An epoch is one seeded order of all samples. Samples are packed into bins; a step
-is a run of bins bounded by tokens, so neither the number of ranks nor the
-micro-batch size changes what a step learns from.
+An epoch is one seeded permutation of all samples, or of all groups of samples where they have groups. They are packed
+into bins; a step is a run of bins bounded by tokens, so neither the number of ranks nor the micro-batch size changes
+what a step learns from. A bin is never cut: the samples of a group stand in one bin, and so in one micro-batch.
 """
 
 from bisect import bisect_right
@@ -24,10 +24,10 @@ WINDOW = 1024
 """Shuffled samples that are packed together: enough to fill bins, few enough to stay shuffled."""
 
 
-def order(count: int, seed: int, epoch: int) -> Integers:
-    """The order of `count` samples in an epoch.
+def epoch_permutation(count: int, seed: int, epoch: int) -> Integers:
+    """The order of `count` samples, or groups, in an epoch.
 
-    Samples are sorted by raw 64-bit words of Philox keyed by (seed, epoch):
+    They are sorted by raw 64-bit words of Philox keyed by (seed, epoch):
     numpy keeps a bit generator's words for ever, while it may change what
     Generator.permutation makes of them.
     """
@@ -35,27 +35,47 @@ def order(count: int, seed: int, epoch: int) -> Integers:
     return np.argsort(words, kind="stable")
 
 
-def pack(lengths: Integers, order: Integers, max_length: int, packing: bool) -> list[Bin]:
+def pack(
+    lengths: Integers,
+    order: Integers,
+    max_length: int,
+    packing: bool,
+    group_offsets: Integers | None = None,
+) -> list[Bin]:
     """Bins of whole samples, at most `max_length` tokens each; every sample of `order` once.
 
-    First-fit-decreasing within windows of WINDOW samples of `order`; without
-    `packing`, one sample a bin. The bins of a window stand in the order of their
-    longest samples in `order`. That is a fair shuffle, since an order does not
-    know of lengths; as packed, the longest samples would come first.
+    First-fit-decreasing within windows of WINDOW entries of `order`; without
+    `packing`, one entry a bin. The bins of a window stand in the order of their
+    longest entries in `order`. That is a fair shuffle, since an order does not
+    know of lengths; as packed, the longest would come first.
+
+    Args:
+        lengths: (samples,) tokens of each sample.
+        order: numbers of samples; with `group_offsets`, numbers of groups.
+        max_length: tokens of a bin, at most.
+        packing: whether entries may share a bin.
+        group_offsets: (groups + 1,) as Samples has them: a group's samples stand in one bin, side by side.
     """
+    if group_offsets is not None:
+        of_groups = np.add.reduceat(lengths, group_offsets[:-1])
+        bins = pack(of_groups, order, max_length, packing)
+        bounds = group_offsets.tolist()
+        return [[n for group in bin_ for n in range(*bounds[group : group + 2])] for bin_ in bins]
     if len(order) and int(lengths[order].max()) > max_length:
-        raise ValueError(f"a sample is longer than {max_length} tokens")
+        raise ValueError(f"a sample or group is longer than {max_length} tokens")
     if not packing:
-        return [[sample] for sample in order.tolist()]
-    bins: list[Bin] = []
+        return [[number] for number in order.tolist()]
+    bins = []
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        bins += [window[positions].tolist() for positions in _fit(lengths[window], max_length)]
+        bins += [
+            window[positions].tolist() for positions in first_fit_decreasing(lengths[window], max_length)
+        ]
     return bins
 
 
-def _fit(lengths: Integers, max_length: int) -> list[list[int]]:
-    """Positions of first-fit-decreasing bins, sorted by each bin's longest sample's position."""
+def first_fit_decreasing(lengths: Integers, max_length: int) -> list[list[int]]:
+    """Bins of positions in `lengths`, sorted by each bin's first position, which is its longest entry's."""
     longest_first = np.argsort(-lengths, kind="stable")
     free = np.full(len(lengths), max_length)
     bins: list[list[int]] = []
@@ -69,7 +89,7 @@ def _fit(lengths: Integers, max_length: int) -> list[list[int]]:
     return sorted(bins)
 
 
-def tokens_of(bins: Sequence[Bin], lengths: Integers) -> list[int]:
+def bin_lengths(bins: Sequence[Bin], lengths: Integers) -> list[int]:
     """Tokens of each bin."""
     if not bins:
         return []
@@ -79,16 +99,16 @@ def tokens_of(bins: Sequence[Bin], lengths: Integers) -> list[int]:
     return totals
 
 
-def runs(tokens: Sequence[int], budget: int) -> list[range]:
-    """The fewest runs of next items that total at most `budget` tokens each; one item at least."""
+def partition_by_budget(tokens: Sequence[int], budget: int) -> list[range]:
+    """The fewest runs of consecutive items that total at most `budget` tokens each; one item at least."""
     ends = np.cumsum(tokens, dtype=np.int64)
-    found: list[range] = []
+    runs: list[range] = []
     start, used = 0, 0
     while start < len(tokens):
         stop = max(start + 1, int(np.searchsorted(ends, used + budget, side="right")))
-        found.append(range(start, stop))
+        runs.append(range(start, stop))
         start, used = stop, int(ends[stop - 1])
-    return found
+    return runs
 
 
 def steps(bin_tokens: Sequence[int], global_batch_tokens: int) -> list[range]:
@@ -98,22 +118,22 @@ def steps(bin_tokens: Sequence[int], global_batch_tokens: int) -> list[range]:
     """
     if bin_tokens and max(bin_tokens) > global_batch_tokens:
         raise ValueError(f"a bin is larger than a step of {global_batch_tokens} tokens")
-    return runs(bin_tokens, global_batch_tokens)
+    return partition_by_budget(bin_tokens, global_batch_tokens)
 
 
-def rank_share(bins: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
+def shard(bins: Sequence[T], rank: int, world_size: int) -> Sequence[T]:
     """What a rank runs of a step: bin i goes to rank i mod world_size. It may be none."""
     return bins[rank::world_size]
 
 
 def micro_batches(bins: Sequence[T], bin_tokens: Sequence[int], micro_batch_tokens: int) -> list[Sequence[T]]:
     """A rank's bins in the groups that are run at once: at most `micro_batch_tokens`, one bin at least."""
-    return [bins[run.start : run.stop] for run in runs(bin_tokens, micro_batch_tokens)]
+    return [bins[run.start : run.stop] for run in partition_by_budget(bin_tokens, micro_batch_tokens)]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step of all ranks learns from."""
+    """What one optimizer step of all ranks learns from."""
 
     epoch: int
     """From 0."""
@@ -130,7 +150,7 @@ class _Epoch:
     steps: list[range]
 
 
-class Plan:
+class StepSchedule:
     """Every step of a training, by its number from 0, so that a resume can start at any of them.
 
     Epochs are packed when they are asked for; one is kept. The number of steps
@@ -138,26 +158,38 @@ class Plan:
     earlier ones counted once.
     """
 
-    def __init__(self, lengths: NDArray[np.integer], training: Training) -> None:
-        """`lengths`: tokens of each training sample, at most maxSequenceLength; at least one sample."""
+    def __init__(
+        self,
+        lengths: NDArray[np.integer],
+        training: Training,
+        group_offsets: NDArray[np.integer] | None = None,
+    ) -> None:
+        """Plan a training on at least one sample.
+
+        Args:
+            lengths: (samples,) tokens of each sample; a sample or group has at most maxSequenceLength.
+            training: the job's settings.
+            group_offsets: as Samples has them.
+        """
         if not len(lengths):
             raise ValueError("there is no sample to train on")
         self._lengths = lengths.astype(np.int64)
+        self._group_offsets = None if group_offsets is None else group_offsets.astype(np.int64)
         self._training = training
         self._first_steps = [0]
-        self._kept = self._pack(0)
-        self.total_steps = training.max_steps or self._count(training.epochs or 0)
-        """Optimiser steps of the whole training."""
+        self._cached_epoch = self._pack(0)
+        self.total_steps = training.max_steps or self._count_steps(training.epochs or 0)
+        """Optimizer steps of the whole training."""
 
-    def at(self, step: int) -> Step:
-        """The step of this number."""
-        if not 0 <= step < self.total_steps:
-            raise IndexError(f"step {step} is not one of {self.total_steps}")
-        number = self._epoch_of(step)
-        epoch = self._epoch(number)
-        run = epoch.steps[step - self._first_steps[number]]
+    def step(self, number: int) -> Step:
+        """The step of this number. Raises IndexError."""
+        if not 0 <= number < self.total_steps:
+            raise IndexError(f"step {number} is not one of {self.total_steps}")
+        epoch_number = self._epoch_of(number)
+        epoch = self._epoch(epoch_number)
+        run = epoch.steps[number - self._first_steps[epoch_number]]
         span = slice(run.start, run.stop)
-        return Step(number, epoch.bins[span], epoch.bin_tokens[span])
+        return Step(epoch_number, epoch.bins[span], epoch.bin_tokens[span])
 
     def epochs_done(self, steps_done: int) -> float:
         """Epochs seen after so many steps, with the fraction of the current one in steps."""
@@ -169,23 +201,24 @@ class Plan:
 
     def _epoch_of(self, step: int) -> int:
         while self._first_steps[-1] <= step:
-            self._count(len(self._first_steps))
+            self._count_steps(len(self._first_steps))
         return bisect_right(self._first_steps, step) - 1
 
-    def _count(self, epochs: int) -> int:
+    def _count_steps(self, epochs: int) -> int:
         """Steps of the first `epochs` epochs."""
         for number in range(len(self._first_steps) - 1, epochs):
             self._first_steps.append(self._first_steps[-1] + len(self._epoch(number).steps))
         return self._first_steps[epochs]
 
     def _epoch(self, number: int) -> _Epoch:
-        if self._kept.number != number:
-            self._kept = self._pack(number)
-        return self._kept
+        if self._cached_epoch.number != number:
+            self._cached_epoch = self._pack(number)
+        return self._cached_epoch
 
     def _pack(self, number: int) -> _Epoch:
-        training = self._training
-        shuffled = order(len(self._lengths), training.seed, number)
-        bins = pack(self._lengths, shuffled, training.max_sequence_length, training.packing)
-        bin_tokens = tokens_of(bins, self._lengths)
+        training, groups = self._training, self._group_offsets
+        count = len(self._lengths) if groups is None else len(groups) - 1
+        order = epoch_permutation(count, training.seed, number)
+        bins = pack(self._lengths, order, training.max_sequence_length, training.packing, groups)
+        bin_tokens = bin_lengths(bins, self._lengths)
         return _Epoch(number, bins, bin_tokens, steps(bin_tokens, training.global_batch_tokens))

@@ -1,19 +1,24 @@
 """The training and evaluation samples of a dataset."""
 
+import csv
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_contract.run import Dataset
-from qlora_trainer.data import Facts, LoadedData, Samples, hold_out, load
+from qlora_trainer.data.dataset import Facts, LoadedData, Samples, hold_out, load, read_records
+from qlora_trainer.data.readers import READERS, Reader, Row
 from qlora_trainer.errors import ConfigurationError, DataError
-from qlora_trainer.records import read_records
+
+pytestmark = pytest.mark.process
 
 Make = Callable[..., Any]
 
@@ -152,7 +157,7 @@ def test_a_missing_source_is_named(tmp_path: Path, tokenizer: Any) -> None:
 def test_the_fraction_that_an_error_names_is_enough(tmp_path: Path, tokenizer: Any) -> None:
     """Following the advice about evalFraction helps: with a little more, a record is held out."""
     path = _write(tmp_path / "d.jsonl", *_numbered(4))
-    least = min(record.fraction for record in read_records(path))
+    least = min(record.split_key for record in read_records(path))
 
     with pytest.raises(DataError, match=f"set it above {least:.4f}"):
         load(_dataset(eval_fraction=least), path, tokenizer, 100)
@@ -161,14 +166,14 @@ def test_the_fraction_that_an_error_names_is_enough(tmp_path: Path, tokenizer: A
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     """A fraction that holds out every record leaves nothing to train on."""
-    records = [record for record in _numbered(50) if _fraction(tmp_path, record) < 0.5]
+    records = [record for record in _numbered(50) if _split_key(tmp_path, record) < 0.5]
 
     with pytest.raises(DataError, match=r"evalFraction 0\.5 holds out every record; give more, or set 0"):
         load(_dataset(eval_fraction=0.5), _write(tmp_path / "d.jsonl", records[0]), tokenizer, 100)
 
 
-def _fraction(folder: Path, record: tuple[str, str]) -> float:
-    return read_records(_write(folder / "one.jsonl", record))[0].fraction
+def _split_key(folder: Path, record: tuple[str, str]) -> float:
+    return read_records(_write(folder / "one.jsonl", record))[0].split_key
 
 
 def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -218,6 +223,118 @@ def test_samples_have_a_digest_of_their_own(tmp_path: Path, tokenizer: Any) -> N
 
     assert digest(("a", "bc")) == digest(("a", "bc"))
     assert len({digest(*records) for records in variants}) == len(variants)
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """A reader that is not the trainer's: a row a line, its columns named by the first."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        for number, fields in enumerate(reader, start=2):
+            yield Row(f"{path.name}: row {number}", dict(fields))
+
+
+@pytest.fixture
+def csv_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CSV is one entry in the table of readers."""
+    monkeypatch.setitem(READERS, ".csv", Reader("CSV file", "a row per record is expected", csv_rows))
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_the_container_changes_nothing_that_is_trained_on(tmp_path: Path, tokenizer: Any) -> None:
+    """The same records give the same samples and the same held-out ones from CSV as from JSONL."""
+    _write(tmp_path / "d.jsonl", *_numbered(60))
+    (tmp_path / "d.csv").write_text(
+        "prompt,completion\n" + "".join(f"{prompt},{text}\n" for prompt, text in _numbered(60))
+    )
+
+    ours, theirs = (
+        load(_dataset(eval_fraction=0.2), tmp_path / name, tokenizer, 100) for name in ("d.jsonl", "d.csv")
+    )
+
+    assert ours.evaluation is not None
+    assert theirs.evaluation is not None
+    assert ours.train.digest() == theirs.train.digest()
+    assert ours.evaluation.digest() == theirs.evaluation.digest()
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_a_folder_may_hold_splits_in_any_container(tmp_path: Path, tokenizer: Any) -> None:
+    """A split is found by its name with the suffix of any reader; each is read by its own."""
+    _write(tmp_path / "train.jsonl", *_numbered(9))
+    (tmp_path / "test.csv").write_text("prompt,completion\na,b\n")
+
+    loaded = load(_dataset(eval_split="test"), tmp_path, tokenizer, 100)
+
+    assert (len(loaded.train), _texts(loaded.evaluation, tokenizer)) == (9, ["ab<|im_end|>"])
+
+
+@pytest.mark.usefixtures("csv_reader")
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.csv", "prompt,completion\na,b\na,\n", r"^d\.csv: row 3: completion is blank"),
+        ("d.csv", "prompt,answer\na,b\n", r"^d\.csv: row 2: fits no format; a record is"),
+        ("d.csv", "prompt,completion\n", r"d\.csv: holds no record; a row per record is expected"),
+        (
+            "gone",
+            None,
+            r"gone: no such file; dataset\.source is a JSONL file or CSV file, or a folder of them",
+        ),
+        (".", None, r"has no split 'train' \(train\.jsonl or train\.csv\); its splits: none"),
+    ],
+    ids=["record", "format", "empty", "missing", "no-split"],
+)
+def test_errors_name_a_place_in_any_container(
+    tmp_path: Path, tokenizer: Any, name: str, text: str | None, message: str
+) -> None:
+    """What a record means is checked alike whatever it came from; the location is its reader's."""
+    if text is not None:
+        (tmp_path / name).write_text(text)
+
+    with pytest.raises(DataError, match=message):
+        load(_dataset(eval_fraction=0.0), tmp_path / name, tokenizer, 100)
+
+
+@pytest.mark.usefixtures("csv_reader")
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    """Which of two files is meant cannot be known."""
+    for suffix in READERS:
+        (tmp_path / f"train{suffix}").touch()
+
+    with pytest.raises(DataError, match=r"has split 'train' more than once \(train\.jsonl or train\.csv\)"):
+        load(_dataset(), tmp_path, tokenizer, 100)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"], ids=["empty", "blank", "mark"])
+def test_a_file_without_records_is_named(tmp_path: Path, text: str) -> None:
+    """An empty file is an error that names it."""
+    (tmp_path / "d.jsonl").write_text(text)
+
+    with pytest.raises(DataError, match=r"d\.jsonl: holds no record; one JSON object per line is expected"):
+        read_records(tmp_path / "d.jsonl")
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_an_error_with_the_file_s_name(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    """Whatever a file holds that is not records, it is refused with its name."""
+    path = tmp_path_factory.mktemp("any") / "file.jsonl"
+    path.write_bytes(content)
+
+    with pytest.raises(DataError, match=r"file\.jsonl"):
+        read_records(path)
+
+
+def test_samples_without_groups_have_the_digest_of_every_version() -> None:
+    """A checkpoint of any release knows its data again; groups make another digest."""
+    arrays = (np.arange(6, dtype=np.int32), np.array([0, 1, 1, 0, 1, 1], np.uint8), np.array([0, 3, 6]))
+
+    plain = Samples(*arrays).digest()
+
+    assert plain == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    assert plain.startswith("ac1edfaf8c547189")
+    assert Samples(*arrays, group_offsets=np.array([0, 2])).digest() != plain
 
 
 @pytest.mark.model

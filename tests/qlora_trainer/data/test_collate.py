@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.batch import Batch, collate
-from qlora_trainer.data import Samples
+from qlora_trainer.data.collate import Batch, collate
+from qlora_trainer.data.dataset import Samples
+
+pytestmark = pytest.mark.process
 
 Drawn = list[list[bool]]
 
@@ -23,7 +25,7 @@ SAMPLES = samples([([10, 11, 12], [0, 1, 1]), ([20, 21], [0, 1]), ([30, 31, 32, 
 
 
 @pytest.mark.parametrize(
-    ("numbers", "ids", "positions", "lengths", "rows", "targets"),
+    ("numbers", "ids", "positions", "lengths", "logit_positions", "targets"),
     [
         pytest.param([0], [10, 11, 12], [0, 1, 2], [3], [0, 1], [11, 12], id="one"),
         pytest.param(
@@ -40,40 +42,40 @@ SAMPLES = samples([([10, 11, 12], [0, 1, 1]), ([20, 21], [0, 1]), ([30, 31, 32, 
         ),
     ],
 )
-def test_row_of_samples(
+def test_samples_stand_side_by_side_in_a_row(
     numbers: list[int],
     ids: list[int],
     positions: list[int],
     lengths: list[int],
-    rows: list[int],
+    logit_positions: list[int],
     targets: list[int],
 ) -> None:
-    """Samples stand side by side in the order given; positions start anew; a row predicts the token after it."""
+    """Samples stand side by side in the order given; positions start anew; a position predicts the token after it."""
     batch = collate(SAMPLES, numbers)
 
     assert batch.ids.tolist() == ids
     assert batch.positions.tolist() == positions
     assert batch.lengths == lengths
-    assert batch.rows.tolist() == rows
+    assert batch.logit_positions.tolist() == logit_positions
     assert batch.targets.tolist() == targets
-    assert (batch.tokens, batch.filler, batch.supervised) == (len(ids), 0, len(rows))
+    assert (batch.tokens, batch.padding, batch.supervised) == (len(ids), 0, len(targets))
 
 
 @pytest.mark.parametrize(
-    ("multiple", "filler"),
+    ("multiple", "padding"),
     [pytest.param(1, 0, id="none"), pytest.param(5, 0, id="whole"), pytest.param(64, 59, id="up")],
 )
-def test_filler_is_a_sample_of_its_own(multiple: int, filler: int) -> None:
-    """A row that is filled up holds the same samples; the filler is one more segment that nobody learns from."""
+def test_padding_is_a_segment_of_its_own(multiple: int, padding: int) -> None:
+    """A padded row holds the same samples; the padding is one more segment, and nothing is learnt from it."""
     plain, batch = collate(SAMPLES, [0, 1]), collate(SAMPLES, [0, 1], multiple)
 
     assert len(batch.ids) % multiple == 0
-    assert batch.filler == filler
-    assert batch.lengths == plain.lengths + [filler] * bool(filler)
+    assert batch.padding == padding
+    assert batch.lengths == plain.lengths + [padding] * bool(padding)
     assert batch.tokens == plain.tokens
-    assert batch.positions.tolist() == [*plain.positions.tolist(), *range(filler)]
+    assert batch.positions.tolist() == [*plain.positions.tolist(), *range(padding)]
     assert torch.equal(batch.ids[: plain.tokens], plain.ids)
-    assert torch.equal(batch.rows, plain.rows)
+    assert torch.equal(batch.logit_positions, plain.logit_positions)
     assert torch.equal(batch.targets, plain.targets)
 
 
@@ -81,7 +83,9 @@ def test_everything_is_int64() -> None:
     """The embedding and the loss index with int64, though samples are kept as int32."""
     batch = collate(SAMPLES, [0, 1])
 
-    assert {t.dtype for t in (batch.ids, batch.positions, batch.rows, batch.targets)} == {torch.int64}
+    assert {t.dtype for t in (batch.ids, batch.positions, batch.logit_positions, batch.targets)} == {
+        torch.int64
+    }
 
 
 def test_samples_are_not_changed() -> None:
@@ -99,7 +103,7 @@ def test_every_target_is_predicted_by_the_token_before_it(drawn: Drawn) -> None:
     masks = [[0, *map(int, rest)] for rest in drawn]
     made = samples([(list(range(100 * i, 100 * i + len(m))), m) for i, m in enumerate(masks)])
     batch = collate(made, range(len(masks)))
-    before = batch.ids[batch.rows]
+    before = batch.ids[batch.logit_positions]
 
     assert torch.equal(batch.targets, before + 1)
     assert batch.targets.tolist() == [

@@ -1,4 +1,4 @@
-"""Records as token ids, and which of them are learnt."""
+"""Records as token ids, and which of them are supervised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_trainer.data.records import Chat, Message, PromptCompletion, Record
+from qlora_trainer.data.tokenization import Sample, render, tokenize
 from qlora_trainer.errors import DataError, ModelError
-from qlora_trainer.records import Chat, Message, PromptCompletion, Record
-from qlora_trainer.template import Sample, render, tokenise
+
+pytestmark = pytest.mark.process
 
 Make = Callable[..., Any]
 
@@ -63,7 +65,7 @@ def _pair(prompt: str, completion: str) -> Record:
 
 
 def _one(record: Record, tokenizer: Any, max_length: int = 1000) -> Sample:
-    [sample] = tokenise([record], tokenizer, max_length)
+    [sample] = tokenize([record], tokenizer, max_length)
     return sample
 
 
@@ -72,8 +74,8 @@ def _runs(record: Record, tokenizer: Any) -> list[tuple[str, bool]]:
     return render(sample.ids, sample.mask, tokenizer)
 
 
-def _learnt(record: Record, tokenizer: Any) -> list[str]:
-    return [text for text, learnt in _runs(record, tokenizer) if learnt]
+def _supervised(record: Record, tokenizer: Any) -> list[str]:
+    return [text for text, supervised in _runs(record, tokenizer) if supervised]
 
 
 TALK = _chat("user: hi", "assistant: hello", "user: bye", "assistant: see you")
@@ -102,7 +104,7 @@ def test_the_models_template_is_followed(smollm2_tokenizer: Any) -> None:
 
 @pytest.mark.model
 def test_a_real_prompt_and_completion(smollm2_tokenizer: Any) -> None:
-    """With the real model a pair is tokenised as one text; the completion and the end are learnt."""
+    """With the real model a pair is tokenized as one text; the completion and the end are learnt."""
     sample = _one(_pair("The capital of France is", " Paris."), smollm2_tokenizer)
 
     assert sample.ids.tolist() == smollm2_tokenizer("The capital of France is Paris.<|im_end|>").input_ids
@@ -110,11 +112,11 @@ def test_a_real_prompt_and_completion(smollm2_tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("template", [None, MARKED], ids=["prefixes", "markers"])
-def test_only_the_assistant_is_learnt(byte_tokenizer: Make, template: str | None) -> None:
+def test_only_the_assistant_is_supervised(byte_tokenizer: Make, template: str | None) -> None:
     """Markers and checked prefixes agree: what the assistant says, and the token that ends it."""
     tokenizer = byte_tokenizer(template) if template else byte_tokenizer()
 
-    assert _learnt(TALK, tokenizer) == ["hello<|im_end|>", "see you<|im_end|>"]
+    assert _supervised(TALK, tokenizer) == ["hello<|im_end|>", "see you<|im_end|>"]
 
 
 def test_markers_mean_what_transformers_makes_of_them(byte_tokenizer: Make) -> None:
@@ -137,9 +139,9 @@ def test_what_follows_the_last_answer_is_left_out(byte_tokenizer: Make) -> None:
     assert whole == _runs(_chat("user: hi", "assistant: hello"), byte_tokenizer())
 
 
-def test_what_the_template_lets_the_model_say_first_is_learnt(byte_tokenizer: Make) -> None:
+def test_what_the_template_lets_the_model_say_first_is_supervised(byte_tokenizer: Make) -> None:
     """Text that the template writes between generation prompt and content is what the model has to say."""
-    assert _learnt(TALK, byte_tokenizer(THINKING)) == [
+    assert _supervised(TALK, byte_tokenizer(THINKING)) == [
         "hello<|im_end|>",
         "<think>\n\n</think>\n\nsee you<|im_end|>",
     ]
@@ -150,7 +152,7 @@ def test_spaces_at_the_seams_are_kept(byte_tokenizer: Make, trim: bool) -> None:
     """Spaces around an answer belong to it, also where the tokenizer leaves them out of its offsets."""
     tokenizer = byte_tokenizer(merges=(("Ġ", "h"), ("Ġ", "Ġ")), trim_offsets=trim)
 
-    assert _learnt(_chat("user: hi", "assistant:   ho  "), tokenizer) == ["  ho  <|im_end|>"]
+    assert _supervised(_chat("user: hi", "assistant:   ho  "), tokenizer) == ["  ho  <|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +248,7 @@ def test_a_chat_gets_no_second_bos(byte_tokenizer: Make) -> None:
     assert sample.ids.tolist().count(byte_tokenizer(bos=True).bos_token_id) == 1
 
 
-def test_the_first_token_is_never_learnt(byte_tokenizer: Make) -> None:
+def test_the_first_token_is_never_supervised(byte_tokenizer: Make) -> None:
     """Nothing stands before the first token to predict it from."""
     assert _one(_pair("", "abc"), byte_tokenizer()).mask.tolist() == [0, 1, 1, 1]
 
@@ -256,7 +258,7 @@ def test_a_completion_needs_an_end(byte_tokenizer: Make) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
 
-    assert len(_learnt(TALK, tokenizer)) == 2
+    assert len(_supervised(TALK, tokenizer)) == 2
     with pytest.raises(ModelError, match="has no eos_token"):
         _one(_pair("a", "b"), tokenizer)
 
@@ -275,11 +277,11 @@ def test_an_overlong_sample_loses_its_end(byte_tokenizer: Make, length: int, tru
 
 
 def test_many_records_come_back_in_order(byte_tokenizer: Make) -> None:
-    """Records are tokenised in batches, and come back one by one in their order."""
+    """Records are tokenized in batches, and come back one by one in their order."""
     tokenizer = byte_tokenizer()
     records = [_pair("n=", str(i)) for i in range(1100)]
 
-    decoded = [tokenizer.decode(sample.ids) for sample in tokenise(records, tokenizer, 100)]
+    decoded = [tokenizer.decode(sample.ids) for sample in tokenize(records, tokenizer, 100)]
 
     assert decoded == [f"n={i}<|im_end|>" for i in range(1100)]
 
@@ -292,8 +294,10 @@ def test_any_text_is_learnt_whole(byte_tokenizer: Make, question: str, answer: s
     """Whatever the text, exactly the answer and its end are learnt, as a chat and as a pair."""
     tokenizer = byte_tokenizer()
 
-    assert _learnt(_chat(f"user: {question}", f"assistant: {answer}"), tokenizer) == [answer + "<|im_end|>"]
-    assert _learnt(_pair(question, answer), tokenizer) == [answer + "<|im_end|>"]
+    assert _supervised(_chat(f"user: {question}", f"assistant: {answer}"), tokenizer) == [
+        answer + "<|im_end|>"
+    ]
+    assert _supervised(_pair(question, answer), tokenizer) == [answer + "<|im_end|>"]
 
 
 @given(text=TEXT, mask=st.lists(st.booleans(), min_size=80, max_size=80))
@@ -321,6 +325,6 @@ def test_a_refusal_does_not_repeat_the_conversation(byte_tokenizer: Make, templa
     chat = _chat("user: a secret", "assistant: x")
 
     with pytest.raises(DataError, match=says) as refusal:
-        _learnt(chat, byte_tokenizer(template))
+        _supervised(chat, byte_tokenizer(template))
 
     assert "secret" not in str(refusal.value)
