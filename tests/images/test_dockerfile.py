@@ -224,7 +224,10 @@ def test_the_trainer_has_no_libraries_that_a_cpu_never_loads(trainer) -> None:
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("operator", "operator/qlora_operator/cli.py"), ("trainer", "trainer/qlora_trainer/distributed/backends/ccl.py")],
+    [
+        ("operator", "operator/qlora_operator/cli.py"),
+        ("trainer", "trainer/qlora_trainer/distributed/backends/ccl.py"),
+    ],
     ids=["operator", "trainer"],
 )
 def test_a_change_of_code_changes_one_layer(
