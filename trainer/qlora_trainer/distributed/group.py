@@ -18,7 +18,6 @@ from qlora_trainer.distributed.backends import gloo, registry
 from qlora_trainer.distributed.rendezvous import rendezvous, run_with_timeout
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import RendezvousError
-from qlora_trainer.host.network import interface_towards
 
 _GRACE_SECONDS = 10.0
 """Beyond the timeouts proper, before a rendezvous that has none of its own is left."""
@@ -60,7 +59,7 @@ class Group:
             f"but what listens there did not answer as rank 0 does in {rendezvous_timeout_seconds:g} s",
         )
         if backend == "gloo":
-            os.environ.update(_gloo_settings(world, address))
+            os.environ.update(gloo.settings_towards(address, world.size, os.environ))
         connect_timeout = min(timeout_seconds, rendezvous_timeout_seconds)
         run_with_timeout(
             connect_timeout + _GRACE_SECONDS,
@@ -116,17 +115,6 @@ def _connect(world: World, torch_name: str, store: Store, timeout_seconds: float
     except (OSError, RuntimeError, ValueError) as error:
         reason = gloo.one_line(str(error))
         raise RendezvousError(f"rank {world.rank} cannot connect to the other ranks: {reason}") from None
-
-
-def _gloo_settings(world: World, address: str) -> dict[str, str]:
-    if os.environ.get(gloo.INTERFACE_ENV):
-        return gloo.settings("", world.size, os.environ)
-    try:
-        return gloo.settings(interface_towards(address), world.size, os.environ)
-    except OSError as error:
-        raise RendezvousError(
-            f"{error}: set {gloo.INTERFACE_ENV} to the name of one that all ranks use"
-        ) from None
 
 
 @contextmanager

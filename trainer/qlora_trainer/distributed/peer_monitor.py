@@ -174,7 +174,11 @@ class PeerMonitor:
                     connection.beat()
                 elif now - connection.opened > self._timeout:
                     self.connections.close(connection)
-        self._check_timeouts(now)
+        rank = self._last_seen.overdue(now)
+        if rank is not None and self.lost_peer is None:
+            hosts = {connection.rank: connection.host for connection in self.connections.open}
+            reason = f"gave no sign of life for {self._timeout:g} s"
+            self.lost_peer = LostPeer(rank, hosts.get(rank, "unknown"), reason)
 
     def _read(self, connection: Connection, now: float) -> None:
         messages, is_open = connection.read()
@@ -222,14 +226,6 @@ class PeerMonitor:
                 self.lost_peer = message
             case _:  # a beat
                 pass
-
-    def _check_timeouts(self, now: float) -> None:
-        rank = self._last_seen.overdue(now)
-        if rank is not None and self.lost_peer is None:
-            hosts = {connection.rank: connection.host for connection in self.connections.open}
-            self.lost_peer = LostPeer(
-                rank, hosts.get(rank, "unknown"), f"gave no sign of life for {self._timeout:g} s"
-            )
 
     def _mark_lost(self, connection: Connection, reason: str) -> None:
         """A registered peer is lost, unless another was before it."""

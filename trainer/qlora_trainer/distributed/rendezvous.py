@@ -42,11 +42,18 @@ def rendezvous(world: World, host: str, timeout_seconds: float) -> tuple[Store, 
     address = _find_rank_0(world, deadline, timeout_seconds)
     try:
         store = _open_store(world, address, timedelta(seconds=timeout_seconds))
-        _announce(store, world, host)
-        await_all = _await_ranks if world.rank == 0 else _await_outcome
-        await_all(store, world, deadline, timeout_seconds)
+        # The nonce tells two processes on one host apart.
+        mine = f"{host} {time.time_ns()}"
+        first = store.compare_set(_rank_key(world.rank), "", mine).decode()
+        if first != mine:
+            raise RendezvousError(
+                f"rank {world.rank} came twice to {world.master}: from {first.rpartition(' ')[0]} and from {host}"
+            )
+        outcome = _await_outcome(store, world, deadline, timeout_seconds)
     except DistError as error:
         raise RendezvousError(f"rank 0 at {world.master} went away: {one_line(str(error))}") from None
+    if outcome != _READY:
+        raise RendezvousError(outcome)
     return store, address
 
 
@@ -105,7 +112,11 @@ def _find_rank_0(world: World, deadline: float, timeout_seconds: float) -> str:
         try:
             address = resolve(world.master_addr, world.master_port)
             if world.rank > 0:
-                _probe(address, world.master_port)
+                probe = socket.create_connection((address, world.master_port), timeout=_CONNECT_SECONDS)
+                with probe:
+                    # While nobody listens on an ephemeral port, a connection to it can meet itself.
+                    if probe.getsockname()[:2] == probe.getpeername()[:2]:
+                        raise ConnectionRefusedError("nobody listens there")
             return address
         except OSError as error:
             if time.monotonic() >= deadline:
@@ -114,14 +125,6 @@ def _find_rank_0(world: World, deadline: float, timeout_seconds: float) -> str:
                     f"which did not come: {error.strerror or error}"
                 ) from None
         time.sleep(_RETRY_SECONDS)
-
-
-def _probe(address: str, port: int) -> None:
-    """Raise OSError unless something listens there."""
-    with socket.create_connection((address, port), timeout=_CONNECT_SECONDS) as connection:
-        # While nobody listens on an ephemeral port, a connection to it can meet itself.
-        if connection.getsockname()[:2] == connection.getpeername()[:2]:
-            raise ConnectionRefusedError("nobody listens there")
 
 
 def _open_store(world: World, address: str, timeout: timedelta) -> TCPStore:
@@ -151,19 +154,6 @@ def _heard_key(rank: int) -> str:
     return f"rendezvous/heard/{rank}"
 
 
-def _announce(store: Store, world: World, host: str) -> None:
-    # The nonce tells two processes on one host apart.
-    mine = f"{host} {time.time_ns()}"
-    first = store.compare_set(_rank_key(world.rank), "", mine).decode()
-    if first != mine:
-        other = first.rpartition(" ")[0]
-        raise RendezvousError(f"rank {world.rank} came twice to {world.master}: from {other} and from {host}")
-
-
-def _joined(store: Store, size: int) -> list[int]:
-    return [rank for rank in range(size) if store.check([_rank_key(rank)])]
-
-
 def _await_keys(store: Store, keys: Sequence[str], deadline: float) -> bool:
     """Whether all keys are there by the deadline."""
     while not store.check(list(keys)):
@@ -173,25 +163,24 @@ def _await_keys(store: Store, keys: Sequence[str], deadline: float) -> bool:
     return True
 
 
-def _await_ranks(store: Store, world: World, deadline: float, timeout_seconds: float) -> None:
-    """Rank 0: give the outcome."""
-    if _await_keys(store, [_rank_key(rank) for rank in range(world.size)], deadline):
-        store.set(_OUTCOME, _READY)
-        return
-    joined = _joined(store, world.size)
-    sentence = missing_ranks_message(world.size, joined, world.master, timeout_seconds)
-    store.set(_OUTCOME, sentence)
-    _await_keys(store, [_heard_key(rank) for rank in joined if rank], time.monotonic() + _LINGER_SECONDS)
-    raise RendezvousError(sentence)
-
-
-def _await_outcome(store: Store, world: World, deadline: float, timeout_seconds: float) -> None:
-    """Another rank: read the outcome."""
-    # Rank 0 may have started later than we did: then we are the first to give up.
-    if not _await_keys(store, [_OUTCOME], deadline + _POLL_SECONDS):
-        joined = _joined(store, world.size)
-        raise RendezvousError(missing_ranks_message(world.size, joined, world.master, timeout_seconds))
-    outcome = store.get(_OUTCOME).decode()
-    store.set(_heard_key(world.rank), "")
-    if outcome != _READY:
-        raise RendezvousError(outcome)
+def _await_outcome(store: Store, world: World, deadline: float, timeout_seconds: float) -> str:
+    """`ready` once every rank has come, else the sentence that names the missing ones: rank 0 gives it, others read."""
+    if world.rank == 0:
+        awaited = [_rank_key(rank) for rank in range(world.size)]
+    else:
+        awaited = [_OUTCOME]
+        # Rank 0 may have started later than we did: then we are the first to give up.
+        deadline += _POLL_SECONDS
+    if _await_keys(store, awaited, deadline):
+        if world.rank == 0:
+            store.set(_OUTCOME, _READY)
+            return _READY
+        outcome = store.get(_OUTCOME).decode()
+        store.set(_heard_key(world.rank), "")
+        return outcome
+    joined = [rank for rank in range(world.size) if store.check([_rank_key(rank)])]
+    outcome = missing_ranks_message(world.size, joined, world.master, timeout_seconds)
+    if world.rank == 0:
+        store.set(_OUTCOME, outcome)
+        _await_keys(store, [_heard_key(rank) for rank in joined if rank], time.monotonic() + _LINGER_SECONDS)
+    return outcome

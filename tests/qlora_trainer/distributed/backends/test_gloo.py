@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_trainer.distributed.backends import gloo
-from qlora_trainer.errors import CollectiveError, CollectiveTimeout, PeerLost
+from qlora_trainer.errors import CollectiveError, CollectiveTimeout, PeerLost, RendezvousError
 
 CLOSED = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:13442. "
@@ -34,6 +34,19 @@ INVALID = "Invalid scalar type\nException raised from allreduce at x.cpp:1\nfram
 def test_settings(size: int, environ: dict[str, str], expected: dict[str, str]) -> None:
     """One concrete interface is named, and large worlds connect lazily, unless the user said otherwise."""
     assert gloo.settings("eth0", size, environ) == expected
+
+
+def test_a_host_without_a_route_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no interface leads to rank 0, the sentence says what to set; who has set it is not asked for a route."""
+
+    def unreachable(address: str) -> str:
+        raise OSError(f"no network interface has {address}")
+
+    monkeypatch.setattr(gloo, "interface_towards", unreachable)
+
+    assert gloo.settings_towards("192.0.2.1", 2, {"GLOO_SOCKET_IFNAME": "ib0"}) == {}
+    with pytest.raises(RendezvousError, match=r"192\.0\.2\.1: set GLOO_SOCKET_IFNAME to the name"):
+        gloo.settings_towards("192.0.2.1", 2, {})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from qlora_trainer.errors import CollectiveError, CollectiveTimeout, PeerLost
+from qlora_trainer.errors import CollectiveError, CollectiveTimeout, PeerLost, RendezvousError
+from qlora_trainer.host.network import interface_towards
 
 INTERFACE_ENV = "GLOO_SOCKET_IFNAME"
 LAZY_ENV = "TORCH_GLOO_LAZY_INIT"
@@ -23,6 +24,16 @@ def settings(interface: str, size: int, environ: Mapping[str, str]) -> dict[str,
     if size > LAZY_ABOVE:
         wanted[LAZY_ENV] = "1"
     return {name: value for name, value in wanted.items() if not environ.get(name)}
+
+
+def settings_towards(address: str, size: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """`settings` with the interface on the route to an address. Raises RendezvousError when there is none."""
+    if environ.get(INTERFACE_ENV):
+        return settings("", size, environ)
+    try:
+        return settings(interface_towards(address), size, environ)
+    except OSError as error:
+        raise RendezvousError(f"{error}: set {INTERFACE_ENV} to the name of one that all ranks use") from None
 
 
 def collective_error(operation: str, text: str) -> CollectiveError:

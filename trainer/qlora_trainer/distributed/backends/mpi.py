@@ -95,7 +95,13 @@ def _enter_world(store: Store, rank: int, size: int) -> str:
     """Tell MPI, which has not started yet, who and where it is. Returns this rank's world id."""
     hosts = store_all_gather(store, "mpi/host", rank, size, host_id())
     if rank == 0:
-        store.set("mpi/manager", _start_manager(size, pmi.process_mapping(hosts)))
+        words = [sys.executable, "-I", "-S", pmi.__file__, str(size), pmi.process_mapping(hosts)]
+        started = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        _managers.append(started)
+        assert started.stdout is not None
+        store.set("mpi/manager", started.stdout.readline().decode().strip())  # its port
     port = int(store.get("mpi/manager"))
     address = resolve(store_host(store, os.environ), port)
     root = EXTENSION.find("impi-rt", "libmpi.so.12").parents[1]
@@ -104,15 +110,6 @@ def _enter_world(store: Store, rank: int, size: int) -> str:
     manager = pmi.connect(address, port, rank)
     os.environ.update(PMI_FD=str(manager.detach()), PMI_RANK=str(rank), PMI_SIZE=str(size))
     return f"{port} {rank}"
-
-
-def _start_manager(size: int, mapping: str) -> str:
-    """Start rank 0's process manager; returns its port."""
-    words = [sys.executable, "-I", "-S", pmi.__file__, str(size), mapping]
-    manager = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-    _managers.append(manager)
-    assert manager.stdout is not None
-    return manager.stdout.readline().decode().strip()
 
 
 def register() -> None:
