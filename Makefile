@@ -46,7 +46,7 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	@touch $@
 
 # The backends beside gloo: needs g++.
-$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/distributed/backends/csrc/*)
+$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/*/csrc/* trainer/qlora_trainer/*/*/csrc/*)
 	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/backends.txt
 	$(BIN)/python -m qlora_trainer.native.build
 	@touch $@
