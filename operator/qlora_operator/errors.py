@@ -1,12 +1,13 @@
-"""What can go wrong, and what to do about it.
+"""The operator's errors, and what to do about each.
 
 OperatorError
-├── InvalidJobError       the object is no valid job; judging it again changes nothing
-├── InvalidFileError      the user's file is wrong; reading it again changes nothing
-└── CommandError          a command cannot go on; it ends with the error's exit code
-    ├── PlacementError    the machine does not fit the job
-    ├── WorkspaceError    the job's folder is in use, or another job's
-    └── ProcessError      a program of ours could not be started, or gave no answer
+├── InvalidJobError       the object is not a valid job; trying again does not help
+├── InvalidFileError      the user's file has faults; trying again does not help
+├── SettingsError         the administrator's settings cannot be used
+└── CommandError          a command must end, with the error's exit code
+    ├── PlacementError    the job does not fit this machine
+    ├── WorkspaceError    the job's folder is in use, or belongs to another job
+    └── ProcessError      a program of ours could not be started, or did not answer
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ class OperatorError(Exception):
 
 
 class InvalidJobError(OperatorError):
-    """An object that is no valid job: (field path, message) of each fault."""
+    """An object that is not a valid job: (field path, message) of each fault."""
 
     def __init__(self, faults: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{path}: {message}" if path else message for path, message in faults))
@@ -27,7 +28,7 @@ class InvalidJobError(OperatorError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong in a file: where, what, and what would be right."""
+    """One fault of a file: where it is, what is wrong, and what would be right."""
 
     file: str
     message: str
@@ -41,7 +42,7 @@ class Fault:
 
 
 class InvalidFileError(OperatorError):
-    """A file that is not what it should be, with every fault that was found in it."""
+    """A file that cannot be used, with every fault that was found in it."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         super().__init__("\n".join(str(fault) for fault in faults))
@@ -49,7 +50,7 @@ class InvalidFileError(OperatorError):
 
 
 class CommandError(OperatorError):
-    """Why a command cannot go on, in a sentence for the user, and the code it exits with."""
+    """Why a command must end, in a sentence for the user, and its exit code."""
 
     def __init__(self, cause: str, code: int = 1) -> None:
         super().__init__(cause)

@@ -1,4 +1,4 @@
-"""What the cluster's administrator sets: which images, as whom pods run, who may scrape them."""
+"""The administrator's settings: which images jobs may use, as which user pods run, who may scrape them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from qlora_operator.errors import OperatorError
 
 
 class SettingsError(OperatorError):
-    """The settings are wrong: where, what, and what would be right."""
+    """The settings cannot be used: the file, the field, and what would be right."""
 
 
 class Limits(ContractModel):
-    """The most that one job may ask for. Unset: no limit but the API's own."""
+    """The most that one job may ask for. Unset: only the API's own bounds apply."""
 
     pods: int | None = Field(default=None, ge=1)
     """topology.pods."""
@@ -43,9 +43,9 @@ class TransferSettings(ContractModel):
     https_proxy: str | None = None
     """Proxy for https:// addresses."""
     no_proxy: str | None = None
-    """Hosts, separated by commas, that are asked without a proxy."""
+    """Hosts, separated by commas, that are reached without a proxy."""
     ca_bundle_config_map: str | None = None
-    """ConfigMap, in each job's namespace, whose key `ca.crt` has the authorities to trust."""
+    """ConfigMap, in each job's namespace, whose key `ca.crt` has the certificate authorities to trust."""
     hub_endpoint: str | None = None
     """Mirror of the Hugging Face Hub that hf:// means. Unset: the Hub itself."""
     s3_endpoint: str | None = None
@@ -55,7 +55,7 @@ class TransferSettings(ContractModel):
 
 
 class Settings(ContractModel):
-    """The operator's settings, a YAML file. Unknown keys are refused."""
+    """The operator's settings, a YAML file. Unknown fields are refused."""
 
     trainer_image: str = Field(min_length=1, max_length=512)
     """Image of the trainer for jobs that name none."""
@@ -87,22 +87,26 @@ class Settings(ContractModel):
     scrapers: list[dict[str, Any]] = Field(default=[])
     """NetworkPolicyPeers that may read rank 0's progress and metrics: the operator's pods, Prometheus."""
     sweep_seconds: float = Field(default=300, ge=1, le=3600)
-    """Seconds between two looks at everything, whatever the watches told."""
+    """Seconds between two resynchronizations, in which every object is listed whatever the watches delivered."""
     watch_inactivity_seconds: float = Field(default=70, ge=1, le=300)
-    """Seconds after which a watch that tells nothing counts as dead. The API server says something at least
-    every minute."""
+    """Seconds after which a watch that delivers nothing counts as dead. The API server sends something at least every
+    minute."""
     stuck_seconds: float = Field(default=300, ge=1, le=3600)
-    """Seconds for which a job may be due before the operator counts as stuck: its liveness fails."""
+    """Seconds that a job may be overdue before the operator counts as stuck and its liveness probe fails."""
 
 
 def load_settings(path: Path) -> Settings:
-    """The settings in a file. Raises SettingsError."""
+    """The settings in a file.
+
+    Raises:
+        SettingsError: it cannot be read, is not YAML, or a setting is wrong.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is no YAML: {error}") from error
+        raise SettingsError(f"{path}: is not YAML: {error}") from error
     try:
         return Settings.model_validate(content if content is not None else {})
     except ValidationError as error:

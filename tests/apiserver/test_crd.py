@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from qlora_operator.api import names
-from qlora_operator.api.documents import read_documents
-from qlora_operator.api.files import parse_job
+from qlora_operator.api.loader import parse_job
 from qlora_operator.api.schema import custom_resource_definition
-from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJobSpec
+from qlora_operator.api.v1alpha1 import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJobSpec
+from qlora_operator.api.yaml_reader import read_documents
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 

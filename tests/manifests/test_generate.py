@@ -10,9 +10,9 @@ import yaml
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_operator.api import names
-from qlora_operator.api.documents import read_documents
-from qlora_operator.api.files import load_jobs
+from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.schema import Schema, custom_resource_definition, job_schema
+from qlora_operator.api.yaml_reader import read_documents
 
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "manifests/generate.py"

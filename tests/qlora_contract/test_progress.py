@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from qlora_contract.progress import CheckpointRef, ProgressReport, RankFacts, TerminationReport
-from qlora_contract.run import Fetched
+from qlora_contract.run_config import ResolvedRevisions
 
 PROGRESS = ProgressReport(
     job_uid="0f",
@@ -23,7 +23,7 @@ PROGRESS = ProgressReport(
 TERMINATION = TerminationReport(exit_code=13, reason="DIVERGED", cause="the loss is NaN at step 7", step=7)
 FETCHING = PROGRESS.model_copy(update={"stage": "Fetching", "bytes_done": 10, "bytes_total": 2**40})
 FETCHED = TerminationReport(
-    exit_code=0, reason="DONE", cause="fetched", fetched=Fetched(model="c" * 40, dataset="d" * 64)
+    exit_code=0, reason="DONE", cause="fetched", fetched=ResolvedRevisions(model="c" * 40, dataset="d" * 64)
 )
 PUBLISHED = TerminationReport(
     exit_code=0, reason="DONE", cause="sent", published_uri="hf://org/adapter@" + "c" * 40
@@ -61,14 +61,24 @@ def test_what_is_not_known_yet_may_be_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("version", 2), ("stage", "Sleeping"), ("step", "3"), ("surprise", 1)],
-    ids=["version", "stage", "type", "unknown"],
+    [("version", 2), ("stage", "Sleeping"), ("step", "3")],
+    ids=["version", "stage", "type"],
 )
 def test_a_foreign_report_is_refused(field: str, value: object) -> None:
     """A report of another version or shape is refused rather than misread."""
     wire = json.loads(PROGRESS.model_dump_json(by_alias=True))
     with pytest.raises(ValidationError):
         ProgressReport.model_validate_json(json.dumps(wire | {field: value}))
+
+
+@pytest.mark.parametrize("report", [PROGRESS, TERMINATION], ids=["progress", "termination"])
+def test_what_a_later_trainer_adds_to_a_report_is_ignored(
+    report: ProgressReport | TerminationReport,
+) -> None:
+    """A job does not lose its progress, or the cause of its end, for a field that this operator does not know."""
+    wire = json.loads(report.model_dump_json(by_alias=True))
+
+    assert type(report).model_validate_json(json.dumps(wire | {"surprise": {"a": 1}})) == report
 
 
 def test_a_loss_that_is_no_number_is_still_valid_json() -> None:

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract import places
-from qlora_contract.places import PlaceError
+from qlora_contract.paths import InvalidUriError, resolve
 from qlora_contract.remote import (
     BUCKET,
+    DATASET_PATTERN,
+    DESTINATION_PATTERN,
     HUB_NAME,
+    MODEL_PATTERN,
     PATH,
     SOURCES,
     Remote,
@@ -19,7 +21,6 @@ from qlora_contract.remote import (
     is_remote,
     parse_remote,
 )
-from qlora_contract.run import DatasetUri, DestinationUri, ModelUri
 
 COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 WORKSPACE = "pvc://team/work"
@@ -75,7 +76,7 @@ REFUSED = {
 def test_another_uri_is_refused_with_the_forms_that_are_right(uri: str) -> None:
     """What is no remote URI is never guessed at."""
     with pytest.raises(
-        PlaceError, match="is none of hf://org/name, hf://datasets/org/name and s3://bucket/path"
+        InvalidUriError, match="is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
     ):
         parse_remote(uri)
 
@@ -91,7 +92,7 @@ def test_another_uri_is_refused_with_the_forms_that_are_right(uri: str) -> None:
 )
 def test_a_path_that_leaves_its_repository_is_refused(uri: str) -> None:
     """A path has no `..`, even where it would lead back."""
-    with pytest.raises(PlaceError, match="leaves its repository or bucket"):
+    with pytest.raises(InvalidUriError, match="leads out of its repository or bucket"):
         parse_remote(uri)
 
 
@@ -144,7 +145,7 @@ def parsed(uri: str) -> Remote | None:
     """What it names; None when it is refused."""
     try:
         return parse_remote(uri)
-    except PlaceError:
+    except InvalidUriError:
         return None
 
 
@@ -155,11 +156,11 @@ def test_what_is_fetched_stays_in_the_workspace(uri: str, revision: str) -> None
     if remote is None:
         assert ".." in uri.split("/")
         return
-    place = places.resolve(fetched_uri(WORKSPACE, remote, revision), {"team": Path("/claim")})
+    place = resolve(fetched_uri(WORKSPACE, remote, revision), {"team": Path("/claim")})
 
-    shelf = Path("/claim/work", SOURCES, remote.shelf, revision)
-    assert place.is_relative_to(shelf)
-    assert place.relative_to(shelf).as_posix() == remote.path.as_posix()
+    cached = Path("/claim/work", SOURCES, remote.cache_folder, revision)
+    assert place.is_relative_to(cached)
+    assert place.relative_to(cached).as_posix() == remote.path.as_posix()
 
 
 @given(remotes)
@@ -190,8 +191,7 @@ def test_other_sources_have_other_places(first: str, second: str, one: str, othe
 @given(remotes)
 def test_what_the_api_takes_is_parsed(uri: str) -> None:
     """No job that its schema accepts, `..` apart, fails for a URI that cannot be read."""
-    fields = (ModelUri, DatasetUri, DestinationUri)
-    patterns = [next(str(m.pattern) for m in field.metadata if hasattr(m, "pattern")) for field in fields]
+    patterns = (MODEL_PATTERN, DATASET_PATTERN, DESTINATION_PATTERN)
     remote = parsed(uri)
 
     assert any(re.fullmatch(pattern[1:-1], uri) for pattern in patterns)

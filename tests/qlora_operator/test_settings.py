@@ -123,8 +123,8 @@ FAULTS = {
     "root": ({**LEAST, "runAsUser": 0}, "runAsUser: Input should be greater than or equal to 1"),
     "a sweep all the time": ({**LEAST, "sweepSeconds": 0}, "sweepSeconds: Input should be greater than"),
     "a list": ("- a", "Input should be a valid dictionary"),
-    "no YAML": ("a: [", "is no YAML"),
-    "no text": (b"\xff\xfe\x00".decode("latin-1"), "is no YAML"),
+    "no YAML": ("a: [", "is not YAML"),
+    "no text": (b"\xff\xfe\x00".decode("latin-1"), "is not YAML"),
 }
 
 

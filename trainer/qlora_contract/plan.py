@@ -5,7 +5,7 @@ The operator's side cannot read a model or data itself: that takes the trainer's
 
 from qlora_contract.base import ContractModel
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
-from qlora_contract.run import IsaTier
+from qlora_contract.run_config import IsaTier
 
 
 class Machine(ContractModel):
@@ -26,7 +26,7 @@ class Machine(ContractModel):
         return len(self.cpus) if self.quota is None else max(1, min(len(self.cpus), int(self.quota)))
 
 
-class SplitFacts(ContractModel):
+class SplitStats(ContractModel):
     """The records of a split, and what became of them."""
 
     records: int
@@ -62,11 +62,11 @@ class MemoryFigures(ContractModel):
     checkpointing: Checkpointing
 
 
-class Run(ContractModel):
+class TextSpan(ContractModel):
     """A run of a sample's text."""
 
     text: str
-    learnt: bool
+    supervised: bool
     """Whether it counts in the loss."""
 
 
@@ -76,11 +76,11 @@ class PlanReport(ContractModel):
     compute_dtype: Dtype
     shape: ModelShape
     memory: MemoryFigures
-    training: SplitFacts
-    evaluation: SplitFacts | None = None
+    training: SplitStats
+    evaluation: SplitStats | None = None
     """None: there is no evaluation."""
     steps: Steps
-    sample: list[Run]
+    sample: list[TextSpan]
     """The first sample that is trained on."""
 
 
@@ -117,7 +117,7 @@ class PlanError(ContractModel):
     cause: str
 
 
-class PlanAnswer(ContractModel):
+class PlanResponse(ContractModel):
     """What was asked for, or the error."""
 
     machine: Machine | None = None

@@ -2,15 +2,22 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from qlora_contract.base import ContractModel
-from qlora_contract.run import Fetched
+from qlora_contract.run_config import ResolvedRevisions
 
 Stage = Literal["Starting", "Fetching", "Training", "Evaluating", "Publishing", "Uploading", "Done"]
 
 
-class CheckpointRef(ContractModel):
+class _Report(ContractModel):
+    """What a trainer image of another release may send. Its fields that this release does not know are ignored: a job
+    must not lose its progress, or the cause of its end, for them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class CheckpointRef(_Report):
     """The newest valid checkpoint."""
 
     step: int
@@ -19,7 +26,7 @@ class CheckpointRef(ContractModel):
     uri: str
 
 
-class RankFacts(ContractModel):
+class RankFacts(_Report):
     """Where a rank runs and what it got."""
 
     rank: int
@@ -34,7 +41,7 @@ class RankFacts(ContractModel):
     """NUMA nodes of its CPUs, such as `0-1`."""
 
 
-class ProgressReport(ContractModel):
+class ProgressReport(_Report):
     """The body of `GET /progress` on rank 0."""
 
     version: Literal[1] = 1
@@ -67,7 +74,7 @@ class ProgressReport(ContractModel):
     """RFC 3339, UTC."""
 
 
-class TerminationReport(ContractModel):
+class TerminationReport(_Report):
     """The termination message of a pod: how its launcher ended, in at most 4,096 bytes."""
 
     version: Literal[1] = 1
@@ -92,7 +99,7 @@ class TerminationReport(ContractModel):
     eval_loss: float | None = None
     adapter_uri: str | None = None
     adapter_sha256: str | None = None
-    fetched: Fetched | None = None
+    fetched: ResolvedRevisions | None = None
     """Of a fetch: what the remote sources stood for."""
     published_uri: str | None = None
     """Of an upload: where the copy is, with its revision where there is one."""

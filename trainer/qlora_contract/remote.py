@@ -1,20 +1,33 @@
-"""Sources and destinations that are not on a claim: `hf://` and `s3://`, and where their files lie once fetched."""
+"""The grammar of sources and destinations, and where those of `hf://` and `s3://` lie once they are fetched."""
 
 import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from qlora_contract.places import PlaceError
+from qlora_contract.paths import InvalidUriError
 
 SOURCES = "sources"
 """Folder of a workspace that holds what was fetched; shared by its jobs."""
 
 HUB_NAME = r"[A-Za-z0-9]([-A-Za-z0-9._]{0,94}[A-Za-z0-9])?"
-"""An organisation, or a repository, of the Hub."""
+"""An organization, or a repository, of the Hub."""
 BUCKET = r"[a-z0-9][-a-z0-9.]{1,61}[a-z0-9]"
 PATH = r"(/[^/\x00-\x1f\x7f]+)*/?"
 CLAIM = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
+
+_PVC_FORM = f"pvc://{CLAIM}{PATH}"
+_HUB_FORM = f"{HUB_NAME}/{HUB_NAME}"
+_S3_FORM = f"s3://{BUCKET}{PATH}"
+
+MIN_URI, MAX_URI = 6, 512
+"""Characters."""
+PVC_PATTERN = f"^({_PVC_FORM})$"
+MODEL_PATTERN = f"^({_PVC_FORM}|hf://{_HUB_FORM}/?|{_S3_FORM})$"
+DATASET_PATTERN = f"^({_PVC_FORM}|hf://datasets/{_HUB_FORM}{PATH}|{_S3_FORM})$"
+DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM})$"
+SECRET_PATTERN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"  # noqa: S105 - the name of one
+REVISION_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._/]*$"
 
 _HUB_DATASET = re.compile(rf"hf://datasets/(?P<root>{HUB_NAME}/{HUB_NAME})(?P<path>{PATH})")
 _HUB_MODEL = re.compile(rf"hf://(?P<root>{HUB_NAME}/{HUB_NAME})/?")
@@ -36,8 +49,8 @@ class Remote:
     """Within it; `.` for all of it."""
 
     @property
-    def shelf(self) -> str:
-        """Folder, within SOURCES, that holds its revisions."""
+    def cache_folder(self) -> str:
+        """Folder, within SOURCES, that holds a folder for each of its revisions."""
         return {"model": "hf", "dataset": "hf/datasets", "bucket": "s3"}[self.kind] + f"/{self.root}"
 
 
@@ -47,20 +60,22 @@ def is_remote(uri: str) -> bool:
 
 
 def parse_remote(uri: str) -> Remote:
-    """The parts of a remote URI. Raises PlaceError."""
+    """The parts of a remote URI. Raises InvalidUriError."""
     if found := _HUB_DATASET.fullmatch(uri):
         return Remote(uri, "dataset", found["root"], _relative(uri, found["path"]))
     if found := _S3.fullmatch(uri):
         return Remote(uri, "bucket", found["root"], _relative(uri, found["path"]))
     if found := _HUB_MODEL.fullmatch(uri):
         return Remote(uri, "model", found["root"], PurePosixPath())
-    raise PlaceError(f"{uri!r} is none of hf://org/name, hf://datasets/org/name and s3://bucket/path")
+    raise InvalidUriError(
+        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
+    )
 
 
 def _relative(uri: str, path: str) -> PurePosixPath:
     relative = PurePosixPath(path.strip("/"))
     if ".." in relative.parts:
-        raise PlaceError(f"{uri!r} leaves its repository or bucket")
+        raise InvalidUriError(f"{uri!r} leads out of its repository or bucket")
     return relative
 
 
@@ -72,5 +87,5 @@ def fetched_uri(workspace: str, remote: Remote, revision: str) -> str:
         remote: the source.
         revision: as the fetch found it: a commit of the Hub, or a hash over a bucket's listing.
     """
-    path = PurePosixPath(SOURCES, remote.shelf, revision, remote.path)
+    path = PurePosixPath(SOURCES, remote.cache_folder, revision, remote.path)
     return f"{workspace.rstrip('/')}/{path}"

@@ -3,7 +3,7 @@
 import re
 from enum import StrEnum
 
-from qlora_contract.run import IsaTier
+from qlora_contract.run_config import IsaTier
 
 GROUP = "qlora.dev"
 VERSION = "v1alpha1"
@@ -38,9 +38,10 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 """On an attempt's pod template: its RunConfig as JSON, shown to the pods as run.json."""
 
-HELD_FIELDS_ANNOTATION = f"{GROUP}/held-fields"
-"""On an attempt's Job: a hash of the fields of spec that may only change while the job is suspended. Another
-one than the job's tells that it was suspended, changed and resumed while nobody looked."""
+TOPOLOGY_HASH_ANNOTATION = f"{GROUP}/held-fields"
+"""On an attempt's Job: a hash of spec.topology and spec.scheduling, which may change only while the job is suspended.
+If it is not the job's own, the job was suspended, changed and resumed unobserved. The name is that of release 0.1.0:
+Jobs that run carry it, and an operator of that release looks for it."""
 
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""

@@ -34,7 +34,7 @@ def parse_quantity(text: str) -> Fraction:
     """
     match = _QUANTITY.fullmatch(text) if len(text) <= _MAX_CHARACTERS else None
     if match is None:
-        raise ValueError(f"{text[:60]!r} is no quantity such as 4, 3920m, 16Gi or 129e6")
+        raise ValueError(f"{text[:60]!r} is not a quantity such as 4, 3920m, 16Gi or 129e6")
     if match["exponent"]:
         return Fraction(match["number"]) * Fraction(10) ** int(match["exponent"])
     return Fraction(match["number"]) * _FACTORS[match["suffix"]]
@@ -46,14 +46,14 @@ def parse_memory(quantity: str) -> int:
     Raises ValueError for anything else, `m` (thousandths of a byte) and exponents included.
     """
     if len(quantity) > MAX_MEMORY_CHARACTERS or not re.fullmatch(MEMORY_PATTERN[1:-1], quantity):
-        raise ValueError(f"{quantity[:60]!r} is no quantity of memory such as 16Gi or 900M")
+        raise ValueError(f"{quantity[:60]!r} is not a quantity of memory such as 16Gi or 900M")
     return ceil(parse_quantity(quantity))
 
 
 def is_plausible_memory(quantity: str) -> bool:
-    """Whether a rank could have so much memory: from MIN_MEMORY to MAX_MEMORY.
+    """Whether a rank could have this much memory: from MIN_MEMORY to MAX_MEMORY.
 
-    Compared as an API server does, which rounds up to 10^-9 bytes and not to whole ones.
+    Compared as an API server compares: rounded up to 10^-9 bytes, not to whole ones.
     """
     nanos = ceil(parse_quantity(quantity) * 10**9)
     return parse_memory(MIN_MEMORY) * 10**9 <= nanos <= parse_memory(MAX_MEMORY) * 10**9

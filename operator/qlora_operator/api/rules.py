@@ -1,5 +1,4 @@
-"""Conditions between fields, said twice in one place: in CEL for the API server, in Python for everyone
-else."""
+"""Rules between fields, each in two languages side by side: CEL for the API server, Python for everyone else."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from qlora_contract.base import ContractModel
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on an object of the API.
+    """A condition that an object of the API must meet.
 
-    `cel` and `holds` must give the same verdict on the same object; a test runs both.
+    `cel` and `holds` must agree on every object; a test evaluates both.
     """
 
     cel: str

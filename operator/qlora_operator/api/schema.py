@@ -7,10 +7,13 @@ an API server (titles, closedness) is dropped.
 
 import functools
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qlora_operator.api import names
-from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob, QLoRAJobSpec
+from qlora_operator.api.rules import ApiModel
+from qlora_operator.api.v1alpha1 import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob
 
 Schema = dict[str, Any]
 
@@ -30,14 +33,30 @@ INT_OR_STRING = "x-kubernetes-int-or-string"
 """Bounds beside it are those of the number, the pattern is that of the word."""
 
 
+@dataclass(frozen=True)
+class ApiVersion:
+    """A version of the API in the CRD."""
+
+    name: str
+    job: type[ApiModel] = QLoRAJob
+    """A whole job of this version."""
+    served: bool = True
+    stored: bool = False
+    """Objects are kept in etcd in this version: exactly one has it."""
+
+
+VERSIONS = (ApiVersion(names.VERSION, stored=True),)
+"""decisions/0018 says how another one is added."""
+
+
 @functools.cache
-def job_schema() -> Schema:
+def job_schema(job: type[ApiModel] = QLoRAJob) -> Schema:
     """The structural schema of a QLoRAJob, metadata included, as `qlora validate` and the field reference
     need it.
 
     Shared: must not be changed.
     """
-    whole = QLoRAJob.model_json_schema(by_alias=True)
+    whole = job.model_json_schema(by_alias=True)
     return _structural(whole, whole["$defs"])
 
 
@@ -87,17 +106,12 @@ def _one(options: list[Schema]) -> Schema:
     return {INT_OR_STRING: True, **bounds, "pattern": f"^{word['const']}$"}
 
 
-def custom_resource_definition() -> Schema:
-    """The CRD as a manifest."""
-    schema = _explained(job_schema())
-    properties = schema["properties"]
-    for field in ("apiVersion", "kind"):
-        properties[field] = {"type": "string", "description": properties[field]["description"]}
-    # An API server has its own schema of metadata. Of ours it takes the name alone, which a rule is about.
-    name = {"type": "string", "description": properties["metadata"]["properties"]["name"]["description"]}
-    properties["metadata"] = {"type": "object", "properties": {"name": name}}
-    schema["x-kubernetes-validations"] = [_name_rule()]
-    properties["spec"]["x-kubernetes-validations"] += transition_rules()
+def custom_resource_definition(versions: Sequence[ApiVersion] = VERSIONS) -> Schema:
+    """The CRD as a manifest.
+
+    Args:
+        versions: the newest last, as `kubectl get crd` lists them.
+    """
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -115,16 +129,31 @@ def custom_resource_definition() -> Schema:
             },
             "versions": [
                 {
-                    "name": names.VERSION,
-                    "served": True,
-                    "storage": True,
+                    "name": version.name,
+                    "served": version.served,
+                    "storage": version.stored,
                     "subresources": {"status": {}},
                     "additionalPrinterColumns": printer_columns(),
-                    "schema": {"openAPIV3Schema": schema},
+                    "schema": {"openAPIV3Schema": _version_schema(version.job)},
                 }
+                for version in versions
             ],
         },
     }
+
+
+def _version_schema(job: type[ApiModel]) -> Schema:
+    """The schema as it stands in the CRD: explained, and with the rules that only an API server can check."""
+    schema: Schema = _explained(job_schema(job))
+    properties = schema["properties"]
+    for field in ("apiVersion", "kind"):
+        properties[field] = {"type": "string", "description": properties[field]["description"]}
+    # An API server has its own schema of metadata. Of ours it takes the name alone, which a rule is about.
+    name = {"type": "string", "description": properties["metadata"]["properties"]["name"]["description"]}
+    properties["metadata"] = {"type": "object", "properties": {"name": name}}
+    schema["x-kubernetes-validations"] = [_name_rule()]
+    properties["spec"]["x-kubernetes-validations"] += transition_rules(job)
+    return schema
 
 
 def _explained(value: Any) -> Any:
@@ -160,14 +189,18 @@ def _name_rule() -> Schema:
     }
 
 
-def transition_rules() -> list[Schema]:
-    """What may not change. The rules stand on spec: one on a field would miss its coming and going."""
+def transition_rules(job: type[ApiModel] = QLoRAJob) -> list[Schema]:
+    """What may not change. The rules stand on spec: one on a field would miss that it is set or unset."""
     rules = []
-    for info in QLoRAJobSpec.model_fields.values():
+    spec: Any = job.model_fields["spec"].annotation
+    for info in spec.model_fields.values():
         field = str(info.alias)
         if field in MUTABLE:
             continue
-        unchanged = _unchanged(field, always_there=info.is_required() or info.default is not None)
+        now, before = f"self.{field}", f"oldSelf.{field}"
+        unchanged = f"{now} == {before}"
+        if not (info.is_required() or info.default is not None):
+            unchanged = f"has({now}) == has({before}) && (!has({now}) || {unchanged})"
         message = f"{field} is immutable; create another job"
         if field in MUTABLE_WHILE_SUSPENDED:
             unchanged = f"self.suspend || oldSelf.suspend || {unchanged}"
@@ -176,13 +209,6 @@ def transition_rules() -> list[Schema]:
             {"rule": unchanged, "message": message, "fieldPath": f".{field}", "reason": "FieldValueForbidden"}
         )
     return rules
-
-
-def _unchanged(field: str, *, always_there: bool) -> str:
-    if always_there:
-        return f"self.{field} == oldSelf.{field}"
-    now, before = f"self.{field}", f"oldSelf.{field}"
-    return f"has({now}) == has({before}) && (!has({now}) || {now} == {before})"
 
 
 def printer_columns() -> list[Schema]:
@@ -205,9 +231,8 @@ def printer_columns() -> list[Schema]:
         ("Adapter", "string", ".status.adapter.uri"),
         ("Message", "string", ".status.message"),
     ]
-    columns: list[Schema] = [_column(*column) for column in narrow]
-    return columns + [{**_column(*column), "priority": 1} for column in wide]
-
-
-def _column(name: str, kind: str, path: str) -> Schema:
-    return {"name": name, "type": kind, "jsonPath": path}
+    return [
+        {"name": name, "type": kind, "jsonPath": path} | ({"priority": 1} if wide_only else {})
+        for columns, wide_only in ((narrow, False), (wide, True))
+        for name, kind, path in columns
+    ]

@@ -4,9 +4,9 @@ import uuid
 from datetime import datetime
 from typing import Any
 
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import API_VERSION, COMPONENT, KIND
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 
 MAX_MESSAGE = 1024
 """Characters: the API server takes no more."""
@@ -32,7 +32,7 @@ def event(job: QLoRAJob, uid: str, kind: str, reason: str, message: str, now: da
         "source": {"component": COMPONENT},
         "reportingComponent": COMPONENT,
         "reportingInstance": COMPONENT,
-        "firstTimestamp": stamp(now),
-        "lastTimestamp": stamp(now),
+        "firstTimestamp": rfc3339(now),
+        "lastTimestamp": rfc3339(now),
         "count": 1,
     }

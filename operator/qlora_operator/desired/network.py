@@ -1,18 +1,18 @@
-"""Who may talk to a job's pods."""
+"""Which connections to a job's pods are allowed."""
 
 from typing import Any
 
-from qlora_contract.places import PROGRESS_PORT
+from qlora_contract.env import PROGRESS_PORT
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.children import metadata, pods_of
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.metadata import metadata, pods_of
 from qlora_operator.settings import Settings
 
 
 def network_policy(job: QLoRAJob, *, uid: str, settings: Settings) -> dict[str, Any]:
-    """A NetworkPolicy: the job's pods hear each other, and scrapers on the progress port; nobody else.
+    """A NetworkPolicy: the job's pods accept connections from each other, and from scrapers to the progress port.
 
-    Ranks are let through on every port, since gloo listens wherever the kernel puts it.
+    Between ranks every port is open, since gloo listens on ports that the kernel chooses.
     """
     ingress: list[dict[str, Any]] = [{"from": [{"podSelector": pods_of(uid)}]}]
     if settings.scrapers:  # an empty `from` would mean everyone

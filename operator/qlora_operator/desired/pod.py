@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT, TERMINATION_LOG
-from qlora_contract.run import IsaTier, RunConfig, RunStage
+from qlora_contract import entry_points
+from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_contract.paths import TERMINATION_LOG
+from qlora_contract.run_config import IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.sizes import pod_cpus, pod_memory
-from qlora_operator.api.types import QLoRAJob, Scheduling, Topology
-from qlora_operator.desired.children import labels, pods_of
+from qlora_operator.api.pod_resources import pod_cpus, pod_memory
+from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
+from qlora_operator.desired.metadata import labels, pods_of
 from qlora_operator.desired.volumes import CA_BUNDLE, TMP, volumes
 from qlora_operator.settings import Settings, TransferSettings
 
@@ -18,9 +20,9 @@ ROLES: dict[RunStage, names.Role] = {
     "publish": names.Role.PUBLISHER,
 }
 _MODULES: dict[RunStage, str] = {
-    "fetch": "qlora_trainer.transfer",
-    "train": "qlora_trainer.launch",
-    "publish": "qlora_trainer.transfer",
+    "fetch": entry_points.TRANSFER,
+    "train": entry_points.LAUNCH,
+    "publish": entry_points.TRANSFER,
 }
 
 
@@ -30,9 +32,16 @@ def pod_template(
     """The pod template of an attempt, with its RunConfig as an annotation.
 
     An object may have 256 KiB of annotations; the API's bounds keep a RunConfig below half of that.
+
+    Args:
+        job: as the user wrote it.
+        run: the attempt.
+        image: the trainer's.
+        settings: the administrator's.
+        avoid: names of nodes that the pods may not go to.
     """
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
-    annotations = {names.RUN_CONFIG_ANNOTATION: run.model_dump_json(by_alias=True)}
+    annotations = {names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
     return {
         "metadata": {
             "labels": {**settings.pod_labels, **labels(job, uid, role, attempt)},
@@ -45,7 +54,7 @@ def pod_template(
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": _pod_security(settings),
-            # Transfers go where the ranks may: a claim may be bound to the first node that uses it.
+            # A transfer goes where ranks may go, too: a claim may be bound to the first node that uses it.
             **_placement(job.spec.scheduling, uid, _affinity(run.isa, avoid), settings),
             **_pull_secrets(settings),
             **_service_account(run.stage, settings),
@@ -71,7 +80,7 @@ def _pod_security(settings: Settings) -> dict[str, Any]:
 def _placement(
     scheduling: Scheduling, uid: str, node_affinity: dict[str, Any], settings: Settings
 ) -> dict[str, Any]:
-    """Where the pods may go; what nobody asked for is left out."""
+    """Where the pods may go; unset fields are left out."""
     fields = {
         "affinity": {"nodeAffinity": node_affinity},
         "topologySpreadConstraints": [_spread(uid)],
@@ -86,15 +95,15 @@ def _placement(
 
 
 def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
-    """Only nodes of the tier: preferences are weighed pod by pod and would mix the gang."""
+    """Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers."""
     term: dict[str, Any] = {
         "matchExpressions": [
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
         ]
     }
     if avoid:
-        # By name, not by the label kubernetes.io/hostname, which may differ; one name a requirement, as the
-        # API server demands.
+        # By name, not by the label kubernetes.io/hostname, which may differ; the API server allows one name for
+        # each requirement.
         term["matchFields"] = [
             {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
         ]
@@ -102,10 +111,10 @@ def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
 
 
 def _spread(uid: str) -> dict[str, Any]:
-    """Pods of a job rather on different nodes, where they do not share the memory's bandwidth.
+    """Prefers different nodes for the pods of a job, so that they do not share memory bandwidth.
 
-    Not as anti-affinity, which costs the scheduler a look at the pods of all jobs. Without either, it would look
-    through the namespace's Services for what to spread.
+    Anti-affinity would make the scheduler look at the pods of all jobs; with neither, it would search the namespace's
+    Services for what to spread.
     """
     return {
         "maxSkew": 1,
@@ -136,7 +145,7 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings) -> dict[str,
 
 
 def _network_environment(transfer: TransferSettings) -> dict[str, str]:
-    """How the libraries that transfer are told of the administrator's network; what is unset is left out."""
+    """Environment variables that tell the libraries that transfer about the administrator's network."""
     ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
     given = {
         "HTTP_PROXY": transfer.http_proxy,
@@ -175,10 +184,10 @@ def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) ->
 
 
 def _resources(topology: Topology) -> dict[str, Any]:
-    """What the pod has for sure, and at most.
+    """Requests and limits of a pod of ranks.
 
-    Equal and in whole CPUs with strict pinning: a kubelet with static CPU management gives only such pods
-    CPUs of their own. With best-effort idle CPUs of the node may be used as well.
+    Equal and in whole CPUs with strict pinning: a kubelet with static CPU management gives only such pods exclusive
+    CPUs. With best-effort pinning the pod may also use idle CPUs of its node.
     """
     memory = {"memory": str(pod_memory(topology))}
     both = {"cpu": str(pod_cpus(topology)), **memory}

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.children import metadata
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.metadata import metadata
 
 
 def ranks_service(job: QLoRAJob, *, uid: str) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlora_contract.places import CREDENTIALS_ROOT, RUN_CONFIG_PATH, VOLUMES_ROOT, split_pvc
+from qlora_contract.paths import CREDENTIALS_ROOT, RUN_CONFIG_PATH, VOLUMES_ROOT, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_contract.run import RunStage
+from qlora_contract.run_config import RunStage
 from qlora_operator.api import names
-from qlora_operator.api.sizes import TMP_BYTES, shm_bytes
-from qlora_operator.api.types import QLoRAJobSpec
+from qlora_operator.api.pod_resources import TMP_BYTES, shm_bytes
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.settings import Settings
 
 TMP = "/tmp"  # noqa: S108 - the pod's own

@@ -5,18 +5,22 @@ from collections.abc import Sequence
 from qlora_contract.cpus import slices
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
-from qlora_contract.run import IsaTier
-from qlora_operator.api.sizes import pod_cpus
-from qlora_operator.api.types import Topology
+from qlora_contract.run_config import IsaTier
+from qlora_operator.api.pod_resources import pod_cpus
+from qlora_operator.api.v1alpha1 import Topology
 from qlora_operator.errors import CommandError
 
 
 class PlacementError(CommandError):
-    """The job does not fit here; `code` is what its ranks would exit with."""
+    """The job does not fit this machine; `code` is what its ranks would exit with."""
 
 
 def choose_tier(allowed: Sequence[IsaTier], machine: Machine) -> IsaTier:
-    """The first allowed tier that the machine meets. Raises PlacementError, naming what the machine has."""
+    """The first allowed tier that the machine meets.
+
+    Raises:
+        PlacementError: it meets none; says what the machine has and lacks.
+    """
     for tier in allowed:
         if tier in machine.tiers:
             return tier
@@ -31,20 +35,23 @@ def choose_tier(allowed: Sequence[IsaTier], machine: Machine) -> IsaTier:
 
 
 def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
-    """The CPUs of each pod's launcher: disjoint, and no more than can be at work at once.
+    """The CPUs of each pod's launcher: disjoint, and no more than can run at once.
 
-    Too few: PlacementError with pinning strict; shared evenly, or in turns, with best-effort.
+    When there are too few, best-effort pinning shares them evenly, or in turns.
+
+    Raises:
+        PlacementError: there are too few, and pinning is strict.
     """
-    there, each = machine.usable_cpus, pod_cpus(topology)
+    usable, each = machine.usable_cpus, pod_cpus(topology)
     needed = topology.pods * each
-    if topology.pinning == "strict" and there < needed:
+    if topology.pinning == "strict" and usable < needed:
         what, less = f"{topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s)", ", ranksPerPod"
         if topology.ranks_per_pod == "auto":
             what, less = f"{each} CPU(s)", ""
         raise PlacementError(
             f"{topology.pods} pod(s) with {what} "
-            f"need {needed} CPUs, and {there} can be used here: lower spec.topology.cpusPerRank{less} or pods, "
+            f"need {needed} CPUs, and {usable} can be used here: lower spec.topology.cpusPerRank{less} or pods, "
             "or set spec.topology.pinning to best-effort",
             ExitCode.INVALID_CONFIGURATION,
         )
-    return slices(machine.cpus[:there], topology.pods, each)
+    return slices(machine.cpus[:usable], topology.pods, each)

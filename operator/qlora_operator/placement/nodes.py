@@ -1,6 +1,6 @@
 """The ISA tiers that a cluster's nodes can give a job, or why they can give none.
 
-No second scheduler: what else runs on the nodes is not looked at.
+This is not a second scheduler: what else runs on the nodes is ignored.
 """
 
 from collections import Counter
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any, NamedTuple
 
-from qlora_contract.run import BF16_NATIVE, ISA_TIERS, IsaTier
+from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier
 from qlora_operator.api.names import TIER_LABELS
+from qlora_operator.api.pod_resources import pod_cpus, pod_memory
 from qlora_operator.api.quantity import parse_quantity
-from qlora_operator.api.sizes import pod_cpus, pod_memory
-from qlora_operator.api.types import QLoRAJob, Toleration
+from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
 
 REASONS_SHOWN = 8
-"""Different reasons in a sentence: a status message is no inventory of the cluster."""
+"""Different reasons in a message: it is not an inventory of the cluster."""
 
 _CPUID = TIER_LABELS["avx2"][0].rpartition(".")[0]
 """What Node Feature Discovery's labels of processor features begin with."""
@@ -24,7 +24,7 @@ _CPUID = TIER_LABELS["avx2"][0].rpartition(".")[0]
 
 @dataclass(frozen=True)
 class Taint:
-    """What keeps pods away that do not tolerate it."""
+    """What keeps away pods that do not tolerate it."""
 
     key: str
     effect: str
@@ -44,7 +44,7 @@ _STATE_TAINTS = frozenset(
 
 @dataclass(frozen=True)
 class Node:
-    """A node, as far as placement looks at it."""
+    """What placement knows of a node."""
 
     name: str
     labels: Mapping[str, str]
@@ -62,7 +62,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a job asks of the nodes."""
+    """What a job requires of the nodes."""
 
     pods: int
     cpus: int
@@ -77,18 +77,19 @@ class Demand:
 
 @dataclass(frozen=True)
 class Feasibility:
-    """Where a job can run."""
+    """The tiers that a job could run on."""
 
     tiers: tuple[IsaTier, ...]
     """Tiers that enough nodes have, in the user's order of preference."""
-    why: str
-    """Why there are none, in a sentence; empty when there are some."""
+    why: str = ""
+    """Why there are none, in a sentence."""
 
 
 class _Obstacle(NamedTuple):
-    """What keeps a job from a node. In order: what is listed first in a sentence, and looked at first."""
+    """What keeps a job from a node."""
 
     order: int
+    """Its place among the reasons of a message: also the order in which a node is checked."""
     verb: tuple[str, str]
     """For one node, and for many."""
     rest: str
@@ -100,7 +101,7 @@ _IS = ("is", "are")
 
 
 def node(raw: Mapping[str, Any]) -> Node:
-    """A node from the API server's JSON. What it has not told yet counts as nothing: no CPUs, not ready."""
+    """A node from the API server's JSON. What is missing counts as nothing: no CPUs, not ready."""
     spec, status = raw.get("spec") or {}, raw.get("status") or {}
     allocatable = status.get("allocatable") or {}
     return Node(
@@ -126,7 +127,7 @@ def _floor(allocatable: Mapping[str, str], resource: str) -> int:
 
 
 def demand(job: QLoRAJob) -> Demand:
-    """What the pods of a job ask of their nodes."""
+    """What the pods of a job require of their nodes."""
     spec = job.spec
     return Demand(
         pods=spec.topology.pods,
@@ -163,17 +164,17 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
 
 
 def _fitting(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> int:
-    return sum(_room(node, demand) for node in nodes if _obstacle(node, demand, tier) is None)
-
-
-def _room(node: Node, demand: Demand) -> int:
-    """Pods of a job that a node has the CPUs, the memory and the places for."""
-    return min(node.cpus // demand.cpus, node.memory // demand.memory, node.pods)
+    """How many pods of a job the nodes of a tier have room for."""
+    return sum(
+        min(node.cpus // demand.cpus, node.memory // demand.memory, node.pods)
+        for node in nodes
+        if _obstacle(node, demand, tier) is None
+    )
 
 
 def _obstacle(node: Node, demand: Demand, tier: IsaTier) -> _Obstacle | None:
-    """The first thing that keeps a job from a node: what lasts before what passes, so that a node which is
-    counted as cordoned needs no more than to be uncordoned."""
+    """The first thing that keeps a job from a node. What is permanent comes before what is temporary: a node that is
+    counted as cordoned only has to be uncordoned."""
     return (
         _wrong_labels(node, demand, tier)
         or _too_small(node, demand)
@@ -191,9 +192,10 @@ def _wrong_labels(node: Node, demand: Demand, tier: IsaTier) -> _Obstacle | None
             return _Obstacle(1, _HAS, f"the taint {taint}")
     missing = [label for label in TIER_LABELS[tier] if node.labels.get(label) != "true"]
     if missing:
-        # The feature that the tier is named after, if it is missing: AMXBF16 tells more than AMXTILE.
-        named = next((label for label in missing if _feature(label) == _namesake(tier)), missing[0])
-        return _Obstacle(2, _LACKS, _feature(named))
+        features = [label.rpartition(".")[2] for label in missing]
+        # Rather the feature that the tier is named after: AMXBF16 tells more than AMXTILE.
+        namesake = tier.replace("_", "").upper()
+        return _Obstacle(2, _LACKS, namesake if namesake in features else features[0])
     return None
 
 
@@ -201,22 +203,20 @@ def _too_small(node: Node, demand: Demand) -> _Obstacle | None:
     if node.cpus < demand.cpus:
         return _Obstacle(3, _HAS, f"fewer than {demand.cpus} CPUs" if demand.cpus > 1 else "no whole CPU")
     if node.memory < demand.memory:
-        return _Obstacle(4, _HAS, f"less than {_gibibytes(demand.memory)} of memory")
+        # As a quantity: `96Gi`, `4.31Gi`.
+        return _Obstacle(4, _HAS, f"less than {round(demand.memory / 2**30, 2):.12g}Gi of memory")
     if node.pods < 1:
-        return _Obstacle(5, _HAS, "no place for pods")
+        return _Obstacle(5, _HAS, "no room for pods")
     return None
 
 
 def _tolerated(taint: Taint, demand: Demand) -> bool:
-    return taint.effect == "PreferNoSchedule" or any(_tolerates(each, taint) for each in demand.tolerations)
-
-
-def _tolerates(toleration: Toleration, taint: Taint) -> bool:
-    """As core/v1 means it: what is unset matches everything."""
-    return (
+    """Whether the pods may run despite a taint. As in core/v1, what a toleration leaves unset matches everything."""
+    return taint.effect == "PreferNoSchedule" or any(
         toleration.effect in (None, taint.effect)
         and toleration.key in (None, taint.key)
         and (toleration.operator == "Exists" or (toleration.value or "") == taint.value)
+        for toleration in demand.tolerations
     )
 
 
@@ -226,44 +226,24 @@ def _why(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> str:
         return "the cluster has no nodes"
     obstacles = [_obstacle(node, demand, tier) for node in nodes]
     fit, good = _fitting(nodes, demand, tier), obstacles.count(None)
-    told = (
-        f"{fit} {_plural(fit, 'pod fits', 'pods fit')} on {good}/{len(nodes)} nodes, {demand.pods} are needed"
-        if good
-        else f"0/{len(nodes)} nodes can take a rank pod"
-    )
+    result = f"0/{len(nodes)} nodes can take a rank pod"
+    if good:
+        pods_fit = "pod fits" if fit == 1 else "pods fit"
+        result = f"{fit} {pods_fit} on {good}/{len(nodes)} nodes, {demand.pods} are needed"
     reasons = _reasons(Counter(obstacle for obstacle in obstacles if obstacle))
-    return f"{told}: {reasons}{_hint(nodes)}" if reasons else told
+    # The most common mistake of all: the nodes have no labels of processor features whatsoever.
+    unlabelled = not any(label.startswith(f"{_CPUID}.") for node in nodes for label in node.labels)
+    hint = f"; no node has labels {_CPUID}.*: install Node Feature Discovery, or label the nodes yourself"
+    return f"{result}: {reasons}{hint if unlabelled else ''}" if reasons else result
 
 
 def _reasons(counted: Counter[_Obstacle]) -> str:
-    """`7 lack AMXBF16, 1 is cordoned`, in the order of the obstacles, the commonest of a kind first."""
+    """`7 lack AMXBF16, 1 is cordoned`, in the order of the obstacles, the most common of a kind first."""
     ordered = sorted(counted.items(), key=lambda item: (item[0].order, -item[1], item[0].rest))
-    told = [f"{count} {_plural(count, *obstacle.verb)} {obstacle.rest}" for obstacle, count in ordered]
-    if len(told) > REASONS_SHOWN:
+    reasons = [
+        f"{count} {obstacle.verb[0 if count == 1 else 1]} {obstacle.rest}" for obstacle, count in ordered
+    ]
+    if len(reasons) > REASONS_SHOWN:
         others = sum(count for _, count in ordered[REASONS_SHOWN:])
-        told[REASONS_SHOWN:] = [f"{others} cannot for other reasons"]
-    return ", ".join(told)
-
-
-def _hint(nodes: Sequence[Node]) -> str:
-    """What is wrong where no node has any label of its processor's features: the commonest mistake of all."""
-    if any(label.startswith(f"{_CPUID}.") for node in nodes for label in node.labels):
-        return ""
-    return f"; no node has labels {_CPUID}.*: Node Feature Discovery must be installed, or the nodes labelled"
-
-
-def _feature(label: str) -> str:
-    return label.rpartition(".")[2]
-
-
-def _namesake(tier: IsaTier) -> str:
-    return tier.replace("_", "").upper()
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return one if count == 1 else many
-
-
-def _gibibytes(count: int) -> str:
-    """`96Gi`, `4.31Gi`."""
-    return f"{round(count / 2**30, 2):.12g}Gi"
+        reasons[REASONS_SHOWN:] = [f"{others} cannot for other reasons"]
+    return ", ".join(reasons)

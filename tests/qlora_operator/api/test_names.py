@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run import ISA_TIERS
+from qlora_contract.run_config import ISA_TIERS
 from qlora_operator.api import names
 from qlora_trainer.cpu import TIER_FLAGS
 

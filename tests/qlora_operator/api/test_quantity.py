@@ -56,7 +56,7 @@ def test_a_quantity_is_a_number_of_bytes(quantity: str, expected: int) -> None:
 )
 def test_anything_else_is_refused(quantity: str) -> None:
     """What is no quantity of memory, or counts thousandths of a byte, raises an error that shows it."""
-    with pytest.raises(ValueError, match="is no quantity of memory such as 16Gi"):
+    with pytest.raises(ValueError, match="is not a quantity of memory such as 16Gi"):
         parse_memory(quantity)
 
 
@@ -139,7 +139,7 @@ def test_every_form_of_the_api_server_is_read(quantity: str, expected: Fraction)
 )
 def test_what_is_no_quantity_is_refused(quantity: str) -> None:
     """The error shows it, and no exponent makes a number that fills the memory."""
-    with pytest.raises(ValueError, match=r"is no quantity such as 4, 3920m, 16Gi or 129e6"):
+    with pytest.raises(ValueError, match=r"is not a quantity such as 4, 3920m, 16Gi or 129e6"):
         parse_quantity(quantity)
 
 

@@ -1,18 +1,26 @@
 """The CRD: what a real API server accepts, and what it will then accept itself."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonschema
 import pytest
 
 from qlora_operator.api import names
-from qlora_operator.api.documents import read_documents
-from qlora_operator.api.schema import INT_OR_STRING, custom_resource_definition, job_schema, transition_rules
-from qlora_operator.api.types import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob, QLoRAJobSpec
+from qlora_operator.api.schema import (
+    INT_OR_STRING,
+    VERSIONS,
+    ApiVersion,
+    custom_resource_definition,
+    job_schema,
+    transition_rules,
+)
+from qlora_operator.api.v1alpha1 import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob, QLoRAJobSpec
+from qlora_operator.api.yaml_reader import read_documents
 
 Wrong = Callable[[dict[str, Any]], object]
 
@@ -293,3 +301,79 @@ def test_making_the_definition_does_not_change_the_shared_schema() -> None:
     custom_resource_definition()
 
     assert job_schema() == before
+
+
+# --- versions
+
+
+class LaterSpec(QLoRAJobSpec):
+    """What a later version of the API may have."""
+
+    notify: bool = False
+    """Whom to tell."""
+
+
+class LaterJob(QLoRAJob):
+    """A job of that version."""
+
+    api_version: Literal["qlora.dev/v1beta1"]  # type: ignore[assignment]
+    """Its name."""
+    spec: LaterSpec
+
+
+def test_the_definition_has_room_for_another_version() -> None:
+    """Each version has the schema and the rules of its own model; one of them is stored."""
+    later = ApiVersion("v1beta1", LaterJob, stored=True)
+    before = ApiVersion("v1alpha1", QLoRAJob)
+    old, new = custom_resource_definition([before, later])["spec"]["versions"]
+
+    assert [(version["name"], version["served"], version["storage"]) for version in (old, new)] == [
+        ("v1alpha1", True, False),
+        ("v1beta1", True, True),
+    ]
+    specs = [version["schema"]["openAPIV3Schema"]["properties"]["spec"] for version in (old, new)]
+    assert specs[1]["properties"].keys() - specs[0]["properties"].keys() == {"notify"}
+    rules = [
+        [rule["fieldPath"] for rule in spec["x-kubernetes-validations"] if "fieldPath" in rule]
+        for spec in specs
+    ]
+    assert ".notify" in rules[1]
+    assert ".notify" not in rules[0]
+
+
+def test_one_version_is_stored() -> None:
+    """An API server takes exactly one version as that of etcd, and it must be served while jobs are in it."""
+    assert [version.served for version in VERSIONS if version.stored] == [True]
+    assert len({version.name for version in VERSIONS}) == len(VERSIONS)
+
+
+def without_words(schema: Any) -> Any:
+    """A schema without what only people read."""
+    if isinstance(schema, list):
+        return [without_words(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: without_words(value)
+        for key, value in schema.items()
+        if not (key in ("description", "message") and isinstance(value, str))
+    }
+
+
+PINNED = {"v1alpha1": "57d825c490a59434"}
+"""Stored version of the API -> hash over its schema."""
+
+
+def test_another_schema_of_what_is_stored_is_noticed() -> None:
+    """Objects of this version are in etcd, and operators of other releases read them."""
+    (stored,) = [
+        version for version in custom_resource_definition()["spec"]["versions"] if version["storage"]
+    ]
+    text = json.dumps(without_words(stored["schema"]), sort_keys=True)
+    found = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    assert found == PINNED.get(stored["name"]), (
+        f"the schema of {stored['name']} has changed. If every stored job stays valid and means the same, as with a "
+        f"new field that has a default (tests/releases says so), put {found!r} here; if not, this is another version "
+        "of the API: docs/decisions/0018 says how it is added"
+    )

@@ -10,9 +10,9 @@ from hypothesis.strategies import SearchStrategy
 from kubernetes.client import models
 
 from qlora_contract.remote import is_remote
-from qlora_contract.run import ISA_TIERS, Fetched
+from qlora_contract.run_config import ISA_TIERS, ResolvedRevisions
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.settings import Settings
 
 
@@ -152,17 +152,17 @@ def _job(name: str, namespace: str | None, spec: dict[str, Any]) -> QLoRAJob:
     )
 
 
-def fetched(job: QLoRAJob) -> Fetched:
+def fetched(job: QLoRAJob) -> ResolvedRevisions:
     """Revisions of the job's remote sources."""
     model, dataset = job.spec.model.source, job.spec.dataset.source
-    return Fetched(
+    return ResolvedRevisions(
         model="c" * 40 if is_remote(model) else None, dataset="d" * 64 if is_remote(dataset) else None
     )
 
 
 @pytest.fixture(scope="session")
-def gangs() -> SearchStrategy[dict[str, Any]]:
-    """Random arguments of gang_job, all valid; the job under "job"."""
+def attempts() -> SearchStrategy[dict[str, Any]]:
+    """Random arguments of attempt_job, all valid; the job under "job"."""
     return st.fixed_dictionaries(
         {
             "job": st.builds(_job, names_of_jobs, st.none() | words, specs),
@@ -173,7 +173,7 @@ def gangs() -> SearchStrategy[dict[str, Any]]:
             "settings": random_settings,
             "stage": st.sampled_from(["fetch", "train", "publish"]),
         }
-    ).map(lambda gang: gang | {"fetched": fetched(gang["job"])})
+    ).map(lambda attempt: attempt | {"fetched": fetched(attempt["job"])})
 
 
 # --- Kubernetes' types

@@ -7,8 +7,8 @@ import pytest
 
 from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.children import labels
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.metadata import labels
 from qlora_operator.desired.network import network_policy
 from qlora_operator.settings import Settings
 

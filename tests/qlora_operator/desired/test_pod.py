@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from qlora_contract.run import ISA_TIERS, Fetched, IsaTier, RunConfig, RunStage
+from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.pod import pod_template
-from qlora_operator.desired.run_config import run_config
 from qlora_operator.settings import Settings
 
 Make = Callable[..., dict[str, Any]]
@@ -36,21 +36,21 @@ def template(a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]) 
         **fields: Any,
     ) -> dict[str, Any]:
         job = a_job(**(spec or {}))
-        run = run_config(job, uid="u", attempt=3, isa=isa, stage=stage)
+        run = to_run_config(job, uid="u", attempt=3, isa=isa, stage=stage)
         return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid)
 
     return make
 
 
-def run_of(gang: dict[str, Any]) -> RunConfig:
+def run_of(attempt: dict[str, Any]) -> RunConfig:
     """The RunConfig of a random attempt."""
     given = ("uid", "attempt", "isa", "stage", "fetched")
-    return run_config(gang["job"], **{name: gang[name] for name in given})
+    return to_run_config(attempt["job"], **{name: attempt[name] for name in given})
 
 
-def template_of(gang: dict[str, Any]) -> dict[str, Any]:
+def template_of(attempt: dict[str, Any]) -> dict[str, Any]:
     """The template of a random attempt."""
-    return pod_template(gang["job"], run_of(gang), gang["image"], gang["settings"])
+    return pod_template(attempt["job"], run_of(attempt), attempt["image"], attempt["settings"])
 
 
 # --- Pod Security
@@ -152,10 +152,10 @@ def test_the_check_of_pod_security_sees(path: tuple[str | int, ...], value: Any,
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_pods_meet_pod_security_restricted(
-    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """Whatever users and administrators write, a namespace that enforces *restricted* admits the pods."""
-    pod = template_of(data.draw(gangs))
+    pod = template_of(data.draw(attempts))
     (container,) = pod["spec"]["containers"]
 
     assert violations(pod) == []
@@ -189,20 +189,16 @@ def test_pods_run_as_whom_the_administrator_says(
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_the_ranks_read_what_the_user_wrote(
-    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """The annotation, read back by the trainer's own class, is the attempt's RunConfig, whatever is in it."""
-    gang = data.draw(gangs)
-    annotation = template_of(gang)["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION]
+    attempt = data.draw(attempts)
+    annotation = template_of(attempt)["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION]
     read = RunConfig.model_validate_json(annotation)
 
-    assert read == run_of(gang)
-    assert (read.stage, read.fetched) == (gang["stage"], gang["fetched"])
-    assert (read.model, read.training, read.adapter) == (
-        gang["job"].spec.model,
-        gang["job"].spec.training,
-        gang["job"].spec.adapter,
-    )
+    assert read == run_of(attempt)
+    assert (read.stage, read.fetched) == (attempt["stage"], attempt["fetched"])
+    assert read.training.model_dump() == attempt["job"].spec.training.model_dump()
 
 
 def test_the_largest_run_config_fits_an_annotation(template: Make) -> None:
@@ -247,12 +243,12 @@ def quality_of_service(pod: dict[str, Any]) -> str:
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_strict_pinning_means_guaranteed_whole_cpus(
-    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """With strict pinning a kubelet with static CPU management gives the ranks' pod CPUs of its own."""
-    gang = {**data.draw(gangs), "stage": "train"}
-    pod = template_of(gang)
-    topology = gang["job"].spec.topology
+    attempt = {**data.draw(attempts), "stage": "train"}
+    pod = template_of(attempt)
+    topology = attempt["job"].spec.topology
     requests = pod["spec"]["containers"][0]["resources"]["requests"]
 
     assert quality_of_service(pod) == ("Guaranteed" if topology.pinning == "strict" else "Burstable")
@@ -364,7 +360,7 @@ def test_the_operators_own_labels_and_annotations_win(template: Make) -> None:
 
     assert (metadata["labels"]["team"], metadata["labels"][names.JOB_UID_LABEL]) == ("a", "u")
     assert metadata["annotations"]["note"] == "b"
-    assert json.loads(metadata["annotations"][names.RUN_CONFIG_ANNOTATION])["version"] == 1
+    assert json.loads(metadata["annotations"][names.RUN_CONFIG_ANNOTATION])["version"] == 2
 
 
 # --- the container
@@ -504,23 +500,23 @@ def test_ranks_know_nothing_of_transfers(template: Make) -> None:
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_credentials_are_files_of_transfers_only(
-    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """In no stage does a pod name more Secrets than its transfer shows, and none of them in its environment."""
-    gang = data.draw(gangs)
-    pod, spec = template_of(gang), gang["job"].spec
+    attempt = data.draw(attempts)
+    pod, spec = template_of(attempt), attempt["job"].spec
     named = {
         "fetch": [spec.model.credentials_secret, spec.dataset.credentials_secret],
         "train": [],
         "publish": [spec.output.credentials_secret],
-    }[gang["stage"]]
+    }[attempt["stage"]]
     mounted = [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume]
     (container,) = pod["spec"]["containers"]
 
     assert mounted == [name for name in named if name is not None]
     assert [entry for entry in container["env"] if set(entry) != {"name", "value"}] == []
     assert "envFrom" not in container
-    account = gang["settings"].transfer.service_account_name if gang["stage"] != "train" else None
+    account = attempt["settings"].transfer.service_account_name if attempt["stage"] != "train" else None
     assert pod["spec"].get("serviceAccountName") == account
 
 
@@ -538,11 +534,11 @@ def test_transfers_go_where_the_ranks_may(template: Make) -> None:
 
 def test_a_transfer_knows_what_was_fetched_before(a_job: Callable[..., QLoRAJob], settings: Any) -> None:
     """The revisions that the job has found stand in run.json, so that a second fetch finds the same."""
-    known = Fetched(model="c" * 40)
+    known = ResolvedRevisions(model="c" * 40)
     job = a_job(**REMOTE)
-    run = run_config(job, uid="u", attempt=1, isa="avx2", stage="fetch", fetched=known)
+    run = to_run_config(job, uid="u", attempt=1, isa="avx2", stage="fetch", fetched=known)
 
     annotations = pod_template(job, run, "a", settings())["metadata"]["annotations"]
 
     read = json.loads(annotations[names.RUN_CONFIG_ANNOTATION])
-    assert (read["stage"], read["fetched"]) == ("fetch", {"model": "c" * 40, "dataset": None})
+    assert (read["stage"], read["fetched"]) == ("fetch", {"model": "c" * 40})

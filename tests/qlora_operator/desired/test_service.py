@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.children import labels
-from qlora_operator.desired.gang import gang_job
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.attempt_job import attempt_job
+from qlora_operator.desired.metadata import labels
 from qlora_operator.desired.service import ranks_service
 
 
@@ -35,12 +35,12 @@ def test_only_trainers_of_this_very_job_are_selected(a_job: Callable[..., QLoRAJ
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_pods_have_their_names_in_the_service(
-    gangs: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
 ) -> None:
     """The pods' subdomain is the Service, which selects them: so rank 0 has the name that the ranks are told."""
-    gang = {**data.draw(gangs), "stage": "train"}
-    service = ranks_service(gang["job"], uid=gang["uid"])
-    template = gang_job(**gang)["spec"]["template"]
+    attempt = {**data.draw(attempts), "stage": "train"}
+    service = ranks_service(attempt["job"], uid=attempt["uid"])
+    template = attempt_job(**attempt)["spec"]["template"]
     environment = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}
 
     assert service["metadata"]["name"] == template["spec"]["subdomain"]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from qlora_contract.places import RUN_CONFIG_PATH, resolve
-from qlora_contract.run import RunStage
+from qlora_contract.run_config import RunStage
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.run_config import run_config
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.volumes import Volume, volumes
 from qlora_operator.settings import Settings
 
@@ -144,12 +144,12 @@ def test_the_authorities_are_those_of_transfers(stage: RunStage, made: Made) -> 
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_volumes_and_mounts_fit_each_other(
-    gangs: SearchStrategy[dict[str, Any]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
 ) -> None:
     """Names are DNS labels, each used once; what the job names lies below a mount."""
-    gang = data.draw(gangs)
-    spec = gang["job"].spec
-    made = volumes(spec, gang["stage"], gang["settings"])
+    attempt = data.draw(attempts)
+    spec = attempt["job"].spec
+    made = volumes(spec, attempt["stage"], attempt["settings"])
     volume_names = [volume["name"] for volume, _ in made]
     paths = [mount["mountPath"] for _, mount in made]
 
@@ -161,8 +161,8 @@ def test_volumes_and_mounts_fit_each_other(
     assert len(set(paths)) == len(paths)
     assert [path for path in paths if ":" in path or not path.startswith("/")] == []
     given = ("uid", "attempt", "isa", "fetched")
-    run = run_config(gang["job"], **{name: gang[name] for name in given})
-    read = (run.model_uri, run.dataset_uri) if gang["stage"] == "train" else ()
+    run = to_run_config(attempt["job"], **{name: attempt[name] for name in given})
+    read = (run.model_uri, run.dataset_uri) if attempt["stage"] == "train" else ()
     for uri in (spec.workspace, *read):
         place = Path(uri.replace("pvc:/", "/volumes"))
         assert any(place.is_relative_to(path) for path in paths)

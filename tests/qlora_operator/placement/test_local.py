@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
-from qlora_operator.api.types import Topology
+from qlora_operator.api.v1alpha1 import Topology
 from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run import ISA_TIERS, IsaTier
+from qlora_contract.run_config import ISA_TIERS, IsaTier
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.api.types import QLoRAJob, Toleration
+from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
 from qlora_operator.placement.nodes import Demand, Node, Taint, demand, feasible, node
 
 GIB = 2**30
@@ -177,7 +177,7 @@ def test_tiers_are_those_that_the_whole_gang_fits_on(
             [a_node(cpus=0)], {"cpus": 1}, "0/1 nodes can take a rank pod: 1 has no whole CPU", id="no CPU"
         ),
         pytest.param(
-            [a_node(pods=0)], {}, "0/1 nodes can take a rank pod: 1 has no place for pods", id="pods"
+            [a_node(pods=0)], {}, "0/1 nodes can take a rank pod: 1 has no room for pods", id="pods"
         ),
         pytest.param([a_node(pods=1)], {}, "1 pod fits on 1/1 nodes, 2 are needed", id="one place for pods"),
         pytest.param(
@@ -225,7 +225,7 @@ def test_tiers_are_those_that_the_whole_gang_fits_on(
             [a_node(labels={"a": "b"})],
             {},
             "0/1 nodes can take a rank pod: 1 lacks AVX2; no node has labels "
-            "feature.node.kubernetes.io/cpu-cpuid.*: Node Feature Discovery must be installed, or the nodes labelled",
+            "feature.node.kubernetes.io/cpu-cpuid.*: install Node Feature Discovery, or label the nodes yourself",
             id="no labels at all",
         ),
         pytest.param([], {}, "the cluster has no nodes", id="no nodes"),

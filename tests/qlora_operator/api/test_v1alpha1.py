@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.run import ISA_TIERS, RunConfig
+from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_operator.api import names
-from qlora_operator.api.files import load_jobs, parse_job
-from qlora_operator.api.types import (
+from qlora_operator.api.loader import load_jobs, parse_job
+from qlora_operator.api.v1alpha1 import (
     MUTABLE,
     MUTABLE_WHILE_SUSPENDED,
     OPERATOR_ONLY,
     QLoRAJob,
     QLoRAJobSpec,
-    held_fields,
     ignored_by_run,
+    topology_hash,
 )
 from qlora_operator.errors import InvalidJobError
 
@@ -697,4 +697,4 @@ def test_held_fields_tell_what_may_change_only_while_suspended(
     assert before is not None
     assert after is not None
 
-    assert (held_fields(before.spec) == held_fields(after.spec)) == same
+    assert (topology_hash(before.spec) == topology_hash(after.spec)) == same

@@ -1,15 +1,22 @@
 """RunConfig: what it accepts, refuses and keeps."""
 
+import hashlib
 import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qlora_contract import run
-from qlora_contract.run import Fetched, Layout, RunConfig, Training
+from qlora_contract import run_config
+from qlora_contract.run_config import (
+    RUN_CONFIG_VERSION,
+    RUN_CONFIG_VERSIONS,
+    Layout,
+    ResolvedRevisions,
+    RunConfig,
+    Training,
+    newer_than,
+)
 
 MINIMAL: dict[str, Any] = {
     "version": 1,
@@ -59,7 +66,7 @@ def test_defaults_are_those_of_the_api() -> None:
     assert (config.layout.world_size, config.layout.cpus_per_rank, config.layout.pinning) == (1, 4, "strict")
     assert config.evaluation.require_improvement
     assert config.termination_grace_period_seconds == 300
-    assert (config.stage, config.fetched) == ("train", Fetched())
+    assert (config.stage, config.fetched) == ("train", ResolvedRevisions())
     assert (config.model.revision, config.dataset.revision) == ("main", "main")
     assert (config.output.destination, config.output.credentials_secret) == (None, None)
 
@@ -75,7 +82,7 @@ def test_json_survives_the_round_trip() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        pytest.param("version", 2, id="another version"),
+        pytest.param("version", 3, id="another version"),
         pytest.param("extra", 1, id="unknown field"),
         pytest.param("training.learningrate", 1e-4, id="misspelt field"),
         pytest.param("adapter.rank", "16", id="number as text"),
@@ -133,7 +140,7 @@ def test_the_world_is_pods_times_ranks() -> None:
 def test_a_layout_is_settled_by_the_launchers() -> None:
     """With `auto` a pod's memory and CPUs are shared by as many ranks as the fullest pod has."""
     asked = Layout(pods=3, ranks_per_pod="auto", cpus_per_rank=9, memory_per_rank=100)
-    found = asked.settled([4, 2, 2])
+    found = asked.with_rank_counts([4, 2, 2])
 
     assert asked.pod_cpus == 9
     assert (found.world_size, found.ranks_per_pod, found.cpus_per_rank, found.memory_per_rank) == (
@@ -142,7 +149,7 @@ def test_a_layout_is_settled_by_the_launchers() -> None:
         2,
         25,
     )
-    with pytest.raises(ValueError, match="the launchers settle the number of ranks"):
+    with pytest.raises(ValueError, match="the launchers have not yet agreed on the number of ranks"):
         _ = asked.world_size
 
 
@@ -150,61 +157,8 @@ def test_a_layout_of_given_ranks_is_settled() -> None:
     """What the launchers tell one another changes nothing."""
     asked = Layout(pods=2, ranks_per_pod=3, cpus_per_rank=2, memory_per_rank=100)
 
-    assert asked.settled([3, 3]) == asked
+    assert asked.with_rank_counts([3, 3]) == asked
     assert asked.pod_cpus == 6
-
-
-def hash_of(config: RunConfig) -> str:
-    """The hash that identifies what a job folder holds."""
-    return run.config_hash(run.run_shaping_fields(config))
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("training.microBatchTokens", 4096),
-        ("training.gradientCheckpointing", "full"),
-        ("layout.pods", 2),
-        ("layout.memoryPerRank", 2**40),
-        ("checkpoint.keep", 5),
-        ("distributed.timeoutSeconds", 60),
-        ("isa", "amx_bf16"),
-        ("job.attempt", 9),
-        ("adapter.rank", 16),
-        ("output.destination", "s3://bucket/out"),
-        ("stage", "fetch"),
-        ("fetched", {"model": "c0ffee"}),
-        ("model.credentialsSecret", "hub"),
-        ("model.revision", "main"),
-    ],
-)
-def test_what_does_not_shape_the_result_keeps_the_hash(path: str, value: Any) -> None:
-    """Memory knobs, layout, and defaults that are written out leave a job's identity alone."""
-    assert hash_of(parsed(path, value)) == hash_of(parsed("isa", "avx2"))
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("model.source", "pvc://team/other"),
-        ("model.source", "hf://org/model"),
-        ("dataset.evalFraction", 0.1),
-        ("adapter.rank", 8),
-        ("quantization.scheme", "none"),
-        ("training.seed", 1),
-        ("training.epochs", 2),
-        ("evaluation.requireImprovement", False),
-    ],
-)
-def test_what_shapes_the_result_changes_the_hash(path: str, value: Any) -> None:
-    """Model, data, adapter, quantisation, training and evaluation identify a job."""
-    assert hash_of(parsed(path, value)) != hash_of(parsed("isa", "avx2"))
-
-
-@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.booleans()), min_size=2))
-def test_the_hash_does_not_depend_on_the_order_of_fields(fields: dict[str, Any]) -> None:
-    """Equal fields in another order have the same hash."""
-    assert run.config_hash(fields) == run.config_hash(dict(reversed(fields.items())))
 
 
 # --- remote sources
@@ -246,27 +200,83 @@ def test_what_was_not_fetched_has_no_place(name: str, uri: str) -> None:
         getattr(remote(), name)
 
 
+# --- versions
+
+
+@pytest.mark.parametrize("version", RUN_CONFIG_VERSIONS)
+def test_defaults_are_left_out_of_the_text(version: int) -> None:
+    """What a job does not set does not stand in run.json: a later release's field is in none that does not use it."""
+    fields = {**MINIMAL, "version": version}
+    written_out = {**fields, "adapter": {"rank": 16, "method": "lora"}, "stage": "train"}
+
+    assert json.loads(RunConfig.model_validate(written_out).to_json()) == fields
+
+
+def test_the_text_keeps_its_version() -> None:
+    """A run is written for the image that reads it."""
+    texts = [RunConfig.model_validate({**MINIMAL, "version": version}).to_json() for version in (1, 2)]
+
+    assert [json.loads(text)["version"] for text in texts] == [1, 2]
+
+
+def test_an_operator_writes_its_own_version_and_the_one_before() -> None:
+    """An upgrade by one release strands no job."""
+    assert RUN_CONFIG_VERSIONS == (RUN_CONFIG_VERSION - 1, RUN_CONFIG_VERSION)
+
+
+SINCE = {"adapter.rank": 2, "quantization.scheme=none": 2, "training.schedule=linear": 2}
+
+
 @pytest.mark.parametrize(
-    ("revision", "same"),
-    [("main", True), ("v1", False)],
-    ids=["the default, written out", "another"],
+    ("fields", "newer"),
+    [
+        ({}, []),
+        ({"adapter": {"rank": 16}}, []),
+        ({"adapter": {"rank": 8}}, ["adapter.rank"]),
+        ({"quantization": {"scheme": "none"}}, ["quantization.scheme=none"]),
+        ({"quantization": {"scheme": "nf4"}, "training": {"epochs": 1, "schedule": "constant"}}, []),
+    ],
+    ids=["nothing set", "a default", "a field", "a value", "other values"],
 )
-def test_the_revision_of_the_hub_identifies_a_job(revision: str, same: bool) -> None:
-    """The branch, tag or commit that was asked for shapes the result; what it stood for is kept elsewhere."""
-    for part in ("model", "dataset"):
-        asked = remote(**{part: {**REMOTE[part], "revision": revision}})
-        assert (hash_of(asked) == hash_of(remote(fetched={"model": COMMIT}))) == same
+def test_what_a_version_lacks_is_named(
+    fields: dict[str, Any], newer: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field, or a value of one, that came with a later version is what a trainer of an earlier one does not know."""
+    monkeypatch.setattr(run_config, "SINCE", SINCE)
+    run = RunConfig.model_validate({**MINIMAL, **fields})
+
+    assert newer_than(run, 1) == newer
+    assert newer_than(run, 2) == []
 
 
-def test_credentials_do_not_identify_a_job() -> None:
-    """A Secret of another name fetches the same bytes."""
-    for part in ("model", "dataset"):
-        assert hash_of(remote(**{part: {**REMOTE[part], "credentialsSecret": "hub"}})) == hash_of(remote())
+def shape(schema: Any, classes: dict[str, Any]) -> Any:
+    """A JSON schema without words and names of classes: what a reader of the JSON can see."""
+    if isinstance(schema, list):
+        return [shape(item, classes) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        schema = {**classes[schema["$ref"].rpartition("/")[2]], **schema}
+    return {
+        key: shape(value, classes)
+        for key, value in schema.items()
+        if key not in ("$ref", "$defs") and not (key in ("title", "description") and isinstance(value, str))
+    }
 
 
-def test_the_identity_of_jobs_on_claims_is_as_it_was() -> None:
-    """What a workspace holds of releases that knew no remote sources is still the same job's."""
-    fields = run.run_shaping_fields(parsed("isa", "avx2"))
+PINNED = {2: "6fda2d1ef3622958"}
+"""Version of run.json -> hash over its schema."""
 
-    assert set(fields["model"]) == {"source"}
-    assert set(fields["dataset"]) == {"source", "format", "trainSplit", "evalSplit", "evalFraction"}
+
+def test_another_schema_is_another_version() -> None:
+    """Trainer images of this version are in use, and fail a job whose run.json they do not understand."""
+    schema = RunConfig.model_json_schema(by_alias=True)
+    text = json.dumps(shape(schema, schema["$defs"]), sort_keys=True)
+    found = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    assert found == PINNED.get(RUN_CONFIG_VERSION), (
+        f"run.json's schema is no longer that of version {RUN_CONFIG_VERSION}. If a release has been made since that "
+        "version came, raise RUN_CONFIG_VERSION, keep the version before it in RUN_CONFIG_VERSIONS, name the new "
+        f"fields and values in SINCE, and add the new version with {found!r} to PINNED. If not, or if every release "
+        f"reads what every other writes, as with a wider bound, put {found!r} here"
+    )

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_contract.run import RunStage
-from qlora_operator.api.sizes import (
+from qlora_contract.run_config import RunStage
+from qlora_operator.api.pod_resources import (
     AUTO_RANKS,
     SHM_BYTES_PER_RANK,
     TMP_BYTES,
@@ -11,7 +11,7 @@ from qlora_operator.api.sizes import (
     pod_memory,
     stage_pods,
 )
-from qlora_operator.api.types import Topology
+from qlora_operator.api.v1alpha1 import Topology
 
 
 def test_a_pod_has_the_memory_of_its_ranks_and_of_its_own_folders() -> None:

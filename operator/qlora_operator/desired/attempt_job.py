@@ -1,23 +1,23 @@
-"""The Indexed Job of one attempt: a pod for each of spec.topology.pods, all of them or none."""
+"""The AttemptJob, the Indexed Job of one attempt: a pod for each of spec.topology.pods, all of them or none."""
 
 import signal
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT
-from qlora_contract.run import Fetched, IsaTier, RunStage
+from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.sizes import stage_pods
-from qlora_operator.api.types import QLoRAJob, held_fields
-from qlora_operator.desired.children import metadata
+from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.run_config import NOTHING_FETCHED, to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob, topology_hash
+from qlora_operator.desired.metadata import metadata
 from qlora_operator.desired.pod import ROLES, pod_template
-from qlora_operator.desired.run_config import NOTHING_FETCHED, run_config
 from qlora_operator.settings import Settings
 
 KILLED_BY_SIGTERM = 128 + signal.SIGTERM
 
 
-def gang_job(
+def attempt_job(
     job: QLoRAJob,
     *,
     uid: str,
@@ -27,9 +27,9 @@ def gang_job(
     settings: Settings,
     avoid: Sequence[str] = (),
     stage: RunStage = "train",
-    fetched: Fetched = NOTHING_FETCHED,
+    fetched: ResolvedRevisions = NOTHING_FETCHED,
 ) -> dict[str, Any]:
-    """The batch/v1 Job of one attempt. Created once, never changed; its first failed pod ends it.
+    """The batch/v1 Job of one attempt. It is created once and never changed; its first failed pod ends it.
 
     Args:
         job: as the user wrote it.
@@ -43,14 +43,14 @@ def gang_job(
         fetched: what the remote sources stand for, as far as that is known.
     """
     pods = stage_pods(job.spec.topology, stage)
-    run = run_config(job, uid=uid, attempt=attempt, isa=isa, stage=stage, fetched=fetched)
+    run = to_run_config(job, uid=uid, attempt=attempt, isa=isa, stage=stage, fetched=fetched)
     name = names.attempt_job(job.metadata.name, attempt)
     child: dict[str, Any] = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             **metadata(job, uid, name, ROLES[stage], attempt),
-            "annotations": {names.HELD_FIELDS_ANNOTATION: held_fields(job.spec)},
+            "annotations": {names.TOPOLOGY_HASH_ANNOTATION: topology_hash(job.spec)},
         },
         "spec": {
             "completionMode": "Indexed",
@@ -70,10 +70,10 @@ def gang_job(
 
 
 def failure_rules() -> list[dict[str, Any]]:
-    """Rules of podFailurePolicy, the first that matches a failed pod being the Job's reason.
+    """Rules of podFailurePolicy: the first that matches a failed pod gives the Job its reason.
 
-    Codes that only follow from another pod's end match none of them: the pod that is the cause names the
-    reason, and a Job without one ends by its backoffLimit of 0.
+    Exit codes that are only a consequence of another pod's end match none of them: the pod that is the cause gives the
+    reason. A Job whose pods all match none fails by its backoffLimit of 0.
     """
     disruption = {"type": "DisruptionTarget", "status": "True"}
     return [
@@ -85,7 +85,7 @@ def failure_rules() -> list[dict[str, Any]]:
 
 
 def _fail_on(operator: str, codes: Iterable[int]) -> dict[str, Any]:
-    """Code 0 is never looked at, and `In` may not list it; the API server wants the list in order."""
+    """A rule on exit codes, other than 0. The API server requires the values in order."""
     values = sorted(int(code) for code in codes)
     exit_codes = {"containerName": names.TRAINER_CONTAINER, "operator": operator, "values": values}
     return {"action": "FailJob", "onExitCodes": exit_codes}

@@ -1,9 +1,11 @@
-"""Text to plain values (maps, lists, strings, numbers, booleans, null), as kubectl reads it.
+"""YAML and JSON as kubectl reads them: text to plain values (maps, lists, strings, numbers, booleans, null).
 
-kubectl reads YAML 1.1, with differences from what PyYAML makes of it: `2e-4` is a number, a number without a
-fraction is an integer however it is written (`1e3`, `4.0`), `1:30` and dates are strings, `y` and `n` are
-booleans, and keys are strings whatever they look like. Stricter than kubectl in one point: a key given twice
-is refused, since one of its values would be dropped in silence.
+PyYAML parses; what its nodes mean is decided here, since `qlora validate` must give the verdict of kubectl and the API
+server, and a SafeLoader with other resolvers would not: to kubectl `2e-4` is a number, a number without a fraction is
+an integer however it is written (`1e3`, `4.0`), `1:30` and dates are strings, `y` and `n` are booleans, and keys are
+strings whatever they look like. A loader's constructors also see neither the path of what they construct, which every
+message begins with, nor how often an alias is expanded. Stricter than kubectl in one point: a key that is given twice
+is refused, since one of its values would be dropped silently.
 """
 
 import json
@@ -15,9 +17,9 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 256 * 1024
-"""Of a file. A job has some 2 KiB, with all that the API server adds some 10."""
+"""Size of a file. A job has about 2 KiB, and about 10 with all that the API server adds."""
 MAX_VALUES = 20_000
-"""Of a file, aliases counted each time: what an alias bomb blows up is stopped here."""
+"""Values of a file, aliases counted each time: this stops an alias bomb."""
 MAX_DEPTH = 50
 
 _PLAIN = "plain"
@@ -41,7 +43,7 @@ _PLAIN_PATH = re.compile(r"[-A-Za-z0-9_./]+")
 
 
 class DocumentError(ValueError):
-    """Text that is no document, or holds what a document may not hold."""
+    """Text that cannot be read as a document, or that contains what a job cannot."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -60,9 +62,10 @@ def child_path(path: str, part: str | int) -> str:
 
 
 def read_documents(content: bytes) -> list[Any]:
-    """The documents of a YAML or JSON file, empty ones left out.
+    """The documents of a YAML or JSON file, without empty ones.
 
-    Raises DocumentError, whatever the bytes are.
+    Raises:
+        DocumentError: for whatever is wrong with the bytes.
     """
     text = _decode(content)
     try:
@@ -104,7 +107,7 @@ class _Loader(yaml.BaseLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.composed += 1
         if self.composed > MAX_VALUES:
-            raise DocumentError(f"holds more than {MAX_VALUES} values")
+            raise DocumentError(f"contains more than {MAX_VALUES} values")
         return super().compose_node(parent, index)
 
 
@@ -123,9 +126,11 @@ class _Reader:
     def value(self, node: yaml.Node, path: str, depth: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise DocumentError(f"holds more than {MAX_VALUES} values, aliases counted each time")
+            raise DocumentError(f"contains more than {MAX_VALUES} values, aliases counted each time")
         if depth > MAX_DEPTH:
-            raise DocumentError(f"is nested deeper than {MAX_DEPTH} levels, or an alias holds itself", path)
+            raise DocumentError(
+                f"is nested deeper than {MAX_DEPTH} levels, or an alias contains itself", path
+            )
         _check_tag(node, path)
         if isinstance(node, yaml.MappingNode):
             return self._map(node, path, depth)
@@ -162,7 +167,7 @@ class _Reader:
 
 def _key(node: yaml.Node, path: str) -> str:
     if not isinstance(node, yaml.ScalarNode):
-        raise DocumentError("a key is a map or a list; it must be a word", path)
+        raise DocumentError("a key is a map or a list; it must be a string", path)
     value = _scalar(node, path)
     if isinstance(value, str):
         return value
@@ -178,17 +183,17 @@ def _scalar(node: yaml.Node, path: str) -> str | int | float | bool | None:
 def _check_tag(node: yaml.Node, path: str) -> None:
     if node.tag not in _TAGS:
         tag = str(node.tag).replace(_YAML, "!!")[:60]
-        raise DocumentError(f"has the tag {tag!a}; a job holds plain values only", path)
+        raise DocumentError(f"has the tag {tag!a}; a job has plain values only", path)
 
 
 def _text(text: str, path: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise DocumentError("holds half of a surrogate pair, which is no character", path)
+        raise DocumentError("contains half of a surrogate pair, which is not a character", path)
     return text
 
 
 def plain_value(text: str, path: str = "") -> str | int | float | bool | None:
-    """What kubectl makes of a scalar without quotes. Raises DocumentError for what JSON cannot hold."""
+    """The value that kubectl reads in a scalar without quotes. Raises DocumentError for what JSON cannot express."""
     if text in _NULLS:
         return None
     if text in _BOOLEANS:
@@ -229,7 +234,7 @@ def _json_document(text: str) -> Any:
 def _json_number(text: str) -> int | float:
     number = plain_value(text)
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise DocumentError(f"{text[:60]} is no number that a job can hold")
+        raise DocumentError(f"{text[:60]} is not a number that a job can have")
     return number
 
 

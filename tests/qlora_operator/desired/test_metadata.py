@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired import children
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired import metadata
 
 
 def test_labels_say_whose_a_child_is_and_what_for(a_job: Callable[..., QLoRAJob]) -> None:
     """A child has the job's own labels and the recommended ones; an attempt's child its attempt as well."""
-    of_job = children.labels(a_job(), "u-1", names.Role.DISCOVERY)
-    of_attempt = children.labels(a_job(), "u-1", names.Role.DISCOVERY, 3)
+    of_job = metadata.labels(a_job(), "u-1", names.Role.DISCOVERY)
+    of_attempt = metadata.labels(a_job(), "u-1", names.Role.DISCOVERY, 3)
 
     assert of_job == {
         "app.kubernetes.io/name": "qlorajob",
@@ -26,12 +26,12 @@ def test_labels_say_whose_a_child_is_and_what_for(a_job: Callable[..., QLoRAJob]
 
 def test_a_child_goes_with_its_job(a_job: Callable[..., QLoRAJob]) -> None:
     """The job is the child's one controller, told from another job of its name by the uid."""
-    made = children.metadata(a_job(), "u-1", "small-x", names.Role.TRAINER, 0)
+    made = metadata.metadata(a_job(), "u-1", "small-x", names.Role.TRAINER, 0)
 
     assert made == {
         "name": "small-x",
         "namespace": "default",
-        "labels": children.labels(a_job(), "u-1", names.Role.TRAINER, 0),
+        "labels": metadata.labels(a_job(), "u-1", names.Role.TRAINER, 0),
         "ownerReferences": [
             {
                 "apiVersion": "qlora.dev/v1alpha1",
@@ -50,12 +50,12 @@ def test_a_child_lives_beside_its_job(a_job: Callable[..., QLoRAJob]) -> None:
     job = a_job()
     there = job.model_copy(update={"metadata": job.metadata.model_copy(update={"namespace": "team"})})
 
-    assert children.metadata(there, "u", "x", names.Role.TRAINER)["namespace"] == "team"
+    assert metadata.metadata(there, "u", "x", names.Role.TRAINER)["namespace"] == "team"
 
 
 def test_pods_of_an_earlier_job_of_the_name_are_not_selected(a_job: Callable[..., QLoRAJob]) -> None:
     """The selector fits the labels of the job's pods, and not those of a job with another uid."""
-    selector = children.pods_of("u-1")["matchLabels"].items()
+    selector = metadata.pods_of("u-1")["matchLabels"].items()
 
-    assert selector <= children.labels(a_job(), "u-1", names.Role.TRAINER, 0).items()
-    assert not selector <= children.labels(a_job(), "u-2", names.Role.TRAINER, 0).items()
+    assert selector <= metadata.labels(a_job(), "u-1", names.Role.TRAINER, 0).items()
+    assert not selector <= metadata.labels(a_job(), "u-2", names.Role.TRAINER, 0).items()

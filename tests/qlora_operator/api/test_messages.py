@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.faults import described, expected, schema_at, unknown_field
+from qlora_operator.api.messages import described, expected, schema_at, unknown_field
 
 
 @pytest.mark.parametrize(

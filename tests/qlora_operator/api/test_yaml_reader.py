@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_operator.api.documents import (
+from qlora_operator.api.yaml_reader import (
     MAX_BYTES,
     MAX_DEPTH,
     MAX_VALUES,
@@ -134,10 +134,10 @@ REFUSED = {
     "duplicate key": ("a:\n  b: 1\n  b: 2\n", "is given twice in the same map"),
     "duplicate key in JSON": ('{"a": {"b": 1, "b": 2}}', "is given twice in the same map"),
     "keys alike once they are strings": ("{1: a, '1': b}", "is given twice"),
-    "alias bomb": (BOMB, f"holds more than {MAX_VALUES} values"),
-    "merge bomb": (MERGE_BOMB, f"holds more than {MAX_VALUES} values"),
-    "alias of itself": ("a: &a [*a]", "or an alias holds itself"),
-    "map of itself": ("a: &a\n  b: *a\n", "or an alias holds itself"),
+    "alias bomb": (BOMB, f"contains more than {MAX_VALUES} values"),
+    "merge bomb": (MERGE_BOMB, f"contains more than {MAX_VALUES} values"),
+    "alias of itself": ("a: &a [*a]", "or an alias contains itself"),
+    "map of itself": ("a: &a\n  b: *a\n", "or an alias contains itself"),
     "alias of nothing": ("a: *b", "line 1, column 4: found undefined alias"),
     "deep list": ("[" * 10_000, f"is nested deeper than {MAX_DEPTH} levels"),
     "deep list that ends": ("[" * 200 + "]" * 200, f"is nested deeper than {MAX_DEPTH} levels"),
@@ -146,7 +146,7 @@ REFUSED = {
     "not a number": ("a: .nan", "is .nan; it must be a finite number"),
     "infinity": ("a: -.INF", "is -.INF; it must be a finite number"),
     "infinity in JSON": ('{"a": Infinity}', "is inf; it must be a finite number"),
-    "a number beyond bounds in JSON": ('{"a": 1e999}', "is no number that a job can hold"),
+    "a number beyond bounds in JSON": ('{"a": 1e999}', "is not a number that a job can have"),
     "tag": ("a: !!binary aGk=", "has the tag '!!binary'"),
     "Python's tag": ("a: !!python/object/apply:os.system [ls]", "has the tag '!!python/object/apply:os.system'"),
     "half a character in YAML": ('a: "\\ud800"', "half of a surrogate pair"),

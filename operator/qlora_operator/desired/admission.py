@@ -1,29 +1,30 @@
-"""What the administrator lets jobs ask for, looked at again by the operator.
+"""What the administrator allows a job to ask for, checked by the operator.
 
-Admission policies refuse such jobs at once; not every cluster has them, and a job may be older than a policy.
+The chart's admission policies refuse such jobs at once, but not every cluster has them, and a job may be older than a
+policy.
 """
 
 import re
 from collections.abc import Iterable
 
 from qlora_operator.api.names import Reason
+from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.sizes import pod_cpus, shares
-from qlora_operator.api.types import QLoRAJobSpec, Topology
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec, Topology
 from qlora_operator.settings import Limits, Settings
 
-ASK = "ask the administrator, or name another in another job"
 
-
-def refusal(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
-    """Why a job may not start here, in a word and a sentence; None when it may."""
+def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
+    """Why a job may not start: the condition's reason and message; None when it may."""
     if spec.image is not None and not image_allowed(spec.image, settings):
         return Reason.IMAGE_NOT_ALLOWED, (
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
         )
     for field, uri in _uris(spec):
         if not any(fits(uri, pattern) for pattern in settings.allowed_sources):
-            return Reason.SOURCE_NOT_ALLOWED, f"{field} {uri} is not allowed here: {ASK}"
+            return Reason.SOURCE_NOT_ALLOWED, (
+                f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
+            )
     if excess := _excess(spec.topology, settings.limits):
         return (
             Reason.LIMIT_EXCEEDED,
@@ -33,12 +34,12 @@ def refusal(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None
 
 
 def image_allowed(image: str, settings: Settings) -> bool:
-    """Whether a job may name this image: the default one, or one that a pattern fits from end to end."""
+    """Whether a job may name this image: the default one, or one that a pattern matches."""
     return image == settings.trainer_image or any(fits(image, p) for p in settings.allowed_images)
 
 
 def fits(text: str, pattern: str) -> bool:
-    """Whether a text has a pattern's form, in which only `*` is special: any characters, or none."""
+    """Whether a pattern matches the whole text. `*` in it stands for any characters, or none; all else for itself."""
     return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
 
 
@@ -50,8 +51,8 @@ def _uris(spec: QLoRAJobSpec) -> Iterable[tuple[str, str]]:
 
 
 def _excess(topology: Topology, limits: Limits) -> str | None:
-    """The first limit that is exceeded, with both numbers. Ranks that launchers settle count as one a pod."""
-    ranks = topology.pods * shares(topology)
+    """The first limit that is exceeded, with both numbers. With ranksPerPod auto a pod counts as one rank."""
+    ranks = topology.pods * resource_multiplier(topology)
     memory = ranks * parse_memory(topology.memory_per_rank)
     asked = {
         "pods": (topology.pods, limits.pods),

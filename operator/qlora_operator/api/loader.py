@@ -1,23 +1,27 @@
-"""Files of jobs: read as kubectl reads them, judged as the API server judges them.
+"""Jobs from files and from the API server.
 
-Stricter in one point: a job needs a name, where an API server would make one from generateName. Milder in two:
-a status is passed over whatever it holds, and of metadata only name, namespace, labels and annotations are
-looked into.
+A file is read strictly: as kubectl reads it, validated as the API server validates it. It is stricter than both in one
+point: a job needs a name, where an API server would make one from generateName. It is more lenient in two: a status is
+ignored whatever it holds, and of metadata only name, namespace, labels and annotations are checked.
+
+What the API server returns is read leniently: it was validated there, perhaps by the CRD of a newer release, which sets
+the defaults of fields that this operator does not know.
 """
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from qlora_contract.base import split_unknown
 from qlora_operator.api import names
-from qlora_operator.api.documents import MAX_BYTES, DocumentError, child_path, read_documents
-from qlora_operator.api.faults import described, expected, unknown_field, validation_faults
+from qlora_operator.api.messages import described, expected, unknown_field, validation_faults
 from qlora_operator.api.schema import Schema, job_schema
-from qlora_operator.api.types import LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN, QLoRAJob
+from qlora_operator.api.v1alpha1 import LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN, QLoRAJob
+from qlora_operator.api.yaml_reader import MAX_BYTES, DocumentError, child_path, read_documents
 from qlora_operator.errors import Fault, InvalidFileError, InvalidJobError
 
 STDIN = "-"
@@ -45,8 +49,10 @@ OBJECT_META = (
 def load_jobs(path: str) -> list[QLoRAJob]:
     """The QLoRAJobs of a YAML or JSON file (`-`: standard input), in their order.
 
-    Documents of other kinds are passed over, lists of jobs are opened. Raises InvalidFileError with every
-    fault that was found, also when there is no QLoRAJob at all.
+    Documents of other kinds are ignored; the items of a list count as documents.
+
+    Raises:
+        InvalidFileError: with every fault that was found, or because there is no QLoRAJob in it.
     """
     file = "standard input" if path == STDIN else path
     try:
@@ -64,21 +70,29 @@ def load_jobs(path: str) -> list[QLoRAJob]:
         else:
             jobs += [found] if found else []
     if not jobs and not faults:
-        faults.append(Fault(file, _no_job(documents)))
+        kinds = ", ".join(sorted({ascii(document["kind"][:60])[1:-1] for document in documents}))
+        found_instead = f"does not contain a {names.KIND}, only {kinds}"
+        faults.append(
+            Fault(file, found_instead if documents else f"is empty; it must contain a {names.KIND}")
+        )
     if faults:
         raise InvalidFileError(faults)
     return jobs
 
 
 def parse_job(document: Any) -> QLoRAJob | None:
-    """The job that a document is; None for an object of another kind. Raises InvalidJobError."""
+    """The job in a document of a file; None for an object of another kind.
+
+    Raises:
+        InvalidJobError: with every fault that was found.
+    """
     if not isinstance(document, dict):
         raise InvalidJobError([("", f"the document is {described(document)}; a job is a map")])
     if not _is_ours(document):
         return None
-    # What the operator wrote is not for the user to set: the API server passes over it as well.
+    # Only the operator writes the status: the API server ignores it in what users send, too.
     stated = {key: value for key, value in document.items() if key != "status"}
-    faults = _metadata_faults(stated.get("metadata"))
+    faults = list(_metadata_faults(stated.get("metadata")))
     try:
         job = QLoRAJob.model_validate(without_nulls(stated, job_schema()), by_alias=True, by_name=False)
     except ValidationError as error:
@@ -88,9 +102,24 @@ def parse_job(document: Any) -> QLoRAJob | None:
     return job
 
 
+def parse_api_object(raw: Mapping[str, Any]) -> tuple[QLoRAJob, list[str]]:
+    """A job as the API server returns it, and the paths of the fields that this release does not know.
+
+    Those are ignored: the CRD of a newer release may give them defaults in every job. What has been ignored should be
+    logged once for each generation of a job.
+
+    Args:
+        raw: the object, as its JSON is.
+
+    Raises:
+        ValidationError: a field that is known has a value that is not.
+    """
+    known, unknown = split_unknown(raw, QLoRAJob)
+    return QLoRAJob.model_validate(known, by_alias=True, by_name=False), [path for path, _ in unknown]
+
+
 def without_nulls(value: Any, schema: Schema) -> Any:
-    """The value without the known fields, and entries of maps, that are null: to an API server they are not
-    given."""
+    """The value without known fields, and entries of maps, that are null: an API server drops them."""
     if isinstance(value, dict):
         known, entry = schema.get("properties", {}), schema.get("additionalProperties")
         return {
@@ -104,7 +133,7 @@ def without_nulls(value: Any, schema: Schema) -> Any:
 
 
 def _content(path: str) -> bytes:
-    """At most a byte more than a file may have, so that an endless one ends too."""
+    """The file's bytes, at most one more than it may have: an endless file ends, too."""
     if path == STDIN:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     try:
@@ -113,11 +142,11 @@ def _content(path: str) -> bytes:
     except OSError as error:
         raise DocumentError(f"cannot be read: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:
-        raise DocumentError("cannot be read: the name holds a null character") from error
+        raise DocumentError("cannot be read: the name contains a null character") from error
 
 
 def _items(document: Any) -> list[Any]:
-    """The document itself, or what is in it if it is a list as `kubectl get -o yaml` writes it."""
+    """The document itself, or its items if it is a list as `kubectl get -o yaml` writes it."""
     if isinstance(document, dict) and document.get("kind") in ("List", names.LIST_KIND):
         items = document.get("items")
         if isinstance(items, list):
@@ -126,54 +155,36 @@ def _items(document: Any) -> list[Any]:
 
 
 def _is_ours(document: dict[str, Any]) -> bool:
-    """Whether it is meant to be a QLoRAJob: by its kind, by its group, or because it does not say what it
-    is."""
+    """Whether it is meant to be a QLoRAJob: by its kind or its group, or because it has no kind."""
     version = document.get("apiVersion")
     in_group = isinstance(version, str) and version.partition("/")[0] == names.GROUP
     return in_group or document.get("kind") == names.KIND or not isinstance(document.get("kind"), str)
 
 
-def _metadata_faults(metadata: Any) -> list[tuple[str, str]]:
+def _metadata_faults(metadata: Any) -> Iterator[tuple[str, str]]:
+    """What an API server refuses of metadata. Fields of the wrong type are faults of the model."""
     if not isinstance(metadata, dict):
-        return []
-    unknown = [
-        (child_path("metadata", name), unknown_field(name, OBJECT_META))
-        for name in metadata
-        if name not in OBJECT_META
-    ]
-    return [*unknown, *_key_faults(metadata), *_label_faults(metadata)]
-
-
-def _key_faults(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys of labels and annotations that an API server refuses."""
-    right = expected({"type": "string", "pattern": LABEL_KEY_PATTERN})
+        return
+    for name in metadata:
+        if name not in OBJECT_META:
+            yield child_path("metadata", name), unknown_field(name, OBJECT_META)
+    label_key = expected({"type": "string", "pattern": LABEL_KEY_PATTERN})
     for field in ("labels", "annotations"):
         for key in _entries(metadata, field):
-            # An annotation's prefix may have capitals.
-            if not _is_key(key.lower() if field == "annotations" else key):
-                yield child_path("metadata", field), f"a key is {described(key)}; it must be {right}"
-
-
-def _label_faults(metadata: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    right = expected({"type": "string", "pattern": LABEL_VALUE_PATTERN})
+            # The prefix of an annotation may have capitals.
+            lower = key.lower() if field == "annotations" else key
+            # Not `match`: Python's `$` accepts a line break at the end.
+            if len(key.rpartition("/")[0]) > 253 or not re.fullmatch(LABEL_KEY_PATTERN, lower):
+                yield child_path("metadata", field), f"a key is {described(key)}; it must be {label_key}"
+    label_value = expected({"type": "string", "pattern": LABEL_VALUE_PATTERN})
     for key, value in _entries(metadata, "labels").items():
-        # Other types are faults of the model.
-        if isinstance(value, str) and not (len(value) <= 63 and _matches(LABEL_VALUE_PATTERN, value)):
-            yield child_path("metadata.labels", key), f"is {described(value)}; it must be {right}"
+        if isinstance(value, str) and not (len(value) <= 63 and re.fullmatch(LABEL_VALUE_PATTERN, value)):
+            yield child_path("metadata.labels", key), f"is {described(value)}; it must be {label_value}"
 
 
 def _entries(metadata: dict[str, Any], field: str) -> dict[str, Any]:
     entries = metadata.get(field)
     return entries if isinstance(entries, dict) else {}
-
-
-def _is_key(key: str) -> bool:
-    return len(key.rpartition("/")[0]) <= 253 and _matches(LABEL_KEY_PATTERN, key)
-
-
-def _matches(pattern: str, text: str) -> bool:
-    # Not `match`: Python's `$` takes a line break at the end.
-    return re.fullmatch(pattern, text) is not None
 
 
 def _label(number: int, document: Any) -> str:
@@ -184,10 +195,3 @@ def _label(number: int, document: Any) -> str:
         if isinstance(name, str) and name.isprintable()
         else f"document {number}"
     )
-
-
-def _no_job(documents: list[Any]) -> str:
-    if not documents:
-        return f"is empty; it must hold a {names.KIND}"
-    kinds = sorted({ascii(document["kind"][:60])[1:-1] for document in documents})
-    return f"holds no {names.KIND}, only {', '.join(kinds)}"

@@ -1,49 +1,38 @@
-"""What a user may write (QLoRAJobSpec), and what the operator answers (QLoRAJobStatus).
+"""What users write: version v1alpha1 of the API.
 
-The docstring under a field is its description in the CRD, in `kubectl explain` and in the field reference.
-The settings of training are defined and described in qlora_contract.run, and embedded here. An object without
-a docstring of its own has that of its class.
+The docstring under a field is its description in the CRD, in `kubectl explain` and in the field reference. An object
+without a docstring of its own has that of its class. What ranks read is another form, qlora_contract.run_config;
+qlora_operator.api.run_config makes the one from the other.
 """
 
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from qlora_contract.base import ContractModel
-from qlora_contract.remote import is_remote
-from qlora_contract.run import (
-    ISA_TIERS,
-    MAX_RANKS,
-    Adapter,
-    Checkpoint,
-    Dataset,
-    Distributed,
-    Evaluation,
-    IsaTier,
-    MemoryTier,
-    ModelSource,
-    Output,
-    Pinning,
-    PvcUri,
-    Quantization,
-    RanksPerPod,
-    RunStage,
-    Training,
+from qlora_contract.remote import (
+    DATASET_PATTERN,
+    DESTINATION_PATTERN,
+    MAX_URI,
+    MIN_URI,
+    MODEL_PATTERN,
+    PVC_PATTERN,
+    REVISION_PATTERN,
+    SECRET_PATTERN,
+    is_remote,
 )
+from qlora_contract.run_config import ISA_TIERS, MAX_RANKS, IsaTier
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
+from qlora_operator.api.status import QLoRAJobStatus, StatusModel
 
 MAX_SECONDS = 2_147_483_647
 """The longest time span: what Kubernetes' own int32 fields hold, 68 years."""
 MAX_RESTARTS = 10_000
 """Keeps the number of an attempt well below the 10^6 that fits its name."""
-ATTEMPTS_SHOWN = 20
-RANKS_SHOWN = 64
-NODES_SHOWN = 64
 
 DNS_LABEL_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 LABEL_KEY_PATTERN = (
@@ -94,6 +83,170 @@ OPERATOR_ONLY = (
 sets."""
 
 
+class ModelSource(ApiModel):
+    """The base model: a Hugging Face folder with safetensors weights. No remote code is run."""
+
+    source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=MODEL_PATTERN)
+    """Folder with config.json, tokenizer files and *.safetensors: `pvc://claim/path`, or `hf://org/name` or
+    `s3://bucket/path`, which are fetched into the workspace first."""
+    revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
+    """Branch, tag or commit of a model of the Hub. The job keeps the commit that it stood for at the first
+    fetch."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret, in the job's namespace, to fetch the model with: key `token` for hf://; keys
+    `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` for s3://. Unset: none, or the platform's workload
+    identity."""
+
+
+class Dataset(ApiModel):
+    """The training data, and what is held out of it for evaluation."""
+
+    source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
+    """JSONL file, or folder whose split S is the file S.jsonl: `pvc://claim/path`, or
+    `hf://datasets/org/name/path` or `s3://bucket/path`, which are fetched into the workspace first."""
+    revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
+    """Branch, tag or commit of a dataset of the Hub. The job keeps the commit that it stood for at the first
+    fetch."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret, in the job's namespace, to fetch the dataset with, as for the model."""
+    format: Literal["auto", "chat", "prompt-completion"] = "auto"
+    """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
+    `auto`: told from the first record."""
+    train_split: str = Field(
+        default="train", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to train on when the source is a folder."""
+    eval_split: str | None = Field(
+        default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to evaluate on when the source is a folder; without it, evalFraction of the training split is held out."""
+    eval_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
+    """Share of the records held out for evaluation, chosen by each record's hash, so that it does not
+    change with the order of the file. 0: no evaluation. Not used with evalSplit."""
+
+
+class Adapter(ApiModel):
+    """The adapter that is trained."""
+
+    method: Literal["lora"] = "lora"
+    """`lora`: W x + (alpha / rank) B A x (Hu et al. 2021)."""
+    rank: int = Field(default=16, ge=1, le=512)
+    """Rows of A, columns of B."""
+    alpha: float = Field(default=32.0, gt=0, le=4096)
+    """Numerator of the scale alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability with which an input of A is zeroed while training."""
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default=["all-linear"], min_length=1, max_length=64
+    )
+    """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
+    `all-linear`: every linear layer but the output head."""
+
+
+class Quantization(ApiModel):
+    """How the frozen base weights are stored."""
+
+    scheme: Literal["nf4", "none"] = "nf4"
+    """`nf4`: 4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'; `none`: plain LoRA."""
+    block_size: Literal[64] = 64
+    """Weights that share one scale."""
+    double_quantization: bool = True
+    """Quantise the scales too: 0.37 bit per weight less."""
+
+
+class Training(ApiModel):
+    """The training loop's settings. Exactly one of epochs and maxSteps is given."""
+
+    epochs: int | None = Field(default=None, ge=1, le=10_000)
+    """Passes over the training data."""
+    max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Optimiser steps, over as many passes as they take."""
+    global_batch_tokens: int = Field(default=8192, ge=1, le=16_777_216)
+    """Tokens of one optimiser step over all ranks, at most. The number of ranks never changes it."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1, le=16_777_216)
+    """Tokens a rank runs at once: a memory knob, never a change of the result. Unset: as many as fit memoryPerRank,
+    at most the rank's share of a step."""
+    max_sequence_length: int = Field(default=1024, ge=8, le=1_048_576)
+    """Longest sample, and longest bin of packed samples, in tokens."""
+    packing: bool = True
+    """Put several samples into one bin; they never see each other."""
+    overlong: Literal["truncate"] = "truncate"
+    """What to do with a sample longer than maxSequenceLength: cut its end off."""
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: to 0 in a line, to 0 in half a cosine, or unchanged."""
+    warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
+    """Share of all steps in which the learning rate rises in a line from 0."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
+    """The gradient is scaled down to this norm when it is longer."""
+    compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the processor computes in it natively (AMX, AVX512-BF16), else fp32."""
+    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
+    """`full` recomputes each layer in the backward pass: less memory, a third more time. `auto`: none if one bin fits
+    memoryPerRank without it, else full."""
+    seed: int = Field(default=0, ge=0, le=4_294_967_295)
+    """Seeds the adapter's start, the order of the samples and dropout."""
+
+    @model_validator(mode="after")
+    def _steps_given_once(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("exactly one of epochs and maxSteps must be given")
+        return self
+
+    @model_validator(mode="after")
+    def _a_bin_fits_a_step(self) -> Self:
+        if self.global_batch_tokens < self.max_sequence_length:
+            raise ValueError("globalBatchTokens must be at least maxSequenceLength")
+        return self
+
+
+class Evaluation(ApiModel):
+    """When to evaluate, and what must come of it. The base and the finished adapter are always evaluated."""
+
+    every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Also evaluate every so many steps."""
+    require_improvement: bool = True
+    """Fail the job when the adapter's eval loss is not below that of the quantised base."""
+
+
+class Checkpoint(ApiModel):
+    """When to save what a restart needs."""
+
+    every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
+    """Save every so many steps, too."""
+    every_seconds: int = Field(default=600, ge=1, le=86_400)
+    """Save when so many seconds have passed since the last checkpoint."""
+    keep: int = Field(default=2, ge=1, le=100)
+    """Newest checkpoints to keep."""
+
+
+class Output(ApiModel):
+    """Where the finished adapter goes, besides the workspace."""
+
+    destination: str | None = Field(
+        default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
+    )
+    """`hf://org/name` or `s3://bucket/path` that gets a copy of the adapter. Unset: it stays in the
+    workspace only."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret, in the job's namespace, to write the copy with; its keys are those of model.credentialsSecret."""
+
+
+class Distributed(ApiModel):
+    """How the ranks talk to each other."""
+
+    backend: Literal["gloo", "ccl", "mpi"] = "gloo"
+    """What the ranks exchange numbers with: `gloo`, which torch has itself; `ccl`, Intel's oneCCL; `mpi`, Intel
+    MPI. The result does not depend on it, up to rounding."""
+    timeout_seconds: int = Field(default=300, ge=5, le=86_400)
+    """A rank that gives no sign of life for so long is lost."""
+    rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
+    """How long ranks wait for each other at the start."""
+
+
 def _without_duplicates(tiers: list[IsaTier]) -> list[IsaTier]:
     twice = next((tier for i, tier in enumerate(tiers) if tier in tiers[:i]), None)
     if twice is not None:
@@ -135,7 +288,7 @@ class Topology(ApiModel):
 
     pods: int = Field(default=1, ge=1, le=512)
     """Pods of an attempt. More than one need a workspace that many nodes can mount (ReadWriteMany)."""
-    ranks_per_pod: RanksPerPod = 1
+    ranks_per_pod: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     """Ranks of a pod: processes that train together. `auto`: one for each NUMA node (with sub-NUMA clustering:
     each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
     its ranks share them."""
@@ -147,10 +300,10 @@ class Topology(ApiModel):
     """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`: what `qlora plan` says. There is no
     default, since the operator cannot read a model on a claim. Suffixes Ki Mi Gi Ti Pi (powers of 1024) and
     k M G T P (powers of 1000)."""
-    pinning: Pinning = "strict"
+    pinning: Literal["strict", "best-effort"] = "strict"
     """`strict`: each rank has its CPUs to itself, and the job waits, or is refused, where that cannot be;
     `best-effort`: ranks may share CPUs."""
-    memory_tier: MemoryTier = "any"
+    memory_tier: Literal["any", "hbm"] = "any"
     """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. In cache mode and HBM-only mode there is nothing
     to be done; in flat mode the ranks take it where the container may choose memory, else the job is refused with
     pinning strict, and goes on without it with best-effort. `any`: memory near the CPUs."""
@@ -269,7 +422,7 @@ class QLoRAJobSpec(ApiModel):
     """What to train, on what, and how. Immutable but for suspend, the deadlines and the limits, and for
     topology and scheduling while the job is suspended."""
 
-    workspace: str = PvcUri
+    workspace: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)
     """`pvc://claim/path` of the folder that the job works in: caches, checkpoints, and the finished adapter
     under `jobs/<name>`. Jobs may share one. The claim must be ReadWriteMany when there is more than one
     pod."""
@@ -362,239 +515,17 @@ class QLoRAJobSpec(ApiModel):
     )
 
 
-def held_fields(spec: QLoRAJobSpec) -> str:
-    """A hash of MUTABLE_WHILE_SUSPENDED. Defaults are left out: a field that a newer operator adds must not
-    change the hash of the jobs that run."""
+def topology_hash(spec: QLoRAJobSpec) -> str:
+    """A hash of MUTABLE_WHILE_SUSPENDED, which an AttemptJob carries in TOPOLOGY_HASH_ANNOTATION.
+
+    Defaults are left out, so that a field that a release adds does not change the hash of jobs that run. The names in
+    it are those of release 0.1.0: a field that is renamed here must keep its name there.
+    """
     fields = spec.model_dump(mode="json", include={"topology", "scheduling"}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Observed(ContractModel):
-    """A part of the status. Unknown fields are passed over: a newer operator may have written them."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-"""RFC 3339, UTC, as Kubernetes writes times."""
-
-
-class Condition(Observed):
-    """One side of the job's state, in the form that all of Kubernetes uses."""
-
-    type: str
-    """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,
-    Failed, or Finished, which is true with either of the two before it."""
-    status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
-    observed_generation: int | None = None
-    """The metadata.generation that this was said of."""
-    last_transition_time: Time
-    """When status last changed."""
-    reason: str = Field(description=f"Why, in one word, for programs: {', '.join(names.Reason)}.")
-    message: str
-    """Why, in a sentence, for people."""
-
-
-class Restarts(Observed):
-    """Restarts so far, by whose doing they were."""
-
-    user: int = 0
-    """Counted against backoffLimit."""
-    infrastructure: int = 0
-    """Counted against infrastructureBackoffLimit."""
-
-
-class Attempt(Observed):
-    """How one attempt went."""
-
-    attempt: int
-    """Its number; the first is 0."""
-    stage: RunStage = "train"
-    """What it was to do: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
-    start: Time | None = None
-    """When its ranks were asked for."""
-    end: Time | None = None
-    """When its last pod was gone; unset while it lasts."""
-    reason: str | None = None
-    """Why it ended, in one word."""
-    message: str | None = None
-    """Why it ended, in a sentence."""
-    exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
-    """Exit codes of its pods, without repetition."""
-    job_uid: str | None = None
-    """The uid of its batch/v1 Job, once that was seen: a Job that is gone is not one that was never there."""
-
-
-class Placement(Observed):
-    """What the current attempt was given."""
-
-    isa: IsaTier | None = None
-    """Tier that every rank must have."""
-    dtype: str | None = None
-    """Data type that the ranks compute in: bf16 or fp32. Fixed by the first completed step."""
-    nodes: list[str] = Field(default=[], max_length=NODES_SHOWN)
-    """Nodes of the pods, the first 64."""
-    world_size: int | None = None
-    """Ranks; with ranksPerPod auto, once rank 0 has told."""
-    avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
-    """Nodes whose processor turned out to lack what their labels promise."""
-
-
-class Progress(Observed):
-    """How far training is, as rank 0 last told; written at most every 15 seconds."""
-
-    step: int | None = None
-    """Optimiser steps completed."""
-    total_steps: int | None = None
-    """Optimiser steps in all."""
-    percent: int | None = None
-    """Share of the steps completed, rounded down."""
-    epoch: float | None = None
-    """Passes over the training data, with the fraction of the current one."""
-    loss: float | None = None
-    """Mean loss per supervised token of the last step."""
-    eval_loss: float | None = None
-    """The newest evaluation."""
-    tokens_per_second: float | None = None
-    """Tokens of all ranks."""
-    eta_seconds: int | None = None
-    """Seconds that the remaining steps will take."""
-    memory_estimate: int | None = None
-    """Bytes that a rank was estimated to need at most."""
-    memory_peak: int | None = None
-    """Bytes: the largest peak of any rank so far."""
-    step_time: Time | None = None
-    """When a step was last seen to have been completed."""
-    updated_time: Time | None = None
-    """When rank 0 told this."""
-
-
-class RankStatus(Observed):
-    """Where one rank runs."""
-
-    index: int
-    """The rank."""
-    pod: str | None = None
-    """Its pod."""
-    node: str | None = None
-    """Its node."""
-    isa: str | None = None
-    """The tier that it found."""
-    cpus: str | None = None
-    """The CPUs that it is bound to, such as `0-3,8`."""
-    numa_nodes: str | None = None
-    """The NUMA nodes of these CPUs, such as `0-1`."""
-
-
-class CheckpointStatus(Observed):
-    """The newest valid checkpoint."""
-
-    step: int | None = None
-    """Optimiser steps completed when it was taken."""
-    time: Time | None = None
-    """When it was taken."""
-    uri: str | None = None
-    """Where it is."""
-
-
-class AdapterStatus(Observed):
-    """The finished adapter."""
-
-    uri: str | None = None
-    """Where it is: a folder in PEFT's format."""
-    sha256: str | None = None
-    """Of adapter_model.safetensors, in hexadecimal."""
-    base_eval_loss: float | None = None
-    """Eval loss of the base model without the adapter."""
-    eval_loss: float | None = None
-    """Eval loss with the adapter, read back from where it is."""
-    published_uri: str | None = None
-    """Where output.destination has its copy, with the revision where there is one."""
-
-
-class Provenance(Observed):
-    """What the adapter was made from."""
-
-    model_revision: str | None = None
-    """What a remote model.source stood for at the first fetch, and for every attempt: a commit of the Hub, or
-    a hash over the bucket's listing."""
-    dataset_revision: str | None = None
-    """As modelRevision, of dataset.source."""
-    dataset_sha256: str | None = None
-    """Of the dataset's files, in hexadecimal."""
-    image: str | None = None
-    """Trainer image of every attempt: fixed by the first one."""
-    image_digest: str | None = None
-    """Digest of the trainer image that rank 0's node reports."""
-    run_config_version: int | None = None
-    """Version of the RunConfig of every attempt: fixed by the first one."""
-    seed: int | None = None
-    """training.seed."""
-    config_hash: str | None = None
-    """sha256 of the fields of spec that shape the result, in hexadecimal."""
-
-
-class Columns(Observed):
-    """Ready-made text for `kubectl get`, which can neither join two fields nor round a number."""
-
-    ranks: str | None = None
-    """Ranks that are ready, of all: `2/2`."""
-    step: str | None = None
-    """Steps completed, of all: `120/400`."""
-    loss: str | None = None
-    """progress.loss, rounded: `1.83`."""
-    tokens_per_second: str | None = None
-    """progress.tokensPerSecond, rounded: `412`."""
-    eta: str | None = None
-    """progress.etaSeconds for people: `9m`."""
-    restarts: str | None = None
-    """Restarts of both kinds: `0`."""
-
-
-class QLoRAJobStatus(Observed):
-    """What became of the job. Written by the operator alone."""
-
-    observed_generation: int | None = None
-    """The metadata.generation that this status is about."""
-    phase: Annotated[names.Phase, Field(strict=False)] | None = None
-    """One word for the conditions, from which it is derived."""
-    message: str | None = None
-    """What the job waits for, or why it ended, in a sentence."""
-    conditions: list[Condition] = Field(
-        default=[],
-        max_length=16,
-        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-    )
-    """The state in full. Initialized is false with NameConflict when another's object has the name of a
-    child, and with NoMatchingNodes when no tier of isa.allowed has enough nodes."""
-    attempt: int | None = None
-    """Number of the current or last attempt; the first is 0."""
-    restarts: Restarts | None = None
-    """Restarts so far."""
-    attempts: list[Attempt] = Field(default=[], max_length=ATTEMPTS_SHOWN)
-    """The newest attempts, the oldest of them first."""
-    placement: Placement | None = None
-    """What the current attempt was given."""
-    progress: Progress | None = None
-    """How far training is."""
-    ranks: list[RankStatus] = Field(default=[], max_length=RANKS_SHOWN)
-    """Where the ranks run, the first 64."""
-    checkpoint: CheckpointStatus | None = None
-    """The newest valid checkpoint."""
-    adapter: AdapterStatus | None = None
-    """The finished adapter."""
-    provenance: Provenance | None = None
-    """What the adapter was made from."""
-    columns: Columns | None = None
-    """Text for `kubectl get`, derived from the rest."""
-    start_time: Time | None = None
-    """When the job was first active: unsuspended, and let in by its queue. Set anew when it is resumed."""
-    completion_time: Time | None = None
-    """When it finished, either way."""
-
-
-class Metadata(Observed):
+class Metadata(StatusModel):
     """An ObjectMeta, as far as the project reads it."""
 
     name: str = Field(min_length=1, max_length=names.MAX_JOB_NAME, pattern=names.JOB_NAME_PATTERN)

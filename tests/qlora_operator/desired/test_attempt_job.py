@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, ExitCode
-from qlora_contract.run import Fetched, RunConfig, RunStage
+from qlora_contract.run_config import ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.files import load_jobs
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.gang import failure_rules, gang_job
+from qlora_operator.api.loader import load_jobs
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.attempt_job import attempt_job, failure_rules
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.settings import Settings
@@ -81,7 +81,7 @@ def test_the_api_server_accepts_the_rules(
     a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
 ) -> None:
     """Codes are in order, each once, with no 0 for In, and of a container that the pods have."""
-    job = gang_job(a_job(), uid="u", attempt=0, isa="avx2", image="a", settings=settings())
+    job = attempt_job(a_job(), uid="u", attempt=0, isa="avx2", image="a", settings=settings())
     containers = [container["name"] for container in job["spec"]["template"]["spec"]["containers"]]
 
     on_codes = [rule["onExitCodes"] for rule in failure_rules() if "onExitCodes" in rule]
@@ -99,25 +99,29 @@ def test_the_api_server_accepts_the_rules(
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
 def test_any_job_renders_to_what_kubernetes_knows(
-    gangs: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
+    attempts: SearchStrategy[dict[str, Any]], misfits: Callable[[Any, str], list[str]], data: st.DataObject
 ) -> None:
     """Every field exists in Kubernetes' types and has their type; equal input gives equal bytes."""
-    gang = data.draw(gangs)
-    job = gang_job(**gang)
+    attempt = data.draw(attempts)
+    job = attempt_job(**attempt)
 
     assert misfits(job, "V1Job") == []
-    assert json.dumps(gang_job(**gang)) == json.dumps(job)
+    assert json.dumps(attempt_job(**attempt)) == json.dumps(job)
     assert yaml.safe_load(yaml.safe_dump(job)) == job
 
 
 @hypothesis.settings(deadline=None)
 @given(data=st.data())
-def test_any_job_renders_to_valid_names(gangs: SearchStrategy[dict[str, Any]], data: st.DataObject) -> None:
+def test_any_job_renders_to_valid_names(
+    attempts: SearchStrategy[dict[str, Any]], data: st.DataObject
+) -> None:
     """Names, subdomain, host names and labels are what Kubernetes and DNS accept, however long the job's is."""
-    gang = data.draw(gangs)
-    job = gang_job(**gang)
+    attempt = data.draw(attempts)
+    job = attempt_job(**attempt)
     template = job["spec"]["template"]
-    last = names.pod_host_name(gang["job"].metadata.name, gang["attempt"], job["spec"]["completions"] - 1)
+    last = names.pod_host_name(
+        attempt["job"].metadata.name, attempt["attempt"], job["spec"]["completions"] - 1
+    )
     of_dns = [job["metadata"]["name"], last, template["spec"]["subdomain"], job["metadata"]["namespace"]]
 
     assert last.startswith(f"{job['metadata']['name']}-")
@@ -132,7 +136,7 @@ def test_the_gang_lives_and_dies_together(
 ) -> None:
     """All pods at once, none replaced, and no limit but those that the operator itself counts."""
     job = a_job(topology={"pods": pods}, backoffLimit=3, ttlSecondsAfterFinished=9, activeDeadlineSeconds=9)
-    spec = gang_job(job, uid="u", attempt=0, isa="avx2", image="a", settings=settings())["spec"]
+    spec = attempt_job(job, uid="u", attempt=0, isa="avx2", image="a", settings=settings())["spec"]
 
     rest = {key: value for key, value in spec.items() if key not in ("template", "podFailurePolicy")}
     assert rest == {
@@ -150,16 +154,18 @@ def test_a_transfer_is_a_gang_of_one(
 ) -> None:
     """However many pods train, one transfers, under the same rules of failure; its labels tell what it does."""
     job = a_job(topology={"pods": 7}, model={"source": "hf://org/model"})
-    known = Fetched(model="c" * 40)
-    gang = gang_job(
+    known = ResolvedRevisions(model="c" * 40)
+    attempt = attempt_job(
         job, uid="u", attempt=2, isa="avx2", image="a", settings=settings(), stage=stage, fetched=known
     )
 
-    spec, template = gang["spec"], gang["spec"]["template"]
+    spec, template = attempt["spec"], attempt["spec"]["template"]
     assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (1, 1, 0)
     assert spec["podFailurePolicy"] == {"rules": failure_rules()}
-    assert gang["metadata"]["name"] == "small-a2"
-    assert {each["labels"][names.ROLE_LABEL] for each in (gang["metadata"], template["metadata"])} == {role}
+    assert attempt["metadata"]["name"] == "small-a2"
+    assert {each["labels"][names.ROLE_LABEL] for each in (attempt["metadata"], template["metadata"])} == {
+        role
+    }
     run = RunConfig.model_validate_json(template["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
     assert (run.stage, run.fetched) == (stage, known)
 
@@ -168,7 +174,7 @@ def test_a_queue_gets_the_job_suspended(
     a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
 ) -> None:
     """With a queue the Job waits for it; its pods do not have the queue's label, or Kueue would count twice."""
-    job = gang_job(
+    job = attempt_job(
         a_job(scheduling={"queueName": "team-queue"}),
         uid="u",
         attempt=0,
@@ -191,7 +197,7 @@ def test_the_demo_renders_as_reviewed(settings: Callable[..., Settings]) -> None
     rendered = [
         ranks_service(job, uid=uid),
         network_policy(job, uid=uid, settings=admins),
-        gang_job(job, uid=uid, attempt=0, isa="avx512", image=admins.trainer_image, settings=admins),
+        attempt_job(job, uid=uid, attempt=0, isa="avx512", image=admins.trainer_image, settings=admins),
     ]
 
     text = yaml.safe_dump_all(rendered, sort_keys=False, width=110)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import QLoRAJobSpec
-from qlora_operator.desired.allowed import image_allowed, refusal
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.desired.admission import image_allowed, policy_violation
 from qlora_operator.settings import Settings
 
 # --- images
@@ -144,7 +144,7 @@ def test_which_jobs_may_start(
 ) -> None:
     """A job whose image, sources, destination and size are allowed may start; else it is told the field, the
     value and what is allowed."""
-    found = refusal(spec(**fields), settings(**given_settings))
+    found = policy_violation(spec(**fields), settings(**given_settings))
 
     assert (found is None) == (said is None)
     if found is not None and said is not None:

@@ -1,54 +1,53 @@
-"""What is wrong with a job and what would be right, in a user's words."""
+"""What users read of an invalid job: what is wrong with each field, and what would be right."""
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_contract.run import DatasetUri, DestinationUri, ModelUri, PvcUri, Revision, SecretName
-from qlora_operator.api import names, quantity, types
-from qlora_operator.api.documents import child_path
+from qlora_contract import remote
+from qlora_operator.api import names, quantity, v1alpha1
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
+from qlora_operator.api.yaml_reader import child_path
 
 _SHOWN = 60
 """Characters of a wrong value that are shown."""
 
 
-def _pattern(field: Any) -> str:
-    """The pattern that a field of the contract must match."""
-    return next(str(each.pattern) for each in field.metadata if hasattr(each, "pattern"))
-
-
 _FORMS = {
     quantity.MEMORY_PATTERN: "a quantity of memory such as 16Gi, as a string",
     names.JOB_NAME_PATTERN: names.JOB_NAME_RULE,
-    types.LABEL_VALUE_PATTERN: "the value of a label: letters, digits, '-', '_', '.', at most 63 of them",
-    types.LABEL_KEY_PATTERN: "the name of a label, such as kubernetes.io/hostname",
-    types.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
-    types.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
-    types.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
-    _pattern(PvcUri): "pvc://claim/path, at most 512 characters",
-    _pattern(ModelUri): "pvc://claim/path, hf://org/name or s3://bucket/path, at most 512 characters",
-    _pattern(DatasetUri): "pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path, at most 512 "
+    v1alpha1.LABEL_VALUE_PATTERN: "the value of a label: letters, digits, '-', '_', '.', at most 63 of them",
+    v1alpha1.LABEL_KEY_PATTERN: "the name of a label, such as kubernetes.io/hostname",
+    v1alpha1.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
+    v1alpha1.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
+    v1alpha1.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
+    remote.PVC_PATTERN: "pvc://claim/path, at most 512 characters",
+    remote.MODEL_PATTERN: "pvc://claim/path, hf://org/name or s3://bucket/path, at most 512 characters",
+    remote.DATASET_PATTERN: "pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path, at most 512 "
     "characters",
-    _pattern(DestinationUri): "hf://org/name or s3://bucket/path, at most 512 characters",
-    _pattern(SecretName): "the name of a Secret: lower-case letters, digits, '-' and '.'",
-    _pattern(Revision): "a branch, tag or commit of the Hub, at most 128 characters",
+    remote.DESTINATION_PATTERN: "hf://org/name or s3://bucket/path, at most 512 characters",
+    remote.SECRET_PATTERN: "the name of a Secret: lower-case letters, digits, '-' and '.'",
+    remote.REVISION_PATTERN: "a branch, tag or commit of the Hub, at most 128 characters",
 }
-"""Pattern of a string -> what it means to people, with places for the schema's bounds. Other strings are
+"""Pattern of a string -> what it means to people, with placeholders for the schema's bounds. Other strings are
 described by their bounds."""
 
 
 def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
-    """(field path, message) of everything that pydantic found wrong with a job, in the order of the
-    fields."""
-    # Each side of a union complains for itself.
+    """(field path, message) of every fault that pydantic found in a job, in the order of the fields."""
+    # Each side of a union reports a fault of its own.
     found = error.errors(include_url=False)
     for details in found:
         details["loc"] = _field(details["loc"])
-    return list(dict.fromkeys((_path(details["loc"]), _message(details)) for details in found))
+    return list(
+        dict.fromkeys(
+            (functools.reduce(child_path, details["loc"], ""), _message(details)) for details in found
+        )
+    )
 
 
 def _field(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -60,13 +59,6 @@ def _field(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
         except KeyError:  # no such field
             break
     return location
-
-
-def _path(location: Sequence[str | int]) -> str:
-    path = ""
-    for part in location:
-        path = child_path(path, part)
-    return path
 
 
 def _message(details: ErrorDetails) -> str:
@@ -81,7 +73,12 @@ def _message(details: ErrorDetails) -> str:
 
 
 def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """That there is no such field, and which one was perhaps meant."""
+    """That there is no such field, and which one was perhaps meant.
+
+    Args:
+        name: the field.
+        known: the fields that there are.
+    """
     folded = {field.replace("_", "").lower(): field for field in known}
     near = difflib.get_close_matches(name[:_SHOWN].replace("_", "").lower(), folded, n=1)
     if near:
@@ -90,7 +87,7 @@ def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 def schema_at(location: Sequence[str | int]) -> Schema:
-    """The schema of what is at a location within a job."""
+    """The schema of what is at a location within a job. KeyError when the schema has no such field."""
     node = job_schema()
     for part in location:
         if isinstance(part, int):
@@ -125,7 +122,7 @@ def _shortened(text: str) -> str:
 
 
 def expected(node: Schema) -> str:
-    """What would be right at a place of the schema."""
+    """What a value must be, according to its schema: `an integer from 1 to 512`."""
     if "enum" in node:
         values = ", ".join(str(value) for value in node["enum"])
         return f"one of {values}" if len(node["enum"]) > 1 else values

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from qlora_operator.api.files import OBJECT_META, load_jobs, parse_job, without_nulls
+from qlora_operator.api.loader import OBJECT_META, load_jobs, parse_api_object, parse_job, without_nulls
 from qlora_operator.api.names import JOB_NAME_RULE
 from qlora_operator.api.schema import job_schema
-from qlora_operator.api.types import Metadata
+from qlora_operator.api.v1alpha1 import Metadata
 from qlora_operator.errors import InvalidFileError, InvalidJobError
 
 CLAIM = """
@@ -112,10 +113,10 @@ def test_the_document_is_named_when_there_are_several(
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "FILE: is empty; it must hold a QLoRAJob"),
-        ("# later\n", "FILE: is empty; it must hold a QLoRAJob"),
-        (CLAIM, "FILE: holds no QLoRAJob, only PersistentVolumeClaim"),
-        ("kind: QloraJob", "FILE: holds no QLoRAJob, only QloraJob"),
+        ("", "FILE: is empty; it must contain a QLoRAJob"),
+        ("# later\n", "FILE: is empty; it must contain a QLoRAJob"),
+        (CLAIM, "FILE: does not contain a QLoRAJob, only PersistentVolumeClaim"),
+        ("kind: QloraJob", "FILE: does not contain a QLoRAJob, only QloraJob"),
         ("just words", "FILE: the document is the string 'just words'; a job is a map"),
         ("- a", "FILE: the document is a list; a job is a map"),
         ("a: 1\na: 2\n", "FILE: a: is given twice in the same map"),
@@ -179,7 +180,7 @@ def test_a_hyphen_is_standard_input(monkeypatch: pytest.MonkeyPatch, minimal: di
     give(yaml.safe_dump(minimal))
     assert len(load_jobs("-")) == 1
     give("")
-    assert faults("-") == ["standard input: is empty; it must hold a QLoRAJob"]
+    assert faults("-") == ["standard input: is empty; it must contain a QLoRAJob"]
 
 
 def test_nulls_of_known_fields_are_not_given() -> None:
@@ -245,3 +246,50 @@ def test_a_refused_job_says_why_in_one_line(changed: Callable[..., dict[str, Any
         InvalidJobError, match=r"spec\.backoffLimit: is the number -1; it must be an integer from 0"
     ):
         parse_job(changed({"spec.backoffLimit": -1}))
+
+
+# --- from the API server
+
+
+def test_an_object_of_the_api_server_is_read(minimal: dict[str, Any]) -> None:
+    """Nothing is ignored of an object that this release wrote."""
+    job, ignored = parse_api_object({**minimal, "status": {"phase": "Running"}})
+
+    assert (job.spec, ignored) == (parse_job(minimal).spec, [])  # type: ignore[union-attr]
+    assert job.status is not None
+    assert job.status.phase == "Running"
+
+
+def test_what_a_newer_definition_adds_is_ignored_and_named(changed: Callable[..., dict[str, Any]]) -> None:
+    """An API server sets the defaults of fields that this operator does not know, in every job."""
+    tolerations = [{"operator": "Exists", "until": "noon"}]
+    raw = changed(
+        {
+            "spec.notifications": {"onEnd": []},
+            "spec.training.rslora": False,
+            "spec.scheduling": {"tolerations": tolerations},
+            "metadata.later": 1,
+            "status": {"later": 1, "attempt": 3},
+        }
+    )
+    job, ignored = parse_api_object(raw)
+
+    assert sorted(ignored) == [
+        "spec.notifications",
+        "spec.scheduling.tolerations[0].until",
+        "spec.training.rslora",
+    ]
+    assert job.status is not None
+    assert job.status.attempt == 3
+
+
+def test_a_value_that_is_not_known_is_an_error(changed: Callable[..., dict[str, Any]]) -> None:
+    """What the user asked for is never replaced by something else."""
+    with pytest.raises(ValidationError, match="scheme"):
+        parse_api_object(changed({"spec.quantization": {"scheme": "int2"}}))
+
+
+def test_files_are_read_strictly(changed: Callable[..., dict[str, Any]]) -> None:
+    """A field that the user misspelled is a fault in a file, as it is for kubectl."""
+    with pytest.raises(InvalidJobError, match="no such field"):
+        parse_job(changed({"spec.notifications": {}}))

@@ -1,0 +1,42 @@
+"""What a pod of ranks requests of its node: what its ranks need, and what the pod itself does."""
+
+from qlora_contract.run_config import RunStage
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.v1alpha1 import Topology
+
+AUTO_RANKS = 8
+"""Ranks of a pod that are assumed where its launcher finds their number: the NUMA clusters of a two-socket server."""
+TMP_BYTES = 256 * 2**20
+"""Limit of a pod's /tmp, which is in memory."""
+SHM_BYTES_PER_RANK = 64 * 2**20
+"""Each rank's part of its pod's /dev/shm, through which the pod's ranks communicate; oneCCL uses nearly all of it."""
+
+
+def stage_pods(topology: Topology, stage: RunStage) -> int:
+    """Pods of an attempt: a transfer has one, however many train."""
+    return topology.pods if stage == "train" else 1
+
+
+def resource_multiplier(topology: Topology) -> int:
+    """How many times a pod has cpusPerRank and memoryPerRank; with `auto` they are the pod's."""
+    return 1 if topology.ranks_per_pod == "auto" else topology.ranks_per_pod
+
+
+def shm_bytes(topology: Topology) -> int:
+    """Limit of a pod's /dev/shm, in bytes."""
+    ranks = AUTO_RANKS if topology.ranks_per_pod == "auto" else topology.ranks_per_pod
+    return ranks * SHM_BYTES_PER_RANK
+
+
+def pod_memory(topology: Topology) -> int:
+    """Bytes of a pod: its ranks', and its full /tmp and /dev/shm, which count towards its limit."""
+    return (
+        resource_multiplier(topology) * parse_memory(topology.memory_per_rank)
+        + TMP_BYTES
+        + shm_bytes(topology)
+    )
+
+
+def pod_cpus(topology: Topology) -> int:
+    """Whole CPUs of a pod."""
+    return resource_multiplier(topology) * topology.cpus_per_rank

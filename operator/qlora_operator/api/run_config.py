@@ -1,0 +1,119 @@
+"""From what users write to what ranks read: the only place that knows both forms."""
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from qlora_contract import run_config as wire
+from qlora_contract.identity import identity_fields, identity_hash
+from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.v1alpha1 import QLoRAJob, Topology
+
+DEFAULT_NAMESPACE = "default"
+NOTHING_FETCHED = wire.ResolvedRevisions()
+
+Wire = TypeVar("Wire", bound=BaseModel)
+
+
+def to_run_config(
+    job: QLoRAJob,
+    *,
+    uid: str,
+    attempt: int,
+    isa: wire.IsaTier,
+    stage: wire.RunStage = "train",
+    fetched: wire.ResolvedRevisions = NOTHING_FETCHED,
+) -> wire.RunConfig:
+    """What every rank of an attempt gets, in the version that the image of the job's first attempt reads.
+
+    A job that `cannot_write` has a reason against must not be started with the result.
+
+    Args:
+        job: as the user wrote it, with its status.
+        uid: of the job, from the API server, or of its folder with `qlora run`.
+        attempt: from 0.
+        isa: the tier that placement chose for all ranks.
+        stage: what the attempt is to do.
+        fetched: what the remote sources stand for, as far as that is known.
+    """
+    spec, fixed = job.spec, _fixed_version(job)
+    return wire.RunConfig(
+        version=next((each for each in RUN_CONFIG_VERSIONS if each == fixed), RUN_CONFIG_VERSION),
+        stage=stage,
+        fetched=fetched,
+        job=wire.JobRef(
+            name=job.metadata.name,
+            namespace=job.metadata.namespace or DEFAULT_NAMESPACE,
+            uid=uid,
+            attempt=attempt,
+        ),
+        workspace=spec.workspace,
+        model=carry_over(wire.ModelSource, spec.model),
+        dataset=carry_over(wire.Dataset, spec.dataset),
+        adapter=carry_over(wire.Adapter, spec.adapter),
+        quantization=carry_over(wire.Quantization, spec.quantization),
+        training=carry_over(wire.Training, spec.training),
+        evaluation=carry_over(wire.Evaluation, spec.evaluation),
+        checkpoint=carry_over(wire.Checkpoint, spec.checkpoint),
+        output=carry_over(wire.Output, spec.output),
+        distributed=carry_over(wire.Distributed, spec.distributed),
+        layout=layout(spec.topology),
+        isa=isa,
+        termination_grace_period_seconds=spec.termination_grace_period_seconds,
+    )
+
+
+def layout(topology: Topology) -> wire.Layout:
+    """The topology with its memory in bytes."""
+    return carry_over(
+        wire.Layout, topology, memory_per_rank=parse_memory(topology.memory_per_rank), ranks=None
+    )
+
+
+def carry_over(form: type[Wire], written: BaseModel, **others: Any) -> Wire:
+    """An object of the wire form, from one of the API that has fields of the same names.
+
+    Args:
+        form: the class of the wire form.
+        written: what the user wrote.
+        others: fields that have another name or another meaning in the API, by their names in the wire form.
+    """
+    same = {name: getattr(written, name) for name in form.model_fields if name not in others}
+    return form(**same, **others)
+
+
+def config_hash(job: QLoRAJob) -> str:
+    """The hash of the job's identity, which its folder in the workspace is marked with. The same in every release."""
+    return identity_hash(identity_fields(_any_attempt(job)))
+
+
+def cannot_write(job: QLoRAJob) -> str | None:
+    """Why no further attempt can start, in a sentence; None when one can.
+
+    Every attempt has the image of the first, and that reads the version of the RunConfig that status.provenance keeps.
+    """
+    version = _fixed_version(job)
+    if version is None:
+        return None
+    if version not in RUN_CONFIG_VERSIONS:
+        return (
+            f"the job's image reads version {version} of the RunConfig, and this operator writes versions "
+            f"{' and '.join(map(str, RUN_CONFIG_VERSIONS))}: run an operator that writes version {version}, "
+            "or create another job"
+        )
+    if newer := newer_than(_any_attempt(job), version):
+        return (
+            f"the job's image reads version {version} of the RunConfig and does not know {', '.join(newer)}: "
+            "remove it from the spec, or create another job"
+        )
+    return None
+
+
+def _fixed_version(job: QLoRAJob) -> int | None:
+    """The version that the first attempt's image reads; None before there was one."""
+    return job.status.provenance.run_config_version if job.status and job.status.provenance else None
+
+
+def _any_attempt(job: QLoRAJob) -> wire.RunConfig:
+    return to_run_config(job, uid="any", attempt=0, isa=job.spec.isa.allowed[0])

@@ -1,0 +1,241 @@
+"""What the operator answers: QLoRAJobStatus.
+
+The docstring under a field is its description in the CRD, in `kubectl explain` and in the field reference.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from qlora_contract.base import ContractModel
+from qlora_contract.run_config import IsaTier, RunStage
+from qlora_operator.api import names
+
+ATTEMPTS_SHOWN = 20
+RANKS_SHOWN = 64
+NODES_SHOWN = 64
+
+
+class StatusModel(ContractModel):
+    """A part of the status. Unknown fields are passed over: a newer operator may have written them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+"""RFC 3339, UTC, as Kubernetes writes times."""
+
+
+class Condition(StatusModel):
+    """One side of the job's state, in the form that all of Kubernetes uses."""
+
+    type: str
+    """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,
+    Failed, or Finished, which is true with either of the two before it."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    observed_generation: int | None = None
+    """The metadata.generation that this was said of."""
+    last_transition_time: Time
+    """When status last changed."""
+    reason: str = Field(description=f"Why, in one word, for programs: {', '.join(names.Reason)}.")
+    message: str
+    """Why, in a sentence, for people."""
+
+
+class Restarts(StatusModel):
+    """Restarts so far, by whose doing they were."""
+
+    user: int = 0
+    """Counted against backoffLimit."""
+    infrastructure: int = 0
+    """Counted against infrastructureBackoffLimit."""
+
+
+class Attempt(StatusModel):
+    """How one attempt went."""
+
+    attempt: int
+    """Its number; the first is 0."""
+    stage: RunStage = "train"
+    """What it was to do: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
+    start: Time | None = None
+    """When its ranks were asked for."""
+    end: Time | None = None
+    """When its last pod was gone; unset while it lasts."""
+    reason: str | None = None
+    """Why it ended, in one word."""
+    message: str | None = None
+    """Why it ended, in a sentence."""
+    exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
+    """Exit codes of its pods, without repetition."""
+    job_uid: str | None = None
+    """The uid of its batch/v1 Job, once that was seen: a Job that is gone is not one that was never there."""
+
+
+class Placement(StatusModel):
+    """What the current attempt was given."""
+
+    isa: IsaTier | None = None
+    """Tier that every rank must have."""
+    dtype: str | None = None
+    """Data type that the ranks compute in: bf16 or fp32. Fixed by the first completed step."""
+    nodes: list[str] = Field(default=[], max_length=NODES_SHOWN)
+    """Nodes of the pods, the first 64."""
+    world_size: int | None = None
+    """Ranks; with ranksPerPod auto, once rank 0 has told."""
+    avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
+    """Nodes whose processor turned out to lack what their labels promise."""
+
+
+class Progress(StatusModel):
+    """How far training is, as rank 0 last told; written at most every 15 seconds."""
+
+    step: int | None = None
+    """Optimiser steps completed."""
+    total_steps: int | None = None
+    """Optimiser steps in all."""
+    percent: int | None = None
+    """Share of the steps completed, rounded down."""
+    epoch: float | None = None
+    """Passes over the training data, with the fraction of the current one."""
+    loss: float | None = None
+    """Mean loss per supervised token of the last step."""
+    eval_loss: float | None = None
+    """The newest evaluation."""
+    tokens_per_second: float | None = None
+    """Tokens of all ranks."""
+    eta_seconds: int | None = None
+    """Seconds that the remaining steps will take."""
+    memory_estimate: int | None = None
+    """Bytes that a rank was estimated to need at most."""
+    memory_peak: int | None = None
+    """Bytes: the largest peak of any rank so far."""
+    step_time: Time | None = None
+    """When a step was last seen to have been completed."""
+    updated_time: Time | None = None
+    """When rank 0 told this."""
+
+
+class RankStatus(StatusModel):
+    """Where one rank runs."""
+
+    index: int
+    """The rank."""
+    pod: str | None = None
+    """Its pod."""
+    node: str | None = None
+    """Its node."""
+    isa: str | None = None
+    """The tier that it found."""
+    cpus: str | None = None
+    """The CPUs that it is bound to, such as `0-3,8`."""
+    numa_nodes: str | None = None
+    """The NUMA nodes of these CPUs, such as `0-1`."""
+
+
+class CheckpointStatus(StatusModel):
+    """The newest valid checkpoint."""
+
+    step: int | None = None
+    """Optimiser steps completed when it was taken."""
+    time: Time | None = None
+    """When it was taken."""
+    uri: str | None = None
+    """Where it is."""
+
+
+class AdapterStatus(StatusModel):
+    """The finished adapter."""
+
+    uri: str | None = None
+    """Where it is: a folder in PEFT's format."""
+    sha256: str | None = None
+    """Of adapter_model.safetensors, in hexadecimal."""
+    base_eval_loss: float | None = None
+    """Eval loss of the base model without the adapter."""
+    eval_loss: float | None = None
+    """Eval loss with the adapter, read back from where it is."""
+    published_uri: str | None = None
+    """Where output.destination has its copy, with the revision where there is one."""
+
+
+class Provenance(StatusModel):
+    """What the adapter was made from."""
+
+    model_revision: str | None = None
+    """What a remote model.source stood for at the first fetch, and for every attempt: a commit of the Hub, or
+    a hash over the bucket's listing."""
+    dataset_revision: str | None = None
+    """As modelRevision, of dataset.source."""
+    dataset_sha256: str | None = None
+    """Of the dataset's files, in hexadecimal."""
+    image: str | None = None
+    """Trainer image of every attempt: fixed by the first one."""
+    image_digest: str | None = None
+    """Digest of the trainer image that rank 0's node reports."""
+    run_config_version: int | None = None
+    """Version of the RunConfig of every attempt: fixed by the first one."""
+    seed: int | None = None
+    """training.seed."""
+    config_hash: str | None = None
+    """sha256 of the fields of spec that shape the result, in hexadecimal."""
+
+
+class Columns(StatusModel):
+    """Ready-made text for `kubectl get`, which can neither join two fields nor round a number."""
+
+    ranks: str | None = None
+    """Ranks that are ready, of all: `2/2`."""
+    step: str | None = None
+    """Steps completed, of all: `120/400`."""
+    loss: str | None = None
+    """progress.loss, rounded: `1.83`."""
+    tokens_per_second: str | None = None
+    """progress.tokensPerSecond, rounded: `412`."""
+    eta: str | None = None
+    """progress.etaSeconds for people: `9m`."""
+    restarts: str | None = None
+    """Restarts of both kinds: `0`."""
+
+
+class QLoRAJobStatus(StatusModel):
+    """What became of the job. Written by the operator alone."""
+
+    observed_generation: int | None = None
+    """The metadata.generation that this status is about."""
+    phase: Annotated[names.Phase, Field(strict=False)] | None = None
+    """One word for the conditions, from which it is derived."""
+    message: str | None = None
+    """What the job waits for, or why it ended, in a sentence."""
+    conditions: list[Condition] = Field(
+        default=[],
+        max_length=16,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    """The state in full. Initialized is false with NameConflict when another's object has the name of a
+    child, and with NoMatchingNodes when no tier of isa.allowed has enough nodes."""
+    attempt: int | None = None
+    """Number of the current or last attempt; the first is 0."""
+    restarts: Restarts | None = None
+    """Restarts so far."""
+    attempts: list[Attempt] = Field(default=[], max_length=ATTEMPTS_SHOWN)
+    """The newest attempts, the oldest of them first."""
+    placement: Placement | None = None
+    """What the current attempt was given."""
+    progress: Progress | None = None
+    """How far training is."""
+    ranks: list[RankStatus] = Field(default=[], max_length=RANKS_SHOWN)
+    """Where the ranks run, the first 64."""
+    checkpoint: CheckpointStatus | None = None
+    """The newest valid checkpoint."""
+    adapter: AdapterStatus | None = None
+    """The finished adapter."""
+    provenance: Provenance | None = None
+    """What the adapter was made from."""
+    columns: Columns | None = None
+    """Text for `kubectl get`, derived from the rest."""
+    start_time: Time | None = None
+    """When the job was first active: unsuspended, and let in by its queue. Set anew when it is resumed."""
+    completion_time: Time | None = None
+    """When it finished, either way."""

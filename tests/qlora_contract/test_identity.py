@@ -1,0 +1,189 @@
+"""The identity of a job: what belongs to it, and what does not."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_contract import run_config
+from qlora_contract.identity import differences, identity, identity_fields, identity_hash, same_identity
+from qlora_contract.run_config import RunConfig
+
+MINIMAL: dict[str, Any] = {
+    "job": {"name": "demo", "uid": "0f", "attempt": 1},
+    "workspace": "pvc://team/qlora",
+    "model": {"source": "pvc://team/model"},
+    "dataset": {"source": "pvc://team/docs.jsonl"},
+    "training": {"epochs": 1},
+    "layout": {"memoryPerRank": 2**30},
+    "isa": "avx2",
+}
+
+
+def parsed(path: str, value: Any) -> RunConfig:
+    """RunConfig of MINIMAL with one field, by its dotted path, set."""
+    fields = json.loads(json.dumps(MINIMAL))
+    *parents, last = path.split(".")
+    parent = fields
+    for name in parents:
+        parent = parent.setdefault(name, {})
+    parent[last] = value
+    return RunConfig.model_validate_json(json.dumps(fields))
+
+
+def hash_of(config: RunConfig) -> str:
+    """The hash that identifies what a job folder holds."""
+    return identity_hash(identity_fields(config))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.microBatchTokens", 4096),
+        ("training.gradientCheckpointing", "full"),
+        ("layout.pods", 2),
+        ("layout.memoryPerRank", 2**40),
+        ("checkpoint.keep", 5),
+        ("distributed.timeoutSeconds", 60),
+        ("isa", "amx_bf16"),
+        ("job.attempt", 9),
+        ("adapter.rank", 16),
+        ("output.destination", "s3://bucket/out"),
+        ("stage", "fetch"),
+        ("fetched", {"model": "c0ffee"}),
+        ("model.credentialsSecret", "hub"),
+        ("model.revision", "main"),
+    ],
+)
+def test_what_does_not_shape_the_result_keeps_the_hash(path: str, value: Any) -> None:
+    """Memory knobs, layout, and defaults that are written out leave a job's identity alone."""
+    assert hash_of(parsed(path, value)) == hash_of(parsed("isa", "avx2"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.source", "pvc://team/other"),
+        ("model.source", "hf://org/model"),
+        ("dataset.evalFraction", 0.1),
+        ("adapter.rank", 8),
+        ("quantization.scheme", "none"),
+        ("training.seed", 1),
+        ("training.epochs", 2),
+        ("evaluation.requireImprovement", False),
+    ],
+)
+def test_what_shapes_the_result_changes_the_hash(path: str, value: Any) -> None:
+    """Model, data, adapter, quantisation, training and evaluation identify a job."""
+    assert hash_of(parsed(path, value)) != hash_of(parsed("isa", "avx2"))
+
+
+@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.booleans()), min_size=2))
+def test_the_hash_does_not_depend_on_the_order_of_fields(fields: dict[str, Any]) -> None:
+    """Equal fields in another order have the same hash."""
+    assert identity_hash(fields) == identity_hash(dict(reversed(fields.items())))
+
+
+# --- remote sources
+
+REMOTE = {
+    **MINIMAL,
+    "model": {"source": "hf://org/model"},
+    "dataset": {"source": "hf://datasets/org/data/train.jsonl"},
+}
+COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+
+
+def remote(**fields: Any) -> RunConfig:
+    """RunConfig of REMOTE with fields set."""
+    return RunConfig.model_validate_json(json.dumps({**REMOTE, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("revision", "same"),
+    [("main", True), ("v1", False)],
+    ids=["the default, written out", "another"],
+)
+def test_the_revision_of_the_hub_identifies_a_job(revision: str, same: bool) -> None:
+    """The branch, tag or commit that was asked for shapes the result; what it stood for is kept elsewhere."""
+    for part in ("model", "dataset"):
+        asked = remote(**{part: {**REMOTE[part], "revision": revision}})
+        assert (hash_of(asked) == hash_of(remote(fetched={"model": COMMIT}))) == same
+
+
+def test_credentials_do_not_identify_a_job() -> None:
+    """A Secret of another name fetches the same bytes."""
+    for part in ("model", "dataset"):
+        assert hash_of(remote(**{part: {**REMOTE[part], "credentialsSecret": "hub"}})) == hash_of(remote())
+
+
+def test_the_identity_of_jobs_on_claims_is_as_it_was() -> None:
+    """What a workspace holds of releases that knew no remote sources is still the same job's."""
+    fields = identity_fields(parsed("isa", "avx2"))
+
+    assert set(fields["model"]) == {"source"}
+    assert set(fields["dataset"]) == {"source", "format", "trainSplit", "evalSplit", "evalFraction"}
+
+
+# --- other releases
+
+HASH_OF_MINIMAL = "06d8aa826486006af87dd9e4c7f5d6dc0564c3438060800cbaeab03314368547"
+"""As release 0.1.0 wrote it."""
+
+
+def test_the_hash_is_that_of_every_release() -> None:
+    """Folders in use are marked with it: whoever changes it refuses every one of them."""
+    assert identity(parsed("isa", "avx2"))["hash"] == HASH_OF_MINIMAL
+
+
+def test_a_version_of_run_json_is_not_a_part_of_the_identity() -> None:
+    """A job keeps its folder when its operator and its image are upgraded."""
+    assert identity(parsed("version", 1)) == identity(parsed("version", 2))
+
+
+class LaterTraining(run_config.Training):
+    """What a later release may add."""
+
+    rslora: bool = False
+
+
+class LaterRun(RunConfig):
+    """A run of that release."""
+
+    training: LaterTraining
+
+
+@pytest.mark.parametrize(
+    ("training", "same"),
+    [({}, True), ({"rslora": False}, True), ({"rslora": True}, False)],
+    ids=["unset", "at its default", "set"],
+)
+def test_a_field_that_is_added_changes_the_identity_only_when_it_is_used(
+    training: dict[str, Any], same: bool
+) -> None:
+    """Jobs that do not use a new field keep their folders, without anything to be done for it."""
+    later = LaterRun.model_validate_json(json.dumps({**MINIMAL, "training": {"epochs": 1, **training}}))
+
+    assert (hash_of(later) == HASH_OF_MINIMAL) == same
+
+
+def test_an_identity_is_compared_with_what_a_folder_holds() -> None:
+    """The hash decides; a mark without one is an error."""
+    mine = identity(parsed("isa", "avx2"))
+
+    assert same_identity(json.loads(json.dumps(mine)), mine)
+    assert not same_identity(identity(parsed("training.seed", 1)), mine)
+    with pytest.raises(KeyError):
+        same_identity({"fields": mine["fields"]}, mine)
+
+
+def test_what_differs_is_named() -> None:
+    """The first five fields, with both values."""
+    old, new = parsed("training.seed", 1), parsed("adapter.rank", 8)
+
+    assert (
+        differences(identity_fields(old), identity_fields(new))
+        == "adapter.rank: 16, now 8, training.seed: 1, now 0"
+    )

@@ -1,0 +1,184 @@
+"""Earlier releases, frozen: their code to run beside today's, and random jobs for both.
+
+0.1.0.tar.xz is `git archive COMMIT operator/qlora_operator trainer/qlora_contract manifests/crd | xz -9e` of the commit
+that the release was made from. It is never changed; a release adds another one.
+"""
+
+import importlib
+import math
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
+
+ARCHIVE = Path(__file__).with_name("0.1.0.tar.xz")
+CRD = "manifests/crd/qlora.dev_qlorajobs.yaml"
+
+
+@pytest.fixture(scope="session")
+def old_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Release 0.1.0, unpacked."""
+    root = tmp_path_factory.mktemp("release-0.1.0")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(root, filter="data")
+    return root
+
+
+@pytest.fixture(scope="session")
+def old(old_root: Path) -> SimpleNamespace:
+    """The pure parts of release 0.1.0, in this process."""
+    names = {
+        "run": "qlora_contract.run",
+        "progress": "qlora_contract.progress",
+        "types": "qlora_operator.api.types",
+        "run_config": "qlora_operator.desired.run_config",
+        "decision": "qlora_operator.status.decision",
+        "observation": "qlora_operator.status.observation",
+        "unreadable": "qlora_operator.status.unreadable",
+    }
+    modules = _import_from(old_root, list(names.values()))
+    return SimpleNamespace(**{short: modules[name] for short, name in names.items()})
+
+
+def _import_from(root: Path, names: list[str]) -> dict[str, ModuleType]:
+    """Modules of another release, which have the names of today's: those are put aside meanwhile."""
+    ours = ("qlora_contract", "qlora_operator")
+    today = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ours}
+    folders = [str(root / "operator"), str(root / "trainer")]
+    for name in today:
+        del sys.modules[name]
+    sys.path[:0] = folders
+    try:
+        return {name: importlib.import_module(name) for name in names}
+    finally:
+        del sys.path[:2]
+        for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+            del sys.modules[name]
+        sys.modules.update(today)
+
+
+@pytest.fixture(scope="session")
+def old_crd(old_root: Path) -> dict[str, Any]:
+    """The CRD of release 0.1.0."""
+    crd = yaml.safe_load((old_root / CRD).read_text())
+    assert isinstance(crd, dict)
+    return crd
+
+
+# --- random jobs
+
+SOURCES = {
+    "model": ["pvc://team/model", "hf://org/model", "s3://bucket/model"],
+    "dataset": ["pvc://team/data.jsonl", "hf://datasets/org/data", "s3://bucket/data"],
+    "destination": ["hf://org/adapter", "s3://bucket/adapters"],
+}
+WORDS = {
+    "memoryPerRank": st.sampled_from(["1Gi", "1.5G", "100000001"]),
+    "targetModules": st.lists(st.sampled_from(["q_proj", "v_proj", "all-linear"]), min_size=1, max_size=3),
+    "destination": st.sampled_from(SOURCES["destination"]),
+}
+CARRIED = (
+    "model",
+    "dataset",
+    "adapter",
+    "quantization",
+    "training",
+    "evaluation",
+    "checkpoint",
+    "output",
+    "distributed",
+    "topology",
+    "terminationGracePeriodSeconds",
+)
+"""Fields of spec that ranks need, besides workspace."""
+
+
+def values(node: Schema, name: str) -> SearchStrategy[Any]:
+    """Values that a schema accepts."""
+    low, high = node.get("minimum"), node.get("maximum")
+    if name in WORDS:
+        return WORDS[name]
+    if "enum" in node:
+        return st.sampled_from(node["enum"])
+    if INT_OR_STRING in node:
+        return st.integers(low, high) | st.just(node["pattern"].strip("^$"))
+    match node["type"]:
+        case "object":
+            inner = {child: values(schema, child) for child, schema in node["properties"].items()}
+            return st.fixed_dictionaries({}, optional=inner)
+        case "integer":
+            return st.integers(low, high)
+        case "number":
+            inside = low is not None and node.get("exclusiveMinimum", False)
+            below = node.get("exclusiveMaximum", False)
+            return st.floats(low, high, exclude_min=inside, exclude_max=below).filter(math.isfinite)
+        case "boolean":
+            return st.booleans()
+    return st.from_regex(node["pattern"], fullmatch=True).filter(
+        lambda text: node.get("minLength", 0) <= len(text) <= node["maxLength"]
+    )
+
+
+def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
+    """A random spec after the rules between its fields."""
+    training, topology = spec.setdefault("training", {}), spec.setdefault("topology", {})
+    if ("epochs" in training) == ("maxSteps" in training):
+        training.pop("maxSteps", None)
+        training["epochs"] = 2
+    if training.get("globalBatchTokens", 8192) < training.get("maxSequenceLength", 1024):
+        training.pop("globalBatchTokens", None)
+        training.pop("maxSequenceLength", None)
+    topology.setdefault("memoryPerRank", "2Gi")
+    if (
+        topology.get("ranksPerPod") != "auto"
+        and topology.get("pods", 1) * topology.get("ranksPerPod", 1) > 1024
+    ):
+        topology["pods"] = 3
+    for name, source in (("model", model), ("dataset", dataset)):
+        section = spec.setdefault(name, {})
+        section["source"] = source
+        if not source.startswith("hf://"):
+            section.pop("revision", None)
+        if source.startswith("pvc://"):
+            section.pop("credentialsSecret", None)
+    if "destination" not in spec.get("output", {}):
+        spec.get("output", {}).pop("credentialsSecret", None)
+    return {"workspace": "pvc://team/work", **spec}
+
+
+@pytest.fixture(scope="session")
+def specs() -> SearchStrategy[dict[str, Any]]:
+    """Random valid specs: every field that ranks need, set or not."""
+    schema = job_schema()["properties"]["spec"]["properties"]
+    fields = {name: values(schema[name], name) for name in CARRIED}
+    return st.builds(
+        _consistent,
+        st.fixed_dictionaries({}, optional=fields),
+        st.sampled_from(SOURCES["model"]),
+        st.sampled_from(SOURCES["dataset"]),
+    )
+
+
+@pytest.fixture(scope="session")
+def document() -> Callable[..., dict[str, Any]]:
+    """document(spec, status=None): a job as the API server returns it."""
+
+    def make(spec: dict[str, Any], status: dict[str, Any] | None = None) -> dict[str, Any]:
+        job = {
+            "apiVersion": "qlora.dev/v1alpha1",
+            "kind": "QLoRAJob",
+            "metadata": {"name": "demo", "namespace": "team", "uid": "0f-1", "generation": 1},
+            "spec": spec,
+        }
+        return job if status is None else {**job, "status": status}
+
+    return make

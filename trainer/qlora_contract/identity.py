@@ -1,0 +1,100 @@
+"""A job's identity: the fields that shape the result of training, and a hash over them.
+
+`jobs/<name>` of a workspace holds the identity of the spec that it belongs to, and another spec's job is refused there.
+The identity is made from the wire form, under its own rules, so that neither a renamed field of the API nor a new
+version of run.json changes it: a field of release 0.1.0 is always part of it, a later one only when it is not at its
+default. The same spec thus has the same hash in every release, and either of two releases recognizes the folders of
+the other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_contract.run_config import RunConfig
+
+_SHAPING: dict[str, set[str]] = {
+    "model": {"source", "revision"},
+    "dataset": {"source", "revision", "format", "trainSplit", "evalSplit", "evalFraction"},
+    "adapter": {"method", "rank", "alpha", "dropout", "targetModules"},
+    "quantization": {"scheme", "blockSize", "doubleQuantization"},
+    "training": {
+        "epochs",
+        "maxSteps",
+        "globalBatchTokens",
+        "maxSequenceLength",
+        "packing",
+        "overlong",
+        "learningRate",
+        "schedule",
+        "warmupRatio",
+        "weightDecay",
+        "maxGradNorm",
+        "computeDtype",
+        "seed",
+    },
+    "evaluation": {"everySteps", "requireImprovement"},
+}
+"""What release 0.1.0 wrote, whether at its default or not. Never changed."""
+
+NOT_SHAPING: dict[str, set[str]] = {
+    "model": {"credentialsSecret"},
+    "dataset": {"credentialsSecret"},
+    "training": {"microBatchTokens", "gradientCheckpointing"},
+}
+"""Fields of these sections that never change the result, up to rounding."""
+
+
+def identity_fields(run: RunConfig) -> dict[str, Any]:
+    """The fields that shape the result, by section, as run.json spells them."""
+    whole = run.model_dump(mode="json", by_alias=True)
+    changed = run.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    fields = {
+        section: {
+            name: value
+            for name, value in whole[section].items()
+            if name in always
+            or (name in changed.get(section, {}) and name not in NOT_SHAPING.get(section, ()))
+        }
+        for section, always in _SHAPING.items()
+    }
+    for source in (fields["model"], fields["dataset"]):
+        if not source["source"].startswith("hf://"):
+            del source["revision"]
+    return fields
+
+
+def identity_hash(fields: Mapping[str, Any]) -> str:
+    """sha256 over the canonical JSON of identity_fields, in hexadecimal."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity(run: RunConfig) -> dict[str, Any]:
+    """What identity.json holds: the hash, and the fields for those who want to know what differs."""
+    fields = identity_fields(run)
+    return {"hash": identity_hash(fields), "fields": fields}
+
+
+def same_identity(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same spec.
+
+    Args:
+        stored: `identity` as a job folder holds it, of this release or another. KeyError when it has no hash.
+        mine: `identity` of the run at hand.
+    """
+    return bool(stored["hash"] == mine["hash"])
+
+
+def differences(old: Any, new: Any) -> str:
+    """What differs between two identity_fields: `training.seed: 0, now 1`, the first five."""
+    return ", ".join(list(_differences(old, new, ""))[:5])
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield f"{path}: {json.dumps(old)}, now {json.dumps(new)}"

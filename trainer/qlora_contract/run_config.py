@@ -1,0 +1,311 @@
+"""The wire form: run.json, everything a rank needs to know, fixed for an attempt.
+
+What users write is qlora_operator.api.v1alpha1, where the settings of training are explained; `to_run_config` there is
+the only way from one form to the other. Operators and trainer images of different releases meet here, so this form has
+a version of its own, and defaults are left out of the text: a field that a release adds does not appear in the run.json
+of a job that does not use it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_contract.base import ContractModel
+from qlora_contract.remote import (
+    DATASET_PATTERN,
+    DESTINATION_PATTERN,
+    MAX_URI,
+    MIN_URI,
+    MODEL_PATTERN,
+    PVC_PATTERN,
+    REVISION_PATTERN,
+    SECRET_PATTERN,
+    fetched_uri,
+    is_remote,
+    parse_remote,
+)
+
+RunConfigVersion = Literal[1, 2]
+RUN_CONFIG_VERSIONS: tuple[RunConfigVersion, ...] = (1, 2)
+"""The versions that this release writes and reads.
+
+1: release 0.1.0, whose trainer refuses any field that it does not know.
+2: the trainer passes over unknown fields that say nothing (null, false, 0, "", [], {}).
+"""
+RUN_CONFIG_VERSION: RunConfigVersion = 2
+"""What new jobs get."""
+
+SINCE: Mapping[str, int] = {}
+"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
+value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
+
+MAX_RANKS = 1024
+"""Ranks of a job. Every rank holds a connection to every other."""
+
+IsaTier = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2"]
+ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
+"""Best first."""
+BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
+"""Tiers whose processors compute in bf16 natively; elsewhere it is emulated, 2-5 times slower than fp32."""
+
+RunStage = Literal["fetch", "train", "publish"]
+Pinning = Literal["strict", "best-effort"]
+MemoryTier = Literal["any", "hbm"]
+RanksPerPod = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
+
+PvcUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)]
+ModelUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=MODEL_PATTERN)]
+DatasetUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)]
+DestinationUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN)]
+SecretName = Annotated[str, Field(min_length=1, max_length=253, pattern=SECRET_PATTERN)]
+Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=REVISION_PATTERN)]
+ResolvedRevision = Annotated[str, Field(max_length=128, pattern="^[A-Za-z0-9][-A-Za-z0-9._]*$")]
+"""Also the name of a folder."""
+Split = Annotated[str, Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
+Steps = Annotated[int, Field(ge=1, le=100_000_000)]
+Tokens = Annotated[int, Field(ge=1, le=16_777_216)]
+
+
+class ModelSource(ContractModel):
+    """The base model."""
+
+    source: ModelUri
+    revision: Revision = "main"
+    credentials_secret: SecretName | None = None
+
+
+class Dataset(ContractModel):
+    """The training data, and what is held out of it."""
+
+    source: DatasetUri
+    revision: Revision = "main"
+    credentials_secret: SecretName | None = None
+    format: Literal["auto", "chat", "prompt-completion"] = "auto"
+    train_split: Split = "train"
+    eval_split: Split | None = None
+    eval_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
+
+
+class Adapter(ContractModel):
+    """The adapter that is trained."""
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=16, ge=1, le=512)
+    alpha: float = Field(default=32.0, gt=0, le=4096)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default=["all-linear"], min_length=1, max_length=64
+    )
+
+
+class Quantization(ContractModel):
+    """How the frozen base weights are stored."""
+
+    scheme: Literal["nf4", "none"] = "nf4"
+    block_size: Literal[64] = 64
+    double_quantization: bool = True
+
+
+class Training(ContractModel):
+    """The training loop's settings. Exactly one of epochs and max_steps is given."""
+
+    epochs: int | None = Field(default=None, ge=1, le=10_000)
+    max_steps: Steps | None = None
+    global_batch_tokens: Tokens = 8192
+    micro_batch_tokens: Tokens | None = None
+    max_sequence_length: int = Field(default=1024, ge=8, le=1_048_576)
+    packing: bool = True
+    overlong: Literal["truncate"] = "truncate"
+    learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
+    compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
+    seed: int = Field(default=0, ge=0, le=4_294_967_295)
+
+    @model_validator(mode="after")
+    def _ends_and_fits(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("exactly one of epochs and maxSteps must be given")
+        if self.global_batch_tokens < self.max_sequence_length:
+            raise ValueError("globalBatchTokens must be at least maxSequenceLength")
+        return self
+
+
+class Evaluation(ContractModel):
+    """When to evaluate, and what must come of it."""
+
+    every_steps: Steps | None = None
+    require_improvement: bool = True
+
+
+class Checkpoint(ContractModel):
+    """When to save what a restart needs."""
+
+    every_steps: Steps | None = None
+    every_seconds: int = Field(default=600, ge=1, le=86_400)
+    keep: int = Field(default=2, ge=1, le=100)
+
+
+class Output(ContractModel):
+    """Where the finished adapter goes, besides the workspace."""
+
+    destination: DestinationUri | None = None
+    credentials_secret: SecretName | None = None
+
+
+class Distributed(ContractModel):
+    """How the ranks talk to each other."""
+
+    backend: Literal["gloo", "ccl", "mpi"] = "gloo"
+    timeout_seconds: int = Field(default=300, ge=5, le=86_400)
+    rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
+
+
+class JobRef(ContractModel):
+    """Which job, and which attempt at it."""
+
+    name: str = Field(min_length=1, max_length=50)
+    namespace: str = Field(default="default", max_length=63)
+    uid: str = Field(min_length=1, max_length=64)
+    attempt: int = Field(ge=0)
+
+
+class Layout(ContractModel):
+    """Pods, ranks and what each rank has.
+
+    With `auto` the launchers make a rank of each NUMA cluster of their pod's CPUs, and `cpus_per_rank` and
+    `memory_per_rank` are the pod's. `with_rank_counts` gives the layout that results.
+    """
+
+    pods: int = Field(default=1, ge=1, le=512)
+    ranks_per_pod: RanksPerPod = 1
+    cpus_per_rank: int = Field(default=4, ge=1, le=1024)
+    memory_per_rank: int = Field(ge=1)
+    """Bytes."""
+    pinning: Pinning = "strict"
+    memory_tier: MemoryTier = "any"
+    ranks: int | None = Field(default=None, ge=1)
+    """Ranks of all pods, once the launchers know how many `auto` makes."""
+
+    @property
+    def pod_cpus(self) -> int:
+        """CPUs of a pod."""
+        return self.cpus_per_rank * (1 if self.ranks_per_pod == "auto" else self.ranks_per_pod)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all pods. Raises ValueError while the launchers have yet to agree on it."""
+        if self.ranks is not None:
+            return self.ranks
+        if self.ranks_per_pod == "auto":
+            raise ValueError("ranksPerPod is auto: the launchers have not yet agreed on the number of ranks")
+        return self.pods * self.ranks_per_pod
+
+    def with_rank_counts(self, counts: Sequence[int]) -> Self:
+        """The layout with what `auto` means: every rank gets what a rank of the fullest pod gets.
+
+        Args:
+            counts: ranks of each pod, as the launchers agreed on.
+        """
+        if self.ranks_per_pod != "auto":
+            return self
+        most = max(counts)
+        return self.model_copy(
+            update={
+                "ranks": sum(counts),
+                "ranks_per_pod": most,
+                "cpus_per_rank": max(1, self.cpus_per_rank // most),
+                "memory_per_rank": self.memory_per_rank // most,
+            }
+        )
+
+
+class ResolvedRevisions(ContractModel):
+    """What the remote sources stood for when they were fetched; unset for those on a claim."""
+
+    model: ResolvedRevision | None = None
+    """Commit of the Hub, or hash over a bucket's listing."""
+    dataset: ResolvedRevision | None = None
+    """As for the model."""
+
+
+class RunConfig(ContractModel):
+    """run.json: one attempt at a job, the same for every pod of it."""
+
+    version: RunConfigVersion = RUN_CONFIG_VERSION
+    """The version that the job's image reads: `to_json` writes that one."""
+    stage: RunStage = "train"
+    """What the attempt does: fetch remote sources into the workspace, train, or send the adapter to
+    output.destination."""
+    job: JobRef
+    fetched: ResolvedRevisions = ResolvedRevisions()
+    """Revisions to train on; for the stage `fetch`, those that are known already."""
+    workspace: PvcUri
+    model: ModelSource
+    dataset: Dataset
+    adapter: Adapter = Adapter()
+    quantization: Quantization = Quantization()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    output: Output = Output()
+    distributed: Distributed = Distributed()
+    layout: Layout
+    isa: IsaTier
+    """The tier every rank must have."""
+    termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
+    """Seconds between SIGTERM and SIGKILL."""
+
+    @property
+    def model_uri(self) -> str:
+        """`pvc://` URI of the model's folder: as given, or where the fetch has put it. Raises ValueError when a remote
+        one was not fetched."""
+        return _local(self.model.source, self.fetched.model, self.workspace)
+
+    @property
+    def dataset_uri(self) -> str:
+        """`pvc://` URI of the dataset, as for the model."""
+        return _local(self.dataset.source, self.fetched.dataset, self.workspace)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The text of run.json, without the fields that have their default.
+
+        Release 0.1.0 wrote all of them, and reads a text without them just as well.
+        """
+        fields = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        separators = (",", ":") if indent is None else None
+        return json.dumps(
+            {"version": self.version} | fields, ensure_ascii=False, indent=indent, separators=separators
+        )
+
+
+def _local(source: str, revision: str | None, workspace: str) -> str:
+    if not is_remote(source):
+        return source
+    if revision is None:
+        raise ValueError(f"{source} was not fetched")
+    return fetched_uri(workspace, parse_remote(source), revision)
+
+
+def newer_than(run: RunConfig, version: int) -> list[str]:
+    """The fields and values of SINCE that a run uses and a trainer of this version does not know."""
+    used = _leaves(run.model_dump(mode="json", by_alias=True, exclude_defaults=True), "")
+    return [
+        what
+        for path, value in used
+        for what in (path, f"{path}={value}")
+        if SINCE.get(what, version) > version
+    ]
+
+
+def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
