@@ -82,8 +82,8 @@ KEY = "every key must be the name of a label, such as kubernetes.io/hostname"
 TOLERATION = "spec.scheduling.tolerations[0]"
 
 
-REVISION = "goes with a source hf://"
-CREDENTIALS = "goes with a source hf:// or s3://"
+REVISION = "requires a source hf://"
+CREDENTIALS = "requires a source hf:// or s3://"
 
 
 def remote(**fields: object) -> Object:
@@ -183,7 +183,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "destination leaves its bucket": (
         {"spec.output": {"destination": "s3://abc/a/.."}}, "spec.output.destination", "may not leave its bucket"),
     "credentials without a destination": (
-        {"spec.output": {"credentialsSecret": "a"}}, "spec.output.credentialsSecret", "goes with a destination"),
+        {"spec.output": {"credentialsSecret": "a"}}, "spec.output.credentialsSecret", "requires a destination"),
     "misspelt destination": ({"spec.output": {"destinaton": "s3://abc"}}, "spec.output.destinaton", UNKNOWN),
     "unknown format": ({"spec.dataset.format": "text"}, "spec.dataset.format", '"chat", "prompt-completion"'),
     "split is a path": ({"spec.dataset.trainSplit": "../x"}, "spec.dataset.trainSplit", "should match"),
@@ -273,7 +273,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "toleration of unknown operator": (tolerating(key="a", operator="In"), f"{TOLERATION}.operator", '"Equal"'),
     "toleration of unknown effect": (tolerating(key="a", effect="Never"), f"{TOLERATION}.effect", '"NoExecute"'),
     "toleration for a time of another effect": (
-        tolerating(key="a", effect="NoSchedule", tolerationSeconds=5), TOLERATION, "goes with effect NoExecute"),
+        tolerating(key="a", effect="NoSchedule", tolerationSeconds=5), TOLERATION, "requires effect NoExecute"),
     "toleration with an unknown field": (tolerating(key="a", vlaue="b"), f"{TOLERATION}.vlaue", UNKNOWN),
     "33 tolerations": ({"spec.scheduling": {"tolerations": [{"key": "a"}] * 33}}, "tolerations", "Too many"),
     "priority class with a space": (

@@ -94,7 +94,7 @@ def test_every_phase_condition_and_reason_has_its_row() -> None:
     table = rows("conditions.md")
 
     assert {*names.Phase, *names.ConditionType, *names.Reason} <= set(table)
-    assert table["Queued"] == ["`QuotaReserved` False", "The queue has not let the job in."]
+    assert table["Queued"] == ["`QuotaReserved` False", "The queue has not admitted the job."]
     assert table["Refused"][0] == "`Initialized` False or `Running` False"
     assert table["ImageNotAllowed"][1].startswith("spec.image is not one")
 

@@ -17,7 +17,7 @@ NODES_SHOWN = 64
 
 
 class StatusModel(ContractModel):
-    """A part of the status. Unknown fields are passed over: a newer operator may have written them."""
+    """A part of the status. Unknown fields are ignored: a newer operator may have written them."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -27,7 +27,7 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class Condition(StatusModel):
-    """One side of the job's state, in the form that all of Kubernetes uses."""
+    """One aspect of the job's state, in the form that is common in Kubernetes."""
 
     type: str
     """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,
@@ -35,7 +35,7 @@ class Condition(StatusModel):
     status: Literal["True", "False", "Unknown"]
     """Whether it holds."""
     observed_generation: int | None = None
-    """The metadata.generation that this was said of."""
+    """The metadata.generation that this is about."""
     last_transition_time: Time
     """When status last changed."""
     reason: str = Field(description=f"Why, in one word, for programs: {', '.join(names.Reason)}.")
@@ -44,7 +44,7 @@ class Condition(StatusModel):
 
 
 class Restarts(StatusModel):
-    """Restarts so far, by whose doing they were."""
+    """Restarts so far, by who caused them."""
 
     user: int = 0
     """Counted against backoffLimit."""
@@ -53,14 +53,14 @@ class Restarts(StatusModel):
 
 
 class Attempt(StatusModel):
-    """How one attempt went."""
+    """One attempt at the job."""
 
     attempt: int
     """Its number; the first is 0."""
     stage: RunStage = "train"
-    """What it was to do: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
+    """What it does: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
     start: Time | None = None
-    """When its ranks were asked for."""
+    """When its ranks were requested."""
     end: Time | None = None
     """When its last pod was gone; unset while it lasts."""
     reason: str | None = None
@@ -68,9 +68,9 @@ class Attempt(StatusModel):
     message: str | None = None
     """Why it ended, in a sentence."""
     exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
-    """Exit codes of its pods, without repetition."""
+    """Exit codes of its pods, each once."""
     job_uid: str | None = None
-    """The uid of its batch/v1 Job, once that was seen: a Job that is gone is not one that was never there."""
+    """The uid of its batch/v1 Job, once that was seen: it tells a deleted Job from one that was never created."""
 
 
 class Placement(StatusModel):
@@ -83,22 +83,22 @@ class Placement(StatusModel):
     nodes: list[str] = Field(default=[], max_length=NODES_SHOWN)
     """Nodes of the pods, the first 64."""
     world_size: int | None = None
-    """Ranks; with ranksPerPod auto, once rank 0 has told."""
+    """Number of ranks; with ranksPerPod auto, once rank 0 has reported it."""
     avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
     """Nodes whose processor turned out to lack what their labels promise."""
 
 
 class Progress(StatusModel):
-    """How far training is, as rank 0 last told; written at most every 15 seconds."""
+    """Progress of training, as rank 0 last reported it; written at most every 15 seconds."""
 
     step: int | None = None
-    """Optimiser steps completed."""
+    """Optimizer steps completed."""
     total_steps: int | None = None
-    """Optimiser steps in all."""
+    """Optimizer steps in all."""
     percent: int | None = None
     """Share of the steps completed, rounded down."""
     epoch: float | None = None
-    """Passes over the training data, with the fraction of the current one."""
+    """Passes over the training data, including the fraction of the current one."""
     loss: float | None = None
     """Mean loss per supervised token of the last step."""
     eval_loss: float | None = None
@@ -108,13 +108,13 @@ class Progress(StatusModel):
     eta_seconds: int | None = None
     """Seconds that the remaining steps will take."""
     memory_estimate: int | None = None
-    """Bytes that a rank was estimated to need at most."""
+    """Bytes that a rank is estimated to need at most."""
     memory_peak: int | None = None
     """Bytes: the largest peak of any rank so far."""
     step_time: Time | None = None
     """When a step was last seen to have been completed."""
     updated_time: Time | None = None
-    """When rank 0 told this."""
+    """When rank 0 reported this."""
 
 
 class RankStatus(StatusModel):
@@ -127,7 +127,7 @@ class RankStatus(StatusModel):
     node: str | None = None
     """Its node."""
     isa: str | None = None
-    """The tier that it found."""
+    """The tier of its processor."""
     cpus: str | None = None
     """The CPUs that it is bound to, such as `0-3,8`."""
     numa_nodes: str | None = None
@@ -138,7 +138,7 @@ class CheckpointStatus(StatusModel):
     """The newest valid checkpoint."""
 
     step: int | None = None
-    """Optimiser steps completed when it was taken."""
+    """Optimizer steps completed when it was taken."""
     time: Time | None = None
     """When it was taken."""
     uri: str | None = None
@@ -155,17 +155,17 @@ class AdapterStatus(StatusModel):
     base_eval_loss: float | None = None
     """Eval loss of the base model without the adapter."""
     eval_loss: float | None = None
-    """Eval loss with the adapter, read back from where it is."""
+    """Eval loss with the adapter, as read back from there."""
     published_uri: str | None = None
-    """Where output.destination has its copy, with the revision where there is one."""
+    """Where its copy at output.destination is, with the revision if there is one."""
 
 
 class Provenance(StatusModel):
     """What the adapter was made from."""
 
     model_revision: str | None = None
-    """What a remote model.source stood for at the first fetch, and for every attempt: a commit of the Hub, or
-    a hash over the bucket's listing."""
+    """What a remote model.source resolved to at the first fetch, for every attempt: a commit of the Hub, or a hash over
+    the bucket's listing."""
     dataset_revision: str | None = None
     """As modelRevision, of dataset.source."""
     dataset_sha256: str | None = None
@@ -175,11 +175,11 @@ class Provenance(StatusModel):
     image_digest: str | None = None
     """Digest of the trainer image that rank 0's node reports."""
     run_config_version: int | None = None
-    """Version of the RunConfig of every attempt: fixed by the first one."""
+    """Version of the RunConfig of every attempt, which that image reads: fixed by the first one."""
     seed: int | None = None
     """training.seed."""
     config_hash: str | None = None
-    """sha256 of the fields of spec that shape the result, in hexadecimal."""
+    """sha256 of the fields of spec that shape the result, in hexadecimal: the same in every release."""
 
 
 class Columns(StatusModel):
@@ -200,7 +200,7 @@ class Columns(StatusModel):
 
 
 class QLoRAJobStatus(StatusModel):
-    """What became of the job. Written by the operator alone."""
+    """The state of the job. Written by the operator alone."""
 
     observed_generation: int | None = None
     """The metadata.generation that this status is about."""
@@ -213,7 +213,7 @@ class QLoRAJobStatus(StatusModel):
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """The state in full. Initialized is false with NameConflict when another's object has the name of a
+    """The state in full. Initialized is false with NameConflict when an object that is not the job's has the name of a
     child, and with NoMatchingNodes when no tier of isa.allowed has enough nodes."""
     attempt: int | None = None
     """Number of the current or last attempt; the first is 0."""
@@ -224,7 +224,7 @@ class QLoRAJobStatus(StatusModel):
     placement: Placement | None = None
     """What the current attempt was given."""
     progress: Progress | None = None
-    """How far training is."""
+    """Progress of training."""
     ranks: list[RankStatus] = Field(default=[], max_length=RANKS_SHOWN)
     """Where the ranks run, the first 64."""
     checkpoint: CheckpointStatus | None = None
@@ -236,6 +236,6 @@ class QLoRAJobStatus(StatusModel):
     columns: Columns | None = None
     """Text for `kubectl get`, derived from the rest."""
     start_time: Time | None = None
-    """When the job was first active: unsuspended, and let in by its queue. Set anew when it is resumed."""
+    """When the job was first active: not suspended, and admitted by its queue. Set again when it is resumed."""
     completion_time: Time | None = None
-    """When it finished, either way."""
+    """When it finished, successfully or not."""

@@ -90,7 +90,7 @@ class ModelSource(ApiModel):
     """Folder with config.json, tokenizer files and *.safetensors: `pvc://claim/path`, or `hf://org/name` or
     `s3://bucket/path`, which are fetched into the workspace first."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
-    """Branch, tag or commit of a model of the Hub. The job keeps the commit that it stood for at the first
+    """Branch, tag or commit of a model of the Hub. The job keeps the commit that it resolved to at the first
     fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret, in the job's namespace, to fetch the model with: key `token` for hf://; keys
@@ -105,13 +105,13 @@ class Dataset(ApiModel):
     """JSONL file, or folder whose split S is the file S.jsonl: `pvc://claim/path`, or
     `hf://datasets/org/name/path` or `s3://bucket/path`, which are fetched into the workspace first."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
-    """Branch, tag or commit of a dataset of the Hub. The job keeps the commit that it stood for at the first
+    """Branch, tag or commit of a dataset of the Hub. The job keeps the commit that it resolved to at the first
     fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret, in the job's namespace, to fetch the dataset with, as for the model."""
     format: Literal["auto", "chat", "prompt-completion"] = "auto"
     """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
-    `auto`: told from the first record."""
+    `auto`: detected from the first record."""
     train_split: str = Field(
         default="train", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
     )
@@ -151,7 +151,7 @@ class Quantization(ApiModel):
     block_size: Literal[64] = 64
     """Weights that share one scale."""
     double_quantization: bool = True
-    """Quantise the scales too: 0.37 bit per weight less."""
+    """Quantize the scales, too: saves 0.37 bit per weight."""
 
 
 class Training(ApiModel):
@@ -160,35 +160,35 @@ class Training(ApiModel):
     epochs: int | None = Field(default=None, ge=1, le=10_000)
     """Passes over the training data."""
     max_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Optimiser steps, over as many passes as they take."""
+    """Optimizer steps, over as many passes as they take."""
     global_batch_tokens: int = Field(default=8192, ge=1, le=16_777_216)
-    """Tokens of one optimiser step over all ranks, at most. The number of ranks never changes it."""
+    """Tokens of one optimizer step over all ranks, at most. The number of ranks never changes it."""
     micro_batch_tokens: int | None = Field(default=None, ge=1, le=16_777_216)
-    """Tokens a rank runs at once: a memory knob, never a change of the result. Unset: as many as fit memoryPerRank,
-    at most the rank's share of a step."""
+    """Tokens that a rank processes at once: it trades memory for speed and never changes the result. Unset: as many as
+    fit memoryPerRank, at most the rank's share of a step."""
     max_sequence_length: int = Field(default=1024, ge=8, le=1_048_576)
-    """Longest sample, and longest bin of packed samples, in tokens."""
+    """Length of the longest sample, and of a bin of packed samples, in tokens."""
     packing: bool = True
-    """Put several samples into one bin; they never see each other."""
+    """Pack several samples into one bin; they do not attend to each other."""
     overlong: Literal["truncate"] = "truncate"
-    """What to do with a sample longer than maxSequenceLength: cut its end off."""
+    """What to do with a sample longer than maxSequenceLength: `truncate` cuts off its end."""
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: to 0 in a line, to 0 in half a cosine, or unchanged."""
+    """Learning rate after the warm-up: falls to 0 linearly, falls to 0 along a half cosine, or stays constant."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
-    """Share of all steps in which the learning rate rises in a line from 0."""
+    """Share of all steps in which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
-    """The gradient is scaled down to this norm when it is longer."""
+    """The gradient is scaled down to this norm when its norm is larger."""
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the processor computes in it natively (AMX, AVX512-BF16), else fp32."""
+    """`auto`: bf16 where the processor supports it natively (AMX, AVX512-BF16), otherwise fp32."""
     gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
     """`full` recomputes each layer in the backward pass: less memory, a third more time. `auto`: none if one bin fits
-    memoryPerRank without it, else full."""
+    memoryPerRank without it, otherwise full."""
     seed: int = Field(default=0, ge=0, le=4_294_967_295)
-    """Seeds the adapter's start, the order of the samples and dropout."""
+    """Seeds the adapter's initial weights, the order of the samples, and dropout."""
 
     @model_validator(mode="after")
     def _steps_given_once(self) -> Self:
@@ -204,23 +204,23 @@ class Training(ApiModel):
 
 
 class Evaluation(ApiModel):
-    """When to evaluate, and what must come of it. The base and the finished adapter are always evaluated."""
+    """When to evaluate, and what the result must be. The base and the finished adapter are always evaluated."""
 
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Also evaluate every so many steps."""
+    """Also evaluate after every so many steps."""
     require_improvement: bool = True
-    """Fail the job when the adapter's eval loss is not below that of the quantised base."""
+    """Fail the job when the adapter's eval loss is not below that of the quantized base."""
 
 
 class Checkpoint(ApiModel):
     """When to save what a restart needs."""
 
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Save every so many steps, too."""
+    """Also save after every so many steps."""
     every_seconds: int = Field(default=600, ge=1, le=86_400)
     """Save when so many seconds have passed since the last checkpoint."""
     keep: int = Field(default=2, ge=1, le=100)
-    """Newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep."""
 
 
 class Output(ApiModel):
@@ -229,7 +229,7 @@ class Output(ApiModel):
     destination: str | None = Field(
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
     )
-    """`hf://org/name` or `s3://bucket/path` that gets a copy of the adapter. Unset: it stays in the
+    """`hf://org/name` or `s3://bucket/path` to which a copy of the adapter is uploaded. Unset: it stays in the
     workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret, in the job's namespace, to write the copy with; its keys are those of model.credentialsSecret."""
@@ -239,12 +239,12 @@ class Distributed(ApiModel):
     """How the ranks talk to each other."""
 
     backend: Literal["gloo", "ccl", "mpi"] = "gloo"
-    """What the ranks exchange numbers with: `gloo`, which torch has itself; `ccl`, Intel's oneCCL; `mpi`, Intel
-    MPI. The result does not depend on it, up to rounding."""
+    """Collective communication backend: `gloo`, which is part of torch; `ccl`, Intel's oneCCL; `mpi`, Intel MPI. The
+    result does not depend on it, up to rounding."""
     timeout_seconds: int = Field(default=300, ge=5, le=86_400)
-    """A rank that gives no sign of life for so long is lost."""
+    """A rank that gives no sign of life for this long counts as lost."""
     rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
-    """How long ranks wait for each other at the start."""
+    """How long the ranks wait for each other at the start."""
 
 
 def _without_duplicates(tiers: list[IsaTier]) -> list[IsaTier]:
@@ -265,7 +265,7 @@ def _revision_of_hub(name: str) -> Rule:
         holds=lambda spec: (
             getattr(spec, name).revision == "main" or getattr(spec, name).source.startswith("hf://")
         ),
-        message="goes with a source hf://",
+        message="requires a source hf://",
         field=(name, "revision"),
     )
 
@@ -277,7 +277,7 @@ def _secret_of_remote(name: str) -> Rule:
         holds=lambda spec: (
             getattr(spec, name).credentials_secret is None or is_remote(getattr(spec, name).source)
         ),
-        message="goes with a source hf:// or s3://",
+        message="requires a source hf:// or s3://",
         field=(name, "credentialsSecret"),
     )
 
@@ -287,7 +287,7 @@ class Topology(ApiModel):
     May change while the job is suspended."""
 
     pods: int = Field(default=1, ge=1, le=512)
-    """Pods of an attempt. More than one need a workspace that many nodes can mount (ReadWriteMany)."""
+    """Pods of an attempt. More than one require a workspace that several nodes can mount (ReadWriteMany)."""
     ranks_per_pod: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     """Ranks of a pod: processes that train together. `auto`: one for each NUMA node (with sub-NUMA clustering:
     each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
@@ -297,16 +297,16 @@ class Topology(ApiModel):
     memory_per_rank: str = Field(
         min_length=1, max_length=quantity.MAX_MEMORY_CHARACTERS, pattern=quantity.MEMORY_PATTERN
     )
-    """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`: what `qlora plan` says. There is no
+    """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`; `qlora plan` estimates it. There is no
     default, since the operator cannot read a model on a claim. Suffixes Ki Mi Gi Ti Pi (powers of 1024) and
     k M G T P (powers of 1000)."""
     pinning: Literal["strict", "best-effort"] = "strict"
     """`strict`: each rank has its CPUs to itself, and the job waits, or is refused, where that cannot be;
     `best-effort`: ranks may share CPUs."""
     memory_tier: Literal["any", "hbm"] = "any"
-    """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. In cache mode and HBM-only mode there is nothing
-    to be done; in flat mode the ranks take it where the container may choose memory, else the job is refused with
-    pinning strict, and goes on without it with best-effort. `any`: memory near the CPUs."""
+    """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. In cache mode and HBM-only mode nothing has to be
+    done. In flat mode the ranks use it where the container may choose its memory; where it may not, the job is refused
+    with pinning strict, and runs without it with best-effort. `any`: memory near the CPUs."""
 
     rules = (
         Rule(
@@ -333,8 +333,7 @@ class Topology(ApiModel):
 
 
 class Isa(ApiModel):
-    """Which processors may train. All ranks of an attempt get the same tier, since the slowest sets the
-    pace."""
+    """Which processors may train. All ranks of an attempt get the same tier, since the slowest sets the pace."""
 
     allowed: Annotated[list[IsaTier], AfterValidator(_without_duplicates)] = Field(
         default=list(ISA_TIERS),
@@ -343,14 +342,14 @@ class Isa(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     """Instruction-set tiers, in order of preference: the first for which enough nodes have the processor, the
-    CPUs and the memory is taken; NoMatchingNodes when there is none."""
+    CPUs and the memory is used; NoMatchingNodes when there is none."""
     step_down_seconds: int = Field(default=300, ge=1, le=MAX_SECONDS)
-    """Seconds that pods may wait for nodes of one tier before the next tier is tried. Time in a queue does
-    not count."""
+    """Seconds that pods may wait for nodes of one tier before the next tier is tried. Time spent in a queue does not
+    count."""
 
 
 class Toleration(ApiModel):
-    """A taint that the pods tolerate, spelled and meant as in core/v1."""
+    """A taint that the pods tolerate, as in core/v1."""
 
     key: str | None = Field(default=None, min_length=1, max_length=MAX_LABEL_KEY, pattern=LABEL_KEY_PATTERN)
     """Key of the taint. Unset, with operator Exists: every taint."""
@@ -361,7 +360,7 @@ class Toleration(ApiModel):
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint. Unset: every effect."""
     toleration_seconds: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
-    """Seconds for which a NoExecute taint is tolerated. Unset: for ever."""
+    """Seconds for which a NoExecute taint is tolerated. Unset: forever."""
 
     rules = (
         Rule(
@@ -379,13 +378,13 @@ class Toleration(ApiModel):
             holds=lambda toleration: (
                 toleration.toleration_seconds is None or toleration.effect == "NoExecute"
             ),
-            message="tolerationSeconds goes with effect NoExecute",
+            message="tolerationSeconds requires effect NoExecute",
         ),
     )
 
 
 class Scheduling(ApiModel):
-    """Where the pods may go, besides what isa and topology ask for. May change while the job is suspended."""
+    """Where the pods may run, besides what isa and topology require. May change while the job is suspended."""
 
     node_selector: dict[str, Annotated[str, Field(max_length=63, pattern=LABEL_VALUE_PATTERN)]] = Field(
         default={}, max_length=32, json_schema_extra={"x-kubernetes-map-type": "atomic"}
@@ -398,8 +397,8 @@ class Scheduling(ApiModel):
     )
     """PriorityClass of the pods. Unset: the cluster's default."""
     queue_name: str | None = Field(default=None, min_length=1, max_length=63, pattern=SUBDOMAIN_PATTERN)
-    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be let in. Unset: attempts
-    do not wait for a queue."""
+    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be admitted. Unset: attempts do not
+    wait for a queue."""
 
     rules = (
         Rule(
@@ -419,13 +418,12 @@ class Scheduling(ApiModel):
 
 
 class QLoRAJobSpec(ApiModel):
-    """What to train, on what, and how. Immutable but for suspend, the deadlines and the limits, and for
-    topology and scheduling while the job is suspended."""
+    """What to train, on what, and how. Immutable except for suspend, the deadlines and the limits, and for topology and
+    scheduling while the job is suspended."""
 
     workspace: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)
-    """`pvc://claim/path` of the folder that the job works in: caches, checkpoints, and the finished adapter
-    under `jobs/<name>`. Jobs may share one. The claim must be ReadWriteMany when there is more than one
-    pod."""
+    """`pvc://claim/path` of the folder that the job works in: fetched sources, and under `jobs/<name>` its checkpoints
+    and the finished adapter. Jobs may share one. The claim must be ReadWriteMany when there is more than one pod."""
     model: ModelSource
     dataset: Dataset
     adapter: Adapter = Adapter()
@@ -442,30 +440,30 @@ class QLoRAJobSpec(ApiModel):
     """Trainer image: one of those that the cluster's administrator allows. Unset: the administrator's
     default. The first attempt fixes it for the later ones."""
     suspend: bool = False
-    """Hold the job: its pods stop after a checkpoint. Back to false, it goes on from there, at no cost to any
-    limit. The condition Suspended follows."""
+    """Suspend the job: its pods stop after a checkpoint. Once this is false again it resumes from there, which counts
+    against no limit. The condition Suspended follows."""
     managed_by: str | None = Field(default=None, min_length=1, max_length=63, pattern=MANAGER_PATTERN)
-    """Controller of the job, as in batch/v1. Unset, or `qlora.dev/qlora-operator`: this operator. A job of
-    another one, such as `kueue.x-k8s.io/multikueue`, is left alone."""
+    """Controller of the job, as in batch/v1. Unset, or `qlora.dev/qlora-operator`: this operator. A job of another
+    controller, such as `kueue.x-k8s.io/multikueue`, is left alone."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
-    """Delete the job so many seconds after it finished; the workspace stays. Unset: never."""
+    """Seconds after which a finished job is deleted; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Fail the job with DeadlineExceeded when it has been active for so many seconds, restarts included.
-    Starts anew when the job is resumed. Unset: no limit."""
+    """Seconds, restarts included, after which an active job fails with DeadlineExceeded. The time starts over when the
+    job is resumed. Unset: no limit."""
     backoff_limit: int = Field(default=3, ge=0, le=MAX_RESTARTS)
-    """Restarts for failures of the job's own making; one more fails it with BackoffLimitExceeded. Few, since
-    such failures tend to repeat. What cannot get better, such as bad data, is never retried."""
+    """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. Few, since such
+    failures tend to repeat. What cannot get better, such as bad data, is never retried."""
     infrastructure_backoff_limit: int = Field(default=20, ge=0, le=MAX_RESTARTS)
-    """Restarts for the cluster's failures: drained, preempted or lost nodes; one more fails the job with
+    """Restarts after failures that the cluster caused: drained, preempted or lost nodes; one more fails the job with
     InfrastructureBackoffLimitExceeded. Many, since each loses at most one checkpoint interval of work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Fail the job with PendingDeadlineExceeded when an attempt has not had all its ranks for so many
-    seconds. Unset: it waits for nodes for ever."""
+    """Seconds without all of an attempt's ranks after which the job fails with PendingDeadlineExceeded. Unset: it waits
+    for nodes forever."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
-    """Restart the ranks, with reason ProgressDeadlineExceeded and at the cost of one of backoffLimit, when
-    they have completed no step for so many seconds. Must exceed the longest step, and loading the model."""
+    """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
+    against backoffLimit. Must exceed the longest step, and the time to load the model."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
-    """Seconds between asking the ranks to stop and killing them: enough for a step and a checkpoint."""
+    """Seconds between asking the ranks to stop and killing them: must be enough for a step and a checkpoint."""
 
     rules = (
         Rule(
@@ -509,7 +507,7 @@ class QLoRAJobSpec(ApiModel):
         Rule(
             cel="!has(self.output.credentialsSecret) || has(self.output.destination)",
             holds=lambda spec: spec.output.credentials_secret is None or spec.output.destination is not None,
-            message="goes with a destination",
+            message="requires a destination",
             field=("output", "credentialsSecret"),
         ),
     )

@@ -181,12 +181,12 @@ BAD = {
     "revision of a model on a claim": (
         {"spec.model.revision": "v1"},
         "spec.model.revision",
-        "goes with a source hf://",
+        "requires a source hf://",
     ),
     "revision of a model in a bucket": (
         {"spec.model": {"source": "s3://bucket/m", "revision": "v1"}},
         "spec.model.revision",
-        "goes with a source hf://",
+        "requires a source hf://",
     ),
     "revision with a space": (
         {"spec.model": {"source": "hf://org/name", "revision": "a b"}},
@@ -206,7 +206,7 @@ BAD = {
     "credentials for a model on a claim": (
         {"spec.model.credentialsSecret": "hub"},
         "spec.model.credentialsSecret",
-        "goes with a source hf:// or s3://",
+        "requires a source hf:// or s3://",
     ),
     "credentials of another namespace": (
         {"spec.model": {"source": "hf://org/name", "credentialsSecret": "other/hub"}},
@@ -231,12 +231,12 @@ BAD = {
     "revision of a dataset on a claim": (
         {"spec.dataset.revision": "v1"},
         "spec.dataset.revision",
-        "goes with a source hf://",
+        "requires a source hf://",
     ),
     "credentials for a dataset on a claim": (
         {"spec.dataset.credentialsSecret": "hub"},
         "spec.dataset.credentialsSecret",
-        "goes with a source hf:// or s3://",
+        "requires a source hf:// or s3://",
     ),
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},
@@ -256,7 +256,7 @@ BAD = {
     "credentials without a destination": (
         {"spec.output": {"credentialsSecret": "writer"}},
         "spec.output.credentialsSecret",
-        "goes with a destination",
+        "requires a destination",
     ),
     "misspelt destination": (
         {"spec.output": {"destinaton": "s3://bucket"}},
@@ -430,7 +430,7 @@ BAD = {
     "toleration for a time": (
         {"spec.scheduling.tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 5}]},
         "spec.scheduling.tolerations[0]",
-        "tolerationSeconds goes with effect NoExecute",
+        "tolerationSeconds requires effect NoExecute",
     ),
     "toleration of unknown operator": (
         {"spec.scheduling.tolerations": [{"key": "a", "operator": "In"}]},
