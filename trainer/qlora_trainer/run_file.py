@@ -14,6 +14,8 @@ from qlora_contract.base import split_unknown
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.run_config import RUN_CONFIG_VERSIONS, RunConfig
 
+SAYS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+
 
 class RunFileError(Exception):
     """run.json cannot be used; `code` is what the process exits with."""
@@ -47,7 +49,7 @@ def load_run(path: Path) -> RunConfig:
             "use a trainer image of the operator's release"
         )
     known, unknown = split_unknown(document, RunConfig)
-    if newer := [name for name, value in unknown if not _says_nothing(value)]:
+    if newer := [name for name, value in unknown if value not in SAYS_NOTHING]:
         raise RunFileError(
             f"{path} sets {', '.join(newer)}, which this trainer does not know, although it reads versions {reads}: "
             "use a trainer image of the operator's release"
@@ -58,10 +60,6 @@ def load_run(path: Path) -> RunConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the object as a whole"
         raise RunFileError(f"{path} is malformed at {where}: {first['msg']}") from error
-
-
-def _says_nothing(value: Any) -> bool:
-    return value in (None, False, 0, "", [], {})
 
 
 def with_rank_counts(run: RunConfig, counts: Sequence[int]) -> RunConfig:

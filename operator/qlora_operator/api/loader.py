@@ -88,7 +88,10 @@ def parse_job(document: Any) -> QLoRAJob | None:
     """
     if not isinstance(document, dict):
         raise InvalidJobError([("", f"the document is {described(document)}; a job is a map")])
-    if not _is_ours(document):
+    version, kind = document.get("apiVersion"), document.get("kind")
+    of_our_group = isinstance(version, str) and version.partition("/")[0] == names.GROUP
+    # What does not say what it is may well be meant to be a job.
+    if not (of_our_group or kind == names.KIND or not isinstance(kind, str)):
         return None
     # Only the operator writes the status: the API server ignores it in what users send, too.
     stated = {key: value for key, value in document.items() if key != "status"}
@@ -152,13 +155,6 @@ def _items(document: Any) -> list[Any]:
         if isinstance(items, list):
             return items
     return [document]
-
-
-def _is_ours(document: dict[str, Any]) -> bool:
-    """Whether it is meant to be a QLoRAJob: by its kind or its group, or because it has no kind."""
-    version = document.get("apiVersion")
-    in_group = isinstance(version, str) and version.partition("/")[0] == names.GROUP
-    return in_group or document.get("kind") == names.KIND or not isinstance(document.get("kind"), str)
 
 
 def _metadata_faults(metadata: Any) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from qlora_contract import remote
 from qlora_operator.api import names, quantity, v1alpha1
@@ -39,19 +38,25 @@ described by their bounds."""
 
 def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
     """(field path, message) of every fault that pydantic found in a job, in the order of the fields."""
-    # Each side of a union reports a fault of its own.
-    found = error.errors(include_url=False)
-    for details in found:
-        details["loc"] = _field(details["loc"])
-    return list(
-        dict.fromkeys(
-            (functools.reduce(child_path, details["loc"], ""), _message(details)) for details in found
-        )
-    )
+    faults = []
+    for details in error.errors(include_url=False):
+        location = _without_side_of_union(details["loc"])
+        match details["type"]:
+            case "extra_forbidden":
+                message = unknown_field(str(location[-1]), schema_at(location[:-1])["properties"])
+            case "missing":
+                message = f"is required: {expected(schema_at(location))}"
+            case "rule" | "value_error":
+                message = details["msg"].removeprefix("Value error, ")
+            case _:
+                message = f"is {described(details['input'])}; it must be {expected(schema_at(location))}"
+        faults.append((functools.reduce(child_path, location, ""), message))
+    # Each side of a union reports the fault.
+    return list(dict.fromkeys(faults))
 
 
-def _field(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The location without the side of the union that pydantic adds to it."""
+def _without_side_of_union(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The location of a field, without what pydantic adds to it when the field has a union of types."""
     for length in range(1, len(location)):
         try:
             if INT_OR_STRING in schema_at(location[:length]):
@@ -59,17 +64,6 @@ def _field(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
         except KeyError:  # no such field
             break
     return location
-
-
-def _message(details: ErrorDetails) -> str:
-    location = details["loc"]
-    if details["type"] == "extra_forbidden":
-        return unknown_field(str(location[-1]), schema_at(location[:-1])["properties"])
-    if details["type"] == "missing":
-        return f"is required: {expected(schema_at(location))}"
-    if details["type"] in ("rule", "value_error"):
-        return details["msg"].removeprefix("Value error, ")
-    return f"is {described(details['input'])}; it must be {expected(schema_at(location))}"
 
 
 def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
@@ -106,19 +100,12 @@ def described(value: Any) -> str:
     if isinstance(value, bool):
         return f"the boolean {str(value).lower()}"
     if isinstance(value, str):
-        return f"the string {_shortened(ascii(value) if not value.isprintable() else repr(value))}"
+        text = repr(value) if value.isprintable() else ascii(value)
+        return f"the string {text if len(text) <= _SHOWN else f'{text[:_SHOWN]}...'}"
     if isinstance(value, int | float):
-        return f"the number {_number(value)}"
+        # Python refuses to print an integer of more than 4,300 digits.
+        return f"the number {value if abs(value) < 10**_SHOWN else 'beyond all bounds'}"
     return "a list" if isinstance(value, list) else "a map"
-
-
-def _number(value: float) -> str:
-    # Python refuses to print an integer of more than 4,300 digits.
-    return str(value) if abs(value) < 10**_SHOWN else "beyond all bounds"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def expected(node: Schema) -> str:
@@ -128,35 +115,23 @@ def expected(node: Schema) -> str:
         return f"one of {values}" if len(node["enum"]) > 1 else values
     if INT_OR_STRING in node:
         return f"an integer{_interval(node)}, or {node['pattern'].strip('^$')}"
-    return _EXPECTED[node["type"]](node)
-
-
-def _expected_string(node: Schema) -> str:
-    if node.get("pattern") in _FORMS:
-        return _FORMS[node["pattern"]].format_map(node)
-    form = f" that matches {node['pattern']}" if "pattern" in node else ""
-    return f"a string{_size(node, 'Length', 'characters')}{form}"
-
-
-def _expected_list(node: Schema) -> str:
-    return f"a list{_size(node, 'Items', 'items')}, each {expected(node['items'])}"
-
-
-def _expected_map(node: Schema) -> str:
-    if "properties" in node:
-        return f"a map with {', '.join(node['properties'])}"
-    size = _size(node, "Properties", "entries")
-    return f"a map{size}, each value {expected(node['additionalProperties'])}"
-
-
-_EXPECTED = {
-    "boolean": lambda _: "true or false",
-    "integer": lambda node: f"an integer{_interval(node)}",
-    "number": lambda node: f"a number{_interval(node)}",
-    "string": _expected_string,
-    "array": _expected_list,
-    "object": _expected_map,
-}
+    match node["type"]:
+        case "boolean":
+            return "true or false"
+        case "integer" | "number" as kind:
+            return f"{'an' if kind == 'integer' else 'a'} {kind}{_interval(node)}"
+        case "string":
+            if node.get("pattern") in _FORMS:
+                return _FORMS[node["pattern"]].format_map(node)
+            form = f" that matches {node['pattern']}" if "pattern" in node else ""
+            return f"a string{_size(node, 'Length', 'characters')}{form}"
+        case "array":
+            return f"a list{_size(node, 'Items', 'items')}, each {expected(node['items'])}"
+        case _:
+            if "properties" in node:
+                return f"a map with {', '.join(node['properties'])}"
+            size = _size(node, "Properties", "entries")
+            return f"a map{size}, each value {expected(node['additionalProperties'])}"
 
 
 def _interval(node: Schema) -> str:

@@ -45,14 +45,12 @@ class ApiModel(ContractModel):
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:
-        broken = [rule for rule in self.rules if not rule.holds(self)]
+        broken = [
+            InitErrorDetails(type=PydanticCustomError("rule", rule.message), loc=rule.field, input=None)
+            for rule in self.rules
+            if not rule.holds(self)
+        ]
         if broken:
             # A ValidationError, unlike a ValueError, keeps where each fault lies.
-            raise ValidationError.from_exception_data(
-                type(self).__name__, [_details(rule) for rule in broken]
-            )
+            raise ValidationError.from_exception_data(type(self).__name__, broken)
         return self
-
-
-def _details(rule: Rule) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError("rule", rule.message), loc=rule.field, input=None)

@@ -91,19 +91,13 @@ def _resolved(node: Schema, definitions: dict[str, Schema]) -> Schema:
         if "$ref" in node:
             under = definitions[node["$ref"].rpartition("/")[2]]
         else:
-            under = _one([option for option in node["anyOf"] if option != {"type": "null"}])
+            under, *word = [option for option in node["anyOf"] if option != {"type": "null"}]
+            if word:
+                assert under["type"] == "integer", "a union is of a number and a word, in this order"
+                bounds = {key: value for key, value in under.items() if key != "type"}
+                under = {INT_OR_STRING: True, **bounds, "pattern": f"^{word[0]['const']}$"}
         node = {**under, **{key: value for key, value in node.items() if key not in ("$ref", "anyOf")}}
     return node
-
-
-def _one(options: list[Schema]) -> Schema:
-    """The only option, or what stands for a number or a word."""
-    if len(options) == 1:
-        return options[0]
-    number, word = options
-    assert number["type"] == "integer", "a union is of a number and a word, in this order"
-    bounds = {key: value for key, value in number.items() if key != "type"}
-    return {INT_OR_STRING: True, **bounds, "pattern": f"^{word['const']}$"}
 
 
 def custom_resource_definition(versions: Sequence[ApiVersion] = VERSIONS) -> Schema:
@@ -151,7 +145,14 @@ def _version_schema(job: type[ApiModel]) -> Schema:
     # An API server has its own schema of metadata. Of ours it takes the name alone, which a rule is about.
     name = {"type": "string", "description": properties["metadata"]["properties"]["name"]["description"]}
     properties["metadata"] = {"type": "object", "properties": {"name": name}}
-    schema["x-kubernetes-validations"] = [_name_rule()]
+    # The bounds of Metadata.name as a rule: an API server does not accept bounds on metadata.
+    named_rightly = (
+        f"size(self.metadata.name) <= {names.MAX_JOB_NAME} && "
+        f"self.metadata.name.matches('{names.JOB_NAME_PATTERN}')"
+    )
+    schema["x-kubernetes-validations"] = [
+        {"rule": named_rightly, "message": f"must be {names.JOB_NAME_RULE}", "fieldPath": ".metadata.name"}
+    ]
     properties["spec"]["x-kubernetes-validations"] += transition_rules(job)
     return schema
 
@@ -164,29 +165,13 @@ def _explained(value: Any) -> Any:
         return value
     copy = {key: _explained(item) for key, item in value.items()}
     if isinstance(copy.get("description"), str):
-        copy["description"] = copy["description"].replace("`", "") + _default(value)
+        copy["description"] = copy["description"].replace("`", "")
+        default = value.get("default")
+        if default not in (None, {}, []):
+            values = default if isinstance(default, list) else [default]
+            text = ", ".join(each if isinstance(each, str) else json.dumps(each) for each in values)
+            copy["description"] += f" Default: {text}."
     return copy
-
-
-def _default(node: Schema) -> str:
-    default = node.get("default")
-    if default in (None, {}, []):
-        return ""
-    values = default if isinstance(default, list) else [default]
-    text = ", ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
-    return f" Default: {text}."
-
-
-def _name_rule() -> Schema:
-    """The twin of Metadata.name's bounds, as a rule: a pattern would be refused without the words."""
-    return {
-        "rule": (
-            f"size(self.metadata.name) <= {names.MAX_JOB_NAME} && "
-            f"self.metadata.name.matches('{names.JOB_NAME_PATTERN}')"
-        ),
-        "message": f"must be {names.JOB_NAME_RULE}",
-        "fieldPath": ".metadata.name",
-    }
 
 
 def transition_rules(job: type[ApiModel] = QLoRAJob) -> list[Schema]:

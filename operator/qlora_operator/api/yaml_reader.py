@@ -11,7 +11,6 @@ is refused, since one of its values would be dropped silently.
 import json
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -71,10 +70,16 @@ def read_documents(content: bytes) -> list[Any]:
     try:
         if text.lstrip().startswith("{"):
             try:
-                return [_json_document(text)]
+                # Reads a number as YAML does; keeps objects as pairs until their keys are known to differ.
+                value = json.loads(
+                    text, object_pairs_hook=_Pairs, parse_int=_json_number, parse_float=_json_number
+                )
+                return [_checked(value, "", 0)]
             except json.JSONDecodeError:
                 pass  # a map in YAML's flow style begins like this too
-        return [document for document in _yaml_documents(text) if document is not None]
+        reader = _Reader()
+        values = (reader.value(node, "", 0) for node in yaml.compose_all(text, Loader=_Loader))
+        return [value for value in values if value is not None]
     except yaml.YAMLError as error:
         raise DocumentError(_yaml_message(error)) from error
     except RecursionError as error:
@@ -111,12 +116,6 @@ class _Loader(yaml.BaseLoader):
         return super().compose_node(parent, index)
 
 
-def _yaml_documents(text: str) -> Iterator[Any]:
-    reader = _Reader()
-    for node in yaml.compose_all(text, Loader=_Loader):
-        yield reader.value(node, "", 0)
-
-
 class _Reader:
     """Turns nodes into values, within the bounds of a file."""
 
@@ -147,7 +146,10 @@ class _Reader:
             if key_node.tag == _PLAIN and key_node.value == "<<":
                 merged |= self._merged(value_node, path, depth)
                 continue
-            key = _key(key_node, path)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise DocumentError("a key is a map or a list; it must be a string", path)
+            scalar = _scalar(key_node, path)
+            key = scalar if isinstance(scalar, str) else json.dumps(scalar)
             if key in own:
                 raise DocumentError("is given twice in the same map", child_path(path, key))
             own[key] = self.value(value_node, child_path(path, key), depth + 1)
@@ -163,15 +165,6 @@ class _Reader:
                 raise DocumentError("must be a map or a list of maps", child_path(path, "<<"))
             result |= added
         return result
-
-
-def _key(node: yaml.Node, path: str) -> str:
-    if not isinstance(node, yaml.ScalarNode):
-        raise DocumentError("a key is a map or a list; it must be a string", path)
-    value = _scalar(node, path)
-    if isinstance(value, str):
-        return value
-    return json.dumps(value)
 
 
 def _scalar(node: yaml.Node, path: str) -> str | int | float | bool | None:
@@ -202,33 +195,19 @@ def plain_value(text: str, path: str = "") -> str | int | float | bool | None:
         raise DocumentError(f"is {text}; it must be a finite number", path)
     number = text.replace("_", "") if text[0] in "+-0123456789" else text
     if len(number) <= 400 and _INTEGER.fullmatch(number):
-        return _integer(number)
-    if _FLOAT.fullmatch(number) and math.isfinite(float(number)):
-        return _whole(float(number))
+        # Go reads 0777 as octal; Python wants 0o777.
+        octal = re.fullmatch(r"[-+]?0[0-7]+", number)
+        return int(number, 8 if octal else 0)
+    if _FLOAT.fullmatch(number) and math.isfinite(value := float(number)):
+        # kubectl sends 4.0 as 4, but 1e+21 as it is.
+        return int(value) if value.is_integer() and abs(value) < 1e21 else value
     return text
-
-
-def _integer(text: str) -> int:
-    sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.removeprefix("+"))
-    # Go reads 0777 as octal; Python wants 0o777.
-    octal = len(digits) > 1 and digits[0] == "0" and digits[1].isdigit()
-    return sign * (int(digits, 8) if octal else int(digits, 0))
-
-
-def _whole(number: float) -> int | float:
-    """An integer if it is one: kubectl sends 4.0 as 4, but 1e+21 as it is."""
-    return int(number) if number.is_integer() and abs(number) < 1e21 else number
 
 
 class _Pairs(tuple[tuple[str, Any], ...]):
     """A JSON object before its keys are known to differ."""
 
     __slots__ = ()
-
-
-def _json_document(text: str) -> Any:
-    value = json.loads(text, object_pairs_hook=_Pairs, parse_int=_json_number, parse_float=_json_number)
-    return _checked(value, "", 0)
 
 
 def _json_number(text: str) -> int | float:

@@ -5,7 +5,6 @@ policy.
 """
 
 import re
-from collections.abc import Iterable
 
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
@@ -20,8 +19,13 @@ def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, st
         return Reason.IMAGE_NOT_ALLOWED, (
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
         )
-    for field, uri in _uris(spec):
-        if not any(fits(uri, pattern) for pattern in settings.allowed_sources):
+    uris = {
+        "spec.model.source": spec.model.source,
+        "spec.dataset.source": spec.dataset.source,
+        "spec.output.destination": spec.output.destination,
+    }
+    for field, uri in uris.items():
+        if uri is not None and not any(fits(uri, pattern) for pattern in settings.allowed_sources):
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
@@ -41,13 +45,6 @@ def image_allowed(image: str, settings: Settings) -> bool:
 def fits(text: str, pattern: str) -> bool:
     """Whether a pattern matches the whole text. `*` in it stands for any characters, or none; all else for itself."""
     return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
-
-
-def _uris(spec: QLoRAJobSpec) -> Iterable[tuple[str, str]]:
-    yield "spec.model.source", spec.model.source
-    yield "spec.dataset.source", spec.dataset.source
-    if spec.output.destination is not None:
-        yield "spec.output.destination", spec.output.destination
 
 
 def _excess(topology: Topology, limits: Limits) -> str | None:

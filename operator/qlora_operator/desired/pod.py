@@ -42,6 +42,8 @@ def pod_template(
     """
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
     annotations = {names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
+    pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
+    account = settings.transfer.service_account_name
     return {
         "metadata": {
             "labels": {**settings.pod_labels, **labels(job, uid, role, attempt)},
@@ -56,8 +58,9 @@ def pod_template(
             "securityContext": _pod_security(settings),
             # A transfer goes where ranks may go, too: a claim may be bound to the first node that uses it.
             **_placement(job.spec.scheduling, uid, _affinity(run.isa, avoid), settings),
-            **_pull_secrets(settings),
-            **_service_account(run.stage, settings),
+            **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
+            # A workload identity is a credential, and ranks have none.
+            **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
             "containers": [_container(job, run, image, settings)],
             "volumes": [volume for volume, _ in volumes(job.spec, run.stage, settings)],
         },
@@ -81,9 +84,18 @@ def _placement(
     scheduling: Scheduling, uid: str, node_affinity: dict[str, Any], settings: Settings
 ) -> dict[str, Any]:
     """Where the pods may go; unset fields are left out."""
+    # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
+    # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
+    # what to spread.
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": pods_of(uid),
+    }
     fields = {
         "affinity": {"nodeAffinity": node_affinity},
-        "topologySpreadConstraints": [_spread(uid)],
+        "topologySpreadConstraints": [spread],
         "nodeSelector": dict(scheduling.node_selector),
         "tolerations": [
             toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
@@ -110,44 +122,15 @@ def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
 
 
-def _spread(uid: str) -> dict[str, Any]:
-    """Prefers different nodes for the pods of a job, so that they do not share memory bandwidth.
-
-    Anti-affinity would make the scheduler look at the pods of all jobs; with neither, it would search the namespace's
-    Services for what to spread.
-    """
-    return {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": pods_of(uid),
-    }
-
-
-def _pull_secrets(settings: Settings) -> dict[str, Any]:
-    secrets = [{"name": name} for name in settings.image_pull_secrets]
-    return {"imagePullSecrets": secrets} if secrets else {}
-
-
-def _service_account(stage: RunStage, settings: Settings) -> dict[str, Any]:
-    """Of transfers only: a workload identity is a credential, and no rank has any."""
-    name = settings.transfer.service_account_name
-    return {"serviceAccountName": name} if name is not None and stage != "train" else {}
-
-
-def _environment(job: QLoRAJob, run: RunConfig, settings: Settings) -> dict[str, str]:
+def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:
+    """The container's environment: where rank 0 is, or how transfers reach the network."""
     # The root is read-only, and the user has no home.
     common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
-    if run.stage != "train":
-        return {**common, **_network_environment(settings.transfer)}
-    host = names.rank_zero_host(job.metadata.name, run.job.attempt)
-    return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **common}
-
-
-def _network_environment(transfer: TransferSettings) -> dict[str, str]:
-    """Environment variables that tell the libraries that transfer about the administrator's network."""
+    if run.stage == "train":
+        host = names.rank_zero_host(job.metadata.name, run.job.attempt)
+        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **common}
     ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
-    given = {
+    network = {
         "HTTP_PROXY": transfer.http_proxy,
         "HTTPS_PROXY": transfer.https_proxy,
         "NO_PROXY": transfer.no_proxy,
@@ -158,12 +141,11 @@ def _network_environment(transfer: TransferSettings) -> dict[str, str]:
         "AWS_ENDPOINT_URL_S3": transfer.s3_endpoint,
         "AWS_DEFAULT_REGION": transfer.s3_region,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return {**common, **{name: value for name, value in network.items() if value is not None}}
 
 
 def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) -> dict[str, Any]:
-    environment = _environment(job, run, settings)
-    training = run.stage == "train"
+    environment = _environment(job, run, settings.transfer)
     return {
         "name": names.TRAINER_CONTAINER,
         "image": image,
@@ -171,7 +153,7 @@ def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) ->
         "command": ["python", "-m", _MODULES[run.stage]],
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
-        "resources": _resources(job.spec.topology) if training else _transfer_resources(settings.transfer),
+        "resources": _resources(job.spec.topology, run.stage, settings.transfer),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -183,18 +165,16 @@ def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) ->
     }
 
 
-def _resources(topology: Topology) -> dict[str, Any]:
-    """Requests and limits of a pod of ranks.
+def _resources(topology: Topology, stage: RunStage, transfer: TransferSettings) -> dict[str, Any]:
+    """Requests and limits.
 
-    Equal and in whole CPUs with strict pinning: a kubelet with static CPU management gives only such pods exclusive
-    CPUs. With best-effort pinning the pod may also use idle CPUs of its node.
+    For ranks they are equal and in whole CPUs with strict pinning: a kubelet with static CPU management gives only such
+    pods exclusive CPUs. With best-effort pinning the pod may also use idle CPUs of its node. So may a transfer, which
+    waits for the network most of the time.
     """
+    if stage != "train":
+        memory = {"memory": transfer.memory}
+        return {"requests": {"cpu": transfer.cpu, **memory}, "limits": memory}
     memory = {"memory": str(pod_memory(topology))}
     both = {"cpu": str(pod_cpus(topology)), **memory}
     return {"requests": both, "limits": dict(both) if topology.pinning == "strict" else memory}
-
-
-def _transfer_resources(transfer: TransferSettings) -> dict[str, Any]:
-    """Of a pod that transfers, which waits for the network most of the time."""
-    memory = {"memory": transfer.memory}
-    return {"requests": {"cpu": transfer.cpu, **memory}, "limits": memory}

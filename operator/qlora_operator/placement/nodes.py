@@ -230,20 +230,14 @@ def _why(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> str:
     if good:
         pods_fit = "pod fits" if fit == 1 else "pods fit"
         result = f"{fit} {pods_fit} on {good}/{len(nodes)} nodes, {demand.pods} are needed"
-    reasons = _reasons(Counter(obstacle for obstacle in obstacles if obstacle))
-    # The most common mistake of all: the nodes have no labels of processor features whatsoever.
-    unlabelled = not any(label.startswith(f"{_CPUID}.") for node in nodes for label in node.labels)
-    hint = f"; no node has labels {_CPUID}.*: install Node Feature Discovery, or label the nodes yourself"
-    return f"{result}: {reasons}{hint if unlabelled else ''}" if reasons else result
-
-
-def _reasons(counted: Counter[_Obstacle]) -> str:
-    """`7 lack AMXBF16, 1 is cordoned`, in the order of the obstacles, the most common of a kind first."""
+    counted = Counter(obstacle for obstacle in obstacles if obstacle)
+    # In the order of the obstacles, the most common of a kind first.
     ordered = sorted(counted.items(), key=lambda item: (item[0].order, -item[1], item[0].rest))
-    reasons = [
-        f"{count} {obstacle.verb[0 if count == 1 else 1]} {obstacle.rest}" for obstacle, count in ordered
-    ]
+    reasons = [f"{count} {obstacle.verb[count != 1]} {obstacle.rest}" for obstacle, count in ordered]
     if len(reasons) > REASONS_SHOWN:
         others = sum(count for _, count in ordered[REASONS_SHOWN:])
         reasons[REASONS_SHOWN:] = [f"{others} cannot for other reasons"]
-    return ", ".join(reasons)
+    # The most common mistake of all: the nodes have no labels of processor features whatsoever.
+    unlabelled = not any(label.startswith(f"{_CPUID}.") for node in nodes for label in node.labels)
+    hint = f"; no node has labels {_CPUID}.*: install Node Feature Discovery, or label the nodes yourself"
+    return f"{result}: {', '.join(reasons)}{hint if unlabelled else ''}" if reasons else result
