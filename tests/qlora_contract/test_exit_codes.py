@@ -1,10 +1,24 @@
-"""Exit codes and how they fold."""
+"""The table of exit codes, and which of several names the cause."""
+
+import ast
+import inspect
+import itertools
+import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, RETRYABLE, ExitCode, fold
+from qlora_contract.exit_codes import (
+    COLLATERAL,
+    INFRASTRUCTURE,
+    PERMANENT,
+    RETRYABLE,
+    ExitCode,
+    FailureKind,
+    dominant_exit_code,
+)
 
 CODES = st.one_of(st.sampled_from(list(ExitCode)), st.integers(-64, -1), st.integers(0, 255))
 
@@ -40,6 +54,40 @@ def test_every_code_has_one_kind() -> None:
     assert sum(len(kind) for kind in kinds) == len(ExitCode) - 1
 
 
+@pytest.mark.parametrize("code", ExitCode, ids=lambda code: code.name)
+def test_every_code_is_documented(code: ExitCode) -> None:
+    """The reference has a row for each: a kind, a sentence, and a reason as conditions write it."""
+    assert isinstance(code.kind, FailureKind)
+    assert (code.kind == FailureKind.NONE) == (code == ExitCode.DONE)
+    assert re.fullmatch(r"[A-Z].*\.", code.meaning)
+    assert re.fullmatch(r"([A-Z][a-z]+)+", code.reason)
+
+
+def test_every_kind_is_documented() -> None:
+    """The docstring below each kind says what it costs; the reference quotes it."""
+    tree = ast.parse(inspect.getsource(FailureKind))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    documented = [
+        ast.unparse(before.targets[0])
+        for before, after in itertools.pairwise(body)
+        if isinstance(before, ast.Assign) and isinstance(after, ast.Expr)
+    ]
+
+    assert documented == [kind.name for kind in FailureKind]
+
+
+def test_a_reason_is_the_name_unless_the_table_says_otherwise() -> None:
+    """Conditions say InvalidData for INVALID_DATA; both codes that name a lost peer have one reason."""
+    assert ExitCode.INVALID_DATA.reason == "InvalidData"
+    assert ExitCode.LOST_PEER.reason == ExitCode.COLLECTIVE_TIMEOUT.reason == "PeerLost"
+
+
+def test_a_code_is_an_integer() -> None:
+    """A row of the table is still the number that a process exits with and that JSON holds."""
+    assert json.dumps([ExitCode.DIVERGED]) == "[13]"
+    assert ExitCode(13) is ExitCode.DIVERGED
+
+
 @pytest.mark.parametrize(
     ("codes", "code"),
     [
@@ -60,7 +108,7 @@ def test_every_code_has_one_kind() -> None:
 )
 def test_the_code_that_names_the_cause_best_wins(codes: list[int], code: int) -> None:
     """Permanent, then retryable, then signals, then infrastructure, then collateral, then done."""
-    assert fold(codes) == code
+    assert dominant_exit_code(codes) == code
 
 
 def test_a_transfer_that_is_refused_is_not_tried_again() -> None:
@@ -72,13 +120,13 @@ def test_a_transfer_that_is_refused_is_not_tried_again() -> None:
 @given(st.lists(CODES))
 def test_failure_is_never_lost(codes: list[int]) -> None:
     """The pod is done only when every rank is, and its code is one of theirs that a process can have."""
-    folded = fold(codes)
+    dominant = dominant_exit_code(codes)
 
-    assert (folded == 0) == all(code == 0 for code in codes)
-    assert folded in {0} | {code if code >= 0 else 128 - code for code in codes}
+    assert (dominant == 0) == all(code == 0 for code in codes)
+    assert dominant in {0} | {code if code >= 0 else 128 - code for code in codes}
 
 
 @given(st.lists(CODES, min_size=1))
 def test_a_rank_more_that_is_done_changes_nothing(codes: list[int]) -> None:
     """Ranks that are done do not hide what the others died of."""
-    assert fold([0, *codes]) == fold(codes)
+    assert dominant_exit_code([0, *codes]) == dominant_exit_code(codes)

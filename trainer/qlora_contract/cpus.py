@@ -1,10 +1,14 @@
-"""CPUs as lists, and how launchers on one machine share them."""
+"""CPU lists as the kernel writes them, and how launchers on one machine share its CPUs."""
 
 from collections.abc import Iterable, Sequence
 
 
+class CpuListError(ValueError):
+    """A text that is not a CPU list."""
+
+
 def format_cpu_list(cpus: Iterable[int]) -> str:
-    """[0, 1, 2, 3, 8] -> `0-3,8`, as the kernel writes it."""
+    """[0, 1, 2, 3, 8] -> `0-3,8`; no CPUs -> the empty string."""
     runs: list[list[int]] = []
     for cpu in sorted(set(cpus)):
         if runs and cpu == runs[-1][1] + 1:
@@ -14,12 +18,37 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
-def slices(cpus: Sequence[int], parts: int, each: int) -> list[list[int]]:
-    """`parts` disjoint slices of `each` CPUs, in the order given; of fewer, shared evenly, where there are too
-    few, and the same ones in turns where there are not even as many as parts."""
-    there = len(cpus)
-    if there < parts:
-        return [[cpus[part % there]] for part in range(parts)]
-    if there < parts * each:
-        return [list(cpus[part * there // parts : (part + 1) * there // parts]) for part in range(parts)]
-    return [list(cpus[part * each : (part + 1) * each]) for part in range(parts)]
+def parse_cpu_list(text: str) -> list[int]:
+    """`0-3,8` -> [0, 1, 2, 3, 8], sorted, without duplicates. Raises CpuListError, also for an empty list."""
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, dash, last = part.partition("-")
+        numbers = [first, last] if dash else [first]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            raise CpuListError(f"{text!r} is not a CPU list such as 0-3,8")
+        cpus.update(range(int(first), int(last or first) + 1))
+    if not cpus:
+        raise CpuListError(f"{text!r} does not name a CPU; a CPU list looks like 0-3,8")
+    return sorted(cpus)
+
+
+def partition(cpus: Sequence[int], parts: int, size: int) -> list[list[int]]:
+    """Slices of a machine's CPUs, one for each launcher, in the order given.
+
+    Args:
+        cpus: what there is.
+        parts: how many slices.
+        size: CPUs that each slice should have.
+
+    Returns:
+        Disjoint slices of `size` CPUs; smaller ones of even size where there are too few; and single CPUs that several
+        slices share where there are fewer CPUs than slices.
+    """
+    available = len(cpus)
+    if available < parts:
+        return [[cpus[part % available]] for part in range(parts)]
+    if available < parts * size:
+        return [
+            list(cpus[part * available // parts : (part + 1) * available // parts]) for part in range(parts)
+        ]
+    return [list(cpus[part * size : (part + 1) * size]) for part in range(parts)]
