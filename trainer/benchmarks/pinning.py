@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_trainer.cpu import available_cpus, probe_isa
+from qlora_trainer.topology.layout import Share, Wish, layout
+from qlora_trainer.topology.machine import read as read_machine
+
 from qlora_contract import places
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.run import RunConfig
-from qlora_trainer.cpu import available_cpus, probe_isa
 from qlora_trainer.metrics_log import read
-from qlora_trainer.topology.layout import Share, Wish, layout
-from qlora_trainer.topology.machine import read as read_machine
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "demo"
 WARM_UP = 2

@@ -1,1 +1,1 @@
-"""What Linux says about this machine and this process: nothing here knows of training or of torch."""
+"""What Linux tells about this machine and this process, and what it lets a process set. Standard library only."""

@@ -1,11 +1,13 @@
-"""Network interfaces: which of ours leads to another host.
+"""TCP sockets between launchers or ranks, and which of our network interfaces leads to another host.
 
-gloo left alone binds the address that the host's own name resolves to, which
-is 127.0.0.1 on many hosts; so the interface is named, by the route to rank 0.
+gloo by itself binds the address that the host's own name resolves to, which is 127.0.0.1 on many hosts; so we name
+the interface, by the route to rank 0.
 """
 
+import errno
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from pathlib import Path
@@ -16,7 +18,7 @@ _DISCARD_PORT = 9
 
 
 def resolve(host: str, port: int) -> str:
-    """The first address of a host. Raises OSError while the name does not resolve."""
+    """The first address of a host. Raises OSError while the name does not resolve, as that of a new pod."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return str(found[0][4][0])
 
@@ -27,14 +29,14 @@ def is_loopback(address: str) -> bool:
 
 
 def local_address(remote: str) -> str:
-    """Our address on the route to a remote address; the remote itself when it is ours.
+    """Our address on the route to a remote address; the remote itself when it is ours. Sends nothing.
 
-    A datagram socket's connect asks the kernel for the route and sends nothing.
-    Raises OSError when there is no route.
+    Raises:
+        OSError: there is no route.
     """
     family = socket.AF_INET6 if ":" in remote else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((remote, _DISCARD_PORT))
+        probe.connect((remote, _DISCARD_PORT))  # of a datagram socket: only asks the kernel for the route
         return str(probe.getsockname()[0])
 
 
@@ -43,9 +45,11 @@ def interface_of(address: str) -> str | None:
     if ":" in address:
         addresses = parse_if_inet6(_IF_INET6.read_text()) if _IF_INET6.exists() else {}
         return addresses.get(ipaddress.IPv6Address(address.partition("%")[0]))
+    own = {name: _ipv4_of(name) or "" for _, name in socket.if_nameindex()}
     if is_loopback(address):
-        return _loopback_interface()
-    return next((name for _, name in socket.if_nameindex() if _ipv4_of(name) == address), None)
+        # All of 127.0.0.0/8 belongs to the loopback interface, though it has only one address.
+        return next((name for name, ipv4 in own.items() if ipv4.startswith("127.")), None)
+    return next((name for name, ipv4 in own.items() if ipv4 == address), None)
 
 
 def parse_if_inet6(text: str) -> dict[ipaddress.IPv6Address, str]:
@@ -55,9 +59,10 @@ def parse_if_inet6(text: str) -> dict[ipaddress.IPv6Address, str]:
 
 
 def interface_towards(remote: str) -> str:
-    """The one interface that leads to a remote address.
+    """The name of the interface that leads to a remote address.
 
-    Raises OSError, whose text says what to set, when there is none.
+    Raises:
+        OSError: there is no route, or no interface has our address on it; the text names both addresses.
     """
     address = local_address(remote)
     if name := interface_of(address):
@@ -68,8 +73,10 @@ def interface_towards(remote: str) -> str:
 def listen(address: str, port: int) -> socket.socket:
     """A listening TCP socket: on loopback only when `address` is loopback, else on every address.
 
-    Every address, because rank 0's host name may stand for an address that is
-    translated on the way. Port 0 takes a free one.
+    Every address, because a pod's host name may stand for one that is translated on the way. Port 0 takes a free one.
+
+    Raises:
+        OSError: the port is taken.
     """
     if is_loopback(address):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -79,10 +86,18 @@ def listen(address: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def _loopback_interface() -> str | None:
-    # All of 127.0.0.0/8 is the loopback interface's, though it is given one address only.
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in names if (_ipv4_of(name) or "").startswith("127.")), None)
+def connect(host: str, port: int, timeout: float) -> socket.socket:
+    """A TCP connection to a host that listens.
+
+    Raises:
+        OSError: the name does not resolve, nobody listens, or nothing answers within `timeout` seconds.
+    """
+    sock = socket.create_connection((host, port), timeout=timeout)
+    # While nobody listens on an ephemeral port, a connection to it can connect to itself.
+    if sock.getsockname()[:2] == sock.getpeername()[:2]:
+        sock.close()
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return sock
 
 
 def _ipv4_of(interface: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How a rank tells its launcher why it ended, and the launcher Kubernetes."""
+"""Why a process ended: how a rank tells its launcher, and the launcher or a transfer tells Kubernetes."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -6,31 +6,29 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_contract.places import TERMINATION_LOG, TERMINATION_LOG_ENV, TERMINATION_REPORT_BYTES
+from qlora_contract.env import TERMINATION_LOG_ENV
+from qlora_contract.paths import TERMINATION_LOG, TERMINATION_REPORT_BYTES
 from qlora_contract.progress import TerminationReport
 
 REPORT_ENV = "QLORA_REPORT"
-"""File that a rank writes its TerminationReport to; named by the launcher, one per rank."""
+"""Path of the file that a rank writes its TerminationReport to, set by its launcher."""
 
 _FREE_TEXT = ("cause", "not_bit_exact", "host")
-"""Fields of unbounded length; they are cut when a report is too long."""
+"""Fields of unbounded length; they are truncated when a report is too long."""
 
 
 def write_rank_report(report: TerminationReport, environ: Mapping[str, str] = os.environ) -> None:
-    """Hand a report to the launcher; without a launcher (a rank started by hand), do nothing.
-
-    Renamed into place: the rank may be killed while it writes.
-    """
+    """Leave a report for the launcher; do nothing for a rank that was started by hand, without one."""
     if not (name := environ.get(REPORT_ENV)):
         return
     path = Path(name)
     part = path.with_name(path.name + ".part")
     part.write_bytes(to_bytes(report))
-    part.replace(path)
+    part.replace(path)  # a rank that is killed while it writes leaves no report rather than half of one
 
 
 def read_rank_report(path: Path) -> TerminationReport | None:
-    """The report a rank left, or None: it left none, or one that is not ours."""
+    """The report that a rank left; None where there is none, or something else."""
     try:
         return TerminationReport.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
@@ -38,7 +36,7 @@ def read_rank_report(path: Path) -> TerminationReport | None:
 
 
 def to_bytes(report: TerminationReport, limit: int = TERMINATION_REPORT_BYTES) -> bytes:
-    """UTF-8 JSON of at most `limit` bytes; free text is cut, the longest first, to make it fit."""
+    """UTF-8 JSON of at most `limit` bytes; free text is truncated, the longest first, to make it fit."""
     if len(whole := _dump(report, None)) <= limit:
         return whole
     low, high = 0, max(len(getattr(report, field) or "") for field in _FREE_TEXT)
@@ -62,18 +60,20 @@ def _line(text: str | None, longest: int | None) -> str | None:
 
 
 def termination_log(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Where the termination message goes: as named, else Kubernetes' own file where there is one."""
+    """Where the termination message goes: the file that the environment names, else Kubernetes' own; None: nowhere."""
     if name := environ.get(TERMINATION_LOG_ENV):
         return Path(name)
     return TERMINATION_LOG if TERMINATION_LOG.exists() else None
 
 
-def announce(ended: TerminationReport, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Write the termination message, and say how it ended as a last line in the log."""
+def write_termination_message(
+    report: TerminationReport, environ: Mapping[str, str], log: Callable[[str], None]
+) -> None:
+    """Write the termination message, and log it as the last line. A file that cannot be written is logged, too."""
     path = termination_log(environ)
     try:
         if path is not None:
-            path.write_bytes(to_bytes(ended))
+            path.write_bytes(to_bytes(report))
     except OSError as error:
-        say(f"the termination message could not be written: {error}")
-    say(f"ends with {ended.exit_code} ({ended.reason}): {ended.cause}")
+        log(f"the termination message could not be written: {error}")
+    log(f"exits with code {report.exit_code} ({report.reason}): {report.cause}")

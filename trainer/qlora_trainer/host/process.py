@@ -1,0 +1,41 @@
+"""What a process can ask of the kernel about itself, its parent and its descendants (prctl(2))."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+_PR_SET_CHILD_SUBREAPER = 36
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(signal_number: int, parent: int) -> bool:
+    """Have the kernel send this process a signal when the thread that started it ends.
+
+    Args:
+        signal_number: the signal.
+        parent: process id of who started this process.
+
+    Returns:
+        False when the parent died before the kernel was asked: then no signal will come.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+    return os.getppid() == parent
+
+
+def set_process_name(name: str) -> None:
+    """What ps and top show for this process; the kernel keeps the first 15 bytes."""
+    _LIBC.prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
+
+
+@contextlib.contextmanager
+def child_subreaper() -> Iterator[None]:
+    """Descendants that are orphaned inside become children of this process, which can wait for them."""
+    _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

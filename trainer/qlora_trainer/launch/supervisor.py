@@ -1,0 +1,196 @@
+"""The ranks of a pod while they run: their output passed on, their ends noticed, those that hang ended.
+
+Nothing here imports torch: the launcher waits beside the ranks and should be small.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
+from qlora_contract.run import RunConfig
+from qlora_contract.supervision import Limits, next_action
+from qlora_trainer.launch.cpu_layout import CpuAssignment
+from qlora_trainer.launch.fork_server import ForkedProcess, fork_ranks
+from qlora_trainer.telemetry.termination import REPORT_ENV
+
+GRACE_MARGIN_SECONDS = 5.0
+"""Part of the grace period that the launcher keeps to report and exit."""
+PEER_LOSS_MARGIN_SECONDS = 30.0
+"""Extra time after the ranks' own heartbeat timeout before survivors of a dead rank are terminated."""
+POLL_SECONDS = 0.1
+DRAIN_SECONDS = 5.0
+"""How long to wait for the last output of ranks that have exited."""
+MAX_LINE_BYTES = 65_536
+"""A longer line is passed on in parts."""
+
+
+# --- starting them
+
+
+@dataclass(eq=False)
+class Rank:
+    """One rank's process, and what became of it."""
+
+    rank: int
+    process: ForkedProcess
+    report: Path
+    """Where it leaves its TerminationReport."""
+    output_threads: list[threading.Thread] = field(default_factory=list)
+    last_error: str = ""
+    """The last line it wrote to stderr that was not blank."""
+    killed_by_launcher: bool = False
+    """The launcher ended it because its time was over, so its end is not a cause."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs. Keeps the exit code when it does not."""
+        return self.process.poll() is None
+
+
+def start_ranks(
+    command: Sequence[str],
+    environments: Sequence[dict[str, str]],
+    assignments: Sequence[CpuAssignment],
+    folder: Path,
+    stopping: Callable[[], bool] = lambda: False,
+) -> list[Rank]:
+    """Start one process per environment on its CPUs, its output passed on line by line.
+
+    Args:
+        command: what a rank runs, as `python -m MODULE` or `python SCRIPT`.
+        environments: the whole environment of each rank; RANK among it.
+        assignments: the CPUs of each rank.
+        folder: where ranks leave their reports.
+        stopping: asked while they start; True: give up.
+
+    Raises:
+        SpawnError: no rank was started, or `stopping` became true before.
+    """
+    reports = [folder / f"rank-{local}.json" for local in range(len(assignments))]
+    with_reports = [
+        {**environment, REPORT_ENV: str(path)}
+        for environment, path in zip(environments, reports, strict=True)
+    ]
+    processes = fork_ranks(command, with_reports, assignments, stopping)
+    ranks = [
+        Rank(int(environment["RANK"]), process, path)
+        for environment, process, path in zip(with_reports, processes, reports, strict=True)
+    ]
+    for rank in ranks:
+        for source, sink in (
+            (rank.process.stdout, sys.stdout.buffer),
+            (rank.process.stderr, sys.stderr.buffer),
+        ):
+            thread = threading.Thread(target=_pass_on, args=(rank, source, sink), daemon=True)
+            thread.start()
+            rank.output_threads.append(thread)
+    return ranks
+
+
+# --- their output, and our own
+
+_output_lock = threading.Lock()
+
+
+def log(text: str) -> None:
+    """Write a line of the launcher's own to stderr."""
+    _write(sys.stderr.buffer, f"launcher: {text}\n".encode(errors="replace"))
+
+
+def _pass_on(rank: Rank, source: IO[bytes], sink: IO[bytes]) -> None:
+    """Copy one stream of a rank, each line with the rank's number, until it is closed."""
+    prefix = f"[rank {rank.rank}] ".encode()
+    with source:
+        for line in iter(lambda: source.readline(MAX_LINE_BYTES), b""):
+            if source is rank.process.stderr and line.strip():
+                rank.last_error = line.decode(errors="replace").strip()
+            _write(sink, prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
+
+
+def _write(sink: IO[bytes], line: bytes) -> None:
+    try:
+        with _output_lock:
+            sink.write(line)
+            sink.flush()
+    except (OSError, ValueError):
+        pass  # nobody reads any more; go on reading, or the rank would block
+
+
+# --- watching over them
+
+
+def limits_of(run: RunConfig) -> Limits:
+    """How long the ranks of a run may go on after a stop or a death."""
+    period = float(run.termination_grace_period_seconds)
+    return Limits(
+        grace=max(period - GRACE_MARGIN_SECONDS, period / 2),
+        peer_loss=COLLATERAL_DELAY_SECONDS + run.distributed.timeout_seconds + PEER_LOSS_MARGIN_SECONDS,
+    )
+
+
+@dataclass
+class Stop:
+    """Whether, and when, the launcher was told to stop. A signal handler; further signals change nothing."""
+
+    requested_at: float | None = None
+    """On the monotonic clock."""
+
+    def __call__(self, *_: object) -> None:
+        """Request the stop."""
+        self.requested_at = time.monotonic() if self.requested_at is None else self.requested_at
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether to stop."""
+        return self.requested_at is not None
+
+
+def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
+    """Wait until every rank has exited; end those that outlive the limits.
+
+    Returns:
+        The ranks in the order in which they exited.
+    """
+    exited: list[Rank] = []
+    first_failure_at: float | None = None
+    terminated = False
+    while True:
+        exited += [rank for rank in ranks if rank not in exited and not rank.is_alive]
+        alive = [rank for rank in ranks if rank not in exited]
+        if not alive:
+            break
+        if first_failure_at is None and any(rank.process.returncode for rank in exited):
+            first_failure_at = time.monotonic()
+            log(f"a rank has died; the others have {limits.peer_loss:.0f} s to notice and exit")
+        action = next_action(time.monotonic(), stop.requested_at, first_failure_at, limits)
+        if action == "terminate" and not terminated:
+            terminated = True
+            log("sends SIGTERM to the ranks that are still running")
+            for rank in alive:
+                rank.killed_by_launcher = not stop.is_requested
+                rank.process.send_signal(signal.SIGTERM)
+        if action == "kill":
+            for rank in alive:
+                _kill(rank)
+        time.sleep(POLL_SECONDS)
+    # Something that a rank started may hold its pipe open for longer.
+    drained_by = time.monotonic() + DRAIN_SECONDS
+    for rank in ranks:
+        for thread in rank.output_threads:
+            thread.join(max(0.0, drained_by - time.monotonic()))
+    return exited
+
+
+def _kill(rank: Rank) -> None:
+    """SIGKILL to a rank and to whatever it started."""
+    if rank.is_alive:
+        rank.killed_by_launcher = True
+        os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.wait()

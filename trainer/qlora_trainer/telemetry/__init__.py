@@ -1,0 +1,1 @@
+"""What a process tells others: live progress over HTTP, and how it ended."""

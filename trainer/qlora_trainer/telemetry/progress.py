@@ -1,0 +1,83 @@
+"""Live progress: the newest report, and the rate of training it is made from."""
+
+import threading
+from collections import deque
+from typing import Any
+
+from qlora_contract.progress import ProgressReport, Stage
+from qlora_contract.run import RunConfig
+from qlora_contract.units import now
+
+
+def starting_report(run: RunConfig, stage: Stage = "Starting") -> ProgressReport:
+    """The live report of an attempt before anything else is known."""
+    return ProgressReport(
+        job_uid=run.job.uid,
+        attempt=run.job.attempt,
+        stage=stage,
+        step=0,
+        total_steps=0,
+        epoch=0.0,
+        updated_time=now(),
+    )
+
+
+class Rate:
+    """Training speed over the last steps, and the time left, estimated from all steps of this attempt."""
+
+    def __init__(self, window: int = 20) -> None:
+        self._last: deque[tuple[int, float]] = deque(maxlen=window)
+        self._steps = 0
+        self._seconds = 0.0
+
+    def step(self, tokens: int, seconds: float) -> None:
+        """Record a step: its tokens over all ranks, and its duration in seconds."""
+        self._last.append((tokens, seconds))
+        self._steps += 1
+        self._seconds += seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Averaged over the window; None before the first step."""
+        total = sum(seconds for _, seconds in self._last)
+        return sum(tokens for tokens, _ in self._last) / total if total > 0 else None
+
+    def eta_seconds(self, remaining_steps: int) -> float | None:
+        """How long the remaining steps take at this attempt's mean; None before the first step."""
+        return remaining_steps * self._seconds / self._steps if self._steps else None
+
+
+class Progress:
+    """The newest report; thread-safe."""
+
+    def __init__(self, report: ProgressReport) -> None:
+        self._lock = threading.Lock()
+        self._report = report
+        self._tokens = 0
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the report, by their snake_case names, and set its time.
+
+        Raises:
+            pydantic.ValidationError: the report has no such field, or the value is of another type.
+        """
+        with self._lock:
+            fields = {name: getattr(self._report, name) for name in ProgressReport.model_fields}
+            self._report = ProgressReport.model_validate(fields | changes | {"updated_time": now()})
+
+    def count_tokens(self, tokens: int) -> None:
+        """Add a step's tokens, over all ranks."""
+        with self._lock:
+            self._tokens += tokens
+
+    @property
+    def report(self) -> ProgressReport:
+        """The newest report."""
+        with self._lock:
+            return self._report
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all ranks in this attempt."""
+        with self._lock:
+            return self._tokens
