@@ -23,7 +23,7 @@ from qlora_trainer.host.network import connect, listen, resolve
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 0.25
 POLL_SECONDS = 0.1
-"""How soon a request to stop is noticed."""
+"""How soon a request to stop, or the last pod, is noticed."""
 
 
 class WorldSizeError(Exception):
@@ -92,7 +92,6 @@ async def _unless(stopping: Callable[[], bool], exchange: Coroutine[None, None, 
 
 async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list[int]:
     joined: dict[asyncio.StreamWriter, JoinRequest] = {}
-    agreed: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
 
     def counts() -> dict[int, int]:
         """Ranks by pod. A pod that connects again replaces what it said before."""
@@ -101,22 +100,26 @@ async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             joined[writer] = _checked(await reader.readline(), own, f"{host}:{port}")
-            if len(counts()) == own.pods and not agreed.done():
-                agreed.set_result([ranks for _, ranks in sorted(counts().items())])
             await reader.read(1)  # until the connection ends
         except (WorldSizeError, OSError, ValueError) as error:  # ValueError: an endless line
             writer.write(_line(JoinReply(error=str(error))))
+        except asyncio.CancelledError:
+            pass  # we are done; Python 3.11 logs a handler that ends as cancelled as an error
         finally:
             joined.pop(writer, None)
             writer.close()
 
-    server = await asyncio.start_server(admit, sock=_listen(host, port))
-    try:
-        reply = JoinReply(ranks=await asyncio.wait_for(agreed, seconds))
-    except TimeoutError:
-        reply = JoinReply(error=_missing_pods(own, counts(), f"{host}:{port}", seconds))
-    finally:
-        server.close()
+    with _listen(host, port) as listener:
+        server = await asyncio.start_server(admit, sock=listener)
+        try:
+            async with asyncio.timeout(seconds):
+                while len(counts()) < own.pods:
+                    await asyncio.sleep(POLL_SECONDS)
+            reply = JoinReply(ranks=[ranks for _, ranks in sorted(counts().items())])
+        except TimeoutError:
+            reply = JoinReply(error=_missing_pods(own, counts(), f"{host}:{port}", seconds))
+        finally:
+            server.close()
     for writer in joined:
         writer.write(_line(reply))
     if reply.error:
