@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_contract.cpus import format_cpu_list
-from qlora_trainer.cpu import parse_cpu_list
-from qlora_trainer.topology.machine import Machine, read
+from qlora_contract.cpus import format_cpu_list, parse_cpu_list
+from qlora_trainer.host.numa import Machine, read_machine
 
 FOLDER = Path(__file__).parent / "machines"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.txt"))
@@ -101,11 +100,12 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Machine]:
     """Every recorded machine, as `read` finds it, by name."""
     root = tmp_path_factory.mktemp("machines")
     return {
-        name: read(write(root / name, Record((FOLDER / f"{name}.txt").read_text()).files())) for name in NAMES
+        name: read_machine(write(root / name, Record((FOLDER / f"{name}.txt").read_text()).files()))
+        for name in NAMES
     }
 
 
 @pytest.fixture
 def a_tree(tmp_path: Path) -> Callable[[dict[str, str]], Machine]:
     """make(files) -> the machine that such files describe."""
-    return lambda files: read(write(tmp_path, files))
+    return lambda files: read_machine(write(tmp_path, files))

@@ -1,4 +1,4 @@
-"""Helpers' CPUs, and where the threads of real ranks really are, read back from the kernel."""
+"""Service CPUs, and where the threads of real ranks are, as the kernel says."""
 
 import json
 import os
@@ -18,17 +18,18 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_contract import places
-from qlora_contract.cpus import format_cpu_list
+from qlora_contract import places, supervision
+from qlora_contract.cpus import format_cpu_list, parse_cpu_list
 from qlora_contract.run import RunConfig
-from qlora_trainer import supervise
-from qlora_trainer.cpu import parse_cpu_list
-from qlora_trainer.topology.environment import HELPERS_ENV, thread_settings
-from qlora_trainer.topology.helpers import on_helpers
-from qlora_trainer.topology.layout import RankPlace, Share, Wish, layout
-from qlora_trainer.topology.machine import read
+from qlora_trainer.host.affinity import SERVICE_CPUS_ENV, on_service_cpus
+from qlora_trainer.host.numa import read_machine
+from qlora_trainer.launch import supervisor
+from qlora_trainer.launch.cpu_layout import AvailableCpus, CpuAssignment, CpuRequest, compute_layout
+from qlora_trainer.launch.environment import thread_settings
 
 CPUS = sorted(os.sched_getaffinity(0))
+
+pytestmark = pytest.mark.process
 
 two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 
@@ -42,11 +43,11 @@ def started() -> set[int]:
     return found[0]
 
 
-def test_threads_started_inside_stay_on_the_helpers_cpus() -> None:
+def test_threads_started_inside_stay_on_the_service_cpus() -> None:
     """The thread that starts them comes back afterwards."""
     own = os.sched_getaffinity(0)
     one = max(own)
-    with on_helpers({HELPERS_ENV: str(one)}):
+    with on_service_cpus({SERVICE_CPUS_ENV: str(one)}):
         assert started() == {one}
 
     assert started() == own
@@ -55,15 +56,15 @@ def test_threads_started_inside_stay_on_the_helpers_cpus() -> None:
 def test_an_error_inside_leaves_no_trace() -> None:
     """The thread comes back to its own CPUs."""
     own = os.sched_getaffinity(0)
-    with suppress(KeyError), on_helpers({HELPERS_ENV: str(max(own))}):
+    with suppress(KeyError), on_service_cpus({SERVICE_CPUS_ENV: str(max(own))}):
         raise KeyError
 
     assert os.sched_getaffinity(0) == own
 
 
-def test_without_helpers_nothing_moves() -> None:
+def test_without_service_cpus_nothing_moves() -> None:
     """Threads share the rank's CPUs."""
-    with on_helpers({}):
+    with on_service_cpus({}):
         assert started() == os.sched_getaffinity(0)
 
 
@@ -88,45 +89,45 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# --- helpers and compute threads of torch
+# --- service and compute threads of torch
 
 
 RANK = textwrap.dedent("""
     import json, os, threading
     from pathlib import Path
-    from qlora_trainer.topology.helpers import on_helpers
+    from qlora_trainer.host.affinity import on_service_cpus
 
     def tasks():
         return sorted(map(int, os.listdir("/proc/self/task")))
 
     start = tasks()
-    with on_helpers():
+    with on_service_cpus():
         import torch
         from qlora_trainer.distributed import Group, World
         before = tasks()
         group = Group.open(World.from_environ(os.environ), "gloo", 60, 60)
         group.barrier()
-        helping = sorted(set(tasks()) - set(before))
+        service = sorted(set(tasks()) - set(before))
     a = torch.ones(1024, 1024)
     for _ in range(3):
         a = torch.softmax(a @ a, 0)
     group.barrier()
-    told = {"helping": helping, "computing": sorted(set(tasks()) - set(before) - set(helping))}
+    told = {"service": service, "computing": sorted(set(tasks()) - set(before) - set(service))}
     Path(os.environ["SAID"]).write_text(json.dumps(told) + "\\n")
     threading.Event().wait()
 """)
 
 
 @pytest.fixture
-def two_ranks(tmp_path: Path) -> Iterator[tuple[RankPlace, list[tuple[int, dict[str, list[int]]]]]]:
-    """Two ranks of two threads on one CPU, helpers on another; their process ids, and what they tell of threads."""
-    place = RankPlace((CPUS[0],), 2, (CPUS[1],))
+def two_ranks(tmp_path: Path) -> Iterator[tuple[CpuAssignment, list[tuple[int, dict[str, list[int]]]]]]:
+    """Two ranks of two threads on one CPU, service threads on another; their process ids, and their threads."""
+    assignment = CpuAssignment((CPUS[0],), 2, (CPUS[1],))
     port, log = free_port(), tmp_path / "said"
     (tmp_path / "rank.py").write_text(RANK)
     environments = [
         {
             **os.environ,
-            **thread_settings(place, {}),
+            **thread_settings(assignment, {}),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "SAID": f"{log}-{rank}",
@@ -137,40 +138,40 @@ def two_ranks(tmp_path: Path) -> Iterator[tuple[RankPlace, list[tuple[int, dict[
         for rank in range(2)
     ]
     command = [sys.executable, str(tmp_path / "rank.py")]
-    ranks = supervise.start_ranks(command, environments, [place, place], tmp_path)
+    ranks = supervisor.start_ranks(command, environments, [assignment, assignment], tmp_path)
     try:
         said = []
         for rank in ranks:
             path = Path(f"{log}-{rank.rank}")
             while not (path.exists() and path.read_text().endswith("\n")):
-                assert rank.lives, rank.last_error
+                assert rank.is_alive, rank.last_error
                 time.sleep(0.05)
             said.append((rank.process.pid, json.loads(path.read_text())))
-        yield place, said
+        yield assignment, said
     finally:
         for rank in ranks:
             rank.process.send_signal(signal.SIGKILL)
-        supervise.watch(ranks, supervise.Limits(60, 60), supervise.Stop())
+        supervisor.watch(ranks, supervision.Limits(60, 60), supervisor.Stop())
 
 
 @two_cpus
 def test_communication_and_compute_threads_are_apart(
-    two_ranks: tuple[RankPlace, list[tuple[int, dict[str, list[int]]]]],
+    two_ranks: tuple[CpuAssignment, list[tuple[int, dict[str, list[int]]]]],
 ) -> None:
-    """gloo's threads are on the helpers' CPU, torch's own and the main thread on the compute CPU."""
-    place, ranks = two_ranks
+    """gloo's threads are on the service CPU, torch's own and the main thread on the compute CPU."""
+    assignment, ranks = two_ranks
     for pid, told in ranks:
         threads = threads_of(pid)
 
-        assert told["helping"]
+        assert told["service"]
         assert told["computing"]
-        assert {thread: threads[thread][1] for thread in told["helping"] if thread in threads} == {
-            thread: set(place.helpers) for thread in told["helping"] if thread in threads
+        assert {thread: threads[thread][1] for thread in told["service"] if thread in threads} == {
+            thread: set(assignment.service_cpus) for thread in told["service"] if thread in threads
         }
-        assert [threads[thread][1] for thread in told["computing"]] == [set(place.cpus)] * len(
+        assert [threads[thread][1] for thread in told["computing"]] == [set(assignment.cpus)] * len(
             told["computing"]
         )
-        assert threads[pid][1:] == (set(place.cpus), place.cpus[0])
+        assert threads[pid][1:] == (set(assignment.cpus), assignment.cpus[0])
 
 
 # --- a real job
@@ -237,7 +238,9 @@ def test_every_thread_of_a_job_is_where_the_layout_says(
 ) -> None:
     """While it trains, each of a rank's threads may use, and used, only its rank's CPUs; the report says the same."""
     each = len(CPUS) // 2
-    expected = layout(read(), Share(tuple(CPUS), ours_alone=True), Wish(2, 2 * each)).ranks
+    expected = compute_layout(
+        read_machine(), AvailableCpus(tuple(CPUS), exclusive=True), CpuRequest(2, 2 * each)
+    ).ranks
     with job(tmp_path, small_model(), demo_data / "train.jsonl", each) as (launcher, port):
         facts = until_training(launcher, port, tmp_path)
         ranks = {
@@ -247,11 +250,11 @@ def test_every_thread_of_a_job_is_where_the_layout_says(
         threads = {rank: threads_of(pid) for rank, pid in ranks.items()}
 
     assert [(rank["cpus"], rank["threads"]) for rank in facts] == [
-        (format_cpu_list(place.cpus), place.threads) for place in expected
+        (format_cpu_list(assignment.cpus), assignment.threads) for assignment in expected
     ]
-    for rank, place in enumerate(expected):
-        own = set(place.cpus) | set(place.helpers)
-        assert len(threads[rank]) >= place.threads + 3, (
+    for rank, assignment in enumerate(expected):
+        own = set(assignment.cpus) | set(assignment.service_cpus)
+        assert len(threads[rank]) >= assignment.threads + 3, (
             "gloo's, the heartbeat's and torch's threads are there"
         )
         strays = [each for each in threads[rank].values() if not each[1] <= own or each[2] not in own]

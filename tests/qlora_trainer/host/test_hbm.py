@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer import supervise
-from qlora_trainer.topology import memory
-from qlora_trainer.topology.layout import RankPlace
-from qlora_trainer.topology.machine import Core, Machine, Node
-from qlora_trainer.topology.memory import choose_hbm, hbm_mode, hbm_nodes
+from qlora_contract import supervision
+from qlora_trainer.host import hbm
+from qlora_trainer.host.hbm import choose_hbm, hbm_mode, hbm_nodes
+from qlora_trainer.host.numa import Core, Machine, Node
+from qlora_trainer.launch import supervisor
+from qlora_trainer.launch.cpu_layout import CpuAssignment
+
+pytestmark = pytest.mark.process
 
 
 @pytest.mark.parametrize(
@@ -24,7 +27,7 @@ from qlora_trainer.topology.memory import choose_hbm, hbm_mode, hbm_nodes
         pytest.param("xeon_max_cache_quad", "cache", [], id="cache"),
         pytest.param("xeon_max_only_snc4", "only", [], id="HBM only"),
         pytest.param("sapphire_rapids_snc4", None, [], id="no HBM"),
-        pytest.param("genoa_with_cxl", None, [], id="CXL is no HBM"),
+        pytest.param("genoa_with_cxl", None, [], id="CXL is not HBM"),
     ],
 )
 def test_modes_of_hbm(machines: dict[str, Machine], name: str, mode: str | None, nodes: list[int]) -> None:
@@ -33,8 +36,8 @@ def test_modes_of_hbm(machines: dict[str, Machine], name: str, mode: str | None,
     assert [node.number for node in hbm_nodes(machines[name])] == nodes
 
 
-def test_hbm_of_another_processor_is_told_by_its_bandwidth() -> None:
-    """Where the firmware tells, memory faster than that of the nodes with CPUs is HBM."""
+def test_hbm_of_another_processor_is_recognized_by_its_bandwidth() -> None:
+    """Where the firmware gives bandwidths, memory faster than that of the nodes with CPUs is HBM."""
     nodes = (Node(0, 1 << 38, 250_000), Node(1, 1 << 36, 800_000), Node(2, 1 << 38, 60_000), Node(3, 0))
     machine = Machine((Core((0,)),), nodes)
 
@@ -42,7 +45,7 @@ def test_hbm_of_another_processor_is_told_by_its_bandwidth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed", "may_place", "says"),
+    ("name", "allowed", "may_set_policy", "says"),
     [
         pytest.param("ice_lake", None, True, "this machine has no high-bandwidth memory", id="none"),
         pytest.param(
@@ -52,10 +55,10 @@ def test_hbm_of_another_processor_is_told_by_its_bandwidth() -> None:
     ],
 )
 def test_why_hbm_cannot_be_had(
-    machines: dict[str, Machine], name: str, allowed: tuple[int, ...] | None, may_place: bool, says: str
+    machines: dict[str, Machine], name: str, allowed: tuple[int, ...] | None, may_set_policy: bool, says: str
 ) -> None:
     """The reason names what stands in the way, and no node is chosen."""
-    chosen, problem = choose_hbm(machines[name], [(0,), (1,)], allowed, may_place=may_place)
+    chosen, problem = choose_hbm(machines[name], [(0,), (1,)], allowed, may_set_policy=may_set_policy)
 
     assert chosen == [None, None]
     assert re.search(says, problem)
@@ -65,20 +68,20 @@ def test_the_nearest_hbm_that_is_allowed_is_chosen(machines: dict[str, Machine])
     """A rank on socket 1 takes HBM of its own cluster if it may, else of its socket."""
     machine = machines["xeon_max_flat_snc4"]
 
-    assert choose_hbm(machine, [(5,)], None, may_place=True) == ([13], "")
-    assert choose_hbm(machine, [(5,)], (0, 5, 9, 14), may_place=True) == ([14], "")
+    assert choose_hbm(machine, [(5,)], None, may_set_policy=True) == ([13], "")
+    assert choose_hbm(machine, [(5,)], (0, 5, 9, 14), may_set_policy=True) == ([14], "")
 
 
 # --- this kernel
 
 permitted = pytest.mark.skipif(
-    not memory.may_place(), reason="this process may not set a memory policy, as in most containers"
+    not hbm.may_set_memory_policy(), reason="this process may not set a memory policy, as in most containers"
 )
 
 
 def in_a_process(code: str) -> str:
     """What a program prints; policies and filters last for a process."""
-    program = "from qlora_trainer.topology import memory\n" + textwrap.dedent(code)
+    program = "from qlora_trainer.host import hbm\n" + textwrap.dedent(code)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -98,18 +101,18 @@ REFUSE_SET_MEMPOLICY = """
 
 def test_a_refused_policy_is_seen_before_it_is_needed() -> None:
     """Under a profile that forbids it, the question says no, and setting one says why."""
-    told = in_a_process(
+    output = in_a_process(
         REFUSE_SET_MEMPOLICY
         + """
-    print(memory.may_place())
+    print(hbm.may_set_memory_policy())
     try:
-        memory.prefer(0)
+        hbm.prefer_memory_of(0)
     except PermissionError as error:
         print(error)
     """
     )
 
-    assert told.splitlines() == [
+    assert output.splitlines() == [
         "False",
         "[Errno 1] memory of NUMA node 0 cannot be preferred: Operation not permitted",
     ]
@@ -119,38 +122,42 @@ GET_POLICY = """
     import ctypes
     mode, words = ctypes.c_int(), (ctypes.c_ulong * 16)()
     assert ctypes.CDLL(None).syscall(239, ctypes.byref(mode), words, 1024, None, 0) == 0
-    told = f"{mode.value} {words[0]}"
+    policy = f"{mode.value} {words[0]}"
 """
 """Mode and node mask: 1 is MPOL_PREFERRED."""
 
 
 @permitted
 def test_a_preference_is_what_the_kernel_keeps() -> None:
-    """After prefer(0), get_mempolicy tells MPOL_PREFERRED and node 0."""
-    show = GET_POLICY + "    print(told)\n"
+    """After prefer_memory_of(0), get_mempolicy shows MPOL_PREFERRED and node 0."""
+    show = GET_POLICY + "    print(policy)\n"
 
     assert in_a_process(show) == "0 0\n"
-    assert in_a_process("    memory.prefer(0)\n" + show) == "1 1\n"
+    assert in_a_process("    hbm.prefer_memory_of(0)\n" + show) == "1 1\n"
 
 
 @permitted
 def test_asking_leaves_a_policy_as_it_is() -> None:
     """What was set before, as by numactl, still holds."""
-    asked = "    memory.prefer(0)\n    assert memory.may_place()\n" + GET_POLICY + "    print(told)\n"
+    asked = (
+        "    hbm.prefer_memory_of(0)\n    assert hbm.may_set_memory_policy()\n"
+        + GET_POLICY
+        + "    print(policy)\n"
+    )
 
     assert in_a_process(asked) == "1 1\n"
 
 
 @permitted
 def test_a_rank_starts_with_its_memory_preferred(tmp_path: Path) -> None:
-    """The policy of its place holds in a rank before its first line."""
-    place = RankPlace((min(os.sched_getaffinity(0)),), 1, memory_node=0)
+    """The policy of its assignment holds in a rank before its first line."""
+    assignment = CpuAssignment((min(os.sched_getaffinity(0)),), 1, memory_node=0)
     program = tmp_path / "rank.py"
-    program.write_text(textwrap.dedent(GET_POLICY) + f"open({str(tmp_path / 'told')!r}, 'w').write(told)")
-    ranks = supervise.start_ranks([sys.executable, str(program)], [{"RANK": "0"}], [place], tmp_path)
-    supervise.watch(ranks, supervise.Limits(60, 60), supervise.Stop())
+    program.write_text(textwrap.dedent(GET_POLICY) + f"open({str(tmp_path / 'policy')!r}, 'w').write(policy)")
+    ranks = supervisor.start_ranks([sys.executable, str(program)], [{"RANK": "0"}], [assignment], tmp_path)
+    supervisor.watch(ranks, supervision.Limits(60, 60), supervisor.Stop())
 
-    assert (tmp_path / "told").read_text() == "1 1"
+    assert (tmp_path / "policy").read_text() == "1 1"
 
 
 @permitted
@@ -158,14 +165,14 @@ def test_a_rank_starts_with_its_memory_preferred(tmp_path: Path) -> None:
 def test_a_node_that_is_not_there_is_refused(node: int) -> None:
     """With the number, whatever its size."""
     with pytest.raises(OSError, match=f"memory of NUMA node {node} cannot be preferred"):
-        memory.prefer(node)
+        hbm.prefer_memory_of(node)
 
 
 @pytest.mark.parametrize(
     ("text", "nodes"),
     [
-        pytest.param("Name:\tx\nMems_allowed_list:\t0-7,9\n", (0, 1, 2, 3, 4, 5, 6, 7, 9), id="told"),
-        pytest.param("Name:\tx\n", None, id="not told"),
+        pytest.param("Name:\tx\nMems_allowed_list:\t0-7,9\n", (0, 1, 2, 3, 4, 5, 6, 7, 9), id="listed"),
+        pytest.param("Name:\tx\n", None, id="not listed"),
         pytest.param("Mems_allowed_list:\t\n", None, id="empty"),
         pytest.param(None, None, id="no file"),
     ],
@@ -178,4 +185,4 @@ def test_nodes_whose_memory_is_allowed(
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/status").write_text(text)
 
-    assert memory.allowed_nodes(tmp_path) == nodes
+    assert hbm.allowed_memory_nodes(tmp_path) == nodes

@@ -19,7 +19,7 @@ def first_addresses(family: socket.AddressFamily) -> list[tuple[str, str]]:
     """Interface and address, for each interface that has one of this family."""
     found = []
     for name, addresses in psutil.net_if_addrs().items():
-        own = [each.address.partition("%")[0] for each in addresses if each.family == family]
+        own = [entry.address.partition("%")[0] for entry in addresses if entry.family == family]
         found += [(name, own[0])] if own else []
     return found
 
@@ -72,3 +72,27 @@ def test_another_listener_is_reachable_by_every_address() -> None:
         port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
             assert client.getpeername()[1] == port
+
+
+def test_a_connection_does_not_meet_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody listens on an ephemeral port, TCP may connect a socket to itself; that counts as refused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+
+    def to_itself(address: tuple[str, int], timeout: float) -> socket.socket:
+        sock = socket.socket()
+        sock.bind(address)
+        sock.connect(address)
+        return sock
+
+    monkeypatch.setattr(socket, "create_connection", to_itself)
+    with pytest.raises(ConnectionRefusedError, match="refused"):
+        network.connect("127.0.0.1", port, 5)
+
+
+def test_a_connection_reaches_a_listener() -> None:
+    """Whoever listens is connected to, by name."""
+    with network.listen("127.0.0.1", 0) as listener:
+        port = int(listener.getsockname()[1])
+        with network.connect("localhost", port, 10) as sock:
+            assert sock.getpeername()[1] == port

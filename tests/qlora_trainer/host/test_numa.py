@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.topology.machine import Core, Machine, huge_pages, read
+from qlora_trainer.host.numa import Core, Machine, huge_pages, read_machine
 
 FACTS = [
     ("sapphire_rapids_snc4", 2, {0: 14, 1: 14, 2: 14, 3: 14, 4: 14, 5: 14, 6: 14, 7: 14}, 2, 2),
@@ -52,7 +52,7 @@ def test_a_recorded_machine_is_read(
     assert len({core.cache for core in machine.cores}) == caches
 
 
-def test_every_recorded_machine_is_told_of(machines: dict[str, Machine]) -> None:
+def test_every_recorded_machine_is_tested(machines: dict[str, Machine]) -> None:
     """No record goes unread, and none is missing."""
     assert sorted(machines) == sorted(row[0] for row in FACTS)
 
@@ -68,14 +68,14 @@ def test_memory_nodes_without_cpus_are_found(machines: dict[str, Machine]) -> No
 
 
 def test_cores_of_a_share_hold_only_its_cpus(machines: dict[str, Machine]) -> None:
-    """Hardware threads that somebody else has are left out, and neighbours stand side by side."""
+    """Hardware threads that somebody else has are left out, and neighbors stand side by side."""
     machine = machines["ice_lake_interleaved"]
 
     assert [core.cpus for core in machine.cores_of([66, 1, 0, 64, 2])] == [(0, 64), (2, 66), (1,)]
     assert machine.nodes_of([0, 1]) == (0, 1)
 
 
-def test_cpus_that_the_machine_does_not_tell_of_are_cores(machines: dict[str, Machine]) -> None:
+def test_cpus_that_the_machine_does_not_mention_are_cores(machines: dict[str, Machine]) -> None:
     """A CPU beyond what sysfs shows counts as a core of its own."""
     assert [core.cpus for core in machines["small_vm"].cores_of([1, 7])] == [(1,), (7,)]
 
@@ -134,7 +134,7 @@ def test_a_core_whose_thread_is_offline_has_one(a_tree: Callable[[dict[str, str]
     assert [core.cpus for core in a_tree(files).cores] == [(0,), (1,)]
 
 
-def test_odd_numbers_are_not_told(a_tree: Callable[[dict[str, str]], Machine]) -> None:
+def test_malformed_numbers_are_unknown(a_tree: Callable[[dict[str, str]], Machine]) -> None:
     """Sizes, distances and bandwidths in another form are as if they were missing."""
     node = "sys/devices/system/node/node0"
     machine = a_tree(
@@ -167,7 +167,7 @@ def test_huge_pages(tmp_path: Path, text: str | None, mode: str | None) -> None:
 
 def test_this_machine_is_read() -> None:
     """Every CPU that this process may use is in some core, once."""
-    cpus = [cpu for core in read().cores for cpu in core.cpus]
+    cpus = [cpu for core in read_machine().cores for cpu in core.cpus]
 
     assert os.sched_getaffinity(0) <= set(cpus)
     assert len(cpus) == len(set(cpus))

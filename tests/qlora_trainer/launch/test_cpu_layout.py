@@ -7,30 +7,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.cpus import format_cpu_list
-from qlora_trainer.cpu import parse_cpu_list
-from qlora_trainer.topology.layout import JOIN_GAIN, Layout, LayoutError, Share, Wish, layout
-from qlora_trainer.topology.machine import Core, Machine
+from qlora_contract.cpus import format_cpu_list, parse_cpu_list
+from qlora_trainer.host.numa import Core, Machine
+from qlora_trainer.launch.cpu_layout import (
+    JOIN_GAIN,
+    AvailableCpus,
+    CpuLayout,
+    CpuRequest,
+    LayoutError,
+    compute_layout,
+)
 
 ALL = None
 """Every CPU of the machine."""
 
 
-def laid_out(machine: Machine, cpus: str | None, wish: Wish, **share: Any) -> Layout:
+def laid_out(machine: Machine, cpus: str | None, asked: CpuRequest, **available: Any) -> CpuLayout:
     """The layout on these CPUs of a machine."""
     everything = sorted(cpu for core in machine.cores for cpu in core.cpus)
-    return layout(machine, Share(tuple(parse_cpu_list(cpus) if cpus else everything), **share), wish)
+    chosen = tuple(parse_cpu_list(cpus) if cpus else everything)
+    return compute_layout(machine, AvailableCpus(chosen, **available), asked)
 
 
-def shown(found: Layout) -> list[tuple[str, str]]:
-    """CPUs and helpers of each rank, as lists."""
+def shown(found: CpuLayout) -> list[tuple[str, str]]:
+    """CPUs and service CPUs of each rank, as lists."""
     return [
-        (format_cpu_list(place.cpus), format_cpu_list(place.helpers) if place.helpers else "")
-        for place in found.ranks
+        (format_cpu_list(rank.cpus), format_cpu_list(rank.service_cpus) if rank.service_cpus else "")
+        for rank in found.ranks
     ]
 
 
-AUTO = Wish("auto", 1024, "best-effort")
+AUTO = CpuRequest("auto", 1024, "best-effort")
 """As many ranks as the CPUs suggest, of however many CPUs."""
 
 
@@ -117,7 +124,7 @@ def test_auto_is_one_rank_per_cluster(
     found = laid_out(machines[name], cpus, AUTO)
 
     assert shown(found) == expected
-    assert [place.threads for place in found.ranks] == [len(place.cpus) for place in found.ranks]
+    assert [rank.threads for rank in found.ranks] == [len(rank.cpus) for rank in found.ranks]
 
 
 def test_a_cluster_that_is_left_out_is_named(machines: dict[str, Machine]) -> None:
@@ -125,7 +132,7 @@ def test_a_cluster_that_is_left_out_is_named(machines: dict[str, Machine]) -> No
     found = laid_out(machines["sapphire_rapids_snc4"], "14-27,28-29", AUTO)
 
     assert found.unused == (28, 29)
-    assert found.notes == ("NUMA node(s) 2 are left out: a rank of their few cores would hold all others up",)
+    assert found.notes == ("NUMA node(s) 2 are left out: all ranks would wait for one on their few cores",)
 
 
 @pytest.mark.parametrize(
@@ -207,22 +214,22 @@ def test_a_given_number_of_ranks(
     each: int,
     expected: list[tuple[str, str]] | None,
 ) -> None:
-    """Ranks get equal numbers of whole cores, near each other; more CPUs than asked for are shared with others."""
-    found = laid_out(machines[name], cpus, Wish(ranks, ranks * each))
+    """Ranks get equal numbers of whole cores, near each other; CPUs beyond those asked for are others' too."""
+    found = laid_out(machines[name], cpus, CpuRequest(ranks, ranks * each))
 
-    assert found.bound == (expected is not None)
-    assert len({place.threads for place in found.ranks}) == 1
+    assert found.pinned == (expected is not None)
+    assert len({rank.threads for rank in found.ranks}) == 1
     if expected is not None:
         assert shown(found) == expected
-        assert all(place.threads == len(place.cpus) for place in found.ranks)
+        assert all(rank.threads == len(rank.cpus) for rank in found.ranks)
 
 
 def test_ranks_are_spread_over_nodes_and_caches(machines: dict[str, Machine]) -> None:
     """With cores to spare, ranks of four use four dies of both sockets rather than one die."""
-    found = laid_out(machines["epyc_milan_nps1"], ALL, Wish(4, 16), ours_alone=True)
+    found = laid_out(machines["epyc_milan_nps1"], ALL, CpuRequest(4, 16), exclusive=True)
 
-    assert [format_cpu_list(place.cpus) for place in found.ranks] == ["0-3", "8-11", "64-67", "72-75"]
-    assert [place.nodes for place in found.ranks] == [(0,), (0,), (1,), (1,)]
+    assert [format_cpu_list(rank.cpus) for rank in found.ranks] == ["0-3", "8-11", "64-67", "72-75"]
+    assert [rank.nodes for rank in found.ranks] == [(0,), (0,), (1,), (1,)]
 
 
 CPUS = list(range(8))
@@ -241,7 +248,7 @@ CPUS = list(range(8))
         pytest.param([5], None, "best-effort", True, [([5], 1), ([5], 1)], id="by turns"),
     ],
 )
-def test_ranks_are_bound_only_to_cpus_that_nobody_else_uses(
+def test_ranks_are_pinned_only_to_cpus_that_nobody_else_uses(
     machines: dict[str, Machine],
     cpus: list[int],
     quota: float | None,
@@ -249,15 +256,15 @@ def test_ranks_are_bound_only_to_cpus_that_nobody_else_uses(
     ours: bool,
     expected: list[tuple[list[int], int]],
 ) -> None:
-    """Two ranks of two CPUs are bound to cores of exclusive CPUs, and float on shared ones."""
-    share = Share(tuple(cpus), quota, ours_alone=ours)
-    found = layout(machines["vm_no_smt"], share, Wish(2, 4, pinning))
+    """Two ranks of two CPUs are pinned to cores of exclusive CPUs, and not pinned on shared ones."""
+    available = AvailableCpus(tuple(cpus), quota, exclusive=ours)
+    found = compute_layout(machines["vm_no_smt"], available, CpuRequest(2, 4, pinning))
 
-    assert [(list(place.cpus), place.threads) for place in found.ranks] == expected
+    assert [(list(rank.cpus), rank.threads) for rank in found.ranks] == expected
 
 
 @pytest.mark.parametrize(
-    ("quota", "asked", "threads"),
+    ("quota", "cpus", "threads"),
     [
         pytest.param(8.0, 1024, 8, id="a quota"),
         pytest.param(3.5, 1024, 3, id="part of a CPU is no thread"),
@@ -267,76 +274,84 @@ def test_ranks_are_bound_only_to_cpus_that_nobody_else_uses(
     ],
 )
 def test_auto_on_shared_cpus_is_one_rank(
-    machines: dict[str, Machine], quota: float | None, asked: int, threads: int
+    machines: dict[str, Machine], quota: float | None, cpus: int, threads: int
 ) -> None:
-    """Without CPUs of its own a pod has no cluster: one rank floats, with the quota's threads, and says why."""
-    found = laid_out(machines["vm_m7i_8xlarge"], ALL, Wish("auto", asked, "best-effort"), quota=quota)
+    """Without CPUs of its own a pod has no cluster: one rank, not pinned, has the quota's threads, as a note says."""
+    found = laid_out(machines["vm_m7i_8xlarge"], ALL, CpuRequest("auto", cpus, "best-effort"), quota=quota)
 
-    assert [(len(place.cpus), place.threads) for place in found.ranks] == [(32, threads)]
+    assert [(len(rank.cpus), rank.threads) for rank in found.ranks] == [(32, threads)]
     assert "cpuManagerPolicy static; ranksPerPod auto is one rank here" in found.notes[0]
 
 
-def test_floating_ranks_do_not_use_the_second_threads_of_cores(machines: dict[str, Machine]) -> None:
+def test_ranks_that_are_not_pinned_do_not_use_the_second_threads_of_cores(
+    machines: dict[str, Machine],
+) -> None:
     """Eight CPUs are four cores: two ranks of four CPUs compute with two threads each."""
-    found = laid_out(machines["vm_m7i_8xlarge"], "0-3,16-19", Wish(2, 6))
+    found = laid_out(machines["vm_m7i_8xlarge"], "0-3,16-19", CpuRequest(2, 6))
 
-    assert [place.threads for place in found.ranks] == [2, 2]
+    assert [rank.threads for rank in found.ranks] == [2, 2]
 
 
 def test_more_ranks_than_cores_take_hardware_threads(machines: dict[str, Machine]) -> None:
     """Under best-effort, cores come first, then their second threads, then turns."""
-    found = laid_out(machines["vm_m7i_8xlarge"], "0-1,16-17", Wish(5, 5, "best-effort"))
+    found = laid_out(machines["vm_m7i_8xlarge"], "0-1,16-17", CpuRequest(5, 5, "best-effort"))
 
-    assert [place.cpus for place in found.ranks] == [(0,), (1,), (16,), (17,), (0,)]
+    assert [rank.cpus for rank in found.ranks] == [(0,), (1,), (16,), (17,), (0,)]
     assert found.notes == ("5 ranks share 2 core(s)",)
 
 
 @pytest.mark.parametrize(
-    ("cpus", "share", "wish", "says"),
+    ("cpus", "available", "asked", "says"),
     [
         pytest.param(
             "0-2",
             {},
-            Wish(2, 8),
-            "need 8 CPUs, and 3 can be used here: .*cpusPerRank .*best-effort",
+            CpuRequest(2, 8),
+            "need 8 CPUs, but only 3 can be used here: .*cpusPerRank .*best-effort",
             id="CPUs",
         ),
-        pytest.param("0-7", {"quota": 3.5}, Wish(2, 4), "need 4 CPUs, and 3 can be used here", id="quota"),
+        pytest.param(
+            "0-7", {"quota": 3.5}, CpuRequest(2, 4), "need 4 CPUs, but only 3 can be used here", id="quota"
+        ),
         pytest.param(
             "0-7",
             {},
-            Wish("auto", 9),
-            "the pod asks for 9 CPUs, and 8 can be used here: lower what",
+            CpuRequest("auto", 9),
+            "the pod asks for 9 CPUs, but only 8 can be used here: lower topology.cpusPerRank",
             id="auto",
         ),
         pytest.param(
-            "0-1,16-17", {}, Wish(4, 4), "CPUs 0-1,16-17 are hardware threads of 2 core", id="cores"
+            "0-1,16-17",
+            {},
+            CpuRequest(4, 4),
+            "CPUs 0-1,16-17 are the hardware threads of only 2 core",
+            id="cores",
         ),
         pytest.param(
             "0-3",
             {},
-            Wish(1, 4, "strict", "hbm"),
+            CpuRequest(1, 4, "strict", "hbm"),
             "no high-bandwidth memory.*to any, or topology.pinning",
             id="memory",
         ),
     ],
 )
 def test_strict_pinning_refuses(
-    machines: dict[str, Machine], cpus: str, share: dict[str, Any], wish: Wish, says: str
+    machines: dict[str, Machine], cpus: str, available: dict[str, Any], asked: CpuRequest, says: str
 ) -> None:
     """What cannot be had is refused with what is there, what is needed, and what to change."""
     with pytest.raises(LayoutError, match=says):
-        laid_out(machines["vm_m7i_8xlarge"], cpus, wish, **share)
+        laid_out(machines["vm_m7i_8xlarge"], cpus, asked, **available)
 
 
 def test_no_cpu_is_refused() -> None:
     """Even under best-effort a rank needs a CPU."""
     with pytest.raises(LayoutError, match="at least one is needed"):
-        layout(Machine(()), Share(()), Wish(1, 1, "best-effort"))
+        compute_layout(Machine(()), AvailableCpus(()), CpuRequest(1, 1, "best-effort"))
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "may_place", "expected"),
+    ("name", "memory", "may_set_policy", "expected"),
     [
         pytest.param("xeon_max_flat_snc4", tuple(range(16)), True, list(range(8, 16)), id="flat"),
         pytest.param("xeon_max_flat_snc4", tuple(range(8, 16)), False, [None] * 8, id="HBM is all we have"),
@@ -349,41 +364,50 @@ def test_hbm_is_near_the_rank(
     machines: dict[str, Machine],
     name: str,
     memory: tuple[int, ...] | None,
-    may_place: bool,
+    may_set_policy: bool,
     expected: list[int | None],
 ) -> None:
     """In flat mode each rank prefers its own cluster's HBM; the other modes need nothing."""
-    wish = Wish("auto", 1, memory_tier="hbm")
+    asked = CpuRequest("auto", 1, memory_tier="hbm")
     found = laid_out(
-        machines[name], ALL, wish, ours_alone=True, memory_nodes=memory, may_place_memory=may_place
+        machines[name],
+        ALL,
+        asked,
+        exclusive=True,
+        memory_nodes=memory,
+        may_set_memory_policy=may_set_policy,
     )
 
-    assert [place.memory_node for place in found.ranks] == expected
+    assert [rank.memory_node for rank in found.ranks] == expected
     assert found.notes == ()
 
 
 def test_hbm_that_cannot_be_had_is_said_under_best_effort(machines: dict[str, Machine]) -> None:
     """The ranks run on DDR, and the layout says why."""
-    found = laid_out(machines["xeon_max_flat_snc4"], ALL, Wish("auto", 1024, "best-effort", "hbm"))
+    found = laid_out(machines["xeon_max_flat_snc4"], ALL, CpuRequest("auto", 1024, "best-effort", "hbm"))
 
-    assert {place.memory_node for place in found.ranks} == {None}
-    assert "as NUMA node(s) 8-15 without CPUs; only a memory policy" in found.notes[0]
+    assert {rank.memory_node for rank in found.ranks} == {None}
+    assert "as NUMA node(s) 8-15 without CPUs, which only a memory policy" in found.notes[0]
 
 
 def test_lines_tell_each_rank(machines: dict[str, Machine]) -> None:
-    """Threads, CPUs, nodes, helpers, memory, what is unused, and notes."""
-    wish = Wish("auto", 1, memory_tier="hbm")
+    """Threads, CPUs, nodes, service CPUs, memory, what is unused, and notes."""
+    asked = CpuRequest("auto", 1, memory_tier="hbm")
     found = laid_out(
-        machines["xeon_max_flat_snc4"], "0-11,96-107,12-13", wish, ours_alone=True, may_place_memory=True
+        machines["xeon_max_flat_snc4"],
+        "0-11,96-107,12-13",
+        asked,
+        exclusive=True,
+        may_set_memory_policy=True,
     )
 
     assert found.lines() == [
-        "local rank 0: 12 thread(s) on CPUs 0-11, NUMA node(s) 0, helpers on 96-107, memory of node 8",
+        "local rank 0: 12 thread(s) on CPUs 0-11, NUMA node(s) 0, service threads on CPUs 96-107, memory of node 8",
         "unused: CPUs 12-13",
-        "NUMA node(s) 1 are left out: a rank of their few cores would hold all others up",
+        "NUMA node(s) 1 are left out: all ranks would wait for one on their few cores",
     ]
-    floating = laid_out(machines["vm_no_smt"], ALL, Wish(1, 2))
-    assert floating.lines()[0] == "local rank 0: 2 thread(s) on any of CPUs 0-21, NUMA node(s) 0"
+    unpinned = laid_out(machines["vm_no_smt"], ALL, CpuRequest(1, 2))
+    assert unpinned.lines()[0] == "local rank 0: 2 thread(s) on any of CPUs 0-21, NUMA node(s) 0"
 
 
 # --- what always holds
@@ -411,10 +435,10 @@ def small_machines(draw: st.DrawFn) -> tuple[Machine, tuple[int, ...]]:
     ), tuple(sorted(cpus))
 
 
-wishes = st.one_of(
-    st.builds(Wish, st.just("auto"), st.integers(1, 40), st.sampled_from(["strict", "best-effort"])),
+requests = st.one_of(
+    st.builds(CpuRequest, st.just("auto"), st.integers(1, 40), st.sampled_from(["strict", "best-effort"])),
     st.builds(
-        lambda ranks, each, pinning: Wish(ranks, ranks * each, pinning),
+        lambda ranks, each, pinning: CpuRequest(ranks, ranks * each, pinning),
         st.integers(1, 8),
         st.integers(1, 8),
         st.sampled_from(["strict", "best-effort"]),
@@ -422,58 +446,58 @@ wishes = st.one_of(
 )
 
 
-@given(small_machines(), wishes, st.one_of(st.none(), st.floats(0.5, 40)), st.booleans())
+@given(small_machines(), requests, st.one_of(st.none(), st.floats(0.5, 40)), st.booleans())
 def test_what_always_holds(
-    machine_and_cpus: tuple[Machine, tuple[int, ...]], wish: Wish, quota: float | None, ours: bool
+    machine_and_cpus: tuple[Machine, tuple[int, ...]], asked: CpuRequest, quota: float | None, ours: bool
 ) -> None:
-    """Ranks stay within the share, do not meet on a core unless cores ran out, are equal, and nothing goes unsaid."""
+    """Ranks stay on their CPUs, meet on a core only when cores ran out, are equal, and every core is accounted for."""
     machine, cpus = machine_and_cpus
-    share = Share(cpus, quota, ours)
+    available = AvailableCpus(cpus, quota, ours)
     try:
-        found = layout(machine, share, wish)
+        found = compute_layout(machine, available, asked)
     except LayoutError:
-        assert wish.pinning == "strict"
+        assert asked.pinning == "strict"
         return
     cores = machine.cores_of(cpus)
 
-    assert layout(machine, share, wish) == found
-    assert len({place.threads for place in found.ranks}) == 1
-    assert set().union(*(place.cpus for place in found.ranks), *(p.helpers for p in found.ranks)) <= set(cpus)
-    if not found.bound:
-        assert all(place.cpus == cpus and place.threads <= max(1, share.usable) for place in found.ranks)
+    assert compute_layout(machine, available, asked) == found
+    assert len({rank.threads for rank in found.ranks}) == 1
+    assert set().union(
+        *(rank.cpus for rank in found.ranks), *(rank.service_cpus for rank in found.ranks)
+    ) <= set(cpus)
+    if not found.pinned:
+        assert all(rank.cpus == cpus and rank.threads <= max(1, available.usable) for rank in found.ranks)
         return
-    crowded = wish.ranks != "auto" and len(cores) < wish.ranks
-    assert not crowded or wish.pinning == "best-effort"
-    if not crowded:
+    oversubscribed = asked.ranks != "auto" and len(cores) < asked.ranks
+    assert not oversubscribed or asked.pinning == "best-effort"
+    if not oversubscribed:
         holds(found, cores)
-    if wish.ranks != "auto":
-        assert len(found.ranks) == wish.ranks
-        assert all(place.threads <= wish.cpus // len(found.ranks) for place in found.ranks)
+    if asked.ranks != "auto":
+        assert len(found.ranks) == asked.ranks
+        assert all(rank.threads <= asked.cpus // len(found.ranks) for rank in found.ranks)
 
 
-def holds(found: Layout, cores: Sequence[Core]) -> None:
-    """Every core computes for one rank, helps one, or is told to be unused."""
+def holds(found: CpuLayout, cores: Sequence[Core]) -> None:
+    """Every core computes for one rank, serves one, or is listed as unused."""
     core_of = {cpu: core.cpus for core in cores for cpu in core.cpus}
-    used = [{core_of[cpu] for cpu in place.cpus + place.helpers} for place in found.ranks]
+    used = [{core_of[cpu] for cpu in rank.cpus + rank.service_cpus} for rank in found.ranks]
 
-    assert all(
-        place.threads == len(place.cpus) == len({core_of[c] for c in place.cpus}) for place in found.ranks
-    )
+    assert all(rank.threads == len(rank.cpus) == len({core_of[c] for c in rank.cpus}) for rank in found.ranks)
     assert disjoint([sorted(cores) for cores in used])  # type: ignore[arg-type]
-    assert disjoint([place.cpus for place in found.ranks] + [place.helpers for place in found.ranks])
+    assert disjoint([rank.cpus for rank in found.ranks] + [rank.service_cpus for rank in found.ranks])
     assert set().union(*used) | {core_of[cpu] for cpu in found.unused} == set(core_of.values())
 
 
 @given(small_machines())
-def test_auto_keeps_most_cores_at_work(machine_and_cpus: tuple[Machine, tuple[int, ...]]) -> None:
+def test_auto_keeps_most_cores_busy(machine_and_cpus: tuple[Machine, tuple[int, ...]]) -> None:
     """No fewer cores compute than in the largest cluster, nor than JOIN_GAIN allows of all."""
     machine, cpus = machine_and_cpus
-    found = layout(machine, Share(cpus), AUTO)
+    found = compute_layout(machine, AvailableCpus(cpus), AUTO)
     cores = machine.cores_of(cpus)
-    at_work = sum(place.threads for place in found.ranks)
+    busy = sum(rank.threads for rank in found.ranks)
 
-    assert at_work >= max(sum(core.node == node for core in cores) for node in {core.node for core in cores})
-    assert len(cores) <= JOIN_GAIN * at_work
+    assert busy >= max(sum(core.node == node for core in cores) for node in {core.node for core in cores})
+    assert len(cores) <= JOIN_GAIN * busy
 
 
 def test_the_whole_of_every_recorded_machine_is_used(machines: dict[str, Machine]) -> None:
@@ -482,7 +506,7 @@ def test_the_whole_of_every_recorded_machine_is_used(machines: dict[str, Machine
         found = laid_out(machine, ALL, AUTO)
 
         assert (name, found.unused, found.notes) == (name, (), ())
-        assert sum(place.threads for place in found.ranks) == len(machine.cores)
+        assert sum(rank.threads for rank in found.ranks) == len(machine.cores)
 
 
 def test_slices_of_recorded_machines(machines: dict[str, Machine]) -> None:
@@ -491,7 +515,7 @@ def test_slices_of_recorded_machines(machines: dict[str, Machine]) -> None:
         cores = machine.cores[1:]
         for size in range(1, len(cores) + 1, 3):
             cpus = tuple(sorted(cpu for core in cores[:size] for cpu in core.cpus))
-            holds(layout(machine, Share(cpus), AUTO), cores[:size])
+            holds(compute_layout(machine, AvailableCpus(cpus), AUTO), cores[:size])
             if size > 1:
-                wish = Wish(2, len(cpus) // 2 * 2)
-                holds(layout(machine, Share(cpus, ours_alone=True), wish), cores[:size])
+                asked = CpuRequest(2, len(cpus) // 2 * 2)
+                holds(compute_layout(machine, AvailableCpus(cpus, exclusive=True), asked), cores[:size])

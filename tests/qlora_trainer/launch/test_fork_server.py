@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.births import BirthError, Process, fork
-from qlora_trainer.topology.layout import RankPlace
+from qlora_trainer.launch.cpu_layout import CpuAssignment
+from qlora_trainer.launch.fork_server import ForkedProcess, SpawnError, fork_ranks
+
+pytestmark = pytest.mark.process
 
 CPUS = tuple(sorted(os.sched_getaffinity(0)))
 
 
 @pytest.fixture
-def born(tmp_path: Path) -> Callable[..., list[Process]]:
+def forked(tmp_path: Path) -> Callable[..., list[ForkedProcess]]:
     """make(program, ranks=2, module=False, ...) -> ranks that run it, as a script or as a module's `main`."""
 
     def make(
@@ -27,26 +29,26 @@ def born(tmp_path: Path) -> Callable[..., list[Process]]:
         ranks: int = 2,
         *,
         module: bool = False,
-        places: list[RankPlace] | None = None,
+        assignments: list[CpuAssignment] | None = None,
         stopping: Callable[[], bool] = lambda: False,
         **environ: str,
-    ) -> list[Process]:
+    ) -> list[ForkedProcess]:
         (tmp_path / "job").mkdir()
         (tmp_path / "job" / "__init__.py").touch()
         file = tmp_path / "job" / "__main__.py"
         file.write_text(textwrap.dedent(program))
         common = os.environ | {"PYTHONPATH": str(tmp_path), "FOLDER": str(tmp_path)} | environ
-        return fork(
+        return fork_ranks(
             [sys.executable, *(["-m", "job"] if module else [str(file)])],
             [common | {"RANK": str(rank)} for rank in range(ranks)],
-            places or [RankPlace(CPUS, 1)] * ranks,
+            assignments or [CpuAssignment(CPUS, 1)] * ranks,
             stopping,
         )
 
     return make
 
 
-def ends(ranks: list[Process]) -> list[tuple[bytes, bytes, int]]:
+def ends(ranks: list[ForkedProcess]) -> list[tuple[bytes, bytes, int]]:
     """What each wrote to stdout and stderr, and its exit code."""
     found = []
     for rank in ranks:
@@ -55,7 +57,7 @@ def ends(ranks: list[Process]) -> list[tuple[bytes, bytes, int]]:
     return found
 
 
-def answers(ranks: list[Process]) -> list[Any]:
+def answers(ranks: list[ForkedProcess]) -> list[Any]:
     """The JSON that each wrote before it ended well."""
     told = ends(ranks)
     assert [(err, code) for _, err, code in told] == [(b"", 0)] * len(ranks)
@@ -78,13 +80,13 @@ WHERE = """
 """
 
 
-def test_a_rank_is_a_process_of_its_own(born: Callable[..., list[Process]]) -> None:
+def test_a_rank_is_a_process_of_its_own(forked: Callable[..., list[ForkedProcess]]) -> None:
     """Its environment, session, name and CPUs are its own, its parent is the launcher, and no pipe is another's."""
-    places = [RankPlace(CPUS[:1], 1), RankPlace(CPUS[-1:], 1)]
-    ranks = born(WHERE, places=places)
+    assignments = [CpuAssignment(CPUS[:1], 1), CpuAssignment(CPUS[-1:], 1)]
+    ranks = forked(WHERE, assignments=assignments)
     told = answers(ranks)
 
-    for number, (rank, place, said) in enumerate(zip(ranks, places, told, strict=True)):
+    for number, (rank, assignment, said) in enumerate(zip(ranks, assignments, told, strict=True)):
         said_files = said.pop("files")
         assert said == {
             "rank": str(number),
@@ -92,7 +94,7 @@ def test_a_rank_is_a_process_of_its_own(born: Callable[..., list[Process]]) -> N
             "pid": rank.pid,
             "parent": os.getpid(),
             "session": rank.pid,
-            "cpus": list(place.cpus),
+            "cpus": list(assignment.cpus),
             "name": f"qlora-rank-{number}",
             "stdin": "",
         }
@@ -111,10 +113,10 @@ def test_a_rank_is_a_process_of_its_own(born: Callable[..., list[Process]]) -> N
 )
 @pytest.mark.parametrize("module", [False, True])
 def test_the_launcher_learns_how_each_ended(
-    born: Callable[..., list[Process]], program: str, code: int, said: bytes, module: bool
+    forked: Callable[..., list[ForkedProcess]], program: str, code: int, said: bytes, module: bool
 ) -> None:
     """Exit codes, signals and tracebacks are those of a process started outright."""
-    got = ends(born(f"def main():\n    {program}\n" if module else program, module=module))
+    got = ends(forked(f"def main():\n    {program}\n" if module else program, module=module))
 
     assert [end[2] for end in got] == [code] * 2
     assert all(end[1].endswith(said) for end in got)
@@ -138,53 +140,51 @@ SHARED = """
 """
 
 
-def test_what_was_imported_is_shared(born: Callable[..., list[Process]]) -> None:
+def test_what_was_imported_is_shared(forked: Callable[..., list[ForkedProcess]]) -> None:
     """A module is imported once, before the ranks are there, and each pays for its part of the memory."""
-    (one, first), (other, second) = answers(born(SHARED, module=True))
+    (one, first), (other, second) = answers(forked(SHARED, module=True))
 
     assert one == other
     assert first + second < 1.5 * 64 * 1024
 
 
-def test_a_failing_import_is_told(
-    born: Callable[..., list[Process]], capfdbinary: pytest.CaptureFixture[bytes]
+def test_a_failing_import_is_reported(
+    forked: Callable[..., list[ForkedProcess]], capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     """What cannot be imported starts no rank, and the last line says what it was; the rest is in the log."""
-    with pytest.raises(BirthError, match=r"^ModuleNotFoundError: No module named 'nowhere'$"):
-        born("import nowhere", module=True)
+    with pytest.raises(SpawnError, match=r"^ModuleNotFoundError: No module named 'nowhere'$"):
+        forked("import nowhere", module=True)
 
     assert b"Traceback" in capfdbinary.readouterr().err
 
 
-def test_a_death_without_a_word_is_told(born: Callable[..., list[Process]]) -> None:
+def test_a_death_without_a_message_is_reported(forked: Callable[..., list[ForkedProcess]]) -> None:
     """The exit code stands for a cause when there is no other."""
-    with pytest.raises(BirthError, match="ended with code -9"):
-        born("import os; os.kill(os.getpid(), 9)", module=True)
+    with pytest.raises(SpawnError, match="exited with code -9"):
+        forked("import os; os.kill(os.getpid(), 9)", module=True)
 
 
-def test_who_is_told_to_stop_does_not_wait_for_imports(
-    born: Callable[..., list[Process]], tmp_path: Path
-) -> None:
-    """A stop while the nursery imports ends it, and nothing is left."""
+def test_a_stop_does_not_wait_for_imports(forked: Callable[..., list[ForkedProcess]], tmp_path: Path) -> None:
+    """A stop while the fork server imports ends it, and nothing is left."""
     program = "import os, time; open(os.environ['FOLDER'] + '/importing', 'w').write(str(os.getpid())); time.sleep(600)"
     importing = tmp_path / "importing"
-    with pytest.raises(BirthError):
-        born(program, module=True, stopping=lambda: importing.exists() and bool(importing.read_text()))
+    with pytest.raises(SpawnError):
+        forked(program, module=True, stopping=lambda: importing.exists() and bool(importing.read_text()))
 
     assert not Path(f"/proc/{importing.read_text()}").exists()
 
 
-def test_no_descriptor_is_left_open(born: Callable[..., list[Process]]) -> None:
+def test_no_descriptor_is_left_open(forked: Callable[..., list[ForkedProcess]]) -> None:
     """Once a rank's output is read and closed, the launcher holds nothing of its start."""
     before = os.listdir("/proc/self/fd")  # noqa: PTH208
-    ends(born("pass"))
+    ends(forked("pass"))
 
     assert os.listdir("/proc/self/fd") == before  # noqa: PTH208
 
 
-def test_a_rank_can_be_told_and_asked(born: Callable[..., list[Process]]) -> None:
+def test_a_rank_can_be_signaled_and_polled(forked: Callable[..., list[ForkedProcess]]) -> None:
     """As with a process of one's own: it runs, takes a signal, has an exit code, and takes no signal any more."""
-    (rank,) = born("import time; print('up', flush=True); time.sleep(600)", ranks=1)
+    (rank,) = forked("import time; print('up', flush=True); time.sleep(600)", ranks=1)
     assert rank.stdout.readline() == b"up\n"
     assert rank.poll() is None
     rank.send_signal(signal.SIGTERM)
@@ -194,7 +194,9 @@ def test_a_rank_can_be_told_and_asked(born: Callable[..., list[Process]]) -> Non
     ends([rank])
 
 
-def test_orphans_are_adopted_for_the_start_alone(born: Callable[..., list[Process]], tmp_path: Path) -> None:
+def test_orphans_are_adopted_for_the_start_alone(
+    forked: Callable[..., list[ForkedProcess]], tmp_path: Path
+) -> None:
     """What a rank leaves behind later is not the launcher's child."""
     program = """
         import os, time
@@ -205,7 +207,7 @@ def test_orphans_are_adopted_for_the_start_alone(born: Callable[..., list[Proces
             os._exit(0)
     """
     (tmp_path / "rank").touch()
-    (rank,) = born(program, ranks=1)
+    (rank,) = forked(program, ranks=1)
     (tmp_path / "rank").write_text(str(rank.pid))
     ends([rank])
     while not (tmp_path / "parent").exists() or not (tmp_path / "parent").read_text():

@@ -1,4 +1,4 @@
-"""What the process that forks the ranks makes of its order. With its launcher: test_births.py."""
+"""What the fork server does by itself. With its launcher: test_fork_server.py."""
 
 import json
 import os
@@ -10,22 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer import nursery
-from qlora_trainer.births import Birth, Order, fork
-from qlora_trainer.topology.layout import RankPlace
+from qlora_trainer.launch import fork_server_main
+from qlora_trainer.launch.cpu_layout import CpuAssignment
+from qlora_trainer.launch.fork_server import ForkRequest, RankSpec, fork_ranks
+
+pytestmark = pytest.mark.process
 
 
-def test_an_order_arrives_as_it_was_given() -> None:
-    """Environments may hold what is no text."""
-    birth = Birth({"A": "ä", "B": os.fsdecode(b"\xff")}, [0, 3], None, 5, 6)
-    order = Order(1, 4, [birth])
+def test_a_request_arrives_as_it_was_sent() -> None:
+    """Environments may hold bytes that are not UTF-8."""
+    rank = RankSpec({"A": "ä", "B": os.fsdecode(b"\xff")}, [0, 3], None, 5, 6)
+    request = ForkRequest(1, 4, [rank])
 
-    assert nursery.read_order(json.dumps(asdict(order))) == order
+    assert fork_server_main.read_request(json.dumps(asdict(request))) == request
 
 
 def test_a_script_is_read_by_each_rank(tmp_path: Path) -> None:
     """A script is not looked at before it runs, and runs as a script does."""
-    run = nursery.program([str(tmp_path / "rank.py")])
+    run = fork_server_main.program([str(tmp_path / "rank.py")])
     (tmp_path / "rank.py").write_text(
         f"import pathlib\nif __name__ == '__main__': pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
     )
@@ -39,7 +41,7 @@ def test_a_module_is_imported_before_it_runs(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "imported_once").mkdir()
     (tmp_path / "imported_once" / "__main__.py").write_text("def main():\n    return 'ran'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    run = nursery.program(["-m", "imported_once"])
+    run = fork_server_main.program(["-m", "imported_once"])
 
     assert "imported_once.__main__" in sys.modules
     assert run() == "ran"
@@ -48,10 +50,10 @@ def test_a_module_is_imported_before_it_runs(tmp_path: Path, monkeypatch: pytest
 def test_it_starts_nothing_for_another_than_its_parent(tmp_path: Path) -> None:
     """When the launcher is gone by then, no rank is started."""
     (tmp_path / "rank.py").write_text("raise SystemExit(3)")
-    order = Order(1, 0, [Birth(dict(os.environ), sorted(os.sched_getaffinity(0)), None, 1, 2)])
+    request = ForkRequest(1, 0, [RankSpec(dict(os.environ), sorted(os.sched_getaffinity(0)), None, 1, 2)])
     done = subprocess.run(
-        [sys.executable, "-m", "qlora_trainer.nursery", str(tmp_path / "rank.py")],
-        input=json.dumps(asdict(order)).encode(),
+        [sys.executable, "-m", "qlora_trainer.launch.fork_server_main", str(tmp_path / "rank.py")],
+        input=json.dumps(asdict(request)).encode(),
         capture_output=True,
         check=False,
     )
@@ -74,10 +76,10 @@ def test_ranks_compute_in_parallel_though_imports_did(tmp_path: Path) -> None:
     (tmp_path / "job" / "__main__.py").write_text(textwrap.dedent(PARALLEL))
     environ = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
     cpus = tuple(os.sched_getaffinity(0))
-    ranks = fork(
+    ranks = fork_ranks(
         [sys.executable, "-m", "job"],
         [environ | {"RANK": str(rank)} for rank in range(2)],
-        [RankPlace(cpus, 2)] * 2,
+        [CpuAssignment(cpus, 2)] * 2,
         lambda: False,
     )
     for rank in ranks:

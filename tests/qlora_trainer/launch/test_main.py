@@ -13,27 +13,31 @@ from pathlib import Path
 
 import pytest
 
-from qlora_contract.exit_codes import ExitCode
-from qlora_contract.places import (
+from qlora_contract.env import (
     COMPLETION_INDEX_ENV,
     CPUS_ENV,
     PARENT_DEATH_ENV,
-    RENDEZVOUS_PORT,
     RUN_CONFIG_ENV,
     TERMINATION_LOG_ENV,
 )
+from qlora_contract.exit_codes import ExitCode
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RunConfig
-from qlora_trainer import cpu, launch, supervise
-from qlora_trainer.launch import LaunchError
-from qlora_trainer.supervise import Limits
-from qlora_trainer.topology.layout import RankPlace
-from qlora_trainer.verdict import conclude, end_of
+from qlora_contract.supervision import Limits
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.host.isa import Isa
+from qlora_trainer.launch import supervisor
+from qlora_trainer.launch.__main__ import IsaBelowTier, check_isa, launch
+from qlora_trainer.launch.cpu_layout import CpuAssignment
+from qlora_trainer.launch.environment import rank_environment
+from qlora_trainer.launch.exit_report import rank_exit, summarize
+
+pytestmark = pytest.mark.process
 
 SAY = textwrap.dedent("""
     import os, signal, sys, time
     from qlora_contract.progress import TerminationReport
-    from qlora_trainer.report import write_rank_report
+    from qlora_trainer.telemetry.termination import write_rank_report
     local = int(os.environ["LOCAL_RANK"])
 
     def report(code, cause, **more):
@@ -62,7 +66,7 @@ class Machine:
             [
                 sys.executable,
                 "-c",
-                f"import os; from qlora_trainer import launch; os._exit(launch.main({command}))",
+                f"import os; from qlora_trainer.launch.__main__ import main; os._exit(main({command}))",
             ],
             cwd=self.folder,
             env=os.environ
@@ -97,7 +101,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process runs; one that waits to be reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
@@ -115,76 +119,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         process.communicate()
 
 
-# --- decisions
-
-
-@pytest.mark.parametrize(
-    ("pods", "ranks", "index", "local", "expected"),
-    [
-        pytest.param(1, 1, 0, 0, ("0", "1", "0", "1", "0", "1"), id="alone"),
-        pytest.param(2, 3, 1, 2, ("5", "6", "2", "3", "1", "2"), id="last of six"),
-        pytest.param(4, 1, 2, 0, ("2", "4", "0", "1", "2", "4"), id="one rank a pod"),
-    ],
-)
-def test_places_of_a_rank(
-    a_run: Callable[..., RunConfig], pods: int, ranks: int, index: int, local: int, expected: tuple[str, ...]
-) -> None:
-    """RANK counts over all pods, LOCAL_RANK within one, NODE_RANK the pods; PET_* agree."""
-    run = a_run(layout={"pods": pods, "ranksPerPod": ranks})
-    place, environ = RankPlace((4, 5, 6), 3), {"MASTER_ADDR": "host-0.svc", "KEPT": "yes"}
-    got = launch.rank_environment(run, [ranks] * pods, index, local, place, environ)
-
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "PET_NNODES")
-    assert tuple(got[name] for name in names) == expected
-    assert got["PET_NODE_RANK"] == got["GROUP_RANK"] == got["NODE_RANK"]
-    assert got["PET_NPROC_PER_NODE"] == got["LOCAL_WORLD_SIZE"]
-    assert got["MASTER_ADDR"] == got["PET_MASTER_ADDR"] == "host-0.svc"
-    assert got["MASTER_PORT"] == got["PET_MASTER_PORT"] == str(RENDEZVOUS_PORT)
-    assert got["KEPT"] == "yes"
-
-
-def test_threads_and_offline_switches_are_set_for_a_rank(a_run: Callable[..., RunConfig]) -> None:
-    """A rank computes with its own threads, offline, whatever the launcher's environment says."""
-    inherited = {"OMP_NUM_THREADS": "64", "HF_HUB_OFFLINE": "0", "MASTER_PORT": "1234"}
-    got = launch.rank_environment(a_run(), [2], 0, 0, RankPlace((0, 1), 2), inherited)
-
-    assert got["OMP_NUM_THREADS"] == got["MKL_NUM_THREADS"] == "2"
-    assert got["MKL_DYNAMIC"] == "FALSE"
-    assert got["HF_HUB_OFFLINE"] == got["TRANSFORMERS_OFFLINE"] == got["PYTHONUNBUFFERED"] == "1"
-    assert got["TOKENIZERS_PARALLELISM"] == "false"
-    assert got["MASTER_PORT"] == got["PET_MASTER_PORT"] == "1234"
-    assert got["MASTER_ADDR"] == "127.0.0.1"
-
-
-def test_several_pods_need_a_master_address(a_run: Callable[..., RunConfig]) -> None:
-    """With more than one pod there is no default for the host of rank 0."""
-    with pytest.raises(LaunchError, match="MASTER_ADDR is not set, and 2 pods need") as caught:
-        launch.rank_environment(a_run(layout={"pods": 2}), [2, 2], 0, 0, RankPlace((0,), 1), {})
-
-    assert caught.value.code == ExitCode.INVALID_CONFIGURATION
-
-
-@pytest.mark.parametrize(
-    ("pods", "environ", "index"),
-    [
-        pytest.param(1, {}, 0, id="alone"),
-        pytest.param(3, {"JOB_COMPLETION_INDEX": "2"}, 2, id="given"),
-        pytest.param(3, {}, None, id="missing"),
-        pytest.param(3, {"JOB_COMPLETION_INDEX": "3"}, None, id="too large"),
-        pytest.param(3, {"JOB_COMPLETION_INDEX": "-1"}, None, id="negative"),
-        pytest.param(3, {"JOB_COMPLETION_INDEX": "one"}, None, id="no number"),
-    ],
-)
-def test_the_pods_index(
-    a_run: Callable[..., RunConfig], pods: int, environ: dict[str, str], index: int | None
-) -> None:
-    """The index is taken from Kubernetes and must be one of the pods'."""
-    run = a_run(layout={"pods": pods})
-    if index is not None:
-        assert launch.pod_index(run, environ) == index
-        return
-    with pytest.raises(LaunchError, match=r"JOB_COMPLETION_INDEX is .* must be 0 to 2"):
-        launch.pod_index(run, environ)
+# --- before the ranks
 
 
 @pytest.mark.parametrize(
@@ -192,68 +127,21 @@ def test_the_pods_index(
     [
         pytest.param("avx2", {"avx2", "fma"}, None, id="met"),
         pytest.param("avx512", {"avx2", "fma", "avx512f", "avx512dq"}, "avx512bw, avx512vl", id="flags"),
-        pytest.param("amx_bf16", {"amx_tile", "amx_bf16"}, "permission of the kernel", id="permission"),
+        pytest.param("amx_bf16", {"amx_tile", "amx_bf16"}, "the kernel's permission", id="permission"),
     ],
 )
 def test_a_processor_below_the_tier(
     a_run: Callable[..., RunConfig], isa: str, flags: set[str], lacks: str | None
 ) -> None:
     """A node below the attempt's tier is named with what it lacks, with the code for elsewhere."""
-    found = cpu.Isa(frozenset(flags), amx_permitted=False)
+    found = Isa(frozenset(flags), amx_permitted=False)
     if lacks is None:
-        launch.check_isa(a_run(isa=isa), found)
+        check_isa(a_run(isa=isa), found)
         return
-    with pytest.raises(LaunchError, match=f"below ISA tier {isa}: it lacks {lacks}") as caught:
-        launch.check_isa(a_run(isa=isa), found)
+    with pytest.raises(IsaBelowTier, match=f"below ISA tier {isa}: it lacks {lacks}") as caught:
+        check_isa(a_run(isa=isa), found)
 
-    assert caught.value.code == ExitCode.ISA_BELOW_TIER
-
-
-# --- before the ranks
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        pytest.param('{"version": 2}', "has version 2 and this trainer reads version 1", id="other version"),
-        pytest.param('{"job": 1}', "not a JSON object with a version", id="no version"),
-        pytest.param("[1]", "not a JSON object with a version", id="list"),
-        pytest.param("{", "not a JSON object with a version", id="no JSON"),
-        pytest.param('{"version": 1}', "is malformed at job: Field required", id="fields missing"),
-        pytest.param(None, "malformed at training.maxSteps", id="type"),
-    ],
-)
-def test_a_run_file_that_cannot_be_used(
-    a_run: Callable[..., RunConfig], tmp_path: Path, text: str | None, says: str
-) -> None:
-    """A file of another version, or malformed, is refused in one sentence that says where."""
-    path = tmp_path / "run.json"
-    path.write_text(text or a_run().to_json().replace('"maxSteps": 1', '"maxSteps": "1"'))
-    with pytest.raises(LaunchError, match=says) as caught:
-        launch.load_run(path)
-
-    assert caught.value.code == ExitCode.INVALID_CONFIGURATION
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
-    """The path and the kernel's reason are in the message."""
-    with pytest.raises(LaunchError, match=r"absent\.json cannot be read: No such file"):
-        launch.load_run(tmp_path / "absent.json")
-
-
-def test_a_run_file_survives_the_round_trip(a_run: Callable[..., RunConfig], tmp_path: Path) -> None:
-    """What the operator writes is what the launcher reads."""
-    path = tmp_path / "run.json"
-    path.write_text(a_run().to_json())
-
-    assert launch.load_run(path) == a_run()
-
-
-def test_a_cpu_that_is_not_ours_is_refused(a_run: Callable[..., RunConfig]) -> None:
-    """QLORA_CPUS may only name CPUs that the kernel allows."""
-    with pytest.raises(LaunchError, match=r"QLORA_CPUS names CPUs 9000, which .* it may use [0-9]"):
-        launch.place_ranks(a_run(), {CPUS_ENV: "9000"})
+    assert caught.value.exit_code == ExitCode.ISA_BELOW_TIER
 
 
 def test_too_few_cpus_end_the_launch(a_run: Callable[..., RunConfig], machine: Machine) -> None:
@@ -262,7 +150,7 @@ def test_too_few_cpus_end_the_launch(a_run: Callable[..., RunConfig], machine: M
     code, _, err = machine.run("ready()", a_run(layout=layout))
 
     assert code == ExitCode.INVALID_CONFIGURATION
-    assert "need 2048 CPUs, and" in machine.report().cause
+    assert "need 2048 CPUs, but only" in machine.report().cause
     assert machine.report().cause.encode() in err
     assert not (machine.folder / "ready-0").exists()
 
@@ -325,7 +213,7 @@ def test_done_when_every_rank_is(a_run: Callable[..., RunConfig], machine: Machi
 
     assert code == 0
     assert (machine.report().cause, machine.report().eval_loss) == ("adapter published", 1.25)
-    assert err.splitlines()[-1] == b"launcher: ends with 0 (DONE): adapter published"
+    assert err.splitlines()[-1] == b"launcher: exits with code 0 (DONE): adapter published"
 
 
 def test_the_cause_wins_over_its_consequences(a_run: Callable[..., RunConfig], machine: Machine) -> None:
@@ -359,7 +247,7 @@ def test_of_equal_causes_the_first_in_time_wins(a_run: Callable[..., RunConfig],
     assert (code, machine.report().cause) == (ExitCode.UNEXPECTED, "the port is taken")
 
 
-def test_an_exception_that_nobody_foresaw_is_named(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+def test_an_unexpected_exception_is_named(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """Without a report the last line of stderr is the cause."""
     code, _, _ = machine.run("raise KeyError('lm_head')", a_run(ranks=1))
 
@@ -375,16 +263,16 @@ def test_a_rank_that_is_killed_gives_137(a_run: Callable[..., RunConfig], machin
     assert (machine.report().reason, machine.report().rank) == ("Signal", 1)
 
 
-def test_a_rank_that_cannot_be_started_is_told(a_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_rank_that_cannot_be_started_is_reported(a_run: Callable[..., RunConfig], tmp_path: Path) -> None:
     """A missing program ends the launch with the system's reason."""
     (tmp_path / "run.json").write_text(a_run().to_json())
-    with pytest.raises(LaunchError, match=r"could not be started: .*No such file"):
-        launch.launch(["/nowhere/python"], {RUN_CONFIG_ENV: str(tmp_path / "run.json")}, supervise.Stop())
+    with pytest.raises(TrainerError, match=r"could not be started: .*No such file"):
+        launch(["/nowhere/python"], {RUN_CONFIG_ENV: str(tmp_path / "run.json")}, supervisor.Stop())
 
 
 OBEDIENT = """
     def obey(*_):
-        with open(f"told-{local}", "a") as f:
+        with open(f"asked-{local}", "a") as f:
             f.write("x")
         time.sleep(0.4)
         report(50, "saved step 5")
@@ -404,13 +292,13 @@ def test_sigterm_is_passed_on_once(
     process = machine.start(OBEDIENT, a_run())
     machine.pids(2)
     process.send_signal(number)
-    machine_told = [machine.folder / f"told-{local}" for local in range(2)]
-    wait_for(lambda: all(path.exists() for path in machine_told))
+    markers = [machine.folder / f"asked-{local}" for local in range(2)]
+    wait_for(lambda: all(path.exists() for path in markers))
     process.send_signal(number)
     process.communicate(timeout=60)
 
     assert process.returncode == ExitCode.TERMINATED
-    assert [path.read_text() for path in machine_told] == ["x", "x"]
+    assert [path.read_text() for path in markers] == ["x", "x"]
     assert machine.report().cause == "saved step 5"
 
 
@@ -432,7 +320,7 @@ def test_the_grace_period_is_enforced(a_run: Callable[..., RunConfig], machine: 
 
     assert process.returncode == 137
     assert "terminationGracePeriodSeconds: 1" in machine.report().cause
-    assert not any(lives(pid) for pid in pids)
+    assert not any(is_alive(pid) for pid in pids)
 
 
 def test_ranks_die_with_their_launcher(a_run: Callable[..., RunConfig], machine: Machine) -> None:
@@ -441,10 +329,10 @@ def test_ranks_die_with_their_launcher(a_run: Callable[..., RunConfig], machine:
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(600)", a_run()
     )
     pids = machine.pids(2)
-    assert all(lives(pid) for pid in pids)
+    assert all(is_alive(pid) for pid in pids)
     process.kill()
 
-    wait_for(lambda: not any(lives(pid) for pid in pids))
+    wait_for(lambda: not any(is_alive(pid) for pid in pids))
 
 
 def test_a_launcher_stops_when_the_one_who_started_it_dies(
@@ -455,7 +343,7 @@ def test_a_launcher_stops_when_the_one_who_started_it_dies(
     starter = textwrap.dedent(f"""
         import os, subprocess, sys, time
         os.environ[{PARENT_DEATH_ENV!r}] = str(os.getpid())
-        code = "from qlora_trainer import launch; import sys; launch.main([sys.executable, 'rank.py'])"
+        code = "from qlora_trainer.launch.__main__ import main; import sys; main([sys.executable, 'rank.py'])"
         subprocess.Popen([sys.executable, "-c", code])
         time.sleep(60)
     """)
@@ -480,24 +368,27 @@ def test_nobody_outlives_a_dead_peer_for_ever(
 ) -> None:
     """A rank that does not notice its peer's death is told, then killed, and its end is not the cause."""
     program = SAY + textwrap.dedent(f"""
-        signal.signal(signal.SIGTERM, lambda *_: (ready("told"), {answer}))
+        signal.signal(signal.SIGTERM, lambda *_: (ready("asked"), {answer}))
         ready()
         while local == 1 or not os.path.exists("ready-1"):
             time.sleep(0.05)
         sys.exit(31)
     """)
     (tmp_path / "rank.py").write_text(f"import os; os.chdir({str(tmp_path)!r})\n{program}")
-    run, places = a_run(), [RankPlace(tuple(os.sched_getaffinity(0)), 1)] * 2
+    run, assignments = a_run(), [CpuAssignment(tuple(os.sched_getaffinity(0)), 1)] * 2
     environments = [
-        launch.rank_environment(run, [2], 0, local, places[local], os.environ) for local in range(2)
+        rank_environment(run, [2], 0, local, assignment, os.environ)
+        for local, assignment in enumerate(assignments)
     ]
-    ranks = supervise.start_ranks([sys.executable, str(tmp_path / "rank.py")], environments, places, tmp_path)
-    ended = supervise.watch(ranks, Limits(grace=60, patience=0.3, kill_delay=1), supervise.Stop())
-    ends = [end_of(rank) for rank in ended]
+    ranks = supervisor.start_ranks(
+        [sys.executable, str(tmp_path / "rank.py")], environments, assignments, tmp_path
+    )
+    exited = supervisor.watch(ranks, Limits(grace=60, peer_loss=0.3, kill_delay=1), supervisor.Stop())
+    exits = [rank_exit(rank) for rank in exited]
 
-    assert (tmp_path / "told-1").exists()
-    assert [(end.code, end.forced) for end in ends] == [(31, False), (code, True)]
-    assert conclude(ends, run, oom=False, limit=None).exit_code == ExitCode.STALLED
+    assert (tmp_path / "asked-1").exists()
+    assert [(end.code, end.killed_by_launcher) for end in exits] == [(31, False), (code, True)]
+    assert summarize(exits, run, oom=False, limit=None).exit_code == ExitCode.STALLED
     assert "a rank has died" in capfd.readouterr().err
 
 
@@ -505,13 +396,13 @@ def test_nobody_outlives_a_dead_peer_for_ever(
 
 AUTO = textwrap.dedent("""
     import os, sys
-    from qlora_trainer import launch
-    from qlora_trainer.topology import machine
+    from qlora_trainer.host import numa
+    from qlora_trainer.launch import __main__ as launch, pod_layout
 
     # Each CPU stands for a NUMA node, so that a launcher with two of them has two ranks.
-    real = machine.read()
-    apart = tuple(machine.Core((cpu,), 0, cpu) for core in real.cores for cpu in core.cpus)
-    machine.read = lambda root=None: machine.Machine(apart)
+    real = numa.read_machine()
+    apart = tuple(numa.Core((cpu,), 0, cpu) for core in real.cores for cpu in core.cpus)
+    pod_layout.read_machine = lambda root=None: numa.Machine(apart)
     os._exit(launch.main([sys.executable, "rank.py"]))
 """)
 """A launcher on a machine of small NUMA nodes."""
@@ -590,5 +481,5 @@ def test_a_pod_of_another_job_ends_alone(a_run: Callable[..., RunConfig], machin
     launchers[0].communicate(timeout=60)
 
     assert launchers[1].returncode == ExitCode.RENDEZVOUS_FAILED
-    assert b"pod 1 is of job uid 'other', attempt 1, 2 pods, and 127.0.0.1:" in err
+    assert b"pod 1 is of job uid 'other', attempt 1, 2 pods, but 127.0.0.1:" in err
     assert launchers[0].returncode == ExitCode.TERMINATED

@@ -1,32 +1,11 @@
-"""What the launcher makes of living ranks: decisions. With real processes: test_launch.py."""
+"""How long ranks may go on. With real processes: test_main.py; the decision: qlora_contract/test_supervision.py."""
 
 from collections.abc import Callable
 
 import pytest
 
 from qlora_contract.run import RunConfig
-from qlora_trainer.supervise import Limits, action, limits_of
-
-LIMITS = Limits(grace=10, patience=40, kill_delay=5)
-
-
-@pytest.mark.parametrize(
-    ("now", "stopped", "died", "due"),
-    [
-        pytest.param(1000, None, None, "wait", id="all is well"),
-        pytest.param(100, 100, None, "terminate", id="told to stop"),
-        pytest.param(109, 100, None, "terminate", id="within the grace"),
-        pytest.param(110, 100, None, "kill", id="grace is over"),
-        pytest.param(139, None, 100, "wait", id="peers have time to notice a death"),
-        pytest.param(140, None, 100, "terminate", id="they did not notice"),
-        pytest.param(145, None, 100, "kill", id="nor obey"),
-        pytest.param(101, 100, 99, "terminate", id="told to stop after a death"),
-        pytest.param(110, 100, 99, "kill", id="grace counts after a death"),
-    ],
-)
-def test_what_living_ranks_are_due(now: float, stopped: float | None, died: float | None, due: str) -> None:
-    """Nothing lives past the grace period, nor past its patience with a dead peer."""
-    assert action(now, stopped, died, LIMITS) == due
+from qlora_trainer.launch.supervisor import limits_of
 
 
 @pytest.mark.parametrize(("period", "grace"), [(300, 295), (10, 5), (4, 2), (1, 0.5)])
@@ -37,8 +16,8 @@ def test_the_grace_is_shorter_than_the_pods(
     assert limits_of(a_run(terminationGracePeriodSeconds=period)).grace == grace
 
 
-def test_patience_outlasts_the_ranks_own_heartbeat(a_run: Callable[..., RunConfig]) -> None:
-    """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are told."""
+def test_peers_have_longer_than_their_own_heartbeat(a_run: Callable[..., RunConfig]) -> None:
+    """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are terminated."""
     run = a_run(distributed={"timeoutSeconds": 60})
 
-    assert limits_of(run).patience > 60 + 5
+    assert limits_of(run).peer_loss > 60 + 5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_contract.places import TERMINATION_LOG_ENV
 from qlora_contract.progress import TerminationReport
-from qlora_trainer import report
+from qlora_trainer.telemetry import termination
 
 
 def a_report(cause: str = "the loss is NaN at step 7", **more: object) -> TerminationReport:
@@ -20,18 +20,16 @@ def a_report(cause: str = "the loss is NaN at step 7", **more: object) -> Termin
 def test_a_report_reaches_the_launcher(tmp_path: Path) -> None:
     """What a rank writes is what the launcher reads, and no other file is left."""
     path = tmp_path / "rank-0.json"
-    report.write_rank_report(a_report(eval_loss=1.5), {report.REPORT_ENV: str(path)})
+    termination.write_rank_report(a_report(eval_loss=1.5), {termination.REPORT_ENV: str(path)})
 
-    assert report.read_rank_report(path) == a_report(eval_loss=1.5)
+    assert termination.read_rank_report(path) == a_report(eval_loss=1.5)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_rank_started_by_hand_has_nobody_to_report_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_started_by_hand_reports_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a launcher nothing is written."""
     monkeypatch.chdir(tmp_path)
-    report.write_rank_report(a_report(), {})
+    termination.write_rank_report(a_report(), {})
 
     assert list(tmp_path.iterdir()) == []
 
@@ -43,14 +41,14 @@ def test_a_missing_or_foreign_report_is_none(tmp_path: Path, text: bytes | None)
     if text is not None:
         path.write_bytes(text)
 
-    assert report.read_rank_report(path) is None
+    assert termination.read_rank_report(path) is None
 
 
 @given(st.text(), st.one_of(st.none(), st.text()), st.integers(1, 60))
 def test_a_report_always_fits(cause: str, not_bit_exact: str | None, repeat: int) -> None:
     """However long the texts, the report is valid JSON in UTF-8 of at most 4,096 bytes, facts unchanged."""
     whole = a_report(cause * repeat * 20, not_bit_exact=not_bit_exact and not_bit_exact * repeat * 20)
-    data = report.to_bytes(whole)
+    data = termination.to_bytes(whole)
     read = TerminationReport.model_validate_json(data)
 
     assert len(data) <= 4096
@@ -61,7 +59,7 @@ def test_a_report_always_fits(cause: str, not_bit_exact: str | None, repeat: int
 
 def test_only_the_long_text_is_cut() -> None:
     """A short cause survives beside a long other text, and the cut is shown and no deeper than needed."""
-    data = report.to_bytes(a_report("short", not_bit_exact="ä" * 9000))
+    data = termination.to_bytes(a_report("short", not_bit_exact="ä" * 9000))
     read = TerminationReport.model_validate_json(data)
 
     assert read.cause == "short"
@@ -72,13 +70,13 @@ def test_only_the_long_text_is_cut() -> None:
 
 def test_undecodable_bytes_in_a_cause_do_not_prevent_the_report() -> None:
     """A lone surrogate, as a file name may bring it, becomes a question mark; lines become one."""
-    read = TerminationReport.model_validate_json(report.to_bytes(a_report("bad\nname \udcff")))
+    read = TerminationReport.model_validate_json(termination.to_bytes(a_report("bad\nname \udcff")))
 
     assert read.cause == "bad name ?"
 
 
 def test_the_termination_log_is_where_the_environment_says(tmp_path: Path) -> None:
     """The named file wins; without it Kubernetes' own file is used only where there is one."""
-    assert report.termination_log({TERMINATION_LOG_ENV: str(tmp_path / "t")}) == tmp_path / "t"
-    own = report.termination_log({})
+    assert termination.termination_log({TERMINATION_LOG_ENV: str(tmp_path / "t")}) == tmp_path / "t"
+    own = termination.termination_log({})
     assert (own is not None) == Path("/dev/termination-log").exists()
