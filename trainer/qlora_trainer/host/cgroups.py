@@ -26,10 +26,14 @@ def hierarchy(controller: str, root: Path = ROOT) -> Hierarchy | None:
     the mount shows is taken as the mount itself.
     """
     try:
-        groups = _groups((root / "proc/self/cgroup").read_text())
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text()
     except OSError:
         return None
+    groups: dict[str, Path] = {}  # by controller; the unified tree has the name ""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        groups.update(dict.fromkeys(controllers.split(","), Path(path)))
     version: Literal[1, 2] = 1 if controller in groups else 2
     group = groups.get(controller, groups.get(""))
     found = _mount(mounts, controller if version == 1 else None)
@@ -41,15 +45,6 @@ def hierarchy(controller: str, root: Path = ROOT) -> Hierarchy | None:
     if ".." in below:
         below = ()
     return Hierarchy(version, tuple(top.joinpath(*below[:depth]) for depth in range(len(below), -1, -1)))
-
-
-def _groups(text: str) -> dict[str, Path]:
-    """/proc/self/cgroup -> controller to group; the unified tree has the name ""."""
-    groups: dict[str, Path] = {}
-    for line in text.splitlines():
-        _, controllers, group = line.split(":", 2)
-        groups.update({controller: Path(group) for controller in controllers.split(",")})
-    return groups
 
 
 def _mount(mountinfo: str, v1_controller: str | None) -> tuple[Path, Path] | None:

@@ -4,6 +4,7 @@ Files may be missing, as in containers, virtual machines and unusual kernels. Wh
 CPU, one node per socket, one socket.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,21 +131,14 @@ def _last_level_cache(folder: Path, cpu: int) -> int:
 
 def _node(folder: Path, number: int) -> Node:
     distances = (read_text(folder / "distance") or "").split()
+    # Node 0 MemTotal: 24731708 kB
+    total = re.search(r"^Node +\d+ +MemTotal: +(\d+) ", read_text(folder / "meminfo") or "", re.MULTILINE)
     return Node(
         number,
-        memory=_total_memory(read_text(folder / "meminfo") or ""),
+        memory=int(total[1]) * 1024 if total else None,
         bandwidth=read_int(folder / "access0/initiators/read_bandwidth"),
         distances=tuple(map(int, distances)) if all(map(str.isdigit, distances)) else (),
     )
-
-
-def _total_memory(meminfo: str) -> int | None:
-    """Bytes, from a node's meminfo."""
-    for line in meminfo.splitlines():
-        words = line.split()  # Node 0 MemTotal: 24731708 kB
-        if len(words) > 3 and words[2] == "MemTotal:" and words[3].isdigit():
-            return int(words[3]) * 1024
-    return None
 
 
 def huge_pages(root: Path = ROOT) -> HugePages | None:

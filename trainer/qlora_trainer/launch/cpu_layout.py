@@ -132,7 +132,18 @@ def compute_layout(machine: Machine, available: AvailableCpus, request: CpuReque
         layout = _spread(cores, request.ranks, request.cpus // request.ranks)
     ranks = (replace(rank, nodes=machine.nodes_of(rank.cpus)) for rank in layout.ranks)
     layout = replace(layout, ranks=tuple(ranks))
-    return layout if request.memory_tier == "any" else _in_hbm(layout, machine, available, request)
+    if request.memory_tier == "any":
+        return layout
+    nodes, problem = choose_hbm(
+        machine,
+        [rank.nodes for rank in layout.ranks],
+        available.memory_nodes,
+        may_set_policy=available.may_set_memory_policy,
+    )
+    if problem and request.pinning == "strict":
+        raise LayoutError(f"{problem}, or topology.pinning to best-effort to do without")
+    ranks = (replace(rank, memory_node=node) for rank, node in zip(layout.ranks, nodes, strict=True))
+    return replace(layout, ranks=tuple(ranks), notes=(*layout.notes, *([problem] if problem else [])))
 
 
 def _check_cpus(available: AvailableCpus, request: CpuRequest) -> None:
@@ -261,19 +272,3 @@ def _pinned(cores: Sequence[Core], groups: Sequence[Sequence[Core]]) -> CpuLayou
         assignments.append(CpuAssignment(compute, len(group), tuple(sorted(chain(*service_cpus)))))
     unused = tuple(sorted(chain(*(core.cpus for core in left))))
     return CpuLayout(tuple(assignments), pinned=True, unused=unused)
-
-
-# --- memory
-
-
-def _in_hbm(layout: CpuLayout, machine: Machine, available: AvailableCpus, request: CpuRequest) -> CpuLayout:
-    nodes, problem = choose_hbm(
-        machine,
-        [rank.nodes for rank in layout.ranks],
-        available.memory_nodes,
-        may_set_policy=available.may_set_memory_policy,
-    )
-    if problem and request.pinning == "strict":
-        raise LayoutError(f"{problem}, or topology.pinning to best-effort to do without")
-    ranks = (replace(rank, memory_node=node) for rank, node in zip(layout.ranks, nodes, strict=True))
-    return replace(layout, ranks=tuple(ranks), notes=(*layout.notes, *([problem] if problem else [])))

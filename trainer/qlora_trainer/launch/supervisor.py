@@ -177,8 +177,10 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
                 rank.killed_by_launcher = not stop.is_requested
                 rank.process.send_signal(signal.SIGTERM)
         if action == "kill":
-            for rank in alive:
-                _kill(rank)
+            for rank in (rank for rank in alive if rank.is_alive):
+                rank.killed_by_launcher = True
+                os.killpg(rank.process.pid, signal.SIGKILL)  # with whatever it started
+                rank.process.wait()
         time.sleep(POLL_SECONDS)
     # Something that a rank started may hold its pipe open for longer.
     drained_by = time.monotonic() + DRAIN_SECONDS
@@ -186,11 +188,3 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
         for thread in rank.output_threads:
             thread.join(max(0.0, drained_by - time.monotonic()))
     return exited
-
-
-def _kill(rank: Rank) -> None:
-    """SIGKILL to a rank and to whatever it started."""
-    if rank.is_alive:
-        rank.killed_by_launcher = True
-        os.killpg(rank.process.pid, signal.SIGKILL)
-        rank.process.wait()

@@ -13,7 +13,7 @@ from them are set, and would keep hundreds of MiB in the launcher.
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable
 
 from pydantic import Field, ValidationError
 
@@ -75,16 +75,16 @@ def agree_on_rank_counts(
     if own.pods == 1:
         return [own.ranks]
     exchange = _serve if own.pod == 0 else _ask
-    return asyncio.run(_unless(stopping, exchange(own, host, port, seconds)))
 
+    async def until_stopped() -> list[int]:
+        task = asyncio.ensure_future(exchange(own, host, port, seconds))
+        while not task.done():
+            if stopping():
+                raise Stopped
+            await asyncio.wait([task], timeout=POLL_SECONDS)
+        return task.result()
 
-async def _unless(stopping: Callable[[], bool], exchange: Coroutine[None, None, list[int]]) -> list[int]:
-    task = asyncio.ensure_future(exchange)
-    while not task.done():
-        if stopping():
-            raise Stopped
-        await asyncio.wait([task], timeout=POLL_SECONDS)
-    return task.result()
+    return asyncio.run(until_stopped())
 
 
 # --- pod 0
@@ -117,7 +117,12 @@ async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list
                     await asyncio.sleep(POLL_SECONDS)
             reply = JoinReply(ranks=[ranks for _, ranks in sorted(counts().items())])
         except TimeoutError:
-            reply = JoinReply(error=_missing_pods(own, counts(), f"{host}:{port}", seconds))
+            missing = sorted(set(range(own.pods)).difference(counts()))
+            reply = JoinReply(
+                error=f"{own.pods - len(missing)} of {own.pods} pods came to {host}:{port} within {seconds:g} s; "
+                f"pod(s) {', '.join(map(str, missing))} did not: check whether they were started and can reach that "
+                "address"
+            )
         finally:
             server.close()
     for writer in joined:
@@ -153,14 +158,6 @@ def _checked(line: bytes, own: JoinRequest, address: str) -> JoinRequest:
     if not 1 <= theirs.pod < own.pods:
         raise WorldSizeError(f"a launcher says it is pod {theirs.pod}; pods 1 to {own.pods - 1} are expected")
     return theirs
-
-
-def _missing_pods(own: JoinRequest, came: Iterable[int], address: str, seconds: float) -> str:
-    missing = sorted(set(range(own.pods)).difference(came))
-    return (
-        f"{own.pods - len(missing)} of {own.pods} pods came to {address} within {seconds:g} s; "
-        f"pod(s) {', '.join(map(str, missing))} did not: check whether they were started and can reach that address"
-    )
 
 
 # --- the others

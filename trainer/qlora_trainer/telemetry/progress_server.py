@@ -147,10 +147,17 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
 
     def do_GET(self) -> None:
-        body, content_type = self._answer()
-        if body is None:
-            self.send_error(404)
-            return
+        match self.path.partition("?")[0]:
+            case "/progress":
+                body = self.server.progress.report.model_dump_json(by_alias=True).encode()
+                content_type = "application/json"
+            case "/metrics":
+                body, content_type = generate_latest(self.server.registry), CONTENT_TYPE_LATEST
+            case "/healthz":
+                body, content_type = b"ok\n", "text/plain"
+            case _:
+                self.send_error(404)
+                return
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
@@ -159,16 +166,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
-
-    def _answer(self) -> tuple[bytes | None, str]:
-        path = self.path.partition("?")[0]
-        if path == "/progress":
-            return self.server.progress.report.model_dump_json(by_alias=True).encode(), "application/json"
-        if path == "/metrics":
-            return generate_latest(self.server.registry), CONTENT_TYPE_LATEST
-        if path == "/healthz":
-            return b"ok\n", "text/plain"
-        return None, ""
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - http.server's name
         """Do not log requests: the operator polls every few seconds."""

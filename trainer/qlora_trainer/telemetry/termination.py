@@ -47,16 +47,15 @@ def to_bytes(report: TerminationReport, limit: int = TERMINATION_REPORT_BYTES) -
 
 
 def _dump(report: TerminationReport, longest: int | None) -> bytes:
-    texts = {field: _line(getattr(report, field), longest) for field in _FREE_TEXT}
+    """JSON whose free text is one line of at most `longest` characters a field; bytes that are not UTF-8 become ?."""
+    texts = {}
+    for field in _FREE_TEXT:
+        if (text := getattr(report, field)) is not None:
+            line = " ".join(text.encode("utf-8", "replace").decode().split())
+            if longest is not None and len(line) > longest:
+                line = line[: max(longest - 1, 0)] + "…"[:longest]
+            texts[field] = line
     return report.model_copy(update=texts).model_dump_json(by_alias=True, exclude_none=True).encode()
-
-
-def _line(text: str | None, longest: int | None) -> str | None:
-    """One line that UTF-8 can hold (undecodable bytes become ?), of at most `longest` characters."""
-    if text is None:
-        return None
-    line = " ".join(text.encode("utf-8", "replace").decode().split())
-    return line if longest is None or len(line) <= longest else line[: max(longest - 1, 0)] + "…"[:longest]
 
 
 def termination_log(environ: Mapping[str, str] = os.environ) -> Path | None:
