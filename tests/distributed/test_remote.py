@@ -116,7 +116,7 @@ def test_a_plan_needs_a_fetch(machine: Machine) -> None:
     """`qlora plan` says how to get what it looks at, and `qlora fetch` gets it."""
     code, _, err = machine.run("plan")
     assert code == 10
-    assert "hf://team/tiny is not in the workspace yet; `qlora fetch` of the same file gets it" in err
+    assert "hf://team/tiny is not in the workspace yet; fetch it with `qlora fetch` and the same file" in err
 
     code, out, err = machine.run("fetch")
     assert (code, err) == (0, "")
@@ -155,6 +155,6 @@ def test_a_refusal_is_one_sentence(machine: Machine) -> None:
 
     assert code == 17
     assert err.startswith(
-        "error: transfer refused: hf://team/huge: HTTP 401: there is no team/huge, or it is private"
+        "error: transfer refused: hf://team/huge: HTTP 401: team/huge does not exist, or is private"
     )
     assert "run the same command again" not in err

@@ -122,12 +122,12 @@ def plan(run: RunConfig) -> PlanReport:
     """
     from qlora_trainer.inputs import first_dtype, load_inputs
     from qlora_trainer.packing import Plan
-    from qlora_trainer.remote.pins import fetched_before
     from qlora_trainer.shape import model_shape
     from qlora_trainer.template import render
+    from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = places.volume_map()
-    run = fetched_before(run, volumes)
+    run = with_pinned_revisions(run, volumes)
     shape = model_shape(places.resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, volumes)
     dtype = first_dtype(run)

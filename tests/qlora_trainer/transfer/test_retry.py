@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_trainer.errors import TransferFailed, TransferRefused
-from qlora_trainer.remote.patience import LONGEST_DELAY_SECONDS, Interrupted, Patience, retry_after
+from qlora_trainer.transfer.retry import MAX_DELAY_SECONDS, Retrier, TransientError, retry_after
 
 
 @dataclass
@@ -23,9 +23,9 @@ class Time:
         self.slept.append(seconds)
         self.now += seconds
 
-    def patience(self, seconds: float) -> Patience:
+    def patience(self, seconds: float) -> Retrier:
         """One that lives by this clock."""
-        return Patience(seconds, lambda: self.now, self.sleep)
+        return Retrier(seconds, lambda: self.now, self.sleep)
 
 
 def failing(*causes: Exception) -> "Action":
@@ -50,14 +50,14 @@ def test_what_passes_is_tried_again() -> None:
     """With delays that double."""
     time = Time()
 
-    assert time.patience(100).insist(failing(*[Interrupted("x")] * 4)) == "done"
+    assert time.patience(100).call(failing(*[TransientError("x")] * 4)) == "done"
     assert time.slept == [1, 2, 4, 8]
 
 
 def test_the_server_says_how_long_to_wait() -> None:
     """Its Retry-After goes before our own delay."""
     time = Time()
-    time.patience(100).insist(failing(Interrupted("x", 7), Interrupted("x"), Interrupted("x", 0)))
+    time.patience(100).call(failing(TransientError("x", 7), TransientError("x"), TransientError("x", 0)))
 
     assert time.slept == [7, 2, 0]
 
@@ -66,11 +66,11 @@ def test_patience_ends() -> None:
     """The last cause is told, with the limit and where it comes from."""
     time = Time()
     with pytest.raises(TransferFailed) as failed:
-        time.patience(60).insist(failing(*[Interrupted("hub: HTTP 503")] * 100))
+        time.patience(60).call(failing(*[TransientError("hub: HTTP 503")] * 100))
 
     assert str(failed.value) == (
-        "hub: HTTP 503; given up: no more than that may pass without a byte "
-        "(distributed.rendezvousTimeoutSeconds: 60)"
+        "hub: HTTP 503; gave up: no progress within 60 s "
+        "(distributed.rendezvousTimeoutSeconds is also the limit for transfers)"
     )
     assert 30 < time.now <= 60
 
@@ -78,8 +78,8 @@ def test_patience_ends() -> None:
 def test_a_wait_beyond_the_patience_is_not_begun() -> None:
     """Who asks for an hour where a minute is allowed is told off at once."""
     time = Time()
-    with pytest.raises(TransferFailed, match="which asks to wait for 3600 s"):
-        time.patience(60).insist(failing(Interrupted("x", 3600)))
+    with pytest.raises(TransferFailed, match="no progress within 60 s, and the server asks to wait 3600 s"):
+        time.patience(60).call(failing(TransientError("x", 3600)))
 
     assert time.slept == []
 
@@ -93,11 +93,11 @@ def test_a_byte_renews_patience() -> None:
     def trickle() -> None:
         nonlocal tries
         tries += 1
-        patience.progressed()
+        patience.reset()
         if tries < 50:
-            raise Interrupted("broke off")
+            raise TransientError("broke off")
 
-    patience.insist(trickle)
+    patience.call(trickle)
     assert tries == 50
     assert set(time.slept) == {1}
 
@@ -106,7 +106,7 @@ def test_a_refusal_is_final() -> None:
     """It is not asked again."""
     time = Time()
     with pytest.raises(TransferRefused):
-        time.patience(60).insist(failing(TransferRefused("no")))
+        time.patience(60).call(failing(TransferRefused("no")))
 
     assert time.slept == []
 
@@ -117,9 +117,9 @@ def test_the_limit_holds(waits: list[float | None], limit: float) -> None:
     time = Time()
     patience = time.patience(limit)
     with contextlib.suppress(TransferFailed):
-        patience.insist(failing(*[Interrupted("x", wait) for wait in waits]))
+        patience.call(failing(*[TransientError("x", wait) for wait in waits]))
     assert time.now <= limit
-    assert all(slept <= LONGEST_DELAY_SECONDS or slept in waits for slept in time.slept)
+    assert all(slept <= MAX_DELAY_SECONDS or slept in waits for slept in time.slept)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.remote.connect import connect
-from qlora_trainer.remote.hub import Hub
-from qlora_trainer.remote.s3 import S3
+from qlora_trainer.transfer.connect import connect
+from qlora_trainer.transfer.hub import Hub
+from qlora_trainer.transfer.s3 import S3
 from testcluster.remote import Transfers
 
 
@@ -29,5 +29,7 @@ def test_a_secret_of_another_kind_is_refused(
     """A token is no key of S3, nor the other way round."""
     transfers.credentials("model", other="x")
     environ = here | {"QLORA_CREDENTIALS": str(transfers.folder / "credentials")}
-    with pytest.raises(TransferRefused, match=f"the Secret of model.credentialsSecret lacks {missing}"):
+    with pytest.raises(
+        TransferRefused, match=f"the Secret named by model.credentialsSecret must have a value for {missing}"
+    ):
         connect(parse_remote(uri), "model", environ, 10)

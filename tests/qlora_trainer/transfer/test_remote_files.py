@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.remote.credentials import Role
-from qlora_trainer.remote.files import Digest, RemoteFile, choose_files, examine
+from qlora_trainer.transfer.credentials import Role
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, hash_file, select_files
 
 MODEL = parse_remote("hf://org/name")
 
@@ -19,7 +19,7 @@ MODEL = parse_remote("hf://org/name")
 def chosen(role: Role, uri: str, *names: str) -> list[str]:
     """What is taken of these."""
     return [
-        file.name for file in choose_files(role, parse_remote(uri), [RemoteFile(name, 1) for name in names])
+        file.name for file in select_files(role, parse_remote(uri), [RemoteFile(name, 1) for name in names])
     ]
 
 
@@ -75,7 +75,7 @@ def test_a_dataset_is_a_file_or_a_folder(uri: str, expected: list[str]) -> None:
             "dataset", "s3://team/d", ["d/a.parquet"], "s3://team/d has no *.jsonl: it has a.parquet", id="parquet",
         ),
         pytest.param(
-            "dataset", "s3://team/d", ["e/a.jsonl"], "there is no file of this name", id="nothing",
+            "dataset", "s3://team/d", ["e/a.jsonl"], "no file has that name", id="nothing",
         ),
         pytest.param("dataset", "s3://team/d", [f"d/{i}" for i in range(20)], "and 12 more", id="many"),
     ],
@@ -95,7 +95,7 @@ def test_a_source_without_anything_to_read_is_refused(
 )
 def test_a_name_that_leaves_its_folder_refuses_all(name: str) -> None:
     """Even when the file would not be wanted: such a repository is no honest one."""
-    with pytest.raises(TransferRefused, match="leaves its folder"):
+    with pytest.raises(TransferRefused, match="leads out of its directory"):
         chosen("model", "hf://org/name", "model.safetensors", name)
 
 
@@ -104,7 +104,7 @@ def test_what_is_chosen_stays_in_its_folder(names: list[str]) -> None:
     """Whatever a server makes up."""
     files = [RemoteFile(f"{name}.json", 1) for name in names] + [RemoteFile("model.safetensors", 1)]
     try:
-        taken = choose_files("model", MODEL, files)
+        taken = select_files("model", MODEL, files)
     except TransferRefused:
         return
     root = Path("/root")
@@ -121,7 +121,7 @@ def test_digests_are_those_of_git_and_s3(tmp_path: Path) -> None:
         ["git", "hash-object", path], capture_output=True, text=True, check=True
     ).stdout.strip()
 
-    assert examine(path, None) == (sha256, sha256)
-    assert examine(path, Digest("sha256", "")) == (sha256, sha256)
-    assert examine(path, Digest("git-sha1", "")) == (sha256, git)
-    assert examine(path, Digest("md5", "")) == (sha256, hashlib.md5(data).hexdigest())
+    assert hash_file(path, None) == (sha256, sha256)
+    assert hash_file(path, Digest("sha256", "")) == (sha256, sha256)
+    assert hash_file(path, Digest("git-sha1", "")) == (sha256, git)
+    assert hash_file(path, Digest("md5", "")) == (sha256, hashlib.md5(data).hexdigest())

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qlora_trainer.errors import ConfigurationError, Fenced, TransferFailed, TransferRefused
-from qlora_trainer.remote.patience import Patience
-from qlora_trainer.remote.publish import publish
+from qlora_trainer.transfer.publish import publish
+from qlora_trainer.transfer.retry import Retrier
 from testcluster.faulty_http import Fault, answer
 from testcluster.remote import BUCKET, HUB_TOKEN, Remotes, Transfers
 
@@ -52,7 +52,7 @@ def send(transfers: Transfers, here: dict[str, str], manifest: bytes) -> Callabl
         count: Callable[[int, int], None] = lambda done, total: None, patience: float = 20, **more: Any
     ) -> str:
         config = transfers.config("publish", **more)
-        return publish(config, {"claim": transfers.folder / "claim"}, environ, Patience(patience), count)
+        return publish(config, {"claim": transfers.folder / "claim"}, environ, Retrier(patience), count)
 
     return do
 
@@ -165,7 +165,7 @@ REFUSALS = {
     "bucket": ("s3://another/x", "s3://another/x: HTTP 404 (NoSuchBucket): there is no bucket another"),
     "reader": (
         "hf://org/adapter",
-        "hf://org/adapter: HTTP 403: the token of output.credentialsSecret may not do",
+        "hf://org/adapter: HTTP 403: the token in output.credentialsSecret lacks the permission",
     ),
 }
 
@@ -186,7 +186,7 @@ def test_a_refusal_is_final(
 def test_a_server_that_stays_away_is_given_up(send: Callable[..., str], sound: Remotes) -> None:
     """After the patience."""
     sound.s3_wire.fault(answer(503), method="PUT", times=-1)
-    with pytest.raises(TransferFailed, match="HTTP 503; given up"):
+    with pytest.raises(TransferFailed, match="HTTP 503; gave up"):
         send(patience=1, **S3)
 
 
@@ -196,9 +196,7 @@ def test_an_adapter_that_is_not_whole_is_not_sent(
 ) -> None:
     """Every byte is compared with its manifest before."""
     (transfers.job() / "adapter" / damage).write_bytes(b"{}")
-    with pytest.raises(
-        ConfigurationError, match="is not a whole adapter; run the job again to its end first"
-    ):
+    with pytest.raises(ConfigurationError, match="is not a complete adapter; run the job to its end first"):
         send(**S3)
 
     assert sound.list_keys() == []

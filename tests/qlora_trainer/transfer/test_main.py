@@ -203,7 +203,7 @@ MISUSES = {
     "no-adapter": (
         {"stage": "publish", "output": {"destination": "s3://team/x"}},
         ExitCode.INVALID_CONFIGURATION,
-        "is not a whole adapter",
+        "is not a complete adapter",
     ),
     "claim": (
         {"workspace": "pvc://other/work", **MODEL},
@@ -306,7 +306,8 @@ def test_secrets_are_not_among_the_arguments(transfers: Transfers, sound: Remote
 def test_torch_is_not_needed() -> None:
     """A transfer runs in a small pod."""
     program = (
-        "import sys, qlora_trainer.transfer; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+        "import sys, qlora_trainer.transfer.__main__;"
+        "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 

@@ -1,4 +1,4 @@
-"""Secrets as files, certificates as the environment names them, and texts without either."""
+"""Credentials from the files of a Secret, certificates by environment variable, and texts with secrets removed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,50 +15,51 @@ ROLES: tuple[Role, ...] = ("model", "dataset", "output")
 HUB_KEYS = ("token",)
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 S3_SESSION_KEY = "AWS_SESSION_TOKEN"
-"""Only credentials that expire have it."""
+"""Only temporary credentials have it."""
 
 _SECRET_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", S3_SESSION_KEY)
 _PROXY_NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-_SHORTEST_SECRET = 4
-"""Characters; to blot out anything shorter would blot out half of the text."""
+_MIN_SECRET_LENGTH = 4
+"""Replacing anything shorter would replace half of the text."""
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a source or destination was given to show."""
+    """The credentials of a source or of the destination."""
 
     role: Role
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Key -> value; empty: nothing was given, so the libraries look in their own places."""
+    """Key -> value. Empty without a Secret: the libraries then look in their usual places."""
 
     @property
     def field(self) -> str:
-        """The field of a job that names their Secret."""
+        """The field of a job that names the Secret."""
         return f"{self.role}.credentialsSecret"
 
 
 def read_credentials(role: Role, keys: tuple[str, ...], environ: Mapping[str, str]) -> Credentials:
-    """The files of a role's Secret; none when it has no folder.
+    """Read the Secret that is mounted for a role; there are no values if none is.
 
     Args:
-        role: whose.
-        keys: that it must have.
-        environ: may name another folder than the one that pods mount.
+        role: whose credentials.
+        keys: that the Secret must have.
+        environ: may name another directory than the one that pods mount.
 
     Raises:
-        TransferRefused: the Secret lacks a key.
+        TransferRefused: the Secret lacks a key, or has an empty value for it.
     """
     folder = _root(environ) / role
     if not folder.is_dir():
         return Credentials(role)
     values = _values(folder)
-    found = Credentials(role, values)
+    credentials = Credentials(role, values)
     if missing := [key for key in keys if not values.get(key)]:
-        there = ", ".join(sorted(values)) or "none"
+        present = ", ".join(sorted(values)) or "none"
         raise TransferRefused(
-            f"the Secret of {found.field} lacks {' and '.join(missing)}, or it is empty there; its keys: {there}"
+            f"the Secret named by {credentials.field} must have a value for {' and '.join(missing)}; "
+            f"its keys are: {present}"
         )
-    return found
+    return credentials
 
 
 def _root(environ: Mapping[str, str]) -> Path:
@@ -66,29 +67,31 @@ def _root(environ: Mapping[str, str]) -> Path:
 
 
 def _values(folder: Path) -> dict[str, str]:
-    """Key -> value of a mounted Secret; Kubernetes' own links there begin with a dot."""
+    """Key -> value of a mounted Secret, without the links that Kubernetes adds, whose names begin with a dot."""
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return {path.name: path.read_text(errors="replace").strip() for path in files}
 
 
 def ca_bundle(environ: Mapping[str, str], *names: str) -> str | None:
-    """The file of certificates to trust that the first of these variables names; None: the system's own.
+    """The file of trusted certificates that the first of these variables names; None: the system's.
 
     Raises:
-        ConfigurationError: it names no file.
+        ConfigurationError: there is no such file.
     """
     for name in names:
         if path := environ.get(name):
             if not Path(path).is_file():
-                raise ConfigurationError(f"{name} is {path}, and there is no such file of certificates")
+                raise ConfigurationError(
+                    f"{name} is {path}, which is not a file; it must be a file of trusted certificates"
+                )
             return path
     return None
 
 
 def redact(text: str, environ: Mapping[str, str]) -> str:
-    """A text without the secrets that are known here. The last guard: no text of ours quotes one."""
+    """A text with all known secrets replaced by ***. A last guard: no message of ours quotes one."""
     for secret in sorted(_secrets(environ), key=len, reverse=True):
-        if len(secret) >= _SHORTEST_SECRET:
+        if len(secret) >= _MIN_SECRET_LENGTH:
             text = text.replace(secret, "***")
     return text
 

@@ -10,10 +10,10 @@ import pytest
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
-from qlora_trainer.remote.credentials import Credentials, Role
-from qlora_trainer.remote.files import Digest, RemoteFile
-from qlora_trainer.remote.hub import Hub
-from qlora_trainer.remote.patience import Interrupted
+from qlora_trainer.transfer.credentials import Credentials, Role
+from qlora_trainer.transfer.hub import Hub
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile
+from qlora_trainer.transfer.retry import TransientError
 from testcluster.certificates import issue, make_authority
 from testcluster.faulty_http import FaultyHttp, answer, cut
 from testcluster.hub import SIGNATURE, git_sha1
@@ -30,7 +30,7 @@ def hub(environ: dict[str, str], uri: str = "hf://org/name", token: str = "", ro
 
 def listed(server: Hub, revision: str = "main") -> tuple[str, list[RemoteFile]]:
     """All files."""
-    return server.listing(revision, lambda files: sorted(files, key=lambda file: file.name))
+    return server.list_files(revision, lambda files: sorted(files, key=lambda file: file.name))
 
 
 @pytest.fixture
@@ -123,15 +123,15 @@ def nothing(_: Remotes) -> None:
 REFUSALS = {
     "private": (
         hide, "", "main", "",
-        "hf://org/name: HTTP 401: there is no org/name, or it is private and needs a token that may read it, by model",
+        "hf://org/name: HTTP 401: org/name does not exist, or is private and needs a token with read access in model",
     ),
-    "token": (nothing, "hf_wrong", "main", "", "HTTP 401: the token of model.credentialsSecret is not valid"),
+    "token": (nothing, "hf_wrong", "main", "", "HTTP 401: the token in model.credentialsSecret is not valid"),
     "gated": (
         gate, "", "main", "config.json",
-        "config.json of hf://org/name: HTTP 401: org/name is gated: accept its terms at http://127.0.0.1",
+        "config.json of hf://org/name: HTTP 401: org/name is gated; accept its terms at http://127.0.0.1",
     ),
     "gated-token": (
-        gate, HUB_TOKEN, "main", "config.json", "with the account whose token model.credentialsSecret holds",
+        gate, HUB_TOKEN, "main", "config.json", "with the account that the token in model.credentialsSecret belongs to",
     ),
     "revision": (nothing, "", "v9", "", "HTTP 404: org/name has no such revision; model.revision names"),
     "file": (nothing, "", "main", "no.json", "no.json of hf://org/name: HTTP 404: org/name has no such file"),
@@ -161,7 +161,7 @@ def test_refusals_say_what_would_be_right(
 def test_a_missing_repository_is_refused(here: dict[str, str], sound: Remotes) -> None:
     """With a token that could see it, too."""
     for token in ("", HUB_TOKEN):
-        with pytest.raises(TransferRefused, match=r"hf://org/other: HTTP 40[14]: there is no org/other"):
+        with pytest.raises(TransferRefused, match=r"hf://org/other: HTTP 40[14]: org/other does not exist"):
             listed(hub(here, "hf://org/other", token=token))
 
 
@@ -177,7 +177,7 @@ def test_what_may_pass_is_told_apart(
     headers = {} if wait is None else {"Retry_After": str(wait)}
     sound.hub_wire.fault(answer(status, b"{}", **headers), path=path)
     server = hub(here)
-    with pytest.raises(Interrupted) as interrupted:
+    with pytest.raises(TransientError) as interrupted:
         listed(server) if path == "/revision/" else list(
             server.read(commit, RemoteFile("model.safetensors", 1), 0)
         )
@@ -199,7 +199,7 @@ def test_an_answer_that_is_none_is_not_believed(
 ) -> None:
     """A captive portal, say, between us and the Hub."""
     sound.hub_wire.fault(answer(200, body), path="/revision/")
-    with pytest.raises((Interrupted, TransferFailed)) as ended:
+    with pytest.raises((TransientError, TransferFailed)) as ended:
         listed(hub(here))
 
     assert str(ended.value).startswith("hf://org/name: ")
@@ -209,7 +209,7 @@ def test_a_connection_that_breaks_may_pass(here: dict[str, str], sound: Remotes,
     """What has come before is handed on; the signature of the address is not told."""
     sound.hub_wire.fault(cut(1000), path="/cdn/")
     read = bytearray()
-    with pytest.raises(Interrupted) as interrupted:
+    with pytest.raises(TransientError) as interrupted:
         deque(map(read.extend, hub(here).read(commit, RemoteFile("model.safetensors", len(WEIGHTS)), 0)))
 
     assert read == WEIGHTS[:1000]
@@ -218,7 +218,7 @@ def test_a_connection_that_breaks_may_pass(here: dict[str, str], sound: Remotes,
 
 def test_nobody_there_may_pass(here: dict[str, str]) -> None:
     """The sentence names the host."""
-    with pytest.raises(Interrupted, match=r"hf://org/name: 127.0.0.1: ConnectError \(.*refused"):
+    with pytest.raises(TransientError, match=r"hf://org/name: 127.0.0.1: ConnectError \(.*refused"):
         listed(hub(here | {"HF_ENDPOINT": "http://127.0.0.1:1"}))
 
 
@@ -262,7 +262,7 @@ def test_certificates_to_trust_are_named(
 
 def test_a_certificate_of_nobody_is_refused(here: dict[str, str], commit: str, secure: FaultyHttp) -> None:
     """At once, with the variable to set."""
-    with pytest.raises(TransferRefused, match=r"the certificate of 127.0.0.1.* in SSL_CERT_FILE"):
+    with pytest.raises(TransferRefused, match=r"the certificate of 127.0.0.1.* set SSL_CERT_FILE"):
         listed(hub(here | {"HF_ENDPOINT": secure.url}))
 
 
@@ -279,7 +279,7 @@ def test_a_proxy_is_used(
 def test_no_proxy_goes_past_it(here: dict[str, str], commit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the hosts that it names."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    with pytest.raises(Interrupted):
+    with pytest.raises(TransientError):
         listed(hub(here))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.remote.pins import Pins
+from qlora_trainer.transfer.revisions import PinnedRevisions
 from testcluster.remote import Transfers
 
 HUB = {"model": {"source": "hf://org/name", "revision": "v1"}}
 
 
-def pins(transfers: Transfers, **more: Any) -> Pins:
+def pins(transfers: Transfers, **more: Any) -> PinnedRevisions:
     """A job's pins, as an attempt sees them."""
-    return Pins(transfers.job(), transfers.config(**{**HUB, **more}))
+    return PinnedRevisions(transfers.job(), transfers.config(**{**HUB, **more}))
 
 
 def test_what_was_found_is_kept(transfers: Transfers) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
-from qlora_trainer.remote.credentials import Credentials, Role
-from qlora_trainer.remote.files import Digest, RemoteFile
-from qlora_trainer.remote.patience import Interrupted
-from qlora_trainer.remote.s3 import S3, digest_of, fingerprint
+from qlora_trainer.transfer.credentials import Credentials, Role
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile
+from qlora_trainer.transfer.retry import TransientError
+from qlora_trainer.transfer.s3 import S3, digest_of, fingerprint
 from testcluster.certificates import issue, make_authority
 from testcluster.faulty_http import FaultyHttp, answer, cut
 from testcluster.remote import BUCKET, SECRET_KEY, Remotes
@@ -30,7 +30,7 @@ def s3(environ: dict[str, str], uri: str = f"s3://{BUCKET}/sets", role: Role = "
 
 def listed(server: S3) -> tuple[str, list[RemoteFile]]:
     """All files."""
-    return server.listing("main", lambda files: sorted(files, key=lambda file: file.name))
+    return server.list_files("main", lambda files: sorted(files, key=lambda file: file.name))
 
 
 def names(server: S3) -> list[str]:
@@ -92,7 +92,7 @@ def test_many_files_come_in_pages(here: dict[str, str], sound: Remotes) -> None:
     for number in range(1001):
         sound.put(f"sets/{number:04}.jsonl", b"1")
     server = s3(here)
-    _, files = server.listing("", lambda there: list(there)[-1:])
+    _, files = server.list_files("", lambda there: list(there)[-1:])
 
     assert [file.name for file in files] == ["sets/1000.jsonl"]
 
@@ -106,7 +106,7 @@ def test_bytes_come_from_an_offset_on(here: dict[str, str], data: RemoteFile, of
 def test_what_was_changed_is_not_read(here: dict[str, str], sound: Remotes, data: RemoteFile) -> None:
     """Half of the old and half of the new would be neither."""
     sound.put("sets/train.jsonl", b"another")
-    with pytest.raises(TransferFailed, match=r"s3://team/sets/train\.jsonl was changed while it was fetched"):
+    with pytest.raises(TransferFailed, match=r"s3://team/sets/train\.jsonl was changed while it was being fetched"):
         list(s3(here).read("", data, 0))
 
 
@@ -156,11 +156,11 @@ def error(code: str) -> bytes:
         (
             403,
             "AccessDenied",
-            "s3://team/sets: HTTP 403 (AccessDenied): the keys of dataset.credentialsSecret may not",
+            "s3://team/sets: HTTP 403 (AccessDenied): the keys in dataset.credentialsSecret lack the permission",
         ),
-        (403, "InvalidAccessKeyId", "the keys of dataset.credentialsSecret are not valid, or not any more"),
+        (403, "InvalidAccessKeyId", "the keys in dataset.credentialsSecret are not valid, or have expired"),
         (403, "SignatureDoesNotMatch", "are not valid"),
-        (400, "ExpiredToken", "HTTP 400 (ExpiredToken): the keys of dataset.credentialsSecret are not valid"),
+        (400, "ExpiredToken", "HTTP 400 (ExpiredToken): the keys in dataset.credentialsSecret are not valid"),
         (404, "NoSuchBucket", "HTTP 404 (NoSuchBucket): there is no bucket team"),
     ],
 )
@@ -191,7 +191,7 @@ def test_without_keys_requests_are_anonymous(here: dict[str, str], sound: Remote
 
     sound.s3_wire.fault(answer(403, error("AccessDenied")), times=-1)
     with pytest.raises(
-        TransferRefused, match=r"it needs credentials: a Secret with AWS_ACCESS_KEY_ID and .*, by model"
+        TransferRefused, match=r"credentials are needed: a Secret with AWS_ACCESS_KEY_ID and .* in model"
     ):
         listed(server)
 
@@ -226,7 +226,7 @@ def test_what_may_pass_is_told_apart(
     sound.s3_wire.fault(
         answer(status, error("SlowDown") if method == "GET" else b"", **headers), method=method
     )
-    with pytest.raises(Interrupted) as interrupted:
+    with pytest.raises(TransientError) as interrupted:
         listed(s3(here))
 
     assert f"HTTP {status}" in str(interrupted.value)
@@ -234,20 +234,19 @@ def test_what_may_pass_is_told_apart(
 
 
 def test_a_connection_that_breaks_may_pass(here: dict[str, str], sound: Remotes, data: RemoteFile) -> None:
-    """What has come before is handed on, but for what aiohttp still held."""
+    """What has arrived before is handed on."""
     sound.s3_wire.fault(cut(3_000_000), path="/sets/train.jsonl")
     read = bytearray()
-    with pytest.raises(Interrupted):
+    with pytest.raises(TransientError):
         deque(map(read.extend, s3(here).read("", data, 0)))
 
-    assert 2_000_000 < len(read) <= 3_000_000
-    assert DATA.startswith(read)
+    assert read == DATA[:3_000_000]
 
 
 def test_nobody_there_may_pass(here: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server may come back."""
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    with pytest.raises(Interrupted, match="s3://team/sets: EndpointConnectionError"):
+    with pytest.raises(TransientError, match="s3://team/sets: EndpointConnectionError"):
         listed(s3(here))
 
 
@@ -282,9 +281,7 @@ def test_certificates_to_trust_are_named(
         if name:
             assert names(server) == ["sets/train.jsonl"]
         else:
-            with pytest.raises(
-                TransferRefused, match="name the file of certificates to trust in AWS_CA_BUNDLE"
-            ):
+            with pytest.raises(TransferRefused, match="set AWS_CA_BUNDLE"):
                 listed(server)
 
 
@@ -304,5 +301,5 @@ def test_a_proxy_is_used(
     assert sound.s3_wire.passed[0].path.startswith("http://s3.invalid/team")
 
     monkeypatch.setenv("NO_PROXY", "s3.invalid")
-    with pytest.raises(Interrupted):
+    with pytest.raises(TransientError):
         listed(s3(here))

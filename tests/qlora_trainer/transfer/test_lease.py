@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.remote import lease
-from qlora_trainer.remote.lease import LeaseLost, _take_away, leased
+from qlora_trainer.transfer import lease
+from qlora_trainer.transfer.lease import LeaseLost, _take_away, leased
 from testcluster.remote import until
 
 
@@ -14,7 +14,7 @@ from testcluster.remote import until
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of a lease that beats quickly."""
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "POLL_SECONDS", 0.01)
     return tmp_path / "lease"
 
 

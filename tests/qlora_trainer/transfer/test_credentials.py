@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.errors import ConfigurationError, TransferRefused
-from qlora_trainer.remote.credentials import HUB_KEYS, S3_KEYS, ca_bundle, read_credentials, redact
+from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, ca_bundle, read_credentials, redact
 
 
 def mounted(root: Path, role: str, **keys: str) -> dict[str, str]:
@@ -37,10 +37,16 @@ def test_without_a_secret_nothing_is_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        pytest.param({"token": "t"}, "lacks AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", id="another-kind"),
-        pytest.param({"AWS_ACCESS_KEY_ID": "a"}, "lacks AWS_SECRET_ACCESS_KEY", id="half"),
         pytest.param(
-            {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": ""}, "or it is empty there", id="empty"
+            {"token": "t"},
+            "must have a value for AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            id="another-kind",
+        ),
+        pytest.param({"AWS_ACCESS_KEY_ID": "a"}, "must have a value for AWS_SECRET_ACCESS_KEY", id="half"),
+        pytest.param(
+            {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": ""},
+            "must have a value for AWS_SECRET_ACCESS_KEY",
+            id="empty",
         ),
     ],
 )
@@ -51,8 +57,8 @@ def test_a_secret_without_its_keys_is_refused(tmp_path: Path, keys: dict[str, st
         read_credentials("output", S3_KEYS, environ)
 
     assert said in str(refused.value)
-    assert str(refused.value).startswith("the Secret of output.credentialsSecret")
-    assert f"its keys: {', '.join(sorted(keys))}" in str(refused.value)
+    assert str(refused.value).startswith("the Secret named by output.credentialsSecret")
+    assert f"its keys are: {', '.join(sorted(keys))}" in str(refused.value)
 
 
 def test_the_first_bundle_that_is_named_is_taken(tmp_path: Path) -> None:
@@ -67,7 +73,7 @@ def test_the_first_bundle_that_is_named_is_taken(tmp_path: Path) -> None:
 
 def test_a_bundle_that_is_not_there_is_an_error() -> None:
     """Rather than connections that nobody can explain."""
-    with pytest.raises(ConfigurationError, match="SSL_CERT_FILE is /nowhere, and there is no such file"):
+    with pytest.raises(ConfigurationError, match="SSL_CERT_FILE is /nowhere, which is not a file"):
         ca_bundle({"SSL_CERT_FILE": "/nowhere"}, "SSL_CERT_FILE")
 
 

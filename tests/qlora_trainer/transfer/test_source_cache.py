@@ -9,26 +9,26 @@ import pytest
 from qlora_contract.places import resolve
 from qlora_contract.remote import fetched_uri, parse_remote
 from qlora_trainer.errors import StorageFull
-from qlora_trainer.remote.files import RemoteFile
-from qlora_trainer.remote.shelf import Shelf
+from qlora_trainer.transfer.remote_files import RemoteFile
+from qlora_trainer.transfer.source_cache import Snapshot
 
 FILES = [RemoteFile("sub/a.jsonl", 3), RemoteFile("sub/b.jsonl", 5)]
 
 
-def shelf(workspace: Path, uri: str = "hf://datasets/org/name/sub") -> Shelf:
+def shelf(workspace: Path, uri: str = "hf://datasets/org/name/sub") -> Snapshot:
     """A shelf with its folders."""
-    made = Shelf(workspace, parse_remote(uri), "c0ffee")
-    made.prepare()
+    made = Snapshot(workspace, parse_remote(uri), "c0ffee")
+    made.make_folders()
     return made
 
 
-def fill(made: Shelf) -> None:
+def fill(made: Snapshot) -> None:
     """Put the files there, and the manifest."""
     for file in FILES:
         path = made.files / file.name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x" * file.size)
-    made.finish({file.name: "0" * 64 for file in FILES}, FILES)
+    made.write_manifest({file.name: "0" * 64 for file in FILES}, FILES)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def fill(made: Shelf) -> None:
 )
 def test_it_lies_where_run_json_says(tmp_path: Path, uri: str) -> None:
     """The trainer reads by the contract's own function; a file's name is its path in the repository or bucket."""
-    made = Shelf(tmp_path / "work", parse_remote(uri), "c0ffee")
+    made = Snapshot(tmp_path / "work", parse_remote(uri), "c0ffee")
     read = resolve(fetched_uri("pvc://claim/work", parse_remote(uri), "c0ffee"), {"claim": tmp_path})
 
     assert read == made.files / made.remote.path
@@ -45,12 +45,12 @@ def test_it_lies_where_run_json_says(tmp_path: Path, uri: str) -> None:
 def test_without_a_manifest_nothing_is_whole(tmp_path: Path) -> None:
     """It is written last, so whatever lies there before is part of something."""
     made = shelf(tmp_path)
-    assert not made.whole()
+    assert not made.is_complete()
 
     fill(made)
-    assert made.whole()
+    assert made.is_complete()
     made.manifest.unlink()
-    assert not made.whole()
+    assert not made.is_complete()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_damage_is_seen(tmp_path: Path, damage: object) -> None:
     fill(made)
     damage(made)  # type: ignore[operator]
 
-    assert not made.whole()
+    assert not made.is_complete()
 
 
 def test_paths_of_one_revision_are_whole_each_by_itself(tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_paths_of_one_revision_are_whole_each_by_itself(tmp_path: Path) -> None:
     one, other = shelf(tmp_path), shelf(tmp_path, "hf://datasets/org/name/sub/a.jsonl")
     fill(one)
 
-    assert (one.whole(), other.whole()) == (True, False)
-    assert other.bytes_there(FILES[0]) == 3
+    assert (one.is_complete(), other.is_complete()) == (True, False)
+    assert other.bytes_present(FILES[0]) == 3
 
 
 def test_parts_count_as_there(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_parts_count_as_there(tmp_path: Path) -> None:
     made = shelf(tmp_path)
     made.part(FILES[1]).write_bytes(b"xx")
 
-    assert [made.bytes_there(file) for file in FILES] == [0, 2]
+    assert [made.bytes_present(file) for file in FILES] == [0, 2]
 
 
 def test_a_link_is_no_file(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_link_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"xxx")
     (made.files / "sub/a.jsonl").symlink_to(tmp_path / "elsewhere")
 
-    assert not made.has(FILES[0])
+    assert not made.contains(FILES[0])
 
 
 def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path)
     made.check_space(FILES)
     with pytest.raises(
-        StorageFull, match=r"hf://datasets/org/name/sub needs [\d,]+\.\d MiB more, and the workspace has"
+        StorageFull, match=r"hf://datasets/org/name/sub needs another [\d.]+ [KMGT]iB, and the workspace has"
     ):
         made.check_space([RemoteFile("x", 2 * free.f_blocks * free.f_frsize)])
 

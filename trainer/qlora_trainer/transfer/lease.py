@@ -1,9 +1,12 @@
-"""Who fetches into a folder, so that others wait instead of fetching the same.
+"""Who fetches into a directory, so that other jobs wait for its files instead of downloading the same ones.
 
 A file with its holder's name and a count that grows while the holder lives. Not a lock of the kernel's: those
-are lost over NFS, or held for ever by a node that is gone. Whether a holder lives is told by the file changing, never
-by comparing the clocks of two machines. Only an optimisation: should two hold it after all, they write the same
-bytes to the same places, and the checks before a file gets its name still hold.
+are lost over NFS, or held for ever by a node that is gone. Whether a holder lives is seen by the file changing, never
+by comparing the clocks of two machines.
+
+Correctness does not depend on it: should two hold it after all, they write the same bytes to the same places, and each
+file is verified before it gets its name. What depends on it is that jobs that start together, such as those of a
+sweep, download and store a model once; without it, ten of them would need ten times the traffic and the disk.
 """
 
 import contextlib
@@ -16,40 +19,40 @@ from pathlib import Path
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 10.0
-"""A lease that has not changed for so long is a dead one's: some beats, and a server of files that stalls."""
-LOOK_SECONDS = 0.2
+"""The holder of a lease that has not changed for so long is dead: some beats, and a file server that stalls."""
+POLL_SECONDS = 0.2
 
 
 class LeaseLost(Exception):  # noqa: N818 - what happened
-    """Another one has taken the lease over, as we gave no sign of life."""
+    """Another process has taken the lease over, as we gave no sign of life."""
 
 
 class Lease:
-    """A lease that is held."""
+    """A lease that is held. A thread renews it."""
 
     def __init__(self, path: Path, owner: str) -> None:
         self._path = path
         self._owner = owner
         self._lost = threading.Event()
-        self._over = threading.Event()
-        self._beats = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._beats.start()
+        self._released = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._renewal.start()
 
     def check(self) -> None:
-        """Raises LeaseLost."""
+        """Raises LeaseLost when another process holds the lease now."""
         if self._lost.is_set():
             raise LeaseLost
 
     def release(self) -> None:
         """Let others have it."""
-        self._over.set()
-        self._beats.join()
+        self._released.set()
+        self._renewal.join()
         if _owner(_read(self._path)) == self._owner:
             self._path.unlink(missing_ok=True)
 
-    def _beat(self) -> None:
+    def _renew(self) -> None:
         count = 0
-        while not self._over.wait(BEAT_SECONDS):
+        while not self._released.wait(BEAT_SECONDS):
             count += 1
             try:
                 if _owner(_read(self._path)) != self._owner:
@@ -58,12 +61,12 @@ class Lease:
                 with self._path.open("r+") as stream:
                     stream.write(f"{self._owner} {count}")
             except OSError:
-                continue  # the file server's bad moment; if it is more, the others take over
+                continue  # the file server may recover; if it does not, another process takes over
 
 
 @contextmanager
 def leased(path: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Lease]:
-    """Hold the lease of a path, once nobody else does who lives."""
+    """Hold the lease at a path, once no living process holds it."""
     lease = _acquire(path, stale_seconds)
     try:
         yield lease
@@ -81,7 +84,7 @@ def _acquire(path: Path, stale_seconds: float) -> Lease:
             seen, since = content, now
         elif now - since > stale_seconds:
             _take_away(path, content)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return Lease(path, owner)
 
 
@@ -95,11 +98,11 @@ def _create(path: Path, owner: str) -> bool:
 
 
 def _take_away(path: Path, dead: str) -> None:
-    """Remove a dead one's lease, which had this content; another's is left, or put back."""
+    """Remove the lease of a dead holder, which had this content; that of another is left, or put back."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
-        path.rename(aside)  # of several who try, one gets it
-        if _read(aside) != dead:  # somebody was quicker, and this is the new holder's
+        path.rename(aside)  # of several processes that try, one succeeds
+        if _read(aside) != dead:  # another process was quicker, and this is its lease
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(aside)
         aside.unlink()

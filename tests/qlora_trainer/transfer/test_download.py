@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.errors import StorageFull, TransferFailed
-from qlora_trainer.remote.download import Download
-from qlora_trainer.remote.files import Choose, Digest, RemoteFile
-from qlora_trainer.remote.patience import Interrupted, Patience
+from qlora_trainer.transfer.download import Downloader
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Selection
+from qlora_trainer.transfer.retry import Retrier, TransientError
 
 DATA = bytes(range(256)) * 16
 FILE = RemoteFile("sub/x", len(DATA), Digest("sha256", hashlib.sha256(DATA).hexdigest()))
@@ -27,7 +27,7 @@ class Server:
     answers: list[Answer]
     offsets: list[int] = field(default_factory=list)
 
-    def listing(self, revision: str, choose: Choose) -> tuple[str, list[RemoteFile]]:
+    def list_files(self, revision: str, choose: Selection) -> tuple[str, list[RemoteFile]]:
         """Not asked for here."""
         raise NotImplementedError
 
@@ -48,7 +48,7 @@ def broken(after: int) -> Answer:
 
     def answer(rest: bytes) -> Iterable[bytes]:
         yield rest[:after]
-        raise Interrupted("broke off")
+        raise TransientError("broke off")
 
     return answer
 
@@ -97,8 +97,8 @@ class Place:
         def sleep(seconds: float) -> None:
             now[0] += seconds
 
-        patience = Patience(10, lambda: now[0], sleep)
-        return Download("hf://org/name", "main", server, patience, self.count).fetch(
+        patience = Retrier(10, lambda: now[0], sleep)
+        return Downloader("hf://org/name", "main", server, patience, self.count).fetch(
             file, self.part, self.target
         )
 
@@ -180,10 +180,11 @@ def test_wrong_bytes_twice_are_an_error(place: Place) -> None:
     with pytest.raises(TransferFailed) as failed:
         place.fetch(Server([wrong]))
 
-    assert "sub/x of hf://org/name (revision main) came 2 times" in str(failed.value)
-    assert (
-        f"its sha256 is {hashlib.sha256(bytes(len(DATA))).hexdigest()} and must be {FILE.digest.value}"
-        in str(failed.value)
+    assert "sub/x of hf://org/name (revision main) was downloaded 2 times and never matched" in str(
+        failed.value
+    )
+    assert f"its sha256 is {hashlib.sha256(bytes(len(DATA))).hexdigest()}, not {FILE.digest.value}" in str(
+        failed.value
     )  # type: ignore[union-attr]
     assert not place.part.exists()
     assert not place.target.exists()
@@ -191,7 +192,7 @@ def test_wrong_bytes_twice_are_an_error(place: Place) -> None:
 
 def test_more_than_there_should_be_is_cut_off(place: Place) -> None:
     """A server that never stops does not fill the disk."""
-    with pytest.raises(TransferFailed, match="it has more than 4,096 bytes"):
+    with pytest.raises(TransferFailed, match="it is longer than 4,096 bytes"):
         place.fetch(Server([endless]))
 
     assert not place.target.exists()
@@ -200,7 +201,7 @@ def test_more_than_there_should_be_is_cut_off(place: Place) -> None:
 def test_a_server_that_stops_early_again_and_again_is_an_error(place: Place) -> None:
     """Even if it says nothing of it; what has arrived is kept for the next attempt."""
     nothing: Answer = lambda rest: []  # noqa: E731
-    with pytest.raises(TransferFailed, match=r"broke off after 1 of 4,096 bytes; given up"):
+    with pytest.raises(TransferFailed, match=r"broke off after 1 of 4,096 bytes; gave up"):
         place.fetch(Server([short, nothing]))
 
     assert place.part.read_bytes() == DATA[:1]

@@ -1,0 +1,124 @@
+"""Remote sources into the workspace: once for all of its jobs, at the revision that each job keeps."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qlora_contract.places import job_folder, resolve
+from qlora_contract.remote import Remote, is_remote, parse_remote
+from qlora_contract.run import Fetched, RunConfig
+from qlora_trainer.errors import TransferRefused
+from qlora_trainer.transfer.connect import connect
+from qlora_trainer.transfer.download import Downloader
+from qlora_trainer.transfer.lease import Lease, LeaseLost, leased
+from qlora_trainer.transfer.remote_files import RemoteFile, Server, hash_file, select_files
+from qlora_trainer.transfer.retry import Retrier, log
+from qlora_trainer.transfer.revisions import SOURCES, PinnedRevisions, SourceRole
+from qlora_trainer.transfer.source_cache import Snapshot
+
+CountBytes = Callable[[int, int], None]
+"""count(done, total): how many bytes to add to what is done, and to what there is to do."""
+
+
+class SourceFetcher:
+    """Fetches the remote sources of a job."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        volumes: Mapping[str, Path],
+        environ: Mapping[str, str],
+        retrier: Retrier,
+        count: CountBytes,
+    ) -> None:
+        """Say for which job, and where to.
+
+        Args:
+            run: the job.
+            volumes: claim -> directory.
+            environ: addresses, certificates, and where credentials are.
+            retrier: how long to go on without progress.
+            count: called with the bytes that are to come, and as they come.
+        """
+        self._workspace = resolve(run.workspace, volumes)
+        self._pins = PinnedRevisions(job_folder(run.workspace, run.job.name, volumes), run)
+        self._run = run
+        self._environ = environ
+        self._retrier = retrier
+        self._count = count
+
+    def fetch_all(self) -> Fetched:
+        """Fetch what is not in the workspace, and return the revisions of all remote sources.
+
+        Raises:
+            TransferRefused: a source is missing, has nothing to train on, or refuses us.
+            TransferFailed: a server does not answer as it should.
+            StorageFull, ConfigurationError: the workspace cannot take the files.
+        """
+        return Fetched(**{role: self._fetch(role) for role in SOURCES if is_remote(self._uri(role))})
+
+    def _uri(self, role: SourceRole) -> str:
+        return str(getattr(self._run, role).source)
+
+    def _fetch(self, role: SourceRole) -> str:
+        """The revision of a source, all files of which are in the workspace now."""
+        remote = parse_remote(self._uri(role))
+        pinned = self._pins.get(role)
+        if pinned is not None and Snapshot(self._workspace, remote, pinned).is_complete():
+            log(f"{remote.uri} is in the workspace already, at {pinned}")
+            return pinned
+        server = self._retrier.call(lambda: connect(remote, role, self._environ, self._retrier.limit_seconds))
+        revision, files = self._list_files(role, remote, server, pinned)
+        if remote.kind != "bucket":
+            self._pins.set(role, revision)  # at once: an interrupted fetch is resumed at this revision
+        self._complete(Snapshot(self._workspace, remote, revision), files, server)
+        self._pins.set(role, revision)
+        return revision
+
+    def _list_files(
+        self, role: SourceRole, remote: Remote, server: Server, pinned: str | None
+    ) -> tuple[str, list[RemoteFile]]:
+        """(revision, files); the pinned revision where there is one."""
+        revision, files = self._retrier.call(
+            lambda: server.list_files(
+                pinned or getattr(self._run, role).revision,
+                lambda files: select_files(role, remote, files),
+            )
+        )
+        if pinned not in (None, revision):
+            raise TransferRefused(
+                f"{remote.uri} has changed since this job first fetched it: it was {pinned} and is now {revision}, and "
+                "the earlier files are no longer in the workspace; to train on the new ones, choose another "
+                "metadata.name"
+            )
+        return revision, files
+
+    def _complete(self, snapshot: Snapshot, files: list[RemoteFile], server: Server) -> None:
+        """Download what is missing of a snapshot, or wait for the job that does."""
+        snapshot.make_folders()
+        while not snapshot.is_complete():
+            try:
+                with leased(snapshot.lease) as lease:
+                    if not snapshot.is_complete():
+                        self._download(snapshot, files, server, lease)
+            except LeaseLost:
+                log(f"{snapshot.remote.uri}: another job is fetching it now; waiting for that job")
+        log(f"{snapshot.remote.uri} is in the workspace, at {snapshot.revision}")
+
+    def _download(self, snapshot: Snapshot, files: list[RemoteFile], server: Server, lease: Lease) -> None:
+        snapshot.check_space(files)
+        self._count(sum(map(snapshot.bytes_present, files)), sum(file.size for file in files))
+
+        def on_bytes(count: int) -> None:
+            lease.check()
+            self._count(count, 0)
+
+        download = Downloader(snapshot.remote.uri, snapshot.revision, server, self._retrier, on_bytes)
+        sha256: dict[str, str] = {}
+        for file in files:
+            target = snapshot.files / file.name
+            if snapshot.contains(file):  # fetched by an interrupted job, or for another path
+                sha256[file.name], found = hash_file(target, file.digest)
+                if file.digest is None or found == file.digest.value:
+                    continue
+            sha256[file.name] = download.fetch(file, snapshot.part(file), target)
+        snapshot.write_manifest(sha256, files)

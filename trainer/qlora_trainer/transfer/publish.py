@@ -1,0 +1,48 @@
+"""The finished adapter to where output.destination says."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qlora_contract.places import MANIFEST, job_folder
+from qlora_contract.remote import parse_remote
+from qlora_contract.run import RunConfig
+from qlora_trainer.errors import ConfigurationError
+from qlora_trainer.storage import JobFolder, read_manifest
+from qlora_trainer.transfer.connect import connect
+from qlora_trainer.transfer.retry import Retrier
+
+
+def publish(
+    run: RunConfig,
+    volumes: Mapping[str, Path],
+    environ: Mapping[str, str],
+    retrier: Retrier,
+    count: Callable[[int, int], None],
+) -> str:
+    """Upload the adapter, and return the URI of the copy.
+
+    Args:
+        run: the job, with a destination.
+        volumes: claim -> directory.
+        environ: addresses, certificates, and where credentials are.
+        retrier: how long to go on without progress.
+        count: count(done, total): how many bytes to add to what is done, and to what there is to do.
+
+    Raises:
+        ConfigurationError: there is no destination, or no complete adapter.
+        Fenced: another attempt owns the job's folder now.
+        TransferRefused: the destination is missing, or refuses us.
+        TransferFailed: the destination does not answer as it should.
+    """
+    if run.output.destination is None:
+        raise ConfigurationError("output.destination is not set: there is nowhere to send the adapter")
+    folder = JobFolder(job_folder(run.workspace, run.job.name, volumes), run)
+    folder.claim()
+    manifest = read_manifest(folder.adapter)
+    if manifest is None:
+        raise ConfigurationError(f"{folder.adapter} is not a complete adapter; run the job to its end first")
+    names = sorted(manifest["files"])
+    remote = parse_remote(run.output.destination)
+    server = retrier.call(lambda: connect(remote, "output", environ, retrier.limit_seconds))
+    count(0, sum((folder.adapter / name).stat().st_size for name in (*names, MANIFEST)))
+    return server.upload(folder.adapter, names, folder.check_fence, lambda sent: count(sent, 0), retrier)

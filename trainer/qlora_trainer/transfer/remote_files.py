@@ -1,0 +1,114 @@
+"""Files of a repository or bucket: which of them training reads, and what their bytes must hash to."""
+
+import hashlib
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Literal, Protocol
+
+from qlora_contract.remote import Remote
+from qlora_trainer.errors import TransferRefused
+from qlora_trainer.transfer.credentials import Role
+
+CHUNK_BYTES = 1 << 20
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+"""Weights, configuration, tokenizer, chat template. Pickles and code are never fetched."""
+MODEL_WEIGHTS = "model*.safetensors"
+"""Where a repository has these, its other safetensors are copies in another form."""
+DATASET_FILES = ("*.jsonl",)
+MAX_NAMES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a file's bytes must hash to."""
+
+    algorithm: Literal["sha256", "md5", "git-sha1"]
+    """`git-sha1`: the name that git gives the blob."""
+    value: str
+    """Hexadecimal."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to fetch."""
+
+    name: str
+    """Path within the repository or bucket."""
+    size: int
+    digest: Digest | None = None
+    """None: the server tells the size only."""
+    etag: str = ""
+    """By what S3 identifies this content."""
+
+
+Selection = Callable[[Sequence[RemoteFile]], list[RemoteFile]]
+"""Takes the files that are wanted; raises TransferRefused when nothing usable is among them."""
+
+
+class Server(Protocol):
+    """A source. Its methods raise TransferRefused, TransferFailed, or TransientError for what may pass."""
+
+    def list_files(self, revision: str, select: Selection) -> tuple[str, list[RemoteFile]]:
+        """(the revision that a branch, tag or name stands for, its selected files)."""
+
+    def read(self, revision: str, file: RemoteFile, offset: int) -> Generator[bytes]:
+        """The bytes of a file from an offset on."""
+
+
+def select_files(role: Role, remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """The files of a source that training reads, sorted by name.
+
+    Raises:
+        TransferRefused: training could read none of them, or one has a name that would leave its directory.
+    """
+    for file in files:
+        check_name(remote, file.name)
+    near = [f for f in files if remote.path in (PurePosixPath(f.name), PurePosixPath(f.name).parent)]
+    patterns = MODEL_FILES if role == "model" else DATASET_FILES
+    selected = [file for file in near if _matches(file, *patterns)]
+    if any(_matches(file, MODEL_WEIGHTS) for file in selected):
+        selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
+    if not any(_matches(file, patterns[0]) for file in selected):
+        raise TransferRefused(f"{remote.uri} has no {patterns[0]}: {_what_is_there(near)}")
+    return sorted(selected, key=lambda file: file.name)
+
+
+def _matches(file: RemoteFile, *patterns: str) -> bool:
+    name = PurePosixPath(file.name).name
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _what_is_there(files: Sequence[RemoteFile]) -> str:
+    if not files:
+        return "no file has that name, and there are no files directly in a folder of that name"
+    names = sorted(PurePosixPath(file.name).name for file in files)
+    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
+
+
+def check_name(remote: Remote, name: str) -> None:
+    """Raises TransferRefused for a name that would be written outside its directory."""
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise TransferRefused(
+            f"{remote.uri} has a file named {name[:200]!r}, which is not a relative path, or leads out of its "
+            "directory; nothing is fetched from it"
+        )
+
+
+def hash_file(path: Path, digest: Digest | None) -> tuple[str, str]:
+    """(sha256 of a file, its hash by the digest's algorithm), hexadecimal, in one pass over its bytes."""
+    sha256 = hashlib.sha256()
+    algorithm = digest.algorithm if digest else "sha256"
+    other = sha256
+    if algorithm == "md5":
+        other = hashlib.md5(usedforsecurity=False)
+    elif algorithm == "git-sha1":
+        other = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            sha256.update(chunk)
+            if other is not sha256:
+                other.update(chunk)
+    return sha256.hexdigest(), other.hexdigest()
