@@ -40,7 +40,7 @@ def commit(sound: Remotes) -> str:
 @pytest.fixture
 def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., Fetched]:
     """Fetch for a job, in this process."""
-    (transfers.folder / "claim").mkdir()
+    (transfers.folder / "claim").mkdir(exist_ok=True)
     keys = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret"}
     for role in ("model", "dataset"):
         transfers.credentials(role, token=HUB_TOKEN, **keys)
@@ -362,3 +362,87 @@ def test_the_manifest_has_the_hashes(
 
     expected = {"size": len(WEIGHTS), "sha256": hashlib.sha256(WEIGHTS).hexdigest()}
     assert manifest["files"]["model.safetensors"] == expected
+
+
+MODEL_COMMIT = "ab35140fd3c8641226cda5b7292d1ac77ca93e9b"
+SETS = "f46e786a0e33c2295b7fc20f90917be06b7b22549b00879e3b3858128f9b1c2c"
+RELEASE_0_1_0 = {
+    f"sources/hf/org/name/{MODEL_COMMIT}/config.json": "{}",
+    f"sources/hf/org/name/{MODEL_COMMIT}/model.safetensors": "weights",
+    f"sources/hf/org/name/.{MODEL_COMMIT}/manifest-cdb4ee2aea69cc6a.json": {
+        "source": "hf://org/name",
+        "revision": MODEL_COMMIT,
+        "files": {
+            "config.json": {
+                "size": 2,
+                "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+            },
+            "model.safetensors": {
+                "size": 7,
+                "sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+            },
+        },
+    },
+    f"sources/s3/team/{SETS}/sets/a.jsonl": "{}\n",
+    f"sources/s3/team/.{SETS}/manifest-82c6db3dbf4ab471.json": {
+        "source": "s3://team/sets",
+        "revision": SETS,
+        "files": {
+            "sets/a.jsonl": {
+                "size": 3,
+                "sha256": "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356",
+            },
+            "sets/b.jsonl": {
+                "size": 3,
+                "sha256": "37517e5f3dc66819f61f5a7bb8ace1921282415f10551d2defa5c3eb0985b570",
+            },
+        },
+    },
+    f"sources/s3/team/{SETS}/sets/b.jsonl": "[]\n",
+    "jobs/j/fetched.json": {
+        "model": {"source": "hf://org/name", "revision": "main", "found": MODEL_COMMIT},
+        "dataset": {"source": "s3://team/sets", "revision": "main", "found": SETS},
+    },
+}
+"""A workspace as release 0.1.0 left it."""
+
+
+@pytest.fixture
+def old_workspace(transfers: Transfers, sound: Remotes) -> dict[str, Any]:
+    """The workspace of release 0.1.0, the servers that it was fetched from, and its job's sources."""
+    for name, content in RELEASE_0_1_0.items():
+        path = transfers.workspace / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+    sound.hub.commit("org/name", {"config.json": b"{}", "model.safetensors": b"weights"})
+    for name, data in (("a", b"{}\n"), ("b", b"[]\n")):
+        sound.put(f"sets/{name}.jsonl", data)
+    return {"model": {"source": "hf://org/name"}, "dataset": {"source": "s3://team/sets"}}
+
+
+def test_what_release_0_1_0_fetched_is_not_fetched_again(
+    fetch: Callable[..., Fetched], old_workspace: dict[str, Any], sound: Remotes
+) -> None:
+    """Neither for its job, which need not reach the servers, nor for a new one, which finds the same revisions."""
+    expected = Fetched(model=MODEL_COMMIT, dataset=SETS)
+
+    assert fetch(**old_workspace) == expected
+    assert sound.hub_wire.passed == sound.s3_wire.passed == []
+    assert fetch(name="new", **old_workspace) == expected
+    asked = [
+        each.path for wire in (sound.hub_wire, sound.s3_wire) for each in wire.passed if each.method == "GET"
+    ]
+    assert all("/api/" in path or "list-type" in path for path in asked)
+
+
+def test_a_part_of_release_0_1_0_is_resumed(
+    fetch: Callable[..., Fetched], transfers: Transfers, old_workspace: dict[str, Any], sound: Remotes
+) -> None:
+    """A fetch that an upgrade interrupted goes on where it was."""
+    (transfers.sources / f"s3/team/{SETS}/sets/a.jsonl").unlink()
+    part = transfers.sources / f"s3/team/.{SETS}/parts" / hashlib.sha256(b"sets/a.jsonl").hexdigest()
+    part.parent.mkdir()
+    part.write_bytes(b"{}")
+
+    assert fetch(**old_workspace).dataset == SETS
+    assert sound.s3_wire.sent("/sets/a.jsonl") == 1

@@ -137,6 +137,22 @@ def test_it_stops_at_once_when_asked(transfers: Transfers, sound: Remotes, numbe
     assert sound.hub_wire.sent("/cdn/") <= len(WEIGHTS) - 900_000
 
 
+def test_a_fetch_from_s3_stops_at_once_when_asked(transfers: Transfers, sound: Remotes) -> None:
+    """However long S3 says nothing; what has arrived is not fetched again."""
+    held = threading.Event()
+    sound.s3_wire.fault(stall(800_000, held), path="/sets/train.jsonl")
+    process = transfers.start(**DATASET)
+    until(lambda: part_bytes(transfers.sources) >= 700_000)
+    process.send_signal(signal.SIGTERM)
+    end = transfers.wait(process)
+    held.set()
+    assert (end.code, end.report.reason) == (ExitCode.TERMINATED, "TERMINATED")
+
+    sound.s3_wire.passed.clear()
+    assert transfers.run(**DATASET).code == 0
+    assert sound.s3_wire.sent("/sets/train.jsonl") <= len(DATA) - 700_000
+
+
 def test_a_killed_fetch_is_gone_on_from(transfers: Transfers, sound: Remotes) -> None:
     """SIGKILL in the middle of a file: the next attempt waits for nobody for ever, and asks for the rest alone."""
     process, held = start_and_hold(transfers, sound)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_trainer.errors import ConfigurationError, Fenced, TransferFailed, TransferRefused
+from qlora_trainer.transfer import s3
 from qlora_trainer.transfer.publish import publish
 from qlora_trainer.transfer.retry import Retrier
 from testcluster.faulty_http import Fault, answer
@@ -243,3 +244,50 @@ def test_bytes_are_counted(send: Callable[..., str], manifest: bytes) -> None:
 
         send(count=count, **destination)
         assert sums == [whole, whole]
+
+
+PART = 5 << 20
+LARGE = ADAPTER | {"adapter_model.safetensors": bytes(range(256)) * 48_000}
+"""Three parts, the last of them smaller."""
+
+
+@pytest.fixture
+def large(transfers: Transfers, manifest: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that goes to S3 in parts, which are as small as S3 allows."""
+    monkeypatch.setattr(s3, "PART_BYTES", PART)
+    write_adapter(transfers.job() / "adapter", LARGE)
+
+
+def test_a_large_file_is_sent_in_parts(send: Callable[..., str], large: None, sound: Remotes) -> None:
+    """A part that fails is sent again by itself."""
+    path = "/adapters/j/adapter_model.safetensors"
+    sound.s3_wire.fault(answer(503), path=f"{path}?partNumber=2", method="PUT")
+    sent: list[int] = []
+    send(count=lambda done, total: sent.append(done), **S3)
+
+    parts = [each for each in sound.s3_wire.passed if each.path.startswith(f"/{BUCKET}{path}?partNumber")]
+    assert [each.path.partition("partNumber=")[2][0] for each in parts] == ["1", "2", "2", "3"]
+    assert objects(sound)["adapters/j/adapter_model.safetensors"] == LARGE["adapter_model.safetensors"]
+    assert sent.count(PART) == 2
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["lost-answer", "never-arrived"])
+def test_parts_become_one_object_whatever_happens_to_the_answer(
+    send: Callable[..., str], large: None, sound: Remotes, lost: bool
+) -> None:
+    """When S3 had put them together before the connection broke, nothing is sent again."""
+    fault = Fault(change=lambda chunks: iter(())) if lost else answer(503)
+    sound.s3_wire.fault(fault, path="uploadId=", method="POST")
+    send(**S3)
+
+    assert objects(sound)["adapters/j/adapter_model.safetensors"] == LARGE["adapter_model.safetensors"]
+    assert sum("partNumber" in each.path for each in sound.s3_wire.passed) == 3
+
+
+def test_parts_of_a_failed_upload_are_removed(send: Callable[..., str], large: None, sound: Remotes) -> None:
+    """Nobody would see them, and somebody pays for them."""
+    sound.s3_wire.fault(answer(403), path="partNumber=3", method="PUT")
+    with pytest.raises(TransferRefused, match="HTTP 403"):
+        send(**S3)
+
+    assert "Uploads" not in sound.s3.list_multipart_uploads(Bucket=BUCKET)

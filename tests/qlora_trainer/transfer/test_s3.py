@@ -106,7 +106,9 @@ def test_bytes_come_from_an_offset_on(here: dict[str, str], data: RemoteFile, of
 def test_what_was_changed_is_not_read(here: dict[str, str], sound: Remotes, data: RemoteFile) -> None:
     """Half of the old and half of the new would be neither."""
     sound.put("sets/train.jsonl", b"another")
-    with pytest.raises(TransferFailed, match=r"s3://team/sets/train\.jsonl was changed while it was being fetched"):
+    with pytest.raises(
+        TransferFailed, match=r"s3://team/sets/train\.jsonl was changed while it was being fetched"
+    ):
         list(s3(here).read("", data, 0))
 
 
@@ -241,6 +243,14 @@ def test_a_connection_that_breaks_may_pass(here: dict[str, str], sound: Remotes,
         deque(map(read.extend, s3(here).read("", data, 0)))
 
     assert read == DATA[:3_000_000]
+
+
+@pytest.mark.parametrize("body", [b"<html>sign in", b"sign in", b"{}"])
+def test_an_answer_that_is_not_of_s3_may_pass(here: dict[str, str], sound: Remotes, body: bytes) -> None:
+    """A captive portal, say, between us and S3."""
+    sound.s3_wire.fault(answer(200, body))
+    with pytest.raises(TransientError, match=r"s3://team/sets: (HTTP 500|ResponseParserError)"):
+        listed(s3(here))
 
 
 def test_nobody_there_may_pass(here: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
