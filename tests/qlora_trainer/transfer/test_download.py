@@ -207,6 +207,20 @@ def test_a_server_that_stops_early_again_and_again_is_an_error(place: Place) -> 
     assert place.part.read_bytes() == DATA[:1]
 
 
+@pytest.mark.parametrize("before", [0, 1000, len(DATA)], ids=["begun", "half", "all"])
+def test_two_at_once_both_end_well(place: Place, before: int) -> None:
+    """One was stopped for so long that another took its lease over and finished the same part."""
+    other = Place(place.folder)
+
+    def overtaken(rest: bytes) -> Iterable[bytes]:
+        yield rest[:before]
+        other.fetch(Server([whole]))
+        yield rest[before:]
+
+    assert place.fetch(Server([overtaken])) == FILE.digest.value  # type: ignore[union-attr]
+    assert place.target.read_bytes() == other.target.read_bytes() == DATA
+
+
 def test_an_empty_file_needs_no_server(place: Place) -> None:
     """There is no range of it to ask for."""
     server = Server([whole])

@@ -4,9 +4,9 @@ A file with its holder's name and a count that grows while the holder lives. Not
 are lost over NFS, or held for ever by a node that is gone. Whether a holder lives is seen by the file changing, never
 by comparing the clocks of two machines.
 
-Correctness does not depend on it: should two hold it after all, they write the same bytes to the same places, and each
-file is verified before it gets its name. What depends on it is that jobs that start together, such as those of a
-sweep, download and store a model once; without it, ten of them would need ten times the traffic and the disk.
+Should two hold it after all, they write the same bytes to the same places, and each file is verified before it gets
+its name. But jobs that start together, such as those of a sweep, download a model once only because of this
+(docs/decisions/0019).
 """
 
 import contextlib
