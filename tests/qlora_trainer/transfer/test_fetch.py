@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qlora_contract import places
+from qlora_contract.paths import resolve
 from qlora_contract.run import Fetched
 from qlora_trainer.errors import ConfigurationError, StorageFull, TransferFailed, TransferRefused
 from qlora_trainer.transfer.fetch import SourceFetcher
@@ -81,8 +81,8 @@ def test_a_model_and_a_dataset_are_fetched(
     assert not any(path.is_symlink() for path in transfers.sources.rglob("*"))
     run = transfers.config("train", fetched=fetched, **HUB, **S3)
     volumes = {"claim": transfers.folder / "claim"}
-    assert places.resolve(run.dataset_uri, volumes).read_bytes() == DATA
-    assert (places.resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
+    assert resolve(run.dataset_uri, volumes).read_bytes() == DATA
+    assert (resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
 
 
 def test_sources_on_claims_are_left_alone(fetch: Callable[..., Fetched], sound: Remotes) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_contract.places import resolve
+from qlora_contract.paths import resolve
 from qlora_contract.remote import fetched_uri, parse_remote
 from qlora_trainer.errors import StorageFull
 from qlora_trainer.transfer.remote_files import RemoteFile

@@ -15,19 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.env import PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.places import (
-    PARENT_DEATH_ENV,
-    RUN_CONFIG_ENV,
-    RUN_CONFIG_PATH,
-    PlaceError,
-    volume_map,
-)
-from qlora_contract.progress import ProgressReport, Stage, TerminationReport
+from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
+from qlora_contract.progress import Stage, TerminationReport
 from qlora_contract.run import Fetched, RunConfig
-from qlora_contract.units import first_line, now
-from qlora_trainer.errors import ConfigurationError, Terminated, TrainerError, from_os_error
-from qlora_trainer.progress import Progress, ProgressServer, port_from_environ
+from qlora_contract.units import first_line
+from qlora_trainer.errors import ConfigurationError, Terminated, TrainerError, expected
+from qlora_trainer.progress import Progress, ProgressServer, port_from_environ, starting_report
 from qlora_trainer.report import announce
 from qlora_trainer.run_file import RunFileError, load_run
 from qlora_trainer.supervise import die_with_parent
@@ -51,8 +46,14 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
         end = transfer(environ)
     except StopRequested:
         end = _failure(Terminated("asked to stop; what has arrived is kept"))
+    except RunFileError as error:
+        end = _failure(ConfigurationError(str(error)))
     except Exception as error:  # whatever it is, it must be reported
-        end = _failure(_as_trainer_error(error, environ))
+        known = expected(error, "transferring")
+        if known is None:
+            log(redact("".join(traceback.format_exception(error)), environ))
+            known = TrainerError(f"unexpected {type(error).__name__}: {first_line(error)}")
+        end = _failure(known)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     announce(end.model_copy(update={"cause": redact(end.cause, environ)}), environ, log)
     return end.exit_code
@@ -75,7 +76,7 @@ def _handle_signals(environ: Mapping[str, str]) -> None:
 
 
 def transfer(environ: Mapping[str, str]) -> TerminationReport:
-    """Do what run.json asks for. Raises TrainerError, RunFileError, PlaceError or OSError."""
+    """Do what run.json asks for. Raises TrainerError, RunFileError, InvalidUriError or OSError."""
     run = load_run(Path(environ.get(RUN_CONFIG_ENV) or RUN_CONFIG_PATH))
     if run.stage not in STAGES:
         raise ConfigurationError(f"run.json has stage {run.stage!r}; a transfer does {' or '.join(STAGES)}")
@@ -101,17 +102,7 @@ class ByteProgress:
         self._stage = STAGES[run.stage]
         self._done = 0
         self._total = 0
-        self.progress = Progress(
-            ProgressReport(
-                job_uid=run.job.uid,
-                attempt=run.job.attempt,
-                stage=self._stage,
-                step=0,
-                total_steps=0,
-                epoch=0.0,
-                updated_time=now(),
-            )
-        )
+        self.progress = Progress(starting_report(run, self._stage))
 
     def count(self, done: int, total: int) -> None:
         """Add to the bytes that are done, and to those in all."""
@@ -138,18 +129,6 @@ def _success(cause: str, **facts: Any) -> TerminationReport:
 def _failure(error: TrainerError) -> TerminationReport:
     code = error.exit_code
     return TerminationReport(exit_code=code, reason=code.name, cause=str(error), host=socket.gethostname())
-
-
-def _as_trainer_error(error: Exception, environ: Mapping[str, str]) -> TrainerError:
-    """The foreseen error that ended the transfer; if it is none, its traceback goes to the log."""
-    if isinstance(error, TrainerError):
-        return error
-    if isinstance(error, RunFileError | PlaceError):
-        return ConfigurationError(str(error))
-    if isinstance(error, OSError) and (known := from_os_error(error, "transferring")) is not None:
-        return known
-    log(redact("".join(traceback.format_exception(error)), environ))
-    return TrainerError(f"unexpected {type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

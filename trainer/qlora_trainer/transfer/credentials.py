@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from qlora_contract.places import CREDENTIALS_ENV, CREDENTIALS_ROOT
+from qlora_contract.env import CREDENTIALS_ENV
+from qlora_contract.paths import CREDENTIALS_ROOT
 from qlora_trainer.errors import ConfigurationError, TransferRefused
 
 Role = Literal["model", "dataset", "output"]

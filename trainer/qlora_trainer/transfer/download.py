@@ -70,7 +70,9 @@ class Downloader:
                 sha256, mismatch = _verify(part, file)
                 if not mismatch:
                     part.replace(target)
-            except FileNotFoundError:  # our lease was taken over, and its new holder has finished the same part
+            except (
+                FileNotFoundError
+            ):  # our lease was taken over, and its new holder has finished the same part
                 sha256, mismatch = _verify(target, file)
             if not mismatch:
                 sync_folder(target.parent)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qlora_contract.places import job_folder, resolve
+from qlora_contract.job_folder import job_path
+from qlora_contract.paths import resolve
 from qlora_contract.remote import Remote, is_remote, parse_remote
 from qlora_contract.run import Fetched, RunConfig
 from qlora_trainer.errors import TransferRefused
@@ -40,7 +41,7 @@ class SourceFetcher:
             count: called with the bytes that are to come, and as they come.
         """
         self._workspace = resolve(run.workspace, volumes)
-        self._pins = PinnedRevisions(job_folder(run.workspace, run.job.name, volumes), run)
+        self._pins = PinnedRevisions(job_path(run.workspace, run.job.name, volumes), run)
         self._run = run
         self._environ = environ
         self._retrier = retrier

@@ -26,7 +26,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from qlora_contract.places import MANIFEST
+from qlora_contract.job_folder import MANIFEST
 from qlora_contract.remote import Remote
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused

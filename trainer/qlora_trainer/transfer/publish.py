@@ -3,11 +3,11 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qlora_contract.places import MANIFEST, job_folder
+from qlora_contract.job_folder import MANIFEST, job_path, read_manifest
 from qlora_contract.remote import parse_remote
 from qlora_contract.run import RunConfig
 from qlora_trainer.errors import ConfigurationError
-from qlora_trainer.storage import JobFolder, read_manifest
+from qlora_trainer.storage import JobFolder
 from qlora_trainer.transfer.connect import connect
 from qlora_trainer.transfer.retry import Retrier
 
@@ -36,8 +36,8 @@ def publish(
     """
     if run.output.destination is None:
         raise ConfigurationError("output.destination is not set: there is nowhere to send the adapter")
-    folder = JobFolder(job_folder(run.workspace, run.job.name, volumes), run)
-    folder.claim()
+    folder = JobFolder(job_path(run.workspace, run.job.name, volumes), run)
+    folder.acquire()
     manifest = read_manifest(folder.adapter)
     if manifest is None:
         raise ConfigurationError(f"{folder.adapter} is not a complete adapter; run the job to its end first")

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from qlora_contract.places import job_folder, resolve
+from qlora_contract.job_folder import job_path
+from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run import Fetched, RunConfig
 from qlora_trainer.errors import ConfigurationError
@@ -58,7 +59,7 @@ def with_pinned_revisions(run: RunConfig, volumes: Mapping[str, Path]) -> RunCon
     Raises:
         ConfigurationError: a remote source is not there.
     """
-    pins = PinnedRevisions(job_folder(run.workspace, run.job.name, volumes), run)
+    pins = PinnedRevisions(job_path(run.workspace, run.job.name, volumes), run)
     workspace = resolve(run.workspace, volumes)
     found: dict[str, str] = {}
     for role in SOURCES:

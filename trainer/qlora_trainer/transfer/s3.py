@@ -18,7 +18,7 @@ from botocore import UNSIGNED, exceptions
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
-from qlora_contract.places import MANIFEST
+from qlora_contract.job_folder import MANIFEST
 from qlora_contract.remote import Remote
 from qlora_trainer.errors import TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import S3_KEYS, S3_SESSION_KEY, Credentials, ca_bundle
