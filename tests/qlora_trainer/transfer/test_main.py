@@ -224,7 +224,7 @@ MISUSES = {
     "claim": (
         {"workspace": "pvc://other/work", **MODEL},
         ExitCode.INVALID_CONFIGURATION,
-        "claim 'other' has no folder here",
+        "claim 'other' has no directory here",
     ),
     "missing": ({"model": {"source": "hf://org/none"}}, ExitCode.TRANSFER_REFUSED, "hf://org/none: HTTP 404"),
 }

@@ -19,7 +19,7 @@ from qlora_contract.env import PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
 from qlora_contract.progress import Stage, TerminationReport
-from qlora_contract.run import Fetched, RunConfig
+from qlora_contract.run import RunConfig
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, Terminated, TrainerError, expected
 from qlora_trainer.progress import Progress, ProgressServer, port_from_environ, starting_report
@@ -87,7 +87,10 @@ def transfer(environ: Mapping[str, str]) -> TerminationReport:
     retrier = Retrier(run.distributed.rendezvous_timeout_seconds)
     try:
         if run.stage == "fetch":
-            return _fetched(SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all())
+            fetched = SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all()
+            found = ", ".join(f"{role} at {revision}" for role, revision in fetched if revision is not None)
+            cause = f"fetched {found}" if found else "nothing to fetch: no source is remote"
+            return _success(cause, fetched=fetched)
         uri = publish(run, volumes, environ, retrier, bytes_.count)
         return _success(f"adapter uploaded to {uri}", published_uri=uri)
     finally:
@@ -112,12 +115,6 @@ class ByteProgress:
 
 
 # --- how it ended
-
-
-def _fetched(fetched: Fetched) -> TerminationReport:
-    known = {role: revision for role, revision in fetched if revision is not None}
-    cause = ", ".join(f"{role} at {revision}" for role, revision in known.items())
-    return _success(f"fetched {cause}" if cause else "nothing to fetch: no source is remote", fetched=fetched)
 
 
 def _success(cause: str, **facts: Any) -> TerminationReport:

@@ -91,15 +91,12 @@ def ca_bundle(environ: Mapping[str, str], *names: str) -> str | None:
 
 def redact(text: str, environ: Mapping[str, str]) -> str:
     """A text with all known secrets replaced by ***. A last guard: no message of ours quotes one."""
-    for secret in sorted(_secrets(environ), key=len, reverse=True):
-        if len(secret) >= _MIN_SECRET_LENGTH:
-            text = text.replace(secret, "***")
-    return text
-
-
-def _secrets(environ: Mapping[str, str]) -> set[str]:
     folders = [_root(environ) / role for role in ROLES]
     mounted = {value for folder in folders if folder.is_dir() for value in _values(folder).values()}
     proxies = {environ.get(name) or environ.get(name.lower()) or "" for name in _PROXY_NAMES}
     passwords = {urlsplit(proxy).password or "" for proxy in proxies}
-    return mounted | passwords | {environ.get(name, "") for name in _SECRET_NAMES}
+    secrets = mounted | passwords | {environ.get(name, "") for name in _SECRET_NAMES}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) >= _MIN_SECRET_LENGTH:
+            text = text.replace(secret, "***")
+    return text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
-from qlora_contract.remote import Remote, is_remote, parse_remote
+from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run import Fetched, RunConfig
 from qlora_trainer.errors import TransferRefused
 from qlora_trainer.transfer.connect import connect
@@ -68,17 +68,6 @@ class SourceFetcher:
             log(f"{remote.uri} is in the workspace already, at {pinned}")
             return pinned
         server = self._retrier.call(lambda: connect(remote, role, self._environ, self._retrier.limit_seconds))
-        revision, files = self._list_files(role, remote, server, pinned)
-        if remote.kind != "bucket":
-            self._pins.set(role, revision)  # at once: an interrupted fetch is resumed at this revision
-        self._complete(Snapshot(self._workspace, remote, revision), files, server)
-        self._pins.set(role, revision)
-        return revision
-
-    def _list_files(
-        self, role: SourceRole, remote: Remote, server: Server, pinned: str | None
-    ) -> tuple[str, list[RemoteFile]]:
-        """(revision, files); the pinned revision where there is one."""
         revision, files = self._retrier.call(
             lambda: server.list_files(
                 pinned or getattr(self._run, role).revision,
@@ -91,7 +80,11 @@ class SourceFetcher:
                 "the earlier files are no longer in the workspace; to train on the new ones, choose another "
                 "metadata.name"
             )
-        return revision, files
+        if remote.kind != "bucket":
+            self._pins.set(role, revision)  # at once: an interrupted fetch is resumed at this revision
+        self._complete(Snapshot(self._workspace, remote, revision), files, server)
+        self._pins.set(role, revision)
+        return revision
 
     def _complete(self, snapshot: Snapshot, files: list[RemoteFile], server: Server) -> None:
         """Download what is missing of a snapshot, or wait for the job that does."""

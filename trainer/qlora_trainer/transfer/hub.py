@@ -91,7 +91,14 @@ class Hub:
                     repo_type=self._repo_type,
                 )
             )
-        return info.sha, select([_remote_file(entry) for entry in entries if isinstance(entry, RepoFile)])
+        files = [
+            RemoteFile(entry.path, entry.lfs.size, Digest("sha256", entry.lfs.sha256))
+            if entry.lfs is not None
+            else RemoteFile(entry.path, entry.size, Digest("git-sha1", entry.blob_id))
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        ]
+        return info.sha, select(files)
 
     def read(self, revision: str, file: RemoteFile, offset: int) -> Generator[bytes]:
         """The bytes of a file from an offset on, also from a server that ignores ranges."""
@@ -228,9 +235,3 @@ def _configure(certificates: str | None, read_seconds: float) -> None:
     constants.HF_HUB_DISABLE_XET = True
     disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _remote_file(entry: RepoFile) -> RemoteFile:
-    if entry.lfs is not None:
-        return RemoteFile(entry.path, entry.lfs.size, Digest("sha256", entry.lfs.sha256))
-    return RemoteFile(entry.path, entry.size, Digest("git-sha1", entry.blob_id))

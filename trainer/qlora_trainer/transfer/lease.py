@@ -67,34 +67,26 @@ class Lease:
 @contextmanager
 def leased(path: Path, stale_seconds: float = STALE_SECONDS) -> Iterator[Lease]:
     """Hold the lease at a path, once no living process holds it."""
-    lease = _acquire(path, stale_seconds)
-    try:
-        yield lease
-    finally:
-        lease.release()
-
-
-def _acquire(path: Path, stale_seconds: float) -> Lease:
     owner = uuid.uuid4().hex
     seen: str | None = None
     since = time.monotonic()
-    while not _create(path, owner):
-        now, content = time.monotonic(), _read(path)
+    while True:
+        try:
+            with path.open("x") as stream:
+                stream.write(f"{owner} 0")
+            break
+        except FileExistsError:
+            now, content = time.monotonic(), _read(path)
         if content != seen:
             seen, since = content, now
         elif now - since > stale_seconds:
             _take_away(path, content)
         time.sleep(POLL_SECONDS)
-    return Lease(path, owner)
-
-
-def _create(path: Path, owner: str) -> bool:
+    lease = Lease(path, owner)
     try:
-        with path.open("x") as stream:
-            stream.write(f"{owner} 0")
-    except FileExistsError:
-        return False
-    return True
+        yield lease
+    finally:
+        lease.release()
 
 
 def _take_away(path: Path, dead: str) -> None:

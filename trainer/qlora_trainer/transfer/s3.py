@@ -101,36 +101,36 @@ class S3:
     # --- a source
 
     def list_files(self, revision: str, select: Selection) -> tuple[str, list[RemoteFile]]:  # noqa: ARG002 - the Hub's
-        """(a hash over key, size and etag of the selected files, these files)."""
-        files = select(self._list_directory() or self._list_object())
-        return fingerprint(files), [replace(file, digest=self._digest(file)) for file in files]
+        """(a hash over key, size and etag of the selected files, these files).
 
-    def _list_directory(self) -> list[RemoteFile]:
-        """Objects directly below the path, without the empty ones that consoles make for folders."""
+        As on a disk, the path is a folder, whose direct files are listed, or else a file.
+        """
+        bucket, prefix = self._remote.root, self._key("")
         with self._translate_errors():
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._remote.root, Prefix=self._key(""), Delimiter="/"
+                Bucket=bucket, Prefix=prefix, Delimiter="/"
             )
             entries = [entry for page in pages for entry in page.get("Contents", ())]
-        return [_remote_file(entry) for entry in entries if not entry["Key"].endswith("/")]
-
-    def _list_object(self) -> list[RemoteFile]:
-        """The object whose key is the path, if there is one: of all keys that begin with it, it sorts first."""
-        key = self._key("").removesuffix("/")
-        with self._translate_errors():
-            page = self._client.list_objects_v2(Bucket=self._remote.root, Prefix=key, MaxKeys=1)
-        return [_remote_file(entry) for entry in page.get("Contents", ()) if entry["Key"] == key]
+            # Consoles make empty objects for folders.
+            entries = [entry for entry in entries if not entry["Key"].endswith("/")]
+            if not entries:
+                key = prefix.removesuffix("/")
+                # Of all keys that begin with it, it is the first.
+                page = self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
+                entries = [entry for entry in page.get("Contents", ()) if entry["Key"] == key]
+        files = select([RemoteFile(entry["Key"], entry["Size"], etag=entry["ETag"]) for entry in entries])
+        listed = []
+        for file in files:
+            with self._translate_errors(file.name):
+                facts = self._client.head_object(
+                    Bucket=bucket, Key=file.name, IfMatch=file.etag, ChecksumMode="ENABLED"
+                )
+            listed.append(replace(file, digest=digest_of(facts, file.etag)))
+        return fingerprint(files), listed
 
     def _key(self, name: str) -> str:
         """The key of a file below the path."""
         return "/".join([*self._remote.path.parts, name])
-
-    def _digest(self, file: RemoteFile) -> Digest | None:
-        with self._translate_errors(file.name):
-            facts = self._client.head_object(
-                Bucket=self._remote.root, Key=file.name, IfMatch=file.etag, ChecksumMode="ENABLED"
-            )
-        return digest_of(facts, file.etag)
 
     def read(self, revision: str, file: RemoteFile, offset: int) -> Generator[bytes]:  # noqa: ARG002 - the Hub's
         """The bytes of a file from an offset on, of the very content that was listed."""
@@ -242,7 +242,14 @@ class S3:
 
     def _classify(self, error: Exception, what: str) -> Exception:
         if isinstance(error, exceptions.ClientError):
-            return self._status_error(error, what)
+            status, code = _status(error), error.response["Error"].get("Code", "")
+            if status == CHANGED:
+                return TransferFailed(f"{what} was changed while it was being fetched")
+            if status in RETRYABLE or code in ("SlowDown", "RequestTimeout"):
+                headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+                return TransientError(f"{what}: HTTP {status}", retry_after(headers.get("retry-after")))
+            named = "" if code == str(status) else f" ({code})"  # an answer to HEAD has no code
+            return TransferRefused(f"{what}: HTTP {status}{named}: {self._advice(code, status)}")
         if isinstance(error, exceptions.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
             return TransferRefused(
                 f"{what}: the certificate of the server, or of a proxy, is not signed by a trusted authority; set "
@@ -251,16 +258,6 @@ class S3:
         if isinstance(error, _MISCONFIGURED):
             return TransferRefused(f"{what}: {type(error).__name__}: {self._advice('', 0)}")
         return TransientError(f"{what}: {type(error).__name__}")
-
-    def _status_error(self, error: exceptions.ClientError, what: str) -> Exception:
-        status, code = _status(error), error.response["Error"].get("Code", "")
-        if status == CHANGED:
-            return TransferFailed(f"{what} was changed while it was being fetched")
-        if status in RETRYABLE or code in ("SlowDown", "RequestTimeout"):
-            headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-            return TransientError(f"{what}: HTTP {status}", retry_after(headers.get("retry-after")))
-        named = "" if code == str(status) else f" ({code})"  # an answer to HEAD has no code
-        return TransferRefused(f"{what}: HTTP {status}{named}: {self._advice(code, status)}")
 
     def _advice(self, code: str, status: int) -> str:
         """What is wrong with a request that was refused, and what would be right."""
@@ -290,10 +287,6 @@ def digest_of(facts: Mapping[str, Any], etag: str) -> Digest | None:
     encrypted = facts.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in facts
     value = etag.strip('"')
     return Digest("md5", value) if len(value) == MD5_LENGTH and not encrypted else None
-
-
-def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
-    return RemoteFile(entry["Key"], entry["Size"], etag=entry["ETag"])
 
 
 def _status(error: exceptions.ClientError) -> int:
