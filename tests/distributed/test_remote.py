@@ -91,9 +91,7 @@ def test_from_the_hub_and_s3_to_s3(machine: Machine) -> None:
     commit = machine.servers.hub.repositories["models", "team/tiny"].branches["main"]
     assert f"fetched model at {commit}, dataset at " in out
     assert "published  s3://team/adapters/way\n" in out
-    assert (
-        "ignored, since only the operator knows what to do with them: spec.model.credentialsSecret\n" in out
-    )
+    assert "ignored, because only the operator acts on it: spec.model.credentialsSecret\n" in out
 
     config = PeftConfig.from_pretrained(str(machine.job / "adapter"))
     assert (config.base_model_name_or_path, config.revision) == ("team/tiny", commit)
@@ -108,7 +106,7 @@ def test_from_the_hub_and_s3_to_s3(machine: Machine) -> None:
 
     code, out, _ = machine.run("run")
     assert code == 0
-    assert "way is done already" in out
+    assert "way is already finished" in out
     assert "published  s3://team/adapters/way\n" in out
 
 
@@ -120,7 +118,7 @@ def test_a_plan_needs_a_fetch(machine: Machine) -> None:
 
     code, out, err = machine.run("fetch")
     assert (code, err) == (0, "")
-    assert f"way has all that it needs in {machine.folder}/work\n" in out
+    assert f"everything that way needs is in {machine.folder}/work\n" in out
 
     code, out, err = machine.run("plan", "-o", "json")
     assert (code, err) == (0, "")
@@ -138,7 +136,7 @@ def test_ctrl_c_while_fetching(machine: Machine) -> None:
     held.set()
     assert (process.returncode, err) == (130, "")
     assert (
-        "stopped: asked to stop; what has arrived is kept; run the same command again to go on from there"
+        "stopped: asked to stop; what has arrived is kept; run the same command again to continue from there"
         in out
     )
 
