@@ -14,7 +14,6 @@ from qlora_contract.memory import (
     activation_bytes,
     choose,
     estimate,
-    weight_bytes,
 )
 from qlora_contract.run import (
     Adapter,
@@ -74,26 +73,6 @@ def test_parts_add_up(dtype: Dtype, mode: Checkpointing) -> None:
     assert sum(found.parts().values()) == found.total
     assert min(found.parts().values()) > 0
     assert (found.micro_batch_tokens, found.checkpointing) == (2048, mode)
-
-
-@pytest.mark.parametrize(
-    ("quantization", "dtype", "expected"),
-    [
-        pytest.param(Quantization(scheme="none"), "fp32", 4 * 6400, id="none, fp32"),
-        pytest.param(Quantization(scheme="none"), "bf16", 2 * 6400, id="none, bf16"),
-        pytest.param(Quantization(double_quantization=False), "fp32", 3200 + 400, id="nf4"),
-        pytest.param(Quantization(), "fp32", int(3200 + 100 * (1 + 4 / 256)), id="nf4, double"),
-        pytest.param(Quantization(), "bf16", int(3200 + 100 * (1 + 4 / 256)), id="nf4, double, bf16"),
-    ],
-)
-def test_weights(quantization: Quantization, dtype: Dtype, expected: int) -> None:
-    """6400 linear weights are 100 blocks: half a byte each and their scales, or the compute dtype's bytes."""
-    assert weight_bytes(6400, quantization, dtype) == expected
-
-
-def test_a_started_block_has_a_scale() -> None:
-    """65 weights are two blocks."""
-    assert weight_bytes(65, Quantization(double_quantization=False), "fp32") == int(32.5 + 8)
 
 
 def test_adapter_takes_sixteen_bytes_a_weight() -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_contract.base import ContractModel
-from qlora_contract.run import Quantization, RunConfig
+from qlora_contract.quantization import weight_bytes
+from qlora_contract.run import RunConfig
 
 Dtype = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "full"]
@@ -19,7 +20,7 @@ BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 490 * 2**20
 """Python, torch, transformers, the tokenizer and a small dataset: what a rank holds before the model, measured."""
 LOGITS_BYTES = 3 * 64 * 2**20
-"""A chunk of logits, its probabilities' narrow copy and slices of the head (qlora_trainer.loss)."""
+"""A chunk of logits, its probabilities' narrow copy and slices of the head (qlora_trainer.modeling.loss)."""
 ALLOCATOR_SLACK = 1.5
 """Freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size; measured."""
 
@@ -73,19 +74,6 @@ class MemoryEstimate:
         return {name: getattr(self, name) for name in names}
 
 
-def weight_bytes(weights: int, quantization: Quantization, dtype: Dtype) -> int:
-    """Bytes of so many linear weights as stored in memory.
-
-    NF4 takes half a byte a weight and a scale per block: 4 bytes, or 1 byte and
-    4 bytes per 256 blocks when the scales are quantised too.
-    """
-    if quantization.scheme == "none":
-        return weights * BYTES[dtype]
-    blocks = -(-weights // quantization.block_size)
-    scale = 1 + 4 / 256 if quantization.double_quantization else 4
-    return int(weights / 2 + blocks * scale)
-
-
 def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing) -> int:
     """Bytes kept for the backward pass of `tokens` tokens.
 
@@ -114,7 +102,7 @@ def estimate(
     activations = activation_bytes(shape, tokens, dtype, checkpointing)
     return MemoryEstimate(
         runtime=RUNTIME_BYTES,
-        base=weight_bytes(shape.linear_weights, run.quantization, dtype) + embedding,
+        base=weight_bytes(shape.linear_weights, run.quantization, e) + embedding,
         adapter=shape.adapter_weights * 4 * 4,
         activations=int(activations * ALLOCATOR_SLACK),
         scratch=LOGITS_BYTES + shape.largest_linear * (4 + e) + in_flight,

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from qlora_contract.memory import ModelShape
 from qlora_contract.run import Adapter
-from qlora_trainer.adapter import attach_adapters
 from qlora_trainer.errors import ModelError
-from qlora_trainer.model import load_model, target_layers
-from qlora_trainer.shape import model_shape
+from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.shape import model_shape
+from qlora_trainer.quantization.schemes import Unquantized
 
 Make = Callable[..., Path]
 WORDS = {"vocab_size": 300}
@@ -32,15 +33,15 @@ def test_counts_are_those_of_the_loaded_model(
 ) -> None:
     """Weights of linears, of the largest, and of the adapter are what loading and attaching really make."""
     folder = small_model(kind, **WORDS, tie_word_embeddings=tied)
-    shape = model_shape(folder, Adapter(rank=5, target_modules=targets))
-    model = load_model(folder, "none", torch.float32)
+    adapter = Adapter(rank=5, target_modules=targets)
+    shape = model_shape(folder, adapter)
+    model = load_model(folder, Unquantized(), torch.float32)
     sizes = [math.prod(layer.shape) for layer in model.linears.values()]
-    adapted = target_layers(model.linears, targets)
-    parameters = attach_adapters(adapted, rank=5, alpha=1.0, dropout=None, seed=0)
+    parameters = method_for(adapter).attach(model, seed=0, dropout=None)
 
     assert shape.linear_weights == sum(sizes)
     assert shape.largest_linear == max(sizes)
-    assert shape.adapter_weights == parameters.trainable()
+    assert shape.adapter_weights == sum(p.numel() for p in parameters.named.values())
     assert shape.tied == tied
     assert (shape.vocabulary, shape.hidden) == tuple(model.head.shape)
 
@@ -98,8 +99,8 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
-def quantised(folder: Path) -> None:
-    """Say that the weights are quantised."""
+def quantized(folder: Path) -> None:
+    """Say that the weights are quantized."""
     file = folder / "config.json"
     file.write_text(
         json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}})
@@ -111,7 +112,7 @@ def quantised(folder: Path) -> None:
     [
         pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
         pytest.param(truncated, "model.safetensors is not a whole safetensors file", id="truncated"),
-        pytest.param(quantised, "is quantised already", id="quantised"),
+        pytest.param(quantized, "is quantised already", id="quantized"),
         pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
     ],
 )

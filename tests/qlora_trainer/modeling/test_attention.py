@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qlora_trainer import attention
-from qlora_trainer.attention import packed_attention
+from qlora_trainer.modeling import attention
+from qlora_trainer.modeling.attention import packed_attention
 
 SEGMENTS = {
     "one": [20],

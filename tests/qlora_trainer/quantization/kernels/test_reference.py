@@ -1,6 +1,5 @@
-"""Dequantisation against bitsandbytes and against its definition."""
+"""Dequantization against bitsandbytes and against its definition."""
 
-from collections.abc import Iterator
 from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
@@ -10,29 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_trainer import kernels
-from qlora_trainer.kernels import reference
-from qlora_trainer.kernels.reference import dequantise, un_nest
-from qlora_trainer.quantise import (
-    BLOCK,
-    NF4_LEVELS,
-    DoubleScales,
-    Nf4Weight,
-    from_tensors,
-    quantise_nf4,
-    to_tensors,
-)
+from qlora_trainer.quantization.kernels import reference
+from qlora_trainer.quantization.kernels.reference import dequantize, dequantize_scales
+from qlora_trainer.quantization.nf4 import BLOCK, NF4_LEVELS, NestedScales, Nf4Matrix, quantize_nf4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Run on one thread, so that a busy machine does not slow the tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -40,11 +21,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_bitsandbytes(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
-    """bitsandbytes' dequantised matrix; right only where rows are whole blocks."""
+def by_bitsandbytes(weight: Nf4Matrix, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' dequantized matrix; right only where rows are whole blocks."""
     assert weight.shape[1] % BLOCK == 0
     scales = weight.scales
-    nested = isinstance(scales, DoubleScales)
+    nested = isinstance(scales, NestedScales)
     state = bnb.QuantState(
         absmax=scales.codes if nested else scales,
         shape=torch.Size(weight.shape),
@@ -61,11 +42,11 @@ def by_bitsandbytes(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
     return bnb.dequantize_4bit(weight.packed[:, None], state)
 
 
-def by_definition(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
+def by_definition(weight: Nf4Matrix, dtype: torch.dtype) -> Tensor:
     """The definition, weight by weight: level * scale in float32, rounded once."""
     count = weight.shape[0] * weight.shape[1]
     codes = torch.stack([weight.packed >> 4, weight.packed & 15], dim=1).view(-1)[:count].long()
-    scales = weight.scales if isinstance(weight.scales, Tensor) else un_nest(weight.scales)
+    scales = weight.scales if isinstance(weight.scales, Tensor) else dequantize_scales(weight.scales)
     return (NF4_LEVELS[codes] * scales[torch.arange(count) // BLOCK]).to(dtype).view(weight.shape)
 
 
@@ -76,27 +57,27 @@ def bits(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_code_under_a_thousand_scales(dtype: torch.dtype) -> None:
-    """Every code dequantises under 1000 scales, of all sizes, to the bits that bitsandbytes gives."""
+    """Every code dequantizes under 1000 scales, of all sizes, to the bits that bitsandbytes gives."""
     generator = torch.Generator().manual_seed(1)
     codes = torch.arange(16, dtype=torch.uint8).repeat(1000, BLOCK // 16)
     exponents = torch.rand(1000, generator=generator) * 60 - 30
-    weight = Nf4Weight((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1), 10**exponents, (1000, BLOCK))
+    weight = Nf4Matrix((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1), 10**exponents, (1000, BLOCK))
 
     expected = by_bitsandbytes(weight, dtype)
 
-    assert torch.equal(bits(expected), bits(dequantise(weight, dtype)))
+    assert torch.equal(bits(expected), bits(dequantize(weight, dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1, 64), (3, 128), (301, 1536)], ids=str)
 def test_equals_bitsandbytes(shape: tuple[int, int], double: bool, dtype: torch.dtype) -> None:
-    """A quantised matrix dequantises to the bits that bitsandbytes gives."""
-    weight = quantise_nf4(randn(*shape) * 0.02, double=double, name="w")
+    """A quantized matrix dequantizes to the bits that bitsandbytes gives."""
+    weight = quantize_nf4(randn(*shape) * 0.02, double=double, name="w")
 
     expected = by_bitsandbytes(weight, dtype)
 
-    assert torch.equal(bits(expected), bits(dequantise(weight, dtype)))
+    assert torch.equal(bits(expected), bits(dequantize(weight, dtype)))
 
 
 @given(
@@ -111,9 +92,9 @@ def test_any_shape_in_any_chunks(
     rows: int, columns: int, double: bool, dtype: torch.dtype, chunk_blocks: int
 ) -> None:
     """Whatever the shape, and in however many chunks, the matrix is that of the definition."""
-    weight = quantise_nf4(randn(rows, columns), double=double, name="w")
+    weight = quantize_nf4(randn(rows, columns), double=double, name="w")
     with patch.object(reference, "_CHUNK", chunk_blocks * BLOCK):
-        actual = dequantise(weight, dtype)
+        actual = dequantize(weight, dtype)
 
     assert actual.shape == (rows, columns)
     assert torch.equal(bits(by_definition(weight, dtype)), bits(actual))
@@ -122,19 +103,19 @@ def test_any_shape_in_any_chunks(
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_change_nothing(threads: int) -> None:
     """The number of threads changes no bit."""
-    weight = quantise_nf4(randn(777, 643), double=True, name="w")
+    weight = quantize_nf4(randn(777, 643), double=True, name="w")
     torch.set_num_threads(threads)
 
-    assert torch.equal(by_definition(weight, torch.bfloat16), dequantise(weight, torch.bfloat16))
+    assert torch.equal(by_definition(weight, torch.bfloat16), dequantize(weight, torch.bfloat16))
 
 
 def test_default_dtype_changes_nothing() -> None:
-    """Code that runs while torch's default dtype is another still quantises and dequantises in float32."""
+    """Code that runs while torch's default dtype is another still quantizes and dequantizes in float32."""
     matrix = randn(50, 70)
-    expected = dequantise(quantise_nf4(matrix, double=True, name="w"), torch.bfloat16)
+    expected = dequantize(quantize_nf4(matrix, double=True, name="w"), torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        actual = dequantise(quantise_nf4(matrix, double=True, name="w"), torch.bfloat16)
+        actual = dequantize(quantize_nf4(matrix, double=True, name="w"), torch.bfloat16)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -145,7 +126,7 @@ def test_identity_matrix_passes_exactly() -> None:
     """The identity matrix, whose weights are levels, is exactly itself."""
     identity = torch.eye(256)
 
-    assert torch.equal(identity, dequantise(quantise_nf4(identity, double=False, name="w"), torch.float32))
+    assert torch.equal(identity, dequantize(quantize_nf4(identity, double=False, name="w"), torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -155,31 +136,22 @@ def test_error_on_normal_weights(double: bool, absolute: float, relative: float)
     """The mean errors on normal weights are those that bitsandbytes' own tests allow."""
     weight = randn(1024, 1024)
 
-    error = (dequantise(quantise_nf4(weight, double=double, name="w"), torch.float32) - weight).abs()
+    error = (dequantize(quantize_nf4(weight, double=double, name="w"), torch.float32) - weight).abs()
 
     assert error.mean() < absolute
     assert (error / (weight.abs() + 1e-8)).mean() < relative
 
 
-def test_rebuilt_weight_dequantises_to_the_same_bits() -> None:
-    """A weight taken apart and rebuilt dequantises to the same bits."""
-    weight = quantise_nf4(randn(99, 130), double=True, name="w")
-
-    rebuilt = from_tensors({name: tensor.clone() for name, tensor in to_tensors(weight).items()})
-
-    assert torch.equal(dequantise(weight, torch.float32), dequantise(rebuilt, torch.float32))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_writes_to_the_memory_it_is_given(dtype: torch.dtype) -> None:
     """With out, the result is written there, every element of it, and nothing beyond."""
-    weight = quantise_nf4(randn(33, 70), double=True, name="w")
+    weight = quantize_nf4(randn(33, 70), double=True, name="w")
     memory = torch.full((33 * 70 + 10,), 7.0, dtype=dtype)
 
-    result = dequantise(weight, dtype, out=memory[2 : 2 + 33 * 70].view(33, 70))
+    result = dequantize(weight, dtype, out=memory[2 : 2 + 33 * 70].view(33, 70))
 
     assert result.data_ptr() == memory[2:].data_ptr()
-    assert torch.equal(dequantise(weight, dtype), result)
+    assert torch.equal(dequantize(weight, dtype), result)
     assert memory[:2].tolist() == [7.0] * 2
     assert memory[-8:].tolist() == [7.0] * 8
 
@@ -196,17 +168,7 @@ def test_writes_to_the_memory_it_is_given(dtype: torch.dtype) -> None:
 )
 def test_memory_that_does_not_fit_is_refused(out: Tensor) -> None:
     """An out of another shape, dtype or layout is refused with what is needed."""
-    weight = quantise_nf4(randn(33, 70), double=False, name="w")
+    weight = quantize_nf4(randn(33, 70), double=False, name="w")
 
     with pytest.raises(ValueError, match=r"it must be torch.float32 \[33, 70\], contiguous"):
-        dequantise(weight, torch.float32, out=out)
-
-
-def test_the_seam_gives_this_implementation(caplog: pytest.LogCaptureFixture) -> None:
-    """The package's dequantise is this one, and says so in the log."""
-    with caplog.at_level("INFO"):
-        kernels.log_choice()
-
-    assert kernels.dequantise is dequantise
-    assert kernels.name() == "reference"
-    assert caplog.messages == ["kernels: reference (plain torch; no compiled kernels are installed)"]
+        dequantize(weight, torch.float32, out=out)

@@ -11,9 +11,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from qlora_trainer.modeling.families import Family
+
 
 class RmsNorm(nn.Module):
-    """w * x / sqrt(mean(x^2) + eps), over the last dimension, in fp32; rounded before w as transformers does it."""
+    """w * x / sqrt(mean(x^2) + eps), over the last dimension, in fp32; rounded before w as transformers does it.
+
+    Args:
+        weight: (size,), in the compute dtype; frozen.
+        epsilon: eps.
+    """
 
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
@@ -27,10 +34,12 @@ class RmsNorm(nn.Module):
 
 
 class _RmsNorm(torch.autograd.Function):
+    """(..., size), (size,) -> (..., size); the gradient of x alone: the weight is frozen."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, scale, weight)
         return (wide * scale).to(x.dtype).mul_(weight)
 
@@ -60,6 +69,8 @@ class GatedMlp(nn.Module):
 
 
 class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up, all (..., intermediate size)."""
+
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -73,10 +84,17 @@ class _SwiGlu(torch.autograd.Function):
         return dgate, F.silu(gate).mul_(dy)
 
 
-def slim(decoder: nn.Module, activation: str) -> None:
-    """Replace a decoder's norms, and its gated MLPs where their activation is silu, by the ones above."""
+def fuse_layers(decoder: nn.Module, family: Family) -> None:
+    """Replace those of a decoder's norms and gated MLPs by the ones above whose formula they have.
+
+    Args:
+        decoder: transformers' graph, its weights loaded.
+        family: says which they are.
+    """
+    mlp_names = family.gated_mlp if getattr(decoder.config, "hidden_act", None) == "silu" else None
     for path, module in list(decoder.named_modules()):
-        if hasattr(module, "variance_epsilon"):
-            decoder.set_submodule(path, RmsNorm(module.weight.data, module.variance_epsilon))
-        elif activation == "silu" and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down")):
-            decoder.set_submodule(path, GatedMlp(module.gate_proj, module.up_proj, module.down_proj))
+        if family.norm_epsilon is not None and hasattr(module, family.norm_epsilon):
+            epsilon = getattr(module, family.norm_epsilon)
+            decoder.set_submodule(path, RmsNorm(module.weight.data, epsilon))
+        elif mlp_names is not None and all(hasattr(module, name) for name in mlp_names):
+            decoder.set_submodule(path, GatedMlp(*(getattr(module, name) for name in mlp_names)))

@@ -65,7 +65,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in `dtype`, as it is or in widened slices."""
+    """The head (vocabulary, hidden size) in `dtype`, whole or in widened slices: (words, (words, hidden size))."""
     rows = head.shape[0]
     step = rows if head.dtype == dtype else max(1, SLICE_BYTES // (head.shape[1] * dtype.itemsize))
     for start in range(0, rows, step):
@@ -74,6 +74,7 @@ def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """(rows, hidden size), (vocabulary, hidden size) -> fp32 (rows, vocabulary)."""
     logits = torch.empty(hidden.shape[0], head.shape[0], dtype=torch.float32)
     for part, weight in _slices(head, hidden.dtype):
         logits[:, part] = hidden @ weight.t()
@@ -81,7 +82,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def _losses_then_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each row; the logits become probabilities in place."""
+    """Logits (rows, vocabulary), targets (rows,) -> losses (rows,), fp32; the logits become probabilities in place."""
     at_target = logits.gather(1, targets[:, None]).squeeze(1)
     top = logits.amax(dim=1, keepdim=True)
     logits.sub_(top).exp_()
@@ -91,7 +92,7 @@ def _losses_then_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _gradient(probabilities: Tensor, targets: Tensor, head: Tensor, out: Tensor) -> None:
-    """d(sum of losses)/d(hidden) = (p - onehot) @ head, into `out`."""
+    """d(sum of losses)/d(hidden) = (p - onehot) @ head, into `out` (rows, hidden size)."""
     probabilities.scatter_add_(1, targets[:, None], torch.full((len(targets), 1), -1.0))
     narrow = probabilities.to(out.dtype)
     for part, weight in _slices(head, out.dtype):

@@ -1,8 +1,8 @@
-"""NF4 quantisation of a weight matrix (Dettmers et al. 2023, "QLoRA", section 3).
+"""NF4 quantization of a weight matrix (Dettmers et al. 2023, "QLoRA", section 3).
 
 A weight is cut, row after row, into blocks of 64. A block is stored as its
 largest magnitude and, for each weight, the index of the nearest of 16 levels in
-[-1, 1], which are quantiles of a normal distribution. Double quantisation stores
+[-1, 1], which are quantiles of a normal distribution. Double quantization stores
 the magnitudes in 8 bits, too.
 
 Bytes and scales equal those of bitsandbytes 0.50 on a CPU with one thread, and do
@@ -11,17 +11,17 @@ not searched: [-1, 1] is cut into cells so small that each holds one threshold b
 levels at most, so two small tables and one comparison give the level exactly.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
+from qlora_trainer.errors import ModelError
+
 BLOCK = 64
 """Weights that share one scale."""
 NESTED_BLOCK = 256
-"""Scales that share one scale of their own, under double quantisation."""
+"""Scales that share one scale of their own, under double quantization."""
 
 # fmt: off
 NF4_LEVELS = torch.tensor([
@@ -61,96 +61,61 @@ _THRESHOLDS = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2
 _CELLS_PER_UNIT = 32
 _PLACES = 1 << 16
 _CHUNK = 1024 * BLOCK
-"""Weights quantised at once: the temporaries, 20 bytes a weight, fit a core's second-level cache."""
+"""Weights quantized at once: the temporaries, 20 bytes a weight, fit a core's second-level cache."""
 _SMALLEST_SCALE = 1e-38
 """What bitsandbytes divides by at least, so that a block of zeros gives no NaN."""
 
 
-class QuantisationError(ValueError):
-    """A weight that cannot be quantised."""
-
-
 @dataclass(frozen=True, eq=False)
-class DoubleScales:
+class NestedScales:
     """Scales of blocks in 8 bits: DYNAMIC_LEVELS[codes] * absmax[of its 256 blocks] + offset."""
 
     codes: Tensor
-    """uint8 [blocks]."""
+    """uint8 (blocks,)."""
     absmax: Tensor
-    """float32 [blocks / 256, rounded up]."""
+    """float32 (blocks / 256, rounded up)."""
     offset: Tensor
-    """float32 []: the mean scale."""
-
-
-@dataclass(frozen=True, eq=False)
-class Nf4Weight:
-    """A weight matrix in NF4: weight i, counted row after row, is NF4_LEVELS[code i] * scale[i // 64]."""
-
-    packed: Tensor
-    """uint8 [weights / 2, rounded up]: two codes a byte, the earlier in the high nibble."""
-    scales: Tensor | DoubleScales
-    """float32 [blocks], or the same in 8 bits."""
-    shape: tuple[int, int]
-    """(N, K): outputs and inputs of the linear layer."""
+    """float32 (): the mean scale."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in to_tensors(self).values())
+        """Bytes of all three."""
+        return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes
 
 
-def to_tensors(weight: Nf4Weight) -> dict[str, Tensor]:
-    """The tensors that from_tensors rebuilds the weight from, by name. No copies but for the shape."""
-    tensors = {"shape": torch.tensor(weight.shape), "packed": weight.packed}
-    if isinstance(weight.scales, Tensor):
-        return tensors | {"absmax": weight.scales}
-    scales = weight.scales
-    return tensors | {"codes": scales.codes, "nested_absmax": scales.absmax, "offset": scales.offset}
+@dataclass(frozen=True, eq=False)
+class Nf4Matrix:
+    """A matrix in NF4: weight i, counted row after row, is NF4_LEVELS[code i] * scale[i // 64]."""
+
+    packed: Tensor
+    """uint8 (weights / 2, rounded up): two codes a byte, the earlier in the high nibble."""
+    scales: Tensor | NestedScales
+    """float32 (blocks,), or the same in 8 bits."""
+    shape: tuple[int, int]
+    """(out, in) of the linear layer."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return self.packed.nbytes + self.scales.nbytes
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> Nf4Weight:
-    """The weight that to_tensors took apart; QuantisationError if the tensors do not belong together."""
-    shape = tensors.get("shape")
-    rows, columns = shape.tolist() if shape is not None and shape.numel() == 2 else (0, 0)
-    double = "codes" in tensors
-    expected = _layout((rows, columns), double=double)
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if found != expected:
-        raise QuantisationError(f"these tensors are no NF4 weight: found {found}, expected {expected}")
-    scales = (
-        DoubleScales(tensors["codes"], tensors["nested_absmax"], tensors["offset"])
-        if double
-        else tensors["absmax"]
-    )
-    return Nf4Weight(tensors["packed"], scales, (rows, columns))
-
-
-def _layout(shape: tuple[int, int], *, double: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name -> dtype and shape of the tensors of a weight."""
-    weights = prod(shape)
-    blocks = -(-weights // BLOCK)
-    scales: dict[str, tuple[torch.dtype, tuple[int, ...]]] = (
-        {
-            "codes": (torch.uint8, (blocks,)),
-            "nested_absmax": (torch.float32, (-(-blocks // NESTED_BLOCK),)),
-            "offset": (torch.float32, ()),
-        }
-        if double
-        else {"absmax": (torch.float32, (blocks,))}
-    )
-    return {"shape": (torch.int64, (2,)), "packed": (torch.uint8, (-(-weights // 2),))} | scales
-
-
-def quantise_nf4(weight: Tensor, *, double: bool, name: str) -> Nf4Weight:
-    """Quantise a matrix [N, K] of any float dtype; `double`: the scales, too.
+def quantize_nf4(weight: Tensor, *, double: bool, name: str) -> Nf4Matrix:
+    """Quantize a matrix (out, in) of any float dtype.
 
     Takes about 1.5 MiB besides the result and float32 scales, whatever the size (a
-    weight that is not contiguous is copied first). Raises QuantisationError, with the
-    tensor's name, when the weight is no matrix of floats, is empty, or has a NaN or an
-    infinity.
+    weight that is not contiguous is copied first).
+
+    Args:
+        weight: the matrix; left as it is.
+        double: quantize the scales, too.
+        name: of the tensor, for errors.
+
+    Raises:
+        ModelError: the weight is not a matrix of floats, is empty, or holds a NaN or an infinity.
     """
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        raise QuantisationError(
+        raise ModelError(
             f"{name}: a matrix of floats is needed, not {weight.dtype} of shape {list(weight.shape)}"
         )
     flat = weight.detach().reshape(-1)
@@ -161,15 +126,15 @@ def quantise_nf4(weight: Tensor, *, double: bool, name: str) -> Nf4Weight:
         stop = min(start + _CHUNK, count)
         scaled, scales = _scale(flat[start:stop].float())
         if not scales.isfinite().all():
-            raise QuantisationError(_describe_non_finite(weight, name))
+            raise ModelError(_describe_non_finite(weight, name))
         packed[start // 2 : -(-stop // 2)] = _pack(_codes(scaled))
         absmax[start // BLOCK : -(-stop // BLOCK)] = scales
     n, k = weight.shape
-    return Nf4Weight(packed, _double_quantise(absmax) if double else absmax, (n, k))
+    return Nf4Matrix(packed, _quantize_scales(absmax) if double else absmax, (n, k))
 
 
 def _scale(chunk: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [n] -> weights divided by their block's scale [n], scales [blocks].
+    """Weights (n,) -> weights divided by their block's scale (n,), scales (blocks,).
 
     Full blocks are multiplied by the reciprocal and a last short one is divided:
     bitsandbytes does so, and the two round differently.
@@ -186,12 +151,12 @@ def _scale(chunk: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cell(scaled: Tensor) -> Tensor:
-    """The cell of each value, int32: values in [-1, 1] (or an ulp beyond) give 0 to 64, never decreasing."""
+    """The cell of each value (n,), int32 (n,): values in [-1, 1] (or an ulp beyond) give 0 to 64, never decreasing."""
     return scaled.add(1.0).mul_(_CELLS_PER_UNIT).to(torch.int32)
 
 
 def _cell_tables() -> tuple[Tensor, Tensor]:
-    """Of each cell: the threshold in it, float32 (2, never reached, if none); the level below it, int32."""
+    """Of each cell: the threshold in it, float32 (65,), or 2, never reached; the level below it, int32 (65,)."""
     cells = _cell(_THRESHOLDS).long()
     assert bool((cells[1:] > cells[:-1]).all()), "two thresholds share a cell"
     every = torch.arange(2 * _CELLS_PER_UNIT + 1)
@@ -204,7 +169,7 @@ _CELL_THRESHOLD, _CELL_LEVEL = _cell_tables()
 
 
 def _codes(scaled: Tensor) -> Tensor:
-    """Index of the nearest level, int32: how many thresholds are below the value."""
+    """Values (n,) -> index of the nearest level (n,), int32: how many thresholds are below the value."""
     cell = _cell(scaled)
     # The sign of (threshold - value), as an integer of 0 or -1, is cheaper here than a comparison.
     below = _CELL_THRESHOLD.index_select(0, cell).sub_(scaled).view(torch.int32).bitwise_right_shift_(31)
@@ -212,7 +177,7 @@ def _codes(scaled: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """Codes [n], int32 -> bytes [n / 2, rounded up]; an odd last code is followed by that of 0."""
+    """Codes (n,), int32 -> bytes (n / 2 rounded up,); an odd last code is followed by that of 0."""
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_tensor([7])])
     pairs = codes.to(torch.int16).view(torch.int32)
@@ -229,7 +194,7 @@ def _dynamic_table() -> Tensor:
 _PLACE_CODE = _dynamic_table()
 
 
-def _double_quantise(absmax: Tensor) -> DoubleScales:
+def _quantize_scales(absmax: Tensor) -> NestedScales:
     """Scales in 8 bits, as bitsandbytes does it on a CPU: by a table of 65,536 places in [-1, 1]."""
     # The rows of a matrix are each summed in one piece; a vector is summed in pieces, one a thread, and
     # the mean's last bits would depend on how many there are.
@@ -240,11 +205,11 @@ def _double_quantise(absmax: Tensor) -> DoubleScales:
         part = slice(start, start + _CHUNK)
         nested_part = slice(start // NESTED_BLOCK, (start + _CHUNK) // NESTED_BLOCK)
         codes[part], nested[nested_part] = _dynamic_codes(absmax[part] - offset)
-    return DoubleScales(codes, nested, offset)
+    return NestedScales(codes, nested, offset)
 
 
 def _dynamic_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [n] -> uint8 codes [n], absmax [n / 256, rounded up]."""
+    """Values (n,) -> uint8 codes (n,), absmax (n / 256 rounded up,)."""
     count = values.numel()
     blocks = torch.nn.functional.pad(values, (0, -count % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(dim=1)

@@ -75,6 +75,7 @@ def packed_attention(
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, grouped: bool
 ) -> Tensor:
+    """Attention of one sample: q (1, heads, length, head size); k and v as q, or with fewer heads when grouped."""
     length = q.shape[2]
     if q.dtype == torch.bfloat16 and length <= SHORT:
         return _causal(q.float(), k.float(), v.float(), scaling, window, grouped).to(q.dtype)

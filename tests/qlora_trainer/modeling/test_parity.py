@@ -5,7 +5,7 @@ alone through the stock libraries, with the adapter that ours has written.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,30 +21,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_contract.run import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer import export, packing
-from qlora_trainer.adapter import AdapterParameters, attach_adapters
 from qlora_trainer.batch import collate
 from qlora_trainer.data import Samples, load
-from qlora_trainer.model import BaseModel, Scheme, load_model, target_layers
+from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.packing import Step
-from qlora_trainer.quantise import DoubleScales, Nf4Weight
+from qlora_trainer.quantization.kernels.reference import Nf4Weight
+from qlora_trainer.quantization.nf4 import NestedScales
+from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
 from qlora_trainer.storage import JobFolder
 from qlora_trainer.train import accumulate
 
+NF4, DOUBLE, NONE = Nf4(double=False), Nf4(double=True), Unquantized()
 LOSS_TOLERANCE = 1e-5
 """Difference of the mean losses."""
 GRADIENT_TOLERANCE = 1e-4
 """Relative Frobenius error of each adapter matrix's gradient."""
 LOGITS_TOLERANCE = 1e-5
 """Largest difference of logits over the largest logit: fp32 rounding through all layers."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Run on one thread: bitsandbytes' double quantisation depends on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- ours
@@ -78,13 +74,7 @@ def make_ours(folder: Path, scheme: Scheme, to: Path, targets: list[str]) -> Our
     run = run_config(targets)
     model = load_model(folder, scheme, torch.float32)
     model.graph.train()
-    parameters = attach_adapters(
-        target_layers(model.linears, targets),
-        rank=run.adapter.rank,
-        alpha=run.adapter.alpha,
-        dropout=None,
-        seed=0,
-    )
+    parameters = method_for(run.adapter).attach(model, seed=0, dropout=None)
     generator = torch.Generator().manual_seed(1)
     for parameter in parameters.named.values():
         parameter.data.copy_(
@@ -123,10 +113,7 @@ def our_logits(model: BaseModel, samples: Samples, numbers: list[int]) -> list[T
     """Logits of each sample, all of them packed in one row."""
     batch = collate(samples, numbers)
     with torch.no_grad():
-        hidden = model.graph(
-            input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False,
-            segment_lengths=batch.lengths,
-        ).last_hidden_state[0]  # fmt: skip
+        hidden = model.hidden_states(batch)
         return list(torch.split(hidden @ model.head.float().t(), batch.lengths))
 
 
@@ -137,13 +124,13 @@ def peft_model(folder: Path, scheme: Scheme, adapter: Path) -> Any:
     """The stock libraries' model: base from the same folder in fp32, adapter as ours has written it."""
     from peft import PeftModel
 
-    quantised = BitsAndBytesConfig(
+    quantized = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=scheme == "nf4-double",
+        bnb_4bit_use_double_quant=scheme == DOUBLE,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    options: dict[str, Any] = {} if scheme == "none" else {"quantization_config": quantised}
+    options: dict[str, Any] = {} if scheme == NONE else {"quantization_config": quantized}
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", **options
     )
@@ -183,16 +170,16 @@ def run_theirs(model: Any, samples: Samples) -> tuple[float, dict[str, Tensor]]:
 
 
 def assert_same_bytes(model: BaseModel, theirs: Any) -> None:
-    """Every quantised linear has bitsandbytes' very codes and scales."""
+    """Every quantized linear has bitsandbytes' very codes and scales."""
     compared = 0
     for name, layer in model.linears.items():
         if not isinstance(layer.weight, Nf4Weight):
             continue
         module = theirs.base_model.model.get_submodule(name)
         weight = getattr(module, "base_layer", module).weight
-        state, ours = weight.quant_state, layer.weight
+        state, ours = weight.quant_state, layer.weight.matrix
         assert torch.equal(weight.data.view(-1), ours.packed), name
-        if isinstance(ours.scales, DoubleScales):
+        if isinstance(ours.scales, NestedScales):
             assert torch.equal(state.absmax, ours.scales.codes), name
             assert torch.equal(state.state2.absmax, ours.scales.absmax), name
             assert torch.equal(state.offset, ours.scales.offset), name
@@ -267,25 +254,25 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 CASES: dict[str, tuple[str, Scheme, str, list[str], dict[str, Any]]] = {
-    "llama, double": ("llama", "nf4-double", "float32", ["all-linear"], {}),
-    "llama, single": ("llama", "nf4", "float32", ["all-linear"], {}),
-    "llama, unquantised": ("llama", "none", "float32", ["all-linear"], {}),
-    "llama, stored in bf16": ("llama", "nf4-double", "bfloat16", ["all-linear"], {}),
-    "llama, untied": ("llama", "nf4-double", "float32", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, untied, bf16": ("llama", "nf4", "bfloat16", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, scaled rope": ("llama", "none", "float32", ["all-linear"], {"rope_parameters": LLAMA3}),
-    "llama, biases": ("llama", "nf4", "float32", ["all-linear"], {"attention_bias": True, "mlp_bias": True}),
-    "llama, q and v": ("llama", "nf4-double", "float32", ["q_proj", "v_proj"], {}),
-    "llama, one whole path": ("llama", "nf4-double", "float32", ["model.layers.1.mlp.up_proj"], {}),
-    "llama, path and name": ("llama", "nf4", "float32", ["model.layers.0.self_attn.o_proj", "down_proj"], {}),
-    "qwen2": ("qwen2", "nf4-double", "float32", ["all-linear"], {}),
+    "llama, double": ("llama", DOUBLE, "float32", ["all-linear"], {}),
+    "llama, single": ("llama", NF4, "float32", ["all-linear"], {}),
+    "llama, unquantised": ("llama", NONE, "float32", ["all-linear"], {}),
+    "llama, stored in bf16": ("llama", DOUBLE, "bfloat16", ["all-linear"], {}),
+    "llama, untied": ("llama", DOUBLE, "float32", ["all-linear"], {"tie_word_embeddings": False}),
+    "llama, untied, bf16": ("llama", NF4, "bfloat16", ["all-linear"], {"tie_word_embeddings": False}),
+    "llama, scaled rope": ("llama", NONE, "float32", ["all-linear"], {"rope_parameters": LLAMA3}),
+    "llama, biases": ("llama", NF4, "float32", ["all-linear"], {"attention_bias": True, "mlp_bias": True}),
+    "llama, q and v": ("llama", DOUBLE, "float32", ["q_proj", "v_proj"], {}),
+    "llama, one whole path": ("llama", DOUBLE, "float32", ["model.layers.1.mlp.up_proj"], {}),
+    "llama, path and name": ("llama", NF4, "float32", ["model.layers.0.self_attn.o_proj", "down_proj"], {}),
+    "qwen2": ("qwen2", DOUBLE, "float32", ["all-linear"], {}),
     "qwen2, sliding": (
-        "qwen2", "nf4", "float32", ["all-linear"],
+        "qwen2", NF4, "float32", ["all-linear"],
         {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
     ),
-    "qwen3": ("qwen3", "nf4-double", "float32", ["all-linear"], {"head_dim": 32}),
-    "mistral": ("mistral", "nf4-double", "float32", ["all-linear"], {"sliding_window": None}),
-    "mistral, sliding": ("mistral", "nf4-double", "float32", ["all-linear"], SLIDING),
+    "qwen3": ("qwen3", DOUBLE, "float32", ["all-linear"], {"head_dim": 32}),
+    "mistral": ("mistral", DOUBLE, "float32", ["all-linear"], {"sliding_window": None}),
+    "mistral, sliding": ("mistral", DOUBLE, "float32", ["all-linear"], SLIDING),
 }  # fmt: skip
 
 
@@ -378,7 +365,7 @@ def test_demo_model_equals_the_stock_libraries(demo_model: Path, demo_data: Path
     with (demo_data / "train.jsonl").open() as stream:
         source.write_text("".join(next(stream) for _ in range(3)))
     samples = load(Dataset(source="pvc://d/few.jsonl", eval_fraction=0.0), source, tokenizer, 64).train
-    pair = make_pair(demo_model, "nf4-double", ["all-linear"], samples, tmp_path / "job")
+    pair = make_pair(demo_model, DOUBLE, ["all-linear"], samples, tmp_path / "job")
     numbers = np.arange(len(samples))
     bins = packing.pack(samples.lengths(), numbers, 128, packing=True)
 

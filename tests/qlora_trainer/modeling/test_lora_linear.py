@@ -2,35 +2,19 @@
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_trainer.adapter import (
-    ALIGNMENT,
-    AdapterParameters,
-    Dropout,
-    LoraLinear,
-    attach_adapters,
-    seeded_generator,
-)
-from qlora_trainer.kernels import dequantise
-from qlora_trainer.quantise import Nf4Weight, quantise_nf4
+from qlora_trainer.modeling.lora import attach_adapters
+from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
+from qlora_trainer.quantization.schemes import Nf4
 
 ROWS, IN, OUT, RANK = 6, 64, 10, 3
 SCALE = 1.7
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Run on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,28 +22,22 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def frozen(
-    kind: str, dtype: torch.dtype = torch.float32, out: int = OUT, in_: int = IN
-) -> Nf4Weight | Tensor:
-    """A base weight, quantised or not."""
+def frozen(kind: str, dtype: torch.dtype = torch.float32, out: int = OUT, in_: int = IN) -> FrozenWeight:
+    """A base weight, quantized or not."""
     weight = randn(out, in_, seed=1, dtype=dtype)
-    return weight if kind == "dense" else quantise_nf4(weight, double=kind == "nf4-double", name="w")
-
-
-def dense_of(weight: Nf4Weight | Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight, dequantised into memory of its own."""
-    return weight.to(dtype) if isinstance(weight, Tensor) else dequantise(weight, dtype)
+    if kind == "dense":
+        return UnquantizedWeight(weight)
+    return Nf4(double=kind == "nf4-double").freeze("w", weight, dtype)
 
 
 def layer(
-    weight: Nf4Weight | Tensor, bias: Tensor | None = None, dropout: Dropout | None = None
+    weight: FrozenWeight, bias: Tensor | None = None, dropout: Dropout | None = None
 ) -> tuple[LoraLinear, nn.Parameter, nn.Parameter]:
     """A layer with a random adapter, and the adapter's matrices."""
     made = LoraLinear("layer", weight, bias)
-    dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
     out, in_ = made.shape
-    a = nn.Parameter(randn(RANK, in_, seed=2, dtype=dtype) / math.sqrt(in_))
-    b = nn.Parameter(randn(out, RANK, seed=3, dtype=dtype))
+    a = nn.Parameter(randn(RANK, in_, seed=2) / math.sqrt(in_))
+    b = nn.Parameter(randn(out, RANK, seed=3))
     made.attach(a, b, SCALE, dropout)
     return made, a, b
 
@@ -85,7 +63,7 @@ def test_forward_and_gradients_follow_the_formula(kind: str, shape: tuple[int, .
 
     found = [made(x), *torch.autograd.grad((made(x) * up).sum(), [x, a, b])]
 
-    expected_y = by_formula(x, dense_of(weight, torch.float32), constant, a, b)
+    expected_y = by_formula(x, weight.dequantize(torch.float32), constant, a, b)
     expected = [expected_y, *torch.autograd.grad((expected_y * up).sum(), [x, a, b])]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -134,7 +112,7 @@ def test_layer_without_adapter_passes_gradients_through() -> None:
     weight, bias = frozen("nf4"), randn(OUT, seed=4)
     x = randn(ROWS, IN, seed=5).requires_grad_()
     y = LoraLinear("layer", weight, bias)(x)
-    dense = dense_of(weight, torch.float32)
+    dense = weight.dequantize(torch.float32)
 
     torch.testing.assert_close(y, x @ dense.t() + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -185,7 +163,7 @@ def test_bf16_computes_in_bf16_and_learns_in_fp32() -> None:
     x = randn(ROWS, IN, seed=5).bfloat16()
     y = made(x)
     grads = torch.autograd.grad(y.float().sum(), [a, b])
-    exact = by_formula(x.double(), dense_of(weight, torch.float64), None, a.double(), b.double())
+    exact = by_formula(x.double(), weight.dequantize(torch.float64), None, a.double(), b.double())
 
     assert y.dtype == torch.bfloat16
     assert [g.dtype for g in grads] == [torch.float32, torch.float32]
@@ -274,92 +252,14 @@ def test_dropout_reaches_the_adapter_alone() -> None:
     """The base sees every input; the adapter sees the masked ones; in eval mode nothing is masked."""
     dropout = Dropout(0.5, 0)
     weight = frozen("dense")
-    assert isinstance(weight, Tensor)
     made, a, b = layer(weight, None, dropout)
+    dense = weight.dequantize(torch.float32)
     x = randn(ROWS, IN, seed=5)
     mask = masks(dropout, 0, [(0, ROWS)])
 
-    expected = x @ weight.t() + SCALE * ((x * mask) @ a.t()) @ b.t()
+    expected = x @ dense.t() + SCALE * ((x * mask) @ a.t()) @ b.t()
     torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(made.eval()(x), by_formula(x, weight, None, a, b), rtol=1e-5, atol=1e-5)
-
-
-# --- all adapters of a model
-
-
-def network(names: list[str]) -> dict[str, LoraLinear]:
-    """Layers of different sizes, one of them not a multiple of the alignment."""
-    sizes = {"a": (OUT, IN), "b": (7, 64), "c": (3, 5)}
-    return {n: LoraLinear(n, frozen("dense", out=sizes[n][0], in_=sizes[n][1]), None) for n in names}
-
-
-def attach(names: list[str], seed: int = 0) -> AdapterParameters:
-    """Adapters of rank 3 on these layers."""
-    return attach_adapters(network(names), rank=RANK, alpha=5.0, dropout=None, seed=seed)
-
-
-def test_start_does_not_depend_on_the_order_of_layers() -> None:
-    """Every layer's A depends on the seed and its name alone."""
-    for names in itertools.permutations("abc"):
-        parameters = attach(list(names))
-        for name, parameter in attach(["a", "b", "c"]).named.items():
-            assert torch.equal(parameters.named[name], parameter), name
-
-
-def test_start_is_that_of_peft() -> None:
-    """A is uniform within 1 / sqrt(in) and fills it; B is zero; another seed gives another A."""
-    parameters, other = attach(["a"]), attach(["a"], seed=1)
-    a, b = parameters.named["a.lora_A.weight"], parameters.named["a.lora_B.weight"]
-
-    assert a.shape == (RANK, IN)
-    assert b.shape == (OUT, RANK)
-    assert not b.any()
-    assert 0.95 / math.sqrt(IN) < float(a.detach().abs().max()) <= 1 / math.sqrt(IN)
-    assert not torch.equal(a, other.named["a.lora_A.weight"])
-
-
-def test_scale_is_alpha_over_rank() -> None:
-    """attach_adapters gives every layer the scale alpha / rank."""
-    layers = network(["a", "b"])
-    attach_adapters(layers, rank=RANK, alpha=5.0, dropout=None, seed=0)
-
-    assert [made.scale for made in layers.values()] == [5.0 / RANK] * 2
-
-
-def test_adapters_and_gradients_are_views_of_flat_buffers() -> None:
-    """What is written to the flat buffers is what layers see, and backward adds into the flat gradient in place."""
-    layers = network(["a", "b", "c"])
-    parameters = attach_adapters(layers, rank=RANK, alpha=5.0, dropout=None, seed=0)
-    parameters.flat.data.fill_(0.5)
-    gradient = parameters.gradient
-    for made in layers.values():
-        for _ in range(2):
-            made(torch.ones(1, made.shape[1])).sum().backward()
-
-    assert all(bool((p == 0.5).all()) for p in parameters.named.values())
-    assert parameters.gradient is gradient
-    total = sum(float(p.grad.sum()) for p in parameters.named.values() if p.grad is not None)
-    assert float(gradient.sum()) == pytest.approx(total)
-    for made in layers.values():
-        assert made.lora_b is not None
-        assert made.lora_b.grad is not None
-        # dB = s dy^T (x A^T), with dy and x all ones, twice
-        expected = 2 * 5.0 / RANK * 0.5 * made.shape[1]
-        assert made.lora_b.grad.flatten().tolist() == pytest.approx([expected] * made.lora_b.numel())
-
-
-def test_views_are_aligned_disjoint_and_complete() -> None:
-    """Adapters start at multiples of ALIGNMENT, do not overlap, and the padding between them stays zero."""
-    parameters = attach(["a", "b", "c"])
-    base, taken = parameters.flat.data_ptr(), torch.zeros(parameters.flat.numel(), dtype=torch.int64)
-    for parameter in parameters.named.values():
-        start = (parameter.data_ptr() - base) // 4
-        assert start % ALIGNMENT == 0
-        taken[start : start + parameter.numel()] += 1
-
-    assert int(taken.max()) == 1
-    assert int(taken.sum()) == parameters.trainable() == RANK * (IN + OUT + 64 + 7 + 5 + 3)
-    assert not parameters.flat.detach()[taken == 0].any()
+    torch.testing.assert_close(made.eval()(x), by_formula(x, dense, None, a, b), rtol=1e-5, atol=1e-5)
 
 
 def test_seeded_generator_depends_on_its_key() -> None:

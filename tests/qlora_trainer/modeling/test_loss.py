@@ -1,7 +1,6 @@
 """The chunked cross-entropy against torch's own over the whole logits."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,19 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_trainer import loss
-from qlora_trainer.loss import summed_cross_entropy
+from qlora_trainer.modeling import loss
+from qlora_trainer.modeling.loss import summed_cross_entropy
 
 ROWS, HIDDEN, VOCABULARY = 13, 24, 101
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Run on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case(rows: int = ROWS, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,41 @@
+"""The table of schemes: their names and what their weights take."""
+
+from typing import get_args
+
+import pytest
+
+from qlora_contract.quantization import SCHEMES, SchemeName, weight_bytes
+from qlora_contract.run import Quantization
+
+
+@pytest.mark.parametrize(
+    ("quantization", "compute_bytes", "expected"),
+    [
+        pytest.param(Quantization(scheme="none"), 4, 4 * 6400, id="none, fp32"),
+        pytest.param(Quantization(scheme="none"), 2, 2 * 6400, id="none, bf16"),
+        pytest.param(Quantization(double_quantization=False), 4, 3200 + 400, id="nf4"),
+        pytest.param(Quantization(), 4, int(3200 + 100 * (1 + 4 / 256)), id="nf4, double"),
+        pytest.param(Quantization(), 2, int(3200 + 100 * (1 + 4 / 256)), id="nf4, double, bf16"),
+    ],
+)
+def test_weights_take_what_their_scheme_says(
+    quantization: Quantization, compute_bytes: int, expected: int
+) -> None:
+    """6400 linear weights are 100 blocks: half a byte each and their scales, or the compute dtype's bytes."""
+    assert weight_bytes(6400, quantization, compute_bytes) == expected
+
+
+def test_a_started_block_has_a_scale() -> None:
+    """65 weights are two blocks."""
+    assert weight_bytes(65, Quantization(double_quantization=False), 4) == int(32.5 + 8)
+
+
+def test_the_names_of_the_api_are_those_of_the_table() -> None:
+    """The names spelled out for type checkers are the table's, in its order, and each is described in one line."""
+    assert list(get_args(SchemeName)) == list(SCHEMES)
+    assert all(facts.description and "\n" not in facts.description for facts in SCHEMES.values())
+
+
+def test_the_api_takes_every_scheme_of_the_table() -> None:
+    """Whatever is in the table is a job's valid quantization.scheme."""
+    assert [Quantization.model_validate({"scheme": name}).scheme for name in SCHEMES] == list(SCHEMES)

@@ -1,0 +1,1 @@
+"""The model: its graph, its layers, its adapters, its weights from files."""

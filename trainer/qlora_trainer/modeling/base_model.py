@@ -1,0 +1,53 @@
+"""The base model, loaded: a transformers graph of our layers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from qlora_trainer.batch import Batch
+from qlora_trainer.modeling.lora_linear import LoraLinear
+
+
+class Embedding(nn.Module):
+    """The frozen token embedding, kept in the checkpoint's dtype, given out in the compute dtype."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = weight
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) int64 -> (..., hidden size)."""
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+
+@dataclass
+class BaseModel:
+    """A causal language model with frozen weights."""
+
+    graph: nn.Module
+    """transformers' decoder without its output head."""
+    head: Tensor
+    """(vocabulary, hidden size), in the checkpoint's dtype; the embedding itself where they are tied."""
+    linears: dict[str, LoraLinear]
+    """Every linear layer but the head, by its path in the checkpoint (`model.layers.0.mlp.up_proj`)."""
+    dtype: torch.dtype
+    """What is computed in."""
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another."""
+        states: Tensor = self.graph(
+            input_ids=batch.ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            segment_lengths=batch.lengths,
+        ).last_hidden_state[0]
+        return states
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each layer in the backward pass instead of keeping what it needs."""
+        graph: Any = self.graph
+        graph.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,122 @@
+"""Loading the base model: transformers' graph, our layers, weights streamed from safetensors.
+
+The graph is built without memory (on the meta device), then each tensor is
+read from its file, quantized if it belongs to a linear layer, and put in its
+place, one at a time: a whole model in full precision never exists.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling import attention
+from qlora_trainer.modeling.base_model import BaseModel, Embedding
+from qlora_trainer.modeling.families import FAMILIES, Family, read_config
+from qlora_trainer.modeling.layers import fuse_layers
+from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.modeling.weight_files import stored_tensors
+from qlora_trainer.quantization.frozen_weight import FrozenWeight
+from qlora_trainer.quantization.schemes import Scheme, finite
+
+
+def load_model(folder: Path, scheme: Scheme, dtype: torch.dtype) -> BaseModel:
+    """Stream a model from its safetensors files.
+
+    Args:
+        folder: with config.json and model.safetensors, or shards and their index.
+        scheme: how linear weights are kept: `scheme_of` a job's settings, or AsStored().
+        dtype: what is computed in.
+
+    Raises:
+        ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
+    """
+    attention.register()
+    config = read_config(folder)
+    with torch.device("meta"):
+        graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    loader = _WeightLoader(graph, FAMILIES[config.model_type], scheme, dtype)
+    for name, tensor in stored_tensors(folder):
+        loader.load(name, tensor)
+    return loader.finish(folder)
+
+
+class _WeightLoader:
+    """Takes the tensors of a checkpoint in any order, and knows which are still missing."""
+
+    def __init__(self, graph: nn.Module, family: Family, scheme: Scheme, dtype: torch.dtype) -> None:
+        self.graph, self.family, self.scheme, self.dtype = graph, family, scheme, dtype
+        self.missing = {name: tuple(p.shape) for name, p in graph.named_parameters(remove_duplicate=True)}
+        self.head_name = f"{family.head}.weight"
+        self.tied = bool(getattr(graph.config, "tie_word_embeddings", False))
+        if self.tied:
+            self.missing.pop(self.head_name, None)
+        self.head: Tensor | None = None
+        self.tied_copy: Tensor | None = None
+        self.weights: dict[str, FrozenWeight] = {}
+        self.biases: dict[str, Tensor] = {}
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor. It is mapped from its file: what is kept is a copy, unless the scheme keeps it as it is.
+
+        Raises:
+            ModelError: it is not one of those still missing, of another shape, not of floats, or not finite.
+        """
+        if name not in self.missing and f"{self.family.decoder}.{name}" in self.missing:
+            name = f"{self.family.decoder}.{name}"  # saved from the decoder alone
+        if name.endswith("rotary_emb.inv_freq"):
+            return  # old checkpoints hold it; it is computed
+        if name == self.head_name and self.tied:
+            self.tied_copy = tensor
+            return
+        self._check(name, tensor)
+        path, _, leaf = name.rpartition(".")
+        module = self.graph.get_submodule(path)
+        if name == self.head_name:
+            self.head = finite(name, tensor).clone()
+        elif isinstance(module, nn.Embedding):
+            weight = finite(name, tensor).clone()
+            self.graph.set_submodule(path, Embedding(weight, self.dtype))
+            if self.tied:
+                self.head = weight
+        elif isinstance(module, nn.Linear) and leaf == "weight":
+            self.weights[path] = self.scheme.freeze(name, tensor, self.dtype)
+        elif isinstance(module, nn.Linear):
+            self.biases[path] = finite(name, tensor).to(self.dtype, copy=True)
+        else:
+            value = finite(name, tensor).to(self.dtype, copy=True)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        """Cross a tensor off the missing ones. Raises ModelError."""
+        if name not in self.missing:
+            raise ModelError(f"{name} is in the checkpoint twice, or is no part of the model in config.json")
+        expected = self.missing.pop(name)
+        if not tensor.is_floating_point():
+            raise ModelError(
+                f"{name} holds {tensor.dtype}; only unquantised weights, which are floats, are read"
+            )
+        if tuple(tensor.shape) != expected:
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected}")
+
+    def finish(self, folder: Path) -> BaseModel:
+        """The finished model. Raises ModelError while something is missing, or the head is not what it is tied to."""
+        if self.missing or self.head is None:
+            names = ", ".join(sorted(self.missing)[:3]) or self.head_name
+            raise ModelError(f"{folder} lacks {len(self.missing) or 1} tensors, such as {names}")
+        if self.tied_copy is not None and not torch.equal(self.tied_copy, self.head):
+            raise ModelError(
+                f"{self.head_name} differs from the embedding, to which config.json ties it (tie_word_embeddings)"
+            )
+        in_order = [path for path, _ in self.graph.named_modules() if path in self.weights]
+        linears = {path: LoraLinear(path, self.weights[path], self.biases.get(path)) for path in in_order}
+        for path, layer in linears.items():
+            self.graph.set_submodule(path, layer)
+        decoder: Any = self.graph.get_submodule(self.family.decoder)
+        # Its buffers are computed, not loaded.
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+        fuse_layers(decoder, self.family)
+        return BaseModel(decoder, self.head, linears, self.dtype)

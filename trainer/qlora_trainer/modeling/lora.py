@@ -1,0 +1,105 @@
+"""LoRA (Hu et al. 2021): which layers get adapters, how these start, and what PEFT calls them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from qlora_contract.run import Adapter
+from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
+
+Layer = TypeVar("Layer")
+
+A, B = "lora_A.weight", "lora_B.weight"
+"""Names of a layer's matrices, after its path: PEFT's."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The AdapterMethod `lora`: W x + (alpha / rank) B A x on the layers that targetModules names."""
+
+    adapter: Adapter
+    """The job's settings."""
+
+    def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
+        """Give the targeted layers their adapters."""
+        layers = target_layers(model.linears, self.adapter.target_modules)
+        return attach_adapters(
+            layers, rank=self.adapter.rank, alpha=self.adapter.alpha, dropout=dropout, seed=seed
+        )
+
+    def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what is trained."""
+        return lora_shapes(target_layers(linears, self.adapter.target_modules), self.adapter.rank)
+
+    def parameter_count(self, linears: Mapping[str, tuple[int, int]]) -> int:
+        """Numbers that are trained."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes(linears).values())
+
+    def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
+        """LoRA's part of adapter_config.json; `all-linear` is spelled out as the names of the adapted layers."""
+        layers = [name.removesuffix(f".{A}") for name in parameters.named if name.endswith(f".{A}")]
+        targets = self.adapter.target_modules
+        names = {n.rpartition(".")[2] for n in layers} if "all-linear" in targets else targets
+        return {
+            "peft_type": "LORA",
+            "r": self.adapter.rank,
+            "lora_alpha": self.adapter.alpha,
+            "lora_dropout": self.adapter.dropout,
+            "target_modules": sorted(names),
+            "bias": "none",
+        }
+
+
+def lora_shapes(linears: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the matrices of these layers: A (rank, in) and B (out, rank) of each."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (out, in_) in linears.items():
+        shapes[f"{name}.{A}"] = (rank, in_)
+        shapes[f"{name}.{B}"] = (out, rank)
+    return shapes
+
+
+def attach_adapters(
+    layers: Mapping[str, LoraLinear], *, rank: int, alpha: float, dropout: Dropout | None, seed: int
+) -> AdapterParameters:
+    """Give every layer an adapter: A uniform in +-1/sqrt(in) (as PEFT does it), B zero.
+
+    What a layer starts with depends on the seed and its name alone.
+    """
+    parameters = flat_parameters(lora_shapes({name: layer.shape for name, layer in layers.items()}, rank))
+    for name, layer in layers.items():
+        a, b = parameters.named[f"{name}.{A}"], parameters.named[f"{name}.{B}"]
+        bound = 1.0 / math.sqrt(a.shape[1])
+        with torch.no_grad():
+            a.uniform_(-bound, bound, generator=seeded_generator(f"lora/{seed}/{name}"))
+        layer.attach(a, b, alpha / rank, dropout)
+    return parameters
+
+
+def target_layers(linears: Mapping[str, Layer], targets: list[str]) -> dict[str, Layer]:
+    """The linear layers that `targets` name, by last part or whole path, as in PEFT; `all-linear` names all.
+
+    Args:
+        linears: path in the checkpoint -> layer, or anything that stands for it.
+        targets: the job's targetModules.
+
+    Raises:
+        ModelError: for a target that names none, with those that exist.
+    """
+    if "all-linear" in targets:
+        return dict(linears)
+    named = {t: {n for n in linears if n == t or n.endswith(f".{t}")} for t in targets}
+    for target, names in named.items():
+        if not names:
+            kinds = sorted({name.rpartition(".")[2] for name in linears})
+            raise ModelError(
+                f"adapter.targetModules: no linear layer is called {target!r}; "
+                f"this model has: {', '.join(kinds)} (or all-linear)"
+            )
+    return {name: layer for name, layer in linears.items() if any(name in names for names in named.values())}

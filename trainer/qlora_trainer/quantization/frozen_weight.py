@@ -1,0 +1,100 @@
+"""A weight that is never trained, as the layers above see it: something to multiply with.
+
+They never ask for the matrix. An implementation may dequantize it for every product, or multiply with packed tiles
+and never make it; it may keep its numbers in whatever form its arithmetic likes best.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class FrozenWeight(Protocol):
+    """The weight W (out, in) of a linear layer."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored numbers take, scales included."""
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """W (out, in), every number rounded once to `dtype`.
+
+        Args:
+            dtype: a float dtype.
+            out: where to write it: contiguous, (out, in), of that dtype.
+
+        Raises:
+            ValueError: `out` does not fit.
+        """
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias.
+
+        Args:
+            x: (rows, in), in the compute dtype; rows may be 0.
+            bias: (out,), of the same dtype.
+
+        Returns:
+            (rows, out), of the same dtype: memory of its own, which the caller may write to.
+        """
+
+    def linear_grad_input(self, dy: Tensor) -> Tensor:
+        """dy W: the gradient of `linear` with respect to x.
+
+        Args:
+            dy: (rows, out), in the compute dtype.
+
+        Returns:
+            (rows, in), of the same dtype: memory of its own, which the caller may write to.
+        """
+
+
+class UnquantizedWeight:
+    """A weight as it is: in the compute dtype, or as a file has it, mapped; then it is converted for each product."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out, in_ = self.tensor.shape
+        return out, in_
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.tensor.nbytes
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The tensor in `dtype`: itself, if it has that dtype and `out` is None."""
+        if out is None:
+            return self.tensor.to(dtype)
+        check_out(out, dtype, self.shape)
+        return out.copy_(self.tensor)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, in) -> (rows, out)."""
+        return F.linear(x, self.tensor.to(x.dtype), bias)
+
+    def linear_grad_input(self, dy: Tensor) -> Tensor:
+        """(rows, out) -> (rows, in)."""
+        return dy @ self.tensor.to(dy.dtype)
+
+
+def check_out(out: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless `out` is a contiguous matrix of the dtype and shape, at an even offset in its storage.
+
+    At an odd offset, pairs of numbers could not be written as one.
+    """
+    if out.shape != shape or out.dtype != dtype or not out.is_contiguous() or out.storage_offset() % 2:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}, strides {out.stride()}, offset {out.storage_offset()}; "
+            f"it must be {dtype} {list(shape)}, contiguous, at an even offset in its storage"
+        )
