@@ -39,7 +39,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "has no config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "other architecture": (lambda f: configure(f, model_type="gpt2"), "'gpt2' model; those supported: llama, mistral"),
+    "other architecture": (lambda f: configure(f, model_type="gpt2"), "'gpt2' model; supported are llama, mistral"),
     "unknown architecture": (lambda f: configure(f, model_type="nonesuch"), "config.json cannot be read"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "config.json cannot be read.*hidden_size"),
     "quantized": (
@@ -121,7 +121,7 @@ def test_a_new_family_is_one_entry(
 ) -> None:
     """A family with fused projections, refused so far, is loaded and trained once it is in the table."""
     folder = small_model("phi3", **LIVELY)
-    with pytest.raises(ModelError, match=r"is a 'phi3' model; those supported: llama"):
+    with pytest.raises(ModelError, match=r"is a 'phi3' model; supported are llama"):
         read_config(folder)
     monkeypatch.setitem(families.FAMILIES, "phi3", Family(gated_mlp=None))
     model = load_model(folder, Unquantized(), torch.float32)

@@ -286,13 +286,19 @@ def index(text: str) -> Callable[[Path], Any]:
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
-    "linear missing": (lambda f: rewrite(f, lambda t: t.pop(Q_PROJ)), f"lacks 1 tensors, such as {Q_PROJ}"),
-    "norm missing": (lambda f: rewrite(f, lambda t: t.pop(NORM)), f"lacks 1 tensors, such as {NORM}"),
+    "linear missing": (
+        lambda f: rewrite(f, lambda t: t.pop(Q_PROJ)),
+        f"lacks 1 of the model's tensors, such as {Q_PROJ}",
+    ),
+    "norm missing": (
+        lambda f: rewrite(f, lambda t: t.pop(NORM)),
+        f"lacks 1 of the model's tensors, such as {NORM}",
+    ),
     "embedding missing": (lambda f: rewrite(f, lambda t: t.pop(EMBEDDING)), EMBEDDING),
     "untied head missing": (lambda f: configure(f, tie_word_embeddings=False), "lm_head.weight"),
     "layer missing": (
         lambda f: configure(f, num_hidden_layers=3),
-        r"lacks 9 tensors, such as model\.layers\.2",
+        r"lacks 9 of the model's tensors, such as model\.layers\.2",
     ),
     "layer too many": (lambda f: configure(f, num_hidden_layers=1), r"model\.layers\.1\."),
     "misshapen": (replace(Q_PROJ, torch.zeros(64, 32)), rf"{Q_PROJ} has shape \(64, 32\).*\(64, 64\)"),
@@ -315,9 +321,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN in a norm": (poison(math.nan, NORM), f"{NORM} holds NaN"),
     "minus infinity in the embedding": (poison(-math.inf, EMBEDDING), f"{EMBEDDING} holds NaN or infinite"),
     "integers": (replace(Q_PROJ, torch.zeros(64, 64, dtype=torch.int8)), Q_PROJ),
-    "cut in the data": (lambda f: cut(f / "model.safetensors", 100_000), "model.safetensors is not a whole"),
-    "cut in the header": (lambda f: cut(f / "model.safetensors", 100), "model.safetensors is not a whole"),
-    "empty file": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors is not a whole"),
+    "cut in the data": (
+        lambda f: cut(f / "model.safetensors", 100_000),
+        "model.safetensors is not a complete",
+    ),
+    "cut in the header": (lambda f: cut(f / "model.safetensors", 100), "model.safetensors is not a complete"),
+    "empty file": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors is not a complete"),
     "index is no JSON": (index("{"), "index.json is not an index"),
     "index without a map": (index("{}"), "index.json is not an index"),
     "index of numbers": (

@@ -111,7 +111,7 @@ def quantized(folder: Path) -> None:
     ("damage", "message"),
     [
         pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
-        pytest.param(truncated, "model.safetensors is not a whole safetensors file", id="truncated"),
+        pytest.param(truncated, "model.safetensors is not a complete safetensors file", id="truncated"),
         pytest.param(quantized, "is quantised already", id="quantized"),
         pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
     ],

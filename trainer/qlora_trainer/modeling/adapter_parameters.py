@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16
-"""Parameters start at multiples of so many fp32 numbers: a cache line, so that a resumed run adds up alike."""
+"""Each parameter starts at a multiple of this many fp32 numbers, a cache line, so that a resumed run adds up alike."""
 
 
 @dataclass

@@ -44,7 +44,7 @@ def packed_attention(
         attention_mask: must be None: segments say who sees whom.
         scaling: factor of the scores; None for 1/sqrt(head size).
         dropout: must be 0.
-        sliding_window: a token sees only itself and so many - 1 tokens before it.
+        sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all before it.
         segment_lengths: tokens of each sample in order; they sum to tokens.
 
     Returns:

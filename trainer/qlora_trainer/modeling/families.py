@@ -1,8 +1,7 @@
 """The model families that can be trained: one table of what their graphs look like and what of them is refused.
 
-A family is the `model_type` of config.json. transformers builds its graph; what is said here is where our layers go in
-it, and which of its variants would not be computed exactly. A new family is an entry, and tests that compare it with
-transformers.
+A family is a `model_type` of config.json. transformers builds its graph; an entry says where our layers go in it, and
+which variants would not be computed exactly. A new family is an entry, and tests that compare it with transformers.
 """
 
 from collections.abc import Callable
@@ -20,18 +19,18 @@ Refusal = Callable[[Any], str | None]
 """transformers' configuration -> why such a model is refused, to be read after its folder's name; None: it is not."""
 
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that change with a row's length: a packed row would turn its samples differently."""
+"""Rotary embeddings that depend on a row's length: in a packed row, samples would be rotated differently."""
 
 
 def quantized_before(config: Any) -> str | None:
-    """Quantizing again what was quantized would add up both errors."""
+    """Weights that are quantized twice carry both errors."""
     if getattr(config, "quantization_config", None) is None:
         return None
-    return "is quantised already; give the unquantised model, it is quantised on load"
+    return "is quantised already; give the unquantised model, which is quantised when it is loaded"
 
 
 def length_dependent_rope(config: Any) -> str | None:
-    """Packed samples must be turned as they would be alone."""
+    """A packed sample must be rotated as it would be alone."""
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     return (
         f"uses {rope!r} rotary embeddings, which packing cannot keep exact"
@@ -89,7 +88,7 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise ModelError(f"{folder} is a {config.model_type!r} model; those supported: {known}")
+        raise ModelError(f"{folder} is a {config.model_type!r} model; supported are {known}")
     if reason := FAMILIES[config.model_type].refusal(config):
         raise ModelError(f"{folder} {reason}")
     return config

@@ -45,7 +45,7 @@ def load_model(folder: Path, scheme: Scheme, dtype: torch.dtype) -> BaseModel:
 
 
 class _WeightLoader:
-    """Takes the tensors of a checkpoint in any order, and knows which are still missing."""
+    """Takes the tensors of a checkpoint in any order and keeps track of those still missing."""
 
     def __init__(self, graph: nn.Module, family: Family, scheme: Scheme, dtype: torch.dtype) -> None:
         self.graph, self.family, self.scheme, self.dtype = graph, family, scheme, dtype
@@ -93,20 +93,24 @@ class _WeightLoader:
     def _check(self, name: str, tensor: Tensor) -> None:
         """Cross a tensor off the missing ones. Raises ModelError."""
         if name not in self.missing:
-            raise ModelError(f"{name} is in the checkpoint twice, or is no part of the model in config.json")
+            raise ModelError(
+                f"{name} is in the checkpoint twice, or does not belong to the model that config.json describes"
+            )
         expected = self.missing.pop(name)
         if not tensor.is_floating_point():
             raise ModelError(
-                f"{name} holds {tensor.dtype}; only unquantised weights, which are floats, are read"
+                f"{name} holds {tensor.dtype}; only floating-point weights, which are not quantised, are read"
             )
         if tuple(tensor.shape) != expected:
-            raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json asks for {expected}")
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json says {expected}")
 
     def finish(self, folder: Path) -> BaseModel:
         """The finished model. Raises ModelError while something is missing, or the head is not what it is tied to."""
         if self.missing or self.head is None:
             names = ", ".join(sorted(self.missing)[:3]) or self.head_name
-            raise ModelError(f"{folder} lacks {len(self.missing) or 1} tensors, such as {names}")
+            raise ModelError(
+                f"{folder} lacks {len(self.missing) or 1} of the model's tensors, such as {names}"
+            )
         if self.tied_copy is not None and not torch.equal(self.tied_copy, self.head):
             raise ModelError(
                 f"{self.head_name} differs from the embedding, to which config.json ties it (tie_word_embeddings)"

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): which layers get adapters, how these start, and what PEFT calls them."""
+"""LoRA (Hu et al. 2021) as an adapter method: which layers get adapters, how these start, what PEFT calls them."""
 
 import math
 from collections.abc import Mapping

@@ -107,9 +107,9 @@ class _LoraLinear(torch.autograd.Function):
 class Dropout:
     """Masks keyed by (seed, step, bin, layer).
 
-    What a sample meets does not depend on which rank it went to, on the
+    A sample's mask does not depend on the rank that runs it, on the
     micro-batch around it, or on whether the layer is recomputed in the
-    backward pass; and there is no generator's state to save.
+    backward pass; and no generator's state has to be saved.
     """
 
     def __init__(self, probability: float, seed: int) -> None:
@@ -119,7 +119,7 @@ class Dropout:
         self._bins: list[tuple[int, int]] = []
 
     def at(self, step: int, bins: list[tuple[int, int]]) -> None:
-        """Say what the next forward pass holds: (number of the bin in its step, its tokens), in order."""
+        """Set what the next forward pass runs: (number of the bin within its step, its tokens), in order."""
         self._step, self._bins = step, bins
 
     def mask(self, layer: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

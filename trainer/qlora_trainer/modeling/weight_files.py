@@ -40,12 +40,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """safetensors' handle of a file. Raises ModelError, also later within the block, when the file is not whole."""
+    """An open safetensors file. Raises ModelError, also later within the block, when the file is not complete."""
     try:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
     except SafetensorError as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {first_line(error)}") from error
+        raise ModelError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -185,13 +185,11 @@ def _pack(codes: Tensor) -> Tensor:
     return pairs.mul_((1 << 20) + 1).bitwise_right_shift_(16).to(torch.uint8)
 
 
-def _dynamic_table() -> Tensor:
-    """The code of each of 65,536 places, evenly spread over [-1, 1]: uint8."""
-    places = torch.arange(_PLACES, dtype=torch.float32).mul_(2).div_(_PLACES - 1).sub_(1.0)
-    return torch.bucketize(places, (DYNAMIC_LEVELS[:-1] + DYNAMIC_LEVELS[1:]) / 2).to(torch.uint8)
-
-
-_PLACE_CODE = _dynamic_table()
+_PLACE_CODE = torch.bucketize(
+    torch.arange(_PLACES, dtype=torch.float32).mul_(2).div_(_PLACES - 1).sub_(1.0),
+    (DYNAMIC_LEVELS[:-1] + DYNAMIC_LEVELS[1:]) / 2,
+).to(torch.uint8)
+"""uint8 (65536,): the code of each place, evenly spread over [-1, 1]."""
 
 
 def _quantize_scales(absmax: Tensor) -> NestedScales:

@@ -94,7 +94,8 @@ def dequantize(matrix: Nf4Matrix, dtype: torch.dtype, out: Tensor | None = None)
     for start in range(0, full, _CHUNK):
         part = flat[start : min(start + _CHUNK, full)]
         values = part if scratch is None else scratch[: part.numel()]
-        _look_up(matrix.packed[start // 2 : (start + part.numel()) // 2], values)
+        pairs = matrix.packed[start // 2 : (start + part.numel()) // 2].to(torch.int32)
+        torch.index_select(_PAIRS_AS_DOUBLES, 0, pairs, out=values.view(torch.float64))
         values.view(-1, BLOCK).mul_(scales[start // BLOCK : (start + part.numel()) // BLOCK, None])
         if scratch is not None:
             part.copy_(values)
@@ -102,11 +103,6 @@ def dequantize(matrix: Nf4Matrix, dtype: torch.dtype, out: Tensor | None = None)
         tail = _PAIRS[matrix.packed[full // 2 :].long()].view(-1)[: flat.numel() - full]
         flat[full:] = tail.mul_(scales[-1])
     return out
-
-
-def _look_up(packed: Tensor, values: Tensor) -> None:
-    """Bytes (n,) -> their levels, float32 (2 n,), written to `values`."""
-    torch.index_select(_PAIRS_AS_DOUBLES, 0, packed.to(torch.int32), out=values.view(torch.float64))
 
 
 def dequantize_scales(scales: NestedScales) -> Tensor:
