@@ -42,9 +42,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         supervised, multiple = len(targets), row_multiple(hidden.dtype)
-        filler = -supervised % multiple
-        hidden = F.pad(hidden, (0, 0, 0, filler))
-        targets = F.pad(targets, (0, filler))
+        padding = -supervised % multiple
+        hidden = F.pad(hidden, (0, 0, 0, padding))
+        targets = F.pad(targets, (0, padding))
         gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(targets))
         rows = max(multiple, LOGITS_BYTES // (4 * head.shape[0]) // multiple * multiple)
