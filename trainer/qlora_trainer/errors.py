@@ -1,16 +1,16 @@
-"""Why a rank ends early, as exceptions; each knows its exit code.
+"""Why a rank or a transfer ends early, as exceptions that know their exit code.
 
 TrainerError
-├── ConfigurationError     run.json, or a folder that belongs to another spec
+├── ConfigurationError     run.json, or a job folder that belongs to another spec
 ├── DataError              the training data
-├── ModelError             the base model, or what cannot be adapted in it
-├── Diverged               NaN or Inf in a loss or gradient
+├── ModelError             the base model, or layers in it that cannot be adapted
+├── Diverged               a loss or gradient is NaN or infinite
 ├── StorageFull            no space for checkpoints or the adapter
-├── OutOfMemory            the memory limit
+├── OutOfMemory            an allocation failed
 ├── NoImprovement          the adapter is no better than the base
-├── TransferRefused        a remote source or destination is missing, or refuses us
-├── TransferFailed         a remote source or destination does not answer as it should
-├── RendezvousError        ranks did not find each other
+├── TransferRefused        a remote source or destination is missing, or denies access
+├── TransferFailed         a remote source or destination does not answer properly
+├── RendezvousError        the ranks did not find each other
 ├── CollectiveError        a collective failed
 │   ├── PeerLost           ... because a peer is gone
 │   └── CollectiveTimeout  ... because a peer did not answer
@@ -22,18 +22,23 @@ import errno
 import os
 
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.paths import InvalidUriError
+from qlora_contract.units import first_line
+
+_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""How torch's allocator and the operating system put it."""
 
 
 class TrainerError(Exception):
-    """A foreseen end. Its text is one sentence for the user; it becomes the termination report's cause."""
+    """An expected way to end. Its text is one sentence for the user and becomes the termination report's cause."""
 
     exit_code = ExitCode.UNEXPECTED
     agreed = False
-    """Raised by all ranks at the same place, from the same numbers: they can part in order."""
+    """All ranks raise it at the same place, from the same numbers, so they can leave the group in order."""
 
 
 class ConfigurationError(TrainerError):
-    """run.json or the job's folder is not what it should be."""
+    """run.json, or the job's folder, is wrong."""
 
     exit_code = ExitCode.INVALID_CONFIGURATION
 
@@ -64,26 +69,26 @@ class StorageFull(TrainerError):  # noqa: N818
 
 
 class OutOfMemory(TrainerError):  # noqa: N818
-    """Memory could not be had."""
+    """An allocation failed."""
 
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class NoImprovement(TrainerError):  # noqa: N818
-    """The adapter's eval loss is not below the base's; nothing is published."""
+    """The adapter's eval loss is not below the base model's; nothing is published."""
 
     exit_code = ExitCode.NO_IMPROVEMENT
     agreed = True
 
 
 class TransferRefused(TrainerError):  # noqa: N818
-    """A remote source or destination is missing, or refuses us: the same request is refused again."""
+    """A remote source or destination is missing or denies access: the same request would fail again."""
 
     exit_code = ExitCode.TRANSFER_REFUSED
 
 
 class TransferFailed(TrainerError):  # noqa: N818
-    """A remote source or destination did not answer, broke off, or sent something else, again and again."""
+    """A remote source or destination repeatedly did not answer, broke off, or sent something else."""
 
     exit_code = ExitCode.TRANSFER_FAILED
 
@@ -111,28 +116,52 @@ class CollectiveTimeout(CollectiveError):  # noqa: N818
 
 
 class Terminated(TrainerError):  # noqa: N818
-    """Every rank left at the same step because one was asked to."""
+    """Every rank left after the same step because one was asked to stop."""
 
     exit_code = ExitCode.TERMINATED
     agreed = True
 
 
 class Fenced(TrainerError):  # noqa: N818
-    """Another attempt owns the job's folder now; this one must not write to it."""
+    """Another attempt owns the job's folder now; this one must not write to it anymore."""
 
     exit_code = ExitCode.TERMINATED
 
 
 def from_os_error(error: OSError, doing: str) -> TrainerError | None:
-    """The foreseen error an OSError stands for; None when it is none of them."""
+    """The TrainerError that an OSError stands for; None where its meaning is not certain.
+
+    Args:
+        error: a full disk, exhausted memory or a denied permission is recognized.
+        doing: what failed, for the message: `writing /volumes/data/x`.
+    """
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return ConfigurationError(
-            f"{error.strerror} while {doing}: {error.filename}: user {os.geteuid()} must be let to read what is there, "
-            "and to write in the workspace"
+            f"{error.strerror} while {doing}: {error.filename}: grant user {os.geteuid()} read access to it, "
+            "and write access to the workspace"
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f": {error.filename}" if error.filename else ""
         return StorageFull(f"no space left while {doing}{where} ({error.strerror})")
     if error.errno == errno.ENOMEM:
-        return OutOfMemory(f"no memory left while {doing}")
+        return OutOfMemory(f"out of memory while {doing}")
     return None
+
+
+def expected(error: BaseException, doing: str) -> TrainerError | None:
+    """The TrainerError that any exception stands for; None for one that nobody expected.
+
+    Args:
+        error: itself where it is a TrainerError; else a bad URI, a failed allocation, or as from_os_error.
+        doing: what failed, for the message.
+    """
+    if isinstance(error, TrainerError):
+        return error
+    if isinstance(error, InvalidUriError):
+        return ConfigurationError(str(error))
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _ALLOCATION_FAILED):
+        return OutOfMemory(
+            "out of memory: raise topology.memoryPerRank, or lower training.microBatchTokens "
+            f"or training.maxSequenceLength ({first_line(error)})"
+        )
+    return from_os_error(error, doing) if isinstance(error, OSError) else None

@@ -14,11 +14,19 @@ import pytest
 import torch
 import yaml
 
-from qlora_contract import places
+from qlora_contract.job_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    FENCE,
+    LOSS_CURVE,
+    MANIFEST,
+    TRAINING_REPORT,
+    read_manifest,
+)
 from qlora_contract.run import JobRef, RunConfig
-from qlora_trainer import export
 from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
-from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull, TrainerError
+from qlora_trainer.artifacts import adapter
+from qlora_trainer.errors import Fenced, StorageFull, TrainerError
 from qlora_trainer.storage import JobFolder
 
 FIELDS: dict[str, Any] = {
@@ -68,7 +76,7 @@ def small_adapter(fill: float | None = None) -> AdapterParameters:
 
 def publish(folder: JobFolder, parameters: AdapterParameters, report: dict[str, Any] = REPORT) -> None:
     """Write and publish."""
-    export.publish(folder, export.write_adapter(folder, parameters, "/volumes/data/model"), report, STEPS)
+    adapter.publish(folder, adapter.write_adapter(folder, parameters, "/volumes/data/model"), report, STEPS)
 
 
 # --- the format
@@ -78,10 +86,10 @@ def test_peft_reads_the_configuration(tmp_path: Path) -> None:
     """Stock peft takes adapter_config.json, with the values of the job."""
     from peft import LoraConfig, PeftConfig
 
-    stage = export.write_adapter(claimed(tmp_path), small_adapter(), "org/name")
-    config = LoraConfig.from_pretrained(str(stage))
+    staged = adapter.write_adapter(claimed(tmp_path), small_adapter(), "org/name")
+    config = LoraConfig.from_pretrained(str(staged))
 
-    assert isinstance(PeftConfig.from_pretrained(str(stage)), LoraConfig)
+    assert isinstance(PeftConfig.from_pretrained(str(staged)), LoraConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 4, 0.0)
     assert config.target_modules == {"q_proj", "up_proj"}
     assert config.base_model_name_or_path == "org/name"
@@ -92,20 +100,20 @@ def test_peft_reads_the_configuration(tmp_path: Path) -> None:
     ("source", "expected"), [("hf://org/name", "c0ffee"), ("s3://team/name", None)], ids=["hub", "s3"]
 )
 def test_a_model_of_the_hub_has_its_commit(tmp_path: Path, source: str, expected: str | None) -> None:
-    """Stock peft loads that very revision; a bucket's hash is none that it could load."""
+    """Stock peft loads that very revision; it could not load a bucket's hash."""
     folder = claimed(tmp_path, model={"source": source}, fetched={"model": "c0ffee"})
-    config = export.peft_config(folder.run, small_adapter(), "org/name")
+    config = adapter.adapter_config(folder.run, small_adapter(), "org/name")
 
     assert config["revision"] == expected
     report = {**REPORT, "provenance": {"base_model": "org/name"}}
-    assert "for `org/name` at c0ffee, trained" in export.model_card(folder.run, report)
+    assert "for `org/name` at c0ffee, trained" in adapter.model_card(folder.run, report)
 
 
 def test_named_targets_stay_as_they_were_named(tmp_path: Path) -> None:
     """Whole paths are not shortened: peft would adapt more layers than were trained."""
-    adapter = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}
-    folder = claimed(tmp_path, adapter=adapter)
-    config = export.peft_config(folder.run, small_adapter(), "org/name")
+    settings = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}
+    folder = claimed(tmp_path, adapter=settings)
+    config = adapter.adapter_config(folder.run, small_adapter(), "org/name")
 
     assert config["target_modules"] == ["layers.0.mlp.up_proj"]
 
@@ -122,10 +130,10 @@ def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> Non
     layers = {name: LoraLinear(name, weights[f"{name}.weight"].data, None) for name in names}
     parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
     parameters.flat.data.normal_(generator=torch.Generator().manual_seed(1))
-    stage = export.write_adapter(claimed(tmp_path), parameters, str(folder))
+    staged = adapter.write_adapter(claimed(tmp_path), parameters, str(folder))
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(stage))(
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(staged))(
             ids
         ).logits
         for name in names:
@@ -139,21 +147,21 @@ def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> Non
 def test_what_is_reloaded_is_what_was_written(tmp_path: Path) -> None:
     """After the reload every parameter holds the file's numbers, whatever it held before."""
     parameters = small_adapter(0.5)
-    stage = export.write_adapter(claimed(tmp_path), parameters, "org/name")
+    staged = adapter.write_adapter(claimed(tmp_path), parameters, "org/name")
     parameters.flat.data.fill_(7.0)
-    export.reload_adapter(stage, parameters)
+    adapter.reload_adapter(staged, parameters)
 
     assert {float(w) for p in parameters.named.values() for w in p.data.flatten()} == {0.5}
 
 
 def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
     """Weights of other layers are refused as a whole."""
-    stage = export.write_adapter(claimed(tmp_path), small_adapter(0.5), "org/name")
+    staged = adapter.write_adapter(claimed(tmp_path), small_adapter(0.5), "org/name")
     layer = LoraLinear("model.layers.0.mlp.down_proj", torch.zeros(6, 4), None)
     other = attach_adapters({layer.name: layer}, rank=2, alpha=4.0, dropout=None, seed=0)
 
     with pytest.raises(TrainerError, match="does not hold the tensors that were written to it"):
-        export.reload_adapter(stage, other)
+        adapter.reload_adapter(staged, other)
 
 
 # --- card, report, curve
@@ -164,7 +172,7 @@ def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
 )
 def test_the_model_card_s_metadata_is_yaml(tmp_path: Path, base: str) -> None:
     """Whatever the base is called, model hubs read its name."""
-    card = export.model_card(claimed(tmp_path).run, {**REPORT, "provenance": {"base_model": base}})
+    card = adapter.model_card(claimed(tmp_path).run, {**REPORT, "provenance": {"base_model": base}})
     _, front, body = card.split("---\n", 2)
 
     assert yaml.safe_load(front) == {
@@ -178,7 +186,7 @@ def test_the_model_card_s_metadata_is_yaml(tmp_path: Path, base: str) -> None:
 
 def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
     """Losses to four digits; what was not measured says so."""
-    card = export.model_card(claimed(tmp_path).run, {**REPORT, "base_eval_loss": None})
+    card = adapter.model_card(claimed(tmp_path).run, {**REPORT, "base_eval_loss": None})
 
     assert "| Base, unquantised | not measured |" in card
     assert "| Base, as trained on | 2.7500 |" in card
@@ -212,7 +220,7 @@ def png(path: Path) -> tuple[int, int]:
 )
 def test_the_loss_curve_is_a_png(tmp_path: Path, steps: list[dict[str, Any]], base: float | None) -> None:
     """It is drawn without a display, whatever was measured."""
-    export.loss_curve(steps, {"base_eval_loss": base}, tmp_path / "curve.png")
+    adapter.loss_curve(steps, {"base_eval_loss": base}, tmp_path / "curve.png")
 
     assert png(tmp_path / "curve.png") == (960, 540)
 
@@ -224,15 +232,16 @@ def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
     """All files are in the manifest, report and curve are beside it too, and nothing else is left."""
     folder = claimed(tmp_path)
     publish(folder, small_adapter())
-    manifest = json.loads((folder.adapter / places.MANIFEST).read_text())
+    manifest = json.loads((folder.adapter / MANIFEST).read_text())
 
     assert set(manifest["files"]) == {
-        "README.md", places.ADAPTER_CONFIG, places.ADAPTER_WEIGHTS, places.LOSS_CURVE, places.TRAINING_REPORT,
+        "README.md", ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT,
     }  # fmt: skip
-    assert export.check_adapter(folder.adapter) == manifest["files"][places.ADAPTER_WEIGHTS]
+    assert manifest["sha256"] == manifest["files"][ADAPTER_WEIGHTS]
+    assert read_manifest(folder.adapter) == manifest
     assert folder.finished()
     assert folder.report() == REPORT
-    png(tmp_path / places.LOSS_CURVE)
+    png(tmp_path / LOSS_CURVE)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -242,32 +251,32 @@ def test_a_damaged_adapter_is_not_an_adapter(tmp_path: Path) -> None:
     publish(folder, small_adapter())
     (folder.adapter / "README.md").write_text("# Mine")
 
-    with pytest.raises(ConfigurationError, match="is not a whole published adapter"):
-        export.check_adapter(folder.adapter)
+    assert read_manifest(folder.adapter) is None
     assert not folder.finished()
 
 
 def test_an_attempt_that_lost_the_fence_publishes_nothing(tmp_path: Path) -> None:
     """When another attempt takes over at the last moment, its adapter stays."""
     old = claimed(tmp_path)
-    stage = export.write_adapter(old, small_adapter(1.0), "org/name")
-    (tmp_path / places.FENCE).write_text('{"uid": "u-1", "attempt": 1}')
+    staged = adapter.write_adapter(old, small_adapter(1.0), "org/name")
+    (tmp_path / FENCE).write_text('{"uid": "u-1", "attempt": 1}')
     newer = JobFolder(
         tmp_path, old.run.model_copy(update={"job": JobRef(name="smollm2", uid="u-1", attempt=1)})
     )
     publish(newer, small_adapter(2.0))
-    sha256 = export.check_adapter(newer.adapter)
+    manifest = read_manifest(newer.adapter)
 
     with pytest.raises(Fenced):
-        export.publish(old, stage, REPORT, STEPS)
-    assert export.check_adapter(newer.adapter) == sha256
+        adapter.publish(old, staged, REPORT, STEPS)
+    assert manifest is not None
+    assert read_manifest(newer.adapter) == manifest
 
 
 def test_a_discarded_adapter_leaves_nothing(tmp_path: Path) -> None:
-    """An adapter that is no better than the base is not found by anybody."""
+    """Nobody finds an adapter that is no better than the base."""
     folder = claimed(tmp_path)
-    export.write_adapter(folder, small_adapter(), "org/name")
-    export.discard(folder)
+    adapter.write_adapter(folder, small_adapter(), "org/name")
+    adapter.discard(folder)
 
     assert not list(tmp_path.glob(".*"))
     assert not folder.adapter.exists()
@@ -288,10 +297,10 @@ def tiny_disk(tmp_path: Path) -> Any:
 def test_a_full_disk_publishes_nothing(tiny_disk: Path) -> None:
     """The job is not finished, and the error says what was being done."""
     folder = claimed(tiny_disk / "job")
-    stage = export.write_adapter(folder, small_adapter(), "org/name")
+    staged = adapter.write_adapter(folder, small_adapter(), "org/name")
 
     with pytest.raises(StorageFull, match=r"no space left while publishing the adapter to .*/adapter"):
-        export.publish(folder, stage, REPORT, STEPS)
+        adapter.publish(folder, staged, REPORT, STEPS)
     assert not folder.adapter.exists()
     assert not folder.finished()
 
@@ -325,7 +334,7 @@ def found(folder):
     folder = test["claimed"](folder.path, attempt=1)
     if not folder.adapter.exists():
         return None, folder.finished()
-    test["export"].check_adapter(folder.adapter)
+    assert test["read_manifest"](folder.adapter) is not None
     tensors = load_file(folder.adapter / "adapter_model.safetensors")
     return {w for t in tensors.values() for w in t.flatten().tolist()}.pop(), folder.finished()
 
@@ -334,11 +343,11 @@ def outcomes(template):
         path = place / f"crash-{n}"
         shutil.copytree(template, path)
         folder = test["claimed"](path)
-        stage = test["export"].write_adapter(folder, test["small_adapter"](2.0), "org/name")
+        staged = test["adapter"].write_adapter(folder, test["small_adapter"](2.0), "org/name")
         child = os.fork()
         if child == 0:
             crash_at(n)
-            test["export"].publish(folder, stage, test["REPORT"], test["STEPS"])
+            test["adapter"].publish(folder, staged, test["REPORT"], test["STEPS"])
             os._exit(0)
         crashed = os.waitpid(child, 0)[1] != 0
         yield found(folder)

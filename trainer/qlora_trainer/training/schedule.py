@@ -1,4 +1,4 @@
-"""The learning rate of each optimiser step."""
+"""The learning rate of each optimizer step."""
 
 import math
 from typing import Literal
@@ -7,11 +7,10 @@ Schedule = Literal["linear", "cosine", "constant"]
 
 
 def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
-    """Learning rate of optimiser step `step`, where 0 is the first of `total_steps`.
+    """Learning rate of optimizer step `step`, where 0 is the first of `total_steps`.
 
-    It rises in a line from 0 over ceil(warmup_ratio * total_steps) steps, then
-    falls to 0 in a line or in half a cosine, or stays. The same values as
-    transformers' get_{linear,cosine,constant}_schedule_with_warmup.
+    It rises linearly from 0 over ceil(warmup_ratio * total_steps) steps, then falls to 0 linearly or along half a
+    cosine, or stays. The same values as transformers' get_{linear,cosine,constant}_schedule_with_warmup.
     """
     warmup = math.ceil(warmup_ratio * total_steps)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""training_report.json: what was trained, on what, how fast, and what came of it."""
+"""training_report.json: what was trained, on what, how fast, and with what result."""
 
 import platform
 from pathlib import Path
@@ -9,30 +9,29 @@ import transformers
 
 from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
+from qlora_contract.units import now
 from qlora_trainer import kernels
-from qlora_trainer.checkpoint import LoopState, now
+from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.packing import Plan
 
 
 def training_report(
     run: RunConfig,
-    plan: Plan,
+    schedule: Plan,
     state: LoopState,
     dtype: str,
     eval_loss: float | None,
     ranks: list[dict[str, Any]],
-    not_bit_exact: str | None,
 ) -> dict[str, Any]:
-    """The report. Rates are over all training steps of all attempts, evaluations and checkpoints left out.
+    """The report. Rates are over all training steps of all attempts, without evaluations and checkpoints.
 
     Args:
         run: the job.
-        plan: its steps.
-        state: the loop's end.
-        dtype: what was computed in.
+        schedule: its steps.
+        state: where the loop ended.
+        dtype: the compute dtype.
         eval_loss: of the reloaded adapter; None without evaluation data.
-        ranks: `Session.facts()` of every rank.
-        not_bit_exact: why a resume was not bit-exact.
+        ranks: `RankContext.rank_stats()` of every rank.
     """
     seconds = max(state.seconds, 1e-9)
     return {
@@ -40,7 +39,7 @@ def training_report(
         "base_eval_loss_quantized": state.base_eval_loss_quantized,
         "eval_loss": eval_loss,
         "steps": state.step,
-        "epochs": plan.epochs_done(state.step),
+        "epochs": schedule.epochs_done(state.step),
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
         "seconds": state.seconds,
@@ -49,18 +48,18 @@ def training_report(
         "world_size": run.layout.world_size,
         "isa": run.isa,
         "compute_dtype": dtype,
-        "kernel": kernels.name(),
+        "kernel": kernels.name(run.quantization.scheme),
         "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
         "ranks": ranks,
         "attempt": run.job.attempt,
-        "not_bit_exact": not_bit_exact,
+        "not_bit_exact": state.not_bit_exact,
         "finished": now(),
         "provenance": provenance(run, state),
     }
 
 
 def base_model(run: RunConfig, folder: Path) -> str:
-    """What the adapter says that it is for: `org/name` for a model of the Hub, else the model's folder."""
+    """The model that the adapter names as its base: `org/name` for one of the Hub, else the model's folder."""
     if not is_remote(run.model.source):
         return str(folder)
     remote = parse_remote(run.model.source)
@@ -68,7 +67,7 @@ def base_model(run: RunConfig, folder: Path) -> str:
 
 
 def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
-    """What the adapter was made from and with."""
+    """What the adapter was made from, and with which versions."""
     return {
         "model_source": run.model.source,
         "model_revision": run.fetched.model,

@@ -1,4 +1,4 @@
-"""What an attempt and a plan read alike."""
+"""What ranks and `qlora plan` read alike."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from qlora_contract.run import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.errors import ModelError
-from qlora_trainer.inputs import first_dtype, load_inputs
+from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 
 
 def a_run(**training: Any) -> RunConfig:
@@ -32,10 +32,10 @@ def a_run(**training: Any) -> RunConfig:
     ],
 )
 def test_the_compute_dtype_follows_the_tier(isa: Any, asked: str, dtype: str) -> None:
-    """bf16 where the processor computes in it, unless another one is asked for."""
+    """bf16 where the processor computes in it natively, unless the job asks for another one."""
     run = a_run(computeDtype=asked).model_copy(update={"isa": isa})
 
-    assert first_dtype(run) == dtype
+    assert default_compute_dtype(run) == dtype
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

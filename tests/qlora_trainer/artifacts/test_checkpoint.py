@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_contract import places
+from qlora_contract.job_folder import FENCE, MANIFEST
 from qlora_contract.run import JobRef, RunConfig
-from qlora_trainer import checkpoint, storage
 from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
-from qlora_trainer.checkpoint import LoopState
+from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
 from qlora_trainer.storage import JobFolder
 
@@ -44,7 +44,7 @@ def claimed(path: Path, attempt: int = 0) -> JobFolder:
 
 
 def small_adapter(rank: int = 2, width: int = 6) -> tuple[AdapterParameters, torch.optim.Optimizer]:
-    """Adapters of two layers and their optimiser."""
+    """Adapters of two layers and their optimizer."""
     layers = {name: LoraLinear(name, torch.zeros(width, 4), None) for name in ("model.a", "model.b")}
     parameters = attach_adapters(layers, rank=rank, alpha=4.0, dropout=None, seed=0)
     return parameters, torch.optim.AdamW([parameters.flat], lr=0.1, fused=True)
@@ -98,14 +98,14 @@ def test_the_loop_state_comes_back_as_it_was(
     """No number loses a bit on its way through the file."""
     state = LoopState(
         step=4, tokens=tokens, seconds=seconds, base_eval_loss=loss, dataset_sha256="ab",
-        conditions={"micro_batch_tokens": micro, "torch": "2"},
+        determinism_key={"micro_batch_tokens": micro, "torch": "2"},
     )  # fmt: skip
     path = checkpoint.save(claimed(tmp_path_factory.mktemp("job")), *small_adapter(), state, keep=1)
 
     assert checkpoint.read_state(path) == state
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     """Older ones than the newest `keep` are removed once the new one is there."""
     folder = claimed(tmp_path)
     for step in (1, 2, 10):
@@ -125,11 +125,11 @@ def flip(path: Path) -> None:
 FILES = [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE]
 DAMAGES: dict[str, Any] = {
     **{f"flipped-{name}": lambda path, name=name: flip(path / name) for name in FILES},
-    **{f"missing-{name}": lambda path, name=name: (path / name).unlink() for name in [*FILES, places.MANIFEST]},
-    **{f"cut-{name}": lambda path, name=name: os.truncate(path / name, 20) for name in [*FILES, places.MANIFEST]},
-    "manifest-not-an-object": lambda path: (path / places.MANIFEST).write_text("[]"),
-    "manifest-without-files": lambda path: (path / places.MANIFEST).write_text("{}"),
-    "manifest-not-text": lambda path: (path / places.MANIFEST).write_bytes(b"\xff\xfe"),
+    **{f"missing-{name}": lambda path, name=name: (path / name).unlink() for name in [*FILES, MANIFEST]},
+    **{f"cut-{name}": lambda path, name=name: os.truncate(path / name, 20) for name in [*FILES, MANIFEST]},
+    "manifest-not-an-object": lambda path: (path / MANIFEST).write_text("[]"),
+    "manifest-without-files": lambda path: (path / MANIFEST).write_text("{}"),
+    "manifest-not-text": lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
     "empty-folder": lambda path: [file.unlink() for file in path.iterdir()],
 }  # fmt: skip
 
@@ -147,8 +147,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert f"checkpoint {newer} is damaged" in caplog.text
 
 
-def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
-    """A fresh job begins at the beginning."""
+def test_a_fresh_job_has_no_checkpoint(tmp_path: Path) -> None:
+    """It begins at the beginning."""
     assert checkpoint.newest_valid(claimed(tmp_path)) is None
 
 
@@ -182,7 +182,9 @@ def test_the_adapter_of_another_shape_is_refused(tmp_path: Path, other: tuple[in
     parameters, optimizer = small_adapter(*other)
     before = parameters.flat.data.clone()
 
-    with pytest.raises(ConfigurationError, match="step-00000001 holds an adapter of other layers or rank"):
+    with pytest.raises(
+        ConfigurationError, match="step-00000001 holds an adapter for other layers or of another rank"
+    ):
         checkpoint.load(path, parameters, optimizer)
     assert torch.equal(parameters.flat.data, before)
 
@@ -190,11 +192,30 @@ def test_the_adapter_of_another_shape_is_refused(tmp_path: Path, other: tuple[in
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     """A job that was begun by another version of the trainer is not begun anew in silence."""
     path = written(claimed(tmp_path), 1)
-    manifest = json.loads((path / places.MANIFEST).read_text())
-    (path / places.MANIFEST).write_text(json.dumps({**manifest, "format": 7}))
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps({**manifest, "format": 7}))
 
     with pytest.raises(ConfigurationError, match="of format 7, and this trainer reads format 1"):
         checkpoint.read_state(path)
+
+
+def test_the_determinism_key_keeps_its_stored_name(tmp_path: Path) -> None:
+    """Releases before and after this one find it under `conditions` in state.json."""
+    state = LoopState(step=1, determinism_key={"threads": 2})
+    path = checkpoint.save(claimed(tmp_path), *small_adapter(), state, keep=1)
+    stored = json.loads((path / checkpoint.STATE_FILE).read_text())
+
+    assert stored["conditions"] == {"threads": 2}
+    assert "determinism_key" not in stored
+
+
+def test_fields_of_a_later_release_are_passed_over(tmp_path: Path) -> None:
+    """A rollback continues from what a later release saved, as long as the format is the same."""
+    path = written(claimed(tmp_path), 3)
+    stored = json.loads((path / checkpoint.STATE_FILE).read_text())
+    (path / checkpoint.STATE_FILE).write_text(json.dumps({**stored, "of_a_later_release": 1}))
+
+    assert checkpoint.read_state(path) == LoopState(step=3)
 
 
 def test_moments_lie_where_sums_do_not_depend_on_the_file(tmp_path: Path) -> None:
@@ -221,11 +242,11 @@ def test_moments_lie_where_sums_do_not_depend_on_the_file(tmp_path: Path) -> Non
         pytest.param({"a": 1, "b": 1}, {"b": 2, "a": 2}, "a 1 -> 2, b 1 -> 2", id="several-in-order"),
     ],
 )
-def test_what_makes_a_resume_inexact_is_named(
+def test_every_change_that_makes_a_resume_inexact_is_named(
     then: dict[str, Any], now: dict[str, Any], reason: str | None
 ) -> None:
-    """Every condition of bit-exactness that changed is in the reason, with both values."""
-    assert checkpoint.not_bit_exact(then, now) == reason
+    """Each part of the determinism key that changed is in the reason, with both values."""
+    assert checkpoint.changes(then, now) == reason
 
 
 def test_an_attempt_that_lost_the_fence_writes_nothing(tmp_path: Path) -> None:
@@ -239,16 +260,16 @@ def test_an_attempt_that_lost_the_fence_writes_nothing(tmp_path: Path) -> None:
     assert names(old) == ["step-00000001"]
 
 
-def test_the_fence_is_looked_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fence_is_checked_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that takes over after the manifest was written, just before the rename, still wins."""
     old = claimed(tmp_path, attempt=0)
-    publish = storage.publish_folder
+    publish = checkpoint.publish_folder
 
     def publish_then_lose(folder: Path, extra: dict[str, Any]) -> None:
         publish(folder, extra)
-        (tmp_path / places.FENCE).write_text('{"uid": "u-1", "attempt": 1}')
+        (tmp_path / FENCE).write_text('{"uid": "u-1", "attempt": 1}')
 
-    monkeypatch.setattr(storage, "publish_folder", publish_then_lose)
+    monkeypatch.setattr(checkpoint, "publish_folder", publish_then_lose)
 
     with pytest.raises(Fenced):
         written(old, 1)

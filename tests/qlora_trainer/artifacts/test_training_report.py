@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from qlora_contract.run import Fetched, ModelSource, RunConfig, config_hash, run_shaping_fields
-from qlora_trainer.checkpoint import LoopState
+from qlora_trainer.artifacts.checkpoint import LoopState
+from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.packing import Plan
-from qlora_trainer.training_report import base_model, training_report
 
 RUN = RunConfig.model_validate(
     {
@@ -29,11 +29,11 @@ RUN = RunConfig.model_validate(
 
 def made(ranks: list[dict[str, Any]], **state: Any) -> dict[str, Any]:
     """The report of a job that is at some state."""
-    plan = Plan(np.full(16, 16), RUN.training)
-    return training_report(RUN, plan, LoopState(**state), "fp32", 1.25, ranks, None)
+    schedule = Plan(np.full(16, 16), RUN.training)
+    return training_report(RUN, schedule, LoopState(**state), "fp32", 1.25, ranks)
 
 
-def test_it_has_the_promised_keys() -> None:
+def test_the_report_has_the_documented_keys() -> None:
     """Losses with and without the adapter, rates, ranks and memory are there under their documented names."""
     report = made(
         [{"peak_memory_bytes": 5}, {"peak_memory_bytes": 9}],
@@ -53,7 +53,7 @@ def test_it_has_the_promised_keys() -> None:
     assert (report["steps"], report["epochs"], report["attempt"], report["isa"]) == (8, 2.0, 5, "avx512")
 
 
-def test_it_says_what_it_was_made_from() -> None:
+def test_the_provenance_says_what_the_adapter_was_made_from() -> None:
     """Sources, the data's digest, the seed, the spec's hash and the versions are in the provenance."""
     provenance = made([{"peak_memory_bytes": 1}], dataset_sha256="ab")["provenance"]
 
@@ -73,7 +73,7 @@ def test_it_says_what_it_was_made_from() -> None:
         pytest.param("s3://team/models/name", "/volumes/data/model", id="s3"),
     ],
 )
-def test_the_base_is_named_so_that_it_can_be_loaded(source: str, expected: str) -> None:
+def test_the_base_has_a_name_that_stock_tools_can_load(source: str, expected: str) -> None:
     """By its name on the Hub, from where stock tools fetch it; else by its folder."""
     run = RUN.model_copy(update={"model": ModelSource(source=source)})
 
@@ -83,18 +83,24 @@ def test_the_base_is_named_so_that_it_can_be_loaded(source: str, expected: str) 
 def test_fetched_revisions_are_in_the_provenance() -> None:
     """What the remote sources stood for; nothing for those on a claim."""
     run = RUN.model_copy(update={"fetched": Fetched(model="c0ffee")})
-    report = training_report(
-        run, Plan(np.full(16, 16), run.training), LoopState(), "fp32", 1.0, [{"peak_memory_bytes": 1}], None
-    )
+    schedule = Plan(np.full(16, 16), run.training)
+    report = training_report(run, schedule, LoopState(), "fp32", 1.0, [{"peak_memory_bytes": 1}])
 
     assert report["provenance"]["model_revision"] == "c0ffee"
     assert report["provenance"]["dataset_revision"] is None
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-12])
-def test_a_job_without_a_step_has_rates_all_the_same(seconds: float) -> None:
-    """A job that was resumed at its end divides by nothing, and the report is JSON."""
+def test_a_job_that_took_no_step_has_rates_of_zero(seconds: float) -> None:
+    """A job that was resumed at its end does not divide by zero, and the report is JSON."""
     report = made([{"peak_memory_bytes": 1}], seconds=seconds)
 
     assert report["tokens_per_second"] == 0.0
     assert json.loads(json.dumps(report)) == report
+
+
+def test_an_inexact_resume_is_reported() -> None:
+    """The reasons of all attempts are in the report."""
+    reason = "world_size 4 -> 2"
+
+    assert made([{"peak_memory_bytes": 1}], not_bit_exact=reason)["not_bit_exact"] == reason

@@ -1,4 +1,4 @@
-"""What an attempt and a plan read alike: the tokenised data, and the type that a first attempt computes in."""
+"""What ranks and `qlora plan` read alike: the tokenized data, and the type that a first attempt computes in."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,24 +6,28 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qlora_contract import places
 from qlora_contract.memory import Dtype
+from qlora_contract.paths import resolve
 from qlora_contract.run import BF16_NATIVE, RunConfig
 from qlora_trainer.data import LoadedData, load
 from qlora_trainer.errors import ConfigurationError, ModelError
 
 
 def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, LoadedData]:
-    """The model's own tokenizer, and the data tokenised with it.
+    """The model's own tokenizer, and the data tokenized with it.
+
+    Args:
+        run: the job.
+        volumes: claim -> directory; empty in a pod.
 
     Raises:
-        ModelError: there is no tokenizer that can be read.
+        ModelError: the tokenizer is missing or cannot be read.
         DataError: the data cannot be trained on.
-        ConfigurationError: an improvement is asked for that nothing could show.
-        PlaceError: a source whose claim has no folder here.
+        ConfigurationError: an improvement is required that nothing could show.
+        InvalidUriError: a source is on a claim that has no directory here.
     """
-    folder = places.resolve(run.model_uri, volumes)
-    source = places.resolve(run.dataset_uri, volumes)
+    folder = resolve(run.model_uri, volumes)
+    source = resolve(run.dataset_uri, volumes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -37,8 +41,8 @@ def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, Loade
     return tokenizer, data
 
 
-def first_dtype(run: RunConfig) -> Dtype:
-    """As asked for, else what the tier's processors compute in natively."""
+def default_compute_dtype(run: RunConfig) -> Dtype:
+    """As the job asks for, else what the tier's processors compute in natively."""
     asked = run.training.compute_dtype
     if asked != "auto":
         return asked

@@ -6,35 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributed import HashStore  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM
 
-from qlora_contract.progress import ProgressReport
-from qlora_contract.run import RunConfig
 from qlora_trainer.data import Samples
-from qlora_trainer.distributed import Group, World
-from qlora_trainer.evaluate import evaluate
-from qlora_trainer.memory_watch import MemoryWatch
 from qlora_trainer.model import BaseModel, load_model
-from qlora_trainer.progress import Progress
-from qlora_trainer.session import Session, Stopping
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.quantization.schemes import AsStored
+from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.evaluation import evaluate
+from qlora_trainer.training.objective import SupervisedFineTuning
 
-RUN = RunConfig.model_validate(
-    {
-        "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
-        "workspace": "pvc://data/work",
-        "model": {"source": "pvc://data/model"},
-        "dataset": {"source": "pvc://data/train.jsonl"},
-        "training": {"epochs": 1, "globalBatchTokens": 64, "maxSequenceLength": 32},
-        "layout": {"memoryPerRank": 2**30},
-        "isa": "avx2",
-    }
-)
 LENGTHS = (5, 17, 32, 2, 9, 23, 12)
-STARTING = ProgressReport(
-    job_uid="u-1", attempt=0, stage="Starting", step=0, total_steps=0, epoch=0.0, updated_time="2026-01-01T00:00:00Z"
-)  # fmt: skip
+OBJECTIVE = SupervisedFineTuning()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +28,7 @@ def folder(small_model: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> BaseModel:
     """The model as the trainer loads it, training."""
-    loaded = load_model(folder, "as-stored", torch.float32)
+    loaded = load_model(folder, AsStored(), torch.float32)
     loaded.graph.train()
     return loaded
 
@@ -64,11 +46,9 @@ def samples() -> Samples:
 
 
 @pytest.fixture
-def session(tmp_path: Path) -> Session:
-    """The only rank of a job."""
-    world = World(rank=0, size=1, local_rank=0, master_addr="127.0.0.1", master_port=1)
-    group = Group(world, HashStore())
-    return Session(RUN, world, group, {}, JobFolder(tmp_path, RUN), Progress(STARTING), MemoryWatch(), "avx2")
+def context(a_context: Callable[..., RankContext]) -> RankContext:
+    """The only rank of a job whose bins hold up to 32 tokens."""
+    return a_context(training={"epochs": 1, "globalBatchTokens": 64, "maxSequenceLength": 32})
 
 
 @pytest.fixture(scope="module")
@@ -88,27 +68,34 @@ def expected(folder: Path, samples: Samples) -> float:
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 32, 64, 10_000])
 def test_it_is_transformers_loss_however_samples_are_batched(
-    session: Session, model: BaseModel, samples: Samples, expected: float, micro_batch_tokens: int
+    context: RankContext, model: BaseModel, samples: Samples, expected: float, micro_batch_tokens: int
 ) -> None:
     """Packed and batched in any way, the mean is that of samples run one by one."""
-    assert evaluate(session, model, samples, micro_batch_tokens) == pytest.approx(expected, rel=1e-5)
+    found = evaluate(context, OBJECTIVE, model, samples, micro_batch_tokens)
+
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_samples_there_is_no_loss(context: RankContext, model: BaseModel) -> None:
+    """A job without evaluation data has no eval loss, rather than one of 0."""
+    assert evaluate(context, OBJECTIVE, model, None, 64) is None
 
 
 def test_it_touches_nothing_that_training_depends_on(
-    session: Session, model: BaseModel, samples: Samples
+    context: RankContext, model: BaseModel, samples: Samples
 ) -> None:
     """The random generator stands where it stood, and the model is training again."""
     before = torch.get_rng_state()
-    evaluate(session, model, samples, 64)
+    evaluate(context, OBJECTIVE, model, samples, 64)
 
     assert torch.equal(torch.get_rng_state(), before)
     assert model.graph.training
 
 
-def test_a_stop_ends_it(session: Session, model: BaseModel, samples: Samples) -> None:
-    """Asked to stop, no number is made up, and the model is training again."""
-    session.stop.set()
+def test_a_request_to_stop_ends_it(context: RankContext, model: BaseModel, samples: Samples) -> None:
+    """Asked to stop, it makes up no number, and the model is training again."""
+    context.stop.set()
 
-    with pytest.raises(Stopping):
-        evaluate(session, model, samples, 64)
+    with pytest.raises(StopRequested):
+        evaluate(context, OBJECTIVE, model, samples, 64)
     assert model.graph.training

@@ -10,23 +10,23 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from qlora_trainer.schedule import Schedule, learning_rate
+from qlora_trainer.training.schedule import Schedule, learning_rate
 
 SCHEDULES: list[Schedule] = ["linear", "cosine", "constant"]
 
 
 def _of_transformers(schedule: Schedule, total: int, warmup: int, peak: float) -> list[float]:
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     if schedule == "linear":
-        scheduler = get_linear_schedule_with_warmup(optimiser, warmup, total)
+        scheduler = get_linear_schedule_with_warmup(optimizer, warmup, total)
     elif schedule == "cosine":
-        scheduler = get_cosine_schedule_with_warmup(optimiser, warmup, total)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, total)
     else:
-        scheduler = get_constant_schedule_with_warmup(optimiser, warmup)
+        scheduler = get_constant_schedule_with_warmup(optimizer, warmup)
     rates = []
     for _ in range(total):
         rates.append(scheduler.get_last_lr()[0])
-        optimiser.step()
+        optimizer.step()
         scheduler.step()
     return rates
 
@@ -36,7 +36,9 @@ def _of_transformers(schedule: Schedule, total: int, warmup: int, peak: float) -
     ("total", "ratio", "warmup"),
     [(1, 0.0, 0), (1, 0.03, 1), (100, 0.0, 0), (100, 0.03, 3), (37, 0.1, 4), (20, 1.0, 20)],
 )
-def test_equals_transformers(schedule: Schedule, total: int, ratio: float, warmup: int) -> None:
+def test_every_step_has_the_rate_of_transformers(
+    schedule: Schedule, total: int, ratio: float, warmup: int
+) -> None:
     """Every step's rate is that of transformers' schedule of the same name."""
     rates = [learning_rate(step, total, 2e-4, schedule, ratio) for step in range(total)]
 
@@ -44,7 +46,7 @@ def test_equals_transformers(schedule: Schedule, total: int, ratio: float, warmu
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_reaches_the_peak_after_the_warm_up(schedule: Schedule) -> None:
+def test_the_rate_reaches_its_peak_right_after_the_warm_up(schedule: Schedule) -> None:
     """It starts at 0, is at the peak right after the warm-up, and never above it."""
     rates = [learning_rate(step, 50, 1e-3, schedule, 0.1) for step in range(50)]
 
@@ -53,7 +55,7 @@ def test_reaches_the_peak_after_the_warm_up(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_falls_to_zero(schedule: Schedule) -> None:
+def test_the_rate_falls_to_zero_after_its_peak(schedule: Schedule) -> None:
     """After the peak it falls at every step, to 0 at the end."""
     rates = [learning_rate(step, 50, 1e-3, schedule, 0.0) for step in range(51)]
 

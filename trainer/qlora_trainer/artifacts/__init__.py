@@ -1,0 +1,1 @@
+"""What a job leaves that needs torch to write or to read: checkpoints, the adapter, its report and metrics."""

@@ -1,0 +1,173 @@
+"""The finished adapter: PEFT's format, a model card, a report, a loss curve.
+
+It is written to a staging folder, reloaded from there and evaluated by the caller, and only then published.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from qlora_contract.files import sha256
+from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT
+from qlora_contract.run import RunConfig
+from qlora_trainer.adapter import AdapterParameters
+from qlora_trainer.errors import TrainerError
+from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.storage import (
+    JobFolder,
+    publish_folder,
+    replace_folder,
+    save_tensors,
+    storing,
+    write_atomically,
+)
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name of each tensor of an adapter, whatever its method."""
+
+
+def staging_folder(folder: JobFolder) -> Path:
+    """Where this attempt's adapter is until it is published."""
+    return folder.path / f".{ADAPTER}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
+
+
+def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -> Path:
+    """Write weights and configuration as PEFT does, into the staging folder, and return that.
+
+    Args:
+        folder: the job's.
+        parameters: the adapter, named by its method.
+        base: the value of `base_model_name_or_path`.
+
+    Raises:
+        StorageFull: they do not fit.
+    """
+    staged = staging_folder(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
+    with storing(f"writing the adapter to {folder.path}"):
+        staged.mkdir(parents=True)
+        save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
+        config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
+        (staged / ADAPTER_CONFIG).write_text(config)
+    return staged
+
+
+def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str) -> dict[str, Any]:
+    """adapter_config.json. Written by hand: importing peft imports every quantizer that is installed."""
+    return {
+        **method_for(run.adapter).peft_config(parameters),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": run.fetched.model if run.model.source.startswith("hf://") else None,
+        "inference_mode": True,
+    }
+
+
+def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:
+    """Replace the trained weights by the written ones: what is evaluated next is what was written.
+
+    Raises:
+        TrainerError: the file does not hold exactly the adapter's tensors.
+    """
+    written = load_file(staged / ADAPTER_WEIGHTS)
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in written.items()}
+    if tensors.keys() != parameters.named.keys():
+        raise TrainerError(f"{staged} does not hold the tensors that were written to it")
+    for name, parameter in parameters.named.items():
+        parameter.data.copy_(tensors[name])
+
+
+def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
+    """Complete the staged adapter with card, report and curve, and make it the job's adapter.
+
+    Args:
+        folder: the job's.
+        staged: what write_adapter returned.
+        report: training_report.json.
+        metrics: the lines of metrics.jsonl.
+
+    Raises:
+        Fenced: a newer attempt has taken over; its adapter stays.
+        StorageFull: the files do not fit; the job is not finished.
+    """
+    text = json.dumps(report, indent=1)
+    with storing(f"publishing the adapter to {folder.adapter}"):
+        (staged / "README.md").write_text(model_card(folder.run, report))
+        (staged / TRAINING_REPORT).write_text(text)
+        loss_curve(metrics, report, staged / LOSS_CURVE)
+        publish_folder(staged, {"sha256": sha256(staged / ADAPTER_WEIGHTS)})
+        folder.check_fence()
+        replace_folder(staged, folder.adapter)
+        shutil.copyfile(folder.adapter / LOSS_CURVE, folder.path / LOSS_CURVE)
+    # The last file, since the job counts as done from here on.
+    write_atomically(folder.path / TRAINING_REPORT, text)
+
+
+def discard(folder: JobFolder) -> None:
+    """Remove a staged adapter that will not be published."""
+    shutil.rmtree(staging_folder(folder), ignore_errors=True)
+
+
+def model_card(run: RunConfig, report: dict[str, Any]) -> str:
+    """README.md of the adapter, with the metadata that model hubs read. `report`: training_report.json."""
+    base = report["provenance"]["base_model"]
+    revision = f" at {run.fetched.model}" if run.fetched.model else ""
+    rows = [
+        ("Base, unquantised", report["base_eval_loss"]),
+        ("Base, as trained on", report["base_eval_loss_quantized"]),
+        ("With this adapter", report["eval_loss"]),
+    ]
+    table = "\n".join(f"| {name} | {'not measured' if v is None else f'{v:.4f}'} |" for name, v in rows)
+    adapter, training = run.adapter, run.training
+    return f"""---
+base_model: {json.dumps(base)}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, qlora, cpu]
+---
+
+# {run.job.name}
+
+A LoRA adapter for `{base}`{revision}, trained on CPUs by qlora-operator.
+
+| Evaluation loss | |
+| --- | --- |
+{table}
+
+- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},
+  on {", ".join(adapter.target_modules)}
+- base weights: {run.quantization.scheme}, computed in {report["compute_dtype"]}
+- {report["steps"]} steps of at most {training.global_batch_tokens} tokens, {report["tokens"]} tokens in all,
+  learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def loss_curve(metrics: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
+    """Draw training and evaluation loss over the steps as a PNG. `metrics`: the lines of metrics.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    trained = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
+    evaluated = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
+    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", label="evaluation", markersize=4)
+    if report["base_eval_loss"] is not None:
+        axes.axhline(
+            report["base_eval_loss"], linestyle="--", color="gray", label="evaluation, unquantised base"
+        )
+    axes.set(xlabel="step", ylabel="loss per supervised token", title=path.parent.parent.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,153 @@
+"""Checkpoints: all that a restart needs, complete or not there.
+
+`checkpoints/step-00000010/` holds the adapter and the optimizer's moments (safetensors), state.json, and
+manifest.json, written last, with the sha256 of the others. The folder is written under a temporary name and renamed,
+and only while the fence still names this attempt.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_contract.job_folder import MANIFEST, read_manifest
+from qlora_contract.units import now
+from qlora_trainer.adapter import AdapterParameters
+from qlora_trainer.errors import ConfigurationError
+from qlora_trainer.storage import JobFolder, publish_folder, replace_folder, save_tensors, storing
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raised when an older trainer could not continue from what this one writes; a new field alone does not need it."""
+ADAPTER_FILE = "adapter.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands. The data position is the step: which samples a step holds depends on nothing else."""
+
+    step: int = 0
+    """Steps completed."""
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    """Spent in training steps, over all attempts."""
+    base_eval_loss: float | None = None
+    """Of the base as stored, computed in fp32; None when not measured."""
+    base_eval_loss_quantized: float | None = None
+    """Of the base as trained on."""
+    dataset_sha256: str = ""
+    determinism_key: dict[str, Any] = field(default_factory=dict)
+    """What decides in which order numbers are added up: a resume repeats an undisturbed run bit for bit only under the
+    same. Called `conditions` in state.json."""
+    not_bit_exact: str | None = None
+    """Why the run, resumed, does not repeat an undisturbed one bit for bit: the reasons of all attempts."""
+
+
+_STORED_NAMES = {"determinism_key": "conditions"}
+"""Fields of LoopState that are called otherwise in state.json, which releases before and after this one read."""
+
+
+def save(
+    folder: JobFolder,
+    parameters: AdapterParameters,
+    optimizer: torch.optim.Optimizer,
+    state: LoopState,
+    keep: int,
+) -> Path:
+    """Write a checkpoint of the state, then remove all but the newest `keep`; the checkpoint's folder.
+
+    Raises:
+        Fenced: a newer attempt has taken over; nothing is left of the checkpoint.
+        StorageFull: it does not fit; nothing is left of it.
+    """
+    final = folder.checkpoints / f"step-{state.step:08d}"
+    temporary = folder.checkpoints / f".{final.name}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with storing(f"writing checkpoint {final}"):
+            temporary.mkdir()
+            save_tensors({name: p.data for name, p in parameters.named.items()}, temporary / ADAPTER_FILE)
+            save_tensors(optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER_FILE)
+            stored = {_STORED_NAMES.get(name, name): value for name, value in asdict(state).items()}
+            (temporary / STATE_FILE).write_text(json.dumps(stored, indent=1))
+            publish_folder(temporary, {"format": FORMAT, "step": state.step, "time": now()})
+            folder.check_fence()
+            replace_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    # Later ones are damaged, or this attempt would have started from them: they do not count.
+    known = [path for path in sorted(folder.checkpoints.glob("step-*")) if path.name <= final.name]
+    for path in known[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def optimizer_tensors(parameters: AdapterParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments, (n,) as the flat parameters, and its step count, (); empty before the first step."""
+    return {name: t for name, t in optimizer.state[parameters.flat].items() if isinstance(t, Tensor)}
+
+
+def newest_valid(folder: JobFolder) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; the log names those passed over."""
+    for path in sorted(folder.checkpoints.glob("step-*"), reverse=True):
+        if read_manifest(path) is not None:
+            return path
+        log.warning("checkpoint %s is damaged or incomplete; trying an older one", path)
+    return None
+
+
+def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optimizer) -> LoopState:
+    """Load a checkpoint's tensors into the adapter and the optimizer, and return its state.
+
+    Raises:
+        ConfigurationError: it holds an adapter of other layers or shapes, of which nothing is loaded; or as read_state.
+    """
+    adapter = load_file(path / ADAPTER_FILE)
+    expected = {name: p.shape for name, p in parameters.named.items()}
+    if {name: t.shape for name, t in adapter.items()} != expected:
+        raise ConfigurationError(
+            f"{path} holds an adapter for other layers or of another rank; remove it to start over"
+        )
+    for name, parameter in parameters.named.items():
+        parameter.data.copy_(adapter[name])
+    # Fresh tensors: those of the file lie wherever its header ends, and sums may depend on alignment.
+    moments = {name: t.clone() for name, t in load_file(path / OPTIMIZER_FILE).items()}
+    optimizer.state[parameters.flat].update(moments)
+    return read_state(path)
+
+
+def read_state(path: Path) -> LoopState:
+    """The loop state of a checkpoint. Fields that this trainer does not know are passed over: see FORMAT.
+
+    Raises:
+        ConfigurationError: another version of the trainer wrote it, in another format.
+    """
+    written = json.loads((path / MANIFEST).read_text()).get("format")
+    if written != FORMAT:
+        raise ConfigurationError(
+            f"{path} is a checkpoint of format {written}, and this trainer reads format {FORMAT}; "
+            "continue with the version that wrote it, or remove it to start over"
+        )
+    stored = json.loads((path / STATE_FILE).read_text())
+    names = {field.name: _STORED_NAMES.get(field.name, field.name) for field in fields(LoopState)}
+    return LoopState(**{name: stored[key] for name, key in names.items() if key in stored})
+
+
+def changes(then: dict[str, Any], now_: dict[str, Any]) -> str | None:
+    """What differs between two determinism keys, `threads 2 -> 4, ...`; None when a resume is bit-exact."""
+    changed = [
+        f"{key} {then.get(key)} -> {now_.get(key)}"
+        for key in sorted({*then, *now_})
+        if then.get(key) != now_.get(key)
+    ]
+    return ", ".join(changed) or None

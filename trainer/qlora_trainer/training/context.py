@@ -1,0 +1,118 @@
+"""What a rank works with from its start to its end, and how the ranks agree on numbers."""
+
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_contract.cpus import format_cpu_list
+from qlora_contract.progress import RankFacts
+from qlora_contract.run import RunConfig
+from qlora_trainer.cpu import memory_current_and_peak, probe_isa
+from qlora_trainer.distributed import Group, World
+from qlora_trainer.memory_watch import MemoryWatch
+from qlora_trainer.progress import Progress, Rate, starting_report
+from qlora_trainer.storage import JobFolder
+from qlora_trainer.topology.machine import read
+
+
+class StopRequested(Exception):  # noqa: N818 - a request, not an error
+    """A rank was asked to stop, and all ranks know it: each raises this at the same place."""
+
+
+@dataclass(frozen=True)
+class ReducedScalars:
+    """Numbers of all ranks, the same on each of them."""
+
+    stop_requested: bool
+    """A rank was asked to stop."""
+    sums: dict[str, float]
+    """By name, over all ranks."""
+    per_rank: list[float]
+    """Each rank's `local` number, in rank order."""
+
+
+@dataclass
+class RankContext:
+    """One rank's job, its peers, and what it reports to."""
+
+    run: RunConfig
+    group: Group
+    folder: JobFolder
+    volumes: Mapping[str, Path] = field(default_factory=dict)
+    """Claim -> directory with `qlora run`; empty in a pod, where claims are mounted."""
+    isa: str = field(default_factory=probe_isa)
+    """The best tier that this processor meets."""
+    memory: MemoryWatch = field(default_factory=MemoryWatch)
+    rate: Rate = field(default_factory=Rate)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set by SIGTERM. Acted on only through `all_reduce_scalars`, so that all ranks see it at the same place."""
+    tokens_trained: int = 0
+    """By this rank, in this attempt."""
+    progress: Progress = field(init=False)
+    """The live report; rank 0 serves it."""
+
+    def __post_init__(self) -> None:
+        self.progress = Progress(starting_report(self.run))
+
+    @property
+    def world(self) -> World:
+        """This rank's number among how many."""
+        return self.group.world
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Rank 0 alone writes files and reports."""
+        return self.world.rank == 0
+
+    def rank_info(self) -> RankFacts:
+        """Where this rank runs, for the live report."""
+        cpus = os.sched_getaffinity(0)
+        return RankFacts(
+            rank=self.world.rank,
+            host=socket.gethostname(),
+            isa=self.isa,
+            cpus=format_cpu_list(cpus),
+            threads=torch.get_num_threads(),
+            pod=self.world.pod,
+            nodes=format_cpu_list(read().nodes_of(cpus)),
+        )
+
+    def rank_stats(self) -> dict[str, Any]:
+        """`rank_info`, and the tokens and peak memory (bytes) of this attempt, for training_report.json."""
+        self.memory.sample()
+        _, cgroup_peak = memory_current_and_peak()
+        return {
+            **self.rank_info().model_dump(by_alias=False),
+            "tokens": self.tokens_trained,
+            "peak_memory_bytes": self.memory.peak_total,
+            "peak_anonymous_bytes": self.memory.peak_needed,
+            "peak_above_imports_bytes": self.memory.peak_needed - self.memory.baseline.needed,
+            "imports_bytes": self.memory.baseline.needed,
+            "cgroup_peak_bytes": cgroup_peak,
+        }
+
+    def all_reduce_scalars(self, sums: Mapping[str, float], local: float = 0.0) -> ReducedScalars:
+        """Exchange a few numbers with all ranks, in one all-reduce in fp64: counts stay exact up to 2^53.
+
+        Args:
+            sums: numbers to add up over all ranks. Every rank has the same names in the same order.
+            local: a number of this rank's own, which all ranks learn.
+        """
+        own = 1 + len(sums)  # where the ranks' own numbers begin
+        vector = torch.zeros(own + self.world.size, dtype=torch.float64)
+        vector[0] = float(self.stop.is_set())
+        vector[1:own] = torch.tensor(list(sums.values()), dtype=torch.float64)
+        vector[own + self.world.rank] = local
+        self.group.all_reduce_sum(vector)
+        numbers: list[float] = vector.tolist()
+        return ReducedScalars(
+            stop_requested=numbers[0] > 0,
+            sums=dict(zip(sums, numbers[1:own], strict=True)),
+            per_rank=numbers[own:],
+        )

@@ -1,0 +1,249 @@
+"""Before the first step: everything is loaded, checked against the other ranks, and resumed where an attempt left off.
+
+Ranks differ only in which bins they run: every decision here is made from the same facts on each of them, or by rank 0
+for all.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qlora_contract import memory
+from qlora_contract.memory import Dtype, MemoryEstimate
+from qlora_contract.paths import resolve
+from qlora_contract.units import format_bytes
+from qlora_trainer import kernels
+from qlora_trainer.adapter import ALIGNMENT, AdapterParameters, Dropout
+from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.artifacts.checkpoint import LoopState
+from qlora_trainer.data import LoadedData
+from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.model import BaseModel, fingerprint, load_model, weight_files
+from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.packing import Plan
+from qlora_trainer.quantization.schemes import AsStored, scheme_of
+from qlora_trainer.shape import model_shape
+from qlora_trainer.training.context import RankContext
+from qlora_trainer.training.evaluation import evaluate
+from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+from qlora_trainer.training.objective import Objective, SupervisedFineTuning
+
+log = logging.getLogger(__name__)
+
+DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINT_BYTES = 12
+"""Per adapter weight: fp32, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all ranks have agreed on, before any weight is loaded."""
+
+    model_folder: Path
+    data: LoadedData
+    schedule: Plan
+    memory: MemoryEstimate
+    dtype: Dtype
+    determinism_key: dict[str, Any]
+    checkpoint: Path | None
+    """What to resume from."""
+    loop: LoopState
+    """Of the checkpoint; a new one without."""
+
+
+@dataclass
+class TrainState:
+    """Everything the loop works on."""
+
+    model_folder: Path
+    objective: Objective
+    model: BaseModel
+    parameters: AdapterParameters
+    dropout: Dropout | None
+    optimizer: torch.optim.Optimizer
+    data: LoadedData
+    counts: NDArray[np.int64]
+    """(training samples,): what each counts in the objective's mean."""
+    supervised: NDArray[np.int64]
+    """(training samples,): supervised tokens of each."""
+    schedule: Plan
+    memory: MemoryEstimate
+    dtype: Dtype
+    loop: LoopState
+
+
+def prepare(context: RankContext) -> TrainState:
+    """Load everything, check that all ranks agree, then measure the base or resume from the newest checkpoint.
+
+    Raises:
+        StopRequested: a rank was asked to stop during an evaluation.
+        TrainerError: one of its kinds, for every expected failure.
+    """
+    context.progress.update(stage="Starting")
+    objective = SupervisedFineTuning()
+    inputs = agree_on_inputs(context)
+    if inputs.checkpoint is None:
+        # Before the model that is trained is loaded: memory need not hold both.
+        inputs.loop.base_eval_loss = evaluate_unquantized(context, objective, inputs)
+    state = build(context, objective, inputs)
+    if inputs.checkpoint is not None:
+        restore(context, inputs.checkpoint, state, inputs.determinism_key)
+    else:
+        # B is zero: this is the base as it is trained on.
+        state.loop.base_eval_loss_quantized = evaluate(
+            context, objective, state.model, state.data.evaluation, state.memory.micro_batch_tokens
+        )
+    state.loop.determinism_key = inputs.determinism_key
+    state.loop.dataset_sha256 = state.data.sha256
+    return state
+
+
+def agree_on_inputs(context: RankContext) -> Inputs:
+    """Read model shape and data, find the checkpoint, and choose memory settings and steps, alike on every rank.
+
+    Raises:
+        ConfigurationError: ranks read different files.
+        DataError: the data cannot be trained on, or are not those of the checkpoint.
+        ModelError: the model or its tokenizer cannot be used.
+        StorageFull: checkpoints and adapter will not fit.
+    """
+    run = context.run
+    model_folder = resolve(run.model_uri, context.volumes)
+    shape = model_shape(model_folder, run.adapter)
+    _, data = load_inputs(run, context.volumes)
+
+    found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
+    name = context.group.all_gather_object(found.name if found else None)[0]
+    resumed = context.folder.checkpoints / name if name else None
+    loop = checkpoint.read_state(resumed) if resumed else LoopState()
+    if resumed and loop.dataset_sha256 != data.sha256:  # a data position means nothing in other data
+        raise DataError(
+            f"the data changed since {resumed.name} was written (sha256 {loop.dataset_sha256[:12]}, now "
+            f"{data.sha256[:12]}); restore the old data, or give the job another name"
+        )
+
+    # As asked for; else what the first completed step used, on whatever processor that was.
+    used: Dtype | None = loop.determinism_key.get("compute_dtype")
+    dtype = used if run.training.compute_dtype == "auto" and used else default_compute_dtype(run)
+    chosen = memory.choose(shape, run, dtype)
+    check_same_on_all_ranks(
+        context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
+    )
+    if context.is_rank_zero:
+        checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
+        context.folder.check_space(checkpoints + 2**20)
+    schedule = Plan(data.train.lengths(), run.training)
+    context.progress.update(
+        total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
+    )
+    key = determinism_key(context, chosen, dtype)
+    log.info(
+        "rank %d of %d: ISA %s, %s, %d thread(s), kernels %s, micro-batch %d tokens, checkpointing %s, %d steps, "
+        "estimated memory %s",
+        context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
+        chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
+    )  # fmt: skip
+    return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop)
+
+
+def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None:
+    """Raise ConfigurationError where ranks have different facts: they must not train together."""
+    rank_zero, *others = context.group.all_gather_object(facts)
+    for rank, theirs in enumerate(others, start=1):
+        for name, value in theirs.items():
+            if value != rank_zero[name]:
+                raise ConfigurationError(
+                    f"rank {rank} has a different {name} from rank 0: {value} instead of {rank_zero[name]}"
+                )
+
+
+def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) -> dict[str, Any]:
+    """All that decides in which order numbers are added up (LoopState.determinism_key)."""
+    return {
+        "world_size": context.world.size,
+        "backend": context.run.distributed.backend,
+        "compute_dtype": dtype,
+        "kernels": kernels.name(context.run.quantization.scheme),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "alignment": ALIGNMENT,
+        "micro_batch_tokens": chosen.micro_batch_tokens,
+        "checkpointing": chosen.checkpointing,
+        "torch": torch.__version__,
+    }
+
+
+def evaluate_unquantized(context: RankContext, objective: Objective, inputs: Inputs) -> float | None:
+    """The eval loss of the base in fp32; None without evaluation data, or where its weights exceed memoryPerRank.
+
+    The weights are mapped from their files, not copied. Their size is held against memoryPerRank all the same, since
+    a model that does not fit would be read from disk again for every micro-batch.
+    """
+    if inputs.data.evaluation is None:
+        return None
+    chosen = inputs.memory
+    weights = sum(file.stat().st_size for file in weight_files(inputs.model_folder))
+    if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
+        return None
+    base = load_model(inputs.model_folder, AsStored(), torch.float32)
+    return evaluate(context, objective, base, inputs.data.evaluation, chosen.micro_batch_tokens)
+
+
+def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainState:
+    """Load the quantized base, and attach a new adapter and its optimizer.
+
+    Raises:
+        ModelError: the weights cannot be used.
+    """
+    run = context.run
+    model = load_model(inputs.model_folder, scheme_of(run.quantization), DTYPES[inputs.dtype])
+    model.graph.train()
+    if inputs.memory.checkpointing == "full":
+        model.enable_gradient_checkpointing()
+    dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
+    parameters = method_for(run.adapter).attach(model, seed=run.training.seed, dropout=dropout)
+    optimizer = torch.optim.AdamW(
+        [parameters.flat], lr=run.training.learning_rate, weight_decay=run.training.weight_decay, fused=True
+    )
+    return TrainState(
+        model_folder=inputs.model_folder,
+        objective=objective,
+        model=model,
+        parameters=parameters,
+        dropout=dropout,
+        optimizer=optimizer,
+        data=inputs.data,
+        counts=objective.counts(inputs.data.train),
+        supervised=inputs.data.train.supervised_counts(),
+        schedule=inputs.schedule,
+        memory=inputs.memory,
+        dtype=inputs.dtype,
+        loop=inputs.loop,
+    )
+
+
+def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:
+    """Load a checkpoint into adapter, optimizer and loop state, and say whether the run stays bit-exact.
+
+    Args:
+        context: this rank's.
+        path: the checkpoint.
+        state: what is loaded into.
+        key: this attempt's determinism key.
+
+    Raises:
+        ConfigurationError: the checkpoint is of another adapter.
+    """
+    loop = checkpoint.load(path, state.parameters, state.optimizer)
+    changes = checkpoint.changes(loop.determinism_key, key)
+    loop.not_bit_exact = "; ".join(filter(None, (loop.not_bit_exact, changes))) or None
+    state.loop = loop
+    if context.is_rank_zero:
+        log.info(
+            "resumed after step %d (%s)", loop.step, f"not bit-exact: {changes}" if changes else "bit-exact"
+        )
