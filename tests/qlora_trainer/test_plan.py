@@ -1,4 +1,4 @@
-"""What the planner tells, with a small model and real data."""
+"""What the planner answers, with a small model and real data."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qlora_contract.env import VOLUMES_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import choose
-from qlora_contract.places import VOLUMES_ENV
-from qlora_contract.plan import PlanAnswer, PlanReport
+from qlora_contract.plan import PlanReport, PlanResponse
 from qlora_contract.run import RunConfig
-from qlora_trainer import packing, plan
-from qlora_trainer.data import load
+from qlora_trainer import plan
+from qlora_trainer.data import packing
+from qlora_trainer.data.dataset import load
 
 SAMPLES = 40
 
@@ -40,11 +41,11 @@ def model(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Callable[...
 
 
 @pytest.fixture
-def ask(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlanAnswer]:
+def ask(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., PlanResponse]:
     """The planner, asked about a job on these records."""
     monkeypatch.setenv(VOLUMES_ENV, json.dumps({"models": str(model.parent), "data": str(tmp_path)}))
 
-    def asked(records: list[Any] | None = None, **fields: Any) -> PlanAnswer:
+    def asked(records: list[Any] | None = None, **fields: Any) -> PlanResponse:
         known = [{"prompt": f"{n}? ", "completion": "x" * (n + 1)} for n in range(SAMPLES)]
         lines = [json.dumps(record) for record in (known if records is None else records)]
         (tmp_path / "data.jsonl").write_text("\n".join(lines))
@@ -71,7 +72,7 @@ def a_run(**fields: Any) -> RunConfig:
     )
 
 
-def planned(answer: PlanAnswer) -> PlanReport:
+def planned(answer: PlanResponse) -> PlanReport:
     """The plan, which there must be."""
     assert answer.error is None
     assert answer.plan is not None
@@ -79,41 +80,41 @@ def planned(answer: PlanAnswer) -> PlanReport:
 
 
 def test_the_planner_counts_as_training_does(
-    ask: Callable[..., PlanAnswer], tmp_path: Path, byte_tokenizer: Callable[..., Any]
+    ask: Callable[..., PlanResponse], tmp_path: Path, byte_tokenizer: Callable[..., Any]
 ) -> None:
     """Samples, tokens and steps are those that every rank will make of the same files."""
-    told = planned(ask())
+    report = planned(ask())
     run = a_run()
     data = load(run.dataset, tmp_path / "data.jsonl", byte_tokenizer(), 64)
-    steps = packing.Plan(data.train.lengths(), run.training)
+    steps = packing.StepSchedule(data.train.lengths(), run.training)
     assert data.evaluation is not None
-    assert told.evaluation is not None
+    assert report.evaluation is not None
 
-    assert told.training.records + told.evaluation.records == SAMPLES
-    assert (told.training.samples, told.training.tokens) == (len(data.train), len(data.train.ids))
-    assert told.training.supervised_tokens == int(data.train.supervised_counts().sum())
-    assert (told.steps.total, told.steps.epochs) == (steps.total_steps, 2.0)
-    assert told.steps.tokens_per_step * told.steps.per_epoch == pytest.approx(told.training.tokens)
-    assert 0.5 < told.steps.fill <= 1.0
+    assert report.training.records + report.evaluation.records == SAMPLES
+    assert (report.training.samples, report.training.tokens) == (len(data.train), len(data.train.ids))
+    assert report.training.supervised_tokens == int(data.train.supervised_counts().sum())
+    assert (report.steps.total, report.steps.epochs) == (steps.total_steps, 2.0)
+    assert report.steps.tokens_per_step * report.steps.per_epoch == pytest.approx(report.training.tokens)
+    assert 0.5 < report.steps.fill <= 1.0
 
 
-def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanAnswer]) -> None:
+def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanResponse]) -> None:
     """Micro-batch and total are those of the contract's own choice for the measured shape."""
-    told = planned(ask())
-    chosen = choose(told.shape, a_run(), "fp32")
+    report = planned(ask())
+    chosen = choose(report.shape, a_run(), "fp32")
 
-    assert (told.memory.total, told.memory.parts) == (chosen.total, chosen.parts())
-    assert (told.memory.micro_batch_tokens, told.memory.checkpointing) == (128, "none")
-    assert (told.shape.layers, told.shape.hidden, told.shape.tied) == (2, 64, True)
+    assert (report.memory.total, report.memory.parts) == (chosen.total, chosen.parts())
+    assert (report.memory.micro_batch_tokens, report.memory.checkpointing) == (128, "none")
+    assert (report.shape.layers, report.shape.hidden, report.shape.tied) == (2, 64, True)
 
 
-def test_the_sample_shows_what_is_learnt(ask: Callable[..., PlanAnswer]) -> None:
-    """A prompt is not learnt, its completion and the end are."""
-    told = planned(ask())
+def test_the_sample_shows_what_is_supervised(ask: Callable[..., PlanResponse]) -> None:
+    """A prompt is not; its completion and the end are."""
+    report = planned(ask())
 
-    assert [run.learnt for run in told.sample] == [False, True]
-    assert told.sample[0].text.endswith("? ")
-    assert told.sample[1].text.strip("x") == "<|im_end|>"
+    assert [span.supervised for span in report.sample] == [False, True]
+    assert report.sample[0].text.endswith("? ")
+    assert report.sample[1].text.strip("x") == "<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_the_sample_shows_what_is_learnt(ask: Callable[..., PlanAnswer]) -> None
             None,
             {"dataset": {"source": "pvc://nowhere/data.jsonl"}},
             ExitCode.INVALID_CONFIGURATION,
-            "claim 'nowhere' has no folder here",
+            "claim 'nowhere' has no directory here",
             id="a claim",
         ),
         pytest.param(
@@ -152,8 +153,8 @@ def test_the_sample_shows_what_is_learnt(ask: Callable[..., PlanAnswer]) -> None
         ),
     ],
 )
-def test_what_would_end_training_is_told(
-    ask: Callable[..., PlanAnswer], records: list[Any] | None, fields: dict[str, Any], code: int, cause: str
+def test_what_would_end_training_is_the_answer(
+    ask: Callable[..., PlanResponse], records: list[Any] | None, fields: dict[str, Any], code: int, cause: str
 ) -> None:
     """With the code and the sentence that a rank would end with."""
     answer = ask(records, **fields)
@@ -164,8 +165,8 @@ def test_what_would_end_training_is_told(
     assert cause in answer.error.cause
 
 
-def test_a_missing_run_config_is_told(tmp_path: Path) -> None:
-    """As the launcher tells it."""
+def test_a_missing_run_config_is_the_answer(tmp_path: Path) -> None:
+    """With the launcher's sentence."""
     answer = plan.answer(tmp_path / "run.json")
 
     assert answer.error is not None
@@ -176,24 +177,26 @@ def test_a_missing_run_config_is_told(tmp_path: Path) -> None:
 def test_the_answer_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Without arguments, of the machine; with too many, none."""
     assert plan.main([]) == 0
-    assert PlanAnswer.model_validate_json(capsys.readouterr().out).machine == plan.machine()
+    assert PlanResponse.model_validate_json(capsys.readouterr().out).machine == plan.machine()
     assert plan.main(["a", "b"]) == 2
     assert capsys.readouterr().out == ""
 
 
-def test_the_layout_is_the_launchers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_layout_is_the_one_that_launchers_compute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """For each list of CPUs, one pod: its ranks with CPUs, threads and nodes."""
     cpus = str(min(os.sched_getaffinity(0)))
     (tmp_path / "run.json").write_text(a_run(layout={"cpusPerRank": 1}).to_json())
 
     assert plan.main(["layout", str(tmp_path / "run.json"), cpus, cpus]) == 0
-    answer = PlanAnswer.model_validate_json(capsys.readouterr().out)
+    answer = PlanResponse.model_validate_json(capsys.readouterr().out)
     assert answer.pods is not None
     assert [(rank.cpus, rank.threads) for pod in answer.pods for rank in pod.ranks] == [(cpus, 1)] * 2
     assert all(pod.bound and pod.notes == [] and pod.unused == "" for pod in answer.pods)
 
 
-def test_ranks_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_ranks_that_do_not_fit_are_the_answer(tmp_path: Path) -> None:
     """With the launcher's code and sentence."""
     (tmp_path / "run.json").write_text(a_run(layout={"cpusPerRank": 1000}).to_json())
     answer = plan.layouts(tmp_path / "run.json", [str(min(os.sched_getaffinity(0)))])

@@ -24,14 +24,14 @@ from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run import RunConfig
 from qlora_trainer.distributed import Group, World
+from qlora_trainer.distributed.heartbeat import Heartbeat, leave
+from qlora_trainer.distributed.peers import LostPeer
 from qlora_trainer.errors import CollectiveError, ConfigurationError, PeerLost, TrainerError
-from qlora_trainer.heartbeat import Heartbeat, leave
-from qlora_trainer.peers import LostPeer
-from qlora_trainer.progress import ProgressServer, port_from_environ
-from qlora_trainer.report import write_rank_report
+from qlora_trainer.host.affinity import on_service_cpus
 from qlora_trainer.run_file import RunFileError, load_run, with_rank_counts
-from qlora_trainer.storage import JobFolder
-from qlora_trainer.topology.helpers import on_helpers
+from qlora_trainer.storage.job_folder import JobFolder
+from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
+from qlora_trainer.telemetry.termination import write_rank_report
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.termination import failure_report, success_report
@@ -64,7 +64,7 @@ def run_rank() -> int:
     heartbeat: Heartbeat | None = None
     rank = World.from_environ(os.environ).rank
     try:
-        with on_helpers():
+        with on_service_cpus():
             context = open_context()
             heartbeat = start_heartbeat(context)
         ending = train_unless_finished(context)
@@ -137,7 +137,7 @@ def start_heartbeat(context: RankContext) -> Heartbeat:
 def train_unless_finished(context: RankContext) -> TerminationReport:
     """Train, unless an earlier attempt has finished this very job."""
     if context.is_rank_zero:
-        context.folder.claim()
+        context.folder.acquire()
     if context.group.all_gather_object(context.is_rank_zero and context.folder.finished())[0]:
         log.info("already finished: %s", context.folder.adapter)
         return success_report(context, context.folder.report())

@@ -32,15 +32,16 @@ from qlora_contract.plan import (
     TextSpan,
 )
 from qlora_contract.run import ISA_TIERS, RunConfig
-from qlora_trainer.cpu import available_cpus, probe
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.launch import place_ranks
+from qlora_trainer.host.cgroups import available_cpus
+from qlora_trainer.host.isa import probe
+from qlora_trainer.host.numa import read_machine
+from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.run_file import RunFileError, load_run
-from qlora_trainer.topology.machine import read
 
 if TYPE_CHECKING:
-    from qlora_trainer.data import Facts, Samples
-    from qlora_trainer.packing import Plan
+    from qlora_trainer.data.dataset import Facts, Samples
+    from qlora_trainer.data.packing import StepSchedule
 
 
 USAGE = "usage: python -m qlora_trainer.plan [RUN_JSON | layout RUN_JSON CPUS [CPUS ...]]"
@@ -70,7 +71,7 @@ def machine() -> Machine:
     return Machine(
         tiers=[tier for tier in ISA_TIERS if not lacking[tier]],
         lacking={tier: missing for tier, missing in lacking.items() if missing},
-        cpus=[thread for core in read().cores_of(cpus) for thread in core.cpus],
+        cpus=[thread for core in read_machine().cores_of(cpus) for thread in core.cpus],
         quota=quota,
     )
 
@@ -87,7 +88,7 @@ def layouts(path: Path, cpu_lists: Sequence[str]) -> PlanResponse:
     """Where the ranks run of a pod for each list of CPUs, as its launcher would decide; or why they do not fit."""
     try:
         run = load_run(path)
-        pods = [place_ranks(run, {CPUS_ENV: cpus}) for cpus in cpu_lists]
+        pods = [pod_layout(run, {CPUS_ENV: cpus}) for cpus in cpu_lists]
     except (RunFileError, TrainerError) as error:
         return _failure(error)
     return PlanResponse(
@@ -131,19 +132,19 @@ def plan(run: RunConfig) -> PlanReport:
         TrainerError: what would end training before its first step.
         InvalidUriError: a source is on a claim that has no directory here.
     """
-    from qlora_trainer.packing import Plan
-    from qlora_trainer.remote.pins import fetched_before
-    from qlora_trainer.shape import model_shape
-    from qlora_trainer.template import render
+    from qlora_trainer.data.packing import StepSchedule
+    from qlora_trainer.data.tokenization import render
+    from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.transfer.revisions import with_pinned_revisions
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 
     volumes = volume_map()
-    run = fetched_before(run, volumes)
+    run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, volumes)
     dtype = default_compute_dtype(run)
     estimate = memory.choose(shape, run, dtype)
-    schedule = Plan(data.train.lengths(), run.training)
+    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]
     evaluation = None
     if data.evaluation is not None and data.evaluation_facts is not None:
@@ -176,14 +177,14 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
     )
 
 
-def steps(samples: "Samples", run: RunConfig, schedule: "Plan") -> Steps:
+def steps(samples: "Samples", run: RunConfig, schedule: "StepSchedule") -> Steps:
     """The steps of the first epoch and of the whole training."""
-    from qlora_trainer import packing
+    from qlora_trainer.data import packing
 
-    training, lengths = run.training, samples.lengths()
-    order = packing.order(len(lengths), training.seed, 0)
-    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing)
-    tokens = packing.tokens_of(bins, lengths)
+    training, lengths, groups = run.training, samples.lengths(), samples.group_offsets
+    order = packing.epoch_permutation(len(samples) if groups is None else len(groups) - 1, training.seed, 0)
+    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing, groups)
+    tokens = packing.bin_lengths(bins, lengths)
     per_epoch = len(packing.steps(tokens, training.global_batch_tokens))
     return Steps(
         per_epoch=per_epoch,

@@ -24,10 +24,12 @@ from qlora_contract.job_folder import (
     read_manifest,
 )
 from qlora_contract.run import JobRef, RunConfig
-from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.lora import attach_adapters
+from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.storage.job_folder import JobFolder
 
 FIELDS: dict[str, Any] = {
     "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
@@ -55,12 +57,12 @@ STEPS: list[dict[str, Any]] = [
 ]
 
 
-def claimed(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
+def acquired(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
     run = RunConfig.model_validate({**FIELDS, **changes})
     job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
     folder = JobFolder(path, run.model_copy(update={"job": job}))
-    folder.claim()
+    folder.acquire()
     return folder
 
 
@@ -86,7 +88,7 @@ def test_peft_reads_the_configuration(tmp_path: Path) -> None:
     """Stock peft takes adapter_config.json, with the values of the job."""
     from peft import LoraConfig, PeftConfig
 
-    staged = adapter.write_adapter(claimed(tmp_path), small_adapter(), "org/name")
+    staged = adapter.write_adapter(acquired(tmp_path), small_adapter(), "org/name")
     config = LoraConfig.from_pretrained(str(staged))
 
     assert isinstance(PeftConfig.from_pretrained(str(staged)), LoraConfig)
@@ -101,7 +103,7 @@ def test_peft_reads_the_configuration(tmp_path: Path) -> None:
 )
 def test_a_model_of_the_hub_has_its_commit(tmp_path: Path, source: str, expected: str | None) -> None:
     """Stock peft loads that very revision; it could not load a bucket's hash."""
-    folder = claimed(tmp_path, model={"source": source}, fetched={"model": "c0ffee"})
+    folder = acquired(tmp_path, model={"source": source}, fetched={"model": "c0ffee"})
     config = adapter.adapter_config(folder.run, small_adapter(), "org/name")
 
     assert config["revision"] == expected
@@ -112,7 +114,7 @@ def test_a_model_of_the_hub_has_its_commit(tmp_path: Path, source: str, expected
 def test_named_targets_stay_as_they_were_named(tmp_path: Path) -> None:
     """Whole paths are not shortened: peft would adapt more layers than were trained."""
     settings = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}
-    folder = claimed(tmp_path, adapter=settings)
+    folder = acquired(tmp_path, adapter=settings)
     config = adapter.adapter_config(folder.run, small_adapter(), "org/name")
 
     assert config["target_modules"] == ["layers.0.mlp.up_proj"]
@@ -130,7 +132,7 @@ def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> Non
     layers = {name: LoraLinear(name, weights[f"{name}.weight"].data, None) for name in names}
     parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
     parameters.flat.data.normal_(generator=torch.Generator().manual_seed(1))
-    staged = adapter.write_adapter(claimed(tmp_path), parameters, str(folder))
+    staged = adapter.write_adapter(acquired(tmp_path), parameters, str(folder))
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(staged))(
@@ -147,7 +149,7 @@ def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> Non
 def test_what_is_reloaded_is_what_was_written(tmp_path: Path) -> None:
     """After the reload every parameter holds the file's numbers, whatever it held before."""
     parameters = small_adapter(0.5)
-    staged = adapter.write_adapter(claimed(tmp_path), parameters, "org/name")
+    staged = adapter.write_adapter(acquired(tmp_path), parameters, "org/name")
     parameters.flat.data.fill_(7.0)
     adapter.reload_adapter(staged, parameters)
 
@@ -156,7 +158,7 @@ def test_what_is_reloaded_is_what_was_written(tmp_path: Path) -> None:
 
 def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
     """Weights of other layers are refused as a whole."""
-    staged = adapter.write_adapter(claimed(tmp_path), small_adapter(0.5), "org/name")
+    staged = adapter.write_adapter(acquired(tmp_path), small_adapter(0.5), "org/name")
     layer = LoraLinear("model.layers.0.mlp.down_proj", torch.zeros(6, 4), None)
     other = attach_adapters({layer.name: layer}, rank=2, alpha=4.0, dropout=None, seed=0)
 
@@ -172,7 +174,7 @@ def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
 )
 def test_the_model_card_s_metadata_is_yaml(tmp_path: Path, base: str) -> None:
     """Whatever the base is called, model hubs read its name."""
-    card = adapter.model_card(claimed(tmp_path).run, {**REPORT, "provenance": {"base_model": base}})
+    card = adapter.model_card(acquired(tmp_path).run, {**REPORT, "provenance": {"base_model": base}})
     _, front, body = card.split("---\n", 2)
 
     assert yaml.safe_load(front) == {
@@ -186,7 +188,7 @@ def test_the_model_card_s_metadata_is_yaml(tmp_path: Path, base: str) -> None:
 
 def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
     """Losses to four digits; what was not measured says so."""
-    card = adapter.model_card(claimed(tmp_path).run, {**REPORT, "base_eval_loss": None})
+    card = adapter.model_card(acquired(tmp_path).run, {**REPORT, "base_eval_loss": None})
 
     assert "| Base, unquantised | not measured |" in card
     assert "| Base, as trained on | 2.7500 |" in card
@@ -230,7 +232,7 @@ def test_the_loss_curve_is_a_png(tmp_path: Path, steps: list[dict[str, Any]], ba
 
 def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
     """All files are in the manifest, report and curve are beside it too, and nothing else is left."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     publish(folder, small_adapter())
     manifest = json.loads((folder.adapter / MANIFEST).read_text())
 
@@ -247,7 +249,7 @@ def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
 
 def test_a_damaged_adapter_is_not_an_adapter(tmp_path: Path) -> None:
     """A changed card is enough: what is there is not what was published."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     publish(folder, small_adapter())
     (folder.adapter / "README.md").write_text("# Mine")
 
@@ -257,7 +259,7 @@ def test_a_damaged_adapter_is_not_an_adapter(tmp_path: Path) -> None:
 
 def test_an_attempt_that_lost_the_fence_publishes_nothing(tmp_path: Path) -> None:
     """When another attempt takes over at the last moment, its adapter stays."""
-    old = claimed(tmp_path)
+    old = acquired(tmp_path)
     staged = adapter.write_adapter(old, small_adapter(1.0), "org/name")
     (tmp_path / FENCE).write_text('{"uid": "u-1", "attempt": 1}')
     newer = JobFolder(
@@ -274,7 +276,7 @@ def test_an_attempt_that_lost_the_fence_publishes_nothing(tmp_path: Path) -> Non
 
 def test_a_discarded_adapter_leaves_nothing(tmp_path: Path) -> None:
     """Nobody finds an adapter that is no better than the base."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     adapter.write_adapter(folder, small_adapter(), "org/name")
     adapter.discard(folder)
 
@@ -296,7 +298,7 @@ def tiny_disk(tmp_path: Path) -> Any:
 
 def test_a_full_disk_publishes_nothing(tiny_disk: Path) -> None:
     """The job is not finished, and the error says what was being done."""
-    folder = claimed(tiny_disk / "job")
+    folder = acquired(tiny_disk / "job")
     staged = adapter.write_adapter(folder, small_adapter(), "org/name")
 
     with pytest.raises(StorageFull, match=r"no space left while publishing the adapter to .*/adapter"):
@@ -331,7 +333,7 @@ def crash_at(n):
 
 def found(folder):
     "What a reader and the next attempt find: the weights of the adapter, and whether the job counts as done."
-    folder = test["claimed"](folder.path, attempt=1)
+    folder = test["acquired"](folder.path, attempt=1)
     if not folder.adapter.exists():
         return None, folder.finished()
     assert test["read_manifest"](folder.adapter) is not None
@@ -342,7 +344,7 @@ def outcomes(template):
     for n in itertools.count(1):
         path = place / f"crash-{n}"
         shutil.copytree(template, path)
-        folder = test["claimed"](path)
+        folder = test["acquired"](path)
         staged = test["adapter"].write_adapter(folder, test["small_adapter"](2.0), "org/name")
         child = os.fork()
         if child == 0:
@@ -355,10 +357,10 @@ def outcomes(template):
         if not crashed:
             return
 
-old = test["claimed"](place / "old")
+old = test["acquired"](place / "old")
 test["publish"](old, test["small_adapter"](1.0))
 (old.path / "training_report.json").unlink()  # the crash before left the adapter alone
-test["claimed"](place / "fresh")
+test["acquired"](place / "fresh")
 print(json.dumps([list(outcomes(place / name)) for name in ("fresh", "old")]))
 """
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from qlora_contract.job_folder import FENCE, MANIFEST
 from qlora_contract.run import JobRef, RunConfig
-from qlora_trainer.adapter import AdapterParameters, LoraLinear, attach_adapters
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.lora import attach_adapters
+from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.storage.job_folder import JobFolder
 
 RUN = RunConfig.model_validate(
     {
@@ -35,11 +37,11 @@ RUN = RunConfig.model_validate(
 )
 
 
-def claimed(path: Path, attempt: int = 0) -> JobFolder:
+def acquired(path: Path, attempt: int = 0) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
     job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
     folder = JobFolder(path, RUN.model_copy(update={"job": job}))
-    folder.claim()
+    folder.acquire()
     return folder
 
 
@@ -77,7 +79,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     train(undisturbed, optimizer, 7)
     before, optimizer = small_adapter()
     train(before, optimizer, 3)
-    path = checkpoint.save(claimed(tmp_path), before, optimizer, LoopState(step=3), keep=2)
+    path = checkpoint.save(acquired(tmp_path), before, optimizer, LoopState(step=3), keep=2)
     after, optimizer = small_adapter()
     checkpoint.load(path, after, optimizer)
     train(after, optimizer, 4)
@@ -100,14 +102,14 @@ def test_the_loop_state_comes_back_as_it_was(
         step=4, tokens=tokens, seconds=seconds, base_eval_loss=loss, dataset_sha256="ab",
         determinism_key={"micro_batch_tokens": micro, "torch": "2"},
     )  # fmt: skip
-    path = checkpoint.save(claimed(tmp_path_factory.mktemp("job")), *small_adapter(), state, keep=1)
+    path = checkpoint.save(acquired(tmp_path_factory.mktemp("job")), *small_adapter(), state, keep=1)
 
     assert checkpoint.read_state(path) == state
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     """Older ones than the newest `keep` are removed once the new one is there."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     for step in (1, 2, 10):
         written(folder, step, keep=2)
 
@@ -139,7 +141,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
 ) -> None:
     """Whatever happened to the newest one, the one before is taken, and the log names the bad one."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     older, newer = written(folder, 1), written(folder, 2)
     damage(newer)
 
@@ -149,12 +151,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_a_fresh_job_has_no_checkpoint(tmp_path: Path) -> None:
     """It begins at the beginning."""
-    assert checkpoint.newest_valid(claimed(tmp_path)) is None
+    assert checkpoint.newest_valid(acquired(tmp_path)) is None
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
     """With keep 1, a new checkpoint before a damaged one stays."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     written(folder, 1)
     flip(written(folder, 9) / checkpoint.STATE_FILE)
     written(folder, 2, keep=1)
@@ -164,7 +166,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) 
 
 def test_a_damaged_checkpoint_is_written_anew(tmp_path: Path) -> None:
     """The same step can be saved over one that is damaged."""
-    folder = claimed(tmp_path)
+    folder = acquired(tmp_path)
     flip(written(folder, 3) / checkpoint.ADAPTER_FILE)
     written(folder, 3)
 
@@ -178,7 +180,7 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path: Path) -> None:
 )
 def test_the_adapter_of_another_shape_is_refused(tmp_path: Path, other: tuple[int, int]) -> None:
     """A checkpoint of other shapes is named, and nothing of it is loaded."""
-    path = written(claimed(tmp_path), 1)
+    path = written(acquired(tmp_path), 1)
     parameters, optimizer = small_adapter(*other)
     before = parameters.flat.data.clone()
 
@@ -191,7 +193,7 @@ def test_the_adapter_of_another_shape_is_refused(tmp_path: Path, other: tuple[in
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
     """A job that was begun by another version of the trainer is not begun anew in silence."""
-    path = written(claimed(tmp_path), 1)
+    path = written(acquired(tmp_path), 1)
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps({**manifest, "format": 7}))
 
@@ -202,7 +204,7 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
 def test_the_determinism_key_keeps_its_stored_name(tmp_path: Path) -> None:
     """Releases before and after this one find it under `conditions` in state.json."""
     state = LoopState(step=1, determinism_key={"threads": 2})
-    path = checkpoint.save(claimed(tmp_path), *small_adapter(), state, keep=1)
+    path = checkpoint.save(acquired(tmp_path), *small_adapter(), state, keep=1)
     stored = json.loads((path / checkpoint.STATE_FILE).read_text())
 
     assert stored["conditions"] == {"threads": 2}
@@ -211,7 +213,7 @@ def test_the_determinism_key_keeps_its_stored_name(tmp_path: Path) -> None:
 
 def test_fields_of_a_later_release_are_passed_over(tmp_path: Path) -> None:
     """A rollback continues from what a later release saved, as long as the format is the same."""
-    path = written(claimed(tmp_path), 3)
+    path = written(acquired(tmp_path), 3)
     stored = json.loads((path / checkpoint.STATE_FILE).read_text())
     (path / checkpoint.STATE_FILE).write_text(json.dumps({**stored, "of_a_later_release": 1}))
 
@@ -222,7 +224,7 @@ def test_moments_lie_where_sums_do_not_depend_on_the_file(tmp_path: Path) -> Non
     """What is loaded has the alignment of tensors that were never in a file."""
     parameters, optimizer = small_adapter()
     train(parameters, optimizer, 1)
-    path = checkpoint.save(claimed(tmp_path), parameters, optimizer, LoopState(step=1), keep=1)
+    path = checkpoint.save(acquired(tmp_path), parameters, optimizer, LoopState(step=1), keep=1)
     parameters, optimizer = small_adapter()
     checkpoint.load(path, parameters, optimizer)
     moments: dict[str, Tensor] = checkpoint.optimizer_tensors(parameters, optimizer)
@@ -251,9 +253,9 @@ def test_every_change_that_makes_a_resume_inexact_is_named(
 
 def test_an_attempt_that_lost_the_fence_writes_nothing(tmp_path: Path) -> None:
     """When another attempt took over while the files were written, they do not become a checkpoint."""
-    old = claimed(tmp_path, attempt=0)
+    old = acquired(tmp_path, attempt=0)
     written(old, 1)
-    claimed(tmp_path, attempt=1)
+    acquired(tmp_path, attempt=1)
 
     with pytest.raises(Fenced, match="attempt 1 of job u-1"):
         written(old, 2)
@@ -262,14 +264,14 @@ def test_an_attempt_that_lost_the_fence_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_fence_is_checked_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt that takes over after the manifest was written, just before the rename, still wins."""
-    old = claimed(tmp_path, attempt=0)
-    publish = checkpoint.publish_folder
+    old = acquired(tmp_path, attempt=0)
+    publish = checkpoint.seal_folder
 
     def publish_then_lose(folder: Path, extra: dict[str, Any]) -> None:
         publish(folder, extra)
         (tmp_path / FENCE).write_text('{"uid": "u-1", "attempt": 1}')
 
-    monkeypatch.setattr(checkpoint, "publish_folder", publish_then_lose)
+    monkeypatch.setattr(checkpoint, "seal_folder", publish_then_lose)
 
     with pytest.raises(Fenced):
         written(old, 1)
@@ -278,7 +280,7 @@ def test_the_fence_is_checked_last(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny_disk: Path) -> None:
     """The checkpoint that does not fit is gone without a trace; the one before is whole."""
-    folder = claimed(tiny_disk / "job")
+    folder = acquired(tiny_disk / "job")
     older = written(folder, 1)
     parameters, optimizer = small_adapter(rank=512, width=512)
 
@@ -336,18 +338,18 @@ def found(folder):
     return weights, len(test["names"](folder))
 
 def outcomes(place, first, second):
-    save(test["claimed"](place / "template"), first)
+    save(test["acquired"](place / "template"), first)
     for n in itertools.count(1):
         path = place / f"crash-{n}"
         shutil.copytree(place / "template", path)
-        folder = test["claimed"](path)
+        folder = test["acquired"](path)
         child = os.fork()
         if child == 0:
             crash_at(n)
             save(folder, second)
             os._exit(0)
         crashed = os.waitpid(child, 0)[1] != 0
-        yield found(test["claimed"](path, attempt=1))
+        yield found(test["acquired"](path, attempt=1))
         if not crashed:
             return
 

@@ -12,7 +12,7 @@ import torch
 from qlora_contract.run import Fetched, ModelSource, RunConfig, config_hash, run_shaping_fields
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.training_report import base_model, training_report
-from qlora_trainer.packing import Plan
+from qlora_trainer.data.packing import StepSchedule
 
 RUN = RunConfig.model_validate(
     {
@@ -29,7 +29,7 @@ RUN = RunConfig.model_validate(
 
 def made(ranks: list[dict[str, Any]], **state: Any) -> dict[str, Any]:
     """The report of a job that is at some state."""
-    schedule = Plan(np.full(16, 16), RUN.training)
+    schedule = StepSchedule(np.full(16, 16), RUN.training)
     return training_report(RUN, schedule, LoopState(**state), "fp32", 1.25, ranks)
 
 
@@ -83,7 +83,7 @@ def test_the_base_has_a_name_that_stock_tools_can_load(source: str, expected: st
 def test_fetched_revisions_are_in_the_provenance() -> None:
     """What the remote sources stood for; nothing for those on a claim."""
     run = RUN.model_copy(update={"fetched": Fetched(model="c0ffee")})
-    schedule = Plan(np.full(16, 16), run.training)
+    schedule = StepSchedule(np.full(16, 16), run.training)
     report = training_report(run, schedule, LoopState(), "fp32", 1.0, [{"peak_memory_bytes": 1}])
 
     assert report["provenance"]["model_revision"] == "c0ffee"

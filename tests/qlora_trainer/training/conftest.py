@@ -9,7 +9,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from qlora_contract.run import RunConfig
 from qlora_trainer.distributed import Group, World
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.training.context import RankContext
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.data import Samples
-from qlora_trainer.model import BaseModel, load_model
+from qlora_trainer.data.dataset import Samples
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.evaluation import evaluate

@@ -13,17 +13,12 @@ from safetensors.torch import load_file
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT
 from qlora_contract.run import RunConfig
-from qlora_trainer.adapter import AdapterParameters
+from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.storage import (
-    JobFolder,
-    publish_folder,
-    replace_folder,
-    save_tensors,
-    storing,
-    write_atomically,
-)
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
+from qlora_trainer.storage.job_folder import JobFolder
 
 PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the name of each tensor of an adapter, whatever its method."""
@@ -48,7 +43,7 @@ def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -
     staged = staging_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
     tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
-    with storing(f"writing the adapter to {folder.path}"):
+    with translate_os_errors(f"writing the adapter to {folder.path}"):
         staged.mkdir(parents=True)
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
         config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
@@ -95,11 +90,11 @@ def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: li
         StorageFull: the files do not fit; the job is not finished.
     """
     text = json.dumps(report, indent=1)
-    with storing(f"publishing the adapter to {folder.adapter}"):
+    with translate_os_errors(f"publishing the adapter to {folder.adapter}"):
         (staged / "README.md").write_text(model_card(folder.run, report))
         (staged / TRAINING_REPORT).write_text(text)
         loss_curve(metrics, report, staged / LOSS_CURVE)
-        publish_folder(staged, {"sha256": sha256(staged / ADAPTER_WEIGHTS)})
+        seal_folder(staged, {"sha256": sha256(staged / ADAPTER_WEIGHTS)})
         folder.check_fence()
         replace_folder(staged, folder.adapter)
         shutil.copyfile(folder.adapter / LOSS_CURVE, folder.path / LOSS_CURVE)

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from qlora_contract.job_folder import MANIFEST, read_manifest
 from qlora_contract.units import now
-from qlora_trainer.adapter import AdapterParameters
+from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ConfigurationError
-from qlora_trainer.storage import JobFolder, publish_folder, replace_folder, save_tensors, storing
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors
+from qlora_trainer.storage.job_folder import JobFolder
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +76,13 @@ def save(
     temporary = folder.checkpoints / f".{final.name}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with storing(f"writing checkpoint {final}"):
+        with translate_os_errors(f"writing checkpoint {final}"):
             temporary.mkdir()
             save_tensors({name: p.data for name, p in parameters.named.items()}, temporary / ADAPTER_FILE)
             save_tensors(optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER_FILE)
             stored = {_STORED_NAMES.get(name, name): value for name, value in asdict(state).items()}
             (temporary / STATE_FILE).write_text(json.dumps(stored, indent=1))
-            publish_folder(temporary, {"format": FORMAT, "step": state.step, "time": now()})
+            seal_folder(temporary, {"format": FORMAT, "step": state.step, "time": now()})
             folder.check_fence()
             replace_folder(temporary, final)
     finally:

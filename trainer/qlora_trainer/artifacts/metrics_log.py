@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.progress import ProgressReport
-from qlora_trainer.storage import storing, write_atomically
+from qlora_trainer.storage.atomic import translate_os_errors, write_atomically
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MetricsLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, which has a `step`. Raises StorageFull."""
-        with storing(f"writing {self.path}"), self.path.open("a") as stream:
+        with translate_os_errors(f"writing {self.path}"), self.path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
 
 

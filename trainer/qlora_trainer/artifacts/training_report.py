@@ -10,14 +10,14 @@ import transformers
 from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
 from qlora_contract.units import now
-from qlora_trainer import kernels
 from qlora_trainer.artifacts.checkpoint import LoopState
-from qlora_trainer.packing import Plan
+from qlora_trainer.data.packing import StepSchedule
+from qlora_trainer.quantization import kernels
 
 
 def training_report(
     run: RunConfig,
-    schedule: Plan,
+    schedule: StepSchedule,
     state: LoopState,
     dtype: str,
     eval_loss: float | None,

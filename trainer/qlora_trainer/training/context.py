@@ -13,12 +13,13 @@ import torch
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.progress import RankFacts
 from qlora_contract.run import RunConfig
-from qlora_trainer.cpu import memory_current_and_peak, probe_isa
 from qlora_trainer.distributed import Group, World
-from qlora_trainer.memory_watch import MemoryWatch
-from qlora_trainer.progress import Progress, Rate, starting_report
-from qlora_trainer.storage import JobFolder
-from qlora_trainer.topology.machine import read
+from qlora_trainer.host.cgroups import memory_current_and_peak
+from qlora_trainer.host.isa import probe_isa
+from qlora_trainer.host.memory_sampler import MemorySampler
+from qlora_trainer.host.numa import read_machine
+from qlora_trainer.storage.job_folder import JobFolder
+from qlora_trainer.telemetry.progress import Progress, Rate, starting_report
 
 
 class StopRequested(Exception):  # noqa: N818 - a request, not an error
@@ -48,7 +49,7 @@ class RankContext:
     """Claim -> directory with `qlora run`; empty in a pod, where claims are mounted."""
     isa: str = field(default_factory=probe_isa)
     """The best tier that this processor meets."""
-    memory: MemoryWatch = field(default_factory=MemoryWatch)
+    memory: MemorySampler = field(default_factory=MemorySampler)
     rate: Rate = field(default_factory=Rate)
     stop: threading.Event = field(default_factory=threading.Event)
     """Set by SIGTERM. Acted on only through `all_reduce_scalars`, so that all ranks see it at the same place."""
@@ -80,7 +81,7 @@ class RankContext:
             cpus=format_cpu_list(cpus),
             threads=torch.get_num_threads(),
             pod=self.world.pod,
-            nodes=format_cpu_list(read().nodes_of(cpus)),
+            nodes=format_cpu_list(read_machine().nodes_of(cpus)),
         )
 
     def rank_stats(self) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from qlora_trainer import packing
-from qlora_trainer.batch import collate, row_multiple
-from qlora_trainer.data import Samples
-from qlora_trainer.memory_watch import return_freed
-from qlora_trainer.model import BaseModel
+from qlora_trainer.data import packing
+from qlora_trainer.data.collate import collate, pad_multiple
+from qlora_trainer.data.dataset import Samples
+from qlora_trainer.host.process_memory import malloc_trim
+from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.objective import Objective
 
@@ -35,23 +35,26 @@ def evaluate(
     """
     if samples is None:
         return None
-    lengths = samples.lengths()
+    lengths, groups = samples.lengths(), samples.group_offsets
     counts = objective.counts(samples)
+    order = np.arange(len(samples) if groups is None else len(groups) - 1)
     longest = context.run.training.max_sequence_length
-    bins = packing.pack(lengths, np.arange(len(lengths)), longest, packing=True)
-    mine = list(packing.rank_share(bins, context.world.rank, context.world.size))
+    bins = packing.pack(lengths, order, longest, packing=True, group_offsets=groups)
+    mine = list(packing.shard(bins, context.world.rank, context.world.size))
     loss, count = 0.0, 0
     model.graph.eval()
     with torch.no_grad():
-        for micro_batch in packing.micro_batches(mine, packing.tokens_of(mine, lengths), micro_batch_tokens):
+        for micro_batch in packing.micro_batches(
+            mine, packing.bin_lengths(mine, lengths), micro_batch_tokens
+        ):
             if context.stop.is_set():
                 break
             numbers = [number for bin_ in micro_batch for number in bin_]
-            batch = collate(samples, numbers, row_multiple(model.dtype))
+            batch = collate(samples, numbers, pad_multiple(model.dtype))
             loss += float(objective.loss(model, batch).total)
             count += int(counts[numbers].sum())
     model.graph.train()
-    return_freed()
+    malloc_trim()
     reduced = context.all_reduce_scalars({"loss": loss, "count": count})
     if reduced.stop_requested:
         raise StopRequested

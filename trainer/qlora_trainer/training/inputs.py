@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from qlora_contract.memory import Dtype
 from qlora_contract.paths import resolve
 from qlora_contract.run import BF16_NATIVE, RunConfig
-from qlora_trainer.data import LoadedData, load
+from qlora_trainer.data.dataset import LoadedData, load
 from qlora_trainer.errors import ConfigurationError, ModelError
 
 

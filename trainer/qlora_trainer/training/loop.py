@@ -10,14 +10,14 @@ from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri
 from qlora_contract.progress import CheckpointRef
 from qlora_contract.units import now
-from qlora_trainer import packing
 from qlora_trainer.artifacts import adapter, checkpoint
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
 from qlora_trainer.artifacts.training_report import base_model, training_report
-from qlora_trainer.batch import collate, row_multiple
+from qlora_trainer.data import packing
+from qlora_trainer.data.collate import collate, pad_multiple
+from qlora_trainer.data.packing import Step
 from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated
-from qlora_trainer.model import fingerprint
-from qlora_trainer.packing import Step
+from qlora_trainer.modeling.weight_files import fingerprint
 from qlora_trainer.training import schedule
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.evaluation import evaluate
@@ -157,16 +157,16 @@ def accumulate(context: RankContext, state: TrainState, step: Step, count: int) 
         This rank's sums: `loss`, `tokens` (padding left out) and the objective's metrics.
     """
     world, objective = context.world, state.objective
-    mine = packing.rank_share(range(len(step.bins)), world.rank, world.size)
+    mine = packing.shard(range(len(step.bins)), world.rank, world.size)
     bin_tokens = [step.bin_tokens[n] for n in mine]
     state.parameters.gradient.zero_()
     sums = dict.fromkeys(("loss", "tokens", *objective.metrics), 0.0)
     for micro_batch in packing.micro_batches(mine, bin_tokens, state.memory.micro_batch_tokens):
         numbers = [sample for n in micro_batch for sample in step.bins[n]]
-        batch = collate(state.data.train, numbers, row_multiple(state.model.dtype))
+        batch = collate(state.data.train, numbers, pad_multiple(state.model.dtype))
         if state.dropout is not None:
             bins = [(n, step.bin_tokens[n]) for n in micro_batch]
-            state.dropout.at(state.loop.step, [*bins, (-1, batch.filler)])
+            state.dropout.at(state.loop.step, [*bins, (-1, batch.padding)])
         loss = objective.loss(state.model, batch)
         (loss.total / count).backward()  # type: ignore[no-untyped-call]
         sums["loss"] += float(loss.total.detach())

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qlora_trainer.batch import Batch
-from qlora_trainer.data import Samples
-from qlora_trainer.loss import summed_cross_entropy
-from qlora_trainer.model import BaseModel
+from qlora_trainer.data.collate import Batch
+from qlora_trainer.data.dataset import Samples
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.loss import summed_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,20 @@ from qlora_contract import memory
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
 from qlora_contract.units import format_bytes
-from qlora_trainer import kernels
-from qlora_trainer.adapter import ALIGNMENT, AdapterParameters, Dropout
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
-from qlora_trainer.data import LoadedData
+from qlora_trainer.data.dataset import LoadedData
+from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.errors import ConfigurationError, DataError
-from qlora_trainer.model import BaseModel, fingerprint, load_model, weight_files
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.packing import Plan
+from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.lora_linear import Dropout
+from qlora_trainer.modeling.shape import model_shape
+from qlora_trainer.modeling.weight_files import fingerprint, weight_files
+from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import AsStored, scheme_of
-from qlora_trainer.shape import model_shape
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
@@ -46,7 +49,7 @@ class Inputs:
 
     model_folder: Path
     data: LoadedData
-    schedule: Plan
+    schedule: StepSchedule
     memory: MemoryEstimate
     dtype: Dtype
     determinism_key: dict[str, Any]
@@ -71,7 +74,7 @@ class TrainState:
     """(training samples,): what each counts in the objective's mean."""
     supervised: NDArray[np.int64]
     """(training samples,): supervised tokens of each."""
-    schedule: Plan
+    schedule: StepSchedule
     memory: MemoryEstimate
     dtype: Dtype
     loop: LoopState
@@ -137,7 +140,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     if context.is_rank_zero:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
-    schedule = Plan(data.train.lengths(), run.training)
+    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
