@@ -203,7 +203,7 @@ def test_ranks_that_do_not_fit_are_the_answer(tmp_path: Path) -> None:
 
     assert answer.error is not None
     assert answer.error.code == ExitCode.INVALID_CONFIGURATION
-    assert "need 1000 CPUs, and 1 can be used here" in answer.error.cause
+    assert "need 1000 CPUs, but only 1 can be used here" in answer.error.cause
 
 
 def test_a_layout_needs_cpus(capsys: pytest.CaptureFixture[str]) -> None:

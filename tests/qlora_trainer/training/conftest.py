@@ -1,26 +1,38 @@
-"""A rank's surroundings without other ranks."""
+"""A rank's surroundings without other ranks, and a job so small that it is set up and trained in a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from qlora_contract.run import RunConfig
+from qlora_trainer import smoke_model
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.training.context import RankContext
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums are added up in the same order each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def a_context(tmp_path: Path, a_run: Callable[..., RunConfig]) -> Callable[..., RankContext]:
-    """make(**fields of the run) -> the context of the only rank of a job."""
+    """make(volumes=..., **fields of the run) -> the context of the only rank of a job."""
 
-    def make(**fields: Any) -> RankContext:
+    def make(volumes: dict[str, Path] | None = None, **fields: Any) -> RankContext:
         run = a_run(1, **fields)
         world = World(rank=0, size=1, local_rank=0, master_addr="127.0.0.1", master_port=1)
-        return RankContext(run, Group(world, HashStore()), JobFolder(tmp_path / "job", run))
+        folder = JobFolder(tmp_path / "job", run)
+        return RankContext(run, Group(world, HashStore()), folder, volumes=volumes or {})
 
     return make
 
@@ -29,3 +41,35 @@ def a_context(tmp_path: Path, a_run: Callable[..., RunConfig]) -> Callable[..., 
 def alone(a_context: Callable[..., RankContext]) -> RankContext:
     """The only rank of a job."""
     return a_context()
+
+
+@pytest.fixture(scope="session")
+def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model and data of the smoke test."""
+    folder = tmp_path_factory.mktemp("smoke")
+    smoke_model.write(folder)
+    return folder
+
+
+SMALL: dict[str, Any] = {
+    "model": {"source": "pvc://smoke/model"},
+    "dataset": {"source": "pvc://smoke/data.jsonl", "evalFraction": 0.2},
+    "adapter": {"rank": 2, "alpha": 8.0},
+    "training": {
+        "maxSteps": 3, "globalBatchTokens": 500, "maxSequenceLength": 96, "learningRate": 0.003, "computeDtype": "fp32"
+    },
+    "layout": {"memoryPerRank": 2**33},
+}  # fmt: skip
+
+
+@pytest.fixture
+def ready(a_context: Callable[..., RankContext], smoke_folder: Path) -> Callable[..., RankContext]:
+    """make(**sections) -> the context of a small job that is ready to train; `sections` are merged into SMALL's."""
+
+    def make(**sections: Any) -> RankContext:
+        merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}}
+        context = a_context({"smoke": smoke_folder}, **merged)
+        context.folder.acquire()
+        return context
+
+    return make

@@ -161,7 +161,7 @@ def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None
         for name, value in theirs.items():
             if value != rank_zero[name]:
                 raise ConfigurationError(
-                    f"rank {rank} has a different {name} from rank 0: {value} instead of {rank_zero[name]}"
+                    f"rank {rank} has different {name} from rank 0: {value} instead of {rank_zero[name]}"
                 )
 
 
