@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,9 +28,11 @@ from qlora_contract.job_folder import (
 from qlora_contract.run import JobRef, RunConfig
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
+from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
 
 FIELDS: dict[str, Any] = {
@@ -57,6 +61,9 @@ STEPS: list[dict[str, Any]] = [
 ]
 
 
+RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
+
+
 def acquired(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
     run = RunConfig.model_validate({**FIELDS, **changes})
@@ -69,7 +76,7 @@ def acquired(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
 def small_adapter(fill: float | None = None) -> AdapterParameters:
     """Adapters of two layers of a decoder; all weights alike if `fill` says so."""
     names = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
-    layers = {name: LoraLinear(name, torch.zeros(6, 4), None) for name in names}
+    layers = {name: LoraLinear(name, UnquantizedWeight(torch.zeros(6, 4)), None) for name in names}
     parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
     if fill is not None:
         parameters.flat.data.fill_(fill)
@@ -129,7 +136,9 @@ def test_peft_computes_what_was_trained(tmp_path: Path, small_model: Any) -> Non
     base = AutoModelForCausalLM.from_pretrained(folder)
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
     weights = dict(base.named_parameters())
-    layers = {name: LoraLinear(name, weights[f"{name}.weight"].data, None) for name in names}
+    layers = {
+        name: LoraLinear(name, UnquantizedWeight(weights[f"{name}.weight"].data), None) for name in names
+    }
     parameters = attach_adapters(layers, rank=2, alpha=4.0, dropout=None, seed=0)
     parameters.flat.data.normal_(generator=torch.Generator().manual_seed(1))
     staged = adapter.write_adapter(acquired(tmp_path), parameters, str(folder))
@@ -159,7 +168,7 @@ def test_what_is_reloaded_is_what_was_written(tmp_path: Path) -> None:
 def test_a_file_with_other_tensors_is_not_loaded(tmp_path: Path) -> None:
     """Weights of other layers are refused as a whole."""
     staged = adapter.write_adapter(acquired(tmp_path), small_adapter(0.5), "org/name")
-    layer = LoraLinear("model.layers.0.mlp.down_proj", torch.zeros(6, 4), None)
+    layer = LoraLinear("model.layers.0.mlp.down_proj", UnquantizedWeight(torch.zeros(6, 4)), None)
     other = attach_adapters({layer.name: layer}, rank=2, alpha=4.0, dropout=None, seed=0)
 
     with pytest.raises(TrainerError, match="does not hold the tensors that were written to it"):
@@ -245,6 +254,26 @@ def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
     assert folder.report() == REPORT
     png(tmp_path / LOSS_CURVE)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_adapter_of_the_release_before_counts_as_published(tmp_path: Path) -> None:
+    """Its job is finished, its tensors are found by name, and its configuration is the one that we would write."""
+    from peft import LoraConfig, PeftConfig
+
+    shutil.copytree(RELEASE / "finished", tmp_path / "job")
+    folder = JobFolder(tmp_path / "job", load_run(RELEASE / "run.json"))
+    written = load_file(folder.adapter / ADAPTER_WEIGHTS)
+    parameters = flat_parameters({n.removeprefix(adapter.PEFT_PREFIX): t.shape for n, t in written.items()})
+    adapter.reload_adapter(folder.adapter, parameters)
+    config = json.loads((folder.adapter / ADAPTER_CONFIG).read_text())
+
+    assert folder.finished()
+    assert folder.report()["adapter_sha256"] == sha256(folder.adapter / ADAPTER_WEIGHTS)
+    assert all(
+        torch.equal(p, written[f"{adapter.PEFT_PREFIX}{name}"]) for name, p in parameters.named.items()
+    )
+    assert adapter.adapter_config(folder.run, parameters, "/volumes/team/smoke/model") == config
+    assert isinstance(PeftConfig.from_pretrained(str(folder.adapter)), LoraConfig)
 
 
 def test_a_damaged_adapter_is_not_an_adapter(tmp_path: Path) -> None:

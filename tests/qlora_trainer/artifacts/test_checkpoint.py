@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.job_folder import FENCE, MANIFEST
@@ -19,9 +20,10 @@ from qlora_contract.run import JobRef, RunConfig
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters, flat_parameters
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.storage.job_folder import JobFolder
 
 RUN = RunConfig.model_validate(
@@ -37,6 +39,9 @@ RUN = RunConfig.model_validate(
 )
 
 
+RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
+
+
 def acquired(path: Path, attempt: int = 0) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
     job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
@@ -47,7 +52,10 @@ def acquired(path: Path, attempt: int = 0) -> JobFolder:
 
 def small_adapter(rank: int = 2, width: int = 6) -> tuple[AdapterParameters, torch.optim.Optimizer]:
     """Adapters of two layers and their optimizer."""
-    layers = {name: LoraLinear(name, torch.zeros(width, 4), None) for name in ("model.a", "model.b")}
+    layers = {
+        name: LoraLinear(name, UnquantizedWeight(torch.zeros(width, 4)), None)
+        for name in ("model.a", "model.b")
+    }
     parameters = attach_adapters(layers, rank=rank, alpha=4.0, dropout=None, seed=0)
     return parameters, torch.optim.AdamW([parameters.flat], lr=0.1, fused=True)
 
@@ -209,6 +217,24 @@ def test_the_determinism_key_keeps_its_stored_name(tmp_path: Path) -> None:
 
     assert stored["conditions"] == {"threads": 2}
     assert "determinism_key" not in stored
+
+
+def test_a_checkpoint_of_the_release_before_is_read(tmp_path: Path) -> None:
+    """Its files are valid, its state has every field, and its tensors fit the adapter that the same job has now."""
+    shutil.copytree(RELEASE / "begun", tmp_path / "job")
+    folder = JobFolder(tmp_path / "job", RUN)
+    path = checkpoint.newest_valid(folder)
+    assert path == folder.checkpoints / "step-00000004"
+    shapes = {name: tensor.shape for name, tensor in load_file(path / checkpoint.ADAPTER_FILE).items()}
+    parameters = flat_parameters(shapes)
+    optimizer = torch.optim.AdamW([parameters.flat], lr=0.1, fused=True)
+    state = checkpoint.load(path, parameters, optimizer)
+
+    assert (state.step, state.tokens, state.supervised_tokens, state.not_bit_exact) == (4, 1705, 777, None)
+    assert (state.base_eval_loss, state.base_eval_loss_quantized) == (5.505632423820418, 5.503343292749098)
+    assert state.determinism_key["kernels"] == "reference"
+    assert state.determinism_key["alignment"] == ALIGNMENT
+    assert checkpoint.optimizer_tensors(parameters, optimizer)["step"] == 4
 
 
 def test_fields_of_a_later_release_are_passed_over(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A rank's surroundings without other ranks, and a job so small that it is set up and trained in a test."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from qlora_contract.run import RunConfig
 from qlora_trainer import smoke_model
 from qlora_trainer.distributed import Group, World
+from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.training.context import RankContext
+
+RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,3 +77,16 @@ def ready(a_context: Callable[..., RankContext], smoke_folder: Path) -> Callable
         return context
 
     return make
+
+
+@pytest.fixture
+def begun_by_the_release_before(tmp_path: Path, smoke_folder: Path) -> RankContext:
+    """The second attempt at a job that release 0.1.0 began, and was killed after a checkpoint of step 4."""
+    shutil.copytree(smoke_folder, tmp_path / "smoke")
+    run = load_run(RELEASE / "run.json")
+    run = run.model_copy(update={"job": run.job.model_copy(update={"attempt": 1})})
+    folder = JobFolder(tmp_path / "begun", run)
+    shutil.copytree(RELEASE / "begun", folder.path)
+    folder.acquire()
+    world = World(rank=0, size=1, local_rank=0, master_addr="127.0.0.1", master_port=1)
+    return RankContext(run, Group(world, HashStore()), folder, volumes={"team": tmp_path})

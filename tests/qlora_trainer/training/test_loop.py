@@ -3,11 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from qlora_contract.job_folder import METRICS
+from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.metrics_log import read_metrics
 from qlora_trainer.errors import Diverged, Fenced, ModelError, NoImprovement, Terminated
@@ -17,6 +20,7 @@ from qlora_trainer.training.loop import check_finite, check_improved, is_due, ru
 from qlora_trainer.training.setup import prepare
 
 Ready = Callable[..., RankContext]
+RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 
 
 def lines(context: RankContext) -> list[dict[str, Any]]:
@@ -129,6 +133,35 @@ def test_an_adapter_that_is_no_better_is_not_published(ready: Ready) -> None:
     assert not context.folder.finished()
     assert not context.folder.adapter.exists()
     assert not list(context.folder.path.glob(".*"))
+
+
+def test_a_job_that_the_release_before_began_goes_on_as_if_nothing_had_been(
+    begun_by_the_release_before: RankContext,
+) -> None:
+    """Each step comes once, and the adapter is the one that the release before made of the undisturbed job.
+
+    To the bit on a machine that adds up in the same order as the one that the files are from, elsewhere up to rounding.
+    """
+    context = begun_by_the_release_before
+    newest = checkpoint.newest_valid(context.folder)
+    assert newest is not None
+    began_under = checkpoint.read_state(newest).determinism_key
+    report = train(context)
+    expected = read_metrics(RELEASE / "finished" / METRICS)
+    ours, theirs = (
+        load_file(folder / ADAPTER / ADAPTER_WEIGHTS)
+        for folder in (context.folder.path, RELEASE / "finished")
+    )
+    rounding = 0.0 if report["not_bit_exact"] is None else 1e-5
+
+    assert began_under.keys() == prepare(context).loop.determinism_key.keys()
+    assert [line["step"] for line in lines(context)] == [line["step"] for line in expected]
+    for name in ("loss", "eval_loss", "learning_rate", "tokens", "supervised_tokens", "epoch"):
+        values = [line.get(name) for line in lines(context)]
+        assert values == pytest.approx([line.get(name) for line in expected], rel=rounding)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize(
