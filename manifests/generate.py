@@ -21,7 +21,8 @@ import yaml
 from qlora_contract.exit_codes import ExitCode
 from qlora_operator.api import names
 from qlora_operator.api.schema import INT_OR_STRING, custom_resource_definition, job_schema
-from qlora_operator.status.cause import EXIT_REASONS, Budget
+from qlora_operator.status.checks import Budget
+from qlora_operator.status.failure import EXIT_REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD = f"manifests/crd/{names.GROUP}_{names.PLURAL}.yaml"

@@ -13,7 +13,7 @@ from yarl import URL
 
 from qlora_contract.progress import ProgressReport
 from qlora_operator.api import times
-from qlora_operator.status.quote import presentable
+from qlora_operator.status.sanitize import sanitized
 
 FETCH_SECONDS = 3.0
 """Timeout of the whole exchange; the poller asks again later."""
@@ -68,7 +68,7 @@ def parse_progress(body: bytes) -> ProgressReport:
     _check_time(report.updated_time)
     if report.checkpoint is not None:
         _check_time(report.checkpoint.time)
-    return presentable(report)
+    return sanitized(report)
 
 
 async def _body(session: aiohttp.ClientSession, url: URL) -> bytes:

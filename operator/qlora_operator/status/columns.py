@@ -10,18 +10,20 @@ def columns(ready: int, world_size: int | None, progress: Progress | None, resta
 
     Args:
         ready: ranks of pods that are ready.
-        world_size: all ranks; None while nobody has told how many there are.
+        world_size: all ranks; None while that is unknown.
         progress: of rank 0.
         restarts: of both kinds.
     """
-    seen = progress or Progress()
-    total = seen.total_steps
+    progress = progress or Progress()
+    total = progress.total_steps
     return Columns(
         ranks=f"{ready}/{'auto' if world_size is None else world_size}",
-        step=f"{seen.step}/{total}" if seen.step is not None and total else None,
-        loss=f"{seen.loss:.4g}" if seen.loss is not None else None,
-        tokens_per_second=f"{seen.tokens_per_second:.4g}" if seen.tokens_per_second is not None else None,
-        eta=duration(seen.eta_seconds) if seen.eta_seconds is not None else None,
+        step=f"{progress.step}/{total}" if progress.step is not None and total else None,
+        loss=f"{progress.loss:.4g}" if progress.loss is not None else None,
+        tokens_per_second=f"{progress.tokens_per_second:.4g}"
+        if progress.tokens_per_second is not None
+        else None,
+        eta=duration(progress.eta_seconds) if progress.eta_seconds is not None else None,
         restarts=str(restarts.user + restarts.infrastructure),
     )
 

@@ -10,24 +10,24 @@ from qlora_operator.api.types import Condition
 
 
 def find(conditions: Sequence[Condition], kind: ConditionType) -> Condition | None:
-    """The condition of this type, when it was ever said."""
+    """The condition of this type, if it was ever set."""
     return next((condition for condition in conditions if condition.type == kind), None)
 
 
 def is_true(conditions: Sequence[Condition], kind: ConditionType) -> bool:
-    """Whether it was said, and holds."""
+    """Whether it is True."""
     found = find(conditions, kind)
     return found is not None and found.status == "True"
 
 
 def is_false(conditions: Sequence[Condition], kind: ConditionType) -> bool:
-    """Whether it was said not to hold."""
+    """Whether it is False; one that was never set is neither."""
     found = find(conditions, kind)
     return found is not None and found.status == "False"
 
 
 def without(conditions: Sequence[Condition], kind: ConditionType) -> list[Condition]:
-    """The others."""
+    """All conditions but that of this type."""
     return [condition for condition in conditions if condition.type != kind]
 
 
@@ -41,11 +41,11 @@ def put(
     now: datetime,
     generation: int | None,
 ) -> list[Condition]:
-    """The conditions with this one said; its transition time moves only when its status does."""
+    """The conditions with this one set, in their fixed order; its transition time moves only when its status does."""
     status: Literal["True", "False"] = "True" if holds else "False"
     before = find(conditions, kind)
     since = before.last_transition_time if before and before.status == status else stamp(now)
-    said = Condition(
+    condition = Condition(
         type=kind,
         status=status,
         observed_generation=generation,
@@ -53,13 +53,9 @@ def put(
         reason=reason,
         message=message,
     )
-    return sorted([*without(conditions, kind), said], key=_order)
-
-
-def _order(condition: Condition) -> int:
-    """As documented; last are those of an operator that knows more of them."""
-    known = [each for each, kind in enumerate(ConditionType) if kind == condition.type]
-    return known[0] if known else len(ConditionType)
+    # As documented; last are those of an operator that knows more of them.
+    order = {str(known): position for position, known in enumerate(ConditionType)}
+    return sorted([*without(conditions, kind), condition], key=lambda each: order.get(each.type, len(order)))
 
 
 _RUNNING_PHASES: dict[str, Phase] = {
@@ -70,7 +66,7 @@ _RUNNING_PHASES: dict[str, Phase] = {
 
 
 def phase(conditions: Sequence[Condition]) -> Phase:
-    """One word for all conditions."""
+    """One word that sums up all conditions."""
     true = {condition.type for condition in conditions if condition.status == "True"}
     running = find(conditions, ConditionType.RUNNING)
     if ConditionType.COMPLETE in true:

@@ -5,246 +5,250 @@ created, and the end of one, with its price, before the next begins. Whoever rea
 can thus go on from any point at which the operator was killed.
 """
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
-from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping_fields
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
 from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import Attempt, Placement, Provenance, QLoRAJob, QLoRAJobSpec, Topology
-from qlora_operator.status import conditions, policies, stages
+from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus, Restarts
+from qlora_operator.status import completion, conditions, policies, running, stages, starting, teardown
+from qlora_operator.status.actions import Decision, DeleteJob
+from qlora_operator.status.builder import StatusBuilder
+from qlora_operator.status.checks import AttemptEnd, Budget, NotYet, first_end, first_obstacle
 from qlora_operator.status.columns import columns
-from qlora_operator.status.current import (
-    LOOK_SECONDS,
-    attend,
-    await_pods,
-    deadline,
-    start_attempt,
-    wait_in_queue,
-)
-from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, Draft
+from qlora_operator.status.deadlines import JOB_DEADLINES
+from qlora_operator.status.ending import END_CHECKS
+from qlora_operator.status.failure import exit_codes
 from qlora_operator.status.observation import Observation
+from qlora_operator.status.restarts import charge, placement_after
+from qlora_operator.status.starting import START_CHECKS
+from qlora_operator.status.view import ReadRequired
+
+FIRST_RETRY_SECONDS = 0.5
+"""When children that could not be created are first tried again."""
 
 
 def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
-    """What the job's status is, and what is to be done once it is saved."""
-    draft = Draft(job, seen, now)
-    if hands_off(job):
-        return Decision(draft.status)
-    if not draft.holds(ConditionType.FINISHED):
-        _begin(draft)
-        _suspension(draft)
-    if draft.open is not None:
-        attend(draft)
-    if not (draft.holds(ConditionType.FINISHED) or job.spec.suspend):
-        _go_on(draft)
-    _clean_up(draft)
-    if draft.holds(ConditionType.FINISHED):
-        _expire(draft)
-    _derive(draft)
-    return Decision(draft.status, tuple(draft.actions), tuple(draft.events), draft.look_at)
+    """What the job's status is, and what is to be done once it is saved; or what has to be read first."""
+    builder = StatusBuilder(job, seen, now)
+    if managed_elsewhere(job):
+        return builder.build()
+    try:
+        if not builder.view.finished:
+            _initialize(builder)
+            _suspend_or_resume(builder)
+        if builder.view.open_attempt is not None:
+            _reconcile_attempt(builder)
+        if not (builder.view.finished or job.spec.suspend):
+            _start_next_attempt(builder)
+        builder.act(*teardown.delete_leftover_jobs(builder.view))
+        _expire(builder)
+        _summarize(builder)
+    except ReadRequired as required:
+        return Decision(job.status or QLoRAJobStatus(), reads=required.reads)
+    return builder.build()
 
 
-def hands_off(job: QLoRAJob) -> bool:
-    """Whether another controller has the job, or it is on its way out."""
+def managed_elsewhere(job: QLoRAJob) -> bool:
+    """Whether another controller has the job, or it is being deleted."""
     return job.spec.managed_by not in (None, CONTROLLER) or job.metadata.deletion_timestamp is not None
 
 
-def _begin(draft: Draft) -> None:
+def _initialize(builder: StatusBuilder) -> None:
     """From now on the job waits for its ranks."""
-    if conditions.find(draft.status.conditions, ConditionType.RUNNING) is None:
-        draft.deny(ConditionType.RUNNING, Reason.STARTING, "no attempt has started")
+    if builder.view.condition(ConditionType.RUNNING) is None:
+        builder.set_false(ConditionType.RUNNING, Reason.STARTING, "no attempt has started")
 
 
-def _suspension(draft: Draft) -> None:
+def _suspend_or_resume(builder: StatusBuilder) -> None:
     """The condition Suspended, and the clock of activeDeadlineSeconds."""
-    held = draft.holds(ConditionType.SUSPENDED)
-    if draft.job.spec.suspend and not held:
-        draft.affirm(ConditionType.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true")
-        draft.set(message="held by spec.suspend")
-        draft.event("Normal", Reason.SUSPENDED, "held by spec.suspend")
-    elif held and not draft.job.spec.suspend:
-        draft.deny(ConditionType.SUSPENDED, Reason.RESUMED, "spec.suspend is false again")
-        draft.set(start_time=None, message="goes on")
-        draft.event("Normal", Reason.RESUMED, "goes on")
-    queued = draft.job.spec.scheduling.queue_name is not None
-    if draft.status.start_time is None and not draft.job.spec.suspend and not queued:
-        draft.set(start_time=stamp(draft.now))
+    view = builder.view
+    suspended = view.is_true(ConditionType.SUSPENDED)
+    if view.spec.suspend and not suspended:
+        builder.set_true(ConditionType.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true")
+        builder.set(message="held by spec.suspend")
+        builder.event("Normal", Reason.SUSPENDED, "held by spec.suspend")
+    elif suspended and not view.spec.suspend:
+        builder.set_false(ConditionType.SUSPENDED, Reason.RESUMED, "spec.suspend is false again")
+        builder.set(start_time=None, message="resumed")
+        builder.event("Normal", Reason.RESUMED, "resumed")
+    queued = (
+        view.spec.scheduling.queue_name is not None
+    )  # then the clock starts when the queue admits the job
+    if builder.status.start_time is None and not view.spec.suspend and not queued:
+        builder.set(start_time=stamp(view.now))
+
+
+# --- the open attempt
+
+
+def _reconcile_attempt(builder: StatusBuilder) -> None:
+    """Whether it is over, and if not, how it goes."""
+    view = builder.view
+    if view.open_attempt is not None and view.open_attempt.reason is None:
+        job = view.attempt_job
+        found = None
+        if job is not None and job.complete:
+            _complete_stage(builder)
+        elif isinstance(found := first_end(view, END_CHECKS), AttemptEnd):
+            _end_attempt(builder, found)
+        elif job is None:
+            _create_children(builder)
+        else:
+            running.follow(builder, job)
+        if isinstance(found, NotYet):
+            builder.requeue_at(found.at)
+    view = builder.view
+    if view.open_attempt is not None and view.open_attempt.reason is not None:
+        _tear_down(builder)
+
+
+def _complete_stage(builder: StatusBuilder) -> None:
+    """The attempt did what it was for, if its report says so."""
+    result = completion.stage_result(builder.view)
+    builder.set(**result.fields)
+    if not result.completes:
+        _end_attempt(builder, result.end)
+        return
+    end = result.end
+    builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))
+    builder.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, result.completes)
+
+
+def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
+    """The attempt gets its reason, and the job pays. This happens once per attempt."""
+    view = builder.view
+    builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))
+    builder.set(placement=placement_after(view, end))
+    if view.finished:
+        return
+    if end.budget == Budget.PERMANENT:
+        builder.finish(ConditionType.FAILED, end.reason, end.message)
+        return
+    if end.budget == Budget.NONE:
+        builder.set_false(ConditionType.RUNNING, end.reason, end.message)
+        if end.reason != Reason.SUSPENDED:
+            builder.event("Normal", end.reason, end.message)
+        return
+    charged = charge(view.spec, view.restarts, end)
+    if not isinstance(charged, Restarts):
+        builder.finish(ConditionType.FAILED, Reason(charged.reason), charged.message)
+        return
+    builder.set(restarts=charged, message=end.message)
+    builder.set_false(ConditionType.RUNNING, end.reason, end.message)
+    builder.set_true(ConditionType.RESTARTING, end.reason, end.message)
+    builder.event("Warning", end.reason, end.message)
+
+
+def _create_children(builder: StatusBuilder) -> None:
+    """The attempt is in the status, and its Job does not exist yet."""
+    view = builder.view
+    if error := view.seen.create_error:
+        builder.set_waiting(ConditionType.INITIALIZED, Reason(error.reason), error.message, event=True)
+    if blocked := starting.pods_remain(view):
+        builder.block(blocked)
+    else:
+        builder.act(starting.create_children(view))
+    # After as many seconds as the attempt is old, so twice as long each time: what is in the way of a Job that was
+    # just created is often one of the same name that is on its way out.
+    started = view.open_attempt.start if view.open_attempt else None
+    age = (view.now - parse(started)).total_seconds() if started else policies.LOOK_SECONDS
+    builder.requeue_at(view.after(min(max(age, FIRST_RETRY_SECONDS), policies.LOOK_SECONDS)))
+
+
+def _tear_down(builder: StatusBuilder) -> None:
+    """The attempt has a reason, and ends with its last pod."""
+    view = builder.view
+    state = teardown.tear_down(view)
+    builder.act(*state.actions)
+    if state.stuck is not None:
+        builder.set_false(ConditionType.RUNNING, Reason(state.stuck.reason), state.stuck.message)
+        builder.set(message=state.stuck.message)
+    if state.done and view.open_attempt is not None:
+        codes = exit_codes(view.pods, view.open_attempt.exit_codes)
+        builder.set_attempt(end=stamp(view.now), exit_codes=list(codes))
+    else:
+        builder.requeue_at(view.after(policies.LOOK_SECONDS))
 
 
 # --- the next attempt
 
 
-def _go_on(draft: Draft) -> None:
-    """Between attempts: the next one, unless a deadline has passed meanwhile."""
-    if draft.open is not None and draft.open.reason is None:
+def _start_next_attempt(builder: StatusBuilder) -> None:
+    """Between attempts: the next one, unless a deadline has passed, or something is in the way."""
+    view = builder.view
+    if view.open_attempt is not None and view.open_attempt.reason is None:
         return
-    if cause := deadline(draft):
-        draft.finish(ConditionType.FAILED, cause.reason, cause.message)
-    elif draft.open is None and not (_backs_off(draft) or _occupied(draft) or _barred(draft)):
-        _start(draft)
-
-
-def _backs_off(draft: Draft) -> bool:
-    last = draft.attempt
-    if last is None or last.end is None:
-        return False
-    until = parse(last.end) + timedelta(seconds=policies.backoff(draft.uid, draft.status.attempts))
-    if draft.now >= until:
-        return False
-    message = f"the next attempt starts at {stamp(until)}, since the last ones failed: {last.message}"
-    draft.wait(ConditionType.INITIALIZED, Reason.BACK_OFF, message, note=False)
-    draft.look(until)
-    return True
-
-
-def _occupied(draft: Draft) -> bool:
-    """Whether a pod of an earlier attempt may still run: never two live gangs for one job."""
-    first = draft.status.attempt is None and draft.seen.pods is None
-    if first or (draft.seen.pods is not None and not draft.living and not draft.rivals):
-        return False
-    if draft.living:
-        await_pods(draft)
-    draft.look_in(LOOK_SECONDS)
-    return True
-
-
-def _barred(draft: Draft) -> bool:
-    """Whether the administrator, the operator's version, or the nodes, do not let an attempt start."""
-    return _bars_administrator(draft) or _bars_version(draft) or _bars_nodes(draft)
-
-
-def _bars_administrator(draft: Draft) -> bool:
-    """What cannot change is looked at before the first attempt only: a job that began may end, and what was
-    trained may be sent."""
-    said, begun = draft.seen.refusal, draft.fixed_image is not None
-    over = said is not None and said.reason == Reason.LIMIT_EXCEEDED and draft.status.adapter is None
-    if said is None or (begun and not over):
-        return False
-    draft.wait(ConditionType.INITIALIZED, Reason(said.reason), said.message)
-    draft.look_in(6 * LOOK_SECONDS)
-    return True
-
-
-def _bars_version(draft: Draft) -> bool:
-    """The first attempt's image reads the RunConfig of its time, and refuses any other."""
-    fixed = draft.status.provenance.run_config_version if draft.status.provenance else None
-    if fixed in (None, RUN_CONFIG_VERSION):
-        return False
-    message = (
-        f"the job's first attempt had version {fixed} of the RunConfig, and this operator writes version "
-        f"{RUN_CONFIG_VERSION}: run one that writes version {fixed}, or create another job"
-    )
-    draft.wait(ConditionType.INITIALIZED, Reason.INVALID_SPEC, message)
-    draft.look_in(6 * LOOK_SECONDS)
-    return True
-
-
-def _bars_nodes(draft: Draft) -> bool:
-    if draft.seen.feasible is None:
-        draft.look_in(1.0)
-        return True
-    if not draft.seen.feasible.tiers:
-        draft.wait(ConditionType.INITIALIZED, Reason.NO_MATCHING_NODES, draft.seen.feasible.why)
-        draft.look_in(LOOK_SECONDS)
-        return True
-    return False
-
-
-def _start(draft: Draft) -> None:
-    """Another attempt becomes a fact; its children are created once that is saved."""
-    number = 0 if draft.status.attempt is None else draft.status.attempt + 1
-    tier, before = _tier(draft), draft.status.placement or Placement()
-    image = draft.image
-    spec = draft.job.spec
-    stage = stages.next_stage(spec, draft.status)
-    draft.add_attempt(Attempt(attempt=number, stage=stage, start=stamp(draft.now)))
-    placement = before.model_copy(update={"isa": tier, "world_size": _world(spec.topology)})
-    if stage == "train":
-        placement = placement.model_copy(update={"nodes": []})
-        draft.set(ranks=[])
-    draft.set(placement=placement, provenance=_provenance(draft, image))
-    message = f"attempt {number} {stages.intention(spec, stage)} on {tier}"
-    draft.affirm(ConditionType.INITIALIZED, Reason.STARTED, message)
-    draft.deny(ConditionType.RUNNING, Reason.STARTING, message)
-    draft.set(message=message)
-    if spec.scheduling.queue_name is not None:
-        wait_in_queue(draft, spec.scheduling.queue_name)
+    over = first_end(view, JOB_DEADLINES)
+    if isinstance(over, AttemptEnd):
+        builder.finish(ConditionType.FAILED, over.reason, over.message)
+        return
+    if over is not None:
+        builder.requeue_at(over.at)
+    if view.open_attempt is not None:
+        return
+    try:
+        blocked = first_obstacle(view, START_CHECKS)
+    except ReadRequired:
+        if view.end_is_saved:
+            raise
+        builder.requeue_at(view.now)  # what is decided is saved before more is read
+        return
+    if blocked is not None:
+        builder.block(blocked)
     else:
-        draft.set(conditions=conditions.without(draft.status.conditions, ConditionType.QUOTA_RESERVED))
-    draft.actions.append(start_attempt(draft))
-    draft.look_in(draft.seen.patience.total_seconds())
+        _start(builder)
 
 
-def _tier(draft: Draft) -> IsaTier:
-    """The first tier that has nodes; after one that had no room, the next, and after the last the first."""
-    assert draft.seen.feasible is not None
-    tiers, last = draft.seen.feasible.tiers, draft.attempt
-    had = draft.status.placement.isa if draft.status.placement else None
-    if last is None or last.reason not in policies.GAVE_UP or had not in tiers:
-        return tiers[0]
-    return tiers[(tiers.index(had) + 1) % len(tiers)]
-
-
-def _provenance(draft: Draft, image: str) -> Provenance:
-    """What the first attempt fixes for all."""
-    if draft.status.provenance is not None and draft.status.provenance.image is not None:
-        return draft.status.provenance
-    spec = draft.job.spec
-    return Provenance(
-        image=image,
-        run_config_version=RUN_CONFIG_VERSION,
-        seed=spec.training.seed,
-        config_hash=_hash(spec),
+def _start(builder: StatusBuilder) -> None:
+    """Another attempt is in the status; its children are created once that is saved."""
+    view = builder.view
+    attempt, tier, queue = (
+        starting.next_attempt(view),
+        starting.next_tier(view),
+        view.spec.scheduling.queue_name,
     )
-
-
-def _hash(spec: QLoRAJobSpec) -> str:
-    fields = shaping_fields(
-        spec.model, spec.dataset, spec.adapter, spec.quantization, spec.training, spec.evaluation
-    )
-    return config_hash(fields)
+    placement = view.placement.model_copy(update={"isa": tier, "world_size": view.world_size})
+    if attempt.stage == "train":
+        placement = placement.model_copy(update={"nodes": []})
+        builder.set(ranks=[])
+    builder.set(placement=placement, provenance=starting.fixed_provenance(view))
+    builder.add_attempt(attempt)
+    message = f"attempt {attempt.attempt} {stages.describe(view.spec, attempt.stage)} on {tier}"
+    builder.set_true(ConditionType.INITIALIZED, Reason.STARTED, message)
+    builder.set_false(ConditionType.RUNNING, Reason.STARTING, message)
+    builder.set(message=message)
+    if queue is not None:
+        running.wait_in_queue(builder, queue)
+    else:
+        builder.drop_condition(ConditionType.QUOTA_RESERVED)
+    builder.act(starting.create_children(builder.view))
+    builder.requeue_at(view.now + view.seen.startup_grace)
 
 
 # --- the rest
 
 
-def _clean_up(draft: Draft) -> None:
-    """Jobs of earlier attempts go once a later one is there, and none outlives the job's end."""
-    over = draft.holds(ConditionType.FINISHED)
-    for gang in draft.seen.gangs:
-        earlier = gang.attempt != draft.status.attempt
-        doomed = earlier or (over and draft.open is None and not gang.over and gang.failing is None)
-        action = DeleteGang(gang.name, gang.uid)
-        if gang.ours and doomed and not gang.deleting and action not in draft.actions:
-            draft.actions.append(action)
-
-
-def _expire(draft: Draft) -> None:
-    expiry = policies.expiry(draft.job.spec, draft.status)
+def _expire(builder: StatusBuilder) -> None:
+    """A finished job is deleted after its time to live."""
+    expiry = policies.expiry(builder.job.spec, builder.status) if builder.view.finished else None
     if expiry is None:
         return
-    if draft.now >= expiry:
-        draft.actions.append(DeleteJob())
+    if builder.now >= expiry:
+        builder.act(DeleteJob())
     else:
-        draft.look(expiry)
+        builder.requeue_at(expiry)
 
 
-def _world(topology: Topology) -> int | None:
-    """Ranks of all pods; None where the launchers settle it."""
-    return None if topology.ranks_per_pod == "auto" else topology.pods * topology.ranks_per_pod
-
-
-def _derive(draft: Draft) -> None:
-    """What follows from the rest."""
-    topology = draft.job.spec.topology
-    gang = draft.gang
-    trains = gang is not None and draft.open is not None and draft.stage == "train"
-    known = draft.status.placement.world_size if draft.status.placement else None
-    world = _world(topology) or known
-    ready = gang.ready * (world or 0) // topology.pods if gang is not None and trains else 0
-    draft.set(
-        observed_generation=draft.job.metadata.generation,
-        phase=conditions.phase(draft.status.conditions),
-        restarts=draft.restarts,
-        columns=columns(min(ready, world or 0), world, draft.status.progress, draft.restarts),
+def _summarize(builder: StatusBuilder) -> None:
+    """What follows from the rest of the status."""
+    view = builder.view
+    job, pods = view.attempt_job, view.spec.topology.pods
+    trains = view.open_attempt is not None and view.stage == "train"
+    world_size = view.world_size or view.placement.world_size
+    ready = job.ready * (world_size or 0) // pods if job is not None and trains else 0
+    builder.set(
+        observed_generation=view.job.metadata.generation,
+        phase=conditions.phase(view.status.conditions),
+        restarts=view.restarts,
+        columns=columns(min(ready, world_size or 0), world_size, view.status.progress, view.restarts),
     )

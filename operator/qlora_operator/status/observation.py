@@ -3,27 +3,28 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
 
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run import IsaTier
 from qlora_operator.api.names import ATTEMPT_LABEL, HELD_FIELDS_ANNOTATION
 from qlora_operator.api.times import parse
-from qlora_operator.status.policies import PATIENCE
+from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 
 
 @dataclass(frozen=True)
-class Said:
-    """A reason and a message, as conditions and events have them."""
+class ReasonMessage:
+    """A reason and a message, as conditions and Events have them."""
 
     reason: str
     message: str
 
 
 @dataclass(frozen=True)
-class Warned(Said):
+class WarningEvent(ReasonMessage):
     """An Event of type Warning."""
 
     about: str = ""
@@ -31,46 +32,46 @@ class Warned(Said):
 
 
 @dataclass(frozen=True)
-class Gang:
-    """The Indexed Job of one attempt."""
+class AttemptJob:
+    """The batch/v1 Job of one attempt: an Indexed Job with one pod per completion index."""
 
     name: str
     uid: str
     attempt: int
-    ours: bool
-    """Owned by this very job, not merely of the name that its child would have."""
+    controlled: bool
+    """Its controller is this very QLoRAJob. Otherwise it merely has the name that a child would have."""
     suspended: bool = False
-    """By its queue: we never set it on a Job that exists."""
+    """By its queue: the operator never suspends a Job that exists."""
     ready: int = 0
     """Pods that are ready."""
     deleting: bool = False
     complete: bool = False
-    failing: Said | None = None
-    """It has failed, or is about to when its pods are gone."""
+    failing: ReasonMessage | None = None
+    """It has failed, or will once its pods are gone."""
     failing_since: datetime | None = None
     failed: bool = False
-    """It has failed, and no pod of it is left running."""
+    """It has failed, and none of its pods runs."""
     admitted_at: datetime | None = None
-    """When it was started, or let in by its queue."""
+    """When it was started, or admitted by its queue."""
     parallelism: int | None = None
-    """Pods that it is to have at a time."""
+    """How many pods it is to have at a time."""
     held_fields: str | None = None
-    """A hash of the spec fields that may only change while the job is suspended, as it was made from them."""
+    """A hash of those spec fields that may only change while the job is suspended, as they were when it was made."""
 
     @property
-    def over(self) -> bool:
-        """It will have no more pods."""
+    def finished(self) -> bool:
+        """It creates no more pods."""
         return self.complete or self.failed
 
     @property
     def starting(self) -> bool:
-        """Its pods are not all up yet."""
-        return self.does_well and self.ready < (self.parallelism or 0)
+        """Not all of its pods are ready yet."""
+        return self.healthy and self.ready < (self.parallelism or 0)
 
     @property
-    def does_well(self) -> bool:
-        """It starts or runs, as far as it tells itself."""
-        return not (self.over or self.suspended or self.deleting or self.failing is not None)
+    def healthy(self) -> bool:
+        """It starts or runs, as far as its own status tells."""
+        return not (self.finished or self.suspended or self.deleting or self.failing is not None)
 
 
 @dataclass(frozen=True)
@@ -87,85 +88,105 @@ class Pod:
     address: str | None = None
     deleting_since: datetime | None = None
     """When its grace period ends, or ended."""
-    disruption: Said | None = None
+    disruption: ReasonMessage | None = None
     """The condition DisruptionTarget."""
     unschedulable: str | None = None
-    """The scheduler's words."""
-    waiting: Said | None = None
+    """The scheduler's message."""
+    waiting: ReasonMessage | None = None
     """Why its container does not run yet."""
     exit_code: int | None = None
-    ended_by: str = ""
-    """The container's reason, such as OOMKilled or Error."""
-    last_words: str = ""
-    """The container's termination message."""
-    verdict: Said | None = None
-    """The pod's own reason, such as Evicted or TopologyAffinityError."""
+    termination_reason: str = ""
+    """The container's, such as OOMKilled or Error."""
+    termination_message: str = ""
+    """The container's: a TerminationReport, or the last lines of its log."""
+    status_reason: ReasonMessage | None = None
+    """The pod's own, such as Evicted or TopologyAffinityError."""
     image_digest: str | None = None
 
     @property
-    def where(self) -> str:
-        """Its name, and its node where it has one, for a sentence."""
+    def description(self) -> str:
+        """Its name, and its node if it has one, for a sentence."""
         return f"pod {self.name} on node {self.node}" if self.node else f"pod {self.name}"
 
     @property
-    def over(self) -> bool:
-        """No process of it runs, or will."""
+    def finished(self) -> bool:
+        """None of its processes runs, or will run."""
         return self.phase in ("Succeeded", "Failed")
 
 
-@dataclass(frozen=True)
-class Feasible:
-    """What placement says of a job that is to start."""
+class Read(StrEnum):
+    """What a decision may need that the watches do not tell. Each costs a request, or shares one with other jobs."""
 
-    tiers: tuple[IsaTier, ...]
-    why: str = ""
-    """Why there are none."""
+    JOBS = "Jobs"
+    """The attempts' Jobs, listed anew: before another one may be created, the watch's word is not enough."""
+    PODS = "pods"
+    NODE_HEALTH = "node health"
+    """Which of the pods' nodes are not ready."""
+    FEASIBLE_TIERS = "feasible tiers"
+    """Which tiers have enough nodes for the job."""
+    WARNINGS = "warnings"
+    """Events of type Warning about the Jobs and pods."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the operator sees of a job, besides the object itself."""
+    """What the operator knows of a job, besides the object itself."""
 
-    gangs: tuple[Gang, ...] = ()
-    """Jobs with the job's uid on their label."""
+    attempt_jobs: tuple[AttemptJob, ...] = ()
+    """Jobs that have the QLoRAJob's uid on their label."""
+    jobs_listed: bool = False
+    """Whether they are the API server's list; otherwise they are what the watch has told."""
     pods: tuple[Pod, ...] | None = None
-    """Its pods; None: nobody looked."""
-    warnings: tuple[Warned, ...] = ()
-    """Newest first: Events of type Warning about the current attempt's Job and pods."""
-    feasible: Feasible | None = None
-    """None: nobody asked."""
-    lost_nodes: frozenset[str] = frozenset()
-    """Nodes that are not ready, of those that the pods are on."""
+    """None: not read."""
+    lost_nodes: frozenset[str] | None = None
+    """Nodes of the pods that are not ready, or gone. None: not read."""
+    feasible_tiers: tuple[IsaTier, ...] | None = None
+    """Tiers that have enough nodes, in order of preference. None: not read."""
+    infeasible_because: str = ""
+    """Why there are no such tiers, in a sentence."""
+    warnings: tuple[WarningEvent, ...] | None = None
+    """Newest first. None: not read."""
     progress: ProgressReport | None = None
-    """What rank 0 of the current attempt says now."""
+    """What rank 0 of the current attempt reports now."""
     image: str = ""
     """The image that a first attempt would get."""
-    refusal: Said | None = None
+    policy_violation: ReasonMessage | None = None
     """Why the administrator's settings do not let the job start."""
-    obstacle: Said | None = None
-    """What came of the last try to create the children, when it did not work out."""
-    incomplete: bool = False
-    """A child other than the Job is known to be missing."""
-    patience: timedelta = PATIENCE
-    """How long pods may take to start before anybody looks why, and between two looks."""
+    create_error: ReasonMessage | None = None
+    """Why the children could not be created when that was last tried."""
+    children_missing: bool = False
+    """The Service or the NetworkPolicy is known to be missing."""
+    startup_grace: timedelta = MIN_STARTUP_GRACE
+    """How long pods may take to start before they are looked at, and how long between two looks."""
+
+    def missing(self, *reads: Read) -> frozenset[Read]:
+        """Those of these that have not been read."""
+        known = {
+            Read.JOBS: self.jobs_listed,
+            Read.PODS: self.pods is not None,
+            Read.NODE_HEALTH: self.lost_nodes is not None,
+            Read.FEASIBLE_TIERS: self.feasible_tiers is not None,
+            Read.WARNINGS: self.warnings is not None,
+        }
+        return frozenset(read for read in reads if not known[read])
 
 
-def gang(raw: Mapping[str, Any], job_uid: str) -> Gang:
+def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
     """A batch/v1 Job from the API."""
     metadata, status = raw["metadata"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
     failing = conditions.get("FailureTarget") or conditions.get("Failed")
     labels = metadata.get("labels") or {}
-    return Gang(
+    return AttemptJob(
         name=metadata["name"],
         uid=metadata["uid"],
         attempt=_number(labels.get(ATTEMPT_LABEL)),
-        ours=_controller_uid(metadata) == job_uid,
+        controlled=_controller_uid(metadata) == job_uid,
         suspended=bool(raw["spec"].get("suspend")),
         ready=status.get("ready") or 0,
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
-        failing=_said(failing),
+        failing=_reason_message(failing),
         failing_since=parse(failing["lastTransitionTime"]) if failing else None,
         failed="Failed" in conditions,
         admitted_at=parse(status["startTime"]) if status.get("startTime") else None,
@@ -193,13 +214,13 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         node=spec.get("nodeName"),
         address=status.get("podIP"),
         deleting_since=parse(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
-        disruption=_said(disrupted) if disrupted.get("status") == "True" else None,
+        disruption=_reason_message(disrupted) if disrupted.get("status") == "True" else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
-        waiting=_said(state.get("waiting")),
+        waiting=_reason_message(state.get("waiting")),
         exit_code=ended.get("exitCode"),
-        ended_by=ended.get("reason") or "",
-        last_words=(ended.get("message") or "").strip(),
-        verdict=_said(status) if status.get("reason") else None,
+        termination_reason=ended.get("reason") or "",
+        termination_message=(ended.get("message") or "").strip(),
+        status_reason=_reason_message(status) if status.get("reason") else None,
         image_digest=(container.get("imageID") or "").rpartition("@")[2] or None,
     )
 
@@ -210,9 +231,9 @@ def _controller_uid(metadata: Mapping[str, Any]) -> str | None:
 
 
 def _number(text: str | None) -> int:
-    """-1 for what carries no number: somebody else's."""
+    """-1 for what carries no number: it is not the operator's."""
     return int(text) if text and text.isdigit() else -1
 
 
-def _said(raw: Mapping[str, Any] | None) -> Said | None:
-    return Said(raw.get("reason") or "", raw.get("message") or "") if raw else None
+def _reason_message(raw: Mapping[str, Any] | None) -> ReasonMessage | None:
+    return ReasonMessage(raw.get("reason") or "", raw.get("message") or "") if raw else None

@@ -12,12 +12,13 @@ from qlora_contract.remote import is_remote
 from qlora_contract.run import Fetched, IsaTier, RunStage
 from qlora_operator.api.names import ConditionType
 from qlora_operator.api.sizes import stage_pods
+from qlora_operator.api.times import stamp
 from qlora_operator.api.types import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, held_fields
 from qlora_operator.status import conditions, stages
+from qlora_operator.status.actions import Action, Decision, DeleteAttemptJob, DeletePod, StartAttempt
 from qlora_operator.status.decision import decide
-from qlora_operator.status.draft import Action, Decision, DeleteGang, DeletePod, StartAttempt
-from qlora_operator.status.needs import needs
-from qlora_operator.status.observation import Feasible, Gang, Observation, Pod, Said
+from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, ReasonMessage
+from qlora_operator.status.view import JobView
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 UID = "0f8fad5b-d9cb-469f-a165-70867728950e"
@@ -45,7 +46,7 @@ JOURNEYS: dict[str, dict[str, Any]] = {
 ORDER: tuple[RunStage, ...] = ("fetch", "train", "publish")
 
 
-def last_words(**report: Any) -> str:
+def termination_message(**report: Any) -> str:
     """The termination message of a pod that ended well."""
     return json.dumps({"version": 1, "exitCode": 0, "reason": "DONE", "cause": "done", **report})
 
@@ -67,14 +68,96 @@ def make_job(status: QLoRAJobStatus | dict[str, Any] | None = None, **spec: Any)
 def make_pod(index: int = 0, attempt: int = 0, **fields: Any) -> Pod:
     """A pod that waits for a node."""
     known = {"name": f"job-a{attempt}-{index}", "uid": f"pod-{attempt}-{index}", "phase": "Pending"}
-    return Pod(**{**known, "attempt": attempt, "index": index, "owner_uid": f"gang-{attempt}", **fields})
+    return Pod(**{**known, "attempt": attempt, "index": index, "owner_uid": f"job-uid-{attempt}", **fields})
 
 
-def make_gang(attempt: int = 0, **fields: Any) -> Gang:
+def make_attempt_job(attempt: int = 0, **fields: Any) -> AttemptJob:
     """An attempt's Job that has just been created."""
-    return Gang(
-        **{"name": f"job-a{attempt}", "uid": f"gang-{attempt}", "attempt": attempt, "ours": True, **fields}
+    return AttemptJob(
+        **{
+            "name": f"job-a{attempt}",
+            "uid": f"job-uid-{attempt}",
+            "attempt": attempt,
+            "controlled": True,
+            **fields,
+        }
     )
+
+
+def everything(
+    jobs: Sequence[AttemptJob], pods: Sequence[Pod] | None, *, tiers: Sequence[IsaTier], **observed: Any
+) -> Observation:
+    """An observation for which everything was read; with pods=None, neither Jobs nor pods."""
+    known = {
+        "attempt_jobs": tuple(jobs),
+        "jobs_listed": pods is not None,
+        "pods": None if pods is None else tuple(pods),
+        "lost_nodes": frozenset(),
+        "warnings": (),
+        "feasible_tiers": tuple(tiers),
+        "infeasible_because": "" if tiers else "0/7 nodes can",
+        "image": "registry.example/trainer:1",
+    }
+    return Observation(**{**known, **observed})  # type: ignore[arg-type]
+
+
+START = "2026-01-31T11:00:00Z"
+REVISIONS = {"modelRevision": "c0ffee", "datasetRevision": "d0d0"}
+TRAINED = {
+    "progress": {
+        "step": 10,
+        "totalSteps": 10,
+        "percent": 100,
+        "loss": 1.5,
+        "etaSeconds": 0,
+        "stepTime": START,
+    },
+    "ranks": [{"index": 0, "pod": "job-a1-0", "node": "n"}],
+    "checkpoint": {"step": 10},
+    "adapter": {"uri": "pvc://team/work/jobs/job/adapter", "evalLoss": 1.5, "baseEvalLoss": 2.5},
+    "provenance": REVISIONS,
+}
+
+
+def running_status(**attempt: Any) -> dict[str, Any]:
+    """The status of a job whose attempt 0 runs."""
+    since = {"message": "", "lastTransitionTime": START, "status": "True"}
+    return {
+        "attempt": 0,
+        "attempts": [{"attempt": 0, "start": START, "jobUid": "job-uid-0", **attempt}],
+        "placement": {"isa": "avx512", "worldSize": 2},
+        "conditions": [
+            {"type": "Initialized", "reason": "Started", **since},
+            {"type": "Running", "reason": "Training", **since},
+        ],
+        "startTime": START,
+    }
+
+
+def starting_status(seconds: float, now: datetime, **status: Any) -> dict[str, Any]:
+    """The status of a job whose attempt 0 began so many seconds ago and waits for its ranks."""
+    since = stamp(now - timedelta(seconds=seconds))
+    said = {"message": "", "lastTransitionTime": since}
+    return {
+        "attempt": 0,
+        "attempts": [{"attempt": 0, "start": since, "jobUid": "job-uid-0"}],
+        "placement": {"isa": "avx512", "worldSize": 2},
+        "conditions": [
+            {"type": "Initialized", "reason": "Started", "status": "True", **said},
+            {"type": "Running", "reason": "Starting", "status": "False", **said},
+        ],
+        "startTime": since,
+        **status,
+    }
+
+
+def transferring_status(stage: str, **status: Any) -> dict[str, Any]:
+    """The status of a job whose attempt 0 fetches, or sends, and is up."""
+    reason = {"fetch": "Fetching", "publish": "Uploading"}[stage]
+    known = running_status(stage=stage) | (TRAINED if stage == "publish" else {}) | status
+    said = {"type": "Running", "reason": reason, "status": "True", "message": "", "lastTransitionTime": START}
+    known["conditions"] = [known["conditions"][0], said]
+    return known
 
 
 @dataclass
@@ -83,9 +166,9 @@ class Cluster:
 
     job: QLoRAJob
     now: datetime = NOW
-    gangs: dict[str, Gang] = field(default_factory=dict)
+    batch_jobs: dict[str, AttemptJob] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
-    watched: dict[str, Gang] = field(default_factory=dict)
+    watched: dict[str, AttemptJob] = field(default_factory=dict)
     """The Jobs as the operator's watch has told of them."""
     tiers: tuple[IsaTier, ...] = ("avx512",)
     made: int = 0
@@ -98,8 +181,15 @@ class Cluster:
 
     def reconcile(self, *, dies: str = "") -> None:
         """Observe, decide, save and act; `dies`: before "save" or before "act"."""
-        seen = self._observe()
+        seen = Observation(tuple(self.watched.values()), image="registry.example/trainer:1")
         decision = decide(self.job, seen, self.now)
+        while decision.reads:
+            assert seen.missing(*decision.reads) == decision.reads, "nothing is read twice"
+            assert (decision.actions, decision.events, decision.look_at) == ((), (), None)
+            seen = self._read(seen, decision.reads)
+            decision = decide(self.job, seen, self.now)
+        if seen.jobs_listed:
+            self.watched |= self.batch_jobs
         self._check(seen, decision)
         if dies == "save":
             return
@@ -112,25 +202,30 @@ class Cluster:
 
     def watch(self) -> None:
         """The operator's watch catches up."""
-        self.watched = dict(self.gangs)
+        self.watched = dict(self.batch_jobs)
 
-    def _observe(self) -> Observation:
-        wanted = needs(self.job, tuple(self.watched.values()), self.now)
-        if wanted.pods and wanted.fresh:
-            self.watched |= self.gangs
-        return Observation(
-            gangs=tuple(self.watched.values()),
-            pods=tuple(self.pods.values()) if wanted.pods else None,
-            feasible=Feasible(self.tiers, "" if self.tiers else "0/1 nodes can") if wanted.nodes else None,
-            image="registry.example/trainer:1",
-        )
+    def _read(self, seen: Observation, reads: frozenset[Read]) -> Observation:
+        """What the operator asks the API server for."""
+        if Read.JOBS in reads:
+            jobs = self.watched | self.batch_jobs
+            seen = replace(seen, attempt_jobs=tuple(jobs.values()), jobs_listed=True)
+        if Read.PODS in reads:
+            seen = replace(seen, pods=tuple(self.pods.values()))
+        if Read.FEASIBLE_TIERS in reads:
+            why = "" if self.tiers else "0/1 nodes can"
+            seen = replace(seen, feasible_tiers=self.tiers, infeasible_because=why)
+        if Read.NODE_HEALTH in reads:
+            seen = replace(seen, lost_nodes=frozenset())
+        if Read.WARNINGS in reads:
+            seen = replace(seen, warnings=())
+        return seen
 
     def _act(self, action: Action) -> None:
         match action:
             case StartAttempt():
                 self._start(action)
-            case DeleteGang(_, uid):
-                self.delete_gang(uid)
+            case DeleteAttemptJob(_, uid):
+                self.delete_job(uid)
             case DeletePod(_, uid):
                 self.delete_pod(uid)
 
@@ -138,12 +233,14 @@ class Cluster:
         number = action.attempt
         assert not self._finished(self.job.status), "a finished job gets no attempt"
         self._check_stage(action)
-        if not any(gang.attempt == number for gang in self.gangs.values()):
-            assert not [pod for pod in self.pods.values() if not pod.over], "two gangs at a time"
-            assert not [gang for gang in self.gangs.values() if not gang.over], "two Jobs at a time"
+        if not any(batch_job.attempt == number for batch_job in self.batch_jobs.values()):
+            assert not [pod for pod in self.pods.values() if not pod.finished], "two jobs at a time"
+            assert not [batch_job for batch_job in self.batch_jobs.values() if not batch_job.finished], (
+                "two Jobs at a time"
+            )
             self.made += 1
-            uid = f"gang-{number}-{self.made}"
-            self.gangs[uid] = make_gang(
+            uid = f"job-uid-{number}-{self.made}"
+            self.batch_jobs[uid] = make_attempt_job(
                 number,
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
@@ -151,20 +248,22 @@ class Cluster:
                 held_fields=held_fields(self.job.spec),
             )
             self.words[uid] = self._last_words(action)
-        self.watched |= {uid: gang for uid, gang in self.gangs.items() if gang.attempt == number}
+        self.watched |= {
+            uid: batch_job for uid, batch_job in self.batch_jobs.items() if batch_job.attempt == number
+        }
 
     def _last_words(self, action: StartAttempt) -> str:
         """A branch moves: who fetches without knowing the revision finds another one each time."""
         if action.stage == "publish":
-            return last_words(published_uri=f"s3://bucket/adapters/{action.attempt}")
+            return termination_message(published_uri=f"s3://bucket/adapters/{action.attempt}")
         if action.stage == "train":
-            return last_words(adapterUri="pvc://team/work/jobs/job/adapter", evalLoss=1.5)
+            return termination_message(adapterUri="pvc://team/work/jobs/job/adapter", evalLoss=1.5)
         spec, known = self.job.spec, action.fetched
         found = {
             "model": known.model or f"m{self.made}" if is_remote(spec.model.source) else None,
             "dataset": known.dataset or f"d{self.made}" if is_remote(spec.dataset.source) else None,
         }
-        return last_words(fetched=found)
+        return termination_message(fetched=found)
 
     # --- what must hold after every decision
 
@@ -200,7 +299,14 @@ class Cluster:
         self._check_history(before, after)
         self._check_budgets(before, after)
         self._check_conditions(before, after)
-        again = decide(self.job.model_copy(update={"status": after}), seen, self.now)
+        saved = self.job.model_copy(update={"status": after})
+        again = decide(saved, seen, self.now)
+        if decision.look_at == self.now:
+            assert again.reads, "what was to be decided is saved, since more has to be read"
+            return
+        while again.reads:
+            seen = self._read(seen, again.reads)
+            again = decide(saved, seen, self.now)
         assert again.status == after, "what was decided is not decided anew"
         assert again.events == ()
 
@@ -242,64 +348,64 @@ class Cluster:
 
     def control(self) -> None:
         """The Job controller catches up."""
-        for uid, gang in list(self.gangs.items()):
+        for uid, batch_job in list(self.batch_jobs.items()):
             mine = {pod.uid: pod for pod in self.pods.values() if pod.owner_uid == uid}
-            living = [pod for pod in mine.values() if not pod.over]
-            if gang.deleting:
+            living = [pod for pod in mine.values() if not pod.finished]
+            if batch_job.deleting:
                 for pod in living:
                     self.delete_pod(pod.uid)
                 if not living:
-                    del self.gangs[uid]
+                    del self.batch_jobs[uid]
                     self.pods = {key: pod for key, pod in self.pods.items() if key not in mine}
                 continue
-            self.gangs[uid] = self._controlled(gang, mine, living)
+            self.batch_jobs[uid] = self._controlled(batch_job, mine, living)
 
-    def _controlled(self, gang: Gang, mine: dict[str, Pod], living: list[Pod]) -> Gang:
-        wanted = self.job.spec.topology.pods if gang.parallelism is None else gang.parallelism
-        if gang.over:
-            return gang
+    def _controlled(self, batch_job: AttemptJob, mine: dict[str, Pod], living: list[Pod]) -> AttemptJob:
+        wanted = self.job.spec.topology.pods if batch_job.parallelism is None else batch_job.parallelism
+        if batch_job.finished:
+            return batch_job
         failed = next((pod for pod in mine.values() if pod.phase == "Failed"), None)
-        if gang.failing is None and failed is not None:
-            gang = replace(gang, failing=self._failure(failed), failing_since=self.now)
-        if gang.failing is not None or gang.suspended:
+        if batch_job.failing is None and failed is not None:
+            batch_job = replace(batch_job, failing=self._failure(failed), failing_since=self.now)
+        if batch_job.failing is not None or batch_job.suspended:
             for pod in living:
                 self.delete_pod(pod.uid)
-            return replace(gang, failed=gang.failing is not None and not living, ready=0)
+            return replace(batch_job, failed=batch_job.failing is not None and not living, ready=0)
         if len(mine) < wanted:
-            self._make_pods(gang, wanted)
+            self._make_pods(batch_job, wanted)
         ready = sum(pod.phase == "Running" and pod.deleting_since is None for pod in mine.values())
         done = sum(pod.phase == "Succeeded" for pod in mine.values()) == wanted
-        return replace(gang, ready=ready, complete=done, admitted_at=gang.admitted_at or self.now)
+        return replace(batch_job, ready=ready, complete=done, admitted_at=batch_job.admitted_at or self.now)
 
-    def _make_pods(self, gang: Gang, wanted: int) -> None:
+    def _make_pods(self, batch_job: AttemptJob, wanted: int) -> None:
         for index in range(wanted):
             self.made += 1
-            pod = make_pod(index, gang.attempt, uid=f"pod-{self.made}", owner_uid=gang.uid)
-            if not any(p.owner_uid == gang.uid and p.index == index for p in self.pods.values()):
+            pod = make_pod(index, batch_job.attempt, uid=f"pod-{self.made}", owner_uid=batch_job.uid)
+            if not any(p.owner_uid == batch_job.uid and p.index == index for p in self.pods.values()):
                 self.pods[pod.uid] = pod
 
     @staticmethod
-    def _failure(pod: Pod) -> Said:
+    def _failure(pod: Pod) -> ReasonMessage:
         if pod.disruption is not None:
-            return Said(
+            return ReasonMessage(
                 "PodFailurePolicy", f"Pod team/{pod.name} has condition DisruptionTarget matching rule"
             )
         if pod.exit_code in (40, 41, 143):
-            return Said("BackoffLimitExceeded", "Job has reached the specified backoff limit")
+            return ReasonMessage("BackoffLimitExceeded", "Job has reached the specified backoff limit")
         told = f"Container trainer for pod team/{pod.name} failed with exit code {pod.exit_code} matching"
-        return Said("PodFailurePolicy", told)
+        return ReasonMessage("PodFailurePolicy", told)
 
-    def delete_gang(self, uid: str, *, orphan: bool = False) -> None:
+    def delete_job(self, uid: str, *, orphan: bool = False) -> None:
         """Somebody deletes a Job; with `orphan`, its pods stay."""
-        if uid in self.gangs:
-            self.gangs[uid] = replace(self.gangs[uid], deleting=True)
+        if uid in self.batch_jobs:
+            self.batch_jobs[uid] = replace(self.batch_jobs[uid], deleting=True)
             if orphan:
-                del self.gangs[uid]
+                del self.batch_jobs[uid]
 
     def delete_pod(self, uid: str) -> None:
         """Somebody deletes a pod: it goes at once if it has no node."""
         pod = self.pods.get(uid)
-        if pod is not None and not pod.over and pod.deleting_since is None:
+        if pod is not None and not pod.finished and pod.deleting_since is None:
             self.pods[uid] = replace(pod, deleting_since=self.now + timedelta(seconds=30))
             if pod.node is None:
                 self._goes(uid)
@@ -309,7 +415,7 @@ class Cluster:
 
     def living(self) -> list[Pod]:
         """Pods that are not over, in the order of their names."""
-        return sorted((pod for pod in self.pods.values() if not pod.over), key=lambda pod: pod.uid)
+        return sorted((pod for pod in self.pods.values() if not pod.finished), key=lambda pod: pod.uid)
 
     def runs(self, uid: str) -> None:
         """A pod gets a node and is ready."""
@@ -324,19 +430,19 @@ class Cluster:
         if words is None and code == 0:
             words = self.words.get(pod.owner_uid or "")
         phase = "Failed" if code else "Succeeded"
-        self.pods[uid] = replace(pod, phase=phase, exit_code=code, last_words=words or "")
+        self.pods[uid] = replace(pod, phase=phase, exit_code=code, termination_message=words or "")
 
     def drained(self, uid: str) -> None:
         """A pod is evicted."""
-        said = Said("EvictionByEvictionAPI", "")
+        said = ReasonMessage("EvictionByEvictionAPI", "")
         self.pods[uid] = replace(self.pods[uid], disruption=said)
         self.delete_pod(uid)
 
     def let_in(self, *, suspended: bool) -> None:
         """The queue lets every Job in, or takes it out."""
-        for uid, gang in self.gangs.items():
-            if self.job.spec.scheduling.queue_name is not None and not gang.over:
-                self.gangs[uid] = replace(gang, suspended=suspended)
+        for uid, batch_job in self.batch_jobs.items():
+            if self.job.spec.scheduling.queue_name is not None and not batch_job.finished:
+                self.batch_jobs[uid] = replace(batch_job, suspended=suspended)
 
     def set_spec(self, **fields: Any) -> None:
         """The user changes spec."""
@@ -385,10 +491,10 @@ def make_job_fixture() -> Callable[..., QLoRAJob]:
     return make_job
 
 
-@pytest.fixture(name="make_gang")
-def make_gang_fixture() -> Callable[..., Gang]:
+@pytest.fixture(name="make_attempt_job")
+def make_attempt_job_fixture() -> Callable[..., AttemptJob]:
     """A maker of an attempt's Jobs."""
-    return make_gang
+    return make_attempt_job
 
 
 @pytest.fixture(name="make_pod")
@@ -399,11 +505,11 @@ def make_pod_fixture() -> Callable[..., Pod]:
 
 @pytest.fixture
 def ask() -> Callable[..., Decision]:
-    """ask(status, gangs, pods, at=now, tiers=..., spec=..., **observed) -> the decision."""
+    """ask(status, jobs, pods, at=now, tiers=..., spec=..., **observed) -> the decision."""
 
     def made(
         status: dict[str, Any] | None = None,
-        gangs: Sequence[Gang] = (),
+        jobs: Sequence[AttemptJob] = (),
         pods: Sequence[Pod] | None = None,
         *,
         at: datetime = NOW,
@@ -411,14 +517,29 @@ def ask() -> Callable[..., Decision]:
         spec: dict[str, Any] | None = None,
         **observed: Any,
     ) -> Decision:
-        seen = Observation(
-            gangs=tuple(gangs),
-            pods=None if pods is None else tuple(pods),
-            feasible=Feasible(tuple(tiers), "" if tiers else "0/7 nodes can"),
-            image="registry.example/trainer:1",
-            **observed,
+        return decide(make_job(status, **(spec or {})), everything(jobs, pods, tiers=tiers, **observed), at)
+
+    return made
+
+
+@pytest.fixture
+def make_view() -> Callable[..., JobView]:
+    """make_view(status, jobs, pods, at=now, tiers=..., spec=..., **observed) -> what checks are given."""
+
+    def made(
+        status: dict[str, Any] | None = None,
+        jobs: Sequence[AttemptJob] = (),
+        pods: Sequence[Pod] | None = None,
+        *,
+        at: datetime = NOW,
+        tiers: Sequence[IsaTier] = ("avx512",),
+        spec: dict[str, Any] | None = None,
+        **observed: Any,
+    ) -> JobView:
+        job = make_job(status, **(spec or {}))
+        return JobView(
+            job, everything(jobs, pods, tiers=tiers, **observed), at, job.status or QLoRAJobStatus()
         )
-        return decide(make_job(status, **(spec or {})), seen, at)
 
     return made
 
@@ -427,3 +548,21 @@ def ask() -> Callable[..., Decision]:
 def cluster() -> Callable[..., Cluster]:
     """cluster(journey="on claims", **spec) -> a cluster with one job."""
     return lambda journey="on claims", **spec: Cluster(make_job(**JOURNEYS[journey], **spec))
+
+
+@pytest.fixture
+def running() -> Callable[..., dict[str, Any]]:
+    """running(**attempt) -> the status of a job whose attempt 0 runs."""
+    return running_status
+
+
+@pytest.fixture
+def starting() -> Callable[..., dict[str, Any]]:
+    """starting(seconds, now, **status) -> the status of a job whose attempt 0 began so many seconds ago."""
+    return starting_status
+
+
+@pytest.fixture
+def transferring() -> Callable[..., dict[str, Any]]:
+    """transferring(stage, **status) -> the status of a job whose attempt 0 fetches, or sends, and is up."""
+    return transferring_status

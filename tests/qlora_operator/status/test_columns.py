@@ -25,7 +25,7 @@ from qlora_operator.status.columns import columns, duration
         (8_640_000, "100d"),
     ],
 )
-def test_duration(seconds: int, text: str) -> None:
+def test_a_duration_has_at_most_two_units(seconds: int, text: str) -> None:
     """Two units at most."""
     assert duration(seconds) == text
 
@@ -54,7 +54,7 @@ def test_duration_is_short(seconds: int) -> None:
         ),
     ],
 )
-def test_columns(progress: Progress | None, expected: dict[str, str]) -> None:
+def test_columns_show_what_is_known(progress: Progress | None, expected: dict[str, str]) -> None:
     """What is not known is left out; the sum of both kinds of restarts is shown."""
     known = Columns.model_validate({"ranks": "1/2", "restarts": "5", **expected})
 

@@ -64,7 +64,7 @@ def say(*said: str) -> list[Condition]:
         pytest.param(["Failed", "Finished", "Suspended"], Phase.FAILED, id="failed, whatever else"),
     ],
 )
-def test_phase(said: list[str], phase: Phase) -> None:
+def test_the_phase_follows_from_the_conditions(said: list[str], phase: Phase) -> None:
     """One word for all conditions."""
     assert conditions.phase(say(*said)) == phase
 
@@ -122,7 +122,7 @@ def test_never_said_is_neither(said: list[str], true: bool, false: bool) -> None
     assert conditions.is_false(found, ConditionType.RUNNING) == false
 
 
-def test_without() -> None:
+def test_one_condition_can_be_left_out() -> None:
     """A condition can be taken back, as if it had never been said."""
     left = conditions.without(say("Running", "QuotaReserved"), ConditionType.QUOTA_RESERVED)
 

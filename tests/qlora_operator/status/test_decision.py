@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from qlora_operator.api.names import Phase, Reason
 from qlora_operator.api.times import stamp
-from qlora_operator.status.draft import Decision, DeleteGang, DeleteJob, StartAttempt
-from qlora_operator.status.observation import Gang, Said
+from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
+from qlora_operator.status.observation import AttemptJob, ReasonMessage
 
-REFUSED = Said(Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model is not allowed here")
-TOO_LARGE = Said(Reason.LIMIT_EXCEEDED, "spec.topology asks for 2 pods in all, and a job may have 1")
+REFUSED = ReasonMessage(Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model is not allowed here")
+TOO_LARGE = ReasonMessage(Reason.LIMIT_EXCEEDED, "spec.topology asks for 2 pods in all, and a job may have 1")
 
 JOURNEYS = {
     "on claims": (),
@@ -37,7 +37,7 @@ happenings = st.one_of(
     st.tuples(st.just("end without words"), st.just(0)),
     st.tuples(st.just("suspend"), st.booleans()),
     st.tuples(st.just("queue"), st.booleans()),
-    st.tuples(st.just("delete gang"), st.booleans()),
+    st.tuples(st.just("delete Job"), st.booleans()),
     st.tuples(st.just("nodes"), st.booleans()),
     st.tuples(st.just("pods"), st.integers(1, 3)),
 )
@@ -63,10 +63,10 @@ def have_nodes(cluster: Any, there: bool) -> None:
     cluster.tiers = ("avx512",) if there else ()
 
 
-def delete_gangs(cluster: Any, orphan: bool) -> None:
+def delete_jobs(cluster: Any, orphan: bool) -> None:
     """Somebody deletes the Jobs."""
-    for uid in list(cluster.gangs):
-        cluster.delete_gang(uid, orphan=orphan)
+    for uid in list(cluster.batch_jobs):
+        cluster.delete_job(uid, orphan=orphan)
 
 
 def resize(cluster: Any, pods: int) -> None:
@@ -85,7 +85,7 @@ TO_CLUSTER: dict[str, Callable[[Any, Any], Any]] = {
     "nodes": have_nodes,
     "suspend": lambda cluster, hold: cluster.set_spec(suspend=hold),
     "queue": lambda cluster, hold: cluster.let_in(suspended=hold),
-    "delete gang": delete_gangs,
+    "delete Job": delete_jobs,
     "pods": resize,
 }
 TO_POD: dict[str, Callable[[Any, Any, int], Any]] = {
@@ -114,7 +114,7 @@ def test_whatever_happens_the_job_ends_well(
     cluster: Callable[..., Any], events: list[tuple[str, Any]], queued: bool, journey: str
 ) -> None:
     """With restarts enough, a job to which anything happened in any order succeeds once all goes well, and at
-    no moment has it two gangs, a number twice, a price twice, a phase that its conditions do not have, ranks
+    no moment has it two jobs, a number twice, a price twice, a phase that its conditions do not have, ranks
     without their sources, or a source whose revision changes."""
     scheduling = {"queueName": "q"} if queued else {}
     played = cluster(journey, scheduling=scheduling, backoffLimit=1000, infrastructureBackoffLimit=1000)
@@ -183,7 +183,7 @@ def between(*reasons: str, isa: str = "avx512", **status: Any) -> dict[str, Any]
         pytest.param(between("Released"), ["avx512"], "avx512", id="the only one"),
     ],
 )
-def test_tier(
+def test_an_attempt_gets_the_first_tier_that_has_nodes(
     ask: Callable[..., Decision], status: dict[str, Any] | None, tiers: list[Any], tier: str
 ) -> None:
     """An attempt gets the first tier that has nodes; after one without room, the next."""
@@ -200,16 +200,22 @@ def test_tier(
         pytest.param(None, {"tiers": []}, "NoMatchingNodes", "0/7 nodes can", id="no nodes"),
         pytest.param(
             None,
-            {"refusal": Said(Reason.IMAGE_NOT_ALLOWED, "spec.image evil is not allowed here")},
+            {
+                "policy_violation": ReasonMessage(
+                    Reason.IMAGE_NOT_ALLOWED, "spec.image evil is not allowed here"
+                )
+            },
             "ImageNotAllowed",
             "spec.image evil is not allowed here",
             id="image",
         ),
-        pytest.param(None, {"refusal": REFUSED}, "SourceNotAllowed", "hf://org/model is not", id="source"),
-        pytest.param(None, {"refusal": TOO_LARGE}, "LimitExceeded", "a job may have 1", id="size"),
+        pytest.param(
+            None, {"policy_violation": REFUSED}, "SourceNotAllowed", "hf://org/model is not", id="source"
+        ),
+        pytest.param(None, {"policy_violation": TOO_LARGE}, "LimitExceeded", "a job may have 1", id="size"),
         pytest.param(
             between("Suspended", provenance={"image": "x", "runConfigVersion": 1}),
-            {"refusal": TOO_LARGE},
+            {"policy_violation": TOO_LARGE},
             "LimitExceeded",
             "a job may have 1",
             id="size, of a job that has begun",
@@ -223,7 +229,7 @@ def test_tier(
         ),
     ],
 )
-def test_barred(
+def test_what_blocks_the_next_attempt_is_said_once(
     ask: Callable[..., Decision], status: Any, observed: dict[str, Any], reason: str, words: str
 ) -> None:
     """What keeps the next attempt from starting is said once, and looked at again."""
@@ -237,17 +243,17 @@ def test_barred(
 
 
 @pytest.mark.parametrize("reason", [Reason.IMAGE_NOT_ALLOWED, Reason.SOURCE_NOT_ALLOWED])
-def test_begun_job_keeps_what_it_began_with(ask: Callable[..., Decision], reason: Reason) -> None:
+def test_a_begun_job_keeps_what_it_began_with(ask: Callable[..., Decision], reason: Reason) -> None:
     """An image or source that is no longer allowed is still the one of a job that has begun with it."""
     status = between("Terminated", provenance={"image": "old", "runConfigVersion": 1})
 
-    decision = ask(status, [], [], refusal=Said(reason, "is not allowed here any more"))
+    decision = ask(status, [], [], policy_violation=ReasonMessage(reason, "is not allowed here any more"))
 
     assert decision.actions == (StartAttempt(1, "avx512", "old"),)
 
 
 @pytest.mark.parametrize(
-    ("gang", "pod", "starts"),
+    ("attempt_job", "pod", "starts"),
     [
         pytest.param(None, None, True, id="nothing there"),
         pytest.param(None, {"phase": "Succeeded"}, True, id="a pod that is over"),
@@ -258,19 +264,24 @@ def test_begun_job_keeps_what_it_began_with(ask: Callable[..., Decision], reason
         pytest.param({}, None, False, id="a Job that may make pods"),
     ],
 )
-def test_never_two_gangs(
-    ask: Callable[..., Decision], make_gang: Any, make_pod: Any, gang: Any, pod: Any, starts: bool
+def test_no_attempt_starts_while_a_pod_may_run(
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    attempt_job: Any,
+    pod: Any,
+    starts: bool,
 ) -> None:
     """No attempt starts while a pod of the job may run."""
-    gangs = [] if gang is None else [make_gang(-1, **gang)]
+    jobs = [] if attempt_job is None else [make_attempt_job(-1, **attempt_job)]
     pods = [] if pod is None else [make_pod(**pod)]
 
-    actions = ask(between("Terminated"), gangs, pods).actions
+    actions = ask(between("Terminated"), jobs, pods).actions
 
     assert any(isinstance(action, StartAttempt) for action in actions) == starts
 
 
-def test_nobody_looked_at_the_pods(ask: Callable[..., Decision]) -> None:
+def test_no_attempt_but_the_first_starts_without_a_look_at_the_pods(ask: Callable[..., Decision]) -> None:
     """Without a look at the pods no attempt but the first starts."""
     assert ask(between("Terminated"), [], None).actions == ()
 
@@ -292,7 +303,7 @@ RESUMED = "2026-01-31T12:00:00Z"
         pytest.param(True, ("False", "Resumed"), ("True", "Suspended"), START, 0, id="suspended again"),
     ],
 )
-def test_suspension(
+def test_the_condition_suspended_follows_the_spec(
     ask: Callable[..., Decision],
     suspend: bool,
     before: tuple[str, str] | None,
@@ -327,7 +338,7 @@ FINISHED = [
         pytest.param(0, (DeleteJob(),), None, id="none"),
     ],
 )
-def test_time_to_live(
+def test_a_finished_job_is_deleted_after_its_time_to_live(
     ask: Callable[..., Decision], now: datetime, ttl: int | None, actions: Any, look_in: float | None
 ) -> None:
     """A finished job is deleted after its time to live, whatever else its spec says by then."""
@@ -347,23 +358,26 @@ def test_time_to_live(
         pytest.param({"attempt": 0, "failed": True}, False, id="its last Job, kept for the logs"),
         pytest.param({"attempt": 0}, True, id="its last Job, still at work"),
         pytest.param({"attempt": 3, "failed": True}, True, id="a Job of another attempt"),
-        pytest.param({"attempt": 3, "ours": False}, False, id="somebody else's Job"),
+        pytest.param({"attempt": 3, "controlled": False}, False, id="somebody else's Job"),
         pytest.param({"attempt": 3, "deleting": True}, False, id="a Job that goes already"),
     ],
 )
-def test_what_is_left_of_a_finished_job(
-    ask: Callable[..., Decision], make_gang: Callable[..., Gang], fields: dict[str, Any], goes: bool
+def test_a_finished_job_keeps_only_its_last_job(
+    ask: Callable[..., Decision],
+    make_attempt_job: Callable[..., AttemptJob],
+    fields: dict[str, Any],
+    goes: bool,
 ) -> None:
     """No Job outlives the job's end but the last, once it is over by itself."""
-    gang = make_gang(**fields)
+    attempt_job = make_attempt_job(**fields)
     status = between("Succeeded", conditions=FINISHED, completionTime=END)
 
-    actions = ask(status, [gang], []).actions
+    actions = ask(status, [attempt_job], []).actions
 
-    assert actions == ((DeleteGang(gang.name, gang.uid),) if goes else ())
+    assert actions == ((DeleteAttemptJob(attempt_job.name, attempt_job.uid),) if goes else ())
 
 
-def test_another_managers_job(ask: Callable[..., Decision]) -> None:
+def test_another_managers_job_is_left_alone(ask: Callable[..., Decision]) -> None:
     """Of another manager's job nothing is said, and nothing is done about it."""
     decision = ask(None, [], [], spec={"managedBy": "kueue.x-k8s.io/multikueue", "suspend": True})
 
@@ -371,7 +385,7 @@ def test_another_managers_job(ask: Callable[..., Decision]) -> None:
     assert decision.status.model_dump(exclude_none=True, exclude_defaults=True) == {}
 
 
-def test_attempts_are_capped(ask: Callable[..., Decision], now: datetime) -> None:
+def test_the_newest_attempts_are_kept(ask: Callable[..., Decision], now: datetime) -> None:
     """The newest 20 attempts are kept; the number goes on."""
     reasons = ["Suspended"] * 20
 
@@ -530,7 +544,9 @@ def test_back_off_counts_failures_of_a_stage(cluster: Callable[..., Any]) -> Non
 
 @RUNNING
 @EACH_STAGE
-def test_suspended_in_each_stage(cluster: Callable[..., Any], stage: str, running: bool) -> None:
+def test_a_suspended_job_continues_with_its_stage(
+    cluster: Callable[..., Any], stage: str, running: bool
+) -> None:
     """A suspended job goes on with the stage that it was in, at no cost, and knows what it knew."""
     played = cluster("all of them", backoffLimit=0, infrastructureBackoffLimit=0)
     reach(played, stage, running=running)
@@ -544,7 +560,7 @@ def test_suspended_in_each_stage(cluster: Callable[..., Any], stage: str, runnin
         played.ends(pod.uid, 143)
     for _ in range(5):
         look(played)
-    assert (played.living(), played.gangs) == ([], {})
+    assert (played.living(), played.batch_jobs) == ([], {})
     played.set_spec(suspend=False)
     until_pods(played)
 
@@ -566,7 +582,7 @@ def test_suspended_in_each_stage(cluster: Callable[..., Any], stage: str, runnin
     ],
     ids=["active, running", "active, starting", "pending"],
 )
-def test_deadlines_in_each_stage(
+def test_a_deadline_fails_the_job_in_each_stage(
     cluster: Callable[..., Any], stage: str, field: str, running: bool, reason: str
 ) -> None:
     """A deadline that passes in any stage fails the job, and leaves nothing that lives."""
@@ -620,7 +636,7 @@ def test_the_operator_dies_all_the_time(cluster: Callable[..., Any], journey: st
     status = played.job.status
     assert status.phase == Phase.SUCCEEDED
     assert [attempt.stage for attempt in status.attempts] == ROUTES[journey]
-    assert len({gang.attempt for gang in played.gangs.values()}) == len(played.gangs)
+    assert len({job.attempt for job in played.batch_jobs.values()}) == len(played.batch_jobs)
 
 
 @pytest.mark.parametrize("journey", ROUTES)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.status.observation import Gang, Pod, Said, gang, pod
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage, attempt_job, pod
 
 UID = "0f8fad5b"
 OWNER = {"kind": "QLoRAJob", "uid": UID, "controller": True}
@@ -46,31 +46,31 @@ def said(kind: str, status: str = "True", reason: str = "R", message: str = "m")
     return {"type": kind, "status": status, "reason": reason, "message": message, **times}
 
 
-def gang_of(**fields: Any) -> Gang:
+def attempt_job_of(**fields: Any) -> AttemptJob:
     """What JOB is, but for these."""
     known = {
         "name": "job-a3",
         "uid": "g",
         "attempt": 3,
-        "ours": True,
+        "controlled": True,
         "parallelism": 2,
         "held_fields": "5eed",
     }
-    return Gang(**{**known, **fields})
+    return AttemptJob(**{**known, **fields})
 
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
-FAILING = {"failing": Said("R", "m"), "failing_since": NOON}
+FAILING = {"failing": ReasonMessage("R", "m"), "failing_since": NOON}
 
 
 @pytest.mark.parametrize(
     ("parts", "fields"),
     [
         pytest.param({}, {}, id="just created"),
-        pytest.param({"metadata": {"ownerReferences": []}}, {"ours": False}, id="nobody's"),
+        pytest.param({"metadata": {"ownerReferences": []}}, {"controlled": False}, id="nobody's"),
         pytest.param(
             {"metadata": {"ownerReferences": [{**OWNER, "controller": False}]}},
-            {"ours": False},
+            {"controlled": False},
             id="not its controller",
         ),
         pytest.param({"metadata": {"labels": {}}}, {"attempt": -1}, id="no attempt"),
@@ -86,9 +86,9 @@ FAILING = {"failing": Said("R", "m"), "failing_since": NOON}
         pytest.param({"status": {"conditions": [said("Failed")]}}, {**FAILING, "failed": True}, id="failed"),
     ],
 )
-def test_gang(parts: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_a_job_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
     """A Job's few facts."""
-    assert gang(merged(JOB, **parts), UID) == gang_of(**fields)
+    assert attempt_job(merged(JOB, **parts), UID) == attempt_job_of(**fields)
 
 
 def pod_of(**fields: Any) -> Pod:
@@ -132,42 +132,47 @@ def container(**fields: Any) -> dict[str, Any]:
         pytest.param({"status": {"conditions": [said("PodScheduled")]}}, {}, id="scheduled"),
         pytest.param(
             {"status": {"conditions": [said("DisruptionTarget")]}},
-            {"disruption": Said("R", "m")},
+            {"disruption": ReasonMessage("R", "m")},
             id="disrupted",
         ),
         pytest.param({"status": {"conditions": [said("DisruptionTarget", "False")]}}, {}, id="not disrupted"),
         pytest.param(
             {"status": {"phase": "Failed", "reason": "Evicted", "message": "m"}},
-            {"phase": "Failed", "verdict": Said("Evicted", "m")},
-            id="its own verdict",
+            {"phase": "Failed", "status_reason": ReasonMessage("Evicted", "m")},
+            id="its own status_reason",
         ),
         pytest.param(
             container(state={"waiting": {"reason": "ErrImagePull"}}),
-            {"waiting": Said("ErrImagePull", "")},
+            {"waiting": ReasonMessage("ErrImagePull", "")},
             id="waits",
         ),
         pytest.param(
             container(state={"terminated": {"exitCode": 137, "reason": "OOMKilled", "message": " last \n"}}),
-            {"exit_code": 137, "ended_by": "OOMKilled", "last_words": "last"},
+            {"exit_code": 137, "termination_reason": "OOMKilled", "termination_message": "last"},
             id="ended",
         ),
         pytest.param(container(imageID="docker.io/x@sha256:5"), {"image_digest": "sha256:5"}, id="digest"),
         pytest.param(container(imageID=""), {}, id="no digest yet"),
     ],
 )
-def test_pod(parts: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
     """A pod's few facts."""
     assert pod(merged(POD, **parts)) == pod_of(**fields)
 
 
 @pytest.mark.parametrize(
     ("fields", "over"),
-    [({}, False), ({"complete": True}, True), ({"failed": True}, True), ({"failing": Said("", "")}, False)],
+    [
+        ({}, False),
+        ({"complete": True}, True),
+        ({"failed": True}, True),
+        ({"failing": ReasonMessage("", "")}, False),
+    ],
     ids=["lasts", "complete", "failed", "about to fail"],
 )
-def test_gang_is_over(fields: dict[str, Any], over: bool) -> None:
-    """A Job that fails is over only when its pods are gone."""
-    assert gang_of(**fields).over == over
+def test_a_job_is_finished_when_it_creates_no_more_pods(fields: dict[str, Any], over: bool) -> None:
+    """A Job that fails is finished only when its pods are gone."""
+    assert attempt_job_of(**fields).finished == over
 
 
 @pytest.mark.parametrize(
@@ -178,20 +183,20 @@ def test_gang_is_over(fields: dict[str, Any], over: bool) -> None:
         ({"ready": 2}, False),
         ({"suspended": True}, False),
         ({"deleting": True}, False),
-        ({"failing": Said("", "")}, False),
+        ({"failing": ReasonMessage("", "")}, False),
         ({"failed": True}, False),
     ],
     ids=["no pod is up", "one is", "all are", "in the queue", "deleted", "about to fail", "failed"],
 )
-def test_gang_starts(fields: dict[str, Any], starts: bool) -> None:
+def test_a_job_starts_while_pods_are_not_ready(fields: dict[str, Any], starts: bool) -> None:
     """As long as pods are missing that it is to have."""
-    assert gang_of(**{"parallelism": 2, **fields}).starting == starts
+    assert attempt_job_of(**{"parallelism": 2, **fields}).starting == starts
 
 
 @pytest.mark.parametrize(
     ("phase", "over"),
     [("Pending", False), ("Running", False), ("Unknown", False), ("Succeeded", True), ("Failed", True)],
 )
-def test_pod_is_over(phase: str, over: bool) -> None:
+def test_a_pod_is_finished_when_it_certainly_does_not_run(phase: str, over: bool) -> None:
     """A pod of which nobody knows may still run."""
-    assert pod_of(phase=phase).over == over
+    assert pod_of(phase=phase).finished == over

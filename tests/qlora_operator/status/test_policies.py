@@ -34,9 +34,9 @@ def attempts(*reasons: Reason) -> list[Attempt]:
         pytest.param(10_000, 60, id="never longer than a minute"),
     ],
 )
-def test_patience_grows_with_the_gangs_that_start(starting: int, seconds: int) -> None:
+def test_the_startup_grace_grows_with_the_attempts_that_start(starting: int, seconds: int) -> None:
     """In a rush, pods are given longer before anybody asks why they are not up."""
-    assert policies.patience(starting) == timedelta(seconds=seconds)
+    assert policies.startup_grace(starting) == timedelta(seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_patience_grows_with_the_gangs_that_start(starting: int, seconds: int) -
         pytest.param([FETCHED, TRAINED, FAILED, FAILED], 10, id="the upload's second failure"),
     ],
 )
-def test_backoff(reasons: list[Reason], seconds: float) -> None:
+def test_backoff_grows_with_failures_in_a_row(reasons: list[Reason], seconds: float) -> None:
     """Seconds before the next attempt, up to a fifth more or less."""
     waited = policies.backoff(UID, attempts(*reasons))
 
@@ -86,9 +86,9 @@ def test_backoff_is_bounded(reasons: list[Reason]) -> None:
     assert 0 <= policies.backoff(UID, attempts(*reasons)) <= 1.2 * policies.MAX_BACKOFF_SECONDS
 
 
-def test_released_spread_differs() -> None:
+def test_release_jitter_differs_between_jobs() -> None:
     """Two gangs that block each other let go at different times, and each differently the next time."""
-    shares = {policies.released_spread(uid, attempt) for uid in "abcdef" for attempt in range(10)}
+    shares = {policies.release_jitter(uid, attempt) for uid in "abcdef" for attempt in range(10)}
 
     assert all(0 <= share <= 1 for share in shares)
     assert len(shares) > 30
@@ -110,7 +110,7 @@ def said(kind: str, status: str, minutes: float) -> dict[str, Any]:
         pytest.param([said("Running", "False", 5), said("Suspended", "True", 2)], 5, id="suspended"),
     ],
 )
-def test_pending_since(conditions: list[dict[str, Any]], minutes: float) -> None:
+def test_pending_counts_from_when_not_all_ranks_ran(conditions: list[dict[str, Any]], minutes: float) -> None:
     """A job waits since it last ran all its ranks, or was resumed; however many attempts there were."""
     status = QLoRAJobStatus.model_validate({"conditions": conditions})
 
@@ -126,7 +126,7 @@ def test_pending_since(conditions: list[dict[str, Any]], minutes: float) -> None
         pytest.param(600, [said("Running", "False", 5)], NOON + timedelta(minutes=5), id="to come"),
     ],
 )
-def test_pending_deadline(
+def test_the_pending_deadline_is_that_of_jobs_that_wait(
     a_job: Callable[..., QLoRAJob], seconds: int | None, conditions: list[Any], due: datetime | None
 ) -> None:
     """pendingDeadlineSeconds after the job began to wait."""
@@ -156,7 +156,7 @@ def test_pending_deadline(
         ),
     ],
 )
-def test_active_deadline(
+def test_the_active_deadline_stands_still_in_a_queue(
     a_job: Callable[..., QLoRAJob], seconds: int | None, status: dict[str, Any], due: datetime | None
 ) -> None:
     """activeDeadlineSeconds after startTime; the clock stands still in a queue."""
@@ -174,7 +174,7 @@ def test_active_deadline(
         pytest.param(0, True, NOON, id="at once"),
     ],
 )
-def test_expiry(
+def test_a_finished_job_expires_after_its_time_to_live(
     a_job: Callable[..., QLoRAJob], seconds: int | None, finished: bool, due: datetime | None
 ) -> None:
     """ttlSecondsAfterFinished after completionTime."""

@@ -68,11 +68,11 @@ def test_fetched(status: dict[str, Any], fetched: Fetched) -> None:
     ],
     ids=["ranks", "a model", "data", "both", "the adapter"],
 )
-def test_intention(
+def test_an_attempt_is_described_by_what_it_does(
     make_job: Callable[..., QLoRAJob], spec: dict[str, Any], stage: RunStage, words: str
 ) -> None:
     """People read what an attempt is about, with the URIs that they wrote."""
-    assert stages.intention(make_job(**spec).spec, stage) == words
+    assert stages.describe(make_job(**spec).spec, stage) == words
 
 
 def test_every_stage_runs_in_its_own_words() -> None:
@@ -108,11 +108,11 @@ def told(done: int | None, total: int | None) -> ProgressReport:
         (told(None, 5), ""),
         (told(0, 0), ""),
         (told(0, 700), ": 0 of 700 bytes"),
-        (told(512, 2048), ": 0.5 of 2 KiB"),
-        (told(3 * 2**19, 10 * 2**20), ": 1.5 of 10 MiB"),
-        (told(1234 * 2**20, 7577 * 2**20), ": 1.21 of 7.4 GiB"),
+        (told(512, 2048), ": 0.50 of 2.00 KiB"),
+        (told(3 * 2**19, 10 * 2**20), ": 1.50 of 10.0 MiB"),
+        (told(1234 * 2**20, 7577 * 2**20), ": 1.21 of 7.40 GiB"),
         (told(1023 * 2**20, 1023 * 2**20), ": 1023 of 1023 MiB"),
-        (told(2**40, 2**40), ": 1024 of 1024 GiB"),
+        (told(2**40, 2**40), ": 1.00 of 1.00 TiB"),
     ],
     ids=[
         "nobody asked",
@@ -128,6 +128,6 @@ def told(done: int | None, total: int | None) -> ProgressReport:
         "TiB",
     ],
 )
-def test_transferred(report: ProgressReport | None, words: str) -> None:
+def test_bytes_of_a_transfer_share_a_unit(report: ProgressReport | None, words: str) -> None:
     """Both numbers have the total's unit, and three digits."""
-    assert stages.transferred(report) == words
+    assert stages.bytes_transferred(report) == words

@@ -1,20 +1,21 @@
 """One job's reconciliation: against a real API server, without the watches, which the tests play."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from qlora_operator import reconcile
-from qlora_operator.api.names import TIER_LABELS, Phase
-from qlora_operator.controller.api_client import ApiClient
-from qlora_operator.controller.cache import ObjectCache
-from qlora_operator.controller.metrics import JobSample, Metrics
-from qlora_operator.placement.nodes import Demand, node
-from qlora_operator.reconcile import Kept, Nodes, Reconciler
+from qlora_operator.api.names import TIER_LABELS, Key, Phase
+from qlora_operator.cluster import Cluster
+from qlora_operator.controller import reconciler
+from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.reconciler import Reconciler
+from qlora_operator.metrics import Figures, Metrics
 from qlora_operator.settings import Settings
+from qlora_operator.status.observation import Pod
+from qlora_operator.store import Store
 from testcluster.client import Client
 from testcluster.cluster import Cluster as Server
 from testcluster.kubelet import Kubelet
@@ -45,16 +46,32 @@ class Requests(Metrics):
             self.writes.append(f"{verb} {resource} {code}")
 
 
+class Tracker:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def follow(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
+        """An attempt runs."""
+        self.told.append((key, attempt, len(pods)))
+
+    def forget(self, uid: str) -> None:
+        """The job does not run."""
+        self.told.append("ended")
+
+
 class Table:
     """A reconciler, what it knows, and the job's namespace."""
 
-    def __init__(self, client: Client, cluster: ApiClient, metrics: Requests, namespace: str) -> None:
+    def __init__(self, client: Client, cluster: Cluster, metrics: Requests, namespace: str) -> None:
         self.client, self.metrics, self.namespace = client, metrics, namespace
         self.key = (namespace, "job")
         self.path = PATH.format(namespace)
-        self.store = ObjectCache()
+        self.store = Store()
         settings = Settings(trainer_image="registry.example/trainer:1")
-        self.reconciler = Reconciler(cluster, self.store, settings, metrics)
+        self.facts, self.tracker = JobFacts(), Tracker()
+        self.reconciler = Reconciler(cluster, self.store, self.facts, self.tracker, settings, metrics)
 
     def create(self, **spec: Any) -> dict[str, Any]:
         """A job, and the store knows it."""
@@ -97,7 +114,7 @@ def play(
     def run(test: Test) -> None:
         async def main() -> None:
             metrics = Requests()
-            async with ApiClient(metrics) as cluster:
+            async with Cluster(metrics) as cluster:
                 await test(Table(api_cluster.client, cluster, metrics, namespace))
 
         asyncio.run(asyncio.wait_for(main(), 60))
@@ -157,14 +174,13 @@ def test_a_job_that_is_gone_is_forgotten(play: Callable[[Test], None]) -> None:
     """When it turns out that the job is no more, nothing is created, and its metrics go with it."""
 
     async def test(table: Table) -> None:
-        raw = table.create()
-        table.metrics.jobs.put(*table.key, JobSample(Phase.PENDING))
+        table.create()
+        table.metrics.jobs.put(*table.key, Figures(Phase.PENDING))
         table.client.delete(f"{table.path}/job")
         assert await table.turn() == 0.0
         assert table.store.jobs() == {}
         assert await table.turn() is None
         assert next(table.metrics.jobs.collect()).samples == []
-        table.reconciler.forget(raw["metadata"]["uid"])
 
     play(test)
 
@@ -196,10 +212,10 @@ def test_what_is_missing_is_created_again(play: Callable[[Test], None]) -> None:
         await table.turn()
         path = f"/api/v1/namespaces/{table.namespace}/services/job-ranks"
         table.client.delete(path)
-        table.reconciler.incomplete.add(uid)
+        table.facts.set_children_missing([uid])
         await table.turn()
         assert table.children("/api/v1/namespaces/{}/services") == ["job-ranks"]
-        assert table.reconciler.incomplete == set()
+        assert not table.facts.children_missing(uid)
         assert table.metrics.writes[-1].startswith("post ")
 
     play(test)
@@ -228,9 +244,7 @@ def test_running_jobs_are_followed_and_ends_are_counted_once(
     when the job is looked at later."""
 
     async def test(table: Table) -> None:
-        told: list[Any] = []
-        table.reconciler.follow = lambda key, uid, attempt, pods: told.append((key, attempt, len(pods)))
-        table.reconciler.unfollow = lambda uid: told.append("ended")
+        told = table.tracker.told
         table.create()
         await table.turn()
         pods = kubelet.pods(table.namespace, "qlora.dev/job-name=job", 2)
@@ -259,7 +273,7 @@ def test_what_cannot_be_read_is_said(play: Callable[[Test], None]) -> None:
         raw = table.create()
         raw["spec"]["flavour"] = "mint"
         table.store.put_job(raw)
-        assert await table.turn() == reconcile.UNREADABLE_SECONDS
+        assert await table.turn() == reconciler.INVALID_SPEC_SECONDS
         assert "spec.flavour no such field" in table.status["message"]
 
     play(test)
@@ -295,108 +309,3 @@ async def _until(table: Table, phase: str) -> None:
             await asyncio.sleep(0.05)
             table.tell()
             await table.turn()
-
-
-# --- nodes
-
-
-def a_node(name: str, *, ready: bool = True) -> Any:
-    """A node that has room for two pods."""
-    return node(
-        {
-            "metadata": {"name": name, "labels": NODE},
-            "status": {
-                "allocatable": {"cpu": "2", "memory": "8Gi", "pods": "10"},
-                "conditions": [{"type": "Ready", "status": str(ready)}],
-            },
-        }
-    )
-
-
-def a_demand(pods: int) -> Demand:
-    """So many pods of one CPU."""
-    return Demand(pods, 1, 2**30, {}, (), ("avx512",))
-
-
-def test_room_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs that ask for the same get the same answer without another look; any difference gets its own."""
-    nodes, looked = Nodes([a_node("a"), a_node("b")]), []
-    real = reconcile.placement.feasible
-    monkeypatch.setattr(
-        reconcile.placement, "feasible", lambda *args, **kw: looked.append(args) or real(*args, **kw)
-    )
-
-    for _ in range(3):
-        assert nodes.feasible(a_demand(4), frozenset(), native_bf16_only=False).tiers == ("avx512",)
-    assert nodes.feasible(a_demand(4), frozenset({"b"}), native_bf16_only=False).tiers == ()
-    assert nodes.feasible(a_demand(5), frozenset(), native_bf16_only=False).tiers == ()
-    assert nodes.feasible(a_demand(4), frozenset(), native_bf16_only=True).tiers == ()
-    assert len(looked) == 4
-
-
-def test_nodes_that_answer() -> None:
-    """All are known by name, and those apart that are ready."""
-    nodes = Nodes([a_node("a"), a_node("b", ready=False)])
-
-    assert (nodes.names, nodes.ready) == ({"a", "b"}, {"a"})
-
-
-# --- kept answers
-
-
-def test_an_answer_is_kept() -> None:
-    """Many who ask at once, and soon after, cause one question; the next one is asked when it has grown old."""
-    asked = []
-
-    async def ask() -> int:
-        asked.append(1)
-        await asyncio.sleep(0.01)
-        return len(asked)
-
-    async def test() -> None:
-        kept: Kept[int] = Kept(ask, seconds=0.1)
-        assert await asyncio.gather(*(kept.get() for _ in range(5))) == [1] * 5
-        assert await kept.get() == 1
-        await asyncio.sleep(0.15)
-        assert await kept.get() == 2
-
-    asyncio.run(test())
-
-
-def test_a_question_that_failed_is_asked_again() -> None:
-    """An error is nobody's answer but that of who asked."""
-    outcomes: list[Any] = [ZeroDivisionError(), 7]
-
-    async def ask() -> int:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return int(outcome)
-
-    async def test() -> None:
-        kept: Kept[int] = Kept(ask)
-        with pytest.raises(ZeroDivisionError):
-            await kept.get()
-        assert await kept.get() == 7
-
-    asyncio.run(test())
-
-
-def test_an_answer_may_be_held() -> None:
-    """Who knows better how long an answer is good says so; with no time at all, the next one asks anew."""
-    asked = []
-
-    async def ask() -> int:
-        asked.append(1)
-        kept.hold(60)
-        return len(asked)
-
-    async def test() -> None:
-        await kept.get()
-        await asyncio.sleep(0.02)
-        assert await kept.get() == 1
-        kept.hold(0)
-        assert await kept.get() == 2
-
-    kept: Kept[int] = Kept(ask, seconds=0.01)
-    asyncio.run(test())

@@ -1,39 +1,45 @@
-"""Why an attempt ended."""
+"""Why a Job failed."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
+from qlora_contract.run import RunStage
 from qlora_operator.api.names import Reason
 from qlora_operator.api.types import RANKS_SHOWN
-from qlora_operator.status.cause import (
+from qlora_operator.status.checks import Budget
+from qlora_operator.status.failure import (
     DISRUPTIONS,
     EXIT_REASONS,
+    MORE_MEMORY,
     SETTLE_SECONDS,
-    Budget,
+    Evidence,
     below_tier,
     classify,
-    disrupted,
+    disruption,
+    evidence_deadline,
     exit_codes,
-    report,
-    settled_at,
+    termination_report,
 )
-from qlora_operator.status.observation import Gang, Pod, Said
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 BARE = "Job has reached the specified backoff limit"
 
 
-def gang(said: str = BARE) -> Gang:
-    """The Job of attempt 0, which fails."""
-    failing = Said("BackoffLimitExceeded" if said == BARE else "PodFailurePolicy", said)
-    return Gang("job-a0", "g", 0, ours=True, failing=failing, failing_since=NOW)
+def failing(pods: Sequence[Pod], message: str = BARE, **facts: Any) -> Evidence:
+    """The Job of attempt 0, which fails, and its pods; the node `lost` does not respond."""
+    reason = "BackoffLimitExceeded" if message == BARE else "PodFailurePolicy"
+    why = ReasonMessage(reason, message)
+    job = AttemptJob("job-a0", "g", 0, controlled=True, failing=why, failing_since=NOW)
+    return Evidence(job, pods, {"lost"}, **facts)
 
 
 def pod(index: int = 0, code: int | None = None, **facts: object) -> Pod:
@@ -56,9 +62,9 @@ OUT_OF_MEMORY = (
     "training.maxSequenceLength, in another job"
 )
 DELETED = {"deleting_since": NOW}
-OOM = {"ended_by": "OOMKilled"}
-EVICTED = {"disruption": Said("TerminationByKubelet", "The node was low on resource: memory.")}
-REFUSED = {"phase": "Failed", "verdict": Said("OutOfcpu", "Pod was rejected: no CPU")}
+OOM = {"termination_reason": "OOMKilled"}
+EVICTED = {"disruption": ReasonMessage("TerminationByKubelet", "The node was low on resource: memory.")}
+REFUSED = {"phase": "Failed", "status_reason": ReasonMessage("OutOfcpu", "Pod was rejected: no CPU")}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ REFUSED = {"phase": "Failed", "verdict": Said("OutOfcpu", "Pod was rejected: no 
         (exited(128), [], Reason.UNEXPECTED_ERROR, Budget.USER, "pod p0 exited with code 128"),
         (
             exited(137),
-            [pod(0, 137, last_words="step 9\nstep 10\n")],
+            [pod(0, 137, termination_message="step 9\nstep 10\n")],
             Reason.KILLED,
             Budget.USER,
             "pod p0 on node n0 was killed by signal 9: step 10",
@@ -105,7 +111,7 @@ REFUSED = {"phase": "Failed", "verdict": Said("OutOfcpu", "Pod was rejected: no 
         ),
         (
             BARE,
-            [pod(0, 40, last_words="rank 1 on h is silent"), pod(1, 137, **DELETED)],
+            [pod(0, 40, termination_message="rank 1 on h is silent"), pod(1, 137, **DELETED)],
             Reason.PEER_LOST,
             Budget.INFRASTRUCTURE,
             "pod p0 on node n0 lost a peer: rank 1 on h is silent",
@@ -180,42 +186,53 @@ REFUSED = {"phase": "Failed", "verdict": Said("OutOfcpu", "Pod was rejected: no 
         "peer-on-lost-node",
     ],
 )
-def test_classify(said: str, pods: Sequence[Pod], reason: Reason, budget: Budget, message: str) -> None:
+def test_a_job_and_its_pods_tell_one_cause(
+    said: str, pods: Sequence[Pod], reason: Reason, budget: Budget, message: str
+) -> None:
     """A Job's words and its pods' states give one reason, one budget and one sentence."""
-    cause = classify(gang(said), pods, {"lost"})
-    assert (cause.reason, cause.budget, cause.message) == (reason, budget, message)
+    end = classify(failing(pods, said))
+    assert (end.reason, end.budget, end.message) == (reason, budget, message)
+
+
+@pytest.mark.parametrize("stage", ["fetch", "train", "publish"])
+def test_a_pod_killed_at_its_memory_limit_is_told_what_helps_it(stage: RunStage) -> None:
+    """The user sets what ranks may use, and the administrator what transfers may."""
+    end = classify(failing([pod(0, 137, **OOM)], exited(137), stage=stage))
+
+    assert end.message == f"pod p0 on node n0 was killed at its memory limit: {MORE_MEMORY[stage]}"
+    assert ("administrator" in end.message) == (stage != "train")
 
 
 @pytest.mark.parametrize("code", [code for code in ExitCode if code != ExitCode.DONE])
 def test_every_code_has_a_reason(code: ExitCode) -> None:
     """Every code of the contract has a reason of its own; the permanent ones are never retried."""
     reason, budget = EXIT_REASONS[code]
-    assert classify(gang(exited(code)), [pod(0, code)]).reason == reason
+    assert classify(failing([pod(0, code)], exited(code))).reason == reason
     assert (budget == Budget.PERMANENT) == (code in PERMANENT)
 
 
 @pytest.mark.parametrize("why", DISRUPTIONS)
-def test_disrupted(why: str) -> None:
+def test_a_pod_that_is_taken_away_ends_its_attempt(why: str) -> None:
     """A pod that is being taken away ends its attempt before the Job knows, and says by whom."""
-    taken = pod(1, disruption=Said(why, "so it was"))
-    cause = disrupted([pod(0), taken])
-    assert cause is not None
-    assert (cause.reason, cause.budget) == (DISRUPTIONS[why][0], Budget.INFRASTRUCTURE)
-    assert cause.message.startswith("pod p1 on node n1 was ")
-    assert cause.message.endswith(": so it was")
+    taken = pod(1, disruption=ReasonMessage(why, "so it was"))
+    end = disruption([pod(0), taken])
+    assert end is not None
+    assert (end.reason, end.budget) == (DISRUPTIONS[why][0], Budget.INFRASTRUCTURE)
+    assert end.message.startswith("pod p1 on node n1 was ")
+    assert end.message.endswith(": so it was")
 
 
-def test_not_disrupted() -> None:
+def test_pods_that_run_end_nothing() -> None:
     """Pods that only run end nothing."""
-    assert disrupted([pod(0), pod(1)]) is None
+    assert disruption([pod(0), pod(1)]) is None
 
 
 @given(st.permutations([pod(0, 40), pod(1, 41), pod(2, 143), pod(3, 12, **DELETED)]))
-def test_order_of_pods(pods: list[Pod]) -> None:
+def test_the_order_of_pods_does_not_matter(pods: list[Pod]) -> None:
     """The cause does not depend on the order in which the pods are listed."""
-    cause = classify(gang(), pods)
-    assert cause.message == "pod p3 on node n3 exited with code 12"
-    assert cause.exit_codes == (12, 40, 41, 143)
+    end = classify(failing(pods))
+    assert end.message == "pod p3 on node n3 exited with code 12"
+    assert end.exit_codes == (12, 40, 41, 143)
 
 
 @pytest.mark.parametrize(
@@ -232,13 +249,13 @@ def test_order_of_pods(pods: list[Pod]) -> None:
     ],
     ids=["peer", "stopped", "all-over", "all-gone", "told", "lost", "rule", "disrupted"],
 )
-def test_settled_at(said: str, pods: Sequence[Pod], waits: bool) -> None:
+def test_pods_that_may_yet_tell_are_waited_for(said: str, pods: Sequence[Pod], waits: bool) -> None:
     """Only a Job that nobody explains waits, for a bounded time, and only for pods that may yet tell."""
     expected = NOW + timedelta(seconds=SETTLE_SECONDS) if waits else None
-    assert settled_at(gang(said), pods, {"lost"}) == expected
+    assert evidence_deadline(failing(pods, said)) == expected
 
 
-def test_exit_codes() -> None:
+def test_exit_codes_are_distinct_sorted_and_capped() -> None:
     """Codes are told once, in order, with those that were known before; no more than the status takes."""
     assert exit_codes([pod(0, 40), pod(1, 10), pod(2, 40), pod(3)], [143]) == (10, 40, 143)
     assert len(exit_codes([], range(200))) == RANKS_SHOWN
@@ -246,10 +263,10 @@ def test_exit_codes() -> None:
 
 def test_codes_of_a_rule_are_kept() -> None:
     """The code that the Job names is among the attempt's even when its pod is gone."""
-    assert classify(gang(exited(10)), [pod(1, 40)]).exit_codes == (10, 40)
+    assert classify(failing([pod(1, 40)], exited(10))).exit_codes == (10, 40)
 
 
-def test_below_tier() -> None:
+def test_nodes_below_their_tier_are_named_once() -> None:
     """The nodes whose ranks found less than the labels promise, each once."""
     found = [pod(0, 51), pod(1, 40), pod(2, 51, node="n0"), pod(3, 51, node=None)]
     assert below_tier(found) == ["n0"]
@@ -266,15 +283,15 @@ def test_below_tier() -> None:
     ],
     ids=["report", "newer-field", "other-version", "log", "nothing"],
 )
-def test_report(words: str, known: bool) -> None:
+def test_reports_are_read_leniently(words: str, known: bool) -> None:
     """The trainer's report is read, one with fields that this operator does not know as well."""
-    found = report(pod(0, 1, last_words=words))
+    found = termination_report(pod(0, 1, termination_message=words))
     assert (found is not None) == known
     assert found is None or found.cause == "no room"
 
 
 @given(st.sampled_from(sorted(COLLATERAL)), st.text(max_size=3000))
-def test_message_fits(code: int, words: str) -> None:
+def test_a_message_fits_into_an_event(code: int, words: str) -> None:
     """Whatever a pod says, the sentence fits into an Event."""
     for said in (BARE, exited(code)):
-        assert len(classify(gang(said), [pod(0, code, last_words=words)]).message) <= 1024
+        assert len(classify(failing([pod(0, code, termination_message=words)], said)).message) <= 1024

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_contract.progress import ProgressReport, RankFacts
 from qlora_operator.api.types import AdapterStatus, Progress, RankStatus
-from qlora_operator.status import live
+from qlora_operator.status import progress_status
 from qlora_operator.status.observation import Pod
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -37,9 +37,9 @@ def ended(**report: Any) -> str:
         pytest.param(Progress(step=5, step_time="then"), "2026-01-31T12:00:00Z", id="back to a checkpoint"),
     ],
 )
-def test_step_time(before: Progress | None, step_time: str) -> None:
+def test_the_step_time_moves_with_the_step(before: Progress | None, step_time: str) -> None:
     """The time of the last step is when the operator first saw it, by its own clock."""
-    progress = live.progress(before, told(), NOON)
+    progress = progress_status.progress(before, told(), NOON)
 
     assert progress.step_time == step_time
     assert (progress.step, progress.percent) == (3, 37)
@@ -48,12 +48,12 @@ def test_step_time(before: Progress | None, step_time: str) -> None:
 
 def test_no_steps_at_all() -> None:
     """A job of no steps has no percentage."""
-    assert live.progress(None, told(step=0, total_steps=0), NOON).percent is None
+    assert progress_status.progress(None, told(step=0, total_steps=0), NOON).percent is None
 
 
 def test_eta_is_in_whole_seconds() -> None:
     """The API's field is an integer."""
-    assert live.progress(None, told(eta_seconds=59.6), NOON).eta_seconds == 60
+    assert progress_status.progress(None, told(eta_seconds=59.6), NOON).eta_seconds == 60
 
 
 @pytest.mark.parametrize(
@@ -68,16 +68,16 @@ def test_eta_is_in_whole_seconds() -> None:
     ],
     ids=["never told", "told nothing", "told of a step before the last"],
 )
-def test_finished(before: Progress | None, after: Progress | None) -> None:
+def test_a_finished_job_has_made_all_its_steps(before: Progress | None, after: Progress | None) -> None:
     """A job that is done has made all its steps."""
-    assert live.finished(before) == after
+    assert progress_status.finished(before) == after
 
 
 def test_ranks_keep_what_is_known(make_pod: Callable[..., Pod]) -> None:
     """A second look at the pods keeps what the ranks told, unless the pod is another."""
     pods = [make_pod(1, node="b"), make_pod(0, node="a")]
     facts = [RankFacts(rank=n, host="h", isa="avx512", cpus=str(n), threads=1) for n in range(4)]
-    known = live.with_facts(live.ranks([], pods, 2), told(ranks=facts))
+    known = progress_status.with_facts(progress_status.ranks([], pods, 2), told(ranks=facts))
     assert [(r.index, r.pod, r.node, r.isa, r.cpus) for r in known] == [
         (0, "job-a0-0", "a", "avx512", "0"),
         (1, "job-a0-0", "a", "avx512", "1"),
@@ -85,8 +85,8 @@ def test_ranks_keep_what_is_known(make_pod: Callable[..., Pod]) -> None:
         (3, "job-a0-1", "b", "avx512", "3"),
     ]
 
-    assert live.ranks(known, pods, 2) == known
-    other = live.ranks(known, [make_pod(0, attempt=1, node="a")], 2)
+    assert progress_status.ranks(known, pods, 2) == known
+    other = progress_status.ranks(known, [make_pod(0, attempt=1, node="a")], 2)
     assert other == [RankStatus(index=n, pod="job-a1-0", node="a") for n in range(2)]
 
 
@@ -99,8 +99,8 @@ def test_ranks_that_only_rank_0_can_count(make_pod: Callable[..., Pod]) -> None:
         for n, pod in of_pod.items()
     ]
 
-    before = live.ranks([], pods, "auto")
-    known = live.with_facts(before, told(ranks=facts), pods)
+    before = progress_status.ranks([], pods, "auto")
+    known = progress_status.with_facts(before, told(ranks=facts), pods)
 
     assert before == []
     assert [(r.index, r.pod, r.node, r.cpus, r.numa_nodes) for r in known] == [
@@ -108,29 +108,29 @@ def test_ranks_that_only_rank_0_can_count(make_pod: Callable[..., Pod]) -> None:
         (1, "job-a0-0", "a", "1", "1"),
         (2, "job-a0-1", "b", "2", "2"),
     ]
-    assert live.ranks(known, pods, "auto") == known
-    assert live.ranks(known, [make_pod(0, attempt=1, node="a")], "auto") == []
+    assert progress_status.ranks(known, pods, "auto") == known
+    assert progress_status.ranks(known, [make_pod(0, attempt=1, node="a")], "auto") == []
 
 
 def test_rank_0_adds_no_ranks_where_the_job_says_how_many(make_pod: Callable[..., Pod]) -> None:
     """What it tells of others is passed over."""
     facts = [RankFacts(rank=9, host="h", isa="avx512", cpus="9", threads=1)]
 
-    assert live.with_facts(live.ranks([], [make_pod(0)], 1), told(ranks=facts)) == [
+    assert progress_status.with_facts(progress_status.ranks([], [make_pod(0)], 1), told(ranks=facts)) == [
         RankStatus(index=0, pod="job-a0-0")
     ]
 
 
 def test_ranks_are_capped(make_pod: Callable[..., Pod]) -> None:
     """The first 64 ranks are shown."""
-    assert len(live.ranks([], [make_pod(n) for n in range(40)], 2)) == 64
+    assert len(progress_status.ranks([], [make_pod(n) for n in range(40)], 2)) == 64
 
 
-def test_nodes(make_pod: Callable[..., Pod]) -> None:
+def test_nodes_are_named_once_and_capped(make_pod: Callable[..., Pod]) -> None:
     """Each node once, in order, without those of pods that have none."""
     pods = [make_pod(0, node="b"), make_pod(1, node="a"), make_pod(2, node="b"), make_pod(3)]
 
-    assert live.nodes(pods) == ["a", "b"]
+    assert progress_status.nodes(pods) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -143,18 +143,26 @@ def test_nodes(make_pod: Callable[..., Pod]) -> None:
         pytest.param(["", ended(computeDtype="bf16", step=2)], "bf16", id="a step was made"),
     ],
 )
-def test_dtype(make_pod: Callable[..., Pod], words: list[str], dtype: str | None) -> None:
+def test_the_data_type_is_that_of_a_completed_step(
+    make_pod: Callable[..., Pod], words: list[str], dtype: str | None
+) -> None:
     """What pods say they have computed in counts once they have completed a step."""
-    assert live.dtype([make_pod(n, last_words=each) for n, each in enumerate(words)]) == dtype
+    assert (
+        progress_status.dtype([make_pod(n, termination_message=each) for n, each in enumerate(words)])
+        == dtype
+    )
 
 
-def test_world_size(make_pod: Callable[..., Pod]) -> None:
+def test_rank_0_reports_how_many_ranks_there_were(make_pod: Callable[..., Pod]) -> None:
     """Rank 0's pod says in the end how many ranks there were; other pods do not count."""
-    pods = [make_pod(1, last_words=ended(worldSize=9)), make_pod(0, last_words=ended(worldSize=3))]
+    pods = [
+        make_pod(1, termination_message=ended(worldSize=9)),
+        make_pod(0, termination_message=ended(worldSize=3)),
+    ]
 
-    assert live.world_size(pods) == 3
-    assert live.world_size(pods[:1]) is None
-    assert live.world_size([make_pod(0, last_words=ended())]) is None
+    assert progress_status.world_size(pods) == 3
+    assert progress_status.world_size(pods[:1]) is None
+    assert progress_status.world_size([make_pod(0, termination_message=ended())]) is None
 
 
 @pytest.mark.parametrize(
@@ -178,10 +186,12 @@ def test_world_size(make_pod: Callable[..., Pod]) -> None:
         ),
     ],
 )
-def test_adapter(make_pod: Callable[..., Pod], report: dict[str, Any], adapter: AdapterStatus | None) -> None:
+def test_rank_0_reports_the_adapter(
+    make_pod: Callable[..., Pod], report: dict[str, Any], adapter: AdapterStatus | None
+) -> None:
     """Rank 0's pod says what it has stored; nobody else is asked."""
-    assert live.adapter([make_pod(0, last_words=ended(**report))]) == adapter
-    assert live.adapter([make_pod(1, last_words=ended(**report))]) is None
+    assert progress_status.adapter([make_pod(0, termination_message=ended(**report))]) == adapter
+    assert progress_status.adapter([make_pod(1, termination_message=ended(**report))]) is None
 
 
 FETCHED = {"fetched": {"model": "c0ffee", "dataset": None}}
@@ -199,9 +209,13 @@ FETCHED = {"fetched": {"model": "c0ffee", "dataset": None}}
         pytest.param([(0, ""), (0, ended(**FETCHED))], True, id="the second pod of its index"),
     ],
 )
-def test_transfer(make_pod: Callable[..., Pod], pods: list[tuple[int, str]], known: bool) -> None:
+def test_a_transfers_report_is_that_of_its_pod_when_it_ended_well(
+    make_pod: Callable[..., Pod], pods: list[tuple[int, str]], known: bool
+) -> None:
     """What a transfer did is told by its one pod, when it ended well."""
-    said = live.transfer([make_pod(index, last_words=words) for index, words in pods])
+    said = progress_status.transfer_report(
+        [make_pod(index, termination_message=words) for index, words in pods]
+    )
 
     assert (said is not None) == known
     if said is not None and said.fetched is not None:

@@ -1,4 +1,4 @@
-"""Others' words in a status."""
+"""Text of others in a status."""
 
 import math
 import unicodedata
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_contract.progress import ProgressReport, RankFacts
-from qlora_operator.status.quote import QUOTED_CHARACTERS, last_line, presentable, quote
+from qlora_operator.status.sanitize import MAX_CHARACTERS, last_line, sanitize, sanitized
 
 
 @pytest.mark.parametrize(
@@ -19,23 +19,23 @@ from qlora_operator.status.quote import QUOTED_CHARACTERS, last_line, presentabl
         ("\x1b[1;31mred\x1b[0m and\x07 bell", "red and bell"),
         ("left\u202eto right", "left to right"),
         ("Speicher für 大", "Speicher für 大"),
-        ("x" * (QUOTED_CHARACTERS + 1), "x" * (QUOTED_CHARACTERS - 1) + "…"),
-        ("x" * QUOTED_CHARACTERS, "x" * QUOTED_CHARACTERS),
+        ("x" * (MAX_CHARACTERS + 1), "x" * (MAX_CHARACTERS - 1) + "…"),
+        ("x" * MAX_CHARACTERS, "x" * MAX_CHARACTERS),
     ],
     ids=["nothing", "lines", "terminal", "bidirectional", "letters", "long", "just-right"],
 )
-def test_quote(words: str, quoted: str) -> None:
+def test_text_becomes_one_printable_line(words: str, quoted: str) -> None:
     """Words become one printable line of bounded length, and stay what they are otherwise."""
-    assert quote(words) == quoted
+    assert sanitize(words) == quoted
 
 
-@given(st.text(max_size=2 * QUOTED_CHARACTERS))
-def test_quote_any(words: str) -> None:
+@given(st.text(max_size=2 * MAX_CHARACTERS))
+def test_any_text_fits_and_can_be_printed(words: str) -> None:
     """Whatever is said, the quote fits, can be printed, and is its own quote."""
-    quoted = quote(words)
-    assert len(quoted) <= QUOTED_CHARACTERS
+    quoted = sanitize(words)
+    assert len(quoted) <= MAX_CHARACTERS
     assert not [each for each in quoted if unicodedata.category(each).startswith("C")]
-    assert quote(quoted) == quoted
+    assert sanitize(quoted) == quoted
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,12 @@ def test_quote_any(words: str) -> None:
     ],
     ids=["nothing", "blank", "two", "colour-after", "progress-bar"],
 )
-def test_last_line(words: str, line: str) -> None:
+def test_the_last_line_that_is_not_empty(words: str, line: str) -> None:
     """The last line of a log that says anything."""
     assert last_line(words) == line
 
 
-def test_what_is_told_is_presentable() -> None:
+def test_a_report_is_sanitized_throughout() -> None:
     """Every text of a report is quoted, however deep, and a number that no JSON holds is left out."""
     told = ProgressReport(
         job_uid="uid",
@@ -70,8 +70,8 @@ def test_what_is_told_is_presentable() -> None:
         updated_time="2026-01-31T12:00:00Z",
     )
 
-    shown = presentable(told)
+    shown = sanitized(told)
 
     assert (shown.loss, shown.eval_loss, shown.compute_dtype) == (None, 1.5, "bf16")
     assert shown.ranks[0].host == "h ost"
-    assert len(shown.ranks[0].isa) == QUOTED_CHARACTERS
+    assert len(shown.ranks[0].isa) == MAX_CHARACTERS

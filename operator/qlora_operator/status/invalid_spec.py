@@ -1,4 +1,4 @@
-"""The status of a job that the API server took and this operator cannot read: one of another version."""
+"""The status of a job that the API server accepts and this operator cannot read: it is of another version."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,9 +11,9 @@ from qlora_operator.api.types import QLoRAJobStatus
 from qlora_operator.status import conditions
 
 
-def unreadable(raw: Mapping[str, Any], faults: str, now: datetime) -> QLoRAJobStatus | None:
-    """The job's status with what is wrong said in it; None where it is not ours to write, or not readable
-    either: then what it holds, such as the budgets, stays as it is.
+def invalid_spec_status(raw: Mapping[str, Any], faults: str, now: datetime) -> QLoRAJobStatus | None:
+    """The job's status with the faults in it, under the reason InvalidSpec. Everything else, such as the budgets,
+    stays as it is. None if the job is not ours to write, or its status cannot be read either.
 
     Args:
         raw: the job from the API.
@@ -29,7 +29,7 @@ def unreadable(raw: Mapping[str, Any], faults: str, now: datetime) -> QLoRAJobSt
         return None
     message = f"this operator cannot read the job: {faults}"
     generation = metadata.get("generation")
-    said = conditions.put(
+    updated = conditions.put(
         status.conditions,
         ConditionType.INITIALIZED,
         Reason.INVALID_SPEC,
@@ -40,9 +40,9 @@ def unreadable(raw: Mapping[str, Any], faults: str, now: datetime) -> QLoRAJobSt
     )
     return status.model_copy(
         update={
-            "conditions": said,
+            "conditions": updated,
             "message": message,
             "observed_generation": generation,
-            "phase": conditions.phase(said),
+            "phase": conditions.phase(updated),
         }
     )

@@ -1,38 +1,35 @@
 """What an attempt waits for whose ranks are not all up."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import Attempt, QLoRAJob, QLoRAJobStatus
-from qlora_operator.status.draft import Draft
-from qlora_operator.status.observation import Gang, Observation, Pod, Said, Warned
-from qlora_operator.status.pending import by_quota, waiting
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage, WarningEvent
+from qlora_operator.status.waiting import is_quota_error, waiting_for
 
-NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-GANG = Gang("job-a0", "g", 0, ours=True)
+JOB = AttemptJob("job-a0", "g", 0, controlled=True)
 
 
-def pod(index: int, phase: str = "Pending", **facts: str | Said | None) -> Pod:
+def pod(index: int, phase: str = "Pending", **facts: str | ReasonMessage | None) -> Pod:
     """A pod of attempt 0."""
     return Pod(f"p{index}", f"u{index}", 0, index, phase, **facts)  # type: ignore[arg-type]
 
 
 UP = pod(0, "Running", node="n")
-PLACED = pod(1, node="n", waiting=Said("ContainerCreating", ""))
-PULL = pod(1, node="n", waiting=Said("ImagePullBackOff", "Back-off pulling image"))
-PULL_MUTE = pod(1, node="n", waiting=Said("ErrImagePull", ""))
-CONFIG = pod(1, node="n", waiting=Said("CreateContainerConfigError", 'secret "s" not found'))
+PLACED = pod(1, node="n", waiting=ReasonMessage("ContainerCreating", ""))
+PULL = pod(1, node="n", waiting=ReasonMessage("ImagePullBackOff", "Back-off pulling image"))
+PULL_MUTE = pod(1, node="n", waiting=ReasonMessage("ErrImagePull", ""))
+CONFIG = pod(1, node="n", waiting=ReasonMessage("CreateContainerConfigError", 'secret "s" not found'))
 NO_ROOM = pod(1, unschedulable="0/3 nodes are available: 3 Insufficient cpu.")
 NO_CLAIM = pod(1, unschedulable='0/3 nodes are available: persistentvolumeclaim "w" not found.')
 UNBOUND = pod(1, unschedulable="0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.")
-QUOTA = Warned("FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "g")
-WEBHOOK = Warned("FailedCreate", "admission webhook denied the request", "g")
-MOUNT = Warned("FailedMount", "MountVolume.SetUp failed", "u1")
-SANDBOX = Warned("FailedCreatePodSandBox", "no network", "u1")
-SCHEDULING = Warned("FailedScheduling", "0/3 nodes are available", "u1")
+QUOTA = WarningEvent("FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "g")
+WEBHOOK = WarningEvent("FailedCreate", "admission webhook denied the request", "g")
+MOUNT = WarningEvent("FailedMount", "MountVolume.SetUp failed", "u1")
+SANDBOX = WarningEvent("FailedCreatePodSandBox", "no network", "u1")
+SCHEDULING = WarningEvent("FailedScheduling", "0/3 nodes are available", "u1")
 
 
 @pytest.mark.parametrize(
@@ -95,18 +92,17 @@ SCHEDULING = Warned("FailedScheduling", "0/3 nodes are available", "u1")
         "mount-before",
     ],
 )
-def test_waiting(
-    a_job: Callable[..., QLoRAJob],
+def test_one_reason_is_told_in_the_words_of_who_is_in_the_way(
+    make_view: Callable[..., Any],
     pods: tuple[Pod, ...],
-    warnings: tuple[Warned, ...],
+    warnings: tuple[WarningEvent, ...],
     reason: Reason,
     message: str,
 ) -> None:
     """One reason, in the words of who is in the way; what is over is not told."""
-    status = QLoRAJobStatus(attempt=0, attempts=[Attempt(attempt=0)])
-    job = a_job(topology={"pods": 2}).model_copy(update={"status": status})
-    said = waiting(Draft(job, Observation(gangs=(GANG,), pods=pods, warnings=warnings), NOW), GANG)
-    assert (said.reason, said.message) == (reason, message)
+    view = make_view({"attempt": 0, "attempts": [{"attempt": 0}]}, [JOB], pods, warnings=warnings)
+    waiting = waiting_for(view, JOB)
+    assert (waiting.reason, waiting.message) == (reason, message)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +118,18 @@ def test_waiting(
     ],
     ids=["exceeded", "failed", "scope", "maximum", "ratio", "priority", "security"],
 )
-def test_by_quota(refusal: str, expected: bool) -> None:
+def test_quota_errors_are_told_from_other_refusals(refusal: str, expected: bool) -> None:
     """Quotas and limits are told from other refusals."""
-    assert by_quota(refusal) == expected
+    assert is_quota_error(refusal) == expected
 
 
 @pytest.mark.parametrize("stage", ["fetch", "publish"])
-def test_a_transfer_waits_for_one_pod(a_job: Callable[..., QLoRAJob], stage: str) -> None:
+def test_a_transfer_waits_for_one_pod(make_view: Callable[..., Any], stage: str) -> None:
     """An earlier refusal of a pod is no news once the one pod is there; its volumes are."""
-    status = QLoRAJobStatus.model_validate({"attempt": 0, "attempts": [{"attempt": 0, "stage": stage}]})
-    job = a_job(topology={"pods": 2}).model_copy(update={"status": status})
-    there = pod(0, node="n", waiting=Said("ContainerCreating", ""))
-    mount = Warned("FailedMount", 'secret "hub" not found', "u0")
+    status = {"attempt": 0, "attempts": [{"attempt": 0, "stage": stage}]}
+    there = pod(0, node="n", waiting=ReasonMessage("ContainerCreating", ""))
+    mount = WarningEvent("FailedMount", 'secret "hub" not found', "u0")
 
-    said = waiting(Draft(job, Observation(pods=(there,), warnings=(mount, QUOTA)), NOW), GANG)
+    waiting = waiting_for(make_view(status, [], [there], warnings=(mount, QUOTA)), JOB)
 
-    assert said == Said(Reason.VOLUME_NOT_READY, 'pod p0 on node n: secret "hub" not found')
+    assert waiting == ReasonMessage(Reason.VOLUME_NOT_READY, 'pod p0 on node n: secret "hub" not found')

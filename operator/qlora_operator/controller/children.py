@@ -1,0 +1,122 @@
+"""Act: create and delete a job's children."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.cluster import (
+    GANGS,
+    JOBS,
+    NETWORK_POLICIES,
+    PODS,
+    SERVICES,
+    ApiError,
+    Cluster,
+    Resource,
+)
+from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.desired.gang import gang_job
+from qlora_operator.desired.network import network_policy
+from qlora_operator.desired.service import ranks_service
+from qlora_operator.settings import Settings
+from qlora_operator.status.actions import (
+    Action,
+    DeleteAttemptJob,
+    DeleteJob,
+    DeletePod,
+    RestoreNetwork,
+    StartAttempt,
+)
+from qlora_operator.status.observation import ReasonMessage
+from qlora_operator.status.sanitize import sanitize
+from qlora_operator.status.waiting import is_quota_error
+from qlora_operator.store import Store
+
+
+class Children:
+    """Does what a decision says is to be done."""
+
+    def __init__(self, cluster: Cluster, store: Store, facts: JobFacts, settings: Settings) -> None:
+        self._cluster, self._store, self._facts, self._settings = cluster, store, facts, settings
+
+    async def act(self, action: Action, job: QLoRAJob, uid: str) -> bool:
+        """Whether to go on with the other actions; otherwise the job is to be decided about anew."""
+        namespace = str(job.metadata.namespace)
+        match action:
+            case StartAttempt():
+                return await self._try(uid, self._start(action, job, uid))
+            case RestoreNetwork():
+                return await self._try(uid, self._create_network(job, uid))
+            case DeleteAttemptJob(name, job_uid):
+                await self._cluster.delete(GANGS, namespace, name, job_uid)
+            case DeletePod(name, pod_uid):
+                await self._cluster.delete(PODS, namespace, name, pod_uid)
+            case DeleteJob():
+                await self._cluster.delete(JOBS, namespace, job.metadata.name, uid)
+        return True
+
+    async def _try(self, uid: str, children: Awaitable[None]) -> bool:
+        """Create children. What keeps them from being created is kept for the next decision, which tells the user."""
+        try:
+            await children
+        except ApiError as api_error:
+            error = create_error(api_error)
+            if error is None:
+                raise
+            return not self._facts.set_create_error(uid, error)
+        self._facts.set_create_error(uid, None)
+        return True
+
+    async def _start(self, action: StartAttempt, job: QLoRAJob, uid: str) -> None:
+        body = gang_job(
+            job,
+            uid=uid,
+            attempt=action.attempt,
+            isa=action.isa,
+            image=action.image,
+            settings=self._settings,
+            avoid=action.avoid,
+            stage=action.stage,
+            fetched=action.fetched,
+        )
+        await self._create_network(job, uid)
+        self._store.put_gang(await self._ensure(GANGS, body, uid))
+
+    async def _create_network(self, job: QLoRAJob, uid: str) -> None:
+        """The Service and the NetworkPolicy, which all attempts share."""
+        policy = network_policy(job, uid=uid, settings=self._settings)
+        await asyncio.gather(
+            self._ensure(SERVICES, ranks_service(job, uid=uid), uid),
+            self._ensure(NETWORK_POLICIES, policy, uid),
+        )
+        self._facts.set_children_complete(uid)
+
+    async def _ensure(self, resource: Resource, body: dict[str, Any], uid: str) -> dict[str, Any]:
+        """Create a child unless it exists. Raises ApiError with reason NameConflict if its name is taken."""
+        namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
+        try:
+            return await self._cluster.create(resource, namespace, body)
+        except ApiError as error:
+            if error.reason != "AlreadyExists":
+                raise
+        existing = await self._cluster.get(resource, namespace, name)
+        owners = existing["metadata"].get("ownerReferences") or []
+        if not any(owner["uid"] == uid and owner.get("controller") for owner in owners):
+            message = (
+                f"a {body['kind']} named {name} is there that is not this job's: delete or rename either"
+            )
+            raise ApiError(409, Reason.NAME_CONFLICT, message)
+        return existing
+
+
+def create_error(error: ApiError) -> ReasonMessage | None:
+    """What to tell the user when a child cannot be created; None when it is to be tried again without a word."""
+    if error.reason == Reason.NAME_CONFLICT:
+        return ReasonMessage(Reason.NAME_CONFLICT, str(error))
+    if error.code in (400, 403, 422):
+        reason = Reason.QUOTA_EXCEEDED if is_quota_error(str(error)) else Reason.REFUSED
+        message = f"the API server refuses a child of the job: {sanitize(str(error))}"
+        return ReasonMessage(reason, message)
+    return None

@@ -1,0 +1,54 @@
+"""What is known of jobs between two reconciliations and stands in no object of theirs."""
+
+from collections.abc import Iterable
+
+from qlora_contract.progress import ProgressReport
+from qlora_operator.status.observation import ReasonMessage
+
+
+class JobFacts:
+    """Facts by the QLoRAJob's uid. Everybody who learns one tells it here, and the reconciler asks."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, ProgressReport] = {}
+        self._children_missing: set[str] = set()
+        self._create_errors: dict[str, ReasonMessage] = {}
+
+    def put_report(self, uid: str, report: ProgressReport) -> None:
+        """Rank 0 has reported its progress."""
+        self._reports[uid] = report
+
+    def take_report(self, uid: str) -> ProgressReport | None:
+        """What rank 0 has reported since this was last asked."""
+        return self._reports.pop(uid, None)
+
+    def set_children_missing(self, uids: Iterable[str]) -> None:
+        """A Service or a NetworkPolicy of these jobs does not exist."""
+        self._children_missing.update(uids)
+
+    def set_children_complete(self, uid: str) -> None:
+        """The job's Service and NetworkPolicy exist."""
+        self._children_missing.discard(uid)
+
+    def children_missing(self, uid: str) -> bool:
+        """Whether the job's Service or NetworkPolicy is known not to exist."""
+        return uid in self._children_missing
+
+    def set_create_error(self, uid: str, error: ReasonMessage | None) -> bool:
+        """Why the job's children could not be created, or None if they were. Returns whether that is news: an error
+        with another reason than before. Not by the message: a webhook may name each request in it."""
+        before = self._create_errors.pop(uid, None)
+        if error is None:
+            return False
+        self._create_errors[uid] = error
+        return before is None or before.reason != error.reason
+
+    def create_error(self, uid: str) -> ReasonMessage | None:
+        """Why the job's children could not be created when that was last tried."""
+        return self._create_errors.get(uid)
+
+    def forget(self, uid: str) -> None:
+        """The job is gone."""
+        self._reports.pop(uid, None)
+        self._children_missing.discard(uid)
+        self._create_errors.pop(uid, None)

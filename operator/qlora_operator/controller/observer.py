@@ -1,0 +1,137 @@
+"""Observe: what is known of a job without a request, and what a decision asks for besides."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qlora_operator.api.names import Key
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.cluster import Cluster
+from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
+from qlora_operator.controller.ttl_cache import TtlCache
+from qlora_operator.desired.allowed import refusal
+from qlora_operator.placement import nodes as placement
+from qlora_operator.settings import Settings
+from qlora_operator.status.observation import (
+    AttemptJob,
+    Observation,
+    Pod,
+    Read,
+    ReasonMessage,
+    WarningEvent,
+    pod,
+)
+from qlora_operator.status.policies import startup_grace
+from qlora_operator.store import Store
+
+WARNINGS_SECONDS = 10.0
+"""How long one list of a namespace's warnings serves all of its jobs."""
+
+
+class Observer:
+    """Reads what decisions need."""
+
+    def __init__(self, cluster: Cluster, store: Store, facts: JobFacts, settings: Settings) -> None:
+        self._cluster, self._store, self._facts, self._settings = cluster, store, facts, settings
+        self._nodes = NodeCache(cluster)
+        self._warnings: dict[str, TtlCache[list[dict[str, Any]]]] = {}
+
+    def known(self, job: QLoRAJob, uid: str) -> Observation:
+        """What is known of a job without a request."""
+        violation = refusal(job.spec, self._settings)
+        return Observation(
+            attempt_jobs=self._store.gangs(uid),
+            progress=self._facts.take_report(uid),
+            image=job.spec.image or self._settings.trainer_image,
+            policy_violation=None if violation is None else ReasonMessage(*violation),
+            create_error=self._facts.create_error(uid),
+            children_missing=self._facts.children_missing(uid),
+            startup_grace=startup_grace(self._store.starting),
+        )
+
+    async def read(
+        self, seen: Observation, reads: frozenset[Read], key: Key, job: QLoRAJob, uid: str
+    ) -> Observation:
+        """The observation with these read besides, in the order in which they depend on each other."""
+        if Read.JOBS in reads:
+            seen = await self._with_jobs(seen, key, uid)
+        if Read.PODS in reads:
+            seen = replace(seen, pods=tuple(map(pod, await self._cluster.pods(key[0], uid))))
+            if {each.owner_uid for each in seen.pods or ()} - {each.uid for each in seen.attempt_jobs}:
+                # Orphans, or pods of a Job that the watch has not told of yet: a list tells which.
+                seen = await self._with_jobs(seen, key, uid)
+        if Read.WARNINGS in reads:
+            seen = replace(seen, warnings=await self._warnings_about(key, seen))
+        if reads & {Read.NODE_HEALTH, Read.FEASIBLE_TIERS}:
+            occupied = {each.node for each in seen.pods or () if each.node}
+            nodes = await self._nodes.get(occupied)
+            if Read.NODE_HEALTH in reads:
+                seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
+            if Read.FEASIBLE_TIERS in reads:
+                found = feasibility(job, nodes)
+                seen = replace(seen, feasible_tiers=found.tiers, infeasible_because=found.why)
+        return seen
+
+    async def _with_jobs(self, seen: Observation, key: Key, uid: str) -> Observation:
+        for raw in await self._cluster.gangs(key[0], uid):
+            self._store.put_gang(raw)
+        return replace(seen, attempt_jobs=self._store.gangs(uid), jobs_listed=True)
+
+    async def _warnings_about(self, key: Key, seen: Observation) -> tuple[WarningEvent, ...]:
+        namespace = key[0]
+        known = self._warnings.setdefault(
+            namespace, TtlCache(lambda: self._cluster.warnings(namespace), WARNINGS_SECONDS)
+        )
+        return warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
+
+
+def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:
+    """Where a job can run. If nobody may list the nodes, every tier that it allows: then the labels of the first
+    are required, unseen."""
+    if nodes is None:
+        return placement.Feasibility(tuple(job.spec.isa.allowed), "")
+    known = job.status.placement if job.status else None
+    avoid = frozenset(known.avoid if known else ())
+    native = known is not None and known.dtype == "bf16"
+    found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
+    if not (avoid and found.why):
+        return found
+    names = ", ".join(sorted(avoid))
+    why = f"{found.why} (left out, since their ranks found less than the labels promise: {names})"
+    return placement.Feasibility(found.tiers, why)
+
+
+def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str]:
+    """Nodes of pods that are not ready, or no longer exist; none if nobody may list nodes."""
+    if nodes is None or not nodes.names:
+        return frozenset()
+    return frozenset(each.node for each in pods if each.node is not None and each.node not in nodes.ready)
+
+
+def warnings_about(
+    jobs: Sequence[AttemptJob], pods: Sequence[Pod], events: Sequence[dict[str, Any]]
+) -> tuple[WarningEvent, ...]:
+    """Those of a namespace's warnings that are about these Jobs and pods, newest first."""
+    uids = {job.uid for job in jobs} | {each.uid for each in pods}
+    about = [(_about(raw), raw) for raw in events]
+    mine = sorted(
+        ((uid, raw) for uid, raw in about if uid in uids), key=lambda each: _time(each[1]), reverse=True
+    )
+    return tuple(WarningEvent(raw.get("reason") or "", raw.get("message") or "", uid) for uid, raw in mine)
+
+
+def _about(event: dict[str, Any]) -> str:
+    return str((event.get("involvedObject") or {}).get("uid") or "")
+
+
+def _time(event: dict[str, Any]) -> str:
+    """When it happened last, in whichever field its author has written that."""
+    series = event.get("series") or {}
+    return str(
+        series.get("lastObservedTime")
+        or event.get("lastTimestamp")
+        or event.get("eventTime")
+        or event["metadata"].get("creationTimestamp")
+        or ""
+    )

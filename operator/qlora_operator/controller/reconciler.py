@@ -1,0 +1,193 @@
+"""One job, once: observe -> decide -> save -> act -> tell."""
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+
+from qlora_operator import logs
+from qlora_operator.api.faults import validation_faults
+from qlora_operator.api.names import Key, Phase
+from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
+from qlora_operator.cluster import EVENTS, JOBS, NAMESPACE_TERMINATING, ApiError, Cluster
+from qlora_operator.controller.children import Children
+from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.observer import Observer
+from qlora_operator.desired.events import event
+from qlora_operator.metrics import Figures, Metrics
+from qlora_operator.settings import Settings
+from qlora_operator.status.actions import Decision, Event
+from qlora_operator.status.decision import decide
+from qlora_operator.status.invalid_spec import invalid_spec_status
+from qlora_operator.status.observation import Observation, Pod
+from qlora_operator.status.policies import DONE
+from qlora_operator.store import Store
+
+log = logging.getLogger(__name__)
+
+INVALID_SPEC_SECONDS = 60.0
+"""How often it is tried again to read a job that this operator cannot read."""
+RUNNING_PHASES = (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING)
+FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
+
+
+class ProgressTracker(Protocol):
+    """Is told whose progress to ask for."""
+
+    def follow(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
+        """An attempt runs; its pods, if they were read."""
+
+    def forget(self, uid: str) -> None:
+        """The job does not run."""
+
+
+class Reconciler:
+    """Brings a job from the state it is in to the one it should be in."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        store: Store,
+        facts: JobFacts,
+        tracker: ProgressTracker,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> None:
+        self._cluster, self._store, self._tracker, self._metrics = cluster, store, tracker, metrics
+        self._observer = Observer(cluster, store, facts, settings)
+        self._children = Children(cluster, store, facts, settings)
+
+    async def __call__(self, key: Key) -> float | None:
+        """Reconcile one job. Returns the seconds until it is due again, None when only an event shall bring it back."""
+        raw = self._store.job(key)
+        if raw is None:
+            self._metrics.jobs.drop(*key)
+            return None
+        try:
+            job = QLoRAJob.model_validate(raw)
+        except ValidationError as error:
+            return await self._reject(raw, error)
+        attempt = job.status.attempt if job.status else None
+        with logs.job(*key, attempt), self._metrics.reconcile_seconds.time():
+            return await self._reconcile(key, raw, job)
+
+    async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
+        uid, now = str(raw["metadata"]["uid"]), datetime.now(UTC)
+        seen = self._observer.known(job, uid)
+        decision = decide(job, seen, now)
+        while decision.reads:  # each time others, so at most as often as there are kinds of them
+            seen = await self._observer.read(seen, decision.reads, key, job, uid)
+            decision = decide(job, seen, now)
+        self._show(key, decision.status)
+        # With actions even a status that is as it was, so that the API server tells whether the job is, too.
+        if not await self._save(raw, decision.status, always=bool(decision.actions)):
+            return 0.0
+        self._count(key[0], job.status, decision)
+        try:
+            for action in decision.actions:
+                if not await self._children.act(action, job, uid):
+                    return 0.0
+        finally:  # the status says it, whether or not it could be acted upon
+            for told in decision.events:
+                await self._post(job, uid, told)
+        self._track(key, uid, decision.status, seen)
+        return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
+
+    async def _reject(self, raw: dict[str, Any], error: ValidationError) -> float:
+        """The API server accepts the object and this operator cannot read it: it is of another version."""
+        faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
+        log.error("%s/%s cannot be read: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], faults)
+        status = invalid_spec_status(raw, faults, datetime.now(UTC))
+        if status is not None and not await self._save(raw, status):
+            return 0.0
+        return INVALID_SPEC_SECONDS
+
+    # --- save
+
+    async def _save(self, raw: dict[str, Any], status: QLoRAJobStatus, *, always: bool = False) -> bool:
+        """Whether the job has this status now. Otherwise it has changed since it was read, and the decision is void.
+
+        A status that is as it was is not written, unless `always`.
+        """
+        new = status.model_dump(by_alias=True, mode="json", exclude_none=True, exclude_defaults=False)
+        if not always and _without_empty(new) == _without_empty(raw.get("status") or {}):
+            return True
+        try:
+            self._store.put_job(await self._cluster.save_status({**raw, "status": new}))
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+            await self._refresh(raw["metadata"])
+            return False
+        return True
+
+    async def _refresh(self, metadata: dict[str, Any]) -> None:
+        """The store knows the job as it is now."""
+        key = (metadata["namespace"], metadata["name"])
+        try:
+            self._store.put_job(await self._cluster.get(JOBS, *key))
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            self._store.drop_job(key, metadata["uid"])
+
+    # --- tell
+
+    async def _post(self, job: QLoRAJob, uid: str, told: Event) -> None:
+        """Post an Event. If that fails, the status says it, too."""
+        body = event(job, uid, told.type, told.reason, told.message, datetime.now(UTC))
+        log.info("%s: %s", told.reason, told.message)
+        try:
+            await self._cluster.create(EVENTS, str(job.metadata.namespace), body)
+        except ApiError as error:
+            level = logging.DEBUG if error.reason == NAMESPACE_TERMINATING else logging.WARNING
+            log.log(level, "an event could not be posted: %s", error)
+
+    def _track(self, key: Key, uid: str, status: QLoRAJobStatus, seen: Observation) -> None:
+        """The progress of what runs is asked for."""
+        if status.phase in RUNNING_PHASES and status.attempt is not None:
+            self._tracker.follow(key, uid, status.attempt, list(seen.pods or ()))
+        else:
+            self._tracker.forget(uid)
+
+    def _show(self, key: Key, status: QLoRAJobStatus) -> None:
+        """The metrics of a job as it is now."""
+        progress = status.progress
+        self._metrics.jobs.put(
+            *key,
+            Figures(
+                phase=Phase(status.phase or Phase.PENDING),
+                tokens_per_second=progress.tokens_per_second if progress else None,
+                loss=progress.loss if progress else None,
+            ),
+        )
+
+    def _count(self, namespace: str, before: QLoRAJobStatus | None, decision: Decision) -> None:
+        """The metrics of what has happened, once the decision is saved."""
+        before, after = before or QLoRAJobStatus(), decision.status
+        if after.phase in FINAL_PHASES and before.phase not in FINAL_PHASES:
+            self._metrics.jobs_finished.labels(namespace, after.phase).inc()
+        if after.attempt is not None and before.attempt != after.attempt:
+            self._metrics.attempts_started.inc()
+        last = after.attempts[-1] if after.attempts else None
+        saved = before.attempts[-1] if before.attempts else None
+        if last is None or saved is None or last.reason in (None, *DONE):
+            return
+        if saved.attempt == last.attempt and saved.reason is None:
+            old, new = before.restarts, after.restarts
+            user = (new.user if new else 0) - (old.user if old else 0)
+            infrastructure = (new.infrastructure if new else 0) - (old.infrastructure if old else 0)
+            budget = "user" if user else "infrastructure" if infrastructure else "none"
+            self._metrics.restarts.labels(last.reason, budget).inc()
+
+
+def _without_empty(value: Any) -> Any:
+    """Without empty lists and maps: the API server keeps them, and pydantic may or may not write them."""
+    if isinstance(value, dict):
+        items = {key: _without_empty(item) for key, item in value.items()}
+        return {key: item for key, item in items.items() if item not in ([], {}, None)}
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    return value

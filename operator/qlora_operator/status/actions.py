@@ -1,0 +1,73 @@
+"""What a decision consists of: the status, and what is to be done once it is saved."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from qlora_contract.run import Fetched, IsaTier, RunStage
+from qlora_operator.api.types import QLoRAJobStatus
+from qlora_operator.status.observation import Read
+
+NOTHING_FETCHED = Fetched()
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Create the children of an attempt, except those that exist."""
+
+    attempt: int
+    isa: IsaTier
+    image: str
+    avoid: tuple[str, ...] = ()
+    stage: RunStage = "train"
+    fetched: Fetched = NOTHING_FETCHED
+
+
+@dataclass(frozen=True)
+class RestoreNetwork:
+    """Create the Service and the NetworkPolicy that all attempts share, unless they exist."""
+
+
+@dataclass(frozen=True)
+class DeleteAttemptJob:
+    """Delete an attempt's batch/v1 Job with its pods."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class DeletePod:
+    """Delete a pod that has lost its Job."""
+
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True)
+class DeleteJob:
+    """Delete the QLoRAJob itself."""
+
+
+Action = StartAttempt | RestoreNetwork | DeleteAttemptJob | DeletePod | DeleteJob
+
+
+@dataclass(frozen=True)
+class Event:
+    """An Event for `kubectl describe`."""
+
+    type: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the status is now, and what to do once it is saved; or what must be read before anything is decided."""
+
+    status: QLoRAJobStatus
+    actions: tuple[Action, ...] = ()
+    events: tuple[Event, ...] = ()
+    look_at: datetime | None = None
+    """When something is due even if nothing happens."""
+    reads: frozenset[Read] = frozenset()
+    """When not empty, nothing is decided: read these, and decide again."""

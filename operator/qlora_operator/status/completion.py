@@ -1,0 +1,89 @@
+"""The end of an attempt whose Job is complete: its stage is done, if its report says so."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from qlora_contract.run import Fetched
+from qlora_operator.api.names import Reason
+from qlora_operator.api.types import AdapterStatus
+from qlora_operator.status import progress_status, stages
+from qlora_operator.status.checks import AttemptEnd, Budget
+from qlora_operator.status.view import JobView
+
+_NO_REPORT = AttemptEnd(
+    Reason.TRANSFER_FAILED,
+    "the transfer ended well, but left no report of all that it did; it is repeated",
+    Budget.USER,
+)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What comes of a complete Job."""
+
+    end: AttemptEnd
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Of the status, as they are now."""
+    completes: str = ""
+    """The message of the condition Complete, if this was the job's last stage."""
+
+
+def stage_result(view: JobView) -> StageResult:
+    """What the complete Job of the open attempt has done. Read.PODS."""
+    return {"fetch": _fetched, "train": _trained, "publish": _published}[view.stage](view)
+
+
+def _fetched(view: JobView) -> StageResult:
+    report = progress_status.transfer_report(view.pods)
+    found = (report.fetched if report is not None else None) or Fetched()
+    known = view.provenance
+    # What is known stays: the jobs's data does not change when a branch moves.
+    provenance = known.model_copy(
+        update={
+            "model_revision": known.model_revision or found.model,
+            "dataset_revision": known.dataset_revision or found.dataset,
+        }
+    )
+    fields = {"provenance": provenance}
+    if stages.next_stage(view.spec, view.status.model_copy(update=fields)) == "fetch":
+        return StageResult(_NO_REPORT, fields)
+    message = "the remote sources are in the workspace"
+    return StageResult(AttemptEnd(Reason.FETCHED, message, Budget.NONE, (0,)), fields)
+
+
+def _trained(view: JobView) -> StageResult:
+    spec, placement = view.spec, view.placement
+    uri = f"{spec.workspace.rstrip('/')}/jobs/{view.job.metadata.name}/adapter"
+    adapter = progress_status.adapter(view.pods) or AdapterStatus(uri=uri)
+    # Ranks of a short job may not have reported how many they are before they are done.
+    world_size = placement.world_size or progress_status.world_size(view.pods)
+    fields = {
+        "adapter": adapter,
+        "progress": progress_status.finished(view.status.progress),
+        "placement": placement.model_copy(update={"world_size": world_size}),
+    }
+    if spec.output.destination is not None:
+        message = f"the adapter is in {adapter.uri}; it is sent to {spec.output.destination} next"
+        return StageResult(AttemptEnd(Reason.TRAINED, message, Budget.NONE, (0,)), fields)
+    end = AttemptEnd(Reason.SUCCEEDED, "every rank is done", Budget.NONE, (0,))
+    return StageResult(end, fields, completes=_complete(adapter))
+
+
+def _published(view: JobView) -> StageResult:
+    report = progress_status.transfer_report(view.pods)
+    if report is None or report.published_uri is None:
+        return StageResult(_NO_REPORT)
+    known = view.status.adapter or AdapterStatus()
+    adapter = known.model_copy(update={"published_uri": report.published_uri})
+    end = AttemptEnd(Reason.SUCCEEDED, "the adapter is sent", Budget.NONE, (0,))
+    return StageResult(end, {"adapter": adapter}, completes=_complete(adapter))
+
+
+def _complete(adapter: AdapterStatus) -> str:
+    places = f"{adapter.uri} and {adapter.published_uri}" if adapter.published_uri else adapter.uri
+    if adapter.eval_loss is None or adapter.base_eval_loss is None:
+        return f"the adapter is in {places}"
+    return (
+        f"the adapter is in {places}: eval loss {adapter.eval_loss:.4g}, "
+        f"that of the base {adapter.base_eval_loss:.4g}"
+    )

@@ -1,0 +1,186 @@
+"""Why the open attempt is over, or must be."""
+
+from datetime import datetime, timedelta
+
+from qlora_operator.api.names import ConditionType, Reason
+from qlora_operator.api.times import parse
+from qlora_operator.api.types import held_fields
+from qlora_operator.status import policies
+from qlora_operator.status.checks import AttemptEnd, Budget, EndCheck, NotYet
+from qlora_operator.status.deadlines import JOB_DEADLINES, progress_deadline_exceeded
+from qlora_operator.status.failure import Evidence, classify, disruption, evidence_deadline
+from qlora_operator.status.observation import AttemptJob, Pod
+from qlora_operator.status.view import JobView
+from qlora_operator.status.waiting import waiting_for
+
+SETTLE_LOOK_SECONDS = 1.0
+"""How often pods are looked at while a Job fails that only lost a peer: a deleted pod is soon gone, and its
+termination message with it."""
+
+_ANY_TIER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
+"""What pods wait for whatever the tier of their nodes."""
+
+
+# --- it ended by itself, or others ended it
+
+
+def job_lost(view: JobView) -> AttemptEnd | None:
+    """Its Job, which existed, is gone, or is another one of the same name."""
+    attempt, job = view.open_attempt, view.confirmed_job
+    if attempt is None or attempt.job_uid is None or (job is not None and job.uid == attempt.job_uid):
+        return None
+    message = f"another client deleted the Job of attempt {attempt.attempt}, or removed its labels"
+    return AttemptEnd(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
+
+
+def job_failing(view: JobView) -> AttemptEnd | NotYet | None:
+    """Its Job fails, and its pods have had the time to tell why."""
+    job = view.confirmed_job
+    if job is None or job.failing is None:
+        return None
+    evidence = Evidence(job, view.pods, view.lost_nodes, view.stage)
+    deadline = evidence_deadline(evidence)
+    if deadline is not None and view.now < deadline:
+        return NotYet(min(deadline, view.after(SETTLE_LOOK_SECONDS)))
+    return classify(evidence)
+
+
+def job_being_deleted(view: JobView) -> AttemptEnd | None:
+    """Another client deletes its Job."""
+    job = view.confirmed_job
+    if job is None or job.failing is not None or not job.deleting:
+        return None
+    message = f"another client is deleting the Job {job.name}"
+    return AttemptEnd(Reason.JOB_DELETED, message, Budget.INFRASTRUCTURE)
+
+
+def job_suspended_again(view: JobView) -> AttemptEnd | None:
+    """Its Job, which had been admitted, is suspended: by its queue, or by somebody who meant the QLoRAJob."""
+    job = _intact_job(view)
+    if job is None or not job.suspended or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
+        return None
+    if view.spec.scheduling.queue_name is None:
+        message = f"another client suspended the Job {job.name}: suspend the QLoRAJob instead"
+        return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
+    if not view.is_true(ConditionType.QUOTA_RESERVED):
+        return None
+    return AttemptEnd(
+        Reason.PREEMPTED, "the queue withdrew the quota that it had granted", Budget.INFRASTRUCTURE
+    )
+
+
+def parallelism_changed(view: JobView) -> AttemptEnd | None:
+    """Another client gave its Job another number of pods."""
+    job = _intact_job(view)
+    if job is None or job.parallelism in (None, view.desired_pods) or _spec_changed(view):
+        return None
+    message = f"another client set the parallelism of the Job {job.name} to {job.parallelism}"
+    return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
+
+
+def pod_disrupted(view: JobView) -> AttemptEnd | None:
+    """One of its pods is being taken away, and its Job does not know it yet."""
+    if _intact_job(view) is None or not view.pods_are_worth_a_look:
+        return None
+    return disruption(view.pods)
+
+
+def _intact_job(view: JobView) -> AttemptJob | None:
+    """Its Job, unless that fails or is being deleted."""
+    job = view.confirmed_job
+    return None if job is None or job.failing is not None or job.deleting else job
+
+
+# --- the user wants it to end
+
+
+def suspension_requested(view: JobView) -> AttemptEnd | None:
+    """The user suspends the job."""
+    if not view.spec.suspend:
+        return None
+    return AttemptEnd(Reason.SUSPENDED, "spec.suspend is true", Budget.NONE)
+
+
+def spec_changed(view: JobView) -> AttemptEnd | None:
+    """The job was suspended, changed and resumed before the operator saw it suspended."""
+    if not _spec_changed(view):
+        return None
+    message = "spec.topology or spec.scheduling was changed while the job was briefly suspended"
+    return AttemptEnd(Reason.SUSPENDED, message, Budget.NONE)
+
+
+def _spec_changed(view: JobView) -> bool:
+    """Whether its Job was made from another topology or scheduling than spec has now."""
+    job = view.confirmed_job
+    return job is not None and job.held_fields not in (None, held_fields(view.spec))
+
+
+# --- others have a better use for the nodes
+
+
+def half_placed(view: JobView) -> AttemptEnd | NotYet | None:
+    """Only some of its pods have nodes, which another job may need that waits for the rest."""
+    waits = _pods_without_nodes(view)
+    if waits is None or view.open_attempt is None:
+        return None
+    job, placed, since = waits
+    if not placed:
+        return None
+    # Two attempts that wait for each other's nodes must not release them at once.
+    spread = 1 + policies.release_jitter(view.uid, view.open_attempt.attempt) / 2
+    release_at = since + timedelta(seconds=view.spec.isa.step_down_seconds * spread)
+    if view.now < release_at:
+        return NotYet(release_at)
+    why = waiting_for(view, job).message
+    message = f"releases {len(placed)}/{view.desired_pods} pods, because the others find no room: {why}"
+    return AttemptEnd(Reason.RELEASED, message, Budget.NONE)
+
+
+def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
+    """None of its pods found a node of its tier, and another tier may have room."""
+    waits = _pods_without_nodes(view)
+    if waits is None:
+        return None
+    job, placed, since = waits
+    seconds = view.spec.isa.step_down_seconds
+    step_down_at = since + timedelta(seconds=seconds)
+    if placed:
+        return None
+    if view.now < step_down_at:
+        return NotYet(step_down_at)
+    why = waiting_for(view, job)
+    if why.reason in _ANY_TIER or all(tier == view.placement.isa for tier in view.feasible_tiers):
+        return None
+    message = f"no pod found room within isa.stepDownSeconds: {seconds}: {why.message}"
+    return AttemptEnd(Reason.STEPPED_DOWN, message, Budget.NONE)
+
+
+def _pods_without_nodes(view: JobView) -> tuple[AttemptJob, list[Pod], datetime] | None:
+    """Its Job, the pods that have nodes, and since when the others wait; None if they do not."""
+    attempt, job = view.open_attempt, view.confirmed_job
+    if attempt is None or job is None or job.suspended or view.is_true(ConditionType.RUNNING):
+        return None
+    if job.ready >= view.desired_pods or not view.pods_are_worth_a_look:
+        return None
+    placed = [pod for pod in view.pods if pod.node is not None]
+    if len(placed) >= view.desired_pods:
+        return None
+    started = parse(attempt.start) if attempt.start else view.now
+    return job, placed, job.admitted_at or started
+
+
+END_CHECKS: tuple[EndCheck, ...] = (
+    job_lost,  # what became of the attempt is unknown without its Job
+    job_failing,  # a failure that names its cause, before anything that could hide it
+    job_being_deleted,  # as good as gone
+    job_suspended_again,  # its pods are being deleted
+    parallelism_changed,  # its ranks would wait for pods that do not come
+    pod_disrupted,  # its ranks are about to lose a peer
+    suspension_requested,  # at no cost, so after what costs a restart
+    spec_changed,  # likewise: the next attempt is made from the new spec
+    *JOB_DEADLINES,
+    progress_deadline_exceeded,  # it runs, and hangs
+    half_placed,  # it does not run, and holds nodes
+    unschedulable_tier,  # it does not run, and may elsewhere
+)
+"""Why an open attempt is over, or must be; the first that applies."""

@@ -1,0 +1,33 @@
+"""What the end of an attempt costs, and what it teaches."""
+
+from qlora_operator.api.names import Reason
+from qlora_operator.api.types import NODES_SHOWN, Placement, QLoRAJobSpec, Restarts
+from qlora_operator.status import progress_status
+from qlora_operator.status.checks import AttemptEnd, Budget
+from qlora_operator.status.failure import below_tier
+from qlora_operator.status.observation import ReasonMessage
+from qlora_operator.status.view import JobView
+
+
+def charge(spec: QLoRAJobSpec, restarts: Restarts, end: AttemptEnd) -> Restarts | ReasonMessage:
+    """The restarts with the one that this end costs; or why the job fails, when its budget is used up."""
+    if end.budget == Budget.USER:
+        used, limit, field = restarts.user, spec.backoff_limit, "backoffLimit"
+        charged, reason = {"user": used + 1}, Reason.BACKOFF_LIMIT_EXCEEDED
+    else:
+        used, limit = restarts.infrastructure, spec.infrastructure_backoff_limit
+        field = "infrastructureBackoffLimit"
+        charged, reason = {"infrastructure": used + 1}, Reason.INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED
+    if used < limit:
+        return restarts.model_copy(update=charged)
+    exhausted = f"all {limit} restarts of {field} are used up" if limit else f"{field} is 0"
+    return ReasonMessage(reason, f"{end.message}; {exhausted}")
+
+
+def placement_after(view: JobView, end: AttemptEnd) -> Placement:
+    """What the attempt leaves to the next ones: nodes to avoid, and the data type of the first step. Read.PODS."""
+    before = view.placement
+    found = below_tier(view.pods) if end.reason == Reason.ISA_BELOW_TIER else []
+    avoid = sorted({*before.avoid, *found})[:NODES_SHOWN]
+    dtype = before.dtype or progress_status.dtype(view.pods)
+    return before.model_copy(update={"avoid": avoid, "dtype": dtype})

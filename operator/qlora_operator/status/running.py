@@ -1,0 +1,154 @@
+"""How an attempt goes whose Job exists: its pods start, and its ranks run."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from qlora_operator.api.names import ConditionType, Reason
+from qlora_operator.api.times import parse, stamp
+from qlora_operator.status import conditions, policies, progress_status, stages
+from qlora_operator.status.actions import RestoreNetwork
+from qlora_operator.status.builder import StatusBuilder
+from qlora_operator.status.observation import AttemptJob, Pod
+from qlora_operator.status.view import JobView
+from qlora_operator.status.waiting import pods_ready, waiting_for
+
+QUIET = timedelta(seconds=20)
+"""For how long at least nothing is said about pods that merely start."""
+
+_REASONS = {
+    "Starting": Reason.LOADING,
+    "Fetching": Reason.FETCHING,
+    "Uploading": Reason.UPLOADING,
+    "Training": Reason.TRAINING,
+    "Evaluating": Reason.EVALUATING,
+    "Publishing": Reason.PUBLISHING,
+    "Done": Reason.PUBLISHING,
+}
+"""The reason of the condition Running, by the stage that rank 0 reports."""
+
+_MESSAGES = {
+    Reason.LOADING: "every rank is up; the model is being loaded",
+    Reason.TRAINING: "training",
+    Reason.EVALUATING: "evaluating",
+    Reason.PUBLISHING: "the adapter is being verified and stored",
+    Reason.FETCHING: "the remote sources are being fetched",
+    Reason.UPLOADING: "the adapter is being sent to output.destination",
+}
+
+
+def follow(builder: StatusBuilder, job: AttemptJob) -> None:
+    """What the Job of the open attempt does, in the status."""
+    view = builder.view
+    queue = view.spec.scheduling.queue_name
+    if _nothing_new(view, job):
+        builder.requeue_at(_next_look(view))
+        return
+    builder.set_attempt(job_uid=job.uid)
+    builder.set_true(ConditionType.INITIALIZED, Reason.STARTED, f"Job {job.name} exists")
+    if view.seen.children_missing:
+        builder.act(RestoreNetwork())
+    if job.suspended:
+        if queue is not None:
+            wait_in_queue(builder, queue)
+        return
+    if queue is not None:
+        message = f"the queue {queue} has admitted the job"
+        builder.set(start_time=_start_time(view, job))
+        builder.set_true(ConditionType.QUOTA_RESERVED, Reason.ADMITTED, message)
+    if _is_up(view, job):
+        _run(builder, job)
+        return
+    waiting = waiting_for(view, job) if view.pods_are_worth_a_look else pods_ready(view, job)
+    reason = Reason(waiting.reason)
+    builder.set_waiting(ConditionType.RUNNING, reason, waiting.message, event=reason != Reason.STARTING)
+    builder.requeue_at(_next_look(view))
+
+
+def wait_in_queue(builder: StatusBuilder, queue: str) -> None:
+    """The queue has not admitted the job."""
+    message = f"waits in the queue {queue}"
+    builder.set_waiting(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, event=False)
+
+
+def _run(builder: StatusBuilder, job: AttemptJob) -> None:
+    """Every rank is up. Nothing more is due then: rank 0's reports and the Job's changes come by themselves."""
+    view = builder.view
+    report = view.seen.progress
+    pods = view.pods if view.pods_are_worth_a_look else []
+    reason = _REASONS[report.stage] if report and view.stage == "train" else stages.RUNNING[view.stage]
+    if report or not view.is_true(ConditionType.RUNNING):
+        message = _MESSAGES[reason] + stages.bytes_transferred(report)
+        builder.set_true(ConditionType.RUNNING, reason, message)
+        builder.set(message=message)
+    if view.is_true(ConditionType.RESTARTING):
+        builder.set_false(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
+    if view.stage == "train":
+        builder.set(**_facts(view, pods))
+    if job.ready < view.desired_pods:
+        builder.requeue_at(view.after(policies.LOOK_SECONDS))
+
+
+def _facts(view: JobView, pods: Sequence[Pod]) -> dict[str, Any]:
+    """Fields of the status that the pods, if they were read, and rank 0, if it has reported, tell."""
+    status, report, per_pod = view.status, view.seen.progress, view.spec.topology.ranks_per_pod
+    fields: dict[str, Any] = {}
+    ranks, placement = status.ranks, view.placement
+    if pods:
+        ranks = progress_status.ranks(ranks, pods, per_pod)
+        placement = placement.model_copy(update={"nodes": progress_status.nodes(pods)})
+        digest = next((pod.image_digest for pod in pods if pod.index == 0), None)
+        if digest and status.provenance:
+            fields["provenance"] = status.provenance.model_copy(update={"image_digest": digest})
+    if report:
+        ranks = progress_status.with_facts(ranks, report, pods if per_pod == "auto" else ())
+        fields["progress"] = progress_status.progress(status.progress, report, view.now)
+        fields["checkpoint"] = progress_status.checkpoint(report) or status.checkpoint
+        if report.step > 0 and placement.dtype is None:
+            placement = placement.model_copy(update={"dtype": report.compute_dtype})
+        if report.ranks and per_pod == "auto":
+            placement = placement.model_copy(update={"world_size": len(report.ranks)})
+    return {**fields, "ranks": ranks, "placement": placement}
+
+
+def _is_up(view: JobView, job: AttemptJob) -> bool:
+    """Whether all ranks run, or ran a moment ago: a pod that is not ready for a moment ends nothing."""
+    return view.is_true(ConditionType.RUNNING) or job.ready >= view.desired_pods
+
+
+def _nothing_new(view: JobView, job: AttemptJob) -> bool:
+    """Whether the status as it was when the attempt began still says all there is to say: its pods have not been
+    read, or merely start. Most attempts are up before that changes, and each is spared a write."""
+    if _is_up(view, job) or not view.is_true(ConditionType.INITIALIZED):
+        return False
+    if view.spec.scheduling.queue_name is not None or view.seen.children_missing:
+        return False
+    if not view.pods_are_worth_a_look:
+        return True
+    started = view.open_attempt.start if view.open_attempt else None
+    if started is None or view.now >= parse(started) + max(QUIET, 2 * view.seen.startup_grace):
+        return False
+    return waiting_for(view, job).reason == Reason.STARTING
+
+
+def _next_look(view: JobView) -> datetime:
+    """When pods that start are looked at: soon, the first time, since what keeps them from starting shows within
+    seconds."""
+    grace = view.seen.startup_grace
+    started = view.open_attempt.start if view.open_attempt else None
+    if started is not None and view.now < parse(started) + grace:
+        return parse(started) + grace
+    return view.after(max(policies.LOOK_SECONDS, grace.total_seconds()))
+
+
+def _start_time(view: JobView, job: AttemptJob) -> str:
+    """When the clock of activeDeadlineSeconds started, of a job that its queue has admitted: it stands still in the
+    queue."""
+    admitted = job.admitted_at or view.now
+    if view.status.start_time is None:
+        return stamp(admitted)
+    reserved = conditions.find(view.status.conditions, ConditionType.QUOTA_RESERVED)
+    if reserved is None or reserved.status != "False":
+        return view.status.start_time
+    queued = max(admitted - parse(reserved.last_transition_time), timedelta())
+    return stamp(parse(view.status.start_time) + queued)

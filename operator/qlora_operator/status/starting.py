@@ -1,0 +1,139 @@
+"""What keeps the next attempt from starting, and what that attempt is."""
+
+from datetime import timedelta
+
+from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping_fields
+from qlora_operator.api.names import Reason
+from qlora_operator.api.times import parse, stamp
+from qlora_operator.api.types import Attempt, Provenance
+from qlora_operator.status import policies, stages
+from qlora_operator.status.actions import StartAttempt
+from qlora_operator.status.checks import Blocked, StartCheck
+from qlora_operator.status.observation import Read
+from qlora_operator.status.teardown import blocking_pods, delete_orphans
+from qlora_operator.status.view import JobView
+
+BLOCKED_LOOK_SECONDS = 60.0
+"""How often it is looked again at what only the administrator or a new operator changes."""
+
+
+def backing_off(view: JobView) -> Blocked | None:
+    """The last attempts failed, and the next one waits a while."""
+    last = view.last_attempt
+    if last is None or last.end is None:
+        return None
+    until = parse(last.end) + timedelta(seconds=policies.backoff(view.uid, view.status.attempts))
+    if view.now >= until:
+        return None
+    message = f"the next attempt starts at {stamp(until)}, since the last ones failed: {last.message}"
+    return Blocked(until, Reason.BACK_OFF, message, event=False)
+
+
+def pods_remain(view: JobView) -> Blocked | None:
+    """A pod of an earlier attempt may still run, or be created: never two attempts of one job at a time."""
+    if view.last_attempt is None and not view.seen.attempt_jobs:
+        return None
+    saved = view.saved_attempt
+    if saved is None or saved.end is not None or view.open_attempt is not None:
+        # Otherwise the attempt has ended in this very decision, which has just looked at its pods.
+        view.require(Read.JOBS, Read.PODS)
+    look_at = view.after(policies.LOOK_SECONDS)
+    if active := view.active_pods:
+        blocking = blocking_pods(view, active)
+        orphans = tuple(delete_orphans(view))
+        return Blocked(look_at, Reason(blocking.reason), blocking.message, event=False, actions=orphans)
+    return Blocked(look_at) if view.other_jobs else None
+
+
+def policy_violated(view: JobView) -> Blocked | None:
+    """The administrator's settings do not let the job start.
+
+    What a job cannot change is checked before its first attempt only: one that has begun may end, and what it has
+    trained may be sent.
+    """
+    violation = view.seen.policy_violation
+    if violation is None:
+        return None
+    size = violation.reason == Reason.LIMIT_EXCEEDED and view.status.adapter is None
+    if view.fixed_image is not None and not size:
+        return None
+    look_at = view.after(BLOCKED_LOOK_SECONDS)
+    return Blocked(look_at, Reason(violation.reason), violation.message)
+
+
+def run_config_version_differs(view: JobView) -> Blocked | None:
+    """The first attempt's image reads the RunConfig of its time, and refuses any other."""
+    fixed = view.provenance.run_config_version
+    if fixed in (None, RUN_CONFIG_VERSION):
+        return None
+    message = (
+        f"the job's first attempt had version {fixed} of the RunConfig, and this operator writes version "
+        f"{RUN_CONFIG_VERSION}: run one that writes version {fixed}, or create another job"
+    )
+    return Blocked(view.after(BLOCKED_LOOK_SECONDS), Reason.INVALID_SPEC, message)
+
+
+def no_matching_nodes(view: JobView) -> Blocked | None:
+    """No tier that the job allows has enough nodes."""
+    if view.feasible_tiers:
+        return None
+    look_at = view.after(policies.LOOK_SECONDS)
+    return Blocked(look_at, Reason.NO_MATCHING_NODES, view.seen.infeasible_because)
+
+
+START_CHECKS: tuple[StartCheck, ...] = (
+    backing_off,  # costs nothing to know, and nothing else matters until then
+    pods_remain,  # two attempts at a time would write into one workspace
+    policy_violated,  # the administrator's word, before that of the nodes
+    run_config_version_differs,  # it would be created, and refuse to run
+    no_matching_nodes,  # no node would take its pods
+)
+"""What keeps the next attempt from starting; the first that applies is the one that the user is told."""
+
+
+def next_attempt(view: JobView) -> Attempt:
+    """The attempt after the last one."""
+    number = 0 if view.status.attempt is None else view.status.attempt + 1
+    return Attempt(attempt=number, stage=stages.next_stage(view.spec, view.status), start=stamp(view.now))
+
+
+def next_tier(view: JobView) -> IsaTier:
+    """The first tier that has nodes; after one whose nodes had no room the next, and after the last the first.
+
+    Read.FEASIBLE_TIERS; there must be one.
+    """
+    tiers, last, before = view.feasible_tiers, view.last_attempt, view.placement.isa
+    if last is None or last.reason not in policies.UNSCHEDULED or before not in tiers:
+        return tiers[0]
+    return tiers[(tiers.index(before) + 1) % len(tiers)]
+
+
+def fixed_provenance(view: JobView) -> Provenance:
+    """What the first attempt fixes for all."""
+    if view.fixed_image is not None:
+        return view.provenance
+    spec = view.spec
+    fields = shaping_fields(
+        spec.model, spec.dataset, spec.adapter, spec.quantization, spec.training, spec.evaluation
+    )
+    return Provenance(
+        image=view.image,
+        run_config_version=RUN_CONFIG_VERSION,
+        seed=spec.training.seed,
+        config_hash=config_hash(fields),
+    )
+
+
+def create_children(view: JobView) -> StartAttempt:
+    """Creates the children of the newest attempt, as the status describes it."""
+    attempt, placement = view.last_attempt, view.placement
+    assert attempt is not None
+    assert placement.isa is not None
+    return StartAttempt(
+        attempt.attempt,
+        placement.isa,
+        view.image,
+        avoid=tuple(placement.avoid),
+        stage=attempt.stage,
+        fetched=stages.fetched(view.status),
+    )

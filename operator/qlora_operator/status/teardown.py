@@ -1,0 +1,88 @@
+"""The end of an attempt that has a reason: its pods must all be gone, or finished, before it has ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from qlora_operator.api.names import Reason
+from qlora_operator.status.actions import Action, DeleteAttemptJob, DeletePod
+from qlora_operator.status.failure import disruption
+from qlora_operator.status.observation import Pod, ReasonMessage
+from qlora_operator.status.view import JobView
+
+OVERDUE = timedelta(seconds=30)
+"""How long after the end of its grace period a pod that still exists counts as stuck."""
+
+
+@dataclass(frozen=True)
+class Teardown:
+    """How far it is."""
+
+    done: bool
+    """Nothing of the attempt runs any more."""
+    actions: tuple[Action, ...] = ()
+    stuck: ReasonMessage | None = None
+    """A pod that does not end by itself."""
+
+
+def tear_down(view: JobView) -> Teardown:
+    """What is left of the open attempt, and what is to be done about it."""
+    job = view.attempt_job
+    actions: list[Action] = []
+    if job is not None and not job.finished and not job.deleting:
+        # A Job that fails by itself keeps its pods, for their logs.
+        fails = job.failing is not None or (disruption(view.pods) is not None and not job.suspended)
+        if view.spec.suspend or not fails:
+            actions.append(DeleteAttemptJob(job.name, job.uid))
+    actions += delete_orphans(view)
+    active = view.active_pods
+    if not active and (job is None or job.finished):
+        return Teardown(done=True, actions=tuple(actions))
+    blocking = blocking_pods(view, active) if active and not view.finished else None
+    stuck = blocking if blocking and blocking.reason == Reason.NODE_LOST else None
+    return Teardown(done=False, actions=tuple(actions), stuck=stuck)
+
+
+def blocking_pods(view: JobView, pods: Sequence[Pod]) -> ReasonMessage:
+    """Why these pods, which should be gone, are not. Read.NODE_HEALTH."""
+    lost = next((pod for pod in pods if pod.node in view.lost_nodes), None)
+    overdue = (
+        pod
+        for pod in pods
+        if pod.node and pod.deleting_since is not None and view.now > pod.deleting_since + OVERDUE
+    )
+    if stuck := lost or next(overdue, None):
+        trouble = "does not answer" if lost else "does not end it"
+        return ReasonMessage(
+            Reason.NODE_LOST,
+            f"pod {stuck.name} may still run on node {stuck.node}, which {trouble}: the job continues when the "
+            "node is back, is deleted, or has the taint node.kubernetes.io/out-of-service",
+        )
+    names = ", ".join(pod.name for pod in pods[:3]) + (", ..." if len(pods) > 3 else "")
+    message = f"waiting for {len(pods)} pod(s) of an earlier attempt to end: {names}"
+    return ReasonMessage(Reason.PODS_REMAIN, message)
+
+
+def delete_orphans(view: JobView) -> list[Action]:
+    """Deletes pods whose Job was deleted without them."""
+    jobs = {job.uid for job in view.seen.attempt_jobs}
+    return [
+        DeletePod(pod.name, pod.uid)
+        for pod in view.active_pods
+        if pod.owner_uid not in jobs and pod.deleting_since is None
+    ]
+
+
+def delete_leftover_jobs(view: JobView) -> list[Action]:
+    """Deletes Jobs of other attempts, and the last one's if it outlives the job's end.
+
+    A Job that ended by itself stays until the next attempt, or the end of the QLoRAJob, for its pods' logs.
+    """
+    over = view.finished and view.open_attempt is None
+    return [
+        DeleteAttemptJob(job.name, job.uid)
+        for job in view.seen.attempt_jobs
+        if job.controlled
+        and not job.deleting
+        and (job.attempt != view.status.attempt or (over and not job.finished and job.failing is None))
+    ]

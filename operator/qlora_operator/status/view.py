@@ -1,0 +1,231 @@
+"""What a check may look at: the job, what was observed of it, and its status as far as it is decided. Read-only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from qlora_contract.run import IsaTier, RunStage
+from qlora_operator.api.names import ConditionType
+from qlora_operator.api.sizes import stage_pods
+from qlora_operator.api.times import parse
+from qlora_operator.api.types import (
+    Attempt,
+    Condition,
+    Placement,
+    Provenance,
+    QLoRAJob,
+    QLoRAJobSpec,
+    QLoRAJobStatus,
+    Restarts,
+)
+from qlora_operator.status import conditions
+from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, WarningEvent
+
+
+class ReadRequired(Exception):  # noqa: N818 - not an error: the decision is made again once these are read
+    """A decision depends on what has not been read yet."""
+
+    def __init__(self, reads: frozenset[Read]) -> None:
+        super().__init__(", ".join(sorted(reads)))
+        self.reads = reads
+
+
+@dataclass(frozen=True)
+class JobView:
+    """One job at one moment.
+
+    What costs a request to know is not read in advance: whichever property is the first to need it raises
+    ReadRequired. So the checks themselves say what is read, and nobody keeps a second list of it.
+    """
+
+    job: QLoRAJob
+    """Its status is the one that is saved."""
+    seen: Observation
+    now: datetime
+    status: QLoRAJobStatus
+    """As decided so far."""
+
+    # --- the job
+
+    @property
+    def spec(self) -> QLoRAJobSpec:
+        """What the user wants."""
+        return self.job.spec
+
+    @property
+    def uid(self) -> str:
+        """The QLoRAJob's uid."""
+        assert self.job.metadata.uid is not None
+        return self.job.metadata.uid
+
+    @property
+    def finished(self) -> bool:
+        """Whether the job is Complete or Failed."""
+        return self.is_true(ConditionType.FINISHED)
+
+    @property
+    def fixed_image(self) -> str | None:
+        """The image that the first attempt fixed for all."""
+        return self.provenance.image
+
+    @property
+    def image(self) -> str:
+        """The image of every attempt from now on."""
+        return self.fixed_image or self.seen.image
+
+    @property
+    def provenance(self) -> Provenance:
+        """What the first attempts have fixed."""
+        return self.status.provenance or Provenance()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the job runs, or ran last."""
+        return self.status.placement or Placement()
+
+    @property
+    def restarts(self) -> Restarts:
+        """Restarts so far, by whose doing they were."""
+        return self.status.restarts or Restarts()
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of all pods; None while only the launchers know."""
+        topology = self.spec.topology
+        if topology.ranks_per_pod == "auto":
+            return None
+        return topology.pods * topology.ranks_per_pod
+
+    def is_true(self, kind: ConditionType) -> bool:
+        """Whether a condition is True."""
+        return conditions.is_true(self.status.conditions, kind)
+
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """A condition, if it was ever set."""
+        return conditions.find(self.status.conditions, kind)
+
+    # --- its attempts
+
+    @property
+    def last_attempt(self) -> Attempt | None:
+        """The newest attempt, ended or not."""
+        return self.status.attempts[-1] if self.status.attempts else None
+
+    @property
+    def open_attempt(self) -> Attempt | None:
+        """The newest attempt, unless it has ended: until its last pod is gone it has not."""
+        last = self.last_attempt
+        return last if last is not None and last.end is None else None
+
+    @property
+    def saved_attempt(self) -> Attempt | None:
+        """The newest attempt as it was saved before this decision."""
+        return self.job.status.attempts[-1] if self.job.status and self.job.status.attempts else None
+
+    @property
+    def end_is_saved(self) -> bool:
+        """Whether the newest attempt had its reason, and price, before this decision."""
+        last, saved = self.last_attempt, self.saved_attempt
+        if last is None or last.reason is None:
+            return True
+        return saved is not None and saved.attempt == last.attempt and saved.reason is not None
+
+    @property
+    def stage(self) -> RunStage:
+        """What the newest attempt is for."""
+        return self.last_attempt.stage if self.last_attempt is not None else "train"
+
+    @property
+    def desired_pods(self) -> int:
+        """Pods that the newest attempt has when all are there."""
+        return stage_pods(self.spec.topology, self.stage)
+
+    # --- its Jobs and pods
+
+    @property
+    def attempt_job(self) -> AttemptJob | None:
+        """The current attempt's own Job, as far as the watch has told."""
+        jobs = self.seen.attempt_jobs
+        return next((job for job in jobs if job.controlled and job.attempt == self.status.attempt), None)
+
+    @property
+    def confirmed_job(self) -> AttemptJob | None:
+        """The current attempt's own Job. That it is gone, or going, must be the API server's word."""
+        job = self.attempt_job
+        if job is None or job.deleting:
+            self.require(Read.JOBS)
+        return job
+
+    @property
+    def other_jobs(self) -> list[AttemptJob]:
+        """Jobs of other attempts that may still create pods."""
+        return [
+            job
+            for job in self.seen.attempt_jobs
+            if job.controlled and job.attempt != self.status.attempt and not job.finished
+        ]
+
+    @property
+    def pods(self) -> list[Pod]:
+        """The current attempt's pods. Read.PODS."""
+        return [pod for pod in self._all_pods() if pod.attempt == self.status.attempt]
+
+    @property
+    def active_pods(self) -> list[Pod]:
+        """Pods of any attempt that run or may run. Read.PODS."""
+        return [pod for pod in self._all_pods() if not pod.finished]
+
+    @property
+    def pods_are_worth_a_look(self) -> bool:
+        """Whether the pods of a Job that exists may tell more than the Job does.
+
+        Those of one that is in a queue or runs well do not, and nobody asks why pods do not start before they have
+        had the time: at any moment that is most Jobs, and they cost no request.
+        """
+        job = self.attempt_job
+        if job is None:
+            return False
+        if self.spec.suspend or job.failing is not None:
+            return True
+        if job.suspended:
+            return False
+        if self.is_true(ConditionType.RUNNING):
+            return job.ready < self.desired_pods
+        started = self.open_attempt.start if self.open_attempt else None
+        late = started is None or self.now >= parse(started) + self.seen.startup_grace
+        return late or job.ready >= self.desired_pods
+
+    # --- the rest of what is read
+
+    @property
+    def lost_nodes(self) -> frozenset[str]:
+        """Nodes of pods that do not respond. Read.NODE_HEALTH."""
+        self.require(Read.NODE_HEALTH)
+        return self.seen.lost_nodes or frozenset()
+
+    @property
+    def feasible_tiers(self) -> Sequence[IsaTier]:
+        """Tiers that have enough nodes, in order of preference. Read.FEASIBLE_TIERS."""
+        self.require(Read.FEASIBLE_TIERS)
+        return self.seen.feasible_tiers or ()
+
+    @property
+    def warnings(self) -> Sequence[WarningEvent]:
+        """Warnings about the Jobs and pods, newest first. Read.WARNINGS."""
+        self.require(Read.WARNINGS)
+        return self.seen.warnings or ()
+
+    def require(self, *reads: Read) -> None:
+        """Raise ReadRequired for those of these that have not been read."""
+        if missing := self.seen.missing(*reads):
+            raise ReadRequired(missing)
+
+    def _all_pods(self) -> Sequence[Pod]:
+        self.require(Read.PODS)
+        return self.seen.pods or ()
+
+    # --- time
+
+    def after(self, seconds: float) -> datetime:
+        """The time in so many seconds."""
+        return self.now + timedelta(seconds=seconds)

@@ -1,0 +1,98 @@
+"""What a decision asks for besides what the watches tell."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qlora_operator.api.names import TIER_LABELS
+from qlora_operator.api.types import QLoRAJob
+from qlora_operator.controller.node_cache import NodeSnapshot
+from qlora_operator.controller.observer import feasibility, lost_nodes, warnings_about
+from qlora_operator.placement.nodes import node
+from qlora_operator.status.observation import AttemptJob, Pod, WarningEvent
+
+JOB = AttemptJob("job-a0", "job-uid", 0, controlled=True)
+POD = Pod("p", "pod-uid", 0, 0, "Running", node="n")
+
+
+def snapshot(**ready: bool) -> NodeSnapshot:
+    """Nodes of tier avx512 by their names."""
+    labels = dict.fromkeys(TIER_LABELS["avx512"], "true")
+    allocatable = {"cpu": "64", "memory": "512Gi", "pods": "10"}
+    return NodeSnapshot(
+        [
+            node(
+                {
+                    "metadata": {"name": name, "labels": labels},
+                    "status": {
+                        "allocatable": allocatable,
+                        "conditions": [{"type": "Ready", "status": str(is_ready)}],
+                    },
+                }
+            )
+            for name, is_ready in ready.items()
+        ]
+    )
+
+
+def warning(reason: str, uid: str, **times: Any) -> dict[str, Any]:
+    """An Event."""
+    metadata = {"creationTimestamp": times.pop("created", None)}
+    return {"reason": reason, "message": "m", "involvedObject": {"uid": uid}, "metadata": metadata, **times}
+
+
+def test_warnings_are_sorted_by_whichever_time_they_have() -> None:
+    """Newest first, and only those about the job's own Jobs and pods."""
+    events = [
+        warning("Oldest", "pod-uid", created="2026-01-31T12:00:00Z"),
+        warning("Series", "pod-uid", series={"lastObservedTime": "2026-01-31T12:00:03Z"}, eventTime="2026"),
+        warning("Foreign", "other-uid", lastTimestamp="2026-01-31T12:00:09Z"),
+        warning("Last", "job-uid", lastTimestamp="2026-01-31T12:00:02Z", created="2026-01-31T13:00:00Z"),
+        warning("Event", "pod-uid", eventTime="2026-01-31T12:00:01.000001Z"),
+    ]
+
+    found = warnings_about([JOB], [POD], events)
+
+    assert [(each.reason, each.about) for each in found] == [
+        ("Series", "pod-uid"),
+        ("Last", "job-uid"),
+        ("Event", "pod-uid"),
+        ("Oldest", "pod-uid"),
+    ]
+    assert isinstance(found[0], WarningEvent)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "lost"),
+    [
+        (snapshot(n=True), set()),
+        (snapshot(n=False), {"n"}),
+        (snapshot(other=True), {"n"}),
+        (snapshot(), set()),
+        (None, set()),
+    ],
+    ids=["ready", "not ready", "gone", "no nodes at all", "not permitted to list them"],
+)
+def test_a_lost_node_is_not_ready_or_gone(nodes: NodeSnapshot | None, lost: set[str]) -> None:
+    """Of the nodes that the pods are on."""
+    assert lost_nodes([POD, Pod("q", "q", 0, 1, "Pending")], nodes) == lost
+
+
+def test_without_permission_every_allowed_tier_is_feasible(a_job: Callable[..., QLoRAJob]) -> None:
+    """Then the labels of the first are required, unseen."""
+    job = a_job(isa={"allowed": ["avx512", "avx2"]})
+
+    assert feasibility(job, None).tiers == ("avx512", "avx2")
+
+
+def test_nodes_to_avoid_are_named_when_there_are_no_others(a_job: Callable[..., QLoRAJob]) -> None:
+    """The user learns why nodes that look right are not taken."""
+    status = {"placement": {"isa": "avx512", "avoid": ["b", "a"]}}
+    job = QLoRAJob.model_validate({**a_job().model_dump(by_alias=True, exclude_none=True), "status": status})
+
+    found = feasibility(job, snapshot(a=True, b=True))
+
+    assert found.tiers == ()
+    assert found.why.endswith("(left out, since their ranks found less than the labels promise: a, b)")
+    assert feasibility(job, snapshot(a=True, b=True, c=True)).why == ""

@@ -1,0 +1,119 @@
+"""What checks may look at."""
+
+import dataclasses
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from qlora_operator.status.observation import Observation, Read
+from qlora_operator.status.view import JobView, ReadRequired
+
+MakeView = Callable[..., JobView]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "last", "is_open"),
+    [
+        pytest.param([], None, False, id="none"),
+        pytest.param([{"attempt": 0}], 0, True, id="one that lasts"),
+        pytest.param([{"attempt": 0, "reason": "Terminated"}], 0, True, id="one that is ending"),
+        pytest.param([{"attempt": 0, "end": "t"}, {"attempt": 1, "end": "t"}], 1, False, id="all over"),
+    ],
+)
+def test_the_last_attempt_is_open_until_all_of_it_is_gone(
+    make_view: MakeView, attempts: list[Any], last: int | None, is_open: bool
+) -> None:
+    """A reason does not end an attempt; its last pod's end does."""
+    view = make_view({"attempts": attempts})
+
+    assert (view.last_attempt.attempt if view.last_attempt else None) == last
+    assert (view.open_attempt is not None) == is_open
+
+
+def test_job_and_pods_are_the_current_attempts(
+    make_view: MakeView, make_attempt_job: Any, make_pod: Any
+) -> None:
+    """Of all that carries the job's uid, its own Job and pods of the current attempt; any pod may be active."""
+    jobs = [
+        make_attempt_job(0),
+        make_attempt_job(1, controlled=False),
+        make_attempt_job(1, name="mine", uid="mine"),
+    ]
+    pods = [make_pod(0, 0), make_pod(0, 1), make_pod(1, 1, phase="Failed")]
+    view = make_view({"attempt": 1, "attempts": [{"attempt": 1}]}, jobs, pods)
+
+    assert view.attempt_job is jobs[2]
+    assert view.pods == pods[1:]
+    assert view.active_pods == pods[:2]
+    assert view.other_jobs == [jobs[0]]
+
+
+@pytest.mark.parametrize(
+    ("look", "read"),
+    [
+        (lambda view: view.pods, Read.PODS),
+        (lambda view: view.active_pods, Read.PODS),
+        (lambda view: view.lost_nodes, Read.NODE_HEALTH),
+        (lambda view: view.feasible_tiers, Read.FEASIBLE_TIERS),
+        (lambda view: view.warnings, Read.WARNINGS),
+        (lambda view: view.confirmed_job, Read.JOBS),
+    ],
+    ids=["pods", "active pods", "lost nodes", "tiers", "warnings", "a Job that is gone"],
+)
+def test_what_was_not_read_is_asked_for(
+    make_job: Callable[..., Any], now: datetime, look: Callable[[JobView], Any], read: Read
+) -> None:
+    """Whoever looks at what was not read learns what to read, and what was read is not asked for again."""
+    job = make_job({"attempt": 0, "attempts": [{"attempt": 0}]})
+    assert job.status is not None
+    view = JobView(job, Observation(), now, job.status)
+
+    with pytest.raises(ReadRequired) as raised:
+        look(view)
+    assert raised.value.reads == {read}
+    known = Observation(jobs_listed=True, pods=(), lost_nodes=frozenset(), feasible_tiers=(), warnings=())
+    look(dataclasses.replace(view, seen=known))
+
+
+@pytest.mark.parametrize(
+    ("facts", "asks"), [({}, False), ({"deleting": True}, True)], ids=["it exists", "it is going"]
+)
+def test_a_job_that_exists_is_taken_from_the_watch(
+    make_view: MakeView, make_attempt_job: Any, facts: dict[str, bool], asks: bool
+) -> None:
+    """Only that a Job is gone, or going, needs the API server's word."""
+    view = make_view({"attempt": 0, "attempts": [{"attempt": 0}]}, [make_attempt_job(0, **facts)])
+
+    if asks:
+        with pytest.raises(ReadRequired):
+            _ = view.confirmed_job
+    else:
+        assert view.confirmed_job is view.attempt_job
+
+
+@pytest.mark.parametrize(
+    ("attempts", "stage", "desired"),
+    [
+        ([], "train", 2),
+        ([{"attempt": 0}], "train", 2),
+        ([{"attempt": 0, "stage": "fetch"}], "fetch", 1),
+        ([{"attempt": 0, "stage": "fetch", "end": "t"}, {"attempt": 1, "stage": "train"}], "train", 2),
+        ([{"attempt": 1, "stage": "train", "end": "t"}, {"attempt": 2, "stage": "publish"}], "publish", 1),
+    ],
+    ids=["none yet", "of an operator that knew no stages", "fetch", "train", "publish"],
+)
+def test_the_stage_is_the_last_attempts(
+    make_view: MakeView, attempts: list[Any], stage: str, desired: int
+) -> None:
+    """What the last attempt does decides how many pods it has."""
+    view = make_view({"attempts": attempts})
+
+    assert (view.stage, view.desired_pods) == (stage, desired)
+
+
+def test_nobody_can_write_to_a_view(make_view: MakeView) -> None:
+    """Checks return what they find; only the builder writes."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_view().status = None  # type: ignore[misc, assignment]
