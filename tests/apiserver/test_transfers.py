@@ -129,8 +129,8 @@ def test_a_transfer_tells_how_far_it_is(make_remote_job: MakeJob, rank: RankZero
     rank.tell(job.get()["metadata"]["uid"], **told, bytesDone=2**29, bytesTotal=2**31)
     job.kubelet.running(pod, ip=rank.address)
 
-    status = job.until(lambda status: "0.5 of 2 GiB" in status.get("message", ""))
-    assert status["message"] == "the remote sources are being fetched: 0.5 of 2 GiB"
+    status = job.until(lambda status: "0.50 of 2.00 GiB" in status.get("message", ""))
+    assert status["message"] == "the remote sources are being fetched: 0.50 of 2.00 GiB"
     assert status["phase"] == "Fetching"
     assert "progress" not in status
 

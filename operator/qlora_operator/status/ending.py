@@ -112,7 +112,7 @@ def spec_changed(view: JobView) -> AttemptEnd | None:
 def _spec_changed(view: JobView) -> bool:
     """Whether its Job was made from another topology or scheduling than spec has now."""
     job = view.confirmed_job
-    return job is not None and job.held_fields not in (None, held_fields(view.spec))
+    return job is not None and job.topology_hash not in (None, held_fields(view.spec))
 
 
 # --- others have a better use for the nodes

@@ -55,7 +55,7 @@ class AttemptJob:
     """When it was started, or admitted by its queue."""
     parallelism: int | None = None
     """How many pods it is to have at a time."""
-    held_fields: str | None = None
+    topology_hash: str | None = None
     """A hash of those spec fields that may only change while the job is suspended, as they were when it was made."""
 
     @property
@@ -191,7 +191,7 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         failed="Failed" in conditions,
         admitted_at=parse(status["startTime"]) if status.get("startTime") else None,
         parallelism=raw["spec"].get("parallelism"),
-        held_fields=(metadata.get("annotations") or {}).get(HELD_FIELDS_ANNOTATION),
+        topology_hash=(metadata.get("annotations") or {}).get(HELD_FIELDS_ANNOTATION),
     )
 
 

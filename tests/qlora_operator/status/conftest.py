@@ -245,7 +245,7 @@ class Cluster:
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
                 parallelism=stage_pods(self.job.spec.topology, action.stage),
-                held_fields=held_fields(self.job.spec),
+                topology_hash=held_fields(self.job.spec),
             )
             self.words[uid] = self._last_words(action)
         self.watched |= {

@@ -54,7 +54,7 @@ def attempt_job_of(**fields: Any) -> AttemptJob:
         "attempt": 3,
         "controlled": True,
         "parallelism": 2,
-        "held_fields": "5eed",
+        "topology_hash": "5eed",
     }
     return AttemptJob(**{**known, **fields})
 
@@ -75,7 +75,7 @@ FAILING = {"failing": ReasonMessage("R", "m"), "failing_since": NOON}
         ),
         pytest.param({"metadata": {"labels": {}}}, {"attempt": -1}, id="no attempt"),
         pytest.param({"metadata": {"labels": {"qlora.dev/attempt": "x"}}}, {"attempt": -1}, id="no number"),
-        pytest.param({"metadata": {"annotations": {}}}, {"held_fields": None}, id="annotation taken away"),
+        pytest.param({"metadata": {"annotations": {}}}, {"topology_hash": None}, id="annotation taken away"),
         pytest.param({"spec": {"suspend": True}}, {"suspended": True}, id="suspended"),
         pytest.param({"metadata": {"deletionTimestamp": "t"}}, {"deleting": True}, id="deleted"),
         pytest.param({"status": {"ready": 2}}, {"ready": 2}, id="ready"),
