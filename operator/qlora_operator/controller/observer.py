@@ -62,7 +62,12 @@ class Observer:
                 # Orphans, or pods of a Job that the watch has not told of yet: a list tells which.
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WARNINGS in reads:
-            seen = replace(seen, warnings=await self._warnings_about(key, seen))
+            namespace = key[0]
+            known = self._warnings.setdefault(
+                namespace, TtlCache(lambda: self._cluster.warnings(namespace), WARNINGS_SECONDS)
+            )
+            about = warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
+            seen = replace(seen, warnings=about)
         if reads & {Read.NODE_HEALTH, Read.FEASIBLE_TIERS}:
             occupied = {each.node for each in seen.pods or () if each.node}
             nodes = await self._nodes.get(occupied)
@@ -77,13 +82,6 @@ class Observer:
         for raw in await self._cluster.gangs(key[0], uid):
             self._store.put_gang(raw)
         return replace(seen, attempt_jobs=self._store.gangs(uid), jobs_listed=True)
-
-    async def _warnings_about(self, key: Key, seen: Observation) -> tuple[WarningEvent, ...]:
-        namespace = key[0]
-        known = self._warnings.setdefault(
-            namespace, TtlCache(lambda: self._cluster.warnings(namespace), WARNINGS_SECONDS)
-        )
-        return warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
 
 
 def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:
@@ -114,19 +112,17 @@ def warnings_about(
 ) -> tuple[WarningEvent, ...]:
     """Those of a namespace's warnings that are about these Jobs and pods, newest first."""
     uids = {job.uid for job in jobs} | {each.uid for each in pods}
-    about = [(_about(raw), raw) for raw in events]
-    mine = sorted(
-        ((uid, raw) for uid, raw in about if uid in uids), key=lambda each: _time(each[1]), reverse=True
-    )
-    return tuple(WarningEvent(raw.get("reason") or "", raw.get("message") or "", uid) for uid, raw in mine)
+    found = []
+    for raw in events:
+        uid = str((raw.get("involvedObject") or {}).get("uid") or "")
+        if uid in uids:
+            warning = WarningEvent(raw.get("reason") or "", raw.get("message") or "", uid)
+            found.append((last_seen(raw), warning))
+    return tuple(warning for _, warning in sorted(found, key=lambda each: each[0], reverse=True))
 
 
-def _about(event: dict[str, Any]) -> str:
-    return str((event.get("involvedObject") or {}).get("uid") or "")
-
-
-def _time(event: dict[str, Any]) -> str:
-    """When it happened last, in whichever field its author has written that."""
+def last_seen(event: dict[str, Any]) -> str:
+    """When an Event happened last, RFC 3339, in whichever field its author has written that."""
     series = event.get("series") or {}
     return str(
         series.get("lastObservedTime")

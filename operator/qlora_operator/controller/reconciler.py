@@ -12,17 +12,17 @@ from qlora_operator.api.faults import validation_faults
 from qlora_operator.api.names import Key, Phase
 from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
 from qlora_operator.cluster import EVENTS, JOBS, NAMESPACE_TERMINATING, ApiError, Cluster
+from qlora_operator.controller import job_metrics
 from qlora_operator.controller.children import Children
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.observer import Observer
-from qlora_operator.desired.events import event
-from qlora_operator.metrics import Figures, Metrics
+from qlora_operator.desired.events import event as event_body
+from qlora_operator.metrics import Metrics
 from qlora_operator.settings import Settings
-from qlora_operator.status.actions import Decision, Event
+from qlora_operator.status.actions import Event
 from qlora_operator.status.decision import decide
 from qlora_operator.status.invalid_spec import invalid_spec_status
-from qlora_operator.status.observation import Observation, Pod
-from qlora_operator.status.policies import DONE
+from qlora_operator.status.observation import Pod
 from qlora_operator.store import Store
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 INVALID_SPEC_SECONDS = 60.0
 """How often it is tried again to read a job that this operator cannot read."""
 RUNNING_PHASES = (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING)
-FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
 
 
 class ProgressTracker(Protocol):
@@ -80,19 +79,21 @@ class Reconciler:
         while decision.reads:  # each time others, so at most as often as there are kinds of them
             seen = await self._observer.read(seen, decision.reads, key, job, uid)
             decision = decide(job, seen, now)
-        self._show(key, decision.status)
         # With actions even a status that is as it was, so that the API server tells whether the job is, too.
         if not await self._save(raw, decision.status, always=bool(decision.actions)):
             return 0.0
-        self._count(key[0], job.status, decision)
+        job_metrics.record(self._metrics, key, job.status, decision.status)
         try:
             for action in decision.actions:
                 if not await self._children.act(action, job, uid):
                     return 0.0
         finally:  # the status says it, whether or not it could be acted upon
-            for told in decision.events:
-                await self._post(job, uid, told)
-        self._track(key, uid, decision.status, seen)
+            for event in decision.events:
+                await self._post(job, uid, event)
+        if decision.status.phase in RUNNING_PHASES and decision.status.attempt is not None:
+            self._tracker.follow(key, uid, decision.status.attempt, seen.pods or ())
+        else:
+            self._tracker.forget(uid)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
 
     async def _reject(self, raw: dict[str, Any], error: ValidationError) -> float:
@@ -119,68 +120,29 @@ class Reconciler:
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
-            await self._refresh(raw["metadata"])
-            return False
-        return True
-
-    async def _refresh(self, metadata: dict[str, Any]) -> None:
-        """The store knows the job as it is now."""
-        key = (metadata["namespace"], metadata["name"])
+        else:
+            return True
+        # The watch may be behind: the store has to know the job as it is before it is looked at again.
+        key = (raw["metadata"]["namespace"], raw["metadata"]["name"])
         try:
             self._store.put_job(await self._cluster.get(JOBS, *key))
         except ApiError as error:
             if error.code != 404:
                 raise
-            self._store.drop_job(key, metadata["uid"])
+            self._store.drop_job(key, raw["metadata"]["uid"])
+        return False
 
     # --- tell
 
-    async def _post(self, job: QLoRAJob, uid: str, told: Event) -> None:
+    async def _post(self, job: QLoRAJob, uid: str, event: Event) -> None:
         """Post an Event. If that fails, the status says it, too."""
-        body = event(job, uid, told.type, told.reason, told.message, datetime.now(UTC))
-        log.info("%s: %s", told.reason, told.message)
+        body = event_body(job, uid, event.type, event.reason, event.message, datetime.now(UTC))
+        log.info("%s: %s", event.reason, event.message)
         try:
             await self._cluster.create(EVENTS, str(job.metadata.namespace), body)
         except ApiError as error:
             level = logging.DEBUG if error.reason == NAMESPACE_TERMINATING else logging.WARNING
             log.log(level, "an event could not be posted: %s", error)
-
-    def _track(self, key: Key, uid: str, status: QLoRAJobStatus, seen: Observation) -> None:
-        """The progress of what runs is asked for."""
-        if status.phase in RUNNING_PHASES and status.attempt is not None:
-            self._tracker.follow(key, uid, status.attempt, list(seen.pods or ()))
-        else:
-            self._tracker.forget(uid)
-
-    def _show(self, key: Key, status: QLoRAJobStatus) -> None:
-        """The metrics of a job as it is now."""
-        progress = status.progress
-        self._metrics.jobs.put(
-            *key,
-            Figures(
-                phase=Phase(status.phase or Phase.PENDING),
-                tokens_per_second=progress.tokens_per_second if progress else None,
-                loss=progress.loss if progress else None,
-            ),
-        )
-
-    def _count(self, namespace: str, before: QLoRAJobStatus | None, decision: Decision) -> None:
-        """The metrics of what has happened, once the decision is saved."""
-        before, after = before or QLoRAJobStatus(), decision.status
-        if after.phase in FINAL_PHASES and before.phase not in FINAL_PHASES:
-            self._metrics.jobs_finished.labels(namespace, after.phase).inc()
-        if after.attempt is not None and before.attempt != after.attempt:
-            self._metrics.attempts_started.inc()
-        last = after.attempts[-1] if after.attempts else None
-        saved = before.attempts[-1] if before.attempts else None
-        if last is None or saved is None or last.reason in (None, *DONE):
-            return
-        if saved.attempt == last.attempt and saved.reason is None:
-            old, new = before.restarts, after.restarts
-            user = (new.user if new else 0) - (old.user if old else 0)
-            infrastructure = (new.infrastructure if new else 0) - (old.infrastructure if old else 0)
-            budget = "user" if user else "infrastructure" if infrastructure else "none"
-            self._metrics.restarts.labels(last.reason, budget).inc()
 
 
 def _without_empty(value: Any) -> Any:

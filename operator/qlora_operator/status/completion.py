@@ -37,7 +37,7 @@ def _fetched(view: JobView) -> StageResult:
     report = progress_status.transfer_report(view.pods)
     found = (report.fetched if report is not None else None) or Fetched()
     known = view.provenance
-    # What is known stays: the jobs's data does not change when a branch moves.
+    # What is known stays: the job's data does not change when a branch moves.
     provenance = known.model_copy(
         update={
             "model_revision": known.model_revision or found.model,

@@ -71,9 +71,8 @@ def _suspend_or_resume(builder: StatusBuilder) -> None:
         builder.set_false(ConditionType.SUSPENDED, Reason.RESUMED, "spec.suspend is false again")
         builder.set(start_time=None, message="resumed")
         builder.event("Normal", Reason.RESUMED, "resumed")
-    queued = (
-        view.spec.scheduling.queue_name is not None
-    )  # then the clock starts when the queue admits the job
+    # In a queue the clock starts when the queue admits the job.
+    queued = view.spec.scheduling.queue_name is not None
     if builder.status.start_time is None and not view.spec.suspend and not queued:
         builder.set(start_time=stamp(view.now))
 
@@ -85,8 +84,7 @@ def _reconcile_attempt(builder: StatusBuilder) -> None:
     """Whether it is over, and if not, how it goes."""
     view = builder.view
     if view.open_attempt is not None and view.open_attempt.reason is None:
-        job = view.attempt_job
-        found = None
+        job, found = view.attempt_job, None
         if job is not None and job.complete:
             _complete_stage(builder)
         elif isinstance(found := first_end(view, END_CHECKS), AttemptEnd):

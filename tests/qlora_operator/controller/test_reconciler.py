@@ -142,7 +142,7 @@ def test_a_new_job_is_begun_in_one_turn(play: Callable[[Test], None]) -> None:
 
 @pytest.mark.cluster
 def test_a_turn_without_news_asks_for_nothing(play: Callable[[Test], None]) -> None:
-    """A job whose gang starts is neither written nor looked at again before its time."""
+    """A job whose attempt starts is neither written nor looked at again before its time."""
 
     async def test(table: Table) -> None:
         table.create()
@@ -240,7 +240,7 @@ def test_a_suspended_job_loses_its_gang(play: Callable[[Test], None]) -> None:
 def test_running_jobs_are_followed_and_ends_are_counted_once(
     play: Callable[[Test], None], kubelet: Kubelet
 ) -> None:
-    """Who asks for progress is told when a gang runs and when it has ended; the end is counted, and not again
+    """Who asks for progress is told when an attempt runs and when it has ended; the end is counted, and not again
     when the job is looked at later."""
 
     async def test(table: Table) -> None:

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
+from qlora_operator.api.times import stamp
+from qlora_operator.status import ending
 from qlora_operator.status.actions import Decision
+from qlora_operator.status.checks import AttemptEnd, EndCheck, NotYet
+from qlora_operator.status.observation import ReasonMessage
 
 Status = Callable[..., dict[str, Any]]
 
@@ -140,3 +144,109 @@ def test_a_transfer_has_one_pod(
     ).status
 
     assert status.attempts[0].reason == "JobChanged"
+
+
+# --- each check on its own
+
+OTHER_TOPOLOGY = {"topology_hash": "another"}
+FAILING = {"failing": ReasonMessage("BackoffLimitExceeded", "Job has reached the specified backoff limit")}
+DRAINED = {"phase": "Running", "node": "n", "disruption": ReasonMessage("EvictionByEvictionAPI", "")}
+QUEUED = {"scheduling": {"queueName": "q"}}
+WAITS = {"unschedulable": UNSCHEDULABLE}
+ADMITTED = {"type": "QuotaReserved", "status": "True", "reason": "Admitted", "message": ""}
+
+
+@pytest.mark.parametrize(
+    ("check", "age", "job", "pods", "spec", "reason", "budget"),
+    [
+        (ending.job_lost, 9, None, [], {}, "JobDeleted", "infrastructure"),
+        (ending.job_lost, 9, {"uid": "another"}, [], {}, "JobDeleted", "infrastructure"),
+        (ending.job_failing, 9, FAILING, [], {}, "PeerLost", "infrastructure"),
+        (ending.job_being_deleted, 9, {"deleting": True}, [], {}, "JobDeleted", "infrastructure"),
+        (ending.job_suspended_again, 9, {"suspended": True}, [], {}, "JobChanged", "infrastructure"),
+        (ending.job_suspended_again, 9, {"suspended": True}, [], QUEUED, "Preempted", "infrastructure"),
+        (ending.parallelism_changed, 9, {"parallelism": 3}, [], {}, "JobChanged", "infrastructure"),
+        (ending.pod_disrupted, 9, {}, [DRAINED], {}, "Drained", "infrastructure"),
+        (ending.suspension_requested, 9, {}, [], {"suspend": True}, "Suspended", "none"),
+        (ending.spec_changed, 9, OTHER_TOPOLOGY, [], {}, "Suspended", "none"),
+        (ending.half_placed, 999, {}, [{"node": "n"}, WAITS], {}, "Released", "none"),
+        (ending.unschedulable_tier, 999, {}, [WAITS, WAITS], {}, "SteppedDown", "none"),
+    ],
+)
+def test_each_check_finds_its_end_alone(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    check: EndCheck,
+    age: float,
+    job: dict[str, Any] | None,
+    pods: list[dict[str, Any]],
+    spec: dict[str, Any],
+    reason: str,
+    budget: str,
+) -> None:
+    """Whatever the other checks would find."""
+    status = starting(age, now)
+    status["conditions"].append({**ADMITTED, "lastTransitionTime": stamp(now)})
+    jobs = [] if job is None else [make_attempt_job(**{"parallelism": 2, **job})]
+    seen = [make_pod(index, **pod) for index, pod in enumerate(pods)]
+
+    end = check(make_view(status, jobs, seen, tiers=["avx512", "avx2"], spec=spec))
+
+    assert isinstance(end, AttemptEnd)
+    assert (end.reason, end.budget) == (reason, budget)
+
+
+@pytest.mark.parametrize(
+    ("check", "age", "job", "pods"),
+    [
+        (
+            ending.job_failing,
+            9,
+            {**FAILING, "failing_since": True},
+            [{"exit_code": 40, "phase": "Failed"}, {}],
+        ),
+        (ending.half_placed, 9, {}, [{"node": "n"}, WAITS]),
+        (ending.unschedulable_tier, 9, {}, [WAITS, WAITS]),
+    ],
+    ids=["its pods may yet tell", "half placed, not long enough", "no room, not long enough"],
+)
+def test_a_check_says_when_to_look_again(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    check: EndCheck,
+    age: float,
+    job: dict[str, Any],
+    pods: list[dict[str, Any]],
+) -> None:
+    """What is no end yet may be one later."""
+    job = {**job, "failing_since": now} if "failing_since" in job else job
+    seen = [make_pod(index, **pod) for index, pod in enumerate(pods)]
+
+    found = check(make_view(starting(age, now), [make_attempt_job(parallelism=2, **job)], seen))
+
+    assert isinstance(found, NotYet)
+    assert found.at > now
+
+
+CHANGED_WHILE_FAILING = [
+    ending.job_being_deleted,
+    ending.job_suspended_again,
+    ending.parallelism_changed,
+    ending.pod_disrupted,
+]
+
+
+@pytest.mark.parametrize("check", CHANGED_WHILE_FAILING, ids=lambda check: check.__name__)
+def test_what_becomes_of_a_failing_job_does_not_hide_its_failure(
+    running: Status, make_view: Callable[..., Any], make_attempt_job: Any, make_pod: Any, check: EndCheck
+) -> None:
+    """While the pods of a failing Job have yet to tell why, nothing else about it counts."""
+    job = make_attempt_job(suspended=True, deleting=True, parallelism=3, **FAILING)
+
+    assert check(make_view(running(), [job], [make_pod(**DRAINED)])) is None

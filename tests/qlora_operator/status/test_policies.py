@@ -87,7 +87,7 @@ def test_backoff_is_bounded(reasons: list[Reason]) -> None:
 
 
 def test_release_jitter_differs_between_jobs() -> None:
-    """Two gangs that block each other let go at different times, and each differently the next time."""
+    """Two attempts that block each other let go at different times, and each differently the next time."""
     shares = {policies.release_jitter(uid, attempt) for uid in "abcdef" for attempt in range(10)}
 
     assert all(0 <= share <= 1 for share in shares)

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from qlora_operator.api.times import stamp
-from qlora_operator.status.actions import Decision, DeleteAttemptJob, StartAttempt
+from qlora_operator.status import starting as checks
+from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeletePod, StartAttempt
+from qlora_operator.status.checks import StartCheck
 from qlora_operator.status.observation import ReasonMessage
 
 Status = Callable[..., dict[str, Any]]
@@ -63,3 +65,71 @@ def test_a_job_whose_status_was_emptied_starts_nothing_beside_its_job(
     """A job whose status somebody emptied starts nothing beside the Job that is there; that one goes."""
     decision = ask(None, [make_attempt_job(3)], [])
     assert decision.actions == (DeleteAttemptJob("job-a3", "job-uid-3"),)
+
+
+# --- each check on its own
+
+ENDED = {"attempt": 0, "start": START, "end": "2026-01-31T12:00:00Z", "message": "why", "reason": "Released"}
+TOO_MUCH = ReasonMessage("LimitExceeded", "too much")
+
+
+@pytest.mark.parametrize(
+    ("check", "status", "pods", "observed", "reason", "words"),
+    [
+        (checks.backing_off, {"attempts": [ENDED]}, [], {}, "BackOff", "since the last ones failed: why"),
+        (checks.pods_remain, {"attempts": [ENDED]}, [{}], {}, "PodsRemain", "waiting for 1 pod(s)"),
+        (
+            checks.pods_remain,
+            {"attempts": [ENDED]},
+            [{"node": "n"}],
+            {"lost_nodes": frozenset("n")},
+            "NodeLost",
+            "does not answer",
+        ),
+        (checks.policy_violated, {}, [], {"policy_violation": TOO_MUCH}, "LimitExceeded", "too much"),
+        (
+            checks.run_config_version_differs,
+            {"provenance": {"runConfigVersion": 99}},
+            [],
+            {},
+            "InvalidSpec",
+            "version 99",
+        ),
+        (checks.no_matching_nodes, {}, [], {"tiers": []}, "NoMatchingNodes", "0/7 nodes can"),
+    ],
+)
+def test_each_check_finds_its_obstacle_alone(
+    make_view: Callable[..., Any],
+    make_pod: Any,
+    now: datetime,
+    check: StartCheck,
+    status: dict[str, Any],
+    pods: list[dict[str, Any]],
+    observed: dict[str, Any],
+    reason: str,
+    words: str,
+) -> None:
+    """Whatever the other checks would find; each says when to look again."""
+    blocked = check(make_view(status, [], [make_pod(**pod) for pod in pods], **observed))
+
+    assert blocked is not None
+    assert (blocked.reason, words in blocked.message) == (reason, True)
+    assert blocked.look_at > now
+
+
+def test_a_job_that_may_create_pods_is_waited_for_in_silence(
+    make_view: Callable[..., Any], make_attempt_job: Any
+) -> None:
+    """It is being deleted; only its pods are worth a word."""
+    blocked = checks.pods_remain(make_view({"attempt": 1, "attempts": [ENDED]}, [make_attempt_job(0)], []))
+
+    assert blocked is not None
+    assert (blocked.reason, blocked.message, blocked.actions) == (None, "", ())
+
+
+def test_orphans_in_the_way_are_deleted(make_view: Callable[..., Any], make_pod: Any) -> None:
+    """A pod whose Job is gone does not end by itself."""
+    blocked = checks.pods_remain(make_view({"attempts": [ENDED]}, [], [make_pod()]))
+
+    assert blocked is not None
+    assert blocked.actions == (DeletePod("job-a0-0", "pod-0-0"),)
