@@ -32,8 +32,8 @@ import psutil
 import yaml
 
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.gang import gang_job
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.settings import Settings
 from testcluster.chart import install_rbac
 from testcluster.client import Client
@@ -75,7 +75,7 @@ def bare(name: str, namespace: str) -> Object:
     """The Indexed Job that the operator would make of it, owned by nobody."""
     body = QLoRAJob.model_validate(job(name, namespace))
     settings = Settings(trainer_image=IMAGE)
-    made = gang_job(body, uid=name, attempt=0, isa="avx2", image=IMAGE, settings=settings)
+    made = attempt_job(body, uid=name, attempt=0, isa="avx2", image=IMAGE, settings=settings)
     del made["metadata"]["ownerReferences"]
     return made
 

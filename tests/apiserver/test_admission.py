@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.allowed import refusal
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.admission import policy_violation
 from qlora_operator.settings import Settings
 from testcluster.chart import find, render
 from testcluster.client import ApiError, Client
@@ -316,7 +316,7 @@ def test_the_operator_agrees(guarded: Guarded, asked: Object) -> None:
     """The policy refuses what the operator would let wait, naming the same field, and nothing else."""
     body = job(**asked)
     error = guarded.refused(body)
-    second = refusal(QLoRAJob.model_validate(body).spec, guarded.settings)
+    second = policy_violation(QLoRAJob.model_validate(body).spec, guarded.settings)
 
     assert (error is None) == (second is None), (error, second)
     if error is not None and second is not None:

@@ -14,8 +14,8 @@ from qlora_operator.api import names, quantity
 from qlora_operator.api.loader import parse_job
 from qlora_operator.api.schema import Schema, job_schema
 from qlora_operator.api.yaml_reader import read_documents
+from qlora_operator.cli.validate import INVALID, validate
 from qlora_operator.errors import InvalidJobError
-from qlora_operator.validate import INVALID, validate
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.run import ISA_TIERS
+from qlora_contract.run_config import ISA_TIERS
 from qlora_operator.api.names import TIER_LABELS
 from testcluster.client import Client
 from testcluster.cluster import Cluster

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_contract.run import ISA_TIERS
+from qlora_contract.run_config import ISA_TIERS
 from qlora_operator.api import names
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.gang import gang_job
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from testcluster.client import Client
@@ -76,7 +76,7 @@ def test_random_jobs_are_taken(
     taken = dry_run(client, f"/apis/qlora.dev/v1alpha1/namespaces/{restricted}/qlorajobs", body)
 
     job = QLoRAJob.model_validate(taken)
-    gang = gang_job(
+    gang = attempt_job(
         job, uid=UID, attempt=attempt, isa=isa, image="registry.example/trainer:1", settings=admins
     )
     dry_run(client, f"/apis/batch/v1/namespaces/{restricted}/jobs", gang)

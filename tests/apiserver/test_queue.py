@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.times import stamp
+from qlora_contract.units import rfc3339
 from testcluster.client import Client
 from testcluster.cluster import Cluster
 
@@ -45,7 +45,7 @@ def test_queued_admitted_and_run(make_job: MakeJob, client: Client) -> None:
     assert job.condition("QuotaReserved")["reason"] == "Queued"
     assert "startTime" not in status
 
-    before = stamp(datetime.now(UTC))
+    before = rfc3339(datetime.now(UTC))
     admit(client, job, 0)
 
     job.run()

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.run import config_hash, shaping_fields
-from qlora_operator.api.types import QLoRAJob
+from qlora_contract.identity import identity_hash
+from qlora_contract.run_config import shaping_fields
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
 from testcluster.rank_zero import RankZero, rank_zero
@@ -336,7 +337,7 @@ def test_provenance(make_job: MakeJob) -> None:
         "imageDigest": DIGEST,
         "runConfigVersion": 1,
         "seed": 7,
-        "configHash": config_hash(shaping_fields(*fields)),
+        "configHash": identity_hash(shaping_fields(*fields)),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_contract.places import PROGRESS_PORT
+from qlora_contract.env import PROGRESS_PORT
 from qlora_operator.controller.handlers import PORT
 from qlora_operator.settings import load_settings
 from testcluster.binaries import ensure

@@ -200,7 +200,7 @@ def test_restricted_pods_of_the_trainer_join_a_gloo_group(node_cluster: Cluster,
 @pytest.mark.parametrize(
     ("image", "command"),
     [
-        ("trainer", ["python", "-c", "import qlora_trainer.train"]),
+        ("trainer", ["python", "-c", "import qlora_trainer.training.loop"]),
         ("operator", ["qlora", "--help"]),
         ("operator", ["kopf", "--version"]),
     ],

@@ -21,13 +21,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from qlora_contract import places
+from qlora_contract import env, job_folder
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import Distributed, RunConfig
-from qlora_trainer import storage
-from qlora_trainer.data import load
-from qlora_trainer.distributed import backends
-from qlora_trainer.packing import Plan
+from qlora_contract.run_config import Distributed, RunConfig
+from qlora_trainer.data.dataset import load
+from qlora_trainer.data.packing import StepSchedule
+from qlora_trainer.distributed.backends import registry
 
 POLL_SECONDS = 0.003
 RANK_NAME = "qlora-rank-"
@@ -181,8 +180,8 @@ class Job:
                 attempt.logs.append(here / f"pod-{pod}.log")
                 attempt.reports.append(here / f"pod-{pod}.json")
                 names = {
-                    places.COMPLETION_INDEX_ENV: str(pod),
-                    places.TERMINATION_LOG_ENV: str(attempt.reports[pod]),
+                    env.COMPLETION_INDEX_ENV: str(pod),
+                    env.TERMINATION_LOG_ENV: str(attempt.reports[pod]),
                 }
                 with attempt.logs[pod].open("wb") as log:
                     host = self.hosts[pod] if self.hosts else []
@@ -200,10 +199,10 @@ class Job:
         volumes = {"work": str(self.root), "model": str(self.model), "data": str(self.data.parent)}
         return {
             **inherited,
-            places.RUN_CONFIG_ENV: str(run_json),
-            places.VOLUMES_ENV: json.dumps(volumes),
-            places.PROGRESS_PORT_ENV: str(progress_port),
-            places.PARENT_DEATH_ENV: str(os.getpid()),
+            env.RUN_CONFIG_ENV: str(run_json),
+            env.VOLUMES_ENV: json.dumps(volumes),
+            env.PROGRESS_PORT_ENV: str(progress_port),
+            env.PARENT_DEATH_ENV: str(os.getpid()),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             **self.extra_environ,
@@ -225,18 +224,18 @@ class Job:
         shutil.copytree(self.root, root)
         return Job(root, self.model, self.data, self.settings, self.attempt)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepSchedule:
         """Its steps, as each rank plans them."""
         run = self.run_config(1, 1)
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         data = load(run.dataset, self.data, tokenizer, run.training.max_sequence_length)
-        return Plan(data.train.lengths(), run.training)
+        return StepSchedule(data.train.lengths(), run.training)
 
     # --- what it left
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        path = self.folder / places.METRICS
+        path = self.folder / job_folder.METRICS
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -254,22 +253,22 @@ class Job:
 
     def adapter(self) -> dict[str, Any]:
         """The published tensors."""
-        tensors: dict[str, Any] = load_file(self.folder / places.ADAPTER / places.ADAPTER_WEIGHTS)
+        tensors: dict[str, Any] = load_file(self.folder / job_folder.ADAPTER / job_folder.ADAPTER_WEIGHTS)
         return tensors
 
     def adapter_bytes(self) -> bytes:
         """The published weights, as a file."""
-        return (self.folder / places.ADAPTER / places.ADAPTER_WEIGHTS).read_bytes()
+        return (self.folder / job_folder.ADAPTER / job_folder.ADAPTER_WEIGHTS).read_bytes()
 
     def report(self) -> dict[str, Any]:
         """training_report.json."""
-        report: dict[str, Any] = json.loads((self.folder / places.TRAINING_REPORT).read_text())
+        report: dict[str, Any] = json.loads((self.folder / job_folder.TRAINING_REPORT).read_text())
         return report
 
     def checkpoints(self) -> list[int]:
         """The steps of the whole checkpoints."""
-        folders = sorted((self.folder / places.CHECKPOINTS).glob("step-*"))
-        return [int(path.name[5:]) for path in folders if storage.read_manifest(path) is not None]
+        folders = sorted((self.folder / job_folder.CHECKPOINTS).glob("step-*"))
+        return [int(path.name[5:]) for path in folders if job_folder.read_manifest(path) is not None]
 
     def leftovers(self) -> list[str]:
         """Temporary files and folders."""
@@ -277,8 +276,8 @@ class Job:
 
     def unpublish(self) -> None:
         """As if it had died after its last checkpoint."""
-        shutil.rmtree(self.folder / places.ADAPTER)
-        (self.folder / places.TRAINING_REPORT).unlink()
+        shutil.rmtree(self.folder / job_folder.ADAPTER)
+        (self.folder / job_folder.TRAINING_REPORT).unlink()
 
     def files(self) -> dict[str, tuple[int, bytes]]:
         """Every file of the job: when it was last written, and its bytes."""
@@ -416,7 +415,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def backend(request: pytest.FixtureRequest) -> str:
     """A backend of the test's, which can be used here."""
     name: str = request.param
-    backends.prepare(name)
+    registry.prepare(name)
     return name
 
 

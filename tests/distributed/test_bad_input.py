@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import qlora_trainer
 from qlora_contract.exit_codes import PERMANENT, ExitCode
-from qlora_contract.run import config_hash, run_shaping_fields
+from qlora_contract.identity import identity_fields, identity_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,10 +61,10 @@ def nan_in_the_weights(make_job: MakeJob, folder: Path) -> Any:
 
 def another_spec(make_job: MakeJob, folder: Path) -> Any:
     """The job's folder holds the results of another seed."""
-    fields = run_shaping_fields(make_job(root=folder).run_config(1, 1))
+    fields = identity_fields(make_job(root=folder).run_config(1, 1))
     job = make_job(root=folder, training={"seed": 1})
     job.folder.mkdir(parents=True)
-    identity = {"hash": config_hash(fields), "fields": fields}
+    identity = {"hash": identity_hash(fields), "fields": fields}
     (job.folder / "identity.json").write_text(json.dumps(identity))
     return job
 
@@ -133,7 +133,7 @@ def test_backend_that_is_not_compiled_is_refused(backend: str, make_job: MakeJob
     job = make_job(distributed={"backend": backend})
     job.extra_environ = {"PYTHONPATH": str(tmp_path / "trainer")}
 
-    words = [f"backend {backend} is not compiled", f"`python -m qlora_trainer.distributed.build {backend}`"]
+    words = [f"backend {backend} is not compiled", f"`python -m qlora_trainer.native.build {backend}`"]
     assert_refused(job, job.run(2), ExitCode.INVALID_CONFIGURATION, words)
 
 

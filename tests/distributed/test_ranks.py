@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.packing import rank_share
+from qlora_trainer.data.packing import shard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -42,7 +42,7 @@ def test_shares_are_uneven(four: Any) -> None:
     steps = [plan.at(number) for number in range(plan.total_steps)]
 
     def shares(ranks: int) -> list[set[int]]:
-        return [{len(rank_share(step.bins, rank, ranks)) for rank in range(ranks)} for step in steps]
+        return [{len(shard(step.bins, rank, ranks)) for rank in range(ranks)} for step in steps]
 
     assert any({2, 3} <= share for share in shares(2))
     assert any({1, 2} <= share for share in shares(4))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from peft import PeftConfig
 
-from qlora_trainer import tiny
+from qlora_trainer import smoke_model
 from testcluster.faulty_http import stall
 from testcluster.remote import BUCKET, SECRET_KEY, Remotes, remotes, until
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remotes]:
     """Both servers, with a tiny model and its data."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.write(folder)
+    smoke_model.write(folder)
     with remotes() as made:
         made.hub.commit_folder("team/tiny", folder / "model")
         made.put("sets/data.jsonl", (folder / "data.jsonl").read_bytes())

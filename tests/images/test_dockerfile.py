@@ -88,7 +88,9 @@ def test_the_operator_starts_as_anybody(operator) -> None:
 
 def test_the_trainer_starts_as_anybody(trainer) -> None:
     """The trainer computes with torch, and its command works, as a user without a name on a read-only root."""
-    program = "import torch, torch.distributed, qlora_trainer.train as t; print(torch.ones(3).sum().item())"
+    program = (
+        "import torch, torch.distributed, qlora_trainer.training.loop as t; print(torch.ones(3).sum().item())"
+    )
     done = trainer.run("python", "-c", program)
     help_ = trainer.run("qlora", "--help")
 
@@ -110,7 +112,7 @@ def test_two_ranks_all_reduce_as_anybody(trainer, backend: str) -> None:
 def test_the_launcher_finds_an_allocator_that_loads(trainer) -> None:
     """What the launcher would preload into the ranks is in the image, and is in a process that it is preloaded into."""
     library = trainer.run(
-        "python", "-c", "from qlora_trainer.topology.environment import allocator; print(allocator())"
+        "python", "-c", "from qlora_trainer.launch.environment import allocator; print(allocator())"
     ).stdout.strip()
     done = trainer.run(
         "env", f"LD_PRELOAD={library}", "python", "-c", "print(open('/proc/self/maps').read())"
@@ -154,7 +156,7 @@ def test_the_root_is_read_only_in_these_tests(operator) -> None:
     ("image", "modules"),
     [
         ("operator", ["qlora_operator.controller.handlers"]),
-        ("trainer", ["qlora_trainer.train", "qlora_trainer.launch"]),
+        ("trainer", ["qlora_trainer.training.loop", "qlora_trainer.launch"]),
     ],
     ids=["operator", "trainer"],
 )
@@ -225,7 +227,7 @@ def test_the_trainer_has_no_libraries_that_a_cpu_never_loads(trainer) -> None:
 @pytest.mark.parametrize(
     ("name", "file"),
     [
-        ("operator", "operator/qlora_operator/cli.py"),
+        ("operator", "operator/qlora_operator/cli/main.py"),
         ("trainer", "trainer/qlora_trainer/distributed/backends/ccl.py"),
     ],
     ids=["operator", "trainer"],

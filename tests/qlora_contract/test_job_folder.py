@@ -9,7 +9,7 @@ import pytest
 
 from qlora_contract import job_folder
 from qlora_contract.job_folder import DamagedIdentityError, IdentityError
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 
 
 def a_run(**changes: Any) -> RunConfig:

@@ -15,7 +15,7 @@ from qlora_contract.memory import (
     choose,
     estimate,
 )
-from qlora_contract.run import (
+from qlora_contract.run_config import (
     Adapter,
     Dataset,
     JobRef,

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from qlora_contract.quantization import SCHEMES, SchemeName, weight_bytes
-from qlora_contract.run import Quantization
+from qlora_contract.run_config import Quantization
 
 
 @pytest.mark.parametrize(

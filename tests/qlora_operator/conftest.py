@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 
 SPEC: dict[str, Any] = {
     "workspace": "pvc://team/work",

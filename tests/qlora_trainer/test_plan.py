@@ -13,7 +13,7 @@ from qlora_contract.env import VOLUMES_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import choose
 from qlora_contract.plan import PlanReport, PlanResponse
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer import plan
 from qlora_trainer.data import packing
 from qlora_trainer.data.dataset import load

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer import run_file
 from qlora_trainer.run_file import RunFileError
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from qlora_contract.progress import CheckpointRef, ProgressReport
 from qlora_operator.api.names import Phase
 from qlora_operator.controller.metrics import JobSample, Metrics
-from qlora_trainer.progress import metrics as of_a_job
+from qlora_trainer.telemetry.progress_server import metrics as of_a_job
 
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 

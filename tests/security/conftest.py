@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.allowed import refusal
-from qlora_operator.desired.gang import gang_job
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.admission import policy_violation
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.settings import Settings
@@ -85,12 +85,12 @@ def children(administrator: Settings) -> Callable[[QLoRAJob], dict[str, list[Obj
     """children(job) -> by stage, all that the operator makes for it; nothing for a job that it refuses."""
 
     def make(job: QLoRAJob) -> dict[str, list[Object]]:
-        if refusal(job.spec, administrator) is not None:
+        if policy_violation(job.spec, administrator) is not None:
             return {}
         image = job.spec.image or administrator.trainer_image
         return {
             stage: [
-                gang_job(
+                attempt_job(
                     job,
                     uid=UID,
                     attempt=0,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_operator.api.schema import job_schema
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
 from testcluster.fixtures import fresh_namespace

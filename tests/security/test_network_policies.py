@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.desired.gang import gang_job
+from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.settings import Settings
 from testcluster.chart import SYSTEM, find, render
@@ -168,7 +168,7 @@ def _settings() -> Settings:
 
 def _rank(uid: str) -> dict[str, str]:
     job = QLoRAJob.model_validate(JOB)
-    gang = gang_job(job, uid=uid, attempt=0, isa="avx512", image="x", settings=_settings())
+    gang = attempt_job(job, uid=uid, attempt=0, isa="avx512", image="x", settings=_settings())
     labels: dict[str, str] = gang["spec"]["template"]["metadata"]["labels"]
     return labels
 

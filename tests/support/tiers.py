@@ -1,4 +1,4 @@
-"""pytest plugin for the tiers of tests: --unit selects tests without processes and torch, --repeat reports flaky ones."""
+"""pytest plugin for the tiers: --unit selects tests without processes and torch, --repeat reports repeated ones."""
 
 import os
 import subprocess
@@ -18,19 +18,29 @@ NOT_UNIT = "pytest.mark.process"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options of the tiers."""
-    parser.addoption("--unit", action="store_true", help="only files whose tests start no process and import no torch")
-    parser.addoption("--repeat", action="store_true", help="a second run of failed tests: report each as repeated")
+    parser.addoption(
+        "--unit", action="store_true", help="only files whose tests start no process and import no torch"
+    )
+    parser.addoption(
+        "--repeat", action="store_true", help="a second run of failed tests: report each as repeated"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With --unit, do not even import a test file that is marked `process`."""
-    if config.getoption("--unit") and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+    if (
+        config.getoption("--unit")
+        and collection_path.name.startswith("test_")
+        and collection_path.suffix == ".py"
+    ):
         return NOT_UNIT in collection_path.read_text(encoding="utf-8") or None
     return None
 
 
 @pytest.fixture(autouse=True)
-def _no_process_in_unit_tests(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_process_in_unit_tests(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """With --unit, a test that starts a process or imports torch fails, and says which mark it lacks."""
     if not request.config.getoption("--unit"):
         yield

@@ -155,14 +155,14 @@ def machine() -> str:
     """What the numbers depend on."""
     import torch
 
-    from qlora_trainer import cpu
+    from qlora_trainer.host import isa
 
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     return (
-        f"{_model_name()}, {cores} cores, ISA {cpu.probe_isa()}, torch sees {torch.backends.cpu.get_cpu_capability()}; "
+        f"{_model_name()}, {cores} cores, ISA {isa.probe_isa()}, torch sees {torch.backends.cpu.get_cpu_capability()}; "
         f"load before the start {load:.1f}; Python {platform.python_version()}, " + versions
     )
 

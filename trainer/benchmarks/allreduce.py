@@ -34,7 +34,7 @@ def rank_main(backends: Sequence[str], sizes: Sequence[float]) -> None:
     import torch
     import torch.distributed as dist
 
-    from qlora_trainer.distributed import backends as known
+    from qlora_trainer.distributed.backends import registry as known
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

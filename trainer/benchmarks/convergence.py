@@ -127,15 +127,16 @@ def write_plan(case: Case, path: Path) -> None:
     """What our trainer will do, for the peer to do: its samples, and which of them each step has."""
     from transformers import AutoTokenizer
 
-    from qlora_contract.run import Dataset, Training
-    from qlora_trainer import data, packing
+    from qlora_contract.run_config import Dataset, Training
+    from qlora_trainer.data import dataset as dataset_module
+    from qlora_trainer.data import packing
 
     training = Training.model_validate(settings(case))
     dataset = Dataset.model_validate(job(case)["spec"]["dataset"])
     tokenizer = AutoTokenizer.from_pretrained(case.demo / "model", local_files_only=True)
-    loaded = data.load(dataset, case.demo / "data", tokenizer, training.max_sequence_length)
+    loaded = dataset_module.load(dataset, case.demo / "data", tokenizer, training.max_sequence_length)
     assert loaded.evaluation is not None
-    ours = packing.Plan(loaded.train.lengths(), training)
+    ours = packing.StepSchedule(loaded.train.lengths(), training)
     Plan(
         train=listed(loaded.train),
         evaluation=listed(loaded.evaluation),
@@ -161,8 +162,8 @@ def write_start(case: Case, folder: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    from qlora_trainer.adapter import attach_adapters
-    from qlora_trainer.model import load_model
+    from qlora_trainer.modeling.loading import load_model
+    from qlora_trainer.modeling.lora import attach_adapters
 
     layers = load_model(case.demo / "model", "none", torch.float32).linears
     start = attach_adapters(layers, rank=RANK, alpha=ALPHA, dropout=None, seed=case.seed).named

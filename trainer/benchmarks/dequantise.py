@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from qlora_trainer.kernels.reference import dequantise, un_nest
-from qlora_trainer.quantise import BLOCK, DoubleScales, quantise_nf4
+from qlora_trainer.quantization.kernels.reference import dequantize, dequantize_scales
+from qlora_trainer.quantization.nf4 import BLOCK, NestedScales, quantize_nf4
 
 SHAPES = [(192, 576), (576, 576), (1536, 576), (576, 1536), (4096, 4096)]
 
@@ -33,18 +33,18 @@ def least_seconds(work: Callable[[], object], repeats: int) -> float:
 
 def ours(matrix: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     """What is measured of this project, by name."""
-    plain, double = (quantise_nf4(matrix, double=double, name="w") for double in (False, True))
-    yield "quantise", lambda: quantise_nf4(matrix, double=False, name="w")
-    yield "quantise, double", lambda: quantise_nf4(matrix, double=True, name="w")
+    plain, double = (quantize_nf4(matrix, double=double, name="w") for double in (False, True))
+    yield "quantise", lambda: quantize_nf4(matrix, double=False, name="w")
+    yield "quantise, double", lambda: quantize_nf4(matrix, double=True, name="w")
     for dtype in (torch.float32, torch.bfloat16):
         memory = torch.empty(matrix.shape, dtype=dtype)
         label = str(dtype).removeprefix("torch.")
-        yield f"{label}", lambda dtype=dtype: dequantise(plain, dtype)
-        yield f"{label}, out", lambda dtype=dtype, memory=memory: dequantise(plain, dtype, out=memory)
-        yield f"{label}, double, out", lambda dtype=dtype, memory=memory: dequantise(double, dtype, memory)
-    assert isinstance(double.scales, DoubleScales)
+        yield f"{label}", lambda dtype=dtype: dequantize(plain, dtype)
+        yield f"{label}, out", lambda dtype=dtype, memory=memory: dequantize(plain, dtype, out=memory)
+        yield f"{label}, double, out", lambda dtype=dtype, memory=memory: dequantize(double, dtype, memory)
+    assert isinstance(double.scales, NestedScales)
     scales = double.scales
-    yield "un-nesting alone", lambda: un_nest(scales)
+    yield "un-nesting alone", lambda: dequantize_scales(scales)
 
 
 def theirs(matrix: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -21,14 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_trainer.cpu import available_cpus, probe_isa
-from qlora_trainer.topology.layout import Share, Wish, layout
-from qlora_trainer.topology.machine import read as read_machine
-
-from qlora_contract import places
+from qlora_contract import env, job_folder
 from qlora_contract.cpus import format_cpu_list
-from qlora_contract.run import RunConfig
-from qlora_trainer.metrics_log import read
+from qlora_contract.run_config import RunConfig
+from qlora_trainer.artifacts.metrics_log import read_metrics
+from qlora_trainer.host.cgroups import available_cpus
+from qlora_trainer.host.isa import probe_isa
+from qlora_trainer.host.numa import read_machine
+from qlora_trainer.launch.cpu_layout import AvailableCpus, CpuRequest, compute_layout
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "demo"
 WARM_UP = 2
@@ -96,11 +96,11 @@ def start(case: Case, run: RunConfig, cpus: list[int], *, bound: bool = True) ->
         f"import os; from qlora_trainer import launch; os._exit(launch.main({rank!r}))",
     ]
     environ = {
-        places.RUN_CONFIG_ENV: str(folder / "run.json"),
-        places.VOLUMES_ENV: json.dumps({"demo": str(case.demo), "output": str(case.output)}),
-        places.PROGRESS_PORT_ENV: str(free_port()),
-        places.CPUS_ENV: format_cpu_list(cpus),
-        places.PARENT_DEATH_ENV: str(os.getpid()),
+        env.RUN_CONFIG_ENV: str(folder / "run.json"),
+        env.VOLUMES_ENV: json.dumps({"demo": str(case.demo), "output": str(case.output)}),
+        env.PROGRESS_PORT_ENV: str(free_port()),
+        env.CPUS_ENV: format_cpu_list(cpus),
+        env.PARENT_DEATH_ENV: str(os.getpid()),
         "MASTER_PORT": str(free_port()),
     }
     with (folder / "log").open("wb") as log:
@@ -117,7 +117,7 @@ def finish(case: Case, name: str, process: subprocess.Popen[bytes]) -> float:
     """Tokens per second of a job's steps after the first, once it has ended."""
     if code := process.wait():
         sys.exit(f"{name} ended with {code}:\n{(case.output / name / 'log').read_text()}")
-    lines = read(case.output / "jobs" / name / places.METRICS)
+    lines = read_metrics(case.output / "jobs" / name / job_folder.METRICS)
     steps = [line for line in lines if line["loss"] is not None][WARM_UP:]
     return float(sum(line["tokens"] for line in steps) / sum(line["seconds"] for line in steps))
 
@@ -167,7 +167,9 @@ def halves() -> tuple[tuple[int, ...], tuple[int, ...]]:
     cpus, quota = available_cpus()
     machine = read_machine()
     cores = len(machine.cores_of(cpus))
-    found = layout(machine, Share(tuple(cpus), quota, ours_alone=True), Wish(2, cores // 2 * 2))
+    found = compute_layout(
+        machine, AvailableCpus(tuple(cpus), quota, ours_alone=True), CpuRequest(2, cores // 2 * 2)
+    )
     return found.ranks[0].cpus, found.ranks[1].cpus
 
 

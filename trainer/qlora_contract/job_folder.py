@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.files import sha256
+from qlora_contract.identity import differences, identity_fields, identity_hash
 from qlora_contract.paths import resolve
-from qlora_contract.run import RunConfig, config_hash, differences, run_shaping_fields
+from qlora_contract.run_config import RunConfig
 
 FENCE = "fence.json"
 """The attempt that may write: {"uid": ..., "attempt": ...}."""
@@ -59,8 +60,8 @@ def adapter_uri(run: RunConfig) -> str:
 
 def identity_text(run: RunConfig) -> str:
     """The text of identity.json for this spec."""
-    fields = run_shaping_fields(run)
-    return json.dumps({"hash": config_hash(fields), "fields": fields}, indent=1)
+    fields = identity_fields(run)
+    return json.dumps({"hash": identity_hash(fields), "fields": fields}, indent=1)
 
 
 def has_identity(folder: Path, run: RunConfig) -> bool:
@@ -74,14 +75,14 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
     path = folder / IDENTITY
     try:
         theirs = json.loads(path.read_text())
-        same, fields = theirs["hash"] == config_hash(run_shaping_fields(run)), theirs["fields"]
+        same, fields = theirs["hash"] == identity_hash(identity_fields(run)), theirs["fields"]
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
     if not same:
         raise IdentityError(
-            f"{folder} holds the results of another spec ({differences(fields, run_shaping_fields(run))}); "
+            f"{folder} holds the results of another spec ({differences(fields, identity_fields(run))}); "
             "choose another metadata.name, or remove the folder"
         )
     return True

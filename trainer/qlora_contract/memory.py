@@ -11,7 +11,7 @@ from typing import Literal
 
 from qlora_contract.base import ContractModel
 from qlora_contract.quantization import weight_bytes
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 
 Dtype = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "full"]

@@ -22,7 +22,7 @@ from qlora_contract.exit_codes import COLLATERAL, COLLATERAL_DELAY_SECONDS
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.distributed.heartbeat import Heartbeat, leave
 from qlora_trainer.distributed.peers import LostPeer

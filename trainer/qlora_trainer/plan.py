@@ -31,7 +31,7 @@ from qlora_contract.plan import (
     Steps,
     TextSpan,
 )
-from qlora_contract.run import ISA_TIERS, RunConfig
+from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.host.cgroups import available_cpus
 from qlora_trainer.host.isa import probe
@@ -135,8 +135,8 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.shape import model_shape
-    from qlora_trainer.transfer.revisions import with_pinned_revisions
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+    from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)

@@ -25,7 +25,7 @@ from qlora_contract.job_folder import (
     has_identity,
 )
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_operator.errors import CommandError
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_operator.api.files import load_jobs
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.loader import load_jobs
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import plan, run
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer

@@ -13,20 +13,20 @@ from qlora_contract.cpus import format_cpu_list
 from qlora_contract.plan import (
     Machine,
     MemoryFigures,
-    PlanAnswer,
     PlanReport,
+    PlanResponse,
     PodPlan,
     RankPlan,
-    Run,
-    SplitFacts,
+    SplitStats,
+    TextSpan,
 )
-from qlora_contract.run import BF16_NATIVE, IsaTier, RunConfig, Training
+from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig, Training
 from qlora_contract.units import format_bytes
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
-from qlora_operator.desired.run_config import run_config
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
 
@@ -74,18 +74,18 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
     assert machine is not None, "without arguments, the planner answers with the machine"
     isa, problems = choose_isa(job, machine)
     auto = job.spec.topology.ranks_per_pod == "auto"
-    run = run_config(job, uid="plan", attempt=0, isa=isa)
+    run = to_run_config(job, uid="plan", attempt=0, isa=isa)
     pods: list[PodPlan] = []
     try:
         pods = query_layout(run, launcher_cpus(job.spec.topology, machine))
     except CommandError as error:
         problems.append(str(error))
     counts = [len(pod.ranks) for pod in pods] or [1]
-    run = run.model_copy(update={"layout": run.layout.settled(counts)})
+    run = run.model_copy(update={"layout": run.layout.with_rank_counts(counts)})
     details = None if missing_volumes else query_details(run, volumes)
     if details is not None:
         sharing = max(counts) if auto else 1
-        problems += memory_problems(details.memory, run.layout.memory_per_rank, job.spec.training, sharing)
+        problems += memory_problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
     asked = job.spec.training.compute_dtype
     return JobPlan(
         name=job.metadata.name,
@@ -144,7 +144,7 @@ def query_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
 
 def _query(
     run: RunConfig, before: Sequence[str], after: Sequence[str], volumes: Mapping[str, Path]
-) -> PlanAnswer:
+) -> PlanResponse:
     """The planner's answer about a RunConfig, whose file stands between the other arguments."""
     with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
         path = Path(folder) / "run.json"
@@ -249,7 +249,7 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
     console.print()
 
 
-def split_text(split: SplitFacts) -> str:
+def split_text(split: SplitStats) -> str:
     """A split in one line."""
     text = (
         f"{split.samples:,} samples from {split.records:,} records, {split.tokens:,} tokens, "
@@ -262,16 +262,16 @@ def split_text(split: SplitFacts) -> str:
     return text
 
 
-def sample_text(spans: Iterable[Run], *, marked: bool) -> Text:
+def sample_text(spans: Iterable[TextSpan], *, marked: bool) -> Text:
     """A sample with its loss mask: colored, or `marked` with brackets."""
     text, left = Text(), SAMPLE_CHARACTERS
     for span in spans:
         shown = printable(span.text[:left])
         left -= len(shown)
-        if span.learnt and marked:
+        if span.supervised and marked:
             text.append(f"[[{shown}]]")
         else:
-            text.append(shown, style="green underline" if span.learnt else "dim")
+            text.append(shown, style="green underline" if span.supervised else "dim")
         if left <= 0:
             text.append(" ...")
             break

@@ -21,7 +21,7 @@ from qlora_contract.env import (
     VOLUMES_ENV,
 )
 from qlora_contract.job_folder import RUN_CONFIG
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_operator.cli import job_folder
 from qlora_operator.errors import CommandError
 

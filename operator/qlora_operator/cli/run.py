@@ -14,8 +14,9 @@ from rich.console import Console
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
 from qlora_contract.job_folder import ADAPTER, finished_report, job_path
 from qlora_contract.remote import is_remote
-from qlora_contract.run import Fetched, IsaTier, RunConfig, RunStage
-from qlora_operator.api.types import QLoRAJob, ignored_by_run
+from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
 from qlora_operator.cli import job_folder, processes
 from qlora_operator.cli.display import Display, result_lines
 from qlora_operator.cli.log_tail import LogTail
@@ -23,7 +24,6 @@ from qlora_operator.cli.outcome import Outcome, error_message, summarize
 from qlora_operator.cli.progress_client import fetch_progress
 from qlora_operator.cli.supervision import StopRequest, limits_of, supervise
 from qlora_operator.cli.trainer_query import query_trainer
-from qlora_operator.desired.run_config import run_config
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import choose_tier, launcher_cpus
 
@@ -111,12 +111,14 @@ class LocalRun:
     stop: StopRequest
     display: Display
     verbose: bool
-    fetched: Fetched = field(default_factory=Fetched)
+    fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
 
     def next_config(self, stage: RunStage) -> RunConfig:
         """The RunConfig of the next attempt."""
         uid, attempt = job_folder.next_attempt(self.folder)
-        return run_config(self.job, uid=uid, attempt=attempt, isa=self.isa, stage=stage, fetched=self.fetched)
+        return to_run_config(
+            self.job, uid=uid, attempt=attempt, isa=self.isa, stage=stage, fetched=self.fetched
+        )
 
     def is_finished(self) -> bool:
         """Whether this very job is done. Raises WorkspaceError when the folder belongs to another spec."""

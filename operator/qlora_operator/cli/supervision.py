@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits, next_action
 from qlora_operator.cli.processes import Launcher, kill
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_contract import entry_points
-from qlora_contract.plan import PlanAnswer
+from qlora_contract.plan import PlanResponse
 from qlora_operator.cli.processes import ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
@@ -29,7 +29,7 @@ def require_trainer() -> None:
 
 def query_trainer(
     *arguments: str, volumes: Mapping[str, Path] | None = None, command: Sequence[str] = PLANNER
-) -> PlanAnswer:
+) -> PlanResponse:
     """What `python -m qlora_trainer.plan ARGUMENT...` answers.
 
     Args:
@@ -55,7 +55,7 @@ def query_trainer(
         raise ProcessError(f"{command[0]} could not be started: {error.strerror}") from error
     lines = done.stdout.strip().splitlines()
     try:
-        return PlanAnswer.model_validate_json(lines[-1] if lines else "")
+        return PlanResponse.model_validate_json(lines[-1] if lines else "")
     except ValidationError:
         errors = done.stderr.strip().splitlines() or ["it wrote nothing to stderr"]
         raise ProcessError(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TextIO
 
-from qlora_operator.api.files import load_jobs
+from qlora_operator.api.loader import load_jobs
 from qlora_operator.errors import InvalidFileError
 
 VALID = 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL, KIND, Key
-from qlora_operator.status.observation import Gang, gang
+from qlora_operator.status.observation import AttemptJob, attempt_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class _CachedJob:
 @dataclass(frozen=True, slots=True)
 class _CachedAttemptJob:
     version: int
-    gang: Gang
+    attempt_job: AttemptJob
 
 
 def key_of(raw: Mapping[str, Any]) -> Key:
@@ -60,9 +60,9 @@ class ObjectCache:
         known = self._jobs.get(key)
         return None if known is None else dict(json.loads(known.text))
 
-    def attempt_jobs(self, job_uid: str) -> tuple[Gang, ...]:
+    def attempt_jobs(self, job_uid: str) -> tuple[AttemptJob, ...]:
         """The batch/v1 Jobs of a job."""
-        return tuple(known.gang for known in self._attempt_jobs.get(job_uid, {}).values())
+        return tuple(known.attempt_job for known in self._attempt_jobs.get(job_uid, {}).values())
 
     def put_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a job. Returns whether anything changed: the echo of our own write changes nothing."""
@@ -80,7 +80,7 @@ class ObjectCache:
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
             gone = self._attempt_jobs.pop(known.uid, {})
-            self._starting -= {each.gang.uid for each in gone.values()}
+            self._starting -= {each.attempt_job.uid for each in gone.values()}
 
     def put_attempt_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a batch/v1 Job. Returns whether a fact that decisions need has changed; most updates change none."""
@@ -92,22 +92,22 @@ class ObjectCache:
         known = siblings.get(name)
         if known is not None and known.version > version:
             return False
-        siblings[name] = _CachedAttemptJob(version, gang(raw, uid))
+        siblings[name] = _CachedAttemptJob(version, attempt_job(raw, uid))
         self._count(known, siblings[name])
-        return known is None or known.gang != siblings[name].gang
+        return known is None or known.attempt_job != siblings[name].attempt_job
 
     def is_healthy(self, raw: Mapping[str, Any]) -> bool:
         """Whether a batch/v1 Job is starting or running: nothing to do but to update the status."""
         uid = _job_uid(raw)
         known = self._attempt_jobs.get(uid or "", {}).get(raw["metadata"]["name"])
-        return known is not None and known.gang.does_well
+        return known is not None and known.attempt_job.healthy
 
     def drop_attempt_job(self, raw: Mapping[str, Any]) -> None:
         """Drop a batch/v1 Job, if the cached one has its uid."""
         uid = _job_uid(raw)
         siblings = self._attempt_jobs.get(uid or "", {})
         known = siblings.get(raw["metadata"]["name"])
-        if known is not None and known.gang.uid == raw["metadata"]["uid"]:
+        if known is not None and known.attempt_job.uid == raw["metadata"]["uid"]:
             del siblings[raw["metadata"]["name"]]
             self._count(known, None)
             if uid and not siblings:
@@ -117,7 +117,7 @@ class ObjectCache:
         """Drop the batch/v1 Jobs whose uid is not among `uids`; returns the uids of the jobs that have lost one."""
         keep, lost = set(uids), []
         for uid, siblings in self._attempt_jobs.items():
-            gone = [name for name, known in siblings.items() if known.gang.uid not in keep]
+            gone = [name for name, known in siblings.items() if known.attempt_job.uid not in keep]
             for name in gone:
                 self._count(siblings.pop(name), None)
             lost += [uid] if gone else []
@@ -125,9 +125,9 @@ class ObjectCache:
 
     def _count(self, before: _CachedAttemptJob | None, after: _CachedAttemptJob | None) -> None:
         if before is not None:
-            self._starting.discard(before.gang.uid)
-        if after is not None and after.gang.starting:
-            self._starting.add(after.gang.uid)
+            self._starting.discard(before.attempt_job.uid)
+        if after is not None and after.attempt_job.starting:
+            self._starting.add(after.attempt_job.uid)
 
 
 def _job_uid(raw: Mapping[str, Any]) -> str | None:

@@ -5,19 +5,20 @@ from collections.abc import Awaitable
 from typing import Any
 
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.cluster import (
-    GANGS,
-    JOBS,
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.controller.api_client import (
+    BATCH_JOBS,
     NETWORK_POLICIES,
     PODS,
+    QLORAJOBS,
     SERVICES,
+    ApiClient,
     ApiError,
-    Cluster,
     Resource,
 )
+from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
-from qlora_operator.desired.gang import gang_job
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
 from qlora_operator.settings import Settings
@@ -32,14 +33,13 @@ from qlora_operator.status.actions import (
 from qlora_operator.status.observation import ReasonMessage
 from qlora_operator.status.sanitize import sanitize
 from qlora_operator.status.waiting import is_quota_error
-from qlora_operator.store import Store
 
 
 class Children:
     """Does what a decision says is to be done."""
 
-    def __init__(self, cluster: Cluster, store: Store, facts: JobFacts, settings: Settings) -> None:
-        self._cluster, self._store, self._facts, self._settings = cluster, store, facts, settings
+    def __init__(self, client: ApiClient, cache: ObjectCache, facts: JobFacts, settings: Settings) -> None:
+        self._client, self._cache, self._facts, self._settings = client, cache, facts, settings
 
     async def act(self, action: Action, job: QLoRAJob, uid: str) -> bool:
         """Whether to go on with the other actions; otherwise the job is to be decided about anew."""
@@ -50,11 +50,11 @@ class Children:
             case RestoreNetwork():
                 return await self._try(uid, self._create_network(job, uid))
             case DeleteAttemptJob(name, job_uid):
-                await self._cluster.delete(GANGS, namespace, name, job_uid)
+                await self._client.delete(BATCH_JOBS, namespace, name, job_uid)
             case DeletePod(name, pod_uid):
-                await self._cluster.delete(PODS, namespace, name, pod_uid)
+                await self._client.delete(PODS, namespace, name, pod_uid)
             case DeleteJob():
-                await self._cluster.delete(JOBS, namespace, job.metadata.name, uid)
+                await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid)
         return True
 
     async def _try(self, uid: str, children: Awaitable[None]) -> bool:
@@ -70,7 +70,7 @@ class Children:
         return True
 
     async def _start(self, action: StartAttempt, job: QLoRAJob, uid: str) -> None:
-        body = gang_job(
+        body = attempt_job(
             job,
             uid=uid,
             attempt=action.attempt,
@@ -82,7 +82,7 @@ class Children:
             fetched=action.fetched,
         )
         await self._create_network(job, uid)
-        self._store.put_gang(await self._ensure(GANGS, body, uid))
+        self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))
 
     async def _create_network(self, job: QLoRAJob, uid: str) -> None:
         """The Service and the NetworkPolicy, which all attempts share."""
@@ -97,11 +97,11 @@ class Children:
         """Create a child unless it exists. Raises ApiError with reason NameConflict if its name is taken."""
         namespace, name = body["metadata"]["namespace"], body["metadata"]["name"]
         try:
-            return await self._cluster.create(resource, namespace, body)
+            return await self._client.create(resource, namespace, body)
         except ApiError as error:
             if error.reason != "AlreadyExists":
                 raise
-        existing = await self._cluster.get(resource, namespace, name)
+        existing = await self._client.get(resource, namespace, name)
         owners = existing["metadata"].get("ownerReferences") or []
         if not any(owner["uid"] == uid and owner.get("controller") for owner in owners):
             message = (

@@ -29,9 +29,10 @@ from qlora_operator.controller.api_client import (
     ApiError,
 )
 from qlora_operator.controller.cache import ObjectCache, key_of, owner_key
+from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.progress_poller import ProgressPoller
+from qlora_operator.controller.reconciler import Reconciler
 from qlora_operator.controller.workqueue import WorkQueue
-from qlora_operator.reconcile import Reconciler
 from qlora_operator.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,11 @@ class Operator:
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.cache = ObjectCache()
         self.client = ApiClient(self.metrics, self.namespaces)
-        self.reconciler = Reconciler(self.client, self.cache, self.settings, self.metrics)
+        self.facts = JobFacts()
+        self.poller = ProgressPoller(self.client, self.facts, self._reported)
+        self.reconciler = Reconciler(
+            self.client, self.cache, self.facts, self.poller, self.settings, self.metrics
+        )
         self.queue = WorkQueue(self.reconciler, failed=self.metrics.reconcile_errors.inc)
         self.resynced = 0.0
         """Monotonic time of the last complete resync; 0: none yet."""
@@ -87,9 +92,7 @@ class Operator:
     async def start(self) -> None:
         """Start the parts; kopf starts the watches afterwards."""
         await self.client.__aenter__()
-        self.poller = ProgressPoller(self.client, self.reconciler, self.queue)
-        self.reconciler.follow = self.poller.track
-        self.reconciler.unfollow = self.poller.untrack
+        self.poller.start()
         port = int(os.environ.get(PORT_ENV) or PORT)
         self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
         self.metrics.queue_depth.set_function(lambda: len(self.queue))
@@ -152,13 +155,17 @@ class Operator:
             for resource in (SERVICES, NETWORK_POLICIES)
         ]
         complete = set.intersection(*owners)
-        self.reconciler.incomplete.update(set(self.cache.jobs().values()) - complete)
+        self.facts.set_children_missing(set(self.cache.jobs().values()) - complete)
+
+    def _reported(self, key: names.Key) -> None:
+        """Rank 0 of a job has reported its progress."""
+        self.queue.add(key)
 
     def drop(self, key: names.Key, uid: str) -> None:
         """Forget a job that was deleted."""
         self.cache.drop_job(key, uid)
         self.poller.untrack(uid)
-        self.reconciler.forget(uid)
+        self.facts.forget(uid)
         self.queue.add(key)
 
     # --- probes

@@ -1,4 +1,4 @@
-"""What is known of jobs between two reconciliations and stands in no object of theirs."""
+"""Facts about jobs that are kept between reconciliations and stand in no API object."""
 
 from collections.abc import Iterable
 
@@ -7,12 +7,13 @@ from qlora_operator.status.observation import ReasonMessage
 
 
 class JobFacts:
-    """Facts by the QLoRAJob's uid. Everybody who learns one tells it here, and the reconciler asks."""
+    """Facts by the QLoRAJob's uid. Handlers and the poller put them here; the reconciler reads them."""
 
     def __init__(self) -> None:
         self._reports: dict[str, ProgressReport] = {}
         self._children_missing: set[str] = set()
         self._create_errors: dict[str, ReasonMessage] = {}
+        self._warned: dict[str, int | None] = {}
 
     def put_report(self, uid: str, report: ProgressReport) -> None:
         """Rank 0 has reported its progress."""
@@ -47,8 +48,15 @@ class JobFacts:
         """Why the job's children could not be created when that was last tried."""
         return self._create_errors.get(uid)
 
+    def set_ignored_fields(self, uid: str, generation: int | None) -> bool:
+        """This generation of a job has fields that are ignored. Returns whether that is news."""
+        known = self._warned.get(uid, -1)
+        self._warned[uid] = generation
+        return known != generation
+
     def forget(self, uid: str) -> None:
         """The job is gone."""
         self._reports.pop(uid, None)
         self._children_missing.discard(uid)
         self._create_errors.pop(uid, None)
+        self._warned.pop(uid, None)

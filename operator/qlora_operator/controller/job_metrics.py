@@ -1,8 +1,8 @@
 """Tell: the metrics of a job whose decision is saved."""
 
 from qlora_operator.api.names import Key, Phase
-from qlora_operator.api.types import QLoRAJobStatus
-from qlora_operator.metrics import Figures, Metrics
+from qlora_operator.api.status import QLoRAJobStatus
+from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_operator.status.policies import DONE
 
 FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
@@ -11,9 +11,9 @@ FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
 def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLoRAJobStatus) -> None:
     """How the job is now, and what has happened since its status was `before`."""
     before, progress = before or QLoRAJobStatus(), after.progress
-    metrics.jobs.put(
+    metrics.jobs.set(
         *key,
-        Figures(
+        JobSample(
             phase=Phase(after.phase or Phase.PENDING),
             tokens_per_second=progress.tokens_per_second if progress else None,
             loss=progress.loss if progress else None,

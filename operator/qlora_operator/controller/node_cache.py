@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 
-from qlora_operator.cluster import ApiError, Cluster
+from qlora_operator.controller.api_client import ApiClient, ApiError
 from qlora_operator.controller.ttl_cache import TtlCache
 from qlora_operator.placement import nodes as placement
 
@@ -38,8 +38,8 @@ class NodeSnapshot:
 class NodeCache:
     """The newest snapshot."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, client: ApiClient) -> None:
+        self._client = client
         self._snapshot: TtlCache[NodeSnapshot | None] = TtlCache(self._list, NODES_SECONDS)
 
     async def get(self, expected: Iterable[str] = ()) -> NodeSnapshot | None:
@@ -56,7 +56,7 @@ class NodeCache:
 
     async def _list(self) -> NodeSnapshot | None:
         try:
-            return NodeSnapshot([placement.node(raw) for raw in await self._cluster.nodes()])
+            return NodeSnapshot([placement.node(raw) for raw in await self._client.nodes()])
         except ApiError as error:
             if error.code != 403:
                 raise

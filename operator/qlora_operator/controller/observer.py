@@ -5,12 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_operator.api.names import Key
-from qlora_operator.api.types import QLoRAJob
-from qlora_operator.cluster import Cluster
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.controller.api_client import ApiClient
+from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
 from qlora_operator.controller.ttl_cache import TtlCache
-from qlora_operator.desired.allowed import refusal
+from qlora_operator.desired.admission import policy_violation
 from qlora_operator.placement import nodes as placement
 from qlora_operator.settings import Settings
 from qlora_operator.status.observation import (
@@ -23,7 +24,6 @@ from qlora_operator.status.observation import (
     pod,
 )
 from qlora_operator.status.policies import startup_grace
-from qlora_operator.store import Store
 
 WARNINGS_SECONDS = 10.0
 """How long one list of a namespace's warnings serves all of its jobs."""
@@ -32,22 +32,22 @@ WARNINGS_SECONDS = 10.0
 class Observer:
     """Reads what decisions need."""
 
-    def __init__(self, cluster: Cluster, store: Store, facts: JobFacts, settings: Settings) -> None:
-        self._cluster, self._store, self._facts, self._settings = cluster, store, facts, settings
-        self._nodes = NodeCache(cluster)
+    def __init__(self, client: ApiClient, cache: ObjectCache, facts: JobFacts, settings: Settings) -> None:
+        self._client, self._cache, self._facts, self._settings = client, cache, facts, settings
+        self._nodes = NodeCache(client)
         self._warnings: dict[str, TtlCache[list[dict[str, Any]]]] = {}
 
     def known(self, job: QLoRAJob, uid: str) -> Observation:
         """What is known of a job without a request."""
-        violation = refusal(job.spec, self._settings)
+        violation = policy_violation(job.spec, self._settings)
         return Observation(
-            attempt_jobs=self._store.gangs(uid),
+            attempt_jobs=self._cache.attempt_jobs(uid),
             progress=self._facts.take_report(uid),
             image=job.spec.image or self._settings.trainer_image,
             policy_violation=None if violation is None else ReasonMessage(*violation),
             create_error=self._facts.create_error(uid),
             children_missing=self._facts.children_missing(uid),
-            startup_grace=startup_grace(self._store.starting),
+            startup_grace=startup_grace(self._cache.starting),
         )
 
     async def read(
@@ -57,14 +57,14 @@ class Observer:
         if Read.JOBS in reads:
             seen = await self._with_jobs(seen, key, uid)
         if Read.PODS in reads:
-            seen = replace(seen, pods=tuple(map(pod, await self._cluster.pods(key[0], uid))))
+            seen = replace(seen, pods=tuple(map(pod, await self._client.pods(key[0], uid))))
             if {each.owner_uid for each in seen.pods or ()} - {each.uid for each in seen.attempt_jobs}:
                 # Orphans, or pods of a Job that the watch has not told of yet: a list tells which.
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WARNINGS in reads:
             namespace = key[0]
             known = self._warnings.setdefault(
-                namespace, TtlCache(lambda: self._cluster.warnings(namespace), WARNINGS_SECONDS)
+                namespace, TtlCache(lambda: self._client.warning_events(namespace), WARNINGS_SECONDS)
             )
             about = warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
             seen = replace(seen, warnings=about)
@@ -79,9 +79,9 @@ class Observer:
         return seen
 
     async def _with_jobs(self, seen: Observation, key: Key, uid: str) -> Observation:
-        for raw in await self._cluster.gangs(key[0], uid):
-            self._store.put_gang(raw)
-        return replace(seen, attempt_jobs=self._store.gangs(uid), jobs_listed=True)
+        for raw in await self._client.attempt_jobs(key[0], uid):
+            self._cache.put_attempt_job(raw)
+        return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 
 def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:

@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from qlora_contract import units
 from qlora_contract.progress import ProgressReport
-from qlora_operator.api import times
 from qlora_operator.status.sanitize import sanitized
 
 FETCH_SECONDS = 3.0
@@ -97,7 +97,7 @@ def _check_numbers(value: Any) -> None:
 
 def _check_time(text: str) -> None:
     """Raise ValueError unless the API server takes it for a time."""
-    if times.stamp(times.parse(text)) != text:
+    if units.rfc3339(units.parse_time(text)) != text:
         raise ValueError(f"{text[:60]!r} is not a time such as 2026-01-31T12:00:00Z")
 
 

@@ -3,16 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
 
-from qlora_contract.places import PROGRESS_PORT
+from qlora_contract.env import PROGRESS_PORT
 from qlora_operator.api.names import Key
 from qlora_operator.controller.api_client import ApiClient, ApiError
+from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.progress_client import fetch_progress
-from qlora_operator.controller.workqueue import WorkQueue
-from qlora_operator.reconcile import Reconciler
 from qlora_operator.status.observation import Pod, pod
 
 log = logging.getLogger(__name__)
@@ -42,14 +42,24 @@ class _Tracked:
 class ProgressPoller:
     """One timer for all running attempts, with a bound on concurrent requests."""
 
-    def __init__(self, cluster: ApiClient, reconciler: Reconciler, queue: WorkQueue) -> None:
-        self._cluster, self._reconciler, self._queue = cluster, reconciler, queue
+    def __init__(self, client: ApiClient, facts: JobFacts, changed: Callable[[Key], None]) -> None:
+        """Prepare a poller; `start` starts its timer.
+
+        Args:
+            client: lists the pods of an attempt whose rank 0 has no known address.
+            facts: gets the reports.
+            changed: called with the key of each job that has reported.
+        """
+        self._client, self._facts, self._changed = client, facts, changed
         self._tracked: dict[str, _Tracked] = {}
-        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         self._requests: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Start polling; needs a running event loop."""
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
         self._timer = asyncio.create_task(self._run())
 
-    def track(self, key: Key, uid: str, attempt: int, pods: list[Pod]) -> None:
+    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
         """Poll this attempt from now on; `pods` are those that are known, if any."""
         known = self._tracked.get(uid)
         if known is None or known.attempt != attempt:
@@ -98,7 +108,7 @@ class ProgressPoller:
         key, attempt = tracked.key, tracked.attempt
         if tracked.address is None:
             try:
-                pods = [pod(raw) for raw in await self._cluster.pods(key[0], uid)]
+                pods = [pod(raw) for raw in await self._client.pods(key[0], uid)]
             except ApiError as error:
                 log.debug("the pods of %s/%s could not be listed: %s", *key, error)
                 return False
@@ -108,10 +118,10 @@ class ProgressPoller:
         report = await fetch_progress(self._session, tracked.address, PROGRESS_PORT, uid=uid, attempt=attempt)
         if report is None or self._tracked.get(uid) is not tracked:
             return False
-        self._reconciler.reports[uid] = report
-        self._queue.add(key)
+        self._facts.put_report(uid, report)
+        self._changed(key)
         return True
 
 
-def _address(pods: list[Pod], attempt: int) -> str | None:
+def _address(pods: Sequence[Pod], attempt: int) -> str | None:
     return next((each.address for each in pods if each.index == 0 and each.attempt == attempt), None)

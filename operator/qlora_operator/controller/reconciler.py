@@ -7,39 +7,40 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from qlora_operator import logs
-from qlora_operator.api.faults import validation_faults
+from qlora_operator.api.loader import parse_api_object
+from qlora_operator.api.messages import validation_faults
 from qlora_operator.api.names import Key, Phase
-from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
-from qlora_operator.cluster import EVENTS, JOBS, NAMESPACE_TERMINATING, ApiError, Cluster
-from qlora_operator.controller import job_metrics
+from qlora_operator.api.status import QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.controller import job_metrics, logs
+from qlora_operator.controller.api_client import EVENTS, NAMESPACE_TERMINATING, QLORAJOBS, ApiClient, ApiError
+from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.children import Children
 from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.observer import Observer
 from qlora_operator.desired.events import event as event_body
-from qlora_operator.metrics import Metrics
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import Event
 from qlora_operator.status.decision import decide
 from qlora_operator.status.invalid_spec import invalid_spec_status
 from qlora_operator.status.observation import Pod
-from qlora_operator.store import Store
 
 log = logging.getLogger(__name__)
 
 INVALID_SPEC_SECONDS = 60.0
-"""How often it is tried again to read a job that this operator cannot read."""
+"""How often a job that this operator cannot read is read again."""
 RUNNING_PHASES = (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING)
 
 
 class ProgressTracker(Protocol):
-    """Is told whose progress to ask for."""
+    """Polls the progress of running attempts."""
 
-    def follow(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
-        """An attempt runs; its pods, if they were read."""
+    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
+        """Poll this attempt from now on; `pods` are those that are known, if any."""
 
-    def forget(self, uid: str) -> None:
-        """The job does not run."""
+    def untrack(self, uid: str) -> None:
+        """Stop polling a job."""
 
 
 class Reconciler:
@@ -47,27 +48,32 @@ class Reconciler:
 
     def __init__(
         self,
-        cluster: Cluster,
-        store: Store,
+        client: ApiClient,
+        cache: ObjectCache,
         facts: JobFacts,
         tracker: ProgressTracker,
         settings: Settings,
         metrics: Metrics,
     ) -> None:
-        self._cluster, self._store, self._tracker, self._metrics = cluster, store, tracker, metrics
-        self._observer = Observer(cluster, store, facts, settings)
-        self._children = Children(cluster, store, facts, settings)
+        self._client, self._cache, self._facts = client, cache, facts
+        self._tracker, self._metrics = tracker, metrics
+        self._observer = Observer(client, cache, facts, settings)
+        self._children = Children(client, cache, facts, settings)
 
     async def __call__(self, key: Key) -> float | None:
-        """Reconcile one job. Returns the seconds until it is due again, None when only an event shall bring it back."""
-        raw = self._store.job(key)
+        """Reconcile one job. Returns the seconds until it is due again, None when only an event brings it back."""
+        raw = self._cache.job(key)
         if raw is None:
-            self._metrics.jobs.drop(*key)
+            self._metrics.jobs.remove(*key)
             return None
         try:
-            job = QLoRAJob.model_validate(raw)
+            job, ignored = parse_api_object(raw)
         except ValidationError as error:
             return await self._reject(raw, error)
+        if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
+            log.warning(
+                "%s/%s: fields that this release does not know are ignored: %s", *key, ", ".join(ignored)
+            )
         attempt = job.status.attempt if job.status else None
         with logs.job(*key, attempt), self._metrics.reconcile_seconds.time():
             return await self._reconcile(key, raw, job)
@@ -91,9 +97,9 @@ class Reconciler:
             for event in decision.events:
                 await self._post(job, uid, event)
         if decision.status.phase in RUNNING_PHASES and decision.status.attempt is not None:
-            self._tracker.follow(key, uid, decision.status.attempt, seen.pods or ())
+            self._tracker.track(key, uid, decision.status.attempt, seen.pods or ())
         else:
-            self._tracker.forget(uid)
+            self._tracker.untrack(uid)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
 
     async def _reject(self, raw: dict[str, Any], error: ValidationError) -> float:
@@ -116,20 +122,20 @@ class Reconciler:
         if not always and _without_empty(new) == _without_empty(raw.get("status") or {}):
             return True
         try:
-            self._store.put_job(await self._cluster.save_status({**raw, "status": new}))
+            self._cache.put_job(await self._client.save_status({**raw, "status": new}))
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
         else:
             return True
-        # The watch may be behind: the store has to know the job as it is before it is looked at again.
+        # The watch may be behind: the cache has to know the job as it is before it is looked at again.
         key = (raw["metadata"]["namespace"], raw["metadata"]["name"])
         try:
-            self._store.put_job(await self._cluster.get(JOBS, *key))
+            self._cache.put_job(await self._client.get(QLORAJOBS, *key))
         except ApiError as error:
             if error.code != 404:
                 raise
-            self._store.drop_job(key, raw["metadata"]["uid"])
+            self._cache.drop_job(key, raw["metadata"]["uid"])
         return False
 
     # --- tell
@@ -139,7 +145,7 @@ class Reconciler:
         body = event_body(job, uid, event.type, event.reason, event.message, datetime.now(UTC))
         log.info("%s: %s", event.reason, event.message)
         try:
-            await self._cluster.create(EVENTS, str(job.metadata.namespace), body)
+            await self._client.create(EVENTS, str(job.metadata.namespace), body)
         except ApiError as error:
             level = logging.DEBUG if error.reason == NAMESPACE_TERMINATING else logging.WARNING
             log.log(level, "an event could not be posted: %s", error)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qlora_contract.cpus import slices
+from qlora_contract.cpus import partition
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_contract.run_config import IsaTier
@@ -54,4 +54,4 @@ def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
             "or set spec.topology.pinning to best-effort",
             ExitCode.INVALID_CONFIGURATION,
         )
-    return slices(machine.cpus[:usable], topology.pods, each)
+    return partition(machine.cpus[:usable], topology.pods, each)

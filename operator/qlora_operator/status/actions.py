@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from datetime import datetime
 
-from qlora_contract.run import Fetched, IsaTier, RunStage
-from qlora_operator.api.types import QLoRAJobStatus
+from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
+from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.status.observation import Read
 
-NOTHING_FETCHED = Fetched()
+NOTHING_FETCHED = ResolvedRevisions()
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class StartAttempt:
     image: str
     avoid: tuple[str, ...] = ()
     stage: RunStage = "train"
-    fetched: Fetched = NOTHING_FETCHED
+    fetched: ResolvedRevisions = NOTHING_FETCHED
 
 
 @dataclass(frozen=True)

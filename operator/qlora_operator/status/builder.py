@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import ATTEMPTS_SHOWN, Attempt, QLoRAJob, QLoRAJobStatus
+from qlora_operator.api.status import ATTEMPTS_SHOWN, Attempt, QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import conditions
 from qlora_operator.status.actions import Action, Decision, Event
 from qlora_operator.status.checks import Blocked
@@ -85,7 +86,7 @@ class StatusBuilder:
             self.set_false(ConditionType.SUSPENDED, *over)
         self.set_true(kind, reason, message)
         self.set_true(ConditionType.FINISHED, reason, message)
-        self.set(message=message, completion_time=stamp(self.now))
+        self.set(message=message, completion_time=rfc3339(self.now))
         self.event("Normal" if kind == ConditionType.COMPLETE else "Warning", reason, message)
 
     def _put(self, kind: ConditionType, reason: Reason, message: str, *, holds: bool) -> None:

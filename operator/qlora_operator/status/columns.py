@@ -1,6 +1,6 @@
 """Numbers as `kubectl get` shows them."""
 
-from qlora_operator.api.types import Columns, Progress, Restarts
+from qlora_operator.api.status import Columns, Progress, Restarts
 
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
 

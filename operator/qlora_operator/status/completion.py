@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_contract.run import Fetched
+from qlora_contract.run_config import ResolvedRevisions
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import AdapterStatus
+from qlora_operator.api.status import AdapterStatus
 from qlora_operator.status import progress_status, stages
 from qlora_operator.status.checks import AttemptEnd, Budget
 from qlora_operator.status.view import JobView
@@ -35,7 +35,7 @@ def stage_result(view: JobView) -> StageResult:
 
 def _fetched(view: JobView) -> StageResult:
     report = progress_status.transfer_report(view.pods)
-    found = (report.fetched if report is not None else None) or Fetched()
+    found = (report.fetched if report is not None else None) or ResolvedRevisions()
     known = view.provenance
     # What is known stays: the job's data does not change when a branch moves.
     provenance = known.model_copy(

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType, Phase, Reason
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import Condition
+from qlora_operator.api.status import Condition
 
 
 def find(conditions: Sequence[Condition], kind: ConditionType) -> Condition | None:
@@ -44,7 +44,7 @@ def put(
     """The conditions with this one set, in their fixed order; its transition time moves only when its status does."""
     status: Literal["True", "False"] = "True" if holds else "False"
     before = find(conditions, kind)
-    since = before.last_transition_time if before and before.status == status else stamp(now)
+    since = before.last_transition_time if before and before.status == status else rfc3339(now)
     condition = Condition(
         type=kind,
         status=status,

@@ -2,8 +2,8 @@
 
 from datetime import timedelta
 
+from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.times import parse
 from qlora_operator.status import policies
 from qlora_operator.status.checks import AttemptEnd, Budget, EndCheck, NotYet
 from qlora_operator.status.view import JobView
@@ -60,10 +60,14 @@ def progress_deadline_exceeded(view: JobView) -> AttemptEnd | NotYet | None:
         return None
     if progress is None or progress.step_time is None or progress.updated_time is None:
         return None
-    if attempt is None or attempt.start is None or parse(progress.updated_time) < parse(attempt.start):
+    if (
+        attempt is None
+        or attempt.start is None
+        or parse_time(progress.updated_time) < parse_time(attempt.start)
+    ):
         return None  # it is an earlier attempt's
     seconds = view.spec.progress_deadline_seconds
-    since = max(parse(progress.step_time), parse(running.last_transition_time))
+    since = max(parse_time(progress.step_time), parse_time(running.last_transition_time))
     deadline = since + timedelta(seconds=seconds)
     if view.now < deadline:
         return NotYet(deadline)

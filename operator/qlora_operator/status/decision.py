@@ -7,9 +7,10 @@ can thus go on from any point at which the operator was killed.
 
 from datetime import datetime
 
+from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
-from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus, Restarts
+from qlora_operator.api.status import QLoRAJobStatus, Restarts
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import completion, conditions, policies, running, stages, starting, teardown
 from qlora_operator.status.actions import Decision, DeleteJob
 from qlora_operator.status.builder import StatusBuilder
@@ -74,7 +75,7 @@ def _suspend_or_resume(builder: StatusBuilder) -> None:
     # In a queue the clock starts when the queue admits the job.
     queued = view.spec.scheduling.queue_name is not None
     if builder.status.start_time is None and not view.spec.suspend and not queued:
-        builder.set(start_time=stamp(view.now))
+        builder.set(start_time=rfc3339(view.now))
 
 
 # --- the open attempt
@@ -149,7 +150,7 @@ def _create_children(builder: StatusBuilder) -> None:
     # After as many seconds as the attempt is old, so twice as long each time: what is in the way of a Job that was
     # just created is often one of the same name that is on its way out.
     started = view.open_attempt.start if view.open_attempt else None
-    age = (view.now - parse(started)).total_seconds() if started else policies.LOOK_SECONDS
+    age = (view.now - parse_time(started)).total_seconds() if started else policies.LOOK_SECONDS
     builder.requeue_at(view.after(min(max(age, FIRST_RETRY_SECONDS), policies.LOOK_SECONDS)))
 
 
@@ -163,7 +164,7 @@ def _tear_down(builder: StatusBuilder) -> None:
         builder.set(message=state.stuck.message)
     if state.done and view.open_attempt is not None:
         codes = exit_codes(view.pods, view.open_attempt.exit_codes)
-        builder.set_attempt(end=stamp(view.now), exit_codes=list(codes))
+        builder.set_attempt(end=rfc3339(view.now), exit_codes=list(codes))
     else:
         builder.requeue_at(view.after(policies.LOOK_SECONDS))
 

@@ -2,9 +2,9 @@
 
 from datetime import datetime, timedelta
 
+from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.times import parse
-from qlora_operator.api.types import held_fields
+from qlora_operator.api.v1alpha1 import topology_hash
 from qlora_operator.status import policies
 from qlora_operator.status.checks import AttemptEnd, Budget, EndCheck, NotYet
 from qlora_operator.status.deadlines import JOB_DEADLINES, progress_deadline_exceeded
@@ -112,7 +112,7 @@ def spec_changed(view: JobView) -> AttemptEnd | None:
 def _spec_changed(view: JobView) -> bool:
     """Whether its Job was made from another topology or scheduling than spec has now."""
     job = view.confirmed_job
-    return job is not None and job.topology_hash not in (None, held_fields(view.spec))
+    return job is not None and job.topology_hash not in (None, topology_hash(view.spec))
 
 
 # --- others have a better use for the nodes
@@ -165,7 +165,7 @@ def _pods_without_nodes(view: JobView) -> tuple[AttemptJob, list[Pod], datetime]
     placed = [pod for pod in view.pods if pod.node is not None]
     if len(placed) >= view.desired_pods:
         return None
-    started = parse(attempt.start) if attempt.start else view.now
+    started = parse_time(attempt.start) if attempt.start else view.now
     return job, placed, job.admitted_at or started
 
 

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from qlora_contract.exit_codes import COLLATERAL, ExitCode, FailureKind
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunStage
+from qlora_contract.run_config import RunStage
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import RANKS_SHOWN
+from qlora_operator.api.status import RANKS_SHOWN
 from qlora_operator.status.checks import AttemptEnd, Budget
 from qlora_operator.status.observation import AttemptJob, Pod
 from qlora_operator.status.sanitize import last_line, sanitize, sanitized

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
-from qlora_operator.api.types import QLoRAJobStatus
+from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.status import conditions
 
 

@@ -7,9 +7,9 @@ from enum import StrEnum
 from typing import Any
 
 from qlora_contract.progress import ProgressReport
-from qlora_contract.run import IsaTier
-from qlora_operator.api.names import ATTEMPT_LABEL, HELD_FIELDS_ANNOTATION
-from qlora_operator.api.times import parse
+from qlora_contract.run_config import IsaTier
+from qlora_contract.units import parse_time
+from qlora_operator.api.names import ATTEMPT_LABEL, TOPOLOGY_HASH_ANNOTATION
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -187,11 +187,11 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
         failing=_reason_message(failing),
-        failing_since=parse(failing["lastTransitionTime"]) if failing else None,
+        failing_since=parse_time(failing["lastTransitionTime"]) if failing else None,
         failed="Failed" in conditions,
-        admitted_at=parse(status["startTime"]) if status.get("startTime") else None,
+        admitted_at=parse_time(status["startTime"]) if status.get("startTime") else None,
         parallelism=raw["spec"].get("parallelism"),
-        topology_hash=(metadata.get("annotations") or {}).get(HELD_FIELDS_ANNOTATION),
+        topology_hash=(metadata.get("annotations") or {}).get(TOPOLOGY_HASH_ANNOTATION),
     )
 
 
@@ -213,7 +213,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         owner_uid=_controller_uid(metadata),
         node=spec.get("nodeName"),
         address=status.get("podIP"),
-        deleting_since=parse(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
+        deleting_since=parse_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         disruption=_reason_message(disrupted) if disrupted.get("status") == "True" else None,
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=_reason_message(state.get("waiting")),

@@ -3,9 +3,10 @@
 import hashlib
 from datetime import datetime, timedelta
 
+from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.times import parse
-from qlora_operator.api.types import Attempt, QLoRAJobSpec, QLoRAJobStatus
+from qlora_operator.api.status import Attempt, QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.status import conditions
 
 LOOK_SECONDS = 10.0
@@ -69,7 +70,7 @@ def pending_since(status: QLoRAJobStatus, now: datetime) -> datetime:
         conditions.find(status.conditions, kind) for kind in (ConditionType.RUNNING, ConditionType.SUSPENDED)
     )
     times = [
-        parse(condition.last_transition_time)
+        parse_time(condition.last_transition_time)
         for condition in found
         if condition is not None and condition.status == "False"
     ]
@@ -89,11 +90,11 @@ def active_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | No
         return None
     if conditions.is_false(status.conditions, ConditionType.QUOTA_RESERVED):
         return None
-    return parse(status.start_time) + timedelta(seconds=spec.active_deadline_seconds)
+    return parse_time(status.start_time) + timedelta(seconds=spec.active_deadline_seconds)
 
 
 def expiry(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:
     """When a finished job is to be deleted; None if it never is."""
     if spec.ttl_seconds_after_finished is None or status.completion_time is None:
         return None
-    return parse(status.completion_time) + timedelta(seconds=spec.ttl_seconds_after_finished)
+    return parse_time(status.completion_time) + timedelta(seconds=spec.ttl_seconds_after_finished)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from qlora_contract.progress import ProgressReport, TerminationReport
-from qlora_contract.run import RanksPerPod
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import (
+from qlora_contract.run_config import RanksPerPod
+from qlora_contract.units import rfc3339
+from qlora_operator.api.status import (
     NODES_SHOWN,
     RANKS_SHOWN,
     AdapterStatus,
@@ -32,7 +32,7 @@ def progress(before: Progress | None, report: ProgressReport, now: datetime) -> 
         eta_seconds=round(report.eta_seconds) if report.eta_seconds is not None else None,
         memory_estimate=report.memory_estimate,
         memory_peak=report.memory_peak,
-        step_time=since or stamp(now),
+        step_time=since or rfc3339(now),
         updated_time=report.updated_time,
     )
 

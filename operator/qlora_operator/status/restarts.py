@@ -1,7 +1,8 @@
 """What the end of an attempt costs, and what it teaches."""
 
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import NODES_SHOWN, Placement, QLoRAJobSpec, Restarts
+from qlora_operator.api.status import NODES_SHOWN, Placement, Restarts
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.status import progress_status
 from qlora_operator.status.checks import AttemptEnd, Budget
 from qlora_operator.status.failure import below_tier

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.times import parse, stamp
 from qlora_operator.status import conditions, policies, progress_status, stages
 from qlora_operator.status.actions import RestoreNetwork
 from qlora_operator.status.builder import StatusBuilder
@@ -126,7 +126,7 @@ def _nothing_new(view: JobView, job: AttemptJob) -> bool:
     if not view.pods_are_worth_a_look:
         return True
     started = view.open_attempt.start if view.open_attempt else None
-    if started is None or view.now >= parse(started) + max(QUIET, 2 * view.seen.startup_grace):
+    if started is None or view.now >= parse_time(started) + max(QUIET, 2 * view.seen.startup_grace):
         return False
     return waiting_for(view, job).reason == Reason.STARTING
 
@@ -136,8 +136,8 @@ def _next_look(view: JobView) -> datetime:
     seconds."""
     grace = view.seen.startup_grace
     started = view.open_attempt.start if view.open_attempt else None
-    if started is not None and view.now < parse(started) + grace:
-        return parse(started) + grace
+    if started is not None and view.now < parse_time(started) + grace:
+        return parse_time(started) + grace
     return view.after(max(policies.LOOK_SECONDS, grace.total_seconds()))
 
 
@@ -146,9 +146,9 @@ def _start_time(view: JobView, job: AttemptJob) -> str:
     queue."""
     admitted = job.admitted_at or view.now
     if view.status.start_time is None:
-        return stamp(admitted)
+        return rfc3339(admitted)
     reserved = conditions.find(view.status.conditions, ConditionType.QUOTA_RESERVED)
     if reserved is None or reserved.status != "False":
         return view.status.start_time
-    queued = max(admitted - parse(reserved.last_transition_time), timedelta())
-    return stamp(parse(view.status.start_time) + queued)
+    queued = max(admitted - parse_time(reserved.last_transition_time), timedelta())
+    return rfc3339(parse_time(view.status.start_time) + queued)

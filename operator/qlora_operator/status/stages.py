@@ -6,10 +6,11 @@ nodes, suspension) holds for transfers as well.
 
 from qlora_contract.progress import ProgressReport
 from qlora_contract.remote import is_remote
-from qlora_contract.run import Fetched, RunStage
+from qlora_contract.run_config import ResolvedRevisions, RunStage
 from qlora_contract.units import format_bytes_done
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import Provenance, QLoRAJobSpec, QLoRAJobStatus
+from qlora_operator.api.status import Provenance, QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 
 
 def next_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
@@ -21,10 +22,10 @@ def next_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
     return "train" if status.adapter is None else "publish"
 
 
-def fetched(status: QLoRAJobStatus) -> Fetched:
+def fetched(status: QLoRAJobStatus) -> ResolvedRevisions:
     """The revisions of the remote sources, as far as they are known."""
     known = status.provenance or Provenance()
-    return Fetched(model=known.model_revision, dataset=known.dataset_revision)
+    return ResolvedRevisions(model=known.model_revision, dataset=known.dataset_revision)
 
 
 def describe(spec: QLoRAJobSpec, stage: RunStage) -> str:

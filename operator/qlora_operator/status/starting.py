@@ -2,10 +2,11 @@
 
 from datetime import timedelta
 
-from qlora_contract.run import RUN_CONFIG_VERSION, IsaTier, config_hash, shaping_fields
+from qlora_contract.run_config import RUN_CONFIG_VERSION, IsaTier
+from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import Reason
-from qlora_operator.api.times import parse, stamp
-from qlora_operator.api.types import Attempt, Provenance
+from qlora_operator.api.run_config import cannot_write, config_hash
+from qlora_operator.api.status import Attempt, Provenance
 from qlora_operator.status import policies, stages
 from qlora_operator.status.actions import StartAttempt
 from qlora_operator.status.checks import Blocked, StartCheck
@@ -22,10 +23,10 @@ def backing_off(view: JobView) -> Blocked | None:
     last = view.last_attempt
     if last is None or last.end is None:
         return None
-    until = parse(last.end) + timedelta(seconds=policies.backoff(view.uid, view.status.attempts))
+    until = parse_time(last.end) + timedelta(seconds=policies.backoff(view.uid, view.status.attempts))
     if view.now >= until:
         return None
-    message = f"the next attempt starts at {stamp(until)}, since the last ones failed: {last.message}"
+    message = f"the next attempt starts at {rfc3339(until)}, since the last ones failed: {last.message}"
     return Blocked(until, Reason.BACK_OFF, message, event=False)
 
 
@@ -62,14 +63,10 @@ def policy_violated(view: JobView) -> Blocked | None:
 
 
 def run_config_version_differs(view: JobView) -> Blocked | None:
-    """The first attempt's image reads the RunConfig of its time, and refuses any other."""
-    fixed = view.provenance.run_config_version
-    if fixed in (None, RUN_CONFIG_VERSION):
+    """The first attempt's image reads the RunConfig of its time, and this operator does not write that version."""
+    message = cannot_write(view.job)
+    if message is None:
         return None
-    message = (
-        f"the job's first attempt had version {fixed} of the RunConfig, and this operator writes version "
-        f"{RUN_CONFIG_VERSION}: run one that writes version {fixed}, or create another job"
-    )
     return Blocked(view.after(BLOCKED_LOOK_SECONDS), Reason.INVALID_SPEC, message)
 
 
@@ -94,7 +91,7 @@ START_CHECKS: tuple[StartCheck, ...] = (
 def next_attempt(view: JobView) -> Attempt:
     """The attempt after the last one."""
     number = 0 if view.status.attempt is None else view.status.attempt + 1
-    return Attempt(attempt=number, stage=stages.next_stage(view.spec, view.status), start=stamp(view.now))
+    return Attempt(attempt=number, stage=stages.next_stage(view.spec, view.status), start=rfc3339(view.now))
 
 
 def next_tier(view: JobView) -> IsaTier:
@@ -112,15 +109,11 @@ def fixed_provenance(view: JobView) -> Provenance:
     """What the first attempt fixes for all."""
     if view.fixed_image is not None:
         return view.provenance
-    spec = view.spec
-    fields = shaping_fields(
-        spec.model, spec.dataset, spec.adapter, spec.quantization, spec.training, spec.evaluation
-    )
     return Provenance(
         image=view.image,
         run_config_version=RUN_CONFIG_VERSION,
-        seed=spec.training.seed,
-        config_hash=config_hash(fields),
+        seed=view.spec.training.seed,
+        config_hash=config_hash(view.job),
     )
 
 

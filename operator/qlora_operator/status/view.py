@@ -4,20 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from qlora_contract.run import IsaTier, RunStage
+from qlora_contract.run_config import IsaTier, RunStage
+from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType
-from qlora_operator.api.sizes import stage_pods
-from qlora_operator.api.times import parse
-from qlora_operator.api.types import (
-    Attempt,
-    Condition,
-    Placement,
-    Provenance,
-    QLoRAJob,
-    QLoRAJobSpec,
-    QLoRAJobStatus,
-    Restarts,
-)
+from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.status import Attempt, Condition, Placement, Provenance, QLoRAJobStatus, Restarts
+from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec
 from qlora_operator.status import conditions
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, WarningEvent
 
@@ -192,7 +184,7 @@ class JobView:
         if self.is_true(ConditionType.RUNNING):
             return job.ready < self.desired_pods
         started = self.open_attempt.start if self.open_attempt else None
-        late = started is None or self.now >= parse(started) + self.seen.startup_grace
+        late = started is None or self.now >= parse_time(started) + self.seen.startup_grace
         return late or job.ready >= self.desired_pods
 
     # --- the rest of what is read

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
 
-from qlora_contract.places import PROGRESS_PORT
+from qlora_contract.env import PROGRESS_PORT
 
 
 class RankZero:

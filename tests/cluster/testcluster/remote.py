@@ -17,7 +17,7 @@ import boto3
 from moto.server import ThreadedMotoServer
 
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from testcluster.faulty_http import FaultyHttp
 from testcluster.hub import HubServer
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_contract.run_config import ISA_TIERS
 from qlora_operator.api import names
-from qlora_trainer.cpu import TIER_FLAGS
+from qlora_trainer.host.isa import TIER_FLAGS
 
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 

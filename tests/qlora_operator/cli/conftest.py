@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import job_folder, processes
 from qlora_operator.cli.processes import Launcher
-from qlora_operator.desired.run_config import run_config
 
 REPORT = """
 import json, os, sys
@@ -29,7 +29,7 @@ def start_launchers(
     started: list[Launcher] = []
 
     def start(program: str, count: int = 2) -> list[Launcher]:
-        run = run_config(a_job(topology={"pods": count}), uid="u", attempt=1, isa="avx2")
+        run = to_run_config(a_job(topology={"pods": count}), uid="u", attempt=1, isa="avx2")
         with job_folder.locked(tmp_path) as lock:
             command = (sys.executable, "-c", REPORT + program)
             started.extend(

@@ -10,11 +10,11 @@ import pytest
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.job_folder import identity_text
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
-from qlora_operator.api.types import QLoRAJob
+from qlora_contract.run_config import RunConfig
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import job_folder
 from qlora_operator.cli.job_folder import WorkspaceError, locked
-from qlora_operator.desired.run_config import run_config
 
 pytestmark = pytest.mark.process
 
@@ -24,7 +24,7 @@ def a_run(a_job: Callable[..., QLoRAJob]) -> Callable[..., RunConfig]:
     """A maker of RunConfigs."""
 
     def make(uid: str = "u", attempt: int = 0, **spec: object) -> RunConfig:
-        return run_config(a_job(**spec), uid=uid, attempt=attempt, isa="avx2")
+        return to_run_config(a_job(**spec), uid=uid, attempt=attempt, isa="avx2")
 
     return make
 

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
-from qlora_contract.plan import Machine, MemoryFigures, PlanReport, Run, SplitFacts, Steps
-from qlora_contract.run import Training
-from qlora_operator.api.types import QLoRAJob
+from qlora_contract.plan import Machine, MemoryFigures, PlanReport, SplitStats, Steps, TextSpan
+from qlora_contract.run_config import Training
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.plan import (
     JobPlan,
     RankPlace,
@@ -24,7 +25,6 @@ from qlora_operator.cli.plan import (
     sample_text,
     show,
 )
-from qlora_operator.desired.run_config import run_config
 from qlora_operator.errors import CommandError
 
 pytestmark = pytest.mark.process
@@ -67,9 +67,9 @@ def details(memory: MemoryFigures) -> PlanReport:
         compute_dtype="fp32",
         shape=ModelShape.model_validate({**numbers, "tied": True}),
         memory=memory,
-        training=SplitFacts.model_validate(split),
+        training=SplitStats.model_validate(split),
         steps=Steps(per_epoch=4, total=10, epochs=2.5, tokens_per_step=1000.0, fill=0.925),
-        sample=[Run(text="What?\x1b ", learnt=False), Run(text="That.", learnt=True)],
+        sample=[TextSpan(text="What?\x1b ", learnt=False), TextSpan(text="That.", learnt=True)],
     )
 
 
@@ -115,7 +115,7 @@ def test_ranks_are_placed_as_their_launchers_would(a_job: Job) -> None:
     """Each rank with its pod, its CPUs, threads and NUMA nodes, told by the launcher's own code."""
     cpus = sorted(os.sched_getaffinity(0))
     topology = {"pods": 2, "ranksPerPod": 1, "cpusPerRank": 1, "pinning": "best-effort"}
-    run = run_config(a_job(topology=topology), uid="u", attempt=0, isa="avx2")
+    run = to_run_config(a_job(topology=topology), uid="u", attempt=0, isa="avx2")
     ranks = rank_places(query_layout(run, [cpus[:1], cpus[-1:]]))
 
     assert [(each.rank, each.pod, each.cpus, each.threads) for each in ranks] == [
@@ -126,7 +126,9 @@ def test_ranks_are_placed_as_their_launchers_would(a_job: Job) -> None:
 
 def test_ranks_that_do_not_fit_their_pod_are_a_problem(a_job: Job) -> None:
     """With the launcher's sentence, and the code that it would exit with."""
-    run = run_config(a_job(topology={"cpusPerRank": 8, "pinning": "strict"}), uid="u", attempt=0, isa="avx2")
+    run = to_run_config(
+        a_job(topology={"cpusPerRank": 8, "pinning": "strict"}), uid="u", attempt=0, isa="avx2"
+    )
 
     with pytest.raises(CommandError, match="need 8 CPUs, and 1 can be used here") as caught:
         query_layout(run, [sorted(os.sched_getaffinity(0))[:1]])
@@ -235,7 +237,9 @@ def test_colour_marks_what_is_learnt_on_a_terminal() -> None:
 
 def test_a_long_sample_is_cut_on_screen() -> None:
     """A sample of a book does not scroll the rest away."""
-    text = sample_text([Run(text="a" * 5000, learnt=True), Run(text="never", learnt=False)], marked=True)
+    text = sample_text(
+        [TextSpan(text="a" * 5000, learnt=True), TextSpan(text="never", learnt=False)], marked=True
+    )
 
     assert text.plain == f"[[{'a' * 2000}]] ..."
 

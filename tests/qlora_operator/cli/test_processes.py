@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import job_folder, processes
 from qlora_operator.cli.processes import Launcher, ProcessError
-from qlora_operator.desired.run_config import run_config
 
 pytestmark = pytest.mark.process
 
@@ -41,7 +41,7 @@ def test_launchers_get_what_they_need(start_launchers: Start, tmp_path: Path) ->
 
 def test_a_program_that_is_not_there_is_named(tmp_path: Path, a_job: Callable[..., QLoRAJob]) -> None:
     """A launcher that cannot be started is an error, and leaves nothing behind."""
-    run = run_config(a_job(topology={"pods": 2}), uid="u", attempt=1, isa="avx2")
+    run = to_run_config(a_job(topology={"pods": 2}), uid="u", attempt=1, isa="avx2")
     with (
         job_folder.locked(tmp_path) as lock,
         pytest.raises(ProcessError, match="launcher 0 could not be started"),

@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 from rich.console import Console
 from qlora_operator.cli import run
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.errors import CommandError
 launcher = f"import os; from qlora_trainer import launch; os._exit(launch.main([{sys.executable!r}, {sys.argv[2]!r}]))"
 try:
@@ -58,7 +58,7 @@ def publish():
         "seconds": 70.0, "tokens_per_second": 100.0, "world_size": size, "peak_memory_bytes": 2**30}))
 def identify():
     from qlora_contract.job_folder import identity_text
-    from qlora_contract.run import RunConfig
+    from qlora_contract.run_config import RunConfig
     (folder / "identity.json").write_text(identity_text(RunConfig.model_validate_json(json.dumps(run))))
 def serve(**fields):
     report = {"version": 1, "jobUid": run["job"]["uid"], "attempt": run["job"]["attempt"], "stage": "Training",

@@ -9,11 +9,11 @@ import pytest
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.supervision import Limits, next_action
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.outcome import Outcome, summarize
 from qlora_operator.cli.processes import Launcher
 from qlora_operator.cli.supervision import StopRequest, limits_of, supervise
-from qlora_operator.desired.run_config import run_config
 
 pytestmark = pytest.mark.process
 
@@ -47,7 +47,7 @@ def test_living_launchers_are_due(now: float, stop: StopRequest, ended_at: float
 
 def test_launchers_get_more_time_than_they_give_their_ranks(a_job: Callable[..., QLoRAJob]) -> None:
     """A launcher that is still ending its ranks must not be killed for it."""
-    run = run_config(a_job(), uid="u", attempt=0, isa="avx2")
+    run = to_run_config(a_job(), uid="u", attempt=0, isa="avx2")
     limits = limits_of(run)
 
     assert limits.grace > run.termination_grace_period_seconds

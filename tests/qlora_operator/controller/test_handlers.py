@@ -104,7 +104,9 @@ def test_a_job_that_is_deleted_is_forgotten(operator: Operator) -> None:
     assert operator.reconciler.incomplete == set()
 
 
-def test_only_facts_of_a_batch_job_wake_its_qlorajob(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_facts_of_a_batch_job_wake_its_qlorajob(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A Job's change matters when it changes what decisions need: not each of its pods' comings and goings."""
     monkeypatch.setattr(handlers, "COALESCE_SECONDS", 0.0)
     assert happens(operator, "ADDED", gang(1, active=1)) == [KEY]

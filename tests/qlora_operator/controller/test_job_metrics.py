@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from qlora_operator.api.types import QLoRAJobStatus
+from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.controller import job_metrics
-from qlora_operator.metrics import Metrics
+from qlora_operator.controller.metrics import Metrics
 
 KEY = ("team", "job")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qlora_operator.controller import logs
 
-OURS = "qlora_operator.reconcile"
+OURS = "qlora_operator.controller.reconciler"
 HF = "hf_" + "aB3" * 11 + "x"
 AWS_ID = "AKIA" + "A1B2" * 4
 AWS_SECRET = "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"

@@ -6,8 +6,8 @@ from typing import Any, cast
 import pytest
 
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.cluster import ApiError
 from qlora_operator.controller import node_cache
+from qlora_operator.controller.api_client import ApiError
 from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
 from qlora_operator.placement.nodes import Demand, node
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.api.types import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot
 from qlora_operator.controller.observer import feasibility, lost_nodes, warnings_about
 from qlora_operator.placement.nodes import node

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from qlora_contract.progress import ProgressReport, RankFacts
 from qlora_operator.controller import progress_client
 from qlora_operator.controller.progress_client import MAX_REPORT_BYTES, fetch_progress, parse_progress
-from qlora_trainer.progress import Progress, ProgressServer
+from qlora_trainer.telemetry.progress import Progress
+from qlora_trainer.telemetry.progress_server import ProgressServer
 
 KNOWN: dict[str, Any] = {
     "version": 1,

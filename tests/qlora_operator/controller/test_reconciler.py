@@ -8,14 +8,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from qlora_operator.api.names import TIER_LABELS, Key, Phase
-from qlora_operator.cluster import Cluster
 from qlora_operator.controller import reconciler
+from qlora_operator.controller.api_client import ApiClient
+from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_operator.controller.reconciler import Reconciler
-from qlora_operator.metrics import Figures, Metrics
 from qlora_operator.settings import Settings
 from qlora_operator.status.observation import Pod
-from qlora_operator.store import Store
 from testcluster.client import Client
 from testcluster.cluster import Cluster as Server
 from testcluster.kubelet import Kubelet
@@ -64,11 +64,11 @@ class Tracker:
 class Table:
     """A reconciler, what it knows, and the job's namespace."""
 
-    def __init__(self, client: Client, cluster: Cluster, metrics: Requests, namespace: str) -> None:
+    def __init__(self, client: Client, cluster: ApiClient, metrics: Requests, namespace: str) -> None:
         self.client, self.metrics, self.namespace = client, metrics, namespace
         self.key = (namespace, "job")
         self.path = PATH.format(namespace)
-        self.store = Store()
+        self.store = ObjectCache()
         settings = Settings(trainer_image="registry.example/trainer:1")
         self.facts, self.tracker = JobFacts(), Tracker()
         self.reconciler = Reconciler(cluster, self.store, self.facts, self.tracker, settings, metrics)
@@ -114,7 +114,7 @@ def play(
     def run(test: Test) -> None:
         async def main() -> None:
             metrics = Requests()
-            async with Cluster(metrics) as cluster:
+            async with ApiClient(metrics) as cluster:
                 await test(Table(api_cluster.client, cluster, metrics, namespace))
 
         asyncio.run(asyncio.wait_for(main(), 60))
@@ -175,7 +175,7 @@ def test_a_job_that_is_gone_is_forgotten(play: Callable[[Test], None]) -> None:
 
     async def test(table: Table) -> None:
         table.create()
-        table.metrics.jobs.put(*table.key, Figures(Phase.PENDING))
+        table.metrics.jobs.put(*table.key, JobSample(Phase.PENDING))
         table.client.delete(f"{table.path}/job")
         assert await table.turn() == 0.0
         assert table.store.jobs() == {}

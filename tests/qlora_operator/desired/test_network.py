@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.places import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
 from qlora_operator.api import names
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.metadata import labels

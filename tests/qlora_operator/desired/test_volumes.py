@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from qlora_contract.places import RUN_CONFIG_PATH, resolve
+from qlora_contract.paths import RUN_CONFIG_PATH, resolve
 from qlora_contract.run_config import RunStage
 from qlora_operator.api import names
 from qlora_operator.api.run_config import to_run_config

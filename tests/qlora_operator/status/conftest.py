@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from qlora_contract.remote import is_remote
-from qlora_contract.run import Fetched, IsaTier, RunStage
+from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType
-from qlora_operator.api.sizes import stage_pods
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import QLoRAJob, QLoRAJobSpec, QLoRAJobStatus, held_fields
+from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.status import QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, topology_hash
 from qlora_operator.status import conditions, stages
 from qlora_operator.status.actions import Action, Decision, DeleteAttemptJob, DeletePod, StartAttempt
 from qlora_operator.status.decision import decide
@@ -136,7 +137,7 @@ def running_status(**attempt: Any) -> dict[str, Any]:
 
 def starting_status(seconds: float, now: datetime, **status: Any) -> dict[str, Any]:
     """The status of a job whose attempt 0 began so many seconds ago and waits for its ranks."""
-    since = stamp(now - timedelta(seconds=seconds))
+    since = rfc3339(now - timedelta(seconds=seconds))
     said = {"message": "", "lastTransitionTime": since}
     return {
         "attempt": 0,
@@ -245,7 +246,7 @@ class Cluster:
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
                 parallelism=stage_pods(self.job.spec.topology, action.stage),
-                topology_hash=held_fields(self.job.spec),
+                topology_hash=topology_hash(self.job.spec),
             )
             self.words[uid] = self._last_words(action)
         self.watched |= {
@@ -284,7 +285,7 @@ class Cluster:
         """Stages follow each other, and what is known of a source stays."""
         order = [ORDER.index(attempt.stage) for attempt in after.attempts]
         assert order == sorted(order), "no stage comes again after the next one"
-        for reason in ("Fetched", "Trained", "Succeeded"):
+        for reason in ("ResolvedRevisions", "Trained", "Succeeded"):
             assert sum(attempt.reason == reason for attempt in after.attempts) <= 1
         had, has = stages.fetched(before), stages.fetched(after)
         assert had.model in (None, has.model)
@@ -473,7 +474,7 @@ class Cluster:
                 return
 
 
-def is_complete(fetched: Fetched, spec: QLoRAJobSpec) -> bool:
+def is_complete(fetched: ResolvedRevisions, spec: QLoRAJobSpec) -> bool:
     """Whether every remote source is known by its revision."""
     sources = ((spec.model.source, fetched.model), (spec.dataset.source, fetched.dataset))
     return all(revision is not None for source, revision in sources if is_remote(source))

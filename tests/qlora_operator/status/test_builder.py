@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.api.types import Attempt
+from qlora_operator.api.status import Attempt
 from qlora_operator.status import conditions
 from qlora_operator.status.actions import DeletePod, RestoreNetwork
 from qlora_operator.status.builder import StatusBuilder

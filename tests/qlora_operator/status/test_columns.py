@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_operator.api.types import Columns, Progress, Restarts
+from qlora_operator.api.status import Columns, Progress, Restarts
 from qlora_operator.status.columns import columns, duration
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_operator.api.names import ConditionType, Phase, Reason
-from qlora_operator.api.types import Condition
+from qlora_operator.api.status import Condition
 from qlora_operator.status import conditions
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

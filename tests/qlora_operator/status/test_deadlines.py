@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.times import stamp
+from qlora_contract.units import rfc3339
 from qlora_operator.status.actions import Decision
 
 Status = Callable[..., dict[str, Any]]
@@ -93,9 +93,9 @@ def test_a_pending_deadline_says_what_the_job_waited_for(
     words: str,
 ) -> None:
     """The message says what the job had waited for: as it is now, or as it was when somebody last knew."""
-    gave_up = {"attempt": 0, "start": stamp(now), "end": stamp(now), "reason": "SteppedDown"}
+    gave_up = {"attempt": 0, "start": rfc3339(now), "end": rfc3339(now), "reason": "SteppedDown"}
     history = [{**gave_up, "message": "no pod found room, earlier"}] if attempts == 2 else []
-    last = {"attempt": attempts - 1, "start": stamp(now)}
+    last = {"attempt": attempts - 1, "start": rfc3339(now)}
     status = starting(99, now, attempt=attempts - 1, attempts=[*history, last], message="what was said last")
     attempt_job = make_attempt_job(attempts - 1, parallelism=2)
 
@@ -135,7 +135,7 @@ def test_an_attempt_that_makes_no_step_ends(
     status = running()  # for an hour
     if step_age is not None and told_age is not None:
         times = {"stepTime": step_age, "updatedTime": told_age}
-        told = {key: stamp(now - timedelta(seconds=age)) for key, age in times.items()}
+        told = {key: rfc3339(now - timedelta(seconds=age)) for key, age in times.items()}
         status["progress"] = {"step": 3, "totalSteps": 10, **told}
 
     after = ask(
@@ -160,7 +160,7 @@ def test_a_transfer_may_take_longer_than_a_step(
     transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, now: datetime, stage: str
 ) -> None:
     """progressDeadlineSeconds is about steps: a transfer makes none, however late the ranks' last report came."""
-    late = {"step": 10, "totalSteps": 10, "stepTime": START, "updatedTime": stamp(now)}
+    late = {"step": 10, "totalSteps": 10, "stepTime": START, "updatedTime": rfc3339(now)}
     before = transferring(stage, progress=late)
 
     status = ask(

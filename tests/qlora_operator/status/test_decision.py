@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import Phase, Reason
-from qlora_operator.api.times import stamp
 from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
 from qlora_operator.status.observation import AttemptJob, ReasonMessage
 
@@ -392,7 +392,7 @@ def test_the_newest_attempts_are_kept(ask: Callable[..., Decision], now: datetim
     status = ask(between(*reasons), [], []).status
 
     assert [attempt.attempt for attempt in status.attempts] == list(range(1, 21))
-    assert status.attempts[-1].start == stamp(now)
+    assert status.attempts[-1].start == rfc3339(now)
 
 
 # --- stages

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.times import stamp
+from qlora_contract.units import rfc3339
 from qlora_operator.status import ending
 from qlora_operator.status.actions import Decision
 from qlora_operator.status.checks import AttemptEnd, EndCheck, NotYet
@@ -189,7 +189,7 @@ def test_each_check_finds_its_end_alone(
 ) -> None:
     """Whatever the other checks would find."""
     status = starting(age, now)
-    status["conditions"].append({**ADMITTED, "lastTransitionTime": stamp(now)})
+    status["conditions"].append({**ADMITTED, "lastTransitionTime": rfc3339(now)})
     jobs = [] if job is None else [make_attempt_job(**{"parallelism": 2, **job})]
     seen = [make_pod(index, **pod) for index, pod in enumerate(pods)]
 

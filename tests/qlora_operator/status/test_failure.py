@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
-from qlora_contract.run import RunStage
+from qlora_contract.run_config import RunStage
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import RANKS_SHOWN
+from qlora_operator.api.status import RANKS_SHOWN
 from qlora_operator.status.checks import Budget
 from qlora_operator.status.failure import (
     DISRUPTIONS,

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_contract.units import rfc3339
 from qlora_operator.api.names import Reason
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import Attempt, QLoRAJob, QLoRAJobStatus
+from qlora_operator.api.status import Attempt, QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import policies
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -96,7 +97,7 @@ def test_release_jitter_differs_between_jobs() -> None:
 
 def said(kind: str, status: str, minutes: float) -> dict[str, Any]:
     """A condition that changed so many minutes before noon."""
-    since = stamp(NOON - timedelta(minutes=minutes))
+    since = rfc3339(NOON - timedelta(minutes=minutes))
     return {"type": kind, "status": status, "reason": "R", "message": "m", "lastTransitionTime": since}
 
 
@@ -139,18 +140,18 @@ def test_the_pending_deadline_is_that_of_jobs_that_wait(
 @pytest.mark.parametrize(
     ("seconds", "status", "due"),
     [
-        pytest.param(None, {"startTime": stamp(NOON)}, None, id="no limit"),
+        pytest.param(None, {"startTime": rfc3339(NOON)}, None, id="no limit"),
         pytest.param(90, {}, None, id="not begun"),
-        pytest.param(90, {"startTime": stamp(NOON)}, NOON + timedelta(seconds=90), id="begun"),
+        pytest.param(90, {"startTime": rfc3339(NOON)}, NOON + timedelta(seconds=90), id="begun"),
         pytest.param(
             90,
-            {"startTime": stamp(NOON), "conditions": [said("QuotaReserved", "False", 5)]},
+            {"startTime": rfc3339(NOON), "conditions": [said("QuotaReserved", "False", 5)]},
             None,
             id="in the queue again",
         ),
         pytest.param(
             90,
-            {"startTime": stamp(NOON), "conditions": [said("QuotaReserved", "True", 5)]},
+            {"startTime": rfc3339(NOON), "conditions": [said("QuotaReserved", "True", 5)]},
             NOON + timedelta(seconds=90),
             id="let in",
         ),
@@ -178,7 +179,7 @@ def test_a_finished_job_expires_after_its_time_to_live(
     a_job: Callable[..., QLoRAJob], seconds: int | None, finished: bool, due: datetime | None
 ) -> None:
     """ttlSecondsAfterFinished after completionTime."""
-    status = QLoRAJobStatus(completion_time=stamp(NOON) if finished else None)
+    status = QLoRAJobStatus(completion_time=rfc3339(NOON) if finished else None)
     limit = {} if seconds is None else {"ttlSecondsAfterFinished": seconds}
 
     assert policies.expiry(a_job(**limit).spec, status) == due

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_contract.progress import ProgressReport, RankFacts
-from qlora_operator.api.types import AdapterStatus, Progress, RankStatus
+from qlora_operator.api.status import AdapterStatus, Progress, RankStatus
 from qlora_operator.status import progress_status
 from qlora_operator.status.observation import Pod
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.times import stamp
-from qlora_operator.api.types import QLoRAJob
+from qlora_contract.units import rfc3339
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status.decision import decide
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, ReasonMessage
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
@@ -56,11 +56,11 @@ def open_attempt(start: datetime, running: str = "False", **attempt: Any) -> dic
         "status": running,
         "reason": "R",
         "message": "",
-        "lastTransitionTime": stamp(start),
+        "lastTransitionTime": rfc3339(start),
     }
     return {
         "attempt": 0,
-        "attempts": [{"attempt": 0, "start": stamp(start), **attempt}],
+        "attempts": [{"attempt": 0, "start": rfc3339(start), **attempt}],
         "conditions": [condition],
         "placement": {"isa": "avx512"},
         "provenance": {"image": "image", "modelRevision": "m", "datasetRevision": "d"},
@@ -128,7 +128,7 @@ def test_between_attempts_all_that_decides_about_the_next_is_read(
     wanted: set[Read],
 ) -> None:
     """Everything that decides whether the next attempt may start; nothing if none is to start now."""
-    before = open_attempt(now, **{"reason": "Terminated", "end": stamp(now), **status})
+    before = open_attempt(now, **{"reason": "Terminated", "end": rfc3339(now), **status})
 
     assert reads(make_job(before, suspend=suspend), [], [make_pod(**pod) for pod in pods]) == wanted
     assert reads(make_job(finished(before), suspend=suspend)) == NOTHING

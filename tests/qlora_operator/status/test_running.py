@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qlora_contract.progress import ProgressReport
-from qlora_operator.api.times import parse, stamp
+from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.status.actions import Decision, RestoreNetwork
 from qlora_operator.status.observation import WarningEvent
 
@@ -80,14 +80,14 @@ def test_the_active_clock_stands_still_in_the_queue(
     def at(seconds: float) -> datetime:
         return now + timedelta(seconds=seconds)
 
-    status = starting(waited, now, startTime=None if begun is None else stamp(at(begun)))
+    status = starting(waited, now, startTime=None if begun is None else rfc3339(at(begun)))
     out = {"type": "QuotaReserved", "status": "False", "reason": "Queued", "message": ""}
-    status["conditions"].append({**out, "lastTransitionTime": stamp(at(-waited))})
+    status["conditions"].append({**out, "lastTransitionTime": rfc3339(at(-waited))})
     attempt_job = make_attempt_job(parallelism=2, admitted_at=None if admitted is None else at(-admitted))
 
     after = ask(status, [attempt_job], [], spec={"scheduling": {"queueName": "q"}}).status
 
-    assert parse(after.start_time) == at(start)
+    assert parse_time(after.start_time) == at(start)
 
 
 def test_facts_survive_a_look_at_the_pods(

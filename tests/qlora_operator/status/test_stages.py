@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from qlora_contract.progress import ProgressReport
-from qlora_contract.run import Fetched, RunStage
+from qlora_contract.run_config import ResolvedRevisions, RunStage
 from qlora_operator.api.names import Reason
-from qlora_operator.api.types import QLoRAJob, QLoRAJobStatus
+from qlora_operator.api.status import QLoRAJobStatus
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import stages
 
 MODEL = {"model": {"source": "hf://org/model"}}
@@ -49,10 +50,14 @@ def test_next_stage(
 
 @pytest.mark.parametrize(
     ("status", "fetched"),
-    [({}, Fetched()), (known("m"), Fetched(model="m")), (known("m", "d"), Fetched(model="m", dataset="d"))],
+    [
+        ({}, ResolvedRevisions()),
+        (known("m"), ResolvedRevisions(model="m")),
+        (known("m", "d"), ResolvedRevisions(model="m", dataset="d")),
+    ],
     ids=["nothing known", "the model", "both"],
 )
-def test_fetched(status: dict[str, Any], fetched: Fetched) -> None:
+def test_fetched(status: dict[str, Any], fetched: ResolvedRevisions) -> None:
     """What the sources stood for is kept as the provenance of the adapter."""
     assert stages.fetched(QLoRAJobStatus.model_validate(status)) == fetched
 

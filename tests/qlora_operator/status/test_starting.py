@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.times import stamp
+from qlora_contract.units import rfc3339
 from qlora_operator.status import starting as checks
 from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeletePod, StartAttempt
 from qlora_operator.status.checks import StartCheck
@@ -19,7 +19,7 @@ START = "2026-01-31T11:00:00Z"
 
 def began(seconds: float, now: datetime) -> dict[str, Any]:
     """An attempt whose Job nobody has seen, so many seconds old."""
-    return {"attempt": 0, "start": stamp(now - timedelta(seconds=seconds))}
+    return {"attempt": 0, "start": rfc3339(now - timedelta(seconds=seconds))}
 
 
 def test_no_job_is_created_beside_another(

@@ -25,7 +25,7 @@ from qlora_contract.job_folder import (
     TRAINING_REPORT,
     read_manifest,
 )
-from qlora_contract.run import JobRef, RunConfig
+from qlora_contract.run_config import JobRef, RunConfig
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.job_folder import FENCE, MANIFEST
-from qlora_contract.run import JobRef, RunConfig
+from qlora_contract.run_config import JobRef, RunConfig
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull

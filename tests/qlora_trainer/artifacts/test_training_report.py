@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_contract.run import Fetched, ModelSource, RunConfig, config_hash, run_shaping_fields
+from qlora_contract.identity import identity_fields, identity_hash
+from qlora_contract.run_config import ModelSource, ResolvedRevisions, RunConfig
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data.packing import StepSchedule
@@ -60,7 +61,7 @@ def test_the_provenance_says_what_the_adapter_was_made_from() -> None:
     assert provenance["model_source"] == "pvc://data/model"
     assert (provenance["dataset_source"], provenance["dataset_sha256"]) == ("pvc://data/train.jsonl", "ab")
     assert (provenance["seed"], provenance["job_uid"]) == (9, "u-1")
-    assert provenance["config_hash"] == config_hash(run_shaping_fields(RUN))
+    assert provenance["identity_hash"] == identity_hash(identity_fields(RUN))
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["versions"]["python"] == platform.python_version()
 
@@ -82,7 +83,7 @@ def test_the_base_has_a_name_that_stock_tools_can_load(source: str, expected: st
 
 def test_fetched_revisions_are_in_the_provenance() -> None:
     """What the remote sources stood for; nothing for those on a claim."""
-    run = RUN.model_copy(update={"fetched": Fetched(model="c0ffee")})
+    run = RUN.model_copy(update={"fetched": ResolvedRevisions(model="c0ffee")})
     schedule = StepSchedule(np.full(16, 16), run.training)
     report = training_report(run, schedule, LoopState(), "fp32", 1.0, [{"peak_memory_bytes": 1}])
 

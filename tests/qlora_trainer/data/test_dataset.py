@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run import Dataset
+from qlora_contract.run_config import Dataset
 from qlora_trainer.data.dataset import Facts, LoadedData, Samples, hold_out, load, read_records
 from qlora_trainer.data.readers import READERS, Reader, Row
 from qlora_trainer.errors import ConfigurationError, DataError

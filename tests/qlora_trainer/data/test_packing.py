@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run import Training
+from qlora_contract.run_config import Training
 from qlora_trainer.data.packing import (
     WINDOW,
     StepSchedule,

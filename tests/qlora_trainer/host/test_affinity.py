@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from qlora_contract import places, supervision
+from qlora_contract import env, supervision
 from qlora_contract.cpus import format_cpu_list, parse_cpu_list
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV, on_service_cpus
 from qlora_trainer.host.numa import read_machine
 from qlora_trainer.launch import supervisor
@@ -199,11 +199,11 @@ def job(folder: Path, model: Path, data: Path, each: int) -> Iterator[tuple[subp
     environ = {
         **os.environ,
         "TMPDIR": str(folder),  # what it leaves behind goes with the test
-        places.RUN_CONFIG_ENV: str(folder / "run.json"),
-        places.VOLUMES_ENV: json.dumps(volumes),
-        places.PROGRESS_PORT_ENV: str(port),
-        places.PARENT_DEATH_ENV: str(os.getpid()),
-        places.CPUS_ENV: format_cpu_list(CPUS),
+        env.RUN_CONFIG_ENV: str(folder / "run.json"),
+        env.VOLUMES_ENV: json.dumps(volumes),
+        env.PROGRESS_PORT_ENV: str(port),
+        env.PARENT_DEATH_ENV: str(os.getpid()),
+        env.CPUS_ENV: format_cpu_list(CPUS),
         "MASTER_PORT": str(free_port()),
     }
     with (folder / "log").open("wb") as log:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_contract.run import IsaTier
+from qlora_contract.run_config import IsaTier
 from qlora_trainer.host import isa
 
 AVX2 = "fpu sse2 fma avx avx2"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_contract.env import RENDEZVOUS_PORT
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV
 from qlora_trainer.host.numa import HugePages

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.launch.exit_report import RankExit, out_of_memory_cause, summarize
 
 

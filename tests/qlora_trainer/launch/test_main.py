@@ -22,7 +22,7 @@ from qlora_contract.env import (
 )
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.host.isa import Isa

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from qlora_contract.env import CPUS_ENV
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.launch.pod_layout import pod_layout
 

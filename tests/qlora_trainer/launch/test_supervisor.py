@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.launch.supervisor import limits_of
 
 

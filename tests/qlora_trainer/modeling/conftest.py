@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loss import summed_cross_entropy
 
@@ -58,6 +58,8 @@ def loss_of(samples: Samples) -> Callable[..., Tensor]:
 
     def loss(model: BaseModel, numbers: Sequence[int] = range(len(LENGTHS))) -> Tensor:
         batch = collate(samples, numbers)
-        return summed_cross_entropy(model.hidden_states(batch)[batch.rows], model.head, batch.targets)
+        return summed_cross_entropy(
+            model.hidden_states(batch)[batch.logit_positions], model.head, batch.targets
+        )
 
     return loss

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.modeling import adapter_methods
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer import packing
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples
-from qlora_trainer.evaluate import evaluate
+from qlora_trainer.data import packing
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import Dropout
 from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
-from qlora_trainer.session import Agreed
+from qlora_trainer.training.context import ReducedScalars
+from qlora_trainer.training.evaluation import evaluate
+from qlora_trainer.training.objective import SupervisedFineTuning
 
 Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
@@ -162,13 +163,13 @@ def test_evaluation_leaves_training_alone(
     model, parameters = adapted(small_model("llama", **LIVELY), scheme, dropout)
     before = gradient(model, parameters, [EVERY], loss_of)
     state = torch.get_rng_state()
-    session: Any = SimpleNamespace(
+    context: Any = SimpleNamespace(
         run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
         world=SimpleNamespace(rank=0, size=1),
         stop=threading.Event(),
-        agree=lambda sums: Agreed(stopping=False, sums=sums, each=[]),
+        all_reduce_scalars=lambda sums: ReducedScalars(stop_requested=False, sums=sums, per_rank=[]),
     )
-    found = evaluate(session, model, samples, 30)
+    found = evaluate(context, SupervisedFineTuning(), model, samples, 30)
 
     assert torch.equal(parameters.gradient, before[1])
     assert torch.equal(torch.get_rng_state(), state)
@@ -188,21 +189,21 @@ def test_evaluation_is_the_same_over_any_number_of_ranks(
     """Ranks' sums, those of ranks without a bin included, add up to the loss of one rank."""
     model, _ = adapted(small_model("llama", **LIVELY))
 
-    def sums(rank: int, size: int) -> list[float]:
-        kept: list[list[float]] = []
+    def sums(rank: int, size: int) -> tuple[float, float]:
+        kept: list[dict[str, float]] = []
 
-        def agree(mine: list[float]) -> Agreed:
+        def all_reduce_scalars(mine: dict[str, float]) -> ReducedScalars:
             kept.append(mine)
-            return Agreed(stopping=False, sums=[1.0, 1.0], each=[])
+            return ReducedScalars(stop_requested=False, sums={"loss": 1.0, "count": 1.0}, per_rank=[])
 
-        session: Any = SimpleNamespace(
+        context: Any = SimpleNamespace(
             run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
             world=SimpleNamespace(rank=rank, size=size),
             stop=threading.Event(),
-            agree=agree,
+            all_reduce_scalars=all_reduce_scalars,
         )
-        evaluate(session, model, samples, 30)
-        return kept[0]
+        evaluate(context, SupervisedFineTuning(), model, samples, 30)
+        return kept[0]["loss"], kept[0]["count"]
 
     shares = [sums(rank, ranks) for rank in range(ranks)]
     alone = sums(0, 1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import families
 from qlora_trainer.modeling.families import FAMILIES, Family, read_config
@@ -112,7 +112,7 @@ def by_transformers(folder: Path, samples: Samples) -> float:
         batch = collate(samples, [number])
         with torch.no_grad():
             logits = model(input_ids=batch.ids[None]).logits[0].double()
-        total -= float(logits.log_softmax(-1)[batch.rows, batch.targets].sum())
+        total -= float(logits.log_softmax(-1)[batch.logit_positions, batch.targets].sum())
     return total
 
 

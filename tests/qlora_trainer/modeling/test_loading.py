@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import weight_files
@@ -59,7 +59,7 @@ def by_transformers(folder: Path, samples: Samples) -> float:
         batch = collate(samples, [number])
         with torch.no_grad():
             logits = model(input_ids=batch.ids[None]).logits[0].double()
-        total -= float(logits.log_softmax(-1)[batch.rows, batch.targets].sum())
+        total -= float(logits.log_softmax(-1)[batch.logit_positions, batch.targets].sum())
     return total
 
 

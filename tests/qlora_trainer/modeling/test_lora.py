@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
 from qlora_trainer.modeling.loading import load_model

@@ -19,20 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_contract.run import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
-from qlora_trainer import export, packing
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples, load
+from qlora_contract.run_config import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_trainer.artifacts import adapter as adapter_module
+from qlora_trainer.data import packing
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples, load
+from qlora_trainer.data.packing import Step
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.packing import Step
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import NestedScales
 from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
-from qlora_trainer.storage import JobFolder
-from qlora_trainer.train import accumulate
+from qlora_trainer.storage.job_folder import JobFolder
+from qlora_trainer.training.loop import accumulate
+from qlora_trainer.training.objective import SupervisedFineTuning
 
 NF4, DOUBLE, NONE = Nf4(double=False), Nf4(double=True), Unquantized()
 LOSS_TOLERANCE = 1e-5
@@ -80,23 +82,25 @@ def make_ours(folder: Path, scheme: Scheme, to: Path, targets: list[str]) -> Our
         parameter.data.copy_(
             torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[1]) / 2
         )
-    return Ours(model, parameters, export.write_adapter(JobFolder(to, run), parameters, str(folder)))
+    return Ours(model, parameters, adapter_module.write_adapter(JobFolder(to, run), parameters, str(folder)))
 
 
 def run_ranks(
     ours: Ours, samples: Samples, bins: list[list[int]], ranks: int, micro: int
 ) -> tuple[float, Tensor]:
     """Mean loss and flat gradient of one step, each rank's share through the training loop's own code."""
-    step = Step(0, bins, packing.tokens_of(bins, samples.lengths()))
-    supervised = int(samples.supervised_counts().sum())
-    job: Any = SimpleNamespace(
-        model=ours.model, parameters=ours.parameters, dropout=None, state=SimpleNamespace(step=0),
-        data=SimpleNamespace(train=samples), memory=SimpleNamespace(micro_batch_tokens=micro),
+    step = Step(0, bins, packing.bin_lengths(bins, samples.lengths()))
+    objective = SupervisedFineTuning()
+    supervised = int(objective.counts(samples).sum())
+    state: Any = SimpleNamespace(
+        model=ours.model, parameters=ours.parameters, objective=objective, dropout=None,
+        loop=SimpleNamespace(step=0), data=SimpleNamespace(train=samples),
+        memory=SimpleNamespace(micro_batch_tokens=micro),
     )  # fmt: skip
     loss, gradient = 0.0, torch.zeros_like(ours.parameters.gradient)
     for rank in range(ranks):
-        session: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks), tokens_trained=0)
-        loss += accumulate(session, job, step, supervised)[0]
+        context: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks), tokens_trained=0)
+        loss += accumulate(context, state, step, supervised)["loss"]
         gradient += ours.parameters.gradient
     return loss / supervised, gradient
 
@@ -159,7 +163,7 @@ def run_theirs(model: Any, samples: Samples) -> tuple[float, dict[str, Tensor]]:
         (loss / supervised).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     found = {
-        n.removeprefix(export.PEFT_PREFIX).replace(".default.", "."): p.grad
+        n.removeprefix(adapter_module.PEFT_PREFIX).replace(".default.", "."): p.grad
         for n, p in model.named_parameters()
         if p.requires_grad
     }
@@ -336,7 +340,7 @@ def test_published_adapter_is_loaded_whole(pair: Pair) -> None:
     """Stock peft finds in the written files exactly the tensors that it expects, with their values and scale."""
     loaded = {n: p for n, p in pair.theirs.named_parameters() if "lora_" in n}
     expected = {
-        f"{export.PEFT_PREFIX}{name.replace('.weight', '.default.weight')}": p
+        f"{adapter_module.PEFT_PREFIX}{name.replace('.weight', '.default.weight')}": p
         for name, p in pair.ours.parameters.named.items()
     }
 

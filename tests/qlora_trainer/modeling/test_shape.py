@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_contract.memory import ModelShape
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.loading import load_model

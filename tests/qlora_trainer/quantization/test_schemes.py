@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_contract import quantization as contract
 from qlora_contract.memory import choose
-from qlora_contract.run import (
+from qlora_contract.run_config import (
     Adapter,
     Dataset,
     JobRef,
@@ -22,8 +22,8 @@ from qlora_contract.run import (
     RunConfig,
     Training,
 )
-from qlora_trainer.batch import collate
-from qlora_trainer.data import Samples
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.loading import load_model
@@ -175,7 +175,9 @@ def test_a_new_scheme_is_two_entries(int8: Quantization, small_model: Callable[.
     losses = []
     for _ in range(3):
         parameters.gradient.zero_()
-        loss = summed_cross_entropy(model.hidden_states(batch)[batch.rows], model.head, batch.targets)
+        loss = summed_cross_entropy(
+            model.hidden_states(batch)[batch.logit_positions], model.head, batch.targets
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))

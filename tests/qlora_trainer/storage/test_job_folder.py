@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_contract import job_folder as names
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
 from qlora_trainer.storage import atomic
 from qlora_trainer.storage.job_folder import JobFolder

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qlora_contract.progress import ProgressReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.telemetry.progress import Progress, Rate, starting_report
 
 START = ProgressReport(

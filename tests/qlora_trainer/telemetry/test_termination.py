@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.places import TERMINATION_LOG_ENV
+from qlora_contract.env import TERMINATION_LOG_ENV
 from qlora_contract.progress import TerminationReport
 from qlora_trainer.telemetry import termination
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer import smoke_model
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.run_file import load_run

@@ -29,7 +29,7 @@ def test_a_signal_is_seen_through_an_all_reduce(alone: RankContext) -> None:
 
 RANK = """
 import os, pathlib, sys
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.storage import JobFolder
 from qlora_trainer.training.context import RankContext

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.run import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.errors import ModelError
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 

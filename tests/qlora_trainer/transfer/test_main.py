@@ -17,7 +17,7 @@ import pytest
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.progress import ProgressReport
-from qlora_contract.run import Fetched
+from qlora_contract.run_config import ResolvedRevisions
 from testcluster.faulty_http import answer, cut, spoil, stall
 from testcluster.hub import SIGNATURE
 from testcluster.remote import BUCKET, HUB_TOKEN, SECRET_KEY, Remotes, Transfers, part_bytes, remotes, until
@@ -70,7 +70,7 @@ def test_nothing_to_fetch_is_done(transfers: Transfers) -> None:
     """A job whose sources are on claims."""
     end = transfers.run()
 
-    assert (end.code, end.report.fetched) == (0, Fetched())
+    assert (end.code, end.report.fetched) == (0, ResolvedRevisions())
 
 
 def test_progress_is_served(transfers: Transfers, sound: Remotes) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.modeling.adapter_methods import method_for

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 import transformers
 
+from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.remote import is_remote, parse_remote
-from qlora_contract.run import RunConfig, config_hash, run_shaping_fields
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import now
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.packing import StepSchedule
@@ -75,7 +76,7 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
         "dataset_revision": run.fetched.dataset,
         "dataset_sha256": state.dataset_sha256,
         "seed": run.training.seed,
-        "config_hash": config_hash(run_shaping_fields(run)),
+        "config_hash": identity_hash(identity_fields(run)),
         "job_uid": run.job.uid,
         "versions": {
             "python": platform.python_version(),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_contract.files import sha256
-from qlora_contract.run import Dataset
+from qlora_contract.run_config import Dataset
 from qlora_trainer.data.readers import READERS, reader_for
 from qlora_trainer.data.records import Format, Record, interpret
 from qlora_trainer.data.tokenization import Sample, tokenize

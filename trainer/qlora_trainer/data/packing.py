@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_contract.run import Training
+from qlora_contract.run_config import Training
 
 Integers = NDArray[np.int64]
 Bin = list[int]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_contract.places import RENDEZVOUS_PORT
+from qlora_contract.env import RENDEZVOUS_PORT
 from qlora_trainer.errors import ConfigurationError
 
 

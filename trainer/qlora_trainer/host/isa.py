@@ -4,7 +4,7 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_contract.run import ISA_TIERS, IsaTier
+from qlora_contract.run_config import ISA_TIERS, IsaTier
 from qlora_trainer.host.kernel_files import ROOT, parse_fields
 
 TIER_FLAGS: dict[IsaTier, frozenset[str]] = {

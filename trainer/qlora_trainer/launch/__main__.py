@@ -17,7 +17,7 @@ from qlora_contract.env import PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.paths import RUN_CONFIG_PATH
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import MAX_RANKS, RunConfig
+from qlora_contract.run_config import MAX_RANKS, RunConfig
 from qlora_trainer.errors import ConfigurationError, RendezvousError, Terminated, TrainerError
 from qlora_trainer.host.cgroups import memory_limit, oom_kills
 from qlora_trainer.host.isa import Isa, probe

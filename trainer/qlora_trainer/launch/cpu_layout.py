@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from qlora_contract.cpus import format_cpu_list
-from qlora_contract.run import MemoryTier, Pinning, RanksPerPod
+from qlora_contract.run_config import MemoryTier, Pinning, RanksPerPod
 from qlora_trainer.host.hbm import choose_hbm
 from qlora_trainer.host.numa import Core, Machine
 

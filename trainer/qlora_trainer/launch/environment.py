@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.env import COMPLETION_INDEX_ENV, RANKS_ENV, RENDEZVOUS_PORT
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV
 from qlora_trainer.host.kernel_files import ROOT

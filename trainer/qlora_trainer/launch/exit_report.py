@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qlora_contract.exit_codes import ExitCode, dominant_exit_code
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.launch.supervisor import Rank
 from qlora_trainer.telemetry.termination import read_rank_report

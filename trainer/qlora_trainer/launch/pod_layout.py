@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_contract.cpus import CpuListError, format_cpu_list, parse_cpu_list
 from qlora_contract.env import CPUS_ENV
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.host.cgroups import available_cpus
 from qlora_trainer.host.hbm import allowed_memory_nodes, may_set_memory_policy

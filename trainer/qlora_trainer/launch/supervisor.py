@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits, next_action
 from qlora_trainer.launch.cpu_layout import CpuAssignment
 from qlora_trainer.launch.fork_server import ForkedProcess, fork_ranks

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.lora import Lora

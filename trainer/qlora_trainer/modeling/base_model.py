@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qlora_trainer.batch import Batch
+from qlora_trainer.data.collate import Batch
 from qlora_trainer.modeling.lora_linear import LoraLinear
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
 from qlora_trainer.modeling.base_model import BaseModel

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from qlora_trainer.batch import row_multiple
+from qlora_trainer.data.collate import pad_multiple
 
 LOGITS_BYTES = 64 * 2**20
 """Size of the fp32 logits of one chunk, at most."""
@@ -41,7 +41,7 @@ def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        supervised, multiple = len(targets), row_multiple(hidden.dtype)
+        supervised, multiple = len(targets), pad_multiple(hidden.dtype)
         padding = -supervised % multiple
         hidden = F.pad(hidden, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from qlora_contract.memory import ModelShape
-from qlora_contract.run import Adapter
+from qlora_contract.run_config import Adapter
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.families import FAMILIES, read_config
 from qlora_trainer.modeling.weight_files import bytes_per_weight

@@ -19,7 +19,7 @@ from qlora_contract.job_folder import (
     has_identity,
     identity_text,
 )
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
 from qlora_trainer.storage.atomic import make_folder, recover, write_atomically

@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any
 
 from qlora_contract.progress import ProgressReport, Stage
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import now
 
 

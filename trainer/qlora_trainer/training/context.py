@@ -12,7 +12,7 @@ import torch
 
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.progress import RankFacts
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.host.cgroups import memory_current_and_peak
 from qlora_trainer.host.isa import probe_isa

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from qlora_contract.memory import Dtype
 from qlora_contract.paths import resolve
-from qlora_contract.run import BF16_NATIVE, RunConfig
+from qlora_contract.run_config import BF16_NATIVE, RunConfig
 from qlora_trainer.data.dataset import LoadedData, load
 from qlora_trainer.errors import ConfigurationError, ModelError
 

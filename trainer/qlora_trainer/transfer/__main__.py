@@ -19,13 +19,14 @@ from qlora_contract.env import PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
 from qlora_contract.progress import Stage, TerminationReport
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, Terminated, TrainerError, expected
-from qlora_trainer.progress import Progress, ProgressServer, port_from_environ, starting_report
-from qlora_trainer.report import announce
+from qlora_trainer.host.process import die_with_parent
 from qlora_trainer.run_file import RunFileError, load_run
-from qlora_trainer.supervise import die_with_parent
+from qlora_trainer.telemetry.progress import Progress, starting_report
+from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
+from qlora_trainer.telemetry.termination import write_termination_message
 from qlora_trainer.transfer.credentials import redact
 from qlora_trainer.transfer.fetch import SourceFetcher
 from qlora_trainer.transfer.publish import publish
@@ -55,7 +56,7 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
             known = TrainerError(f"unexpected {type(error).__name__}: {first_line(error)}")
         end = _failure(known)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    announce(end.model_copy(update={"cause": redact(end.cause, environ)}), environ, log)
+    write_termination_message(end.model_copy(update={"cause": redact(end.cause, environ)}), environ, log)
     return end.exit_code
 
 
@@ -70,8 +71,8 @@ def _handle_signals(environ: Mapping[str, str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     if parent := environ.get(PARENT_DEATH_ENV):
-        die_with_parent(signal.SIGTERM)
-        if int(parent) > 1 and os.getppid() != int(parent):  # it died before the line above
+        alive = die_with_parent(signal.SIGTERM, int(parent))
+        if int(parent) > 1 and not alive:
             raise StopRequested
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlora_contract.files import sync_folder
 from qlora_trainer.errors import StorageFull, TransferFailed
-from qlora_trainer.storage import storing
+from qlora_trainer.storage.atomic import translate_os_errors
 from qlora_trainer.transfer.remote_files import RemoteFile, Server, hash_file
 from qlora_trainer.transfer.retry import Retrier, TransientError, log
 
@@ -87,7 +87,7 @@ class Downloader:
 
     def _resume(self, file: RemoteFile, part: Path) -> None:
         """Append what is missing of a file. Raises TransientError with what has arrived kept."""
-        with storing(f"fetching {file.name} of {self._uri}"):
+        with translate_os_errors(f"fetching {file.name} of {self._uri}"):
             part.touch()
             size = part.stat().st_size
             with part.open("r+b") as out:

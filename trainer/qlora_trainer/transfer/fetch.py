@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote, parse_remote
-from qlora_contract.run import Fetched, RunConfig
+from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import TransferRefused
 from qlora_trainer.transfer.connect import connect
 from qlora_trainer.transfer.download import Downloader
@@ -47,7 +47,7 @@ class SourceFetcher:
         self._retrier = retrier
         self._count = count
 
-    def fetch_all(self) -> Fetched:
+    def fetch_all(self) -> ResolvedRevisions:
         """Fetch what is not in the workspace, and return the revisions of all remote sources.
 
         Raises:
@@ -55,7 +55,9 @@ class SourceFetcher:
             TransferFailed: a server does not answer as it should.
             StorageFull, ConfigurationError: the workspace cannot take the files.
         """
-        return Fetched(**{role: self._fetch(role) for role in SOURCES if is_remote(self._uri(role))})
+        return ResolvedRevisions(
+            **{role: self._fetch(role) for role in SOURCES if is_remote(self._uri(role))}
+        )
 
     def _uri(self, role: SourceRole) -> str:
         return str(getattr(self._run, role).source)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from qlora_contract.job_folder import MANIFEST, job_path, read_manifest
 from qlora_contract.remote import parse_remote
-from qlora_contract.run import RunConfig
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.transfer.connect import connect
 from qlora_trainer.transfer.retry import Retrier
 

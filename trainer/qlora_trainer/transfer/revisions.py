@@ -8,9 +8,9 @@ from typing import Literal
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote, parse_remote
-from qlora_contract.run import Fetched, RunConfig
+from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import ConfigurationError
-from qlora_trainer.storage import make_folder, write_atomically
+from qlora_trainer.storage.atomic import make_folder, write_atomically
 from qlora_trainer.transfer.source_cache import Snapshot
 
 FILE_NAME = "fetched.json"
@@ -72,4 +72,4 @@ def with_pinned_revisions(run: RunConfig, volumes: Mapping[str, Path]) -> RunCon
                 f"{source} is not in the workspace yet; fetch it with `qlora fetch` and the same file"
             )
         found[role] = revision
-    return run.model_copy(update={"fetched": Fetched(**found)})
+    return run.model_copy(update={"fetched": ResolvedRevisions(**found)})

@@ -16,7 +16,7 @@ from pathlib import Path
 from qlora_contract.remote import SOURCES, Remote
 from qlora_contract.units import format_bytes
 from qlora_trainer.errors import StorageFull
-from qlora_trainer.storage import make_folder, write_atomically
+from qlora_trainer.storage.atomic import make_folder, write_atomically
 from qlora_trainer.transfer.remote_files import RemoteFile
 
 
