@@ -98,7 +98,7 @@ def test_every_requirement_is_pinned_by_content(lock: Path) -> None:
 def source_of(test: Path) -> bool:
     """Whether the file that a test mirrors exists."""
     folder = test.parent.relative_to(ROOT / "tests")
-    file = test.name.removeprefix("test_")
+    file = "__main__.py" if test.name == "test_main.py" else test.name.removeprefix("test_")
     packaged = [ROOT / root / folder / file for root in SOURCE_ROOTS]
     folder_s_own = [ROOT / root / folder / file.removesuffix(".py") / "__init__.py" for root in SOURCE_ROOTS]
     benchmarks = [ROOT / side / folder / file for side in ("operator", "trainer")]
