@@ -108,7 +108,7 @@ def test_older_attempt_does_not_start(make_job: Callable[..., Any]) -> None:
 
 
 def poison(checkpoint: Path) -> None:
-    """Make the optimiser's next step one of about 1e26, in a checkpoint that is otherwise whole."""
+    """Make the optimizer's next step one of about 1e26, in a checkpoint that is otherwise whole."""
     path = checkpoint / "optimizer.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     tensors["exp_avg"].fill_(1e25)
@@ -137,8 +137,8 @@ def test_divergence_keeps_the_last_checkpoint(alone: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("required", [True, False], ids=["required", "not required"])
-def test_no_improvement(required: bool, make_job: Callable[..., Any]) -> None:
-    """An adapter that is no better than the base is published only when improvement is not asked for."""
+def test_adapter_without_improvement_is_published_only_if_allowed(required: bool, make_job: Callable[..., Any]) -> None:
+    """An adapter that is no better than the base is published only when no improvement is required."""
     job = make_job(
         training={"learningRate": 1e-30, "maxSteps": 2}, evaluation={"requireImprovement": required}
     )
@@ -229,6 +229,6 @@ def test_full_disk_is_found_before_the_first_step(
     end = job.run()
 
     assert end.code == ExitCode.STORAGE_FULL, end.log
-    assert re.search(r"has \d+ MiB free; checkpoints and adapter need \d+ MiB", end.report.cause)
+    assert re.search(r"has [\d.]+ \S+ free; checkpoints and the adapter need [\d.]+ \S+", end.report.cause)
     assert job.metrics() == []
     assert job.checkpoints() == []

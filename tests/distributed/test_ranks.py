@@ -39,7 +39,7 @@ def test_backends_agree(
 def test_shares_are_uneven(four: Any) -> None:
     """The comparisons cover uneven shares, ranks with nothing to run, and an epoch's short tail."""
     plan = four.plan()
-    steps = [plan.at(number) for number in range(plan.total_steps)]
+    steps = [plan.step(number) for number in range(plan.total_steps)]
 
     def shares(ranks: int) -> list[set[int]]:
         return [{len(shard(step.bins, rank, ranks)) for rank in range(ranks)} for step in steps]
@@ -81,8 +81,8 @@ def test_variants_train_as_one_rank_does(
     assert_same_training(jobs[1], jobs[0])
 
 
-def test_dropout_drops(make_job: Callable[..., Any], alone: Any) -> None:
-    """Dropout is no empty setting: B is zero at the first step, so the loss is the same, but the gradient is not."""
+def test_dropout_changes_the_gradient_but_not_the_first_loss(make_job: Callable[..., Any], alone: Any) -> None:
+    """B is zero at the first step, so whatever is dropped from its input shows in the gradient alone."""
     job = make_job(
         adapter={"dropout": 0.3}, training={"maxSteps": 1}, evaluation={"requireImprovement": False}
     )
@@ -92,7 +92,7 @@ def test_dropout_drops(make_job: Callable[..., Any], alone: Any) -> None:
     assert first["grad_norm"] != pytest.approx(undropped["grad_norm"], rel=0.01)
 
 
-def test_evaluation_changes_nothing(
+def test_evaluation_between_steps_changes_nothing(
     make_job: Callable[..., Any], alone: Any, assert_same_bits: Callable[..., None]
 ) -> None:
     """A job that is evaluated in the middle ends with the same bits as one that is not."""
@@ -116,7 +116,7 @@ def test_finished_job_is_not_run_again(two: Any) -> None:
     assert [name for name in after if after[name] != before[name]] == ["fence.json"]
 
 
-def test_launchers_that_settle_the_ranks_train_as_one_does(
+def test_ranks_that_launchers_agree_on_train_as_one_does(
     make_job: Callable[..., Any], alone: Any, assert_same_training: Callable[..., None]
 ) -> None:
     """With ranksPerPod auto two pods agree on the world, share memoryPerRank, and the report says what came of it."""

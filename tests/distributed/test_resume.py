@@ -88,7 +88,7 @@ def test_sigterm_stops_all_ranks_at_one_step(
     assert_same_bits(job, two)
 
 
-def test_sigterm_while_evaluating(
+def test_sigterm_while_evaluating_loses_nothing(
     make_job: Callable[..., Any], two: Any, assert_same_bits: Callable[..., None]
 ) -> None:
     """SIGTERM during the first evaluation leaves nothing behind, and during a later one a checkpoint."""
@@ -115,7 +115,7 @@ def test_sigterm_while_evaluating(
     assert_same_bits(job, two)
 
 
-def test_fewer_ranks_go_on(
+def test_job_goes_on_with_fewer_ranks(
     make_job: Callable[..., Any], alone: Any, assert_same_training: Callable[..., None]
 ) -> None:
     """From 4 to 2 ranks by another backend, and on to 1, each sample is seen once; the report says "not bit-exact"."""
@@ -136,7 +136,7 @@ def test_fewer_ranks_go_on(
     assert job.report()["not_bit_exact"] == end.report.not_bit_exact
     assert_same_training(job, alone)
     plan = job.plan()
-    steps = [plan.at(number) for number in range(plan.total_steps)]
+    steps = [plan.step(number) for number in range(plan.total_steps)]
     assert [line["tokens"] for line in job.steps()] == [sum(step.bin_tokens) for step in steps]
     seen = [sample for step in steps if step.epoch == 0 for bin_ in step.bins for sample in bin_]
     assert sorted(seen) == list(range(len(seen)))
