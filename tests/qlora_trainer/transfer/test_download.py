@@ -97,8 +97,8 @@ class Place:
         def sleep(seconds: float) -> None:
             now[0] += seconds
 
-        patience = Retrier(10, lambda: now[0], sleep)
-        return Downloader("hf://org/name", "main", server, patience, self.count).fetch(
+        retrier = Retrier(10, lambda: now[0], sleep)
+        return Downloader("hf://org/name", "main", server, retrier, self.count).fetch(
             file, self.part, self.target
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qlora_contract.paths import resolve
-from qlora_contract.run_config import ResolvedRevisions
+from qlora_contract.run import Fetched
 from qlora_trainer.errors import ConfigurationError, StorageFull, TransferFailed, TransferRefused
 from qlora_trainer.transfer.fetch import SourceFetcher
 from qlora_trainer.transfer.retry import Retrier
@@ -38,7 +38,7 @@ def commit(sound: Remotes) -> str:
 
 
 @pytest.fixture
-def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., ResolvedRevisions]:
+def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., Fetched]:
     """Fetch for a job, in this process."""
     (transfers.folder / "claim").mkdir(exist_ok=True)
     keys = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret"}
@@ -47,11 +47,11 @@ def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., ResolvedR
     environ = here | {"QLORA_CREDENTIALS": str(transfers.folder / "credentials")}
 
     def do(
-        patience: float = 20, count: Callable[[int, int], None] = lambda done, total: None, **more: Any
-    ) -> ResolvedRevisions:
+        limit: float = 20, count: Callable[[int, int], None] = lambda done, total: None, **more: Any
+    ) -> Fetched:
         config = transfers.config("fetch", **more)
         volumes = {"claim": transfers.folder / "claim"}
-        return SourceFetcher(config, volumes, environ, Retrier(patience), count).fetch_all()
+        return SourceFetcher(config, volumes, environ, Retrier(limit), count).fetch_all()
 
     return do
 
@@ -68,7 +68,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_model_and_a_dataset_are_fetched(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """Real files, where run.json says that they are; what training does not read is left where it is."""
     sound.put("sets/train.jsonl", DATA)
@@ -85,15 +85,13 @@ def test_a_model_and_a_dataset_are_fetched(
     assert (resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
 
 
-def test_sources_on_claims_are_left_alone(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
+def test_sources_on_claims_are_left_alone(fetch: Callable[..., Fetched], sound: Remotes) -> None:
     """There is nothing to ask anybody."""
-    assert fetch() == ResolvedRevisions()
+    assert fetch() == Fetched()
     assert sound.hub_wire.passed == sound.s3_wire.passed == []
 
 
-def test_what_is_there_is_not_asked_for(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
-) -> None:
+def test_what_is_there_is_not_asked_for(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
     """The same job need not even reach the servers."""
     sound.put("sets/train.jsonl", DATA)
     fetched = fetch(**HUB, **S3)
@@ -103,7 +101,7 @@ def test_what_is_there_is_not_asked_for(
     assert fetch(**HUB, **S3) == fetched
 
 
-def test_jobs_share(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
+def test_jobs_share(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
     """Another job asks for the revision, and finds its files there."""
     fetch(**HUB)
     sent = sound.hub_wire.sent("/cdn/")
@@ -112,7 +110,7 @@ def test_jobs_share(fetch: Callable[..., ResolvedRevisions], sound: Remotes, com
 
 
 def test_a_moved_branch_does_not_move_a_job(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
 ) -> None:
     """It keeps the commit of its first fetch, also in a workspace that lost the files; a new job gets the new one."""
     fetch(**HUB)
@@ -123,7 +121,7 @@ def test_a_moved_branch_does_not_move_a_job(
 
 
 def test_a_lost_source_is_fetched_again_as_it_was(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """The commit is still there, though the branch has moved."""
     fetch(**HUB)
@@ -135,7 +133,7 @@ def test_a_lost_source_is_fetched_again_as_it_was(
 
 
 def test_the_commit_that_run_json_names_is_fetched(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
 ) -> None:
     """An attempt gets what the one before it got, whatever the job's folder says."""
     sound.hub.commit("org/name", MODEL | {"config.json": b"[]"})
@@ -144,7 +142,7 @@ def test_the_commit_that_run_json_names_is_fetched(
 
 
 def test_a_bucket_that_changed_is_refused(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
 ) -> None:
     """Its old content cannot be had; a job that needs it is not given another."""
     sound.put("sets/train.jsonl", DATA)
@@ -161,7 +159,7 @@ def test_a_bucket_that_changed_is_refused(
 
 
 def test_another_source_under_the_same_name_is_another_matter(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
 ) -> None:
     """What the folder keeps is for the source and the revision that were asked for."""
     fetch(**HUB)
@@ -170,7 +168,7 @@ def test_another_source_under_the_same_name_is_another_matter(
     assert fetch(model={"source": "hf://org/name", "revision": "v2"}).model == tag
 
 
-def test_half_a_file_is_resumed(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
+def test_half_a_file_is_resumed(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
     """Not a byte of it is sent twice."""
     for _ in range(2):
         sound.hub_wire.fault(cut(1_000_000), path="/cdn/")
@@ -181,7 +179,7 @@ def test_half_a_file_is_resumed(fetch: Callable[..., ResolvedRevisions], sound: 
 
 
 def test_half_an_object_is_resumed(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
 ) -> None:
     """Not a byte of it is sent twice."""
     sound.put("sets/train.jsonl", WEIGHTS)
@@ -194,7 +192,7 @@ def test_half_an_object_is_resumed(
 
 @pytest.mark.parametrize("path", ["/cdn/", "/config.json"])
 def test_wrong_bytes_are_never_kept(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str, path: str
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str, path: str
 ) -> None:
     """Once: fetched anew. Again and again: an error, and nothing that a job could take for the model."""
     sound.hub_wire.fault(spoil(), path=path, times=-1)
@@ -211,7 +209,7 @@ def test_wrong_bytes_are_never_kept(
     assert (transfers.sources / f"hf/org/name/{commit}/model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_spoilt_objects_are_never_kept(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
+def test_spoilt_objects_are_never_kept(fetch: Callable[..., Fetched], sound: Remotes) -> None:
     """By the etag that S3 told before."""
     sound.put("sets/train.jsonl", DATA)
     sound.s3_wire.fault(spoil(), path="/sets/train.jsonl", times=-1)
@@ -221,26 +219,26 @@ def test_spoilt_objects_are_never_kept(fetch: Callable[..., ResolvedRevisions], 
 
 @pytest.mark.parametrize("source", [HUB, S3], ids=["hub", "s3"])
 def test_too_many_requests_are_waited_for(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str, source: dict[str, Any]
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str, source: dict[str, Any]
 ) -> None:
     """For as long as the server asks."""
     sound.put("sets/train.jsonl", DATA)
     for wire, path in ((sound.hub_wire, "/cdn/"), (sound.s3_wire, "/sets/train.jsonl")):
         wire.fault(answer(429, Retry_After="1"), path=path, times=2)
 
-    assert fetch(**source) != ResolvedRevisions()
+    assert fetch(**source) != Fetched()
 
 
 def test_a_server_that_stays_away_is_given_up(
-    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
+    fetch: Callable[..., Fetched], sound: Remotes, commit: str
 ) -> None:
-    """After the patience, with its last word."""
+    """After the limit, with its last word."""
     sound.hub_wire.fault(answer(503), path="/cdn/", times=-1)
     with pytest.raises(TransferFailed, match=r"model\.safetensors of hf://org/name: HTTP 503; gave up"):
-        fetch(patience=2, **HUB)
+        fetch(limit=2, **HUB)
 
 
-def test_bytes_are_counted(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
+def test_bytes_are_counted(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
     """What is there counts as done; what was thrown away does not."""
     sound.hub_wire.fault(spoil(), path="/cdn/")
     sums = [0, 0]
@@ -253,9 +251,7 @@ def test_bytes_are_counted(fetch: Callable[..., ResolvedRevisions], sound: Remot
     assert sums == [len(WEIGHTS) + 4, len(WEIGHTS) + 4]
 
 
-def test_a_traversal_is_refused(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
-) -> None:
+def test_a_traversal_is_refused(fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes) -> None:
     """A repository with a name that leaves its folder is not fetched at all."""
     sound.hub.commit("org/name", MODEL | {"../../../../jobs/j/evil.json": b"{}"})
     with pytest.raises(TransferRefused, match="leads out of its directory"):
@@ -264,7 +260,7 @@ def test_a_traversal_is_refused(
     assert not list(transfers.folder.rglob("evil.json"))
 
 
-def test_two_at_once_download_once(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
+def test_two_at_once_download_once(fetch: Callable[..., Fetched], sound: Remotes) -> None:
     """The second waits for the first, and uses what the first has fetched."""
     sound.put("sets/train.jsonl", DATA)
     held = threading.Event()
@@ -285,7 +281,7 @@ def test_two_at_once_download_once(fetch: Callable[..., ResolvedRevisions], soun
 
 
 def test_a_full_disk_is_told(
-    fetch: Callable[..., ResolvedRevisions],
+    fetch: Callable[..., Fetched],
     transfers: Transfers,
     sound: Remotes,
     commit: str,
@@ -302,7 +298,7 @@ def test_a_full_disk_is_told(
 
 
 def test_a_disk_that_fills_up_is_told(
-    fetch: Callable[..., ResolvedRevisions],
+    fetch: Callable[..., Fetched],
     transfers: Transfers,
     sound: Remotes,
     commit: str,
@@ -329,8 +325,8 @@ def test_a_disk_that_fills_up_is_told(
     assert part_bytes(transfers.sources) == 0
 
 
-def test_what_was_with_pinned_revisions_is_found_without_asking(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
+def test_what_was_fetched_before_is_found_without_asking(
+    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """By `qlora plan`; what is not there yet is an error that says what gets it."""
     config, volumes = transfers.config("train", **HUB), {"claim": transfers.folder / "claim"}
@@ -340,13 +336,13 @@ def test_what_was_with_pinned_revisions_is_found_without_asking(
         with_pinned_revisions(config, volumes)
     fetch(**HUB)
 
-    assert with_pinned_revisions(config, volumes).fetched == ResolvedRevisions(model=commit)
-    assert with_pinned_revisions(transfers.config("train"), volumes).fetched == ResolvedRevisions()
+    assert with_pinned_revisions(config, volumes).fetched == Fetched(model=commit)
+    assert with_pinned_revisions(transfers.config("train"), volumes).fetched == Fetched()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"model": {"source": "hf://org/name"}}'])
 def test_damaged_pins_are_as_if_there_were_none(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, commit: str, text: str
+    fetch: Callable[..., Fetched], transfers: Transfers, commit: str, text: str
 ) -> None:
     """They are written anew."""
     transfers.job().mkdir(parents=True)
@@ -358,7 +354,7 @@ def test_damaged_pins_are_as_if_there_were_none(
 
 
 def test_the_manifest_has_the_hashes(
-    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, commit: str
+    fetch: Callable[..., Fetched], transfers: Transfers, commit: str
 ) -> None:
     """Of all that was fetched."""
     fetch(**HUB)
@@ -425,10 +421,10 @@ def old_workspace(transfers: Transfers, sound: Remotes) -> dict[str, Any]:
 
 
 def test_what_release_0_1_0_fetched_is_not_fetched_again(
-    fetch: Callable[..., ResolvedRevisions], old_workspace: dict[str, Any], sound: Remotes
+    fetch: Callable[..., Fetched], old_workspace: dict[str, Any], sound: Remotes
 ) -> None:
     """Neither for its job, which need not reach the servers, nor for a new one, which finds the same revisions."""
-    expected = ResolvedRevisions(model=MODEL_COMMIT, dataset=SETS)
+    expected = Fetched(model=MODEL_COMMIT, dataset=SETS)
 
     assert fetch(**old_workspace) == expected
     assert sound.hub_wire.passed == sound.s3_wire.passed == []
@@ -440,10 +436,7 @@ def test_what_release_0_1_0_fetched_is_not_fetched_again(
 
 
 def test_a_part_of_release_0_1_0_is_resumed(
-    fetch: Callable[..., ResolvedRevisions],
-    transfers: Transfers,
-    old_workspace: dict[str, Any],
-    sound: Remotes,
+    fetch: Callable[..., Fetched], transfers: Transfers, old_workspace: dict[str, Any], sound: Remotes
 ) -> None:
     """A fetch that an upgrade interrupted goes on where it was."""
     (transfers.sources / f"s3/team/{SETS}/sets/a.jsonl").unlink()

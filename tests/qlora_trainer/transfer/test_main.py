@@ -286,7 +286,7 @@ def test_secrets_are_never_told(transfers: Transfers, sound: Remotes, name: str)
         "HTTP_PROXY": f"http://me:{SECRET_KEY}@127.0.0.1:1",
         "NO_PROXY": "127.0.0.1,localhost",
     }
-    patience = {"distributed": {"rendezvousTimeoutSeconds": 5}}
+    limit = {"distributed": {"rendezvousTimeoutSeconds": 5}}
     sound.hub_wire.fault(
         answer(503, HUB_TOKEN.encode(), Retry_After="0"), path="/tree/"
     )  # told by its client
@@ -295,7 +295,7 @@ def test_secrets_are_never_told(transfers: Transfers, sound: Remotes, name: str)
             sound.hub_wire.fault(fault, path=path, times=-1)
         sound.s3_wire.fault(fault, times=-1)
     processes = [
-        transfers.start(**source, **patience, name=name) for name, source in (("m", MODEL), ("d", DATASET))
+        transfers.start(**source, **limit, name=name) for name, source in (("m", MODEL), ("d", DATASET))
     ]
     ends = [transfers.wait(process) for process in processes]
 

@@ -50,10 +50,10 @@ def send(transfers: Transfers, here: dict[str, str], manifest: bytes) -> Callabl
     environ = here | {"QLORA_CREDENTIALS": str(transfers.folder / "credentials")}
 
     def do(
-        count: Callable[[int, int], None] = lambda done, total: None, patience: float = 20, **more: Any
+        count: Callable[[int, int], None] = lambda done, total: None, limit: float = 20, **more: Any
     ) -> str:
         config = transfers.config("publish", **more)
-        return publish(config, {"claim": transfers.folder / "claim"}, environ, Retrier(patience), count)
+        return publish(config, {"claim": transfers.folder / "claim"}, environ, Retrier(limit), count)
 
     return do
 
@@ -185,10 +185,10 @@ def test_a_refusal_is_final(
 
 
 def test_a_server_that_stays_away_is_given_up(send: Callable[..., str], sound: Remotes) -> None:
-    """After the patience."""
+    """After the limit."""
     sound.s3_wire.fault(answer(503), method="PUT", times=-1)
     with pytest.raises(TransferFailed, match="HTTP 503; gave up"):
-        send(patience=1, **S3)
+        send(limit=1, **S3)
 
 
 @pytest.mark.parametrize("damage", ["adapter_model.safetensors", "manifest.json"])

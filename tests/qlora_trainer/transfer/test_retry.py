@@ -23,7 +23,7 @@ class Time:
         self.slept.append(seconds)
         self.now += seconds
 
-    def patience(self, seconds: float) -> Retrier:
+    def retrier(self, seconds: float) -> Retrier:
         """One that lives by this clock."""
         return Retrier(seconds, lambda: self.now, self.sleep)
 
@@ -50,23 +50,23 @@ def test_what_passes_is_tried_again() -> None:
     """With delays that double."""
     time = Time()
 
-    assert time.patience(100).call(failing(*[TransientError("x")] * 4)) == "done"
+    assert time.retrier(100).call(failing(*[TransientError("x")] * 4)) == "done"
     assert time.slept == [1, 2, 4, 8]
 
 
 def test_the_server_says_how_long_to_wait() -> None:
     """Its Retry-After goes before our own delay."""
     time = Time()
-    time.patience(100).call(failing(TransientError("x", 7), TransientError("x"), TransientError("x", 0)))
+    time.retrier(100).call(failing(TransientError("x", 7), TransientError("x"), TransientError("x", 0)))
 
     assert time.slept == [7, 2, 0]
 
 
-def test_patience_ends() -> None:
+def test_it_gives_up_after_the_limit() -> None:
     """The last cause is told, with the limit and where it comes from."""
     time = Time()
     with pytest.raises(TransferFailed) as failed:
-        time.patience(60).call(failing(*[TransientError("hub: HTTP 503")] * 100))
+        time.retrier(60).call(failing(*[TransientError("hub: HTTP 503")] * 100))
 
     assert str(failed.value) == (
         "hub: HTTP 503; gave up: no progress within 60 s "
@@ -75,29 +75,29 @@ def test_patience_ends() -> None:
     assert 30 < time.now <= 60
 
 
-def test_a_wait_beyond_the_patience_is_not_begun() -> None:
+def test_a_wait_beyond_the_limit_is_not_begun() -> None:
     """Who asks for an hour where a minute is allowed is told off at once."""
     time = Time()
     with pytest.raises(TransferFailed, match="no progress within 60 s, and the server asks to wait 3600 s"):
-        time.patience(60).call(failing(TransientError("x", 3600)))
+        time.retrier(60).call(failing(TransientError("x", 3600)))
 
     assert time.slept == []
 
 
-def test_a_byte_renews_patience() -> None:
+def test_a_byte_renews_the_limit() -> None:
     """As long as something arrives now and then, it goes on."""
     time = Time()
-    patience = time.patience(10)
+    retrier = time.retrier(10)
     tries = 0
 
     def trickle() -> None:
         nonlocal tries
         tries += 1
-        patience.reset()
+        retrier.reset()
         if tries < 50:
             raise TransientError("broke off")
 
-    patience.call(trickle)
+    retrier.call(trickle)
     assert tries == 50
     assert set(time.slept) == {1}
 
@@ -106,7 +106,7 @@ def test_a_refusal_is_final() -> None:
     """It is not asked again."""
     time = Time()
     with pytest.raises(TransferRefused):
-        time.patience(60).call(failing(TransferRefused("no")))
+        time.retrier(60).call(failing(TransferRefused("no")))
 
     assert time.slept == []
 
@@ -115,9 +115,9 @@ def test_a_refusal_is_final() -> None:
 def test_the_limit_holds(waits: list[float | None], limit: float) -> None:
     """Whatever a server asks for, no more than the limit passes without a byte, nor a delay of ours beyond its cap."""
     time = Time()
-    patience = time.patience(limit)
+    retrier = time.retrier(limit)
     with contextlib.suppress(TransferFailed):
-        patience.call(failing(*[TransientError("x", wait) for wait in waits]))
+        retrier.call(failing(*[TransientError("x", wait) for wait in waits]))
     assert time.now <= limit
     assert all(slept <= MAX_DELAY_SECONDS or slept in waits for slept in time.slept)
 

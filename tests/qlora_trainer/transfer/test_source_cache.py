@@ -15,8 +15,8 @@ from qlora_trainer.transfer.source_cache import Snapshot
 FILES = [RemoteFile("sub/a.jsonl", 3), RemoteFile("sub/b.jsonl", 5)]
 
 
-def shelf(workspace: Path, uri: str = "hf://datasets/org/name/sub") -> Snapshot:
-    """A shelf with its folders."""
+def snapshot(workspace: Path, uri: str = "hf://datasets/org/name/sub") -> Snapshot:
+    """A snapshot with its folders."""
     made = Snapshot(workspace, parse_remote(uri), "c0ffee")
     made.make_folders()
     return made
@@ -44,7 +44,7 @@ def test_it_lies_where_run_json_says(tmp_path: Path, uri: str) -> None:
 
 def test_without_a_manifest_nothing_is_whole(tmp_path: Path) -> None:
     """It is written last, so whatever lies there before is part of something."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     assert not made.is_complete()
 
     fill(made)
@@ -67,7 +67,7 @@ def test_without_a_manifest_nothing_is_whole(tmp_path: Path) -> None:
 )
 def test_damage_is_seen(tmp_path: Path, damage: object) -> None:
     """By names and sizes: hashes were looked at before."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     fill(made)
     damage(made)  # type: ignore[operator]
 
@@ -76,7 +76,7 @@ def test_damage_is_seen(tmp_path: Path, damage: object) -> None:
 
 def test_paths_of_one_revision_are_whole_each_by_itself(tmp_path: Path) -> None:
     """Two jobs may read two files of one dataset."""
-    one, other = shelf(tmp_path), shelf(tmp_path, "hf://datasets/org/name/sub/a.jsonl")
+    one, other = snapshot(tmp_path), snapshot(tmp_path, "hf://datasets/org/name/sub/a.jsonl")
     fill(one)
 
     assert (one.is_complete(), other.is_complete()) == (True, False)
@@ -85,7 +85,7 @@ def test_paths_of_one_revision_are_whole_each_by_itself(tmp_path: Path) -> None:
 
 def test_parts_count_as_there(tmp_path: Path) -> None:
     """What is missing is what must fit on the disk."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     made.part(FILES[1]).write_bytes(b"xx")
 
     assert [made.bytes_present(file) for file in FILES] == [0, 2]
@@ -93,7 +93,7 @@ def test_parts_count_as_there(tmp_path: Path) -> None:
 
 def test_a_link_is_no_file(tmp_path: Path) -> None:
     """Nothing is read, or written, through one."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     (made.files / "sub").mkdir()
     (tmp_path / "elsewhere").write_bytes(b"xxx")
     (made.files / "sub/a.jsonl").symlink_to(tmp_path / "elsewhere")
@@ -103,7 +103,7 @@ def test_a_link_is_no_file(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
     """The sentence says how much is needed, and how much is there."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     free = os.statvfs(tmp_path)
     made.check_space(FILES)
     with pytest.raises(
@@ -114,7 +114,7 @@ def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
 
 def test_the_manifest_has_sizes_and_hashes(tmp_path: Path) -> None:
     """Of every file, beside what they came from."""
-    made = shelf(tmp_path)
+    made = snapshot(tmp_path)
     fill(made)
 
     assert json.loads(made.manifest.read_text()) == {
