@@ -23,7 +23,7 @@ def documented(section: str) -> set[str]:
 def test_every_metric_of_the_operator_is_documented() -> None:
     """The page has the operator's metrics, and no other ones."""
     metrics = Metrics(CollectorRegistry(), "1")
-    metrics.jobs.put("team", "job", JobSample(Phase.RUNNING, 1.0, 1.0))
+    metrics.jobs.set("team", "job", JobSample(Phase.RUNNING, 1.0, 1.0))
     metrics.api_request("get", "jobs", 200, 0.1)
     metrics.restarts.labels("Killed", "user").inc()
     text = generate_latest(metrics.registry).decode()

@@ -26,7 +26,7 @@ LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 SAMPLES = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
 WITHOUT_SOURCE = {"repository", "releases", "support", "distributed", "apiserver", "e2e", "cluster", "charts", "images", "security"}
 """Folders of tests of the whole, or of a package's parts together."""
-OF_SEVERAL_FILES = {"tests/qlora_trainer/modeling/test_parity.py"}
+OF_SEVERAL_FILES = {"tests/qlora_trainer/modeling/test_parity.py", "tests/qlora_operator/status/test_reads.py"}
 """Tests of a package's files together."""
 SOURCE_ROOTS = ("operator", "trainer", "operator/benchmarks", "trainer/benchmarks", "")
 

@@ -69,7 +69,7 @@ def details(memory: MemoryFigures) -> PlanReport:
         memory=memory,
         training=SplitStats.model_validate(split),
         steps=Steps(per_epoch=4, total=10, epochs=2.5, tokens_per_step=1000.0, fill=0.925),
-        sample=[TextSpan(text="What?\x1b ", learnt=False), TextSpan(text="That.", learnt=True)],
+        sample=[TextSpan(text="What?\x1b ", supervised=False), TextSpan(text="That.", supervised=True)],
     )
 
 
@@ -130,7 +130,7 @@ def test_ranks_that_do_not_fit_their_pod_are_a_problem(a_job: Job) -> None:
         a_job(topology={"cpusPerRank": 8, "pinning": "strict"}), uid="u", attempt=0, isa="avx2"
     )
 
-    with pytest.raises(CommandError, match="need 8 CPUs, and 1 can be used here") as caught:
+    with pytest.raises(CommandError, match="need 8 CPUs, but only 1 can be used here") as caught:
         query_layout(run, [sorted(os.sched_getaffinity(0))[:1]])
     assert caught.value.code == ExitCode.INVALID_CONFIGURATION
 
@@ -238,7 +238,7 @@ def test_colour_marks_what_is_learnt_on_a_terminal() -> None:
 def test_a_long_sample_is_cut_on_screen() -> None:
     """A sample of a book does not scroll the rest away."""
     text = sample_text(
-        [TextSpan(text="a" * 5000, learnt=True), TextSpan(text="never", learnt=False)], marked=True
+        [TextSpan(text="a" * 5000, supervised=True), TextSpan(text="never", supervised=False)], marked=True
     )
 
     assert text.plain == f"[[{'a' * 2000}]] ..."

@@ -96,12 +96,11 @@ def test_what_the_operator_wrote_itself_is_no_news(operator: Operator) -> None:
 def test_a_job_that_is_deleted_is_forgotten(operator: Operator) -> None:
     """It is reconciled once more, and everything that was kept of it goes."""
     happens(operator, "ADDED", job(1))
-    operator.poller = SimpleNamespace(untrack=lambda uid: None)  # type: ignore[assignment]
-    operator.reconciler.incomplete.add("uid")
+    operator.facts.set_children_missing(["uid"])
 
     assert happens(operator, "DELETED", job(2)) == [KEY]
     assert operator.cache.jobs() == {}
-    assert operator.reconciler.incomplete == set()
+    assert not operator.facts.children_missing("uid")
 
 
 def test_only_facts_of_a_batch_job_wake_its_qlorajob(
@@ -207,7 +206,8 @@ def test_the_sweep_sees_what_the_watches_missed(
         await operator.resync()
         assert operator.cache.jobs() == {(namespace, "job"): uid}
         assert sorted(waiting(operator)) == sorted([KEY, (namespace, "job")])
-        assert operator.reconciler.incomplete == {uid}
+        assert operator.facts.children_missing(uid)
+        assert not operator.facts.children_missing("gone")
 
     against(api_cluster, tmp_path, monkeypatch, namespace, test)
 

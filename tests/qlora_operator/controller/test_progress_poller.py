@@ -42,9 +42,9 @@ class Polled:
         self.pods = pods
         self.reports: dict[str, Any] = {}
         self.woken: list[tuple[str, str]] = []
-        queue = SimpleNamespace(add=self.woken.append)
-        reconciler = SimpleNamespace(reports=self.reports)
-        self.poller = ProgressPoller(cast(Any, pods), cast(Any, reconciler), cast(Any, queue))
+        facts = SimpleNamespace(put_report=self.reports.__setitem__)
+        self.poller = ProgressPoller(cast(Any, pods), cast(Any, facts), self.woken.append)
+        self.poller.start()
 
 
 @asynccontextmanager
