@@ -35,7 +35,8 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
         return builder.build()
     try:
         if not builder.view.finished:
-            _initialize(builder)
+            if builder.view.condition(ConditionType.RUNNING) is None:
+                builder.set_false(ConditionType.RUNNING, Reason.STARTING, "no attempt has started")
             _suspend_or_resume(builder)
         if builder.view.open_attempt is not None:
             _reconcile_attempt(builder)
@@ -52,12 +53,6 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
 def managed_elsewhere(job: QLoRAJob) -> bool:
     """Whether another controller has the job, or it is being deleted."""
     return job.spec.managed_by not in (None, CONTROLLER) or job.metadata.deletion_timestamp is not None
-
-
-def _initialize(builder: StatusBuilder) -> None:
-    """From now on the job waits for its ranks."""
-    if builder.view.condition(ConditionType.RUNNING) is None:
-        builder.set_false(ConditionType.RUNNING, Reason.STARTING, "no attempt has started")
 
 
 def _suspend_or_resume(builder: StatusBuilder) -> None:
