@@ -400,8 +400,8 @@ BACKENDS = {
 
 All others run once, with gloo: what they see is decided before the ranks meet (bad input, the Hub and S3), by one rank
 alone (checkpoints, the fence, a full disk), or by numbers that all ranks have already (divergence, no improvement).
-test_job_goes_on_with_fewer_ranks ends ranks of mpi and then of ccl by SIGTERM, which therefore needs no test by each; and a rank 0
-that stands still is to a library what any rank is.
+test_job_goes_on_with_fewer_ranks ends ranks of mpi and then of ccl by SIGTERM, which therefore needs no test by each;
+and a rank 0 that stands still is to a library what any rank is.
 """
 
 

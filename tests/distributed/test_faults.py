@@ -137,7 +137,9 @@ def test_divergence_keeps_the_last_checkpoint(alone: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("required", [True, False], ids=["required", "not required"])
-def test_adapter_without_improvement_is_published_only_if_allowed(required: bool, make_job: Callable[..., Any]) -> None:
+def test_adapter_without_improvement_is_published_only_if_allowed(
+    required: bool, make_job: Callable[..., Any]
+) -> None:
     """An adapter that is no better than the base is published only when no improvement is required."""
     job = make_job(
         training={"learningRate": 1e-30, "maxSteps": 2}, evaluation={"requireImprovement": required}

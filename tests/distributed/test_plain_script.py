@@ -119,7 +119,9 @@ def with_gloo(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("torch_name", ["ccl", "impi"])
-def test_a_plain_script_may_use_each_backend(torch_name: str, tmp_path: Path, with_gloo: list[dict[str, Any]]) -> None:
+def test_a_plain_script_may_use_each_backend(
+    torch_name: str, tmp_path: Path, with_gloo: list[dict[str, Any]]
+) -> None:
     """All types and sizes, async work, groups at once, objects, DDP, a second life: as with gloo, to the bit."""
     said = run(torch_name, tmp_path / torch_name)
 

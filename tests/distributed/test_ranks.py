@@ -81,7 +81,9 @@ def test_variants_train_as_one_rank_does(
     assert_same_training(jobs[1], jobs[0])
 
 
-def test_dropout_changes_the_gradient_but_not_the_first_loss(make_job: Callable[..., Any], alone: Any) -> None:
+def test_dropout_changes_the_gradient_but_not_the_first_loss(
+    make_job: Callable[..., Any], alone: Any
+) -> None:
     """B is zero at the first step, so whatever is dropped from its input shows in the gradient alone."""
     job = make_job(
         adapter={"dropout": 0.3}, training={"maxSteps": 1}, evaluation={"requireImprovement": False}

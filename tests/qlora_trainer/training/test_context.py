@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +30,12 @@ def test_a_signal_is_seen_through_an_all_reduce(alone: RankContext) -> None:
 
 RANK = """
 import os, pathlib, sys
-from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
-from qlora_trainer.storage import JobFolder
+from qlora_trainer.run_file import load_run
+from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.training.context import RankContext
 
-run = RunConfig.model_validate_json(sys.argv[1])
+run = load_run(pathlib.Path(sys.argv[1]))
 world = World.from_environ(os.environ)
 with Group.open(world, "gloo", 60, 60) as group:
     context = RankContext(run, group, JobFolder(pathlib.Path("unused"), run))
@@ -46,14 +47,16 @@ with Group.open(world, "gloo", 60, 60) as group:
 """
 
 
-def test_ranks_exchange_sums_own_numbers_and_requests_to_stop(alone: RankContext) -> None:
+def test_ranks_exchange_sums_own_numbers_and_requests_to_stop(alone: RankContext, tmp_path: Path) -> None:
     """All ranks get the same sums in fp64, each rank's own number, and stop when any one is asked to."""
+    run_json = tmp_path / "run.json"
+    run_json.write_text(alone.run.to_json())
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, alone.run.to_json()], text=True, stdout=subprocess.PIPE,
+            [sys.executable, "-c", RANK, str(run_json)], text=True, stdout=subprocess.PIPE,
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
         )
         for rank in range(2)
