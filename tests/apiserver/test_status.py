@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.identity import identity_hash
-from qlora_contract.run_config import shaping_fields
+from qlora_operator.api.run_config import config_hash
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from testcluster.cluster import Cluster
 from testcluster.errors import KubectlError
@@ -330,14 +329,12 @@ def test_provenance(make_job: MakeJob) -> None:
     job.client.patch(path, {"status": {**status, "conditions": ready}}, kind)
     job.until_phase("Running")
 
-    spec = QLoRAJob.model_validate(job.get()).spec
-    fields = (spec.model, spec.dataset, spec.adapter, spec.quantization, spec.training, spec.evaluation)
     assert job.status["provenance"] == {
         "image": "registry.example/qlora-trainer:1",
         "imageDigest": DIGEST,
-        "runConfigVersion": 1,
+        "runConfigVersion": 2,
         "seed": 7,
-        "configHash": identity_hash(shaping_fields(*fields)),
+        "configHash": config_hash(QLoRAJob.model_validate(job.get())),
     }
 
 

@@ -136,5 +136,5 @@ def test_a_workspace_of_somebody_else(filled: Remotes, small_job: Callable[..., 
     assert status["attempts"][0]["reason"] == "InvalidConfiguration", status["message"]
     assert "Permission denied" in status["message"]
     assert "/work/" in status["message"]
-    assert "user 1000 must be let" in status["message"]
+    assert "grant user 1000 read access" in status["message"]
     assert len(status["attempts"]) == 1

@@ -14,7 +14,9 @@ from qlora_trainer.run_file import RunFileError
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        pytest.param('{"version": 2}', "has version 2 and this trainer reads version 1", id="other version"),
+        pytest.param(
+            '{"version": 3}', "has version 3 and this trainer reads versions 1 and 2", id="other version"
+        ),
         pytest.param('{"job": 1}', "not a JSON object with a version", id="no version"),
         pytest.param("[1]", "not a JSON object with a version", id="list"),
         pytest.param("{", "not a JSON object with a version", id="no JSON"),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_trainer import smoke_model, smoke_model as smoke_model_module
+from qlora_trainer import smoke_model
+from qlora_trainer import smoke_model as smoke_model_module
 
 
 @pytest.fixture(scope="module")

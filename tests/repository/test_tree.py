@@ -24,9 +24,23 @@ TESTS = [path for path in PYTHON if path.is_relative_to(ROOT / "tests")]
 SOURCES = [path for path in PYTHON if path not in TESTS]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
 SAMPLES = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
-WITHOUT_SOURCE = {"repository", "releases", "support", "distributed", "apiserver", "e2e", "cluster", "charts", "images", "security"}
+WITHOUT_SOURCE = {
+    "repository",
+    "releases",
+    "support",
+    "distributed",
+    "apiserver",
+    "e2e",
+    "cluster",
+    "charts",
+    "images",
+    "security",
+}
 """Folders of tests of the whole, or of a package's parts together."""
-OF_SEVERAL_FILES = {"tests/qlora_trainer/modeling/test_parity.py", "tests/qlora_operator/status/test_reads.py"}
+OF_SEVERAL_FILES = {
+    "tests/qlora_trainer/modeling/test_parity.py",
+    "tests/qlora_operator/status/test_reads.py",
+}
 """Tests of a package's files together."""
 SOURCE_ROOTS = ("operator", "trainer", "operator/benchmarks", "trainer/benchmarks", "")
 

@@ -140,7 +140,7 @@ def write_plan(case: Case, path: Path) -> None:
     Plan(
         train=listed(loaded.train),
         evaluation=listed(loaded.evaluation),
-        steps=[[sample for bin_ in ours.at(step).bins for sample in bin_] for step in range(case.steps)],
+        steps=[[sample for bin_ in ours.step(step).bins for sample in bin_] for step in range(case.steps)],
         learning_rate=training.learning_rate,
         schedule=training.schedule,
         warmup_ratio=training.warmup_ratio,
@@ -164,8 +164,9 @@ def write_start(case: Case, folder: Path) -> None:
 
     from qlora_trainer.modeling.loading import load_model
     from qlora_trainer.modeling.lora import attach_adapters
+    from qlora_trainer.quantization.schemes import Unquantized
 
-    layers = load_model(case.demo / "model", "none", torch.float32).linears
+    layers = load_model(case.demo / "model", Unquantized(), torch.float32).linears
     start = attach_adapters(layers, rank=RANK, alpha=ALPHA, dropout=None, seed=case.seed).named
     folder.mkdir(exist_ok=True)
     tensors = {f"base_model.model.{name}": value.detach().clone() for name, value in start.items()}

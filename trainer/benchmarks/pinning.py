@@ -93,7 +93,7 @@ def start(case: Case, run: RunConfig, cpus: list[int], *, bound: bool = True) ->
     command = [
         sys.executable,
         "-c",
-        f"import os; from qlora_trainer import launch; os._exit(launch.main({rank!r}))",
+        f"import os; from qlora_trainer.launch.__main__ import main; os._exit(main({rank!r}))",
     ]
     environ = {
         env.RUN_CONFIG_ENV: str(folder / "run.json"),
@@ -168,7 +168,7 @@ def halves() -> tuple[tuple[int, ...], tuple[int, ...]]:
     machine = read_machine()
     cores = len(machine.cores_of(cpus))
     found = compute_layout(
-        machine, AvailableCpus(tuple(cpus), quota, ours_alone=True), CpuRequest(2, cores // 2 * 2)
+        machine, AvailableCpus(tuple(cpus), quota, exclusive=True), CpuRequest(2, cores // 2 * 2)
     )
     return found.ranks[0].cpus, found.ranks[1].cpus
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.files import sha256
-from qlora_contract.identity import differences, identity_fields, identity_hash
+from qlora_contract.identity import differences, identity, same_identity
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import RunConfig
 
@@ -60,8 +60,7 @@ def adapter_uri(run: RunConfig) -> str:
 
 def identity_text(run: RunConfig) -> str:
     """The text of identity.json for this spec."""
-    fields = identity_fields(run)
-    return json.dumps({"hash": identity_hash(fields), "fields": fields}, indent=1)
+    return json.dumps(identity(run), indent=1)
 
 
 def has_identity(folder: Path, run: RunConfig) -> bool:
@@ -72,17 +71,17 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
         DamagedIdentityError: the mark cannot be understood.
         OSError: it cannot be read.
     """
-    path = folder / IDENTITY
+    path, mine = folder / IDENTITY, identity(run)
     try:
         theirs = json.loads(path.read_text())
-        same, fields = theirs["hash"] == identity_hash(identity_fields(run)), theirs["fields"]
+        same, fields = same_identity(theirs, mine), theirs["fields"]
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
     if not same:
         raise IdentityError(
-            f"{folder} holds the results of another spec ({differences(fields, identity_fields(run))}); "
+            f"{folder} holds the results of another spec ({differences(fields, mine['fields'])}); "
             "choose another metadata.name, or remove the folder"
         )
     return True

@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer import smoke_model
+from qlora_trainer import tiny  # the name that images of release 0.1.0 have, too
 
 FOLDER = "qlora-helm-test"
 
@@ -99,7 +99,7 @@ def main() -> int:
         time.sleep(1)
     folder = secrets.token_hex(4)
     place = Path(mount, FOLDER, folder)
-    smoke_model.write(place)
+    tiny.write(place)
     api.ask("POST", body=job(name, claim, folder))
     phase = follow(api, name, float(seconds))
     if phase != "Succeeded":

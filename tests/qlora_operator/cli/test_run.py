@@ -23,7 +23,8 @@ from rich.console import Console
 from qlora_operator.cli import run
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.errors import CommandError
-launcher = f"import os; from qlora_trainer.launch.__main__ import main; os._exit(main([{sys.executable!r}, {sys.argv[2]!r}]))"
+rank = [sys.executable, sys.argv[2]]
+launcher = f"import os; from qlora_trainer.launch.__main__ import main; os._exit(main({rank!r}))"
 try:
     code = run.run(
         QLoRAJob.model_validate(json.loads(sys.argv[1])),

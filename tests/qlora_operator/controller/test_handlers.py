@@ -182,11 +182,7 @@ def against(
         operator = made(folder, monkeypatch, **{handlers.NAMESPACES_ENV: namespace})
         operator.queue = handlers.WorkQueue(operator.reconciler, workers=0)
         async with operator.client:
-            operator.poller = handlers.Poller(operator.client, operator.reconciler, operator.queue)
-            try:
-                await test(operator)
-            finally:
-                await operator.poller.close()
+            await test(operator)
 
     asyncio.run(asyncio.wait_for(main(), 60))
 

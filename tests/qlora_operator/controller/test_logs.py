@@ -53,7 +53,8 @@ def test_a_plain_record_is_a_line() -> None:
     (line,) = lines("plain", (OURS, logging.INFO, "attempt 0 started"))
 
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO    qlora_operator\.controller\.reconciler attempt 0 started", line
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO    qlora_operator\.controller\.reconciler attempt 0 started",
+        line,
     )
 
 

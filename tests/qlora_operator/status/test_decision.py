@@ -221,10 +221,10 @@ def test_an_attempt_gets_the_first_tier_that_has_nodes(
             id="size, of a job that has begun",
         ),
         pytest.param(
-            between("Terminated", provenance={"image": "x", "runConfigVersion": 2}),
+            between("Terminated", provenance={"image": "x", "runConfigVersion": 3}),
             {},
             "InvalidSpec",
-            "version 2 of the RunConfig, and this operator writes version 1",
+            "version 3 of the RunConfig, and this operator writes versions 1 and 2",
             id="another version",
         ),
     ],

@@ -61,7 +61,7 @@ def test_the_provenance_says_what_the_adapter_was_made_from() -> None:
     assert provenance["model_source"] == "pvc://data/model"
     assert (provenance["dataset_source"], provenance["dataset_sha256"]) == ("pvc://data/train.jsonl", "ab")
     assert (provenance["seed"], provenance["job_uid"]) == (9, "u-1")
-    assert provenance["identity_hash"] == identity_hash(identity_fields(RUN))
+    assert provenance["config_hash"] == identity_hash(identity_fields(RUN))
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["versions"]["python"] == platform.python_version()
 

@@ -162,7 +162,7 @@ def test_another_version_ends_the_launch_without_torch(machine: Machine) -> None
     code, _, _ = machine.run("", '{"version": 7, "whatever": []}')
 
     assert code == ExitCode.INVALID_CONFIGURATION
-    assert "version 7 and this trainer reads version 1" in machine.report().cause
+    assert "version 7 and this trainer reads versions 1 and 2" in machine.report().cause
     assert machine.report().reason == "INVALID_CONFIGURATION"
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qlora_contract.run import Fetched
 
 from qlora_contract.paths import resolve
-from qlora_contract.run import Fetched
 from qlora_trainer.errors import ConfigurationError, StorageFull, TransferFailed, TransferRefused
 from qlora_trainer.transfer.fetch import SourceFetcher
 from qlora_trainer.transfer.retry import Retrier

@@ -239,7 +239,10 @@ def test_what_cannot_be_done_is_told(
 
     assert end.code == code
     assert said in end.report.cause
-    assert end.log.splitlines()[-1] == f"transfer: ends with {code} ({end.report.reason}): {end.report.cause}"
+    assert (
+        end.log.splitlines()[-1]
+        == f"transfer: exits with code {code} ({end.report.reason}): {end.report.cause}"
+    )
 
 
 def test_a_malformed_run_json_is_told(transfers: Transfers) -> None:

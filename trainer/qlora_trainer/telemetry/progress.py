@@ -63,7 +63,10 @@ class Progress:
         """
         with self._lock:
             fields = {name: getattr(self._report, name) for name in ProgressReport.model_fields}
-            self._report = ProgressReport.model_validate(fields | changes | {"updated_time": now()})
+            # Reports are read leniently; what we write ourselves is not.
+            self._report = ProgressReport.model_validate(
+                fields | changes | {"updated_time": now()}, extra="forbid"
+            )
 
     def count_tokens(self, tokens: int) -> None:
         """Add a step's tokens, over all ranks."""
