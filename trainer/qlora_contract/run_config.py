@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_contract.base import ContractModel
+from qlora_contract.quantization import SchemeName
 from qlora_contract.remote import (
     DATASET_PATTERN,
     DESTINATION_PATTERN,
@@ -103,7 +104,7 @@ class Adapter(ContractModel):
 class Quantization(ContractModel):
     """How the frozen base weights are stored."""
 
-    scheme: Literal["nf4", "none"] = "nf4"
+    scheme: SchemeName = "nf4"
     block_size: Literal[64] = 64
     double_quantization: bool = True
 
