@@ -386,5 +386,5 @@ def test_readiness(make_operator: Callable[..., Any], proxy: FaultyProxy) -> Non
         wait_for(lambda: rule.hits)
         code, text = operator.get("/readyz")
         assert (code, operator.get("/healthz")[0]) == (503, 200)
-        assert "not looked at" in text
+        assert "the first resync has not completed" in text
     operator.ready()

@@ -52,11 +52,11 @@ class Tracker:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def follow(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
+    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
         """An attempt runs."""
         self.told.append((key, attempt, len(pods)))
 
-    def forget(self, uid: str) -> None:
+    def untrack(self, uid: str) -> None:
         """The job does not run."""
         self.told.append("ended")
 
@@ -175,7 +175,7 @@ def test_a_job_that_is_gone_is_forgotten(play: Callable[[Test], None]) -> None:
 
     async def test(table: Table) -> None:
         table.create()
-        table.metrics.jobs.put(*table.key, JobSample(Phase.PENDING))
+        table.metrics.jobs.set(*table.key, JobSample(Phase.PENDING))
         table.client.delete(f"{table.path}/job")
         assert await table.turn() == 0.0
         assert table.store.jobs() == {}
