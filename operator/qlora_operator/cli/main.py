@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(str(error), error.code)
     except BrokenPipeError:
-        # `qlora plan ... | head`: nobody reads any more, and the flush at exit must not complain.
+        # `qlora plan ... | head`: the reader is gone, and the flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -50,7 +50,7 @@ def _fail(message: str, code: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    command = argparse.ArgumentParser(prog="qlora", description="Quantised LoRA fine-tuning on CPUs.")
+    command = argparse.ArgumentParser(prog="qlora", description="Quantized LoRA fine-tuning on CPUs.")
     version = importlib.metadata.version("qlora-operator")
     command.add_argument("--version", action="version", version=f"qlora {version}")
     subcommands = command.add_subparsers(dest="command", required=True, metavar="COMMAND")

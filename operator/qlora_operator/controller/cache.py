@@ -80,7 +80,7 @@ class ObjectCache:
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
             gone = self._attempt_jobs.pop(known.uid, {})
-            self._starting -= {each.attempt_job.uid for each in gone.values()}
+            self._starting -= {entry.attempt_job.uid for entry in gone.values()}
 
     def put_attempt_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a batch/v1 Job. Returns whether a fact that decisions need has changed; most updates change none."""

@@ -64,14 +64,14 @@ class JobsCollector(Collector):
         """Jobs by phase; speed and loss of those that train."""
         samples = dict(self._samples)
         yield _by_phase(samples)
-        running = {job: each for job, each in samples.items() if each.phase is Phase.RUNNING}
+        running = {job: sample for job, sample in samples.items() if sample.phase is Phase.RUNNING}
         yield _speeds(running)
         yield _losses(running)
 
 
 def _by_phase(samples: dict[tuple[str, str], JobSample]) -> Metric:
     family = GaugeMetricFamily("qlora_jobs", "Jobs by phase", labels=["namespace", "phase"])
-    counts = Count((namespace, each.phase.value) for (namespace, _), each in samples.items())
+    counts = Count((namespace, sample.phase.value) for (namespace, _), sample in samples.items())
     for labels, count in sorted(counts.items()):
         family.add_metric(labels, count)
     return family
@@ -84,7 +84,9 @@ def _speeds(running: dict[tuple[str, str], JobSample]) -> Metric:
         labels=["namespace", "name"],
     )
     known = [
-        (job, each.tokens_per_second) for job, each in running.items() if each.tokens_per_second is not None
+        (job, sample.tokens_per_second)
+        for job, sample in running.items()
+        if sample.tokens_per_second is not None
     ]
     for job, speed in known[:JOBS_SHOWN]:
         family.add_metric(job, speed)
@@ -99,7 +101,7 @@ def _losses(running: dict[tuple[str, str], JobSample]) -> Metric:
         f"Mean loss per supervised token in the last step of a running job; at most {JOBS_SHOWN} jobs",
         labels=["namespace", "name"],
     )
-    known = [(job, each.loss) for job, each in running.items() if each.loss is not None]
+    known = [(job, sample.loss) for job, sample in running.items() if sample.loss is not None]
     for job, loss in known[:JOBS_SHOWN]:
         family.add_metric(job, loss)
     return family

@@ -86,7 +86,11 @@ class ProgressPoller:
 
     def _start_due(self, now: float) -> None:
         """Start requests for the attempts that are due, the longest overdue first."""
-        due = [(each.due, uid) for uid, each in self._tracked.items() if each.due <= now and not each.polling]
+        due = [
+            (target.due, uid)
+            for uid, target in self._tracked.items()
+            if target.due <= now and not target.polling
+        ]
         for _, uid in sorted(due)[: MAX_CONCURRENT - len(self._requests)]:
             tracked = self._tracked[uid]
             tracked.polling = True
@@ -124,4 +128,4 @@ class ProgressPoller:
 
 
 def _address(pods: Sequence[Pod], attempt: int) -> str | None:
-    return next((each.address for each in pods if each.index == 0 and each.attempt == attempt), None)
+    return next((pod.address for pod in pods if pod.index == 0 and pod.attempt == attempt), None)

@@ -2,7 +2,7 @@
 
 The status says what is so before anything is done about it: an attempt is in the status before its Job is
 created, and the end of one, with its price, before the next begins. Whoever reads the status and the cluster
-can thus go on from any point at which the operator was killed.
+can therefore continue from any point at which the operator was killed.
 """
 
 from datetime import datetime

@@ -82,8 +82,8 @@ class Heartbeat:
     def lost(self, wait_seconds: float = 0.0) -> LostPeer | None:
         """The peer that was lost, waiting so long for the news.
 
-        A collective may fail before the heartbeat has told which peer died:
-        wait here then, or the report names nobody.
+        A collective may fail before the heartbeat knows which peer died:
+        wait here then, or the report names no peer.
         """
         monitor = self._monitor
         return monitor.lost_peer if monitor is not None and monitor.decided.wait(wait_seconds) else None
@@ -93,7 +93,7 @@ class Heartbeat:
         self._leave(Goodbye())
 
     def farewell(self, reason: str, code: int) -> None:
-        """End for a reason of our own, with an exit code: the peers are told it, and leave naming it."""
+        """End for a reason of our own, with an exit code: the peers receive it, and leave naming it."""
         name = next((known.name for known in ExitCode if known == code), f"exit code {code}")
         self._leave(Farewell(f"ended: {name}: {' '.join(reason.split())[:_REASON_CHARACTERS]}"))
 

@@ -42,7 +42,7 @@ def hbm_nodes(machine: Machine) -> tuple[Node, ...]:
 
 
 def hbm_mode(machine: Machine) -> HbmMode | None:
-    """The mode that HBM is in; None: there is none. A machine with no more DDR than HBM counts as `only`."""
+    """The mode that HBM is in; None: the machine has none. A machine with no more DDR than HBM counts as `only`."""
     if hbm_nodes(machine):
         return "flat"
     if HBM_MODEL not in machine.model:
@@ -141,6 +141,6 @@ def _set_policy(mode: int, node: int | None) -> int:
     else:
         words = (ctypes.c_ulong * (node // _LONG_BITS + 1))()
         words[node // _LONG_BITS] = 1 << node % _LONG_BITS
-        # The kernel takes one bit less than it is told.
+        # The kernel takes one bit less than the count says.
         result = libc.syscall(_SYS_SET_MEMPOLICY, mode, words, len(words) * _LONG_BITS + 1)
     return ctypes.get_errno() if result else 0

@@ -37,7 +37,7 @@ class SourceFetcher:
             run: the job.
             volumes: claim -> directory.
             environ: addresses, certificates, and where credentials are.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
             count: called with the bytes that are to come, and as they come.
         """
         self._workspace = resolve(run.workspace, volumes)

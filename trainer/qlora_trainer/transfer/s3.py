@@ -160,7 +160,7 @@ class S3:
             names: of the files, without the manifest.
             check: called before the manifest is written; what it raises ends the upload.
             on_bytes: called with the number of bytes that were sent.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
         """
         manifest = self._key(MANIFEST)
         present = retrier.call(lambda: self._read_object(manifest))
@@ -207,7 +207,7 @@ class S3:
                     body = stream.read(PART_BYTES)
                 self._call(retrier, self._complete, Parts=parts, Size=path.stat().st_size, **upload)
             except Exception:
-                with suppress(*_LIBRARY_ERRORS):  # or the bucket's owner goes on paying for the parts
+                with suppress(*_LIBRARY_ERRORS):  # or the bucket's owner keeps paying for the parts
                     self._client.abort_multipart_upload(Bucket=self._remote.root, **upload)
                 raise
 
