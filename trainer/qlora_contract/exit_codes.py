@@ -106,12 +106,12 @@ def dominant_exit_code(codes: Sequence[int]) -> int:
     failures = [code for code in codes if code != ExitCode.DONE]
     if not failures:
         return ExitCode.DONE
-    code = min(failures, key=_precedence)
-    return 128 - code if code < 0 else code
-
-
-def _precedence(code: int) -> float:
     kinds = list(FailureKind)
-    if code in set(ExitCode):
-        return kinds.index(ExitCode(code).kind)
-    return kinds.index(FailureKind.RETRYABLE) + 0.5
+
+    def precedence(code: int) -> float:
+        if code in set(ExitCode):
+            return kinds.index(ExitCode(code).kind)
+        return kinds.index(FailureKind.RETRYABLE) + 0.5
+
+    code = min(failures, key=precedence)
+    return 128 - code if code < 0 else code

@@ -195,16 +195,12 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is not valid: {error}") from error
         except Exception as error:  # a template is a program, and can fail in any way
-            raise DataError(
-                f"{location}: the model's chat template refuses the conversation{self._why(error)}"
-            ) from error
+            # In the template's own words alone: an error might repeat the conversation.
+            text = str(error)
+            own = isinstance(error, jinja2.TemplateError) and text and text in self._source
+            why = f": {text}" if own else f" with {type(error).__name__}"
+            raise DataError(f"{location}: the model's chat template refuses the conversation{why}") from error
         return texts[0], tuple(spans[0]) if spans else ()
-
-    def _why(self, error: Exception) -> str:
-        """What the template says, in its own words alone: it might repeat the conversation."""
-        text = str(error)
-        own = isinstance(error, jinja2.TemplateError) and text and text in self._source
-        return f": {text}" if own else f" with {type(error).__name__}"
 
     def _start(self, before: Sequence[Message], text: str, location: str) -> int:
         """Where the assistant starts to speak: after the prompt that it will be asked with."""

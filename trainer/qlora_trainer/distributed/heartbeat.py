@@ -68,10 +68,23 @@ class Heartbeat:
             return
         doing = "listen for heartbeats" if self._world.rank == 0 else "reach rank 0's heartbeat"
         try:
-            monitor = self._serve() if self._world.rank == 0 else self._connect()
+            if self._world.rank == 0:
+                listener = listen(resolve(self._world.master_addr, self._world.master_port), 0)
+                token = secrets.token_hex(16)
+                here = {"port": listener.getsockname()[1], "token": token, "host": self._host}
+                monitor = PeerMonitor(range(1, self._world.size), self._timeout, listener, token)
+                self._store.set(_KEY, json.dumps(here))
+            else:
+                rank_0 = json.loads(self._store.get(_KEY))
+                address = (self._world.master_addr, rank_0["port"])
+                sock = socket.create_connection(address, timeout=self._timeout)
+                monitor = PeerMonitor(range(1), self._timeout)
+                connection = monitor.connections.add(sock)
+                connection.rank, connection.host = 0, rank_0["host"]
+                connection.send(Hello(self._world.rank, self._host, rank_0["token"]))
         except (OSError, RuntimeError) as error:
-            address, reason = self._world.master_addr, str(error).splitlines()[0]
-            raise RendezvousError(f"rank {self._world.rank} cannot {doing} at {address}: {reason}") from None
+            host, reason = self._world.master_addr, str(error).splitlines()[0]
+            raise RendezvousError(f"rank {self._world.rank} cannot {doing} at {host}: {reason}") from None
         self._monitor = monitor
         self._thread = threading.Thread(
             target=monitor.run, args=(self._on_lost,), name="heartbeat", daemon=True
@@ -103,26 +116,6 @@ class Heartbeat:
         self._monitor.leave(message)
         if threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS + 2 * DRAIN_SECONDS)
-
-    def _serve(self) -> PeerMonitor:
-        """Rank 0: listen, and say where."""
-        listener = listen(resolve(self._world.master_addr, self._world.master_port), 0)
-        token = secrets.token_hex(16)
-        here = {"port": listener.getsockname()[1], "token": token, "host": self._host}
-        monitor = PeerMonitor(range(1, self._world.size), self._timeout, listener, token)
-        self._store.set(_KEY, json.dumps(here))
-        return monitor
-
-    def _connect(self) -> PeerMonitor:
-        """Another rank: connect to rank 0, and say who we are."""
-        rank_0 = json.loads(self._store.get(_KEY))
-        address = (self._world.master_addr, rank_0["port"])
-        sock = socket.create_connection(address, timeout=self._timeout)
-        monitor = PeerMonitor(range(1), self._timeout)
-        connection = monitor.connections.add(sock)
-        connection.rank, connection.host = 0, rank_0["host"]
-        connection.send(Hello(self._world.rank, self._host, rank_0["token"]))
-        return monitor
 
 
 def leave(lost: LostPeer, write_report: Callable[[LostPeer], None]) -> NoReturn:

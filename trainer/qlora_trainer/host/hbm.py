@@ -87,18 +87,17 @@ def choose_hbm(
             f"{flat}, which only a memory policy can choose, and set_mempolicy is refused here, as by the default "
             "seccomp profile without CAP_SYS_NICE: set the machine to cache or HBM-only mode"
         )
-    return [_nearest(machine, usable, nodes_of_rank) for nodes_of_rank in ranks], ""
-
-
-def _nearest(machine: Machine, nodes: Sequence[Node], rank_nodes: Sequence[int]) -> int:
-    """The node with the smallest distance to any of a rank's own nodes; of equals, the lowest number."""
     order = [node.number for node in machine.nodes]
 
-    def distance(node: Node) -> int:
+    def distance(node: Node, rank_nodes: Sequence[int]) -> int:
         distances = dict(zip(order, node.distances, strict=False))
         return min((distances.get(number, 0) for number in rank_nodes), default=0)
 
-    return min(nodes, key=lambda node: (distance(node), node.number)).number
+    # To each rank the nearest to any of its own nodes; of equals, the lowest number.
+    nearest = (
+        min(usable, key=lambda node: (distance(node, rank_nodes), node.number)) for rank_nodes in ranks
+    )
+    return [node.number for node in nearest], ""
 
 
 # --- the kernel
