@@ -74,16 +74,16 @@ LOW, HIGH = "greater than or equal to", "less than or equal to"
 UNKNOWN = "unknown field"
 CLAIM = "should match '^(pvc://"
 HUB = "should match '^(hf://"
-INSIDE = "may not leave its claim: a path has no `..`"
-NAME = "begins with a letter and ends with no hyphen, at most 50 characters"
+INSIDE = "must stay within its claim: the path may not contain `..`"
+NAME = "begins with a letter and does not end with a hyphen, at most 50 characters"
 ONE_OF = "exactly one of epochs and maxSteps must be given"
 MEMORY = "must be from 64Mi to 64Ti; without a suffix the number means bytes"
 KEY = "every key must be the name of a label, such as kubernetes.io/hostname"
 TOLERATION = "spec.scheduling.tolerations[0]"
 
 
-REVISION = "requires a source hf://"
-CREDENTIALS = "requires a source hf:// or s3://"
+REVISION = "requires an hf:// source"
+CREDENTIALS = "requires an hf:// or s3:// source"
 
 
 def remote(**fields: object) -> Object:
@@ -181,7 +181,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "destination among the datasets": (
         {"spec.output": {"destination": "hf://datasets/a/b"}}, "spec.output.destination", HUB),
     "destination leaves its bucket": (
-        {"spec.output": {"destination": "s3://abc/a/.."}}, "spec.output.destination", "may not leave its bucket"),
+        {"spec.output": {"destination": "s3://abc/a/.."}}, "spec.output.destination", "must stay within its bucket"),
     "credentials without a destination": (
         {"spec.output": {"credentialsSecret": "a"}}, "spec.output.credentialsSecret", "requires a destination"),
     "misspelt destination": ({"spec.output": {"destinaton": "s3://abc"}}, "spec.output.destinaton", UNKNOWN),

@@ -148,7 +148,7 @@ def test_steps_down(make_job: MakeJob, fill: Any) -> None:
 
     assert node_of(job, 1) == "tiers-avx512"
     assert status["attempts"][0]["reason"] == "SteppedDown"
-    assert "no pod found room within isa.stepDownSeconds: 1: " in status["attempts"][0]["message"]
+    assert "no pod was scheduled within isa.stepDownSeconds: 1: " in status["attempts"][0]["message"]
     assert "Insufficient cpu" in status["attempts"][0]["message"]
     assert status["placement"]["isa"] == "avx512"
     assert status["restarts"] == NO_RESTARTS

@@ -96,7 +96,7 @@ def test_every_phase_condition_and_reason_has_its_row() -> None:
     assert {*names.Phase, *names.ConditionType, *names.Reason} <= set(table)
     assert table["Queued"] == ["`QuotaReserved` False", "The queue has not admitted the job."]
     assert table["Refused"][0] == "`Initialized` False or `Running` False"
-    assert table["ImageNotAllowed"][1].startswith("spec.image is not one")
+    assert table["ImageNotAllowed"][1].startswith("The administrator does not allow")
 
 
 def test_every_exit_code_has_its_row() -> None:

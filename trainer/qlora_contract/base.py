@@ -42,7 +42,7 @@ def split_unknown(value: Any, model: type[BaseModel], path: str = "") -> tuple[A
     """
     if isinstance(value, list):
         parts = [split_unknown(item, model, f"{path}[{index}]") for index, item in enumerate(value)]
-        return [known for known, _ in parts], [each for _, unknown in parts for each in unknown]
+        return [known for known, _ in parts], [path for _, unknown in parts for path in unknown]
     if not isinstance(value, dict) or model.model_config.get("extra") == "ignore":
         return value, []
     inner = _models_of_fields(model)

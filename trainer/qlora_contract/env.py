@@ -1,4 +1,4 @@
-"""Names of environment variables by which the trainer's processes are told where things are, and their defaults."""
+"""Names of environment variables that tell the trainer's processes where things are, and their defaults."""
 
 RUN_CONFIG_ENV = "QLORA_RUN_CONFIG"
 """Path of run.json; in pods paths.RUN_CONFIG_PATH."""

@@ -56,7 +56,7 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 15, FailureKind.PERMANENT, "A rank needed more than memoryPerRank."
     NO_IMPROVEMENT = (
         16, FailureKind.PERMANENT,
-        "The adapter is no better than the base model, and evaluation.requireImprovement is set.")
+        "The adapter is not better than the base model, and evaluation.requireImprovement is set.")
     TRANSFER_REFUSED = (
         17, FailureKind.PERMANENT, "A remote source or the destination does not exist or refuses the credentials.")
 
@@ -74,7 +74,7 @@ class ExitCode(IntEnum):
     TERMINATED = (
         50, FailureKind.INFRASTRUCTURE,
         "The pods received SIGTERM, and every rank left at the same step after a checkpoint.")
-    ISA_BELOW_TIER = 51, FailureKind.INFRASTRUCTURE, "A node lacks instructions that its labels promise."
+    ISA_BELOW_TIER = 51, FailureKind.INFRASTRUCTURE, "A node lacks instructions that its labels advertise."
     # fmt: on
 
 
@@ -106,12 +106,12 @@ def dominant_exit_code(codes: Sequence[int]) -> int:
     failures = [code for code in codes if code != ExitCode.DONE]
     if not failures:
         return ExitCode.DONE
-    code = min(failures, key=_precedence)
-    return 128 - code if code < 0 else code
-
-
-def _precedence(code: int) -> float:
     kinds = list(FailureKind)
-    if code in set(ExitCode):
-        return kinds.index(ExitCode(code).kind)
-    return kinds.index(FailureKind.RETRYABLE) + 0.5
+
+    def precedence(code: int) -> float:
+        if code in set(ExitCode):
+            return kinds.index(ExitCode(code).kind)
+        return kinds.index(FailureKind.RETRYABLE) + 0.5
+
+    code = min(failures, key=precedence)
+    return 128 - code if code < 0 else code

@@ -59,7 +59,7 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward pass of one micro-batch."""
     scratch: int
-    """Dequantised weights, logits, gradients in flight."""
+    """Dequantized weights, logits, gradients in flight."""
     micro_batch_tokens: int
     checkpointing: Checkpointing
 

@@ -38,16 +38,14 @@ class SchemeFacts:
     """(weights, the job's settings, bytes of the compute dtype) -> bytes of anonymous memory that the weights take."""
 
 
-def _nf4_bytes(weights: int, settings: QuantizationSettings, _compute_bytes: int) -> float:
-    """Half a byte a weight, and a scale per block: 4 bytes, or 1 byte and 4 bytes per 256 blocks when nested."""
-    blocks = -(-weights // settings.block_size)
-    return weights / 2 + blocks * (1 + 4 / 256 if settings.double_quantization else 4)
-
-
 SCHEMES: dict[str, SchemeFacts] = {
     "nf4": SchemeFacts(
         "4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'",
-        _nf4_bytes,
+        # Half a byte a weight, and a scale per block: 4 bytes, or 1 byte and 4 bytes per 256 blocks when nested.
+        lambda weights, settings, _compute_bytes: (
+            weights / 2
+            + -(-weights // settings.block_size) * (1 + 4 / 256 if settings.double_quantization else 4)
+        ),
     ),
     "none": SchemeFacts(
         "plain LoRA",

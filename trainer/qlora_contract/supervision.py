@@ -1,4 +1,4 @@
-"""When children that still run are told to stop, and when they are killed.
+"""When children that still run are asked to stop, and when they are killed.
 
 A launcher decides so for its ranks, `qlora run` for its launchers. Pure: both watch, signal and kill by themselves.
 """
@@ -11,7 +11,7 @@ Action = Literal["wait", "terminate", "kill"]
 
 @dataclass(frozen=True)
 class Limits:
-    """How long children may go on, in seconds."""
+    """How long children may continue, in seconds."""
 
     grace: float
     """After a stop was requested: the time to save a checkpoint and leave."""
@@ -36,7 +36,7 @@ def next_action(
         now: seconds on a monotonic clock, as all times here.
         stop_requested_at: when we were asked to stop; None: not yet.
         first_exit_at: when the first child ended in a way that the others cannot outlive; None: not yet.
-        limits: how long they may go on.
+        limits: how long they may continue.
         stop_now: kill without waiting any longer, as after a second Ctrl-C.
     """
     stopping = stop_requested_at is not None

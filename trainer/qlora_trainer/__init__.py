@@ -1,1 +1,1 @@
-"""The trainer: quantised LoRA fine-tuning on CPUs, one process per rank."""
+"""The trainer: quantized LoRA fine-tuning on CPUs, one process per rank."""

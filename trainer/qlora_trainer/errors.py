@@ -7,7 +7,7 @@ TrainerError
 ├── Diverged               a loss or gradient is NaN or infinite
 ├── StorageFull            no space for checkpoints or the adapter
 ├── OutOfMemory            an allocation failed
-├── NoImprovement          the adapter is no better than the base
+├── NoImprovement          the adapter is not better than the base
 ├── TransferRefused        a remote source or destination is missing, or denies access
 ├── TransferFailed         a remote source or destination does not answer properly
 ├── RendezvousError        the ranks did not find each other
@@ -149,7 +149,7 @@ def from_os_error(error: OSError, doing: str) -> TrainerError | None:
 
 
 def expected(error: BaseException, doing: str) -> TrainerError | None:
-    """The TrainerError that any exception stands for; None for one that nobody expected.
+    """The TrainerError that any exception stands for; None for an unexpected one.
 
     Args:
         error: itself where it is a TrainerError; else a bad URI, a failed allocation, or as from_os_error.

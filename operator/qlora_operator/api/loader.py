@@ -56,16 +56,27 @@ def load_jobs(path: str) -> list[QLoRAJob]:
     """
     file = "standard input" if path == STDIN else path
     try:
-        documents = [item for document in read_documents(_content(path)) for item in _items(document)]
+        read = read_documents(_content(path))
     except DocumentError as error:
         raise InvalidFileError([Fault(file, error.message, error.path)]) from error
+    documents: list[Any] = []
+    for document in read:
+        # A list as `kubectl get -o yaml` writes it stands for its items.
+        is_list = isinstance(document, dict) and document.get("kind") in ("List", names.LIST_KIND)
+        items = document.get("items") if is_list else None
+        documents += items if isinstance(items, list) else [document]
     jobs: list[QLoRAJob] = []
     faults: list[Fault] = []
     for number, document in enumerate(documents, start=1):
         try:
             found = parse_job(document)
         except InvalidJobError as error:
-            label = _label(number, document) if len(documents) > 1 else ""
+            label = ""
+            if len(documents) > 1:
+                metadata = document.get("metadata") if isinstance(document, dict) else None
+                name = metadata.get("name") if isinstance(metadata, dict) else None
+                named = f" ({name})" if isinstance(name, str) and name.isprintable() else ""
+                label = f"document {number}{named}"
             faults += [Fault(file, message, where, label) for where, message in error.faults]
         else:
             jobs += [found] if found else []
@@ -148,15 +159,6 @@ def _content(path: str) -> bytes:
         raise DocumentError("cannot be read: the name contains a null character") from error
 
 
-def _items(document: Any) -> list[Any]:
-    """The document itself, or its items if it is a list as `kubectl get -o yaml` writes it."""
-    if isinstance(document, dict) and document.get("kind") in ("List", names.LIST_KIND):
-        items = document.get("items")
-        if isinstance(items, list):
-            return items
-    return [document]
-
-
 def _metadata_faults(metadata: Any) -> Iterator[tuple[str, str]]:
     """What an API server refuses of metadata. Fields of the wrong type are faults of the model."""
     if not isinstance(metadata, dict):
@@ -181,13 +183,3 @@ def _metadata_faults(metadata: Any) -> Iterator[tuple[str, str]]:
 def _entries(metadata: dict[str, Any], field: str) -> dict[str, Any]:
     entries = metadata.get(field)
     return entries if isinstance(entries, dict) else {}
-
-
-def _label(number: int, document: Any) -> str:
-    metadata = document.get("metadata") if isinstance(document, dict) else None
-    name = metadata.get("name") if isinstance(metadata, dict) else None
-    return (
-        f"document {number} ({name})"
-        if isinstance(name, str) and name.isprintable()
-        else f"document {number}"
-    )

@@ -67,7 +67,7 @@ def _without_side_of_union(location: tuple[str | int, ...]) -> tuple[str | int, 
 
 
 def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """That there is no such field, and which one was perhaps meant.
+    """Says that a field does not exist, and which one was perhaps meant.
 
     Args:
         name: the field.
@@ -104,7 +104,7 @@ def described(value: Any) -> str:
         return f"the string {text if len(text) <= _SHOWN else f'{text[:_SHOWN]}...'}"
     if isinstance(value, int | float):
         # Python refuses to print an integer of more than 4,300 digits.
-        return f"the number {value if abs(value) < 10**_SHOWN else 'beyond all bounds'}"
+        return f"the number {value if abs(value) < 10**_SHOWN else 'with too many digits to show'}"
     return "a list" if isinstance(value, list) else "a map"
 
 

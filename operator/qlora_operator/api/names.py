@@ -1,4 +1,4 @@
-"""Every name of the API, and every name that is derived from a job's, each in one place."""
+"""The names of the API, and the names that are derived from a job's."""
 
 import re
 from enum import StrEnum
@@ -18,7 +18,7 @@ CONTROLLER = f"{GROUP}/qlora-operator"
 """What spec.managedBy calls this operator."""
 
 COMPONENT = "qlora-operator"
-"""How the operator calls itself: to the API server, in Events, and on what it manages."""
+"""The operator's own name: for the API server, in Events, and on the objects that it manages."""
 
 Key = tuple[str, str]
 """Namespace and name of a job."""
@@ -40,8 +40,8 @@ RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 
 TOPOLOGY_HASH_ANNOTATION = f"{GROUP}/held-fields"
 """On an attempt's Job: a hash of spec.topology and spec.scheduling, which may change only while the job is suspended.
-If it is not the job's own, the job was suspended, changed and resumed unobserved. The name is that of release 0.1.0:
-Jobs that run carry it, and an operator of that release looks for it."""
+If it differs from the job's, the job was suspended, changed and resumed while the operator was not watching. The name
+is that of release 0.1.0: running Jobs carry it, and an operator of that release looks for it."""
 
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
@@ -53,9 +53,9 @@ TIER_LABELS: dict[IsaTier, tuple[str, ...]] = {
     "avx512": (f"{_CPUID}AVX512F",),
     "avx2": (f"{_CPUID}AVX2",),
 }
-"""Labels that Node Feature Discovery gives, with the value "true", to a node of a tier or a better one. Without
-the feature a label is absent. Fewer than the flags that the ranks look for: what every server with these has as
-well is not asked of a cluster's labels, which an administrator may have cut down."""
+"""Labels, with the value "true", that Node Feature Discovery gives to a node of this tier or a better one. Without
+the feature the label is absent. These are fewer than the flags that the ranks check: features that every server with
+these has anyway are not required, since an administrator may have reduced the labels."""
 
 MAX_JOB_NAME = 50
 """Characters. A pod's host name `<name>-a<attempt>-<index>` has 63: 13 are left for an attempt below 10^6 and
@@ -63,7 +63,7 @@ an index below 10^3, each with its hyphen."""
 JOB_NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 """A letter first, since the name of a Service may not begin with a digit before Kubernetes 1.36."""
 JOB_NAME_RULE = (
-    "a name of lower-case letters, digits and hyphens that begins with a letter and ends with no hyphen, "
+    "a name of lower-case letters, digits and hyphens that begins with a letter and does not end with a hyphen, "
     f"at most {MAX_JOB_NAME} characters"
 )
 
@@ -117,7 +117,7 @@ class Phase(StrEnum):
     """One word for `kubectl get`: derived from the conditions, never set by hand."""
 
     PENDING = "Pending"
-    """Not started: validation or placement has yet to succeed."""
+    """Not started: validation or placement has not succeeded yet."""
     QUEUED = "Queued"
     """Waiting for quota."""
     FETCHING = "Fetching"
@@ -142,25 +142,25 @@ class ConditionType(StrEnum):
     """The conditions of a job, each with status True, False or Unknown."""
 
     SUSPENDED = "Suspended"
-    """spec.suspend is true; there are no pods."""
+    """spec.suspend is true and all pods are gone."""
     INITIALIZED = "Initialized"
-    """Everything that the ranks need before they start exists."""
+    """Everything that the ranks need in order to start exists."""
     QUOTA_RESERVED = "QuotaReserved"
     """A queue has admitted the job."""
     RUNNING = "Running"
-    """Every rank is training; or, as the reason says, sources are being fetched, or the adapter is being uploaded."""
+    """Every rank is training, sources are being fetched, or the adapter is being uploaded: the reason says which."""
     RESTARTING = "Restarting"
     """An attempt ended early and another follows."""
     COMPLETE = "Complete"
     """A verified adapter is stored."""
     FAILED = "Failed"
-    """No adapter, and no further attempt."""
+    """The job ended without an adapter and is not retried."""
     FINISHED = "Finished"
-    """Complete or Failed: what `kubectl wait --for=condition=Finished` waits for."""
+    """The job is Complete or Failed: what `kubectl wait --for=condition=Finished` waits for."""
 
 
 class Reason(StrEnum):
-    """Why a condition has its status, or an attempt ended. The docstring begins with the condition."""
+    """Why a condition has its status, or why an attempt ended. The docstring begins with the condition."""
 
     # The whole job's end.
     SUCCEEDED = "Succeeded"
@@ -168,7 +168,7 @@ class Reason(StrEnum):
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     """Failed: the job was active for longer than activeDeadlineSeconds."""
     PENDING_DEADLINE_EXCEEDED = "PendingDeadlineExceeded"
-    """Failed: no attempt had all its ranks within pendingDeadlineSeconds."""
+    """Failed: no attempt had all its ranks running within pendingDeadlineSeconds."""
     BACKOFF_LIMIT_EXCEEDED = "BackoffLimitExceeded"
     """Failed: the job itself caused more than backoffLimit restarts."""
     INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED = "InfrastructureBackoffLimitExceeded"
@@ -188,8 +188,7 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory"
     """Failed: a rank needed more than memoryPerRank (exit code 15, or OOMKilled)."""
     NO_IMPROVEMENT = "NoImprovement"
-    """Failed: the adapter is no better than the base, and evaluation.requireImprovement is set (exit code
-    16)."""
+    """Failed: the adapter is not better than the base, and evaluation.requireImprovement is set (exit code 16)."""
 
     TRANSFER_REFUSED = "TransferRefused"
     """Failed: a remote source or the destination does not exist, or refuses the credentials (exit code 17)."""
@@ -204,7 +203,7 @@ class Reason(StrEnum):
     STALLED = "Stalled"
     """Restarting: a rank hung (exit code 31)."""
     TRANSFER_FAILED = "TransferFailed"
-    """Restarting: a remote source or the destination repeatedly did not answer as it should (exit code 32)."""
+    """Restarting: a transfer failed repeatedly: no answer, a broken connection or wrong bytes (exit code 32)."""
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
     """Restarting: no step was completed for progressDeadlineSeconds."""
 
@@ -214,24 +213,24 @@ class Reason(StrEnum):
     TERMINATED = "Terminated"
     """Restarting: the pods were asked to stop, and exited after a checkpoint (exit code 50, or 143)."""
     ISA_BELOW_TIER = "IsaBelowTier"
-    """Restarting: a node lacks what its labels promise (exit code 51)."""
+    """Restarting: a node lacks instructions that its labels advertise (exit code 51)."""
     PREEMPTED = "Preempted"
-    """Restarting: something of higher priority took the nodes or the quota."""
+    """Restarting: a workload of higher priority took the nodes or the quota."""
     DRAINED = "Drained"
     """Restarting: a pod was evicted through the API, as `kubectl drain` does."""
     EVICTED = "Evicted"
-    """Restarting: the kubelet ended a pod: its node ran out of something, or shut down."""
+    """Restarting: the kubelet ended a pod because its node ran out of a resource or shut down."""
     DISRUPTED = "Disrupted"
-    """Restarting: a pod was removed, and was gone before the cause could be seen."""
+    """Restarting: a pod was removed before the operator could read the cause."""
     NODE_LOST = "NodeLost"
     """Restarting: a pod's node does not respond. The next attempt waits until the node is back, deleted, or tainted
-    out-of-service: only then is it certain that the pod is dead."""
+    out-of-service: only then is the pod certain to be dead."""
     ADMISSION_REJECTED = "AdmissionRejected"
     """Restarting: a kubelet refused a pod, for instance because its CPUs cannot be aligned."""
     JOB_DELETED = "JobDeleted"
-    """Restarting: someone else deleted the attempt's Job, or removed its labels."""
+    """Restarting: another client deleted the attempt's Job, or removed its labels."""
     JOB_CHANGED = "JobChanged"
-    """Restarting: someone else changed the attempt's Job: its parallelism, or its suspend."""
+    """Restarting: another client changed the parallelism or the suspend field of the attempt's Job."""
 
     # Ends of an attempt that cost nothing.
     FETCHED = "Fetched"
@@ -241,11 +240,11 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     """Suspended: spec.suspend is true."""
     RESUMED = "Resumed"
-    """Not Suspended: spec.suspend was true before."""
+    """Not Suspended: spec.suspend was true and is now false."""
     STEPPED_DOWN = "SteppedDown"
-    """Not Running: the tier's nodes had no room for isa.stepDownSeconds; the next tier is tried."""
+    """Not Running: no node of the tier had room within isa.stepDownSeconds; the next tier is tried."""
     RELEASED = "Released"
-    """Not Running: only some of the pods could be scheduled; they gave up their resources for others."""
+    """Not Running: only some of the pods could be scheduled, so they released their nodes for other jobs."""
     FINISHED = "Finished"
     """Not Running: the job is over."""
 
@@ -253,20 +252,20 @@ class Reason(StrEnum):
     INVALID_SPEC = "InvalidSpec"
     """Not Initialized: this operator cannot read the spec, or cannot write the RunConfig that the job's image reads."""
     IMAGE_NOT_ALLOWED = "ImageNotAllowed"
-    """Not Initialized: spec.image is not one that the administrator allows."""
+    """Not Initialized: the administrator does not allow spec.image."""
     SOURCE_NOT_ALLOWED = "SourceNotAllowed"
-    """Not Initialized: a source, or the destination, is not one that the administrator allows."""
+    """Not Initialized: the administrator does not allow a source, or the destination."""
     LIMIT_EXCEEDED = "LimitExceeded"
-    """Not Initialized: the job asks for more than the administrator allows one job."""
+    """Not Initialized: the job asks for more than the administrator allows a single job."""
     NAME_CONFLICT = "NameConflict"
-    """Not Initialized: an object that is not the job's has the name of one of its children."""
+    """Not Initialized: an object that does not belong to the job already has the name of one of its children."""
     REFUSED = "Refused"
     """Not Initialized, or not Running: the API server refused a child of the job, or its pods; the message is
-    its own."""
+    the API server's."""
     NO_MATCHING_NODES = "NoMatchingNodes"
     """Not Initialized: no tier of isa.allowed has enough nodes."""
     BACK_OFF = "BackOff"
-    """Not Initialized: the next attempt is delayed, since the last ones failed."""
+    """Not Initialized: the next attempt is delayed because earlier ones failed."""
     PODS_REMAIN = "PodsRemain"
     """Not Initialized: a pod of an earlier attempt is still running."""
     QUEUED = "Queued"
@@ -278,7 +277,7 @@ class Reason(StrEnum):
     STARTING = "Starting"
     """Not Running: pods are being placed and started."""
     UNSCHEDULABLE = "Unschedulable"
-    """Not Running: the scheduler finds no node for a pod; the message is its own."""
+    """Not Running: the scheduler finds no node for a pod; the message is the scheduler's."""
     IMAGE_PULL_ERROR = "ImagePullError"
     """Not Running: a node cannot pull the trainer image."""
     VOLUME_NOT_READY = "VolumeNotReady"

@@ -39,7 +39,7 @@ def to_run_config(
     """
     spec, fixed = job.spec, _fixed_version(job)
     return wire.RunConfig(
-        version=next((each for each in RUN_CONFIG_VERSIONS if each == fixed), RUN_CONFIG_VERSION),
+        version=next((version for version in RUN_CONFIG_VERSIONS if version == fixed), RUN_CONFIG_VERSION),
         stage=stage,
         fetched=fetched,
         job=wire.JobRef(

@@ -169,7 +169,7 @@ def _explained(value: Any) -> Any:
         default = value.get("default")
         if default not in (None, {}, []):
             values = default if isinstance(default, list) else [default]
-            text = ", ".join(each if isinstance(each, str) else json.dumps(each) for each in values)
+            text = ", ".join(value if isinstance(value, str) else json.dumps(value) for value in values)
             copy["description"] += f" Default: {text}."
     return copy
 

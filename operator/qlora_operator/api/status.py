@@ -1,4 +1,4 @@
-"""What the operator answers: QLoRAJobStatus.
+"""What the operator reports: QLoRAJobStatus.
 
 The docstring under a field is its description in the CRD, in `kubectl explain` and in the field reference.
 """
@@ -27,20 +27,20 @@ Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class Condition(StatusModel):
-    """One aspect of the job's state, in the form that is common in Kubernetes."""
+    """One aspect of the job's state, in the usual form of Kubernetes."""
 
     type: str
     """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,
-    Failed, or Finished, which is true with either of the two before it."""
+    Failed, or Finished, which is true when Complete or Failed is."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """True, False or Unknown."""
     observed_generation: int | None = None
-    """The metadata.generation that this is about."""
+    """The metadata.generation that the condition was computed from."""
     last_transition_time: Time
     """When status last changed."""
-    reason: str = Field(description=f"Why, in one word, for programs: {', '.join(names.Reason)}.")
+    reason: str = Field(description=f"Why, as one word for programs: {', '.join(names.Reason)}.")
     message: str
-    """Why, in a sentence, for people."""
+    """Why, as a sentence for people."""
 
 
 class Restarts(StatusModel):
@@ -56,13 +56,13 @@ class Attempt(StatusModel):
     """One attempt at the job."""
 
     attempt: int
-    """Its number; the first is 0."""
+    """Number of the attempt, from 0."""
     stage: RunStage = "train"
     """What it does: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
     start: Time | None = None
     """When its ranks were requested."""
     end: Time | None = None
-    """When its last pod was gone; unset while it lasts."""
+    """When its last pod was gone; unset until then."""
     reason: str | None = None
     """Why it ended, in one word."""
     message: str | None = None
@@ -70,11 +70,11 @@ class Attempt(StatusModel):
     exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
     """Exit codes of its pods, each once."""
     job_uid: str | None = None
-    """The uid of its batch/v1 Job, once that was seen: it tells a deleted Job from one that was never created."""
+    """The uid of its batch/v1 Job, once seen: distinguishes a deleted Job from one that was never created."""
 
 
 class Placement(StatusModel):
-    """What the current attempt was given."""
+    """Tier, data type and nodes of the current attempt."""
 
     isa: IsaTier | None = None
     """Tier that every rank must have."""
@@ -85,7 +85,7 @@ class Placement(StatusModel):
     world_size: int | None = None
     """Number of ranks; with ranksPerPod auto, once rank 0 has reported it."""
     avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
-    """Nodes whose processor turned out to lack what their labels promise."""
+    """Nodes whose processor lacks instructions that their labels advertise."""
 
 
 class Progress(StatusModel):
@@ -94,7 +94,7 @@ class Progress(StatusModel):
     step: int | None = None
     """Optimizer steps completed."""
     total_steps: int | None = None
-    """Optimizer steps in all."""
+    """Optimizer steps in total."""
     percent: int | None = None
     """Share of the steps completed, rounded down."""
     epoch: float | None = None
@@ -102,17 +102,17 @@ class Progress(StatusModel):
     loss: float | None = None
     """Mean loss per supervised token of the last step."""
     eval_loss: float | None = None
-    """The newest evaluation."""
+    """Eval loss of the newest evaluation."""
     tokens_per_second: float | None = None
-    """Tokens of all ranks."""
+    """Training speed, summed over all ranks."""
     eta_seconds: int | None = None
-    """Seconds that the remaining steps will take."""
+    """Estimated seconds until the last step is done."""
     memory_estimate: int | None = None
-    """Bytes that a rank is estimated to need at most."""
+    """Estimated peak memory of a rank, in bytes."""
     memory_peak: int | None = None
-    """Bytes: the largest peak of any rank so far."""
+    """Largest peak memory of any rank so far, in bytes."""
     step_time: Time | None = None
-    """When a step was last seen to have been completed."""
+    """When the operator last saw a step completed."""
     updated_time: Time | None = None
     """When rank 0 reported this."""
 
@@ -151,11 +151,11 @@ class AdapterStatus(StatusModel):
     uri: str | None = None
     """Where it is: a folder in PEFT's format."""
     sha256: str | None = None
-    """Of adapter_model.safetensors, in hexadecimal."""
+    """sha256 of adapter_model.safetensors, in hexadecimal."""
     base_eval_loss: float | None = None
     """Eval loss of the base model without the adapter."""
     eval_loss: float | None = None
-    """Eval loss with the adapter, as read back from there."""
+    """Eval loss with the adapter, measured after reading it back from uri."""
     published_uri: str | None = None
     """Where its copy at output.destination is, with the revision if there is one."""
 
@@ -164,18 +164,18 @@ class Provenance(StatusModel):
     """What the adapter was made from."""
 
     model_revision: str | None = None
-    """What a remote model.source resolved to at the first fetch, for every attempt: a commit of the Hub, or a hash over
-    the bucket's listing."""
+    """What a remote model.source resolved to at the first fetch: a commit of the Hub, or a hash over the bucket's
+    listing. Every attempt uses it."""
     dataset_revision: str | None = None
-    """As modelRevision, of dataset.source."""
+    """The same for dataset.source."""
     dataset_sha256: str | None = None
-    """Of the dataset's files, in hexadecimal."""
+    """sha256 of the dataset's files, in hexadecimal."""
     image: str | None = None
-    """Trainer image of every attempt: fixed by the first one."""
+    """Trainer image of every attempt, fixed by the first."""
     image_digest: str | None = None
     """Digest of the trainer image that rank 0's node reports."""
     run_config_version: int | None = None
-    """Version of the RunConfig of every attempt, which that image reads: fixed by the first one."""
+    """Version of the RunConfig that this image reads: that of every attempt, fixed by the first."""
     seed: int | None = None
     """training.seed."""
     config_hash: str | None = None
@@ -186,9 +186,9 @@ class Columns(StatusModel):
     """Ready-made text for `kubectl get`, which can neither join two fields nor round a number."""
 
     ranks: str | None = None
-    """Ranks that are ready, of all: `2/2`."""
+    """Ready ranks of all: `2/2`."""
     step: str | None = None
-    """Steps completed, of all: `120/400`."""
+    """Completed steps of all: `120/400`."""
     loss: str | None = None
     """progress.loss, rounded: `1.83`."""
     tokens_per_second: str | None = None
@@ -200,29 +200,29 @@ class Columns(StatusModel):
 
 
 class QLoRAJobStatus(StatusModel):
-    """The state of the job. Written by the operator alone."""
+    """The state of the job. Only the operator writes it."""
 
     observed_generation: int | None = None
-    """The metadata.generation that this status is about."""
+    """The metadata.generation that this status was computed from."""
     phase: Annotated[names.Phase, Field(strict=False)] | None = None
-    """One word for the conditions, from which it is derived."""
+    """The conditions, summarized in one word."""
     message: str | None = None
-    """What the job waits for, or why it ended, in a sentence."""
+    """What the job is waiting for, or why it ended, in a sentence."""
     conditions: list[Condition] = Field(
         default=[],
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
-    """The state in full. Initialized is false with NameConflict when an object that is not the job's has the name of a
-    child, and with NoMatchingNodes when no tier of isa.allowed has enough nodes."""
+    """The state in full. Initialized is false with reason NameConflict when an object that does not belong to the job
+    has the name of one of its children, and with NoMatchingNodes when no tier of isa.allowed has enough nodes."""
     attempt: int | None = None
     """Number of the current or last attempt; the first is 0."""
     restarts: Restarts | None = None
     """Restarts so far."""
     attempts: list[Attempt] = Field(default=[], max_length=ATTEMPTS_SHOWN)
-    """The newest attempts, the oldest of them first."""
+    """The most recent attempts, oldest first."""
     placement: Placement | None = None
-    """What the current attempt was given."""
+    """Tier, data type and nodes of the current attempt."""
     progress: Progress | None = None
     """Progress of training."""
     ranks: list[RankStatus] = Field(default=[], max_length=RANKS_SHOWN)
@@ -234,8 +234,8 @@ class QLoRAJobStatus(StatusModel):
     provenance: Provenance | None = None
     """What the adapter was made from."""
     columns: Columns | None = None
-    """Text for `kubectl get`, derived from the rest."""
+    """Text for `kubectl get`, derived from the other fields."""
     start_time: Time | None = None
-    """When the job was first active: not suspended, and admitted by its queue. Set again when it is resumed."""
+    """When the job was first active: not suspended, and admitted by its queue. Reset when it is resumed."""
     completion_time: Time | None = None
     """When it finished, successfully or not."""

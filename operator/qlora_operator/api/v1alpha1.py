@@ -1,8 +1,8 @@
 """What users write: version v1alpha1 of the API.
 
 The docstring under a field is its description in the CRD, in `kubectl explain` and in the field reference. An object
-without a docstring of its own has that of its class. What ranks read is another form, qlora_contract.run_config;
-qlora_operator.api.run_config makes the one from the other.
+without its own docstring has that of its class. Ranks read another form, qlora_contract.run_config, which
+qlora_operator.api.run_config makes from this one.
 """
 
 import hashlib
@@ -60,8 +60,7 @@ MUTABLE = frozenset(
 )
 """Fields of spec that may change at any time."""
 MUTABLE_WHILE_SUSPENDED = frozenset({"topology", "scheduling"})
-"""Fields of spec that may change while the job is suspended, or with the change that suspends or resumes
-it."""
+"""Fields of spec that may change while the job is suspended, or with the change that suspends or resumes it."""
 
 OPERATOR_ONLY = (
     "spec.model.credentialsSecret",
@@ -79,36 +78,34 @@ OPERATOR_ONLY = (
     "spec.pendingDeadlineSeconds",
     "spec.progressDeadlineSeconds",
 )
-"""Fields that mean something to the operator alone: `qlora run` ignores them, and names those that a file
-sets."""
+"""Fields that only the operator uses: `qlora run` ignores them, and names those that a file sets."""
 
 
 class ModelSource(ApiModel):
     """The base model: a Hugging Face folder with safetensors weights. No remote code is run."""
 
     source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=MODEL_PATTERN)
-    """Folder with config.json, tokenizer files and *.safetensors: `pvc://claim/path`, or `hf://org/name` or
-    `s3://bucket/path`, which are fetched into the workspace first."""
+    """Folder with config.json, tokenizer files and *.safetensors: `pvc://claim/path`; or `hf://org/name` or
+    `s3://bucket/path`, which is fetched into the workspace first."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
-    """Branch, tag or commit of a model of the Hub. The job keeps the commit that it resolved to at the first
-    fetch."""
+    """Branch, tag or commit of a model on the Hub. The job keeps the commit that it resolves to at the first fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret, in the job's namespace, to fetch the model with: key `token` for hf://; keys
+    """Secret in the job's namespace to fetch the model with: key `token` for hf://; keys
     `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` for s3://. Unset: none, or the platform's workload
     identity."""
 
 
 class Dataset(ApiModel):
-    """The training data, and what is held out of it for evaluation."""
+    """The training data, and the part of it that is held out for evaluation."""
 
     source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
-    """JSONL file, or folder whose split S is the file S.jsonl: `pvc://claim/path`, or
-    `hf://datasets/org/name/path` or `s3://bucket/path`, which are fetched into the workspace first."""
+    """JSONL file, or folder in which split S is the file S.jsonl: `pvc://claim/path`; or
+    `hf://datasets/org/name/path` or `s3://bucket/path`, which is fetched into the workspace first."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
-    """Branch, tag or commit of a dataset of the Hub. The job keeps the commit that it resolved to at the first
+    """Branch, tag or commit of a dataset on the Hub. The job keeps the commit that it resolves to at the first
     fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret, in the job's namespace, to fetch the dataset with, as for the model."""
+    """Secret in the job's namespace to fetch the dataset with, with the same keys as for the model."""
     format: Literal["auto", "chat", "prompt-completion"] = "auto"
     """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
     `auto`: detected from the first record."""
@@ -207,20 +204,20 @@ class Evaluation(ApiModel):
     """When to evaluate, and what the result must be. The base and the finished adapter are always evaluated."""
 
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Also evaluate after every so many steps."""
+    """Also evaluate each time this many steps are done."""
     require_improvement: bool = True
     """Fail the job when the adapter's eval loss is not below that of the quantized base."""
 
 
 class Checkpoint(ApiModel):
-    """When to save what a restart needs."""
+    """When to save the state that a restart needs."""
 
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
-    """Also save after every so many steps."""
+    """Also save each time this many steps are done."""
     every_seconds: int = Field(default=600, ge=1, le=86_400)
-    """Save when so many seconds have passed since the last checkpoint."""
+    """Save when this many seconds have passed since the last checkpoint."""
     keep: int = Field(default=2, ge=1, le=100)
-    """How many of the newest checkpoints to keep."""
+    """Number of checkpoints to keep, the newest."""
 
 
 class Output(ApiModel):
@@ -232,7 +229,7 @@ class Output(ApiModel):
     """`hf://org/name` or `s3://bucket/path` to which a copy of the adapter is uploaded. Unset: it stays in the
     workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret, in the job's namespace, to write the copy with; its keys are those of model.credentialsSecret."""
+    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
 
 
 class Distributed(ApiModel):
@@ -242,15 +239,15 @@ class Distributed(ApiModel):
     """Collective communication backend: `gloo`, which is part of torch; `ccl`, Intel's oneCCL; `mpi`, Intel MPI. The
     result does not depend on it, up to rounding."""
     timeout_seconds: int = Field(default=300, ge=5, le=86_400)
-    """A rank that gives no sign of life for this long counts as lost."""
+    """A rank that is silent for this long counts as lost."""
     rendezvous_timeout_seconds: int = Field(default=1800, ge=5, le=86_400)
-    """How long the ranks wait for each other at the start."""
+    """Seconds that the ranks wait for each other at the start; also the limit for transfers that make no progress."""
 
 
 def _without_duplicates(tiers: list[IsaTier]) -> list[IsaTier]:
     twice = next((tier for i, tier in enumerate(tiers) if tier in tiers[:i]), None)
     if twice is not None:
-        raise PydanticCustomError("rule", "names {tier} twice; each tier stands once", {"tier": twice})
+        raise PydanticCustomError("rule", "lists {tier} twice", {"tier": twice})
     return tiers
 
 
@@ -265,7 +262,7 @@ def _revision_of_hub(name: str) -> Rule:
         holds=lambda spec: (
             getattr(spec, name).revision == "main" or getattr(spec, name).source.startswith("hf://")
         ),
-        message="requires a source hf://",
+        message="requires an hf:// source",
         field=(name, "revision"),
     )
 
@@ -277,7 +274,7 @@ def _secret_of_remote(name: str) -> Rule:
         holds=lambda spec: (
             getattr(spec, name).credentials_secret is None or is_remote(getattr(spec, name).source)
         ),
-        message="requires a source hf:// or s3://",
+        message="requires an hf:// or s3:// source",
         field=(name, "credentialsSecret"),
     )
 
@@ -293,19 +290,19 @@ class Topology(ApiModel):
     each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
     its ranks share them."""
     cpus_per_rank: int = Field(default=4, ge=1, le=1024)
-    """Whole CPUs of a rank, requested for it and bound to it; with ranksPerPod auto, of a pod."""
+    """Whole CPUs that a rank requests and is bound to; with ranksPerPod auto, of a pod."""
     memory_per_rank: str = Field(
         min_length=1, max_length=quantity.MAX_MEMORY_CHARACTERS, pattern=quantity.MEMORY_PATTERN
     )
-    """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`; `qlora plan` estimates it. There is no
+    """Memory of a rank (with ranksPerPod auto, of a pod), such as `16Gi`; `qlora plan` estimates it. It has no
     default, since the operator cannot read a model on a claim. Suffixes Ki Mi Gi Ti Pi (powers of 1024) and
     k M G T P (powers of 1000)."""
     pinning: Literal["strict", "best-effort"] = "strict"
-    """`strict`: each rank has its CPUs to itself, and the job waits, or is refused, where that cannot be;
+    """`strict`: each rank has its CPUs to itself, and the job waits or is refused where that is impossible;
     `best-effort`: ranks may share CPUs."""
     memory_tier: Literal["any", "hbm"] = "any"
-    """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. In cache mode and HBM-only mode nothing has to be
-    done. In flat mode the ranks use it where the container may choose its memory; where it may not, the job is refused
+    """`hbm`: high-bandwidth memory, as Xeon CPU Max processors have. Cache mode and HBM-only mode need no
+    setting. In flat mode the ranks use it if the container may choose its memory; if it may not, the job is refused
     with pinning strict, and runs without it with best-effort. `any`: memory near the CPUs."""
 
     rules = (
@@ -342,7 +339,7 @@ class Isa(ApiModel):
         json_schema_extra={"x-kubernetes-list-type": "set"},
     )
     """Instruction-set tiers, in order of preference: the first for which enough nodes have the processor, the
-    CPUs and the memory is used; NoMatchingNodes when there is none."""
+    CPUs and the memory is used. If there is none, the job waits with reason NoMatchingNodes."""
     step_down_seconds: int = Field(default=300, ge=1, le=MAX_SECONDS)
     """Seconds that pods may wait for nodes of one tier before the next tier is tried. Time spent in a queue does not
     count."""
@@ -422,8 +419,8 @@ class QLoRAJobSpec(ApiModel):
     scheduling while the job is suspended."""
 
     workspace: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)
-    """`pvc://claim/path` of the folder that the job works in: fetched sources, and under `jobs/<name>` its checkpoints
-    and the finished adapter. Jobs may share one. The claim must be ReadWriteMany when there is more than one pod."""
+    """Folder that the job works in, as `pvc://claim/path`: fetched sources, and under `jobs/<name>` its checkpoints
+    and the finished adapter. Jobs may share one. With more than one pod the claim must be ReadWriteMany."""
     model: ModelSource
     dataset: Dataset
     adapter: Adapter = Adapter()
@@ -437,33 +434,34 @@ class QLoRAJobSpec(ApiModel):
     distributed: Distributed = Distributed()
     scheduling: Scheduling = Scheduling()
     image: str | None = Field(default=None, min_length=1, max_length=512, pattern=IMAGE_PATTERN)
-    """Trainer image: one of those that the cluster's administrator allows. Unset: the administrator's
-    default. The first attempt fixes it for the later ones."""
+    """Trainer image, which the cluster's administrator must allow. Unset: the administrator's default. The first
+    attempt fixes it for the later ones."""
     suspend: bool = False
-    """Suspend the job: its pods stop after a checkpoint. Once this is false again it resumes from there, which counts
-    against no limit. The condition Suspended follows."""
+    """Suspend the job: its pods stop after a checkpoint. Once this is false again it resumes from there; this does not
+    count as a restart. The condition Suspended follows."""
     managed_by: str | None = Field(default=None, min_length=1, max_length=63, pattern=MANAGER_PATTERN)
-    """Controller of the job, as in batch/v1. Unset, or `qlora.dev/qlora-operator`: this operator. A job of another
-    controller, such as `kueue.x-k8s.io/multikueue`, is left alone."""
+    """Controller of the job, as in batch/v1. Unset, or `qlora.dev/qlora-operator`: this operator. The operator ignores
+    jobs of another controller, such as `kueue.x-k8s.io/multikueue`."""
     ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
     """Seconds after which a finished job is deleted; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
     """Seconds, restarts included, after which an active job fails with DeadlineExceeded. The time starts over when the
     job is resumed. Unset: no limit."""
     backoff_limit: int = Field(default=3, ge=0, le=MAX_RESTARTS)
-    """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. Few, since such
-    failures tend to repeat. What cannot get better, such as bad data, is never retried."""
+    """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. The default
+    is low, since such failures tend to repeat. Permanent failures, such as bad data, are never retried."""
     infrastructure_backoff_limit: int = Field(default=20, ge=0, le=MAX_RESTARTS)
     """Restarts after failures that the cluster caused: drained, preempted or lost nodes; one more fails the job with
-    InfrastructureBackoffLimitExceeded. Many, since each loses at most one checkpoint interval of work."""
+    InfrastructureBackoffLimitExceeded. The default is high, since each loses at most one checkpoint interval of
+    work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Seconds without all of an attempt's ranks after which the job fails with PendingDeadlineExceeded. Unset: it waits
-    for nodes forever."""
+    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded. Unset: it
+    waits for nodes indefinitely."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
     """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
     against backoffLimit. Must exceed the longest step, and the time to load the model."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
-    """Seconds between asking the ranks to stop and killing them: must be enough for a step and a checkpoint."""
+    """Seconds between asking the ranks to stop and killing them: enough for a step and a checkpoint."""
 
     rules = (
         Rule(
@@ -481,25 +479,25 @@ class QLoRAJobSpec(ApiModel):
         Rule(
             cel="!(self.workspace + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.workspace),
-            message="may not leave its claim: a path has no `..`",
+            message="must stay within its claim: the path may not contain `..`",
             field=("workspace",),
         ),
         Rule(
             cel="!(self.model.source + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.model.source),
-            message="may not leave its claim: a path has no `..`",
+            message="must stay within its claim: the path may not contain `..`",
             field=("model", "source"),
         ),
         Rule(
             cel="!(self.dataset.source + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.dataset.source),
-            message="may not leave its claim: a path has no `..`",
+            message="must stay within its claim: the path may not contain `..`",
             field=("dataset", "source"),
         ),
         Rule(
             cel="!has(self.output.destination) || !(self.output.destination + '/').contains('/../')",
             holds=lambda spec: spec.output.destination is None or _stays_inside(spec.output.destination),
-            message="may not leave its bucket: a path has no `..`",
+            message="must stay within its bucket: the path may not contain `..`",
             field=("output", "destination"),
         ),
         *(_revision_of_hub(name) for name in ("model", "dataset")),

@@ -138,17 +138,17 @@ def result_lines(report: dict[str, Any], adapter: Path) -> list[str]:
 
 
 def _improvement(report: dict[str, Any]) -> str:
-    """The base model's losses, and the change in percent of the one that was trained on, the quantised base's."""
-    base, quantised = report.get("base_eval_loss"), report.get("base_eval_loss_quantized")
+    """The base model's losses, and the change in percent of the one that was trained on, the quantized base's."""
+    base, quantized = report.get("base_eval_loss"), report.get("base_eval_loss_quantized")
     known = [
         f"{value:.4f} {name}"
-        for value, name in ((base, "in fp32"), (quantised, "quantised"))
+        for value, name in ((base, "in fp32"), (quantized, "quantized"))
         if value is not None
     ]
     text = f", base model {' and '.join(known)}" if known else ""
-    if quantised:
-        change = 100 * (quantised - report["eval_loss"]) / quantised
-        text += f": {abs(change):.1f} % {'below' if change >= 0 else 'above'} the quantised base"
+    if quantized:
+        change = 100 * (quantized - report["eval_loss"]) / quantized
+        text += f": {abs(change):.1f} % {'below' if change >= 0 else 'above'} the quantized base"
     return text
 
 

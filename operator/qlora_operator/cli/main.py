@@ -5,7 +5,7 @@ import importlib.metadata
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -32,13 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
-        return int(COMMANDS[options.command](options))
+        return COMMANDS[options.command](options)
     except (InvalidFileError, InvalidUriError) as error:
         return _fail(str(error), USAGE)
     except CommandError as error:
         return _fail(str(error), error.code)
     except BrokenPipeError:
-        # `qlora plan ... | head`: nobody reads any more, and the flush at exit must not complain.
+        # `qlora plan ... | head`: the reader is gone, and the flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -50,7 +50,7 @@ def _fail(message: str, code: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    command = argparse.ArgumentParser(prog="qlora", description="Quantised LoRA fine-tuning on CPUs.")
+    command = argparse.ArgumentParser(prog="qlora", description="Quantized LoRA fine-tuning on CPUs.")
     version = importlib.metadata.version("qlora-operator")
     command.add_argument("--version", action="version", version=f"qlora {version}")
     subcommands = command.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,10 +81,6 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
-def _validate(options: argparse.Namespace) -> int:
-    return validate(options.files, sys.stdout)
-
-
 def _plan(options: argparse.Namespace) -> int:
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
@@ -100,14 +96,11 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(options: argparse.Namespace) -> int:
+def _execute(options: argparse.Namespace) -> int:
+    """`fetch` or `run`."""
     job, volumes = _job_and_volumes(options)
-    return run.fetch_only(job, volumes, Console(highlight=False), verbose=options.verbose)
-
-
-def _run(options: argparse.Namespace) -> int:
-    job, volumes = _job_and_volumes(options)
-    return run.run(job, volumes, Console(highlight=False), verbose=options.verbose)
+    execute = run.fetch_only if options.command == "fetch" else run.run
+    return execute(job, volumes, Console(highlight=False), verbose=options.verbose)
 
 
 def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, Path]]:
@@ -122,7 +115,12 @@ def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, P
     return job, volumes
 
 
-COMMANDS = {"validate": _validate, "plan": _plan, "fetch": _fetch, "run": _run}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "validate": lambda options: validate(options.files, sys.stdout),
+    "plan": _plan,
+    "fetch": _execute,
+    "run": _execute,
+}
 
 
 def one_job(file: str, name: str | None) -> QLoRAJob:

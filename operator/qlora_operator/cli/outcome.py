@@ -42,7 +42,7 @@ def summarize(launchers: Sequence[Launcher]) -> Outcome:
 
 
 def _describe_exit(launcher: Launcher) -> str:
-    """The cause, as far as it can be told of a launcher without a report."""
+    """The cause, as far as it is known when the launcher left no report."""
     code = launcher.process.returncode
     if launcher.ended_by_us:
         return f"launcher {launcher.index} did not stop in time and was killed"

@@ -45,7 +45,7 @@ class StopRequest:
 
 
 def limits_of(run: RunConfig) -> Limits:
-    """How long a run's launchers may go on, in seconds."""
+    """How long a run's launchers may continue, in seconds."""
     return Limits(
         grace=run.termination_grace_period_seconds + GRACE_MARGIN_SECONDS,
         peer_loss=COLLATERAL_DELAY_SECONDS + run.distributed.timeout_seconds + PEER_LOSS_MARGIN_SECONDS,

@@ -173,12 +173,16 @@ class ApiClient:
         group, plural = resource
         parts = [group, f"namespaces/{namespace}" if namespace else "", plural, name, subresource]
         path = "/" + "/".join(part for part in parts if part)
-        self._check_throttle(method, path, plural)
+        wait = self._throttled_until.get(plural, 0.0) - time.monotonic()
+        if wait > 0:
+            message = f"{method} {path}: not sent: the API server has asked for a pause"
+            raise ApiError(429, "TooManyRequests", message, wait)
         begun, code = time.monotonic(), None
         try:
             code, headers, content = await self._send(method, path, query or {}, body)
-            if code == 401:  # the token has been rotated
-                await self._reload_credentials()
+            if code == 401:  # the token has been rotated; other requests are under way with the same client
+                assert self._client is not None
+                self._client.configuration.api_key = (await load_configuration()).api_key
                 code, headers, content = await self._send(method, path, query or {}, body)
         except (OSError, aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
@@ -190,13 +194,6 @@ class ApiClient:
             if error.code == 429:
                 self._throttled_until[plural] = time.monotonic() + (error.retry_after or 1.0)
             raise
-
-    def _check_throttle(self, method: str, path: str, plural: str) -> None:
-        """Raise ApiError while the server has asked for a pause."""
-        wait = self._throttled_until.get(plural, 0.0) - time.monotonic()
-        if wait > 0:
-            message = f"{method} {path}: not sent: the API server has asked for a pause"
-            raise ApiError(429, "TooManyRequests", message, wait)
 
     async def _send(
         self, method: str, path: str, query: Mapping[str, str], body: Mapping[str, Any] | None
@@ -217,11 +214,6 @@ class ApiClient:
         )
         content = await response.read()
         return int(response.status), response.getheaders(), content
-
-    async def _reload_credentials(self) -> None:
-        """Reload the credentials in place: other requests are under way with the same client."""
-        assert self._client is not None
-        self._client.configuration.api_key = (await load_configuration()).api_key
 
 
 def _parse_response(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:

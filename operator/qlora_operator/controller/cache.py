@@ -69,8 +69,10 @@ class ObjectCache:
         known, version = self._jobs.get(key_of(raw)), _version(raw)
         if known is not None and known.version > version:
             return False
-        # The version alone does not tell: under another CRD, the same object has other fields.
-        text = json.dumps(_without_managed_fields(raw), separators=(",", ":")).encode()
+        # managedFields are as large as all the rest.
+        metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
+        # The version alone does not show a change: under another CRD, the same object has other fields.
+        text = json.dumps({**raw, "metadata": metadata}, separators=(",", ":")).encode()
         self._jobs[key_of(raw)] = _CachedJob(version, raw["metadata"]["uid"], text)
         return known is None or known.text != text
 
@@ -80,7 +82,7 @@ class ObjectCache:
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
             gone = self._attempt_jobs.pop(known.uid, {})
-            self._starting -= {each.attempt_job.uid for each in gone.values()}
+            self._starting -= {entry.attempt_job.uid for entry in gone.values()}
 
     def put_attempt_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a batch/v1 Job. Returns whether a fact that decisions need has changed; most updates change none."""
@@ -139,9 +141,3 @@ def _job_uid(raw: Mapping[str, Any]) -> str | None:
 def _version(raw: Mapping[str, Any]) -> int:
     """The resourceVersion, which Kubernetes defines to grow."""
     return int(raw["metadata"]["resourceVersion"])
-
-
-def _without_managed_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The object without managedFields, which are as large as all the rest."""
-    metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
-    return {**raw, "metadata": metadata}

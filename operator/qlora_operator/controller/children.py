@@ -42,7 +42,7 @@ class Children:
         self._client, self._cache, self._facts, self._settings = client, cache, facts, settings
 
     async def act(self, action: Action, job: QLoRAJob, uid: str) -> bool:
-        """Whether to go on with the other actions; otherwise the job is to be decided about anew."""
+        """Whether to continue with the other actions; otherwise the job is decided anew."""
         namespace = str(job.metadata.namespace)
         match action:
             case StartAttempt():

@@ -79,7 +79,7 @@ class Operator:
         self.cache = ObjectCache()
         self.client = ApiClient(self.metrics, self.namespaces)
         self.facts = JobFacts()
-        self.poller = ProgressPoller(self.client, self.facts, self._reported)
+        self.poller = ProgressPoller(self.client, self.facts, lambda key: self.queue.add(key))  # noqa: PLW0108 - made below
         self.reconciler = Reconciler(
             self.client, self.cache, self.facts, self.poller, self.settings, self.metrics
         )
@@ -143,23 +143,15 @@ class Operator:
             if uid not in jobs:
                 self.drop(key, uid)
         self.cache.retain_attempt_jobs(attempt_jobs)
-        await self._find_missing_children()
-        for key in self.cache.jobs():
-            self.queue.add(key)
-
-    async def _find_missing_children(self) -> None:
-        """Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync."""
-        selector = names.JOB_UID_LABEL
+        # Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync.
         owners = [
             {raw["metadata"]["labels"][selector] async for raw in self.client.list_all(resource, selector)}
             for resource in (SERVICES, NETWORK_POLICIES)
         ]
         complete = set.intersection(*owners)
         self.facts.set_children_missing(set(self.cache.jobs().values()) - complete)
-
-    def _reported(self, key: names.Key) -> None:
-        """Rank 0 of a job has reported its progress."""
-        self.queue.add(key)
+        for key in self.cache.jobs():
+            self.queue.add(key)
 
     def drop(self, key: names.Key, uid: str) -> None:
         """Forget a job that was deleted."""

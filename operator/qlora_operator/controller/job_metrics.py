@@ -27,13 +27,10 @@ def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLo
     if not last or not saved or last[0].reason in (None, *DONE):
         return
     if saved[0].attempt == last[0].attempt and saved[0].reason is None:
-        metrics.restarts.labels(last[0].reason, _budget(before, after)).inc()
-
-
-def _budget(before: QLoRAJobStatus, after: QLoRAJobStatus) -> str:
-    """Which of the budgets has paid for the end of the attempt."""
-    for name in ("user", "infrastructure"):
-        old, new = (getattr(status.restarts, name, 0) for status in (before, after))
-        if new > old:
-            return name
-    return "none"
+        # The budget that has paid for the end of the attempt.
+        paid = (
+            name
+            for name in ("user", "infrastructure")
+            if getattr(after.restarts, name, 0) > getattr(before.restarts, name, 0)
+        )
+        metrics.restarts.labels(last[0].reason, next(paid, "none")).inc()

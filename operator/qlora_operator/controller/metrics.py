@@ -63,46 +63,34 @@ class JobsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Jobs by phase; speed and loss of those that train."""
         samples = dict(self._samples)
-        yield _by_phase(samples)
-        running = {job: each for job, each in samples.items() if each.phase is Phase.RUNNING}
-        yield _speeds(running)
-        yield _losses(running)
-
-
-def _by_phase(samples: dict[tuple[str, str], JobSample]) -> Metric:
-    family = GaugeMetricFamily("qlora_jobs", "Jobs by phase", labels=["namespace", "phase"])
-    counts = Count((namespace, each.phase.value) for (namespace, _), each in samples.items())
-    for labels, count in sorted(counts.items()):
-        family.add_metric(labels, count)
-    return family
-
-
-def _speeds(running: dict[tuple[str, str], JobSample]) -> Metric:
-    family = GaugeMetricFamily(
-        "qlora_job_tokens_per_second",
-        f"Tokens per second of a running job, all ranks; the jobs beyond {JOBS_SHOWN} are summed as {OTHERS}",
-        labels=["namespace", "name"],
-    )
-    known = [
-        (job, each.tokens_per_second) for job, each in running.items() if each.tokens_per_second is not None
-    ]
-    for job, speed in known[:JOBS_SHOWN]:
-        family.add_metric(job, speed)
-    if len(known) > JOBS_SHOWN:
-        family.add_metric(("", OTHERS), sum(speed for _, speed in known[JOBS_SHOWN:]))
-    return family
-
-
-def _losses(running: dict[tuple[str, str], JobSample]) -> Metric:
-    family = GaugeMetricFamily(
-        "qlora_job_loss",
-        f"Mean loss per supervised token in the last step of a running job; at most {JOBS_SHOWN} jobs",
-        labels=["namespace", "name"],
-    )
-    known = [(job, each.loss) for job, each in running.items() if each.loss is not None]
-    for job, loss in known[:JOBS_SHOWN]:
-        family.add_metric(job, loss)
-    return family
+        phases = GaugeMetricFamily("qlora_jobs", "Jobs by phase", labels=["namespace", "phase"])
+        counts = Count((namespace, sample.phase.value) for (namespace, _), sample in samples.items())
+        for labels, count in sorted(counts.items()):
+            phases.add_metric(labels, count)
+        yield phases
+        running = [(job, sample) for job, sample in samples.items() if sample.phase is Phase.RUNNING]
+        speeds = GaugeMetricFamily(
+            "qlora_job_tokens_per_second",
+            f"Tokens per second of a running job, all ranks; the jobs beyond {JOBS_SHOWN} are summed as {OTHERS}",
+            labels=["namespace", "name"],
+        )
+        measured = [
+            (job, sample.tokens_per_second) for job, sample in running if sample.tokens_per_second is not None
+        ]
+        for job, speed in measured[:JOBS_SHOWN]:
+            speeds.add_metric(job, speed)
+        if len(measured) > JOBS_SHOWN:
+            speeds.add_metric(("", OTHERS), sum(speed for _, speed in measured[JOBS_SHOWN:]))
+        yield speeds
+        losses = GaugeMetricFamily(
+            "qlora_job_loss",
+            f"Mean loss per supervised token in the last step of a running job; at most {JOBS_SHOWN} jobs",
+            labels=["namespace", "name"],
+        )
+        known = [(job, sample.loss) for job, sample in running if sample.loss is not None]
+        for job, loss in known[:JOBS_SHOWN]:
+            losses.add_metric(job, loss)
+        yield losses
 
 
 class Metrics:
@@ -174,7 +162,11 @@ async def serve(
         OSError: the port is in use.
     """
     app = web.Application()
-    app.router.add_get("/metrics", _metrics(registry))
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app.router.add_get("/metrics", metrics)
     app.router.add_get("/healthz", _probe(liveness))
     app.router.add_get("/readyz", _probe(readiness))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=CLOSE_SECONDS)
@@ -185,13 +177,6 @@ async def serve(
         await runner.cleanup()
         raise
     return runner
-
-
-def _metrics(registry: CollectorRegistry) -> Handler:
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-    return answer
 
 
 def _probe(probe: Probe) -> Handler:

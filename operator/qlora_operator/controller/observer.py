@@ -58,8 +58,8 @@ class Observer:
             seen = await self._with_jobs(seen, key, uid)
         if Read.PODS in reads:
             seen = replace(seen, pods=tuple(map(pod, await self._client.pods(key[0], uid))))
-            if {each.owner_uid for each in seen.pods or ()} - {each.uid for each in seen.attempt_jobs}:
-                # Orphans, or pods of a Job that the watch has not told of yet: a list tells which.
+            if {pod.owner_uid for pod in seen.pods or ()} - {job.uid for job in seen.attempt_jobs}:
+                # Orphans, or pods of a Job that the watch has not delivered yet: a list shows which.
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WARNINGS in reads:
             namespace = key[0]
@@ -69,7 +69,7 @@ class Observer:
             about = warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
             seen = replace(seen, warnings=about)
         if reads & {Read.NODE_HEALTH, Read.FEASIBLE_TIERS}:
-            occupied = {each.node for each in seen.pods or () if each.node}
+            occupied = {pod.node for pod in seen.pods or () if pod.node}
             nodes = await self._nodes.get(occupied)
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
@@ -85,7 +85,7 @@ class Observer:
 
 
 def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:
-    """Where a job can run. If nobody may list the nodes, every tier that it allows: then the labels of the first
+    """Where a job can run. If the operator may not list nodes, every tier that it allows: then the labels of the first
     are required, unseen."""
     if nodes is None:
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
@@ -101,17 +101,17 @@ def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibil
 
 
 def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str]:
-    """Nodes of pods that are not ready, or no longer exist; none if nobody may list nodes."""
+    """Nodes of pods that are not ready, or no longer exist; none if the operator may not list nodes."""
     if nodes is None or not nodes.names:
         return frozenset()
-    return frozenset(each.node for each in pods if each.node is not None and each.node not in nodes.ready)
+    return frozenset(pod.node for pod in pods if pod.node is not None and pod.node not in nodes.ready)
 
 
 def warnings_about(
     jobs: Sequence[AttemptJob], pods: Sequence[Pod], events: Sequence[dict[str, Any]]
 ) -> tuple[WarningEvent, ...]:
     """Those of a namespace's warnings that are about these Jobs and pods, newest first."""
-    uids = {job.uid for job in jobs} | {each.uid for each in pods}
+    uids = {job.uid for job in jobs} | {pod.uid for pod in pods}
     found = []
     for raw in events:
         uid = str((raw.get("involvedObject") or {}).get("uid") or "")

@@ -42,7 +42,8 @@ async def fetch_progress(
             await _body(session, URL.build(scheme="http", host=host, port=port, path="/progress"))
         )
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        _log.debug("no progress from %s port %s: %s", host, port, _one_line(error))
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        _log.debug("no progress from %s port %s: %s", host, port, why)
         return None
     if (report.job_uid, report.attempt) != (uid, attempt):
         _log.debug(
@@ -99,7 +100,3 @@ def _check_time(text: str) -> None:
     """Raise ValueError unless the API server takes it for a time."""
     if units.rfc3339(units.parse_time(text)) != text:
         raise ValueError(f"{text[:60]!r} is not a time such as 2026-01-31T12:00:00Z")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

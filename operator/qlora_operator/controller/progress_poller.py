@@ -81,18 +81,20 @@ class ProgressPoller:
 
     async def _run(self) -> None:
         while True:
-            self._start_due(time.monotonic())
+            now = time.monotonic()
+            due = [
+                (target.due, uid)
+                for uid, target in self._tracked.items()
+                if target.due <= now and not target.polling
+            ]
+            # The longest overdue first.
+            for _, uid in sorted(due)[: MAX_CONCURRENT - len(self._requests)]:
+                tracked = self._tracked[uid]
+                tracked.polling = True
+                task = asyncio.create_task(self._poll(uid, tracked))
+                self._requests.add(task)
+                task.add_done_callback(self._requests.discard)
             await asyncio.sleep(TICK_SECONDS)
-
-    def _start_due(self, now: float) -> None:
-        """Start requests for the attempts that are due, the longest overdue first."""
-        due = [(each.due, uid) for uid, each in self._tracked.items() if each.due <= now and not each.polling]
-        for _, uid in sorted(due)[: MAX_CONCURRENT - len(self._requests)]:
-            tracked = self._tracked[uid]
-            tracked.polling = True
-            task = asyncio.create_task(self._poll(uid, tracked))
-            self._requests.add(task)
-            task.add_done_callback(self._requests.discard)
 
     async def _poll(self, uid: str, tracked: _Tracked) -> None:
         answered = False
@@ -124,4 +126,4 @@ class ProgressPoller:
 
 
 def _address(pods: Sequence[Pod], attempt: int) -> str | None:
-    return next((each.address for each in pods if each.index == 0 and each.attempt == attempt), None)
+    return next((pod.address for pod in pods if pod.index == 0 and pod.attempt == attempt), None)

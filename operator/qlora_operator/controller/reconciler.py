@@ -69,7 +69,12 @@ class Reconciler:
         try:
             job, ignored = parse_api_object(raw)
         except ValidationError as error:
-            return await self._reject(raw, error)
+            # The API server accepts the object and this operator cannot read it: it is of another version.
+            faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
+            log.error("%s/%s cannot be read: %s", *key, faults)  # noqa: TRY400 - the faults say it all
+            status = invalid_spec_status(raw, faults, datetime.now(UTC))
+            saved = status is None or await self._save(raw, status)
+            return INVALID_SPEC_SECONDS if saved else 0.0
         if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
             log.warning(
                 "%s/%s: fields that this release does not know are ignored: %s", *key, ", ".join(ignored)
@@ -101,15 +106,6 @@ class Reconciler:
         else:
             self._tracker.untrack(uid)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
-
-    async def _reject(self, raw: dict[str, Any], error: ValidationError) -> float:
-        """The API server accepts the object and this operator cannot read it: it is of another version."""
-        faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
-        log.error("%s/%s cannot be read: %s", raw["metadata"]["namespace"], raw["metadata"]["name"], faults)
-        status = invalid_spec_status(raw, faults, datetime.now(UTC))
-        if status is not None and not await self._save(raw, status):
-            return 0.0
-        return INVALID_SPEC_SECONDS
 
     # --- save
 

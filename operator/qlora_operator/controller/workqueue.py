@@ -76,7 +76,10 @@ class WorkQueue:
         if delay:
             self._delayed[key] = due
             heapq.heappush(self._heap, (due, next(self._count), key))
-            self._compact()
+            # Heap entries of keys that were requeued earlier would stay until their old time, perhaps hours.
+            if len(self._heap) > 2 * len(self._delayed) + self._workers:
+                self._heap = [item for item in self._heap if self._delayed.get(item[2]) == item[0]]
+                heapq.heapify(self._heap)
         else:
             self._ready[key] = min(due, self._delayed.pop(key, due))
         self._wake()
@@ -137,12 +140,6 @@ class WorkQueue:
         if key is not None:
             self._ready.pop(key, None)
         return key, wait
-
-    def _compact(self) -> None:
-        """Drop heap entries of keys that were requeued earlier: they would stay until their old time, perhaps hours."""
-        if len(self._heap) > 2 * len(self._delayed) + self._workers:
-            self._heap = [item for item in self._heap if self._delayed.get(item[2]) == item[0]]
-            heapq.heapify(self._heap)
 
     def _pop_due(self, now: float) -> tuple[Key | None, float | None]:
         """As `_take`, of the delayed keys that are due at `now`."""

@@ -9,8 +9,8 @@ import re
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.v1alpha1 import QLoRAJobSpec, Topology
-from qlora_operator.settings import Limits, Settings
+from qlora_operator.api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.settings import Settings
 
 
 def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
@@ -29,11 +29,21 @@ def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, st
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
-    if excess := _excess(spec.topology, settings.limits):
-        return (
-            Reason.LIMIT_EXCEEDED,
-            f"{excess}: suspend the job and lower its topology, or ask the administrator",
-        )
+    topology, limits = spec.topology, settings.limits
+    ranks = topology.pods * resource_multiplier(topology)  # with ranksPerPod auto a pod counts as one
+    memory = ranks * parse_memory(topology.memory_per_rank)
+    asked = {
+        "pods": (topology.pods, limits.pods),
+        "ranks": (ranks, limits.ranks),
+        "CPUs": (topology.pods * pod_cpus(topology), limits.cpus),
+        "bytes of memory": (memory, None if limits.memory is None else parse_memory(limits.memory)),
+    }
+    for name, (wanted, most) in asked.items():
+        if most is not None and wanted > most:
+            return Reason.LIMIT_EXCEEDED, (
+                f"spec.topology asks for {wanted} {name} in all, and a job may have {most}: "
+                "suspend the job and lower its topology, or ask the administrator"
+            )
     return None
 
 
@@ -45,19 +55,3 @@ def image_allowed(image: str, settings: Settings) -> bool:
 def fits(text: str, pattern: str) -> bool:
     """Whether a pattern matches the whole text. `*` in it stands for any characters, or none; all else for itself."""
     return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
-
-
-def _excess(topology: Topology, limits: Limits) -> str | None:
-    """The first limit that is exceeded, with both numbers. With ranksPerPod auto a pod counts as one rank."""
-    ranks = topology.pods * resource_multiplier(topology)
-    memory = ranks * parse_memory(topology.memory_per_rank)
-    asked = {
-        "pods": (topology.pods, limits.pods),
-        "ranks": (ranks, limits.ranks),
-        "CPUs": (topology.pods * pod_cpus(topology), limits.cpus),
-        "bytes of memory": (memory, None if limits.memory is None else parse_memory(limits.memory)),
-    }
-    for name, (wanted, most) in asked.items():
-        if most is not None and wanted > most:
-            return f"spec.topology asks for {wanted} {name} in all, and a job may have {most}"
-    return None

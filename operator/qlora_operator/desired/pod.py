@@ -57,7 +57,7 @@ def pod_template(
             "enableServiceLinks": False,
             "securityContext": _pod_security(settings),
             # A transfer goes where ranks may go, too: a claim may be bound to the first node that uses it.
-            **_placement(job.spec.scheduling, uid, _affinity(run.isa, avoid), settings),
+            **_placement(job.spec.scheduling, uid, run.isa, avoid, settings),
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
@@ -81,33 +81,10 @@ def _pod_security(settings: Settings) -> dict[str, Any]:
 
 
 def _placement(
-    scheduling: Scheduling, uid: str, node_affinity: dict[str, Any], settings: Settings
+    scheduling: Scheduling, uid: str, isa: IsaTier, avoid: Sequence[str], settings: Settings
 ) -> dict[str, Any]:
     """Where the pods may go; unset fields are left out."""
-    # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
-    # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
-    # what to spread.
-    spread = {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": pods_of(uid),
-    }
-    fields = {
-        "affinity": {"nodeAffinity": node_affinity},
-        "topologySpreadConstraints": [spread],
-        "nodeSelector": dict(scheduling.node_selector),
-        "tolerations": [
-            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
-        ],
-        "priorityClassName": scheduling.priority_class_name,
-        "schedulerName": settings.scheduler_name,
-    }
-    return {key: value for key, value in fields.items() if value}
-
-
-def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
-    """Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers."""
+    # Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers.
     term: dict[str, Any] = {
         "matchExpressions": [
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
@@ -119,7 +96,28 @@ def _affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
         term["matchFields"] = [
             {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
         ]
-    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
+    # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
+    # what to spread.
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": pods_of(uid),
+    }
+    fields = {
+        "affinity": {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+        },
+        "topologySpreadConstraints": [spread],
+        "nodeSelector": dict(scheduling.node_selector),
+        "tolerations": [
+            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
+        ],
+        "priorityClassName": scheduling.priority_class_name,
+        "schedulerName": settings.scheduler_name,
+    }
+    return {key: value for key, value in fields.items() if value}
 
 
 def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:

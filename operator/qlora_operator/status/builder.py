@@ -17,7 +17,7 @@ from qlora_operator.status.view import JobView
 
 @dataclass
 class StatusBuilder:
-    """One decision in the making. Checks are given its `view`, which nobody can write to."""
+    """One decision in the making. Checks are given its `view`, which is read-only."""
 
     job: QLoRAJob
     seen: Observation
@@ -65,7 +65,7 @@ class StatusBuilder:
         self._put(kind, reason, message, holds=False)
 
     def drop_condition(self, kind: ConditionType) -> None:
-        """A condition has no meaning for the job any more."""
+        """A condition no longer applies to the job."""
         self.set(conditions=conditions.without(self.status.conditions, kind))
 
     def set_waiting(self, kind: ConditionType, reason: Reason, message: str, *, event: bool) -> None:

@@ -14,7 +14,7 @@ class Budget(StrEnum):
     """What the end of an attempt costs."""
 
     NONE = "none"
-    """Nothing: it is nobody's fault."""
+    """Nothing: no one is at fault."""
     USER = "user"
     """One of the restarts in spec.backoffLimit."""
     INFRASTRUCTURE = "infrastructure"

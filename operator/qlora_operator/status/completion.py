@@ -12,7 +12,7 @@ from qlora_operator.status.view import JobView
 
 _NO_REPORT = AttemptEnd(
     Reason.TRANSFER_FAILED,
-    "the transfer ended well, but left no report of all that it did; it is repeated",
+    "the transfer succeeded but left no report of everything it did; it is repeated",
     Budget.USER,
 )
 

@@ -2,7 +2,7 @@
 
 The status says what is so before anything is done about it: an attempt is in the status before its Job is
 created, and the end of one, with its price, before the next begins. Whoever reads the status and the cluster
-can thus go on from any point at which the operator was killed.
+can therefore continue from any point at which the operator was killed.
 """
 
 from datetime import datetime
@@ -43,7 +43,12 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
         if not (builder.view.finished or job.spec.suspend):
             _start_next_attempt(builder)
         builder.act(*teardown.delete_leftover_jobs(builder.view))
-        _expire(builder)
+        # A finished job is deleted after its time to live.
+        expiry = policies.expiry(job.spec, builder.status) if builder.view.finished else None
+        if expiry is not None and now >= expiry:
+            builder.act(DeleteJob())
+        elif expiry is not None:
+            builder.requeue_at(expiry)
         _summarize(builder)
     except ReadRequired as required:
         return Decision(job.status or QLoRAJobStatus(), reads=required.reads)
@@ -82,7 +87,15 @@ def _reconcile_attempt(builder: StatusBuilder) -> None:
     if view.open_attempt is not None and view.open_attempt.reason is None:
         job, found = view.attempt_job, None
         if job is not None and job.complete:
-            _complete_stage(builder)
+            # The attempt did what it was for, if its report says so.
+            result = completion.stage_result(view)
+            builder.set(**result.fields)
+            if result.completes:
+                end = result.end
+                builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))
+                builder.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, result.completes)
+            else:
+                _end_attempt(builder, result.end)
         elif isinstance(found := first_end(view, END_CHECKS), AttemptEnd):
             _end_attempt(builder, found)
         elif job is None:
@@ -94,18 +107,6 @@ def _reconcile_attempt(builder: StatusBuilder) -> None:
     view = builder.view
     if view.open_attempt is not None and view.open_attempt.reason is not None:
         _tear_down(builder)
-
-
-def _complete_stage(builder: StatusBuilder) -> None:
-    """The attempt did what it was for, if its report says so."""
-    result = completion.stage_result(builder.view)
-    builder.set(**result.fields)
-    if not result.completes:
-        _end_attempt(builder, result.end)
-        return
-    end = result.end
-    builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))
-    builder.finish(ConditionType.COMPLETE, Reason.SUCCEEDED, result.completes)
 
 
 def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
@@ -220,17 +221,6 @@ def _start(builder: StatusBuilder) -> None:
 
 
 # --- the rest
-
-
-def _expire(builder: StatusBuilder) -> None:
-    """A finished job is deleted after its time to live."""
-    expiry = policies.expiry(builder.job.spec, builder.status) if builder.view.finished else None
-    if expiry is None:
-        return
-    if builder.now >= expiry:
-        builder.act(DeleteJob())
-    else:
-        builder.requeue_at(expiry)
 
 
 def _summarize(builder: StatusBuilder) -> None:

@@ -55,7 +55,7 @@ def job_being_deleted(view: JobView) -> AttemptEnd | None:
 
 
 def job_suspended_again(view: JobView) -> AttemptEnd | None:
-    """Its Job, which had been admitted, is suspended: by its queue, or by somebody who meant the QLoRAJob."""
+    """Its Job, which had been admitted, is suspended: by its queue, or by another client by mistake."""
     job = _intact_job(view)
     if job is None or not job.suspended or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
         return None
@@ -132,7 +132,9 @@ def half_placed(view: JobView) -> AttemptEnd | NotYet | None:
     if view.now < release_at:
         return NotYet(release_at)
     why = waiting_for(view, job).message
-    message = f"releases {len(placed)}/{view.desired_pods} pods, because the others find no room: {why}"
+    message = (
+        f"releases {len(placed)}/{view.desired_pods} pods, because no node has room for the others: {why}"
+    )
     return AttemptEnd(Reason.RELEASED, message, Budget.NONE)
 
 
@@ -151,7 +153,7 @@ def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
     why = waiting_for(view, job)
     if why.reason in _ANY_TIER or all(tier == view.placement.isa for tier in view.feasible_tiers):
         return None
-    message = f"no pod found room within isa.stepDownSeconds: {seconds}: {why.message}"
+    message = f"no pod was scheduled within isa.stepDownSeconds: {seconds}: {why.message}"
     return AttemptEnd(Reason.STEPPED_DOWN, message, Budget.NONE)
 
 

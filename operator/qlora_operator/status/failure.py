@@ -50,7 +50,7 @@ DISRUPTIONS: dict[str, tuple[Reason, str]] = {
     "PreemptionByScheduler": (Reason.PREEMPTED, "was preempted by a pod of higher priority"),
     "DeletionByTaintManager": (Reason.NODE_LOST, "was removed from a node that is tainted NoExecute"),
     "DeletionByPodGC": (Reason.NODE_LOST, "was removed with its node"),
-    "EvictionByEvictionAPI": (Reason.DRAINED, "was evicted, as a drain does"),
+    "EvictionByEvictionAPI": (Reason.DRAINED, "was evicted through the API, as `kubectl drain` does"),
     "TerminationByKubelet": (Reason.EVICTED, "was ended by its node's kubelet"),
 }
 """Reasons of the pod condition DisruptionTarget, which Kubernetes documents."""
@@ -199,9 +199,9 @@ POD_CHECKS: tuple[Callable[[Pod, Evidence], AttemptEnd | None], ...] = (
     taken_away,  # the cluster says itself that it takes a pod away
     rejected_by_kubelet,  # a pod that never ran has no exit code
     failed_by_itself,  # a pod that names a cause of its own
-    on_a_lost_node,  # nobody hears of a pod there, and its peers lose it
+    on_a_lost_node,  # a pod there reports nothing, and its peers lose it
     lost_a_peer,  # nothing better is known than that ranks lost each other
-    stopped,  # pods that were asked to stop, nobody knows by whom
+    stopped,  # pods that were asked to stop, by an unknown client
 )
 """What pods tell, from causes to mere consequences. The first check that finds a pod wins."""
 

@@ -135,7 +135,7 @@ class Observation:
     attempt_jobs: tuple[AttemptJob, ...] = ()
     """Jobs that have the QLoRAJob's uid on their label."""
     jobs_listed: bool = False
-    """Whether they are the API server's list; otherwise they are what the watch has told."""
+    """Whether they are the API server's list; otherwise they are the watch's."""
     pods: tuple[Pod, ...] | None = None
     """None: not read."""
     lost_nodes: frozenset[str] | None = None

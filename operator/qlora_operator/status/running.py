@@ -14,7 +14,7 @@ from qlora_operator.status.view import JobView
 from qlora_operator.status.waiting import pods_ready, waiting_for
 
 QUIET = timedelta(seconds=20)
-"""For how long at least nothing is said about pods that merely start."""
+"""Minimum time before the status says that pods are still starting."""
 
 _REASONS = {
     "Starting": Reason.LOADING,

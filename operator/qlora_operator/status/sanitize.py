@@ -19,14 +19,14 @@ def sanitize(text: str) -> str:
     """One line of at most MAX_CHARACTERS without control characters; empty if there is nothing to read."""
     plain = _TERMINAL_COLORS.sub("", text)
     # All of Unicode's control, format, surrogate and unassigned characters, not only those of ASCII.
-    printable = (" " if unicodedata.category(each).startswith("C") else each for each in plain)
+    printable = (" " if unicodedata.category(char).startswith("C") else char for char in plain)
     line = " ".join("".join(printable).split())
     return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"
 
 
 def last_line(text: str) -> str:
     """The last line that is not empty, sanitized."""
-    return next((line for each in reversed(text.splitlines()) if (line := sanitize(each))), "")
+    return next((line for raw in reversed(text.splitlines()) if (line := sanitize(raw))), "")
 
 
 def sanitized(report: Report) -> Report:
@@ -40,5 +40,5 @@ def _sanitized(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return sanitized(value)
     if isinstance(value, list):
-        return [_sanitized(each) for each in value]
+        return [_sanitized(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

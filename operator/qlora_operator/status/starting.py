@@ -85,7 +85,7 @@ START_CHECKS: tuple[StartCheck, ...] = (
     run_config_version_differs,  # it would be created, and refuse to run
     no_matching_nodes,  # no node would take its pods
 )
-"""What keeps the next attempt from starting; the first that applies is the one that the user is told."""
+"""What keeps the next attempt from starting; the first that applies is shown to the user."""
 
 
 def next_attempt(view: JobView) -> Attempt:

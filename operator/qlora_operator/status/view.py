@@ -27,7 +27,7 @@ class JobView:
     """One job at one moment.
 
     What costs a request to know is not read in advance: whichever property is the first to need it raises
-    ReadRequired. So the checks themselves say what is read, and nobody keeps a second list of it.
+    ReadRequired. So the checks themselves say what is read; there is no second list.
     """
 
     job: QLoRAJob
@@ -136,7 +136,7 @@ class JobView:
 
     @property
     def attempt_job(self) -> AttemptJob | None:
-        """The current attempt's own Job, as far as the watch has told."""
+        """The current attempt's own Job, as far as the watch has shown."""
         jobs = self.seen.attempt_jobs
         return next((job for job in jobs if job.controlled and job.attempt == self.status.attempt), None)
 
@@ -171,7 +171,7 @@ class JobView:
     def pods_are_worth_a_look(self) -> bool:
         """Whether the pods of a Job that exists may tell more than the Job does.
 
-        Those of one that is in a queue or runs well do not, and nobody asks why pods do not start before they have
+        Those of one that is in a queue or runs well do not, and why pods do not start is not asked before they have
         had the time: at any moment that is most Jobs, and they cost no request.
         """
         job = self.attempt_job

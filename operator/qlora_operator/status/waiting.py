@@ -22,7 +22,7 @@ _CONTAINER_REASONS = {
 """Why a container waits: the kubelet's reason and ours."""
 _VOLUME_EVENTS = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
 _OUTDATED_EVENTS = frozenset({"FailedScheduling"})
-"""They say no more than the pod does, and stay when that is no longer true."""
+"""They repeat what the pod's status says, and remain after it is outdated."""
 _CLAIM = re.compile(r"persistentvolumeclaim|persistentvolume |persistent volumes to bind", re.IGNORECASE)
 _QUOTA = re.compile(
     r"(exceeded|failed|insufficient) quota|(usage|ratio) per (Container|Pod|PersistentVolumeClaim)"

@@ -109,7 +109,7 @@ BAD = {
     "no name": ({"metadata.name": GONE}, "metadata.name", "is required: a name of lower-case"),
     "name begins with a digit": ({"metadata.name": "7b"}, "metadata.name", "begins with a letter"),
     "name in capitals": ({"metadata.name": "Docs"}, "metadata.name", "lower-case letters"),
-    "name ends with a hyphen": ({"metadata.name": "docs-"}, "metadata.name", "ends with no hyphen"),
+    "name ends with a hyphen": ({"metadata.name": "docs-"}, "metadata.name", "does not end with a hyphen"),
     "name has a dot": ({"metadata.name": "docs.v1"}, "metadata.name", "letters, digits and hyphens"),
     "name of 51 characters": ({"metadata.name": "a" * 51}, "metadata.name", "at most 50 characters"),
     "name is a number": ({"metadata.name": 7}, "metadata.name", "is the number 7"),
@@ -124,7 +124,7 @@ BAD = {
     "workspace leaves its claim": (
         {"spec.workspace": "pvc://team-data/../other"},
         "spec.workspace",
-        "may not leave its claim",
+        "must stay within its claim",
     ),
     "workspace with a line break": ({"spec.workspace": "pvc://c/a\nb"}, "spec.workspace", "pvc://claim/path"),
     "workspace with a null character": (
@@ -132,7 +132,11 @@ BAD = {
         "spec.workspace",
         "pvc://claim/path",
     ),
-    "workspace ends upwards": ({"spec.workspace": "pvc://team-data/a/.."}, "spec.workspace", "no `..`"),
+    "workspace ends upwards": (
+        {"spec.workspace": "pvc://team-data/a/.."},
+        "spec.workspace",
+        "not contain `..`",
+    ),
     "workspace is too long": ({"spec.workspace": "pvc://c/" + "a" * 512}, "spec.workspace", "at most 512"),
     "no model": ({"spec.model": GONE}, "spec.model", "is required: a map with source"),
     "model is a string": ({"spec.model": "pvc://c/m"}, "spec.model", "must be a map with source"),
@@ -171,22 +175,22 @@ BAD = {
     "model source leaves its claim": (
         {"spec.model.source": "pvc://c/../m"},
         "spec.model.source",
-        "may not leave its claim",
+        "must stay within its claim",
     ),
     "model source leaves its bucket": (
         {"spec.model.source": "s3://bucket/a/../../b"},
         "spec.model.source",
-        "may not leave its claim",
+        "must stay within its claim",
     ),
     "revision of a model on a claim": (
         {"spec.model.revision": "v1"},
         "spec.model.revision",
-        "requires a source hf://",
+        "requires an hf:// source",
     ),
     "revision of a model in a bucket": (
         {"spec.model": {"source": "s3://bucket/m", "revision": "v1"}},
         "spec.model.revision",
-        "requires a source hf://",
+        "requires an hf:// source",
     ),
     "revision with a space": (
         {"spec.model": {"source": "hf://org/name", "revision": "a b"}},
@@ -206,7 +210,7 @@ BAD = {
     "credentials for a model on a claim": (
         {"spec.model.credentialsSecret": "hub"},
         "spec.model.credentialsSecret",
-        "requires a source hf:// or s3://",
+        "requires an hf:// or s3:// source",
     ),
     "credentials of another namespace": (
         {"spec.model": {"source": "hf://org/name", "credentialsSecret": "other/hub"}},
@@ -226,17 +230,17 @@ BAD = {
     "dataset source leaves its repository": (
         {"spec.dataset.source": "hf://datasets/org/name/../../x"},
         "spec.dataset.source",
-        "may not leave its claim",
+        "must stay within its claim",
     ),
     "revision of a dataset on a claim": (
         {"spec.dataset.revision": "v1"},
         "spec.dataset.revision",
-        "requires a source hf://",
+        "requires an hf:// source",
     ),
     "credentials for a dataset on a claim": (
         {"spec.dataset.credentialsSecret": "hub"},
         "spec.dataset.credentialsSecret",
-        "requires a source hf:// or s3://",
+        "requires an hf:// or s3:// source",
     ),
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},
@@ -251,7 +255,7 @@ BAD = {
     "destination leaves its bucket": (
         {"spec.output": {"destination": "s3://bucket/.."}},
         "spec.output.destination",
-        "may not leave its bucket",
+        "must stay within its bucket",
     ),
     "credentials without a destination": (
         {"spec.output": {"credentialsSecret": "writer"}},
@@ -266,7 +270,7 @@ BAD = {
     "dataset source leaves its claim": (
         {"spec.dataset.source": "pvc://c/a/../../b"},
         "spec.dataset.source",
-        "may not leave its claim",
+        "must stay within its claim",
     ),
     "dataset of unknown format": (
         {"spec.dataset.format": "text"},
@@ -400,7 +404,7 @@ BAD = {
         "spec.isa.allowed[1]",
         "one of amx_bf16, avx512_bf16",
     ),
-    "a tier twice": ({"spec.isa.allowed": ["avx2", "avx2"]}, "spec.isa.allowed", "names avx2 twice"),
+    "a tier twice": ({"spec.isa.allowed": ["avx2", "avx2"]}, "spec.isa.allowed", "lists avx2 twice"),
     "a backend of GPUs": ({"spec.distributed.backend": "nccl"}, "spec.distributed.backend", "gloo"),
     "selector value is a boolean": (
         {"spec.scheduling.nodeSelector": {"fast": True}},

@@ -102,7 +102,7 @@ def test_a_result_tells_what_was_gained() -> None:
     """Where the adapter is, its loss beside the base's, time and memory."""
     assert result_lines(RESULT, Path("/w/adapter")) == [
         "adapter    /w/adapter",
-        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantised: 25.0 % below the quantised base",
+        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantized: 25.0 % below the quantized base",
         "trained    7 steps, 7,000 tokens in 1m 10s, 100 tokens/s with 2 rank(s)",
         "memory     1.00 GiB peak per rank",
     ]
@@ -113,12 +113,12 @@ def test_a_result_tells_what_was_gained() -> None:
     [
         pytest.param(
             {"base_eval_loss": None},
-            "eval loss  1.5000, base model 2.0000 quantised: 25.0 % below the quantised base",
+            "eval loss  1.5000, base model 2.0000 quantized: 25.0 % below the quantized base",
             id="no fp32",
         ),
         pytest.param(
             {"eval_loss": 2.5, "base_eval_loss": None},
-            "eval loss  2.5000, base model 2.0000 quantised: 25.0 % above the quantised base",
+            "eval loss  2.5000, base model 2.0000 quantized: 25.0 % above the quantized base",
             id="worse",
         ),
         pytest.param({"eval_loss": None}, None, id="no evaluation"),

@@ -77,7 +77,7 @@ def test_the_next_deadline_is_looked_at_in_time(
         pytest.param(
             60, 1, [{"unschedulable": UNSCHEDULABLE}], UNSCHEDULABLE, id="what the scheduler says now"
         ),
-        pytest.param(60, 2, [{}], "no pod found room, earlier", id="what the last attempt gave up for"),
+        pytest.param(60, 2, [{}], "no pod was scheduled, earlier", id="what the last attempt gave up for"),
         pytest.param(60, 1, [{}], "what was said last", id="what was said last"),
     ],
 )
@@ -94,7 +94,7 @@ def test_a_pending_deadline_says_what_the_job_waited_for(
 ) -> None:
     """The message says what the job had waited for: as it is now, or as it was when somebody last knew."""
     gave_up = {"attempt": 0, "start": rfc3339(now), "end": rfc3339(now), "reason": "SteppedDown"}
-    history = [{**gave_up, "message": "no pod found room, earlier"}] if attempts == 2 else []
+    history = [{**gave_up, "message": "no pod was scheduled, earlier"}] if attempts == 2 else []
     last = {"attempt": attempts - 1, "start": rfc3339(now)}
     status = starting(99, now, attempt=attempts - 1, attempts=[*history, last], message="what was said last")
     attempt_job = make_attempt_job(attempts - 1, parallelism=2)

@@ -36,7 +36,7 @@ def attempts(*reasons: Reason) -> list[Attempt]:
     ],
 )
 def test_the_startup_grace_grows_with_the_attempts_that_start(starting: int, seconds: int) -> None:
-    """In a rush, pods are given longer before anybody asks why they are not up."""
+    """Under load, pods are given longer before the operator asks why they are not up."""
     assert policies.startup_grace(starting) == timedelta(seconds=seconds)
 
 

@@ -107,7 +107,7 @@ def rule(code: int) -> ReasonMessage:
             "Restarting",
             "Drained",
             (0, 1),
-            "was evicted, as a drain does",
+            "was evicted through the API, as `kubectl drain` does",
             id="drained",
         ),
     ],

@@ -199,7 +199,7 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
     """Losses to four digits; what was not measured says so."""
     card = adapter.model_card(acquired(tmp_path).run, {**REPORT, "base_eval_loss": None})
 
-    assert "| Base, unquantised | not measured |" in card
+    assert "| Base, unquantized | not measured |" in card
     assert "| Base, as trained on | 2.7500 |" in card
     assert "| With this adapter | 1.2500 |" in card
 

@@ -212,7 +212,7 @@ def test_an_answer_with_a_special_token_is_refused(byte_tokenizer: Make) -> None
 
 def test_a_broken_template_is_the_models_fault(byte_tokenizer: Make) -> None:
     """A template that is no template is an error of the model, not of the data."""
-    with pytest.raises(ModelError, match="chat template is no valid template"):
+    with pytest.raises(ModelError, match="chat template is not valid"):
         _one(TALK, byte_tokenizer("{% for %}"))
 
 

@@ -468,7 +468,7 @@ def test_a_pod_that_never_comes_ends_the_launch(a_run: Callable[..., RunConfig],
     ends = [launcher.communicate(timeout=60) for launcher in launchers]
 
     assert [launcher.returncode for launcher in launchers] == [ExitCode.RENDEZVOUS_FAILED] * 2
-    assert [b"2 of 3 pods came to" in err and b"pod(s) 2 did not" in err for _, err in ends] == [True, True]
+    assert [b"2 of 3 pods reached" in err and b"pod(s) 2 did not" in err for _, err in ends] == [True, True]
     assert [out for out, _ in ends] == [b"", b""]
 
 

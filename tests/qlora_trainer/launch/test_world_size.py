@@ -97,7 +97,7 @@ def test_a_missing_pod_is_named_to_everyone(start: Start, earlier: float) -> Non
     first = start(of_pod(0), SHORT)
 
     with pytest.raises(
-        WorldSizeError, match=r"^2 of 3 pods came to .* within 1.5 s; pod\(s\) 2 did not: check"
+        WorldSizeError, match=r"^2 of 3 pods reached .* within 1.5 s; pod\(s\) 2 did not: check"
     ):
         first.result(LONG)
     with pytest.raises(WorldSizeError, match=r"pod 0 says: 2 of 3 pods came .*; pod\(s\) 2 did not"):
@@ -204,10 +204,10 @@ def test_a_port_that_is_taken_is_named(start: Start, port: int) -> None:
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        pytest.param(b"SSH-2.0-OpenSSH\n", "is not a launcher: it says b'SSH", id="nonsense"),
+        pytest.param(b"SSH-2.0-OpenSSH\n", "is not a launcher: it answers b'SSH", id="nonsense"),
         pytest.param(b'{"ranks": [1, 1]}\n', "is not a launcher", id="too few"),
         pytest.param(b'{"ranks": [1, 7, 1]}\n', "is not a launcher", id="not our count"),
-        pytest.param(b'{"wait": 0.1}\n', "is not a launcher: it says b'{", id="another protocol"),
+        pytest.param(b'{"wait": 0.1}\n', "is not a launcher: it answers b'{", id="another protocol"),
         pytest.param(b"", r"waited 1.5 s .*(closed|reset)", id="closed"),
         pytest.param(None, r"waited 1.5 s .*did not answer", id="silent"),
     ],

@@ -40,7 +40,7 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     """What the compiler said reaches the user, and nothing half-made stays."""
     monkeypatch.setattr(build, "command", lambda *_: ["sh", "-c", "echo no space >&2; exit 3"])
 
-    with pytest.raises(ExtensionUnavailable, match="backend mpi cannot be compiled: sh said:\nno space"):
+    with pytest.raises(ExtensionUnavailable, match="backend mpi cannot be compiled; sh reports:\nno space"):
         build.build(MPI, tmp_path / "compiled")
     assert list((tmp_path / "compiled").iterdir()) == []
 

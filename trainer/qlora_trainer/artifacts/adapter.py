@@ -112,7 +112,7 @@ def model_card(run: RunConfig, report: dict[str, Any]) -> str:
     base = report["provenance"]["base_model"]
     revision = f" at {run.fetched.model}" if run.fetched.model else ""
     rows = [
-        ("Base, unquantised", report["base_eval_loss"]),
+        ("Base, unquantized", report["base_eval_loss"]),
         ("Base, as trained on", report["base_eval_loss_quantized"]),
         ("With this adapter", report["eval_loss"]),
     ]
@@ -160,7 +160,7 @@ def loss_curve(metrics: list[dict[str, Any]], report: dict[str, Any], path: Path
         axes.plot(*zip(*evaluated, strict=True), "o-", label="evaluation", markersize=4)
     if report["base_eval_loss"] is not None:
         axes.axhline(
-            report["base_eval_loss"], linestyle="--", color="gray", label="evaluation, unquantised base"
+            report["base_eval_loss"], linestyle="--", color="gray", label="evaluation, unquantized base"
         )
     axes.set(xlabel="step", ylabel="loss per supervised token", title=path.parent.parent.name)
     axes.grid(alpha=0.3)

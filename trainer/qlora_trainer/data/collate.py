@@ -3,7 +3,7 @@
 In bf16, torch multiplies through oneDNN, which makes and keeps a program for
 every new number of tokens: three times the time of the product itself, and up to
 20 MB each. So the row is padded to one of few lengths, by a segment that
-nothing is learnt from and nothing attends to.
+nothing is learned from and nothing attends to.
 """
 
 from collections.abc import Sequence

@@ -184,7 +184,7 @@ def make_samples(
             kept.append(sample)
     if not kept:
         raise DataError(
-            f"no supervised token in the {use} data: all {len(records)} records lose what is to be learnt "
+            f"no supervised token in the {use} data: all {len(records)} records lose their supervised tokens "
             f"when cut to maxSequenceLength {max_length}; raise it, or shorten the prompts"
         )
     offsets = np.cumsum([0] + [len(sample.ids) for sample in kept], dtype=np.int64)

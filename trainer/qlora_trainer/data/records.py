@@ -66,7 +66,7 @@ def parse_chat(fields: dict[str, Any], location: str) -> Chat:
         raise DataError(f"{location}: messages must be a list with at least one message")
     chat = Chat(tuple(_message(value, f"{location}: messages[{i}]") for i, value in enumerate(messages)))
     if all(message.role != "assistant" for message in chat.messages):
-        raise DataError(f"{location}: messages has no turn of the assistant, so nothing would be learnt")
+        raise DataError(f"{location}: messages has no assistant turn, so there is nothing to learn")
     return chat
 
 
@@ -78,7 +78,7 @@ def _message(value: object, location: str) -> Message:
         raise DataError(f"{location}.role must be one of {', '.join(ROLES)}")
     if value.get("tool_calls"):
         raise DataError(
-            f"{location}.tool_calls cannot be learnt; write the call into content as the model would"
+            f"{location}.tool_calls cannot be trained on; write the call into content as the model would"
         )
     content = _text(value.get("content"), f"{location}.content")
     if role == "assistant" and not content.strip():
@@ -91,7 +91,7 @@ def parse_prompt_completion(fields: dict[str, Any], location: str) -> PromptComp
     prompt = _text(fields["prompt"], f"{location}: prompt")
     completion = _text(fields["completion"], f"{location}: completion")
     if not completion.strip():
-        raise DataError(f"{location}: completion is blank, so nothing would be learnt")
+        raise DataError(f"{location}: completion is blank, so there is nothing to learn")
     return PromptCompletion(prompt, completion)
 
 

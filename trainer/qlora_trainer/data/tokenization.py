@@ -4,7 +4,7 @@ Chat: the model's own chat template; only what the assistant says is supervised,
 through its end-of-turn token. Where the template has generation markers, they
 tell what that is. Elsewhere each assistant's turn is found by checked prefixes:
 the conversation before it, rendered with a generation prompt, must be a prefix
-of the whole, so that the model learns to go on exactly from where it will be
+of the whole, so that the model learns to continue exactly from where it will be
 asked to. What cannot be told apart with certainty is refused.
 
 Prompt and completion: the two texts are joined as they stand, as TRL does, with
@@ -71,7 +71,9 @@ class SpecialTokens:
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "SpecialTokens":
         """What the tokenizer puts before a text, and its end of sequence. Raises ModelError when it has none."""
         if tokenizer.eos_token_id is None:
-            raise ModelError("the model's tokenizer has no eos_token, so no completion's end could be learnt")
+            raise ModelError(
+                "the model's tokenizer has no eos_token, so the end of a completion cannot be learned"
+            )
         starts = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         return cls((tokenizer.bos_token_id,) if starts else (), tokenizer.eos_token_id)
 
@@ -87,7 +89,7 @@ def tokenize(
 ) -> Iterator[Sample]:
     """One sample per record, in order, at most `max_length` tokens: the end is cut off.
 
-    Raises DataError, naming the record, when what is to be learnt cannot be told
+    Raises DataError, naming the record, when what is to be learned cannot be told
     with certainty, and ModelError when the tokenizer cannot serve at all.
     """
     if not tokenizer.is_fast:
@@ -164,7 +166,7 @@ class ChatTemplate:
     def render(self, chat: Chat, location: str) -> tuple[str, tuple[Span, ...]]:
         """The conversation's text, and the spans in it that are supervised.
 
-        What follows the assistant's last turn is left out: nothing of it is learnt.
+        What follows the assistant's last turn is left out: nothing of it is learned.
         """
         turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
         messages = chat.messages[: turns[-1] + 1]
@@ -191,18 +193,14 @@ class ChatTemplate:
                 **self._variables,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the model's chat template is no valid template: {error}") from error
+            raise ModelError(f"the model's chat template is not valid: {error}") from error
         except Exception as error:  # a template is a program, and can fail in any way
-            raise DataError(
-                f"{location}: the model's chat template refuses the conversation{self._why(error)}"
-            ) from error
+            # In the template's own words alone: an error might repeat the conversation.
+            text = str(error)
+            own = isinstance(error, jinja2.TemplateError) and text and text in self._source
+            why = f": {text}" if own else f" with {type(error).__name__}"
+            raise DataError(f"{location}: the model's chat template refuses the conversation{why}") from error
         return texts[0], tuple(spans[0]) if spans else ()
-
-    def _why(self, error: Exception) -> str:
-        """What the template says, in its own words alone: it might repeat the conversation."""
-        said = str(error)
-        own = isinstance(error, jinja2.TemplateError) and said and said in self._source
-        return f": {said}" if own else f" with {type(error).__name__}"
 
     def _start(self, before: Sequence[Message], text: str, location: str) -> int:
         """Where the assistant starts to speak: after the prompt that it will be asked with."""
@@ -210,7 +208,7 @@ class ChatTemplate:
         if not text.startswith(prompt):
             raise DataError(
                 f"{location}: the chat template writes what stands before messages[{len(before)}] otherwise "
-                f"when the model is asked, so what is to be learnt cannot be told apart; {REMEDY}"
+                f"when the model is asked, so the tokens to learn cannot be determined; {REMEDY}"
             )
         return len(prompt)
 
@@ -224,7 +222,7 @@ class ChatTemplate:
         if not text[start : found.start()].rstrip().endswith(content.strip()):
             raise DataError(
                 f"{location}: the chat template changes what the assistant says, or that holds a special token "
-                f"of the model, so what is to be learnt cannot be told apart; {REMEDY}"
+                f"of the model, so the tokens to learn cannot be determined; {REMEDY}"
             )
         return found.end()
 

@@ -60,10 +60,26 @@ class Group:
         )
         if backend == "gloo":
             os.environ.update(gloo.settings_towards(address, world.size, os.environ))
+
+        def connect() -> None:
+            try:
+                dist.init_process_group(
+                    torch_name,
+                    store=PrefixStore("group", store),
+                    rank=world.rank,
+                    world_size=world.size,
+                    timeout=timedelta(seconds=timeout_seconds),
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                reason = gloo.one_line(str(error))
+                raise RendezvousError(
+                    f"rank {world.rank} cannot connect to the other ranks: {reason}"
+                ) from None
+
         connect_timeout = min(timeout_seconds, rendezvous_timeout_seconds)
         run_with_timeout(
             connect_timeout + _GRACE_SECONDS,
-            lambda: _connect(world, torch_name, store, timeout_seconds),
+            connect,
             f"rank {world.rank} met the other ranks, but could not connect to them in {connect_timeout:g} s",
         )
         return cls(world, store)
@@ -101,20 +117,6 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _connect(world: World, torch_name: str, store: Store, timeout_seconds: float) -> None:
-    try:
-        dist.init_process_group(
-            torch_name,
-            store=PrefixStore("group", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = gloo.one_line(str(error))
-        raise RendezvousError(f"rank {world.rank} cannot connect to the other ranks: {reason}") from None
 
 
 @contextmanager

@@ -68,10 +68,23 @@ class Heartbeat:
             return
         doing = "listen for heartbeats" if self._world.rank == 0 else "reach rank 0's heartbeat"
         try:
-            monitor = self._serve() if self._world.rank == 0 else self._connect()
+            if self._world.rank == 0:
+                listener = listen(resolve(self._world.master_addr, self._world.master_port), 0)
+                token = secrets.token_hex(16)
+                here = {"port": listener.getsockname()[1], "token": token, "host": self._host}
+                monitor = PeerMonitor(range(1, self._world.size), self._timeout, listener, token)
+                self._store.set(_KEY, json.dumps(here))
+            else:
+                rank_0 = json.loads(self._store.get(_KEY))
+                address = (self._world.master_addr, rank_0["port"])
+                sock = socket.create_connection(address, timeout=self._timeout)
+                monitor = PeerMonitor(range(1), self._timeout)
+                connection = monitor.connections.add(sock)
+                connection.rank, connection.host = 0, rank_0["host"]
+                connection.send(Hello(self._world.rank, self._host, rank_0["token"]))
         except (OSError, RuntimeError) as error:
-            address, reason = self._world.master_addr, str(error).splitlines()[0]
-            raise RendezvousError(f"rank {self._world.rank} cannot {doing} at {address}: {reason}") from None
+            host, reason = self._world.master_addr, str(error).splitlines()[0]
+            raise RendezvousError(f"rank {self._world.rank} cannot {doing} at {host}: {reason}") from None
         self._monitor = monitor
         self._thread = threading.Thread(
             target=monitor.run, args=(self._on_lost,), name="heartbeat", daemon=True
@@ -82,8 +95,8 @@ class Heartbeat:
     def lost(self, wait_seconds: float = 0.0) -> LostPeer | None:
         """The peer that was lost, waiting so long for the news.
 
-        A collective may fail before the heartbeat has told which peer died:
-        wait here then, or the report names nobody.
+        A collective may fail before the heartbeat knows which peer died:
+        wait here then, or the report names no peer.
         """
         monitor = self._monitor
         return monitor.lost_peer if monitor is not None and monitor.decided.wait(wait_seconds) else None
@@ -93,7 +106,7 @@ class Heartbeat:
         self._leave(Goodbye())
 
     def farewell(self, reason: str, code: int) -> None:
-        """End for a reason of our own, with an exit code: the peers are told it, and leave naming it."""
+        """End for a reason of our own, with an exit code: the peers receive it, and leave naming it."""
         name = next((known.name for known in ExitCode if known == code), f"exit code {code}")
         self._leave(Farewell(f"ended: {name}: {' '.join(reason.split())[:_REASON_CHARACTERS]}"))
 
@@ -103,26 +116,6 @@ class Heartbeat:
         self._monitor.leave(message)
         if threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS + 2 * DRAIN_SECONDS)
-
-    def _serve(self) -> PeerMonitor:
-        """Rank 0: listen, and say where."""
-        listener = listen(resolve(self._world.master_addr, self._world.master_port), 0)
-        token = secrets.token_hex(16)
-        here = {"port": listener.getsockname()[1], "token": token, "host": self._host}
-        monitor = PeerMonitor(range(1, self._world.size), self._timeout, listener, token)
-        self._store.set(_KEY, json.dumps(here))
-        return monitor
-
-    def _connect(self) -> PeerMonitor:
-        """Another rank: connect to rank 0, and say who we are."""
-        rank_0 = json.loads(self._store.get(_KEY))
-        address = (self._world.master_addr, rank_0["port"])
-        sock = socket.create_connection(address, timeout=self._timeout)
-        monitor = PeerMonitor(range(1), self._timeout)
-        connection = monitor.connections.add(sock)
-        connection.rank, connection.host = 0, rank_0["host"]
-        connection.send(Hello(self._world.rank, self._host, rank_0["token"]))
-        return monitor
 
 
 def leave(lost: LostPeer, write_report: Callable[[LostPeer], None]) -> NoReturn:

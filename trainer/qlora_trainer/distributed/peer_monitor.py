@@ -75,7 +75,7 @@ class PeerConnections:
         return readable
 
     def ranks(self) -> set[int]:
-        """The ranks that have said hello."""
+        """The ranks that have registered."""
         return {connection.rank for connection in self.open if connection.rank is not None}
 
     def send(self, message: Message) -> None:
@@ -125,9 +125,9 @@ class PeerMonitor:
         """`ranks`: the peers. Rank 0 has a listener, and the token that a Hello must have."""
         self.lost_peer: LostPeer | None = None
         self.joined = threading.Event()
-        """Every rank has said hello, or the loop has ended."""
+        """Every rank has registered, or the loop has ended."""
         self.decided = threading.Event()
-        """A peer is lost, and the others were told."""
+        """A peer is lost, and the others have been notified."""
         self.connections = PeerConnections(listener)
         self._ranks = ranks
         self._timeout = timeout_seconds
@@ -143,7 +143,7 @@ class PeerMonitor:
         self.connections.wake()
 
     def run(self, on_lost: Callable[[LostPeer], None]) -> None:
-        """Watch; calls `on_lost` once when a peer is lost, after the others were told."""
+        """Watch; calls `on_lost` once when a peer is lost, after the others have been notified."""
         try:
             while self.lost_peer is None and self._last_words.empty():
                 self._turn()
@@ -151,7 +151,7 @@ class PeerMonitor:
                 self.connections.send_last(self._last_words.get())
                 self.connections.drain()
             else:
-                # The lost one is told too: it may only have been stopped.
+                # The lost one is notified too: it may only have been stopped.
                 self.connections.send_last(self.lost_peer)
                 self.decided.set()
                 self.joined.set()

@@ -1,4 +1,4 @@
-"""A peer as the heartbeat sees it: what is said to it and by it, when it was last seen, how it was lost."""
+"""A peer as the heartbeat sees it: the messages to and from it, when it was last seen, how it was lost."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Joined:
-    """Every rank has said hello."""
+    """Every rank has registered."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Farewell:
     """The sender ends for a reason of its own."""
 
     reason: str
-    """Goes on from the subject: `ended: INVALID_DATA: ...`."""
+    """Continues a sentence after its subject: `ended: INVALID_DATA: ...`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LostPeer:
     rank: int
     host: str
     reason: str
-    """Goes on from the subject: `died: ...`, `gave no sign of life for 30 s`, `ended: INVALID_DATA: ...`."""
+    """Follows its subject: `died: ...`, `gave no sign of life for 30 s`, `ended: INVALID_DATA: ...`."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on host {self.host} {self.reason}"
@@ -120,7 +120,7 @@ class Connection:
     sock: socket.socket
     opened: float
     rank: int | None = None
-    """None until it said hello."""
+    """None until it has registered."""
     host: str = "unknown"
     inbox: bytes = b""
     outbox: bytearray = field(default_factory=bytearray)

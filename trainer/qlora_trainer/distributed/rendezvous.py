@@ -114,9 +114,9 @@ def _find_rank_0(world: World, deadline: float, timeout_seconds: float) -> str:
             if world.rank > 0:
                 probe = socket.create_connection((address, world.master_port), timeout=_CONNECT_SECONDS)
                 with probe:
-                    # While nobody listens on an ephemeral port, a connection to it can meet itself.
+                    # While nothing listens on an ephemeral port, a connection to it can connect to itself.
                     if probe.getsockname()[:2] == probe.getpeername()[:2]:
-                        raise ConnectionRefusedError("nobody listens there")
+                        raise ConnectionRefusedError("nothing listens there")
             return address
         except OSError as error:
             if time.monotonic() >= deadline:

@@ -42,7 +42,7 @@ def hbm_nodes(machine: Machine) -> tuple[Node, ...]:
 
 
 def hbm_mode(machine: Machine) -> HbmMode | None:
-    """The mode that HBM is in; None: there is none. A machine with no more DDR than HBM counts as `only`."""
+    """The mode that HBM is in; None: the machine has none. A machine with no more DDR than HBM counts as `only`."""
     if hbm_nodes(machine):
         return "flat"
     if HBM_MODEL not in machine.model:
@@ -87,18 +87,17 @@ def choose_hbm(
             f"{flat}, which only a memory policy can choose, and set_mempolicy is refused here, as by the default "
             "seccomp profile without CAP_SYS_NICE: set the machine to cache or HBM-only mode"
         )
-    return [_nearest(machine, usable, nodes_of_rank) for nodes_of_rank in ranks], ""
-
-
-def _nearest(machine: Machine, nodes: Sequence[Node], rank_nodes: Sequence[int]) -> int:
-    """The node with the smallest distance to any of a rank's own nodes; of equals, the lowest number."""
     order = [node.number for node in machine.nodes]
 
-    def distance(node: Node) -> int:
+    def distance(node: Node, rank_nodes: Sequence[int]) -> int:
         distances = dict(zip(order, node.distances, strict=False))
         return min((distances.get(number, 0) for number in rank_nodes), default=0)
 
-    return min(nodes, key=lambda node: (distance(node), node.number)).number
+    # To each rank the nearest to any of its own nodes; of equals, the lowest number.
+    nearest = (
+        min(usable, key=lambda node: (distance(node, rank_nodes), node.number)) for rank_nodes in ranks
+    )
+    return [node.number for node in nearest], ""
 
 
 # --- the kernel
@@ -141,6 +140,6 @@ def _set_policy(mode: int, node: int | None) -> int:
     else:
         words = (ctypes.c_ulong * (node // _LONG_BITS + 1))()
         words[node // _LONG_BITS] = 1 << node % _LONG_BITS
-        # The kernel takes one bit less than it is told.
+        # The kernel takes one bit less than the count says.
         result = libc.syscall(_SYS_SET_MEMPOLICY, mode, words, len(words) * _LONG_BITS + 1)
     return ctypes.get_errno() if result else 0

@@ -17,15 +17,16 @@ class MemorySampler:
         """Bytes, anonymous and shared: what the kernel cannot drop."""
         self.peak_total = self.baseline.needed + self.baseline.file
         """Bytes, with this process's part of mapped files."""
-        threading.Thread(target=self._run, name="memory-sampler", daemon=True).start()
+
+        def run() -> None:
+            pause = threading.Event()
+            while not pause.wait(INTERVAL_SECONDS):
+                self.sample()
+
+        threading.Thread(target=run, name="memory-sampler", daemon=True).start()
 
     def sample(self) -> None:
         """Take one sample now."""
         memory = process_memory()
         self.peak_needed = max(self.peak_needed, memory.needed)
         self.peak_total = max(self.peak_total, memory.needed + memory.file)
-
-    def _run(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(INTERVAL_SECONDS):
-            self.sample()

@@ -90,10 +90,10 @@ def connect(host: str, port: int, timeout: float) -> socket.socket:
     """A TCP connection to a host that listens.
 
     Raises:
-        OSError: the name does not resolve, nobody listens, or nothing answers within `timeout` seconds.
+        OSError: the name does not resolve, nothing listens, or nothing answers within `timeout` seconds.
     """
     sock = socket.create_connection((host, port), timeout=timeout)
-    # While nobody listens on an ephemeral port, a connection to it can connect to itself.
+    # While nothing listens on an ephemeral port, a connection to it can connect to itself.
     if sock.getsockname()[:2] == sock.getpeername()[:2]:
         sock.close()
         raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))

@@ -76,7 +76,7 @@ def launch(command: Sequence[str], environ: Mapping[str, str], stop: Stop) -> Te
     Args:
         command: what a rank runs, as `python -m MODULE` or `python SCRIPT`.
         environ: the launcher's environment.
-        stop: set when the launcher is told to stop.
+        stop: set when the launcher is asked to stop.
 
     Raises:
         RunFileError: run.json cannot be used.
@@ -124,12 +124,12 @@ def rank_counts(run: RunConfig, index: int, own: int, environ: Mapping[str, str]
         index: this pod.
         own: how many ranks it will start.
         environ: the launcher's environment.
-        stop: set when the launcher is told to stop.
+        stop: set when the launcher is asked to stop.
 
     Raises:
         RendezvousError: a pod did not come in time, or this one is of another job.
         ConfigurationError: there are more ranks than a job may have.
-        Terminated: told to stop meanwhile.
+        Terminated: asked to stop meanwhile.
     """
     pods = run.layout.pods
     if run.layout.ranks_per_pod != "auto":
@@ -152,9 +152,9 @@ def rank_counts(run: RunConfig, index: int, own: int, environ: Mapping[str, str]
 
 
 def _stopped() -> Terminated:
-    return Terminated("told to stop before the ranks were started")
+    return Terminated("asked to stop before the ranks were started")
 
 
 if __name__ == "__main__":
-    # Not sys.exit: closing a stdout that nobody reads would change the exit code.
+    # Not sys.exit: closing a stdout whose reader is gone would change the exit code.
     os._exit(main())

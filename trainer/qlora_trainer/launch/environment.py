@@ -23,7 +23,7 @@ PRELOAD_ENV = "LD_PRELOAD"
 TUNABLES_ENV = "GLIBC_TUNABLES"
 
 
-# --- what the launcher is told
+# --- what the launcher reads
 
 
 def pod_index(run: RunConfig, environ: Mapping[str, str]) -> int:
@@ -49,7 +49,7 @@ def master_address(run: RunConfig, environ: Mapping[str, str]) -> tuple[str, int
     return host, int(port)
 
 
-# --- what a rank is told
+# --- what a rank reads
 
 
 def rank_environment(

@@ -56,11 +56,11 @@ def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int |
         killed_for_memory = oom and end.code == -signal.SIGKILL and not end.killed_by_launcher
         return ExitCode.OUT_OF_MEMORY if killed_for_memory else end.code
 
-    failures = [each for each in exits if each.code != 0 and not each.killed_by_launcher]
+    failures = [end for end in exits if end.code != 0 and not end.killed_by_launcher]
     candidates = failures or sorted(exits, key=lambda each: each.rank)
-    code = dominant_exit_code([code_of(each) for each in candidates])
-    winners = [each for each in candidates if dominant_exit_code([code_of(each)]) == code]
-    winner = next((each for each in winners if each.report is not None), winners[0])
+    code = dominant_exit_code([code_of(end) for end in candidates])
+    winners = [end for end in candidates if dominant_exit_code([code_of(end)]) == code]
+    winner = next((end for end in winners if end.report is not None), winners[0])
     if code == ExitCode.OUT_OF_MEMORY and winner.code < 0:
         cause = out_of_memory_cause(winner.rank, limit, run)
     elif winner.report is not None and winner.report.exit_code == winner.code:
@@ -98,7 +98,7 @@ def _cause(end: RankExit, run: RunConfig) -> str:
     rank, code = end.rank, end.code
     if end.killed_by_launcher:
         return (
-            f"rank {rank} was told to stop, was still running when its time was over "
+            f"rank {rank} was asked to stop, was still running at the end of its grace period "
             f"(terminationGracePeriodSeconds: {run.termination_grace_period_seconds}), and was killed"
         )
     if code < 0:

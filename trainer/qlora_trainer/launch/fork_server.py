@@ -32,7 +32,7 @@ class SpawnError(Exception):
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What the fork server is told about one rank."""
+    """What the fork server needs to start one rank."""
 
     environment: dict[str, str]
     cpus: Sequence[int]

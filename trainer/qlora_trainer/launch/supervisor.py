@@ -120,14 +120,14 @@ def _write(sink: IO[bytes], line: bytes) -> None:
             sink.write(line)
             sink.flush()
     except (OSError, ValueError):
-        pass  # nobody reads any more; go on reading, or the rank would block
+        pass  # the reader is gone; keep reading, or the rank would block
 
 
 # --- watching over them
 
 
 def limits_of(run: RunConfig) -> Limits:
-    """How long the ranks of a run may go on after a stop or a death."""
+    """How long the ranks of a run may continue after a stop or a death."""
     period = float(run.termination_grace_period_seconds)
     return Limits(
         grace=max(period - GRACE_MARGIN_SECONDS, period / 2),
@@ -137,7 +137,7 @@ def limits_of(run: RunConfig) -> Limits:
 
 @dataclass
 class Stop:
-    """Whether, and when, the launcher was told to stop. A signal handler; further signals change nothing."""
+    """Whether, and when, the launcher was asked to stop. A signal handler; further signals change nothing."""
 
     requested_at: float | None = None
     """On the monotonic clock."""

@@ -31,7 +31,7 @@ class WorldSizeError(Exception):
 
 
 class Stopped(Exception):  # noqa: N818 - a request, not an error
-    """Told to stop while waiting."""
+    """Asked to stop while waiting."""
 
 
 class JoinRequest(ContractModel):
@@ -53,7 +53,7 @@ class JoinReply(ContractModel):
     ranks: list[int] = Field(default_factory=list)
     """Of each pod, by index."""
     error: str = ""
-    """Why there is no answer."""
+    """Why no answer came."""
 
 
 def agree_on_rank_counts(
@@ -94,7 +94,7 @@ async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list
     joined: dict[asyncio.StreamWriter, JoinRequest] = {}
 
     def counts() -> dict[int, int]:
-        """Ranks by pod. A pod that connects again replaces what it said before."""
+        """Ranks by pod. A pod that connects again replaces its earlier request."""
         return {own.pod: own.ranks} | {request.pod: request.ranks for request in joined.values()}
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,7 +119,7 @@ async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list
         except TimeoutError:
             missing = sorted(set(range(own.pods)).difference(counts()))
             reply = JoinReply(
-                error=f"{own.pods - len(missing)} of {own.pods} pods came to {host}:{port} within {seconds:g} s; "
+                error=f"{own.pods - len(missing)} of {own.pods} pods reached {host}:{port} within {seconds:g} s; "
                 f"pod(s) {', '.join(map(str, missing))} did not: check whether they were started and can reach that "
                 "address"
             )
@@ -174,7 +174,7 @@ async def _ask(own: JoinRequest, host: str, port: int, seconds: float) -> list[i
                 # Pod 0 has listened since before it accepted this, so it gives up, and says so, before we do.
                 line = await asyncio.wait_for(reader.readline(), seconds + CONNECT_SECONDS)
             except TimeoutError:
-                reason = "it accepted the connection and stayed silent"
+                reason = "it accepted the connection but did not answer"
                 continue
             finally:
                 writer.close()
@@ -197,7 +197,9 @@ def _counts(line: bytes, own: JoinRequest) -> list[int]:
     if reply.error:
         raise WorldSizeError(f"pod 0 says: {reply.error}")
     if len(reply.ranks) != own.pods or reply.ranks[own.pod] != own.ranks:
-        raise WorldSizeError(f"what listens at pod 0's address is not a launcher: it says {line[:80]!r}")
+        raise WorldSizeError(
+            f"the process that listens at pod 0's address is not a launcher: it answers {line[:80]!r}"
+        )
     return reply.ranks
 
 

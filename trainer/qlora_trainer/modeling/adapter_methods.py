@@ -14,7 +14,7 @@ from qlora_trainer.modeling.lora_linear import Dropout
 class AdapterMethod(Protocol):
     """A kind of adapter, made of a job's settings.
 
-    Linear layers are told by their paths in the checkpoint (`model.layers.0.mlp.up_proj`) and shapes (out, in).
+    Linear layers are given by their paths in the checkpoint (`model.layers.0.mlp.up_proj`) and shapes (out, in).
     """
 
     def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
@@ -26,7 +26,7 @@ class AdapterMethod(Protocol):
             dropout: masks of the adapter's inputs while training; None for none.
 
         Raises:
-            ModelError: the model lacks what shall be adapted.
+            ModelError: the model lacks a layer that is to be adapted.
         """
 
     def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:

@@ -26,7 +26,7 @@ def quantized_before(config: Any) -> str | None:
     """Weights that are quantized twice carry both errors."""
     if getattr(config, "quantization_config", None) is None:
         return None
-    return "is quantised already; give the unquantised model, which is quantised when it is loaded"
+    return "is already quantized; use the unquantized model, which is quantized when it is loaded"
 
 
 def length_dependent_rope(config: Any) -> str | None:

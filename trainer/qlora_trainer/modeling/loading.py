@@ -99,7 +99,7 @@ class _WeightLoader:
         expected = self.missing.pop(name)
         if not tensor.is_floating_point():
             raise ModelError(
-                f"{name} holds {tensor.dtype}; only floating-point weights, which are not quantised, are read"
+                f"{name} holds {tensor.dtype}; only unquantized floating-point weights can be read"
             )
         if tuple(tensor.shape) != expected:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json says {expected}")

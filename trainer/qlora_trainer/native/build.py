@@ -57,7 +57,7 @@ def build(extension: Extension, folder: Path = COMPILED) -> Path:
             compiler = subprocess.run(words, capture_output=True, text=True, check=False)
             if compiler.returncode:
                 raise ExtensionUnavailable(
-                    f"{extension.title} cannot be compiled: {words[0]} said:\n{compiler.stderr}"
+                    f"{extension.title} cannot be compiled; {words[0]} reports:\n{compiler.stderr}"
                 )
             extension.manifest(folder).unlink(missing_ok=True)  # until it is true again
             output.replace(extension.file(folder))

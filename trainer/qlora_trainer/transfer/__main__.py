@@ -130,6 +130,6 @@ def _failure(error: TrainerError) -> TerminationReport:
 
 
 if __name__ == "__main__":
-    # Not sys.exit: closing a stdout that nobody reads would change the exit code.
+    # Not sys.exit: closing a stdout whose reader is gone would change the exit code.
     sys.stderr.flush()
     os._exit(main())

@@ -36,7 +36,7 @@ class Downloader:
             uri: of the source, for messages.
             revision: of the source.
             server: what has the bytes.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
             on_bytes: called with the number of bytes that have arrived; negative for bytes that were discarded. What
                 it raises ends the download.
         """

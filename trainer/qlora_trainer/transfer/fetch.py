@@ -37,7 +37,7 @@ class SourceFetcher:
             run: the job.
             volumes: claim -> directory.
             environ: addresses, certificates, and where credentials are.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
             count: called with the bytes that are to come, and as they come.
         """
         self._workspace = resolve(run.workspace, volumes)
@@ -84,12 +84,8 @@ class SourceFetcher:
             )
         if remote.kind != "bucket":
             self._pins.set(role, revision)  # at once: an interrupted fetch is resumed at this revision
-        self._complete(Snapshot(self._workspace, remote, revision), files, server)
-        self._pins.set(role, revision)
-        return revision
-
-    def _complete(self, snapshot: Snapshot, files: list[RemoteFile], server: Server) -> None:
-        """Download what is missing of a snapshot, or wait for the job that does."""
+        snapshot = Snapshot(self._workspace, remote, revision)
+        # Downloads what is missing, or waits for the job that does.
         snapshot.make_folders()
         while not snapshot.is_complete():
             try:
@@ -99,6 +95,8 @@ class SourceFetcher:
             except LeaseLost:
                 log(f"{snapshot.remote.uri}: another job is fetching it now; waiting for that job")
         log(f"{snapshot.remote.uri} is in the workspace, at {snapshot.revision}")
+        self._pins.set(role, revision)
+        return revision
 
     def _download(self, snapshot: Snapshot, files: list[RemoteFile], server: Server, lease: Lease) -> None:
         snapshot.check_space(files)

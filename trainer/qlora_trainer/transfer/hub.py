@@ -146,7 +146,7 @@ class Hub:
             names: of the files, without the manifest, which goes with them.
             check: called before the commit; what it raises ends the upload.
             on_bytes: called with the number of bytes that were sent.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
         """
         names = [*names, MANIFEST]
         repository = self._remote.root

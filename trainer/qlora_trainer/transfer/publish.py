@@ -25,7 +25,7 @@ def publish(
         run: the job, with a destination.
         volumes: claim -> directory.
         environ: addresses, certificates, and where credentials are.
-        retrier: how long to go on without progress.
+        retrier: how long to continue without progress.
         count: count(done, total): how many bytes to add to what is done, and to what there is to do.
 
     Raises:

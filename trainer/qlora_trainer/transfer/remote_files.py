@@ -71,21 +71,18 @@ def select_files(role: Role, remote: Remote, files: Sequence[RemoteFile]) -> lis
     if any(_matches(file, MODEL_WEIGHTS) for file in selected):
         selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
     if not any(_matches(file, patterns[0]) for file in selected):
-        raise TransferRefused(f"{remote.uri} has no {patterns[0]}: {_what_is_there(near)}")
+        names = sorted(PurePosixPath(file.name).name for file in near)
+        more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+        found = f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
+        if not names:
+            found = "no file has that name, and there are no files directly in a folder of that name"
+        raise TransferRefused(f"{remote.uri} has no {patterns[0]}: {found}")
     return sorted(selected, key=lambda file: file.name)
 
 
 def _matches(file: RemoteFile, *patterns: str) -> bool:
     name = PurePosixPath(file.name).name
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _what_is_there(files: Sequence[RemoteFile]) -> str:
-    if not files:
-        return "no file has that name, and there are no files directly in a folder of that name"
-    names = sorted(PurePosixPath(file.name).name for file in files)
-    more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
-    return f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
 
 
 def check_name(remote: Remote, name: str) -> None:

@@ -160,10 +160,22 @@ class S3:
             names: of the files, without the manifest.
             check: called before the manifest is written; what it raises ends the upload.
             on_bytes: called with the number of bytes that were sent.
-            retrier: how long to go on without progress.
+            retrier: how long to continue without progress.
         """
         manifest = self._key(MANIFEST)
-        present = retrier.call(lambda: self._read_object(manifest))
+
+        def read_manifest() -> bytes | None:
+            """Its content; None if there is none, or the keys may only write."""
+            with self._translate_errors():
+                try:
+                    answer = self._client.get_object(Bucket=self._remote.root, Key=manifest)
+                    return bytes(answer["Body"].read())
+                except exceptions.ClientError as error:
+                    if _status(error) in (403, 404) and error.response["Error"].get("Code") != "NoSuchBucket":
+                        return None
+                    raise
+
+        present = retrier.call(read_manifest)
         if present != (folder / MANIFEST).read_bytes():
             if present is not None:
                 self._call(retrier, self._client.delete_object, Key=manifest)
@@ -172,17 +184,6 @@ class S3:
             check()
             self._upload_file(folder / MANIFEST, on_bytes, retrier)
         return f"s3://{self._remote.root}/{self._remote.path}".removesuffix("/.")
-
-    def _read_object(self, key: str) -> bytes | None:
-        """The content of an object; None if there is none, or the keys may only write."""
-        with self._translate_errors():
-            try:
-                answer = self._client.get_object(Bucket=self._remote.root, Key=key)
-                return bytes(answer["Body"].read())
-            except exceptions.ClientError as error:
-                if _status(error) in (403, 404) and error.response["Error"].get("Code") != "NoSuchBucket":
-                    return None
-                raise
 
     def _upload_file(self, path: Path, on_bytes: Callable[[int], None], retrier: Retrier) -> None:
         """Upload a file; a large one in parts, each of which is retried by itself."""
@@ -207,7 +208,7 @@ class S3:
                     body = stream.read(PART_BYTES)
                 self._call(retrier, self._complete, Parts=parts, Size=path.stat().st_size, **upload)
             except Exception:
-                with suppress(*_LIBRARY_ERRORS):  # or the bucket's owner goes on paying for the parts
+                with suppress(*_LIBRARY_ERRORS):  # or the bucket's owner keeps paying for the parts
                     self._client.abort_multipart_upload(Bucket=self._remote.root, **upload)
                 raise
 

@@ -71,7 +71,7 @@ def process_mapping(hosts: list[str]) -> str:
 
 
 class KeyValueSpace:
-    """What the ranks have told each other. Pure: messages in, replies out."""
+    """The values that the ranks have published to each other. Pure: messages in, replies out."""
 
     def __init__(self, size: int, mapping: str) -> None:
         self.size = size
@@ -81,13 +81,13 @@ class KeyValueSpace:
 
     @property
     def all_finalized(self) -> bool:
-        """Whether every rank has said that it is done."""
+        """Whether every rank has finalized."""
         return len(self.finalized) == self.size
 
     def answer(self, rank: int, message: Message) -> list[tuple[int, str]]:
         """(rank, line) of each reply. Raises ValueError for a command outside PMI-1, KeyError for one without a key."""
         match message["cmd"]:
-            case "abort":  # said before its process ends; the heartbeat tells the peers
+            case "abort":  # sent before the process ends; the heartbeat notifies the peers
                 return []
             case "barrier_in":
                 self.in_barrier.append(rank)
@@ -146,7 +146,7 @@ class _Connection:
 
     sock: socket.socket
     rank: int | None = None
-    """None until it has said so."""
+    """None until it has reported it."""
     inbox: bytes = b""
     """What has come of a line that has not ended."""
 
