@@ -84,7 +84,7 @@ class Table:
         """What the watches would have told by now."""
         self.store.put_job(self.client.get(f"{self.path}/job"))
         for raw in self.client.items(f"/apis/batch/v1/namespaces/{self.namespace}/jobs"):
-            self.store.put_gang(raw)
+            self.store.put_attempt_job(raw)
 
     async def turn(self) -> float | None:
         """Reconcile once."""
@@ -271,10 +271,10 @@ def test_what_cannot_be_read_is_said(play: Callable[[Test], None]) -> None:
 
     async def test(table: Table) -> None:
         raw = table.create()
-        raw["spec"]["flavour"] = "mint"
+        raw["spec"]["training"]["schedule"] = "polynomial"
         table.store.put_job(raw)
         assert await table.turn() == reconciler.INVALID_SPEC_SECONDS
-        assert "spec.flavour no such field" in table.status["message"]
+        assert "spec.training.schedule is the string 'polynomial'" in table.status["message"]
 
     play(test)
 
