@@ -354,8 +354,8 @@ def test_permission_taken_away_and_back(
 def test_unreadable(
     new_operator: Callable[..., Any], namespace: str, make_job: Callable[..., Any], client: Client, crd: None
 ) -> None:
-    """A value that only a newer release knows is InvalidSpec, with what would be right; a field that only a newer release
-    knows is ignored, with a warning; other jobs continue."""
+    """A value that only a newer release has is InvalidSpec, with what would be right. A field that only a newer one
+    has is ignored, with a warning. Other jobs continue."""
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
     original = client.get(path)["spec"]
     newer = copy.deepcopy(original)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from qlora_contract.quantization import SCHEMES, SchemeName
 from qlora_contract.remote import (
     DATASET_PATTERN,
     DESTINATION_PATTERN,
@@ -143,8 +144,10 @@ class Adapter(ApiModel):
 class Quantization(ApiModel):
     """How the frozen base weights are stored."""
 
-    scheme: Literal["nf4", "none"] = "nf4"
-    """`nf4`: 4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'; `none`: plain LoRA."""
+    scheme: SchemeName = Field(
+        default="nf4",
+        description="; ".join(f"`{name}`: {facts.description}" for name, facts in SCHEMES.items()) + ".",
+    )
     block_size: Literal[64] = 64
     """Weights that share one scale."""
     double_quantization: bool = True

@@ -226,7 +226,7 @@ def test_the_schema_refuses_what_is_out_of_bounds() -> None:
 
 
 def test_every_field_but_the_mutable_ones_has_a_transition_rule() -> None:
-    """No field of spec changes under a running gang by omission."""
+    """No field of spec changes under a running attempt by omission."""
     ruled = [rule["fieldPath"].removeprefix(".") for rule in transition_rules()]
     fields = [str(info.alias) for info in QLoRAJobSpec.model_fields.values()]
 

@@ -294,7 +294,7 @@ def test_orphans_are_seen_before_another_gang_starts(play: Callable[[Test], None
         async with asyncio.timeout(20):
             while table.children("/apis/batch/v1/namespaces/{}/jobs"):
                 await asyncio.sleep(0.05)
-        table.store.drop_gang(raw)
+        table.store.drop_attempt_job(raw)
         await table.turn()
         assert table.metrics.writes.count("post jobs 201") == 1
         assert table.metrics.writes.count("delete pods 200") == 2

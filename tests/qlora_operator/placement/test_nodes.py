@@ -122,7 +122,7 @@ def test_a_demand_is_what_a_pod_requests(a_job: Callable[..., QLoRAJob]) -> None
             [a_node("amx_bf16", cpus=4), a_node("avx2", cpus=4)],
             {},
             ("avx2",),
-            id="the whole gang has one tier",
+            id="all pods of an attempt have one tier",
         ),
         pytest.param([a_node(), a_node()], {"cpus": 16}, ("avx512", "avx2"), id="one pod on each node"),
         pytest.param([a_node()], {"cpus": 8, "memory": 32 * GIB}, ("avx512", "avx2"), id="a node filled"),
