@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import OMIT
 
 from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_operator.api import names
@@ -484,10 +485,9 @@ def test_a_bad_job_is_refused_where_it_is_bad(
     path: str,
     phrase: str,
     changed: Callable[..., dict[str, Any]],
-    removed: object,
 ) -> None:
     """The one thing that is wrong with the job is named by its path, with what would be right."""
-    job = changed({field: removed if value == GONE else value for field, value in fields.items()})
+    job = changed({field: OMIT if value == GONE else value for field, value in fields.items()})
 
     with pytest.raises(InvalidJobError) as error:
         parse_job(job)
