@@ -452,7 +452,7 @@ def test_two_releases_do_not_meet() -> None:
     assert not first & second
 
 
-def test_the_switch() -> None:
+def test_the_switch_turns_the_policies_off() -> None:
     """admission.enabled=false makes none."""
     objects = render({"admission": {"enabled": False}})
 

@@ -291,7 +291,9 @@ def test_last_words(end_with: Callable[..., Ended], code: int) -> None:
         assert unprintable([event["message"] for event in job.events()]) == [], case
 
 
-def test_hostile_progress(shared_operator: Any, make_job: Callable[..., Any]) -> None:
+def test_hostile_progress_does_not_get_into_the_status(
+    shared_operator: Any, make_job: Callable[..., Any]
+) -> None:
     """Nor does what rank 0 tells while it runs get into the status as it is."""
     text = f"{ANSI}{CONTROLS}\n" + "y" * 3000
     job = make_job(topology={"pods": 1})
