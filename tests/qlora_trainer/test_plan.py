@@ -19,6 +19,8 @@ from qlora_trainer import plan
 from qlora_trainer.data import packing
 from qlora_trainer.data.dataset import load
 
+pytestmark = pytest.mark.process
+
 SAMPLES = 40
 
 

@@ -36,6 +36,8 @@ from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
 
+pytestmark = pytest.mark.process
+
 REPORT: dict[str, Any] = {
     "base_eval_loss": 2.5,
     "base_eval_loss_quantized": 2.75,

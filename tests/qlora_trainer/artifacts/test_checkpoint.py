@@ -26,6 +26,8 @@ from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.storage.job_folder import JobFolder
 
+pytestmark = pytest.mark.process
+
 RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 
 

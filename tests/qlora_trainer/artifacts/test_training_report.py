@@ -16,6 +16,8 @@ from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data.packing import StepSchedule
 
+pytestmark = pytest.mark.process
+
 RUN = a_run(
     job={"attempt": 5},
     training={"epochs": 2, "globalBatchTokens": 64, "maxSequenceLength": 32, "seed": 9},

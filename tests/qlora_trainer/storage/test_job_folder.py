@@ -150,6 +150,7 @@ def test_a_damaged_identity_is_named(tmp_path: Path, content: str) -> None:
         folder.acquire()
 
 
+@pytest.mark.process
 def test_a_full_disk_is_found_at_the_start(tiny_disk: Path) -> None:
     """Not even the folder fits: the job fails as storage full before hours are spent."""
     blob = tiny_disk / "blob"
@@ -161,6 +162,7 @@ def test_a_full_disk_is_found_at_the_start(tiny_disk: Path) -> None:
         job_folder(tiny_disk / "jobs" / "smollm2").acquire()
 
 
+@pytest.mark.process
 def test_space_is_looked_at_before_the_training(tiny_disk: Path) -> None:
     """What checkpoints and adapter will need is compared with what is free, and both are said."""
     folder = job_folder(tiny_disk)

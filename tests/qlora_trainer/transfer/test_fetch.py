@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlora_contract.run import Fetched
 
 from qlora_contract.paths import resolve
+from qlora_contract.run_config import ResolvedRevisions
 from qlora_trainer.errors import ConfigurationError, StorageFull, TransferFailed, TransferRefused
 from qlora_trainer.transfer.fetch import SourceFetcher
 from qlora_trainer.transfer.retry import Retrier
@@ -38,7 +38,7 @@ def commit(sound: Remotes) -> str:
 
 
 @pytest.fixture
-def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., Fetched]:
+def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., ResolvedRevisions]:
     """Fetch for a job, in this process."""
     (transfers.folder / "claim").mkdir(exist_ok=True)
     keys = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret"}
@@ -48,7 +48,7 @@ def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., Fetched]:
 
     def do(
         limit: float = 20, count: Callable[[int, int], None] = lambda done, total: None, **more: Any
-    ) -> Fetched:
+    ) -> ResolvedRevisions:
         config = transfers.config("fetch", **more)
         volumes = {"claim": transfers.folder / "claim"}
         return SourceFetcher(config, volumes, environ, Retrier(limit), count).fetch_all()
@@ -68,7 +68,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_model_and_a_dataset_are_fetched(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """Real files, where run.json says that they are; what training does not read is left where it is."""
     sound.put("sets/train.jsonl", DATA)
@@ -85,13 +85,15 @@ def test_a_model_and_a_dataset_are_fetched(
     assert (resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
 
 
-def test_sources_on_claims_are_left_alone(fetch: Callable[..., Fetched], sound: Remotes) -> None:
+def test_sources_on_claims_are_left_alone(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
     """There is nothing to ask anybody."""
-    assert fetch() == Fetched()
+    assert fetch() == ResolvedRevisions()
     assert sound.hub_wire.passed == sound.s3_wire.passed == []
 
 
-def test_what_is_there_is_not_asked_for(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+def test_what_is_there_is_not_asked_for(
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
+) -> None:
     """The same job need not even reach the servers."""
     sound.put("sets/train.jsonl", DATA)
     fetched = fetch(**HUB, **S3)
@@ -101,7 +103,7 @@ def test_what_is_there_is_not_asked_for(fetch: Callable[..., Fetched], sound: Re
     assert fetch(**HUB, **S3) == fetched
 
 
-def test_jobs_share(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+def test_jobs_share(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
     """Another job asks for the revision, and finds its files there."""
     fetch(**HUB)
     sent = sound.hub_wire.sent("/cdn/")
@@ -110,7 +112,7 @@ def test_jobs_share(fetch: Callable[..., Fetched], sound: Remotes, commit: str) 
 
 
 def test_a_moved_branch_does_not_move_a_job(
-    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
 ) -> None:
     """It keeps the commit of its first fetch, also in a workspace that lost the files; a new job gets the new one."""
     fetch(**HUB)
@@ -121,7 +123,7 @@ def test_a_moved_branch_does_not_move_a_job(
 
 
 def test_a_lost_source_is_fetched_again_as_it_was(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """The commit is still there, though the branch has moved."""
     fetch(**HUB)
@@ -133,7 +135,7 @@ def test_a_lost_source_is_fetched_again_as_it_was(
 
 
 def test_the_commit_that_run_json_names_is_fetched(
-    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
 ) -> None:
     """An attempt gets what the one before it got, whatever the job's folder says."""
     sound.hub.commit("org/name", MODEL | {"config.json": b"[]"})
@@ -142,7 +144,7 @@ def test_the_commit_that_run_json_names_is_fetched(
 
 
 def test_a_bucket_that_changed_is_refused(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
 ) -> None:
     """Its old content cannot be had; a job that needs it is not given another."""
     sound.put("sets/train.jsonl", DATA)
@@ -159,7 +161,7 @@ def test_a_bucket_that_changed_is_refused(
 
 
 def test_another_source_under_the_same_name_is_another_matter(
-    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
 ) -> None:
     """What the folder keeps is for the source and the revision that were asked for."""
     fetch(**HUB)
@@ -168,7 +170,7 @@ def test_another_source_under_the_same_name_is_another_matter(
     assert fetch(model={"source": "hf://org/name", "revision": "v2"}).model == tag
 
 
-def test_half_a_file_is_resumed(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+def test_half_a_file_is_resumed(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
     """Not a byte of it is sent twice."""
     for _ in range(2):
         sound.hub_wire.fault(cut(1_000_000), path="/cdn/")
@@ -179,7 +181,7 @@ def test_half_a_file_is_resumed(fetch: Callable[..., Fetched], sound: Remotes, c
 
 
 def test_half_an_object_is_resumed(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
 ) -> None:
     """Not a byte of it is sent twice."""
     sound.put("sets/train.jsonl", WEIGHTS)
@@ -192,7 +194,7 @@ def test_half_an_object_is_resumed(
 
 @pytest.mark.parametrize("path", ["/cdn/", "/config.json"])
 def test_wrong_bytes_are_never_kept(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str, path: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str, path: str
 ) -> None:
     """Once: fetched anew. Again and again: an error, and nothing that a job could take for the model."""
     sound.hub_wire.fault(spoil(), path=path, times=-1)
@@ -209,7 +211,7 @@ def test_wrong_bytes_are_never_kept(
     assert (transfers.sources / f"hf/org/name/{commit}/model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_spoilt_objects_are_never_kept(fetch: Callable[..., Fetched], sound: Remotes) -> None:
+def test_spoilt_objects_are_never_kept(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
     """By the etag that S3 told before."""
     sound.put("sets/train.jsonl", DATA)
     sound.s3_wire.fault(spoil(), path="/sets/train.jsonl", times=-1)
@@ -219,18 +221,18 @@ def test_spoilt_objects_are_never_kept(fetch: Callable[..., Fetched], sound: Rem
 
 @pytest.mark.parametrize("source", [HUB, S3], ids=["hub", "s3"])
 def test_too_many_requests_are_waited_for(
-    fetch: Callable[..., Fetched], sound: Remotes, commit: str, source: dict[str, Any]
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str, source: dict[str, Any]
 ) -> None:
     """For as long as the server asks."""
     sound.put("sets/train.jsonl", DATA)
     for wire, path in ((sound.hub_wire, "/cdn/"), (sound.s3_wire, "/sets/train.jsonl")):
         wire.fault(answer(429, Retry_After="1"), path=path, times=2)
 
-    assert fetch(**source) != Fetched()
+    assert fetch(**source) != ResolvedRevisions()
 
 
 def test_a_server_that_stays_away_is_given_up(
-    fetch: Callable[..., Fetched], sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
 ) -> None:
     """After the limit, with its last word."""
     sound.hub_wire.fault(answer(503), path="/cdn/", times=-1)
@@ -238,7 +240,7 @@ def test_a_server_that_stays_away_is_given_up(
         fetch(limit=2, **HUB)
 
 
-def test_bytes_are_counted(fetch: Callable[..., Fetched], sound: Remotes, commit: str) -> None:
+def test_bytes_are_counted(fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str) -> None:
     """What is there counts as done; what was thrown away does not."""
     sound.hub_wire.fault(spoil(), path="/cdn/")
     sums = [0, 0]
@@ -251,7 +253,9 @@ def test_bytes_are_counted(fetch: Callable[..., Fetched], sound: Remotes, commit
     assert sums == [len(WEIGHTS) + 4, len(WEIGHTS) + 4]
 
 
-def test_a_traversal_is_refused(fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes) -> None:
+def test_a_traversal_is_refused(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+) -> None:
     """A repository with a name that leaves its folder is not fetched at all."""
     sound.hub.commit("org/name", MODEL | {"../../../../jobs/j/evil.json": b"{}"})
     with pytest.raises(TransferRefused, match="leads out of its directory"):
@@ -260,7 +264,7 @@ def test_a_traversal_is_refused(fetch: Callable[..., Fetched], transfers: Transf
     assert not list(transfers.folder.rglob("evil.json"))
 
 
-def test_two_at_once_download_once(fetch: Callable[..., Fetched], sound: Remotes) -> None:
+def test_two_at_once_download_once(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:
     """The second waits for the first, and uses what the first has fetched."""
     sound.put("sets/train.jsonl", DATA)
     held = threading.Event()
@@ -280,8 +284,9 @@ def test_two_at_once_download_once(fetch: Callable[..., Fetched], sound: Remotes
     assert sound.s3_wire.sent("/sets/train.jsonl") == len(DATA)
 
 
+@pytest.mark.process
 def test_a_full_disk_is_told(
-    fetch: Callable[..., Fetched],
+    fetch: Callable[..., ResolvedRevisions],
     transfers: Transfers,
     sound: Remotes,
     commit: str,
@@ -297,8 +302,9 @@ def test_a_full_disk_is_told(
     assert sound.hub_wire.sent("/cdn/") == 0
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up_is_told(
-    fetch: Callable[..., Fetched],
+    fetch: Callable[..., ResolvedRevisions],
     transfers: Transfers,
     sound: Remotes,
     commit: str,
@@ -326,7 +332,7 @@ def test_a_disk_that_fills_up_is_told(
 
 
 def test_what_was_fetched_before_is_found_without_asking(
-    fetch: Callable[..., Fetched], transfers: Transfers, sound: Remotes, commit: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str
 ) -> None:
     """By `qlora plan`; what is not there yet is an error that says what gets it."""
     config, volumes = transfers.config("train", **HUB), {"claim": transfers.folder / "claim"}
@@ -336,13 +342,13 @@ def test_what_was_fetched_before_is_found_without_asking(
         with_pinned_revisions(config, volumes)
     fetch(**HUB)
 
-    assert with_pinned_revisions(config, volumes).fetched == Fetched(model=commit)
-    assert with_pinned_revisions(transfers.config("train"), volumes).fetched == Fetched()
+    assert with_pinned_revisions(config, volumes).fetched == ResolvedRevisions(model=commit)
+    assert with_pinned_revisions(transfers.config("train"), volumes).fetched == ResolvedRevisions()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"model": {"source": "hf://org/name"}}'])
 def test_damaged_pins_are_as_if_there_were_none(
-    fetch: Callable[..., Fetched], transfers: Transfers, commit: str, text: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, commit: str, text: str
 ) -> None:
     """They are written anew."""
     transfers.job().mkdir(parents=True)
@@ -354,7 +360,7 @@ def test_damaged_pins_are_as_if_there_were_none(
 
 
 def test_the_manifest_has_the_hashes(
-    fetch: Callable[..., Fetched], transfers: Transfers, commit: str
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, commit: str
 ) -> None:
     """Of all that was fetched."""
     fetch(**HUB)
@@ -421,10 +427,10 @@ def old_workspace(transfers: Transfers, sound: Remotes) -> dict[str, Any]:
 
 
 def test_what_release_0_1_0_fetched_is_not_fetched_again(
-    fetch: Callable[..., Fetched], old_workspace: dict[str, Any], sound: Remotes
+    fetch: Callable[..., ResolvedRevisions], old_workspace: dict[str, Any], sound: Remotes
 ) -> None:
     """Neither for its job, which need not reach the servers, nor for a new one, which finds the same revisions."""
-    expected = Fetched(model=MODEL_COMMIT, dataset=SETS)
+    expected = ResolvedRevisions(model=MODEL_COMMIT, dataset=SETS)
 
     assert fetch(**old_workspace) == expected
     assert sound.hub_wire.passed == sound.s3_wire.passed == []
@@ -436,7 +442,10 @@ def test_what_release_0_1_0_fetched_is_not_fetched_again(
 
 
 def test_a_part_of_release_0_1_0_is_resumed(
-    fetch: Callable[..., Fetched], transfers: Transfers, old_workspace: dict[str, Any], sound: Remotes
+    fetch: Callable[..., ResolvedRevisions],
+    transfers: Transfers,
+    old_workspace: dict[str, Any],
+    sound: Remotes,
 ) -> None:
     """A fetch that an upgrade interrupted goes on where it was."""
     (transfers.sources / f"s3/team/{SETS}/sets/a.jsonl").unlink()
