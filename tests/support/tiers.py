@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 REPEATED = Path(".cache/repeated-tests.txt")
 """Tests that were repeated since the file was last removed, one `nodeid outcome` per line. Relative to the root."""
 MOST_REPEATED = 5
 """When more tests than these fail, something is broken, and repeating them would only hide it for a while."""
+UNIT_EXAMPLES = 20
+"""Examples of each property in the unit tier; 100 in the others."""
 NOT_UNIT = "pytestmark = pytest.mark.process"
 """What a file that the unit tier passes over says of itself. A single test is marked likewise, by a decorator."""
 
@@ -25,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--repeat", action="store_true", help="a second run of failed tests: report each as repeated"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --unit, properties are tried with fewer examples than in the other tiers, which run the same tests."""
+    if config.getoption("--unit"):
+        settings.register_profile("unit", settings.get_profile("default"), max_examples=UNIT_EXAMPLES)
+        settings.load_profile("unit")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
