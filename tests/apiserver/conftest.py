@@ -1,6 +1,5 @@
 """The operator as a process of its own against a real API server, with its own service account's permissions."""
 
-import copy
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from builders import ON_ONE_CLAIM, job_manifest, merged
 
 from testcluster.chart import RELEASE, SYSTEM, install_rbac
 from testcluster.client import Client
@@ -186,20 +186,6 @@ def shared_operator(account: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     made.close()
 
 
-MINIMAL: Object = {
-    "apiVersion": "qlora.dev/v1alpha1",
-    "kind": "QLoRAJob",
-    "metadata": {"name": "job"},
-    "spec": {
-        "workspace": "pvc://work/here",
-        "model": {"source": "pvc://work/model"},
-        "dataset": {"source": "pvc://work/data"},
-        "training": {"maxSteps": 10},
-        "topology": {"pods": 2, "cpusPerRank": 1, "memoryPerRank": "1Gi"},
-    },
-}
-
-
 REMOTE: Object = {
     "model": {"source": "hf://org/model", "revision": "v1", "credentialsSecret": "hub"},
     "dataset": {"source": "s3://bucket/docs.jsonl", "credentialsSecret": "store"},
@@ -360,11 +346,7 @@ def make_job(api_cluster: Cluster, kubelet: Kubelet, crd: None, namespace: str) 
     """make(name="job", **spec) -> a job of two pods, created."""
 
     def make(name: str = "job", **spec: Any) -> Job:
-        body = copy.deepcopy(MINIMAL)
-        body["metadata"]["name"] = name
-        for key, value in spec.items():
-            merged = {**body["spec"].get(key, {}), **value} if isinstance(value, dict) else value
-            body["spec"][key] = merged
+        body = job_manifest(name, **merged({**ON_ONE_CLAIM, "topology": {"pods": 2}}, spec))
         api_cluster.client.post(f"{JOBS}/namespaces/{namespace}/qlorajobs", body)
         return Job(api_cluster.client, kubelet, namespace, name)
 

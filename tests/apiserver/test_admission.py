@@ -4,13 +4,13 @@ What the policies refuse is also compared with what the operator refuses, whose 
 values.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import yaml
+from builders import OMIT, job_manifest
 
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.admission import policy_violation
@@ -48,24 +48,19 @@ VALUES: Object = {
         "limits": {"pods": 4, "ranks": 8, "cpus": 16, "memory": "64Gi"},
     },
 }
-SPEC: Object = {
-    "workspace": "pvc://work/here",
-    "model": {"source": "pvc://data/model"},
-    "dataset": {"source": "pvc://data/docs.jsonl"},
-    "training": {"maxSteps": 10},
-    "topology": {"memoryPerRank": "1Gi"},
-}
 HUB_MODEL = {"source": "hf://our.org/model", "credentialsSecret": "hub"}
 
 
 def job(name: str = "job", **fields: Any) -> Object:
-    """A QLoRAJob with these fields of spec, each in place of SPEC's."""
-    return {
-        "apiVersion": "qlora.dev/v1alpha1",
-        "kind": "QLoRAJob",
-        "metadata": {"name": name},
-        "spec": {**copy.deepcopy(SPEC), **fields},
-    }
+    """A QLoRAJob with these fields of spec, each in place of what it has itself."""
+    made = job_manifest(
+        name,
+        workspace="pvc://work/here",
+        model={"source": "pvc://data/model"},
+        dataset={"source": "pvc://data/docs.jsonl"},
+        topology={"cpusPerRank": OMIT},
+    )
+    return {**made, "spec": {**made["spec"], **fields}}
 
 
 def may(group: str, resource: str, verbs: list[str], *names: str) -> Object:
@@ -457,7 +452,7 @@ def test_two_releases_do_not_meet() -> None:
     assert not first & second
 
 
-def test_the_switch() -> None:
+def test_the_switch_turns_the_policies_off() -> None:
     """admission.enabled=false makes none."""
     objects = render({"admission": {"enabled": False}})
 

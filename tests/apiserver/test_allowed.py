@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cluster
 MakeJob = Callable[..., Any]
 
 
-def test_a_source_that_is_not_allowed(
+def test_a_job_with_a_source_that_is_not_allowed_waits(
     new_operator: Callable[..., Any], make_remote_job: MakeJob, namespace: str
 ) -> None:
     """The job waits with the field and its value in the message, nothing is created for it, and it starts once
@@ -30,7 +30,9 @@ def test_a_source_that_is_not_allowed(
     job.goes(0, "fetch")
 
 
-def test_a_job_that_is_too_large(new_operator: Callable[..., Any], make_job: MakeJob, namespace: str) -> None:
+def test_a_job_that_is_too_large_waits_until_it_is_smaller(
+    new_operator: Callable[..., Any], make_job: MakeJob, namespace: str
+) -> None:
     """A job above a limit waits, and starts when its user has suspended it and made it smaller."""
     new_operator("--namespace", namespace, limits={"pods": 1, "memory": "64Gi"}).start()
     job = make_job()

@@ -1,12 +1,12 @@
 """What is no job: refused by the API server with path and reason, and by `qlora validate` alike."""
 
-import copy
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import OMIT, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.cluster
 SAMPLES = Path(__file__).parents[2] / "manifests/samples"
 JOBS = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
 STRICT = "fieldValidation=Strict&dryRun=All"
-GONE = "a field to take away"
 
 Object = dict[str, Any]
 
@@ -33,21 +32,6 @@ Object = dict[str, Any]
 def client(api_cluster: Cluster, crd: None) -> Client:
     """Of a server that knows jobs."""
     return api_cluster.client
-
-
-def changed(job: Object, fields: Object) -> Object:
-    """A copy of the job with fields set, or taken away, by their paths."""
-    result = copy.deepcopy(job)
-    for path, value in fields.items():
-        *parents, name = path.split(".")
-        place = result
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        if value == GONE:
-            del place[name]
-        else:
-            place[name] = value
-    return result
 
 
 def sample(name: str) -> Object:
@@ -104,7 +88,7 @@ def selecting(key: str, value: object = "a") -> Object:
 # fmt: off
 BAD: dict[str, tuple[Object, str, str]] = {
     # names
-    "no name": ({"metadata.name": GONE}, "metadata.name", "Required value"),
+    "no name": ({"metadata.name": OMIT}, "metadata.name", "Required value"),
     "name is empty": ({"metadata.name": ""}, "metadata.name", "Required value"),
     "name of 51 characters": ({"metadata.name": "a" * 51}, "metadata.name", NAME),
     "name with a dot": ({"metadata.name": "docs.v1"}, "metadata.name", NAME),
@@ -123,14 +107,14 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "annotation key of 64": ({"metadata.annotations": {"a" * 64: ""}}, "metadata.annotations", "than 63"),
     "misspelt labels": ({"metadata.lables": {}}, "metadata.lables", UNKNOWN),
     # shape
-    "no spec": ({"spec": GONE}, "spec", "Required value"),
+    "no spec": ({"spec": OMIT}, "spec", "Required value"),
     "spec is a list": ({"spec": []}, "spec", "must be of type object"),
     "misspelt spec": ({"specs": {}}, "specs", UNKNOWN),
     "a pod template": ({"spec.template": {}}, "spec.template", UNKNOWN),
     "a service account": ({"spec.serviceAccountName": "a"}, "spec.serviceAccountName", UNKNOWN),
     "unknown field that is null": ({"spec.environment": None}, "spec.environment", UNKNOWN),
     # sources
-    "no workspace": ({"spec.workspace": GONE}, "spec.workspace", "Required value"),
+    "no workspace": ({"spec.workspace": OMIT}, "spec.workspace", "Required value"),
     "workspace is a path": ({"spec.workspace": "/data/qlora"}, "spec.workspace", CLAIM),
     "workspace is empty": ({"spec.workspace": ""}, "spec.workspace", "at least 6 chars long"),
     "workspace without a claim": ({"spec.workspace": "pvc:///a"}, "spec.workspace", CLAIM),
@@ -142,7 +126,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "workspace with a null character": ({"spec.workspace": "pvc://team/a\0b"}, "spec.workspace", CLAIM),
     "workspace is too long": ({"spec.workspace": "pvc://c/" + "a" * 505}, "spec.workspace", "Too long"),
     "workspace is a number": ({"spec.workspace": 7}, "spec.workspace", "must be of type string"),
-    "no model": ({"spec.model": GONE}, "spec.model", "Required value"),
+    "no model": ({"spec.model": OMIT}, "spec.model", "Required value"),
     "model is a string": ({"spec.model": "pvc://c/m"}, "spec.model", "must be of type object"),
     "model without source": ({"spec.model": {}}, "spec.model.source", "Required value"),
     "model by https": ({"spec.model.source": "https://a/b"}, "spec.model.source", CLAIM),
@@ -168,7 +152,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
         remote(credentialsSecret={"token": "a"}), "spec.model.credentialsSecret", UNKNOWN),
     "credentials of 254 characters": (
         remote(credentialsSecret="a" * 254), "spec.model.credentialsSecret", "Too long"),
-    "no dataset": ({"spec.dataset": GONE}, "spec.dataset", "Required value"),
+    "no dataset": ({"spec.dataset": OMIT}, "spec.dataset", "Required value"),
     "dataset leaves its claim": ({"spec.dataset.source": "pvc://c/a/../../b"}, "spec.dataset.source", INSIDE),
     "dataset leaves its repository": (
         {"spec.dataset.source": "hf://datasets/a/b/../c"}, "spec.dataset.source", INSIDE),
@@ -210,7 +194,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "unknown scheme": ({"spec.quantization.scheme": "fp4"}, "spec.quantization.scheme", '"nf4", "none"'),
     "block size 128": ({"spec.quantization.blockSize": 128}, "spec.quantization.blockSize", '"64"'),
     # training
-    "no training": ({"spec.training": GONE}, "spec.training", "Required value"),
+    "no training": ({"spec.training": OMIT}, "spec.training", "Required value"),
     "neither epochs nor steps": ({"spec.training": {}}, "spec.training", ONE_OF),
     "both epochs and steps": ({"spec.training.maxSteps": 9}, "spec.training", ONE_OF),
     "epochs 0": ({"spec.training.epochs": 0}, "spec.training.epochs", f"{LOW} 1"),
@@ -231,7 +215,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "keepBest, which does not exist yet": ({"spec.evaluation.keepBest": True}, "keepBest", UNKNOWN),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", f"{LOW} 1"),
     # topology and processors
-    "no topology": ({"spec.topology": GONE}, "spec.topology", "Required value"),
+    "no topology": ({"spec.topology": OMIT}, "spec.topology", "Required value"),
     "no memory": ({"spec.topology": {}}, "spec.topology.memoryPerRank", "Required value"),
     "memory is a number": ({"spec.topology.memoryPerRank": 16}, "spec.topology.memoryPerRank", "type string"),
     "memory in GB": ({"spec.topology.memoryPerRank": "16GB"}, "spec.topology.memoryPerRank", "Gi|Ti|Pi"),
@@ -320,11 +304,11 @@ def test_a_bad_job_is_refused(fields: Object, path: str, phrase: str, client: Cl
 
 
 HEADINGS = {
-    "no apiVersion": {"apiVersion": GONE},
+    "no apiVersion": {"apiVersion": OMIT},
     "another version": {"apiVersion": "qlora.dev/v1"},
-    "no kind": {"kind": GONE},
+    "no kind": {"kind": OMIT},
     "kind in other capitals": {"kind": "QloraJob"},
-    "no metadata": {"metadata": GONE},
+    "no metadata": {"metadata": OMIT},
     "metadata is a string": {"metadata": "docs"},
     "name is a number": {"metadata.name": 7},
     "label is a number": {"metadata.labels": {"a": 1}},

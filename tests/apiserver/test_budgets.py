@@ -56,7 +56,7 @@ def fail(job: Any, attempt: int, code: int) -> None:
         pytest.param((1, 1), [UNEXPECTED, INVALID_DATA], "InvalidData", (1, 0), id="a restart, then no more"),
     ],
 )
-def test_budgets(
+def test_each_failed_attempt_costs_one_restart_of_its_budget(
     make_job: MakeJob, limits: tuple[int, int], codes: list[int], reason: str, restarts: tuple[int, int]
 ) -> None:
     """Each failed attempt costs one restart of its budget, and the job fails when there is none left."""
@@ -74,7 +74,7 @@ def test_budgets(
     assert job.condition("Restarting").get("status", "False") == "False"
 
 
-def test_limit_raised_in_time(make_job: MakeJob) -> None:
+def test_a_limit_that_is_raised_before_the_failure_counts(make_job: MakeJob) -> None:
     """A limit that is raised before the failure counts."""
     job = make_job(backoffLimit=0)
     pods = job.run()
@@ -87,7 +87,7 @@ def test_limit_raised_in_time(make_job: MakeJob) -> None:
     assert status["restarts"] == {"user": 1, "infrastructure": 0}
 
 
-def test_limit_lowered(make_job: MakeJob) -> None:
+def test_a_lowered_limit_fails_the_job_with_its_next_failure(make_job: MakeJob) -> None:
     """A limit that is lowered below what was used fails the job with its next failure, not before."""
     job = make_job(backoffLimit=3)
     with job.kubelet.finish_terminations(job.namespace):
@@ -104,7 +104,7 @@ def test_limit_lowered(make_job: MakeJob) -> None:
     assert status["restarts"]["user"] == 1
 
 
-def test_first_restart_is_prompt_and_the_next_waits(make_job: MakeJob) -> None:
+def test_the_first_restart_is_prompt_and_the_next_waits(make_job: MakeJob) -> None:
     """After one failure the next attempt starts at once; after two in a row it waits, says until when, and
     starts by itself."""
     job = make_job()
@@ -121,7 +121,7 @@ def test_first_restart_is_prompt_and_the_next_waits(make_job: MakeJob) -> None:
     assert waited.total_seconds() >= 8
 
 
-def test_next_attempt_waits_for_the_last_pod(make_job: MakeJob) -> None:
+def test_the_next_attempt_waits_for_the_last_pod(make_job: MakeJob) -> None:
     """While a pod of the failed attempt still ends, no other gang is started."""
     job = make_job()
     failed, living = job.run()

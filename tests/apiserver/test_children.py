@@ -57,7 +57,7 @@ def starts_over(job: Any, witness: Witness, reason: str) -> None:
 
 
 @POLICIES
-def test_job_deleted(
+def test_the_next_attempt_starts_once_every_pod_of_a_deleted_job_is_gone(
     policy: str,
     operator: Any,
     make_job: Callable[..., Any],
@@ -74,7 +74,7 @@ def test_job_deleted(
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one", "all"])
-def test_pods_deleted(
+def test_the_gang_starts_over_when_running_pods_are_deleted(
     count: int,
     operator: Any,
     make_job: Callable[..., Any],
@@ -112,7 +112,7 @@ def test_pods_deleted(
         pytest.param({"metadata": {"labels": {"qlora.dev/attempt": None}}}, "JobDeleted", id="no attempt"),
     ],
 )
-def test_job_edited(
+def test_a_batch_job_that_somebody_edited_is_restarted(
     patch: Any,
     reason: str,
     operator: Any,
@@ -128,7 +128,9 @@ def test_job_edited(
     starts_over(job, witness, reason)
 
 
-def test_job_name_label_removed(operator: Any, make_job: Callable[..., Any], client: Client) -> None:
+def test_a_batch_job_without_its_name_label_is_still_the_job_s(
+    operator: Any, make_job: Callable[..., Any], client: Client
+) -> None:
     """A Job that has lost a label which nobody needs is still the job's."""
     job = make_job()
     pods = job.run()
@@ -137,7 +139,7 @@ def test_job_name_label_removed(operator: Any, make_job: Callable[..., Any], cli
     assert job.status["restarts"] == {"user": 0, "infrastructure": 0}
 
 
-def test_services_and_policies_deleted(
+def test_a_deleted_service_or_policy_comes_back_and_the_gang_does_not_notice(
     new_operator: Callable[..., Any], namespace: str, make_job: Callable[..., Any], client: Client
 ) -> None:
     """A Service or NetworkPolicy that is deleted comes back with the next sweep; the gang does not notice."""
@@ -171,7 +173,7 @@ def foreign(kind: str) -> tuple[str, Any]:
 
 @pytest.mark.parametrize("kind", ["Service", "NetworkPolicy", "Job"])
 @pytest.mark.parametrize("labelled", [False, True], ids=["plain", "with our labels"])
-def test_name_conflict(
+def test_an_object_in_the_way_of_a_child_is_left_alone_and_named(
     kind: str, labelled: bool, operator: Any, make_job: Callable[..., Any], namespace: str, client: Client
 ) -> None:
     """Somebody else's object of a child's name is left alone and named; without it the job goes on."""
@@ -198,7 +200,7 @@ def test_name_conflict(
 
 @POLICIES
 @pytest.mark.parametrize("up", [True, False], ids=["operator up", "operator down"])
-def test_deleted(
+def test_the_children_go_with_the_job_unless_they_are_orphaned(
     policy: str,
     up: bool,
     new_operator: Callable[..., Any],
@@ -246,7 +248,7 @@ def sweeps(operator: Any) -> None:
     wait_for(lambda: last() != seen)
 
 
-def test_same_name_again(
+def test_a_job_of_the_same_name_again_is_another_job(
     operator: Any, make_job: Callable[..., Any], client: Client, witness: Witness, terminations: None
 ) -> None:
     """A job that is deleted and created again at once is another job, whose gang waits for nobody's pods."""
@@ -302,7 +304,7 @@ def restricted(
     return operator
 
 
-def test_one_namespace_alone(
+def test_with_a_role_the_operator_keeps_to_its_namespace(
     restricted: Any, proxy: Any, make_job: Callable[..., Any], client: Client, namespace: str
 ) -> None:
     """With a Role the operator asks about nothing beyond its namespace but the nodes, and does without them."""
@@ -322,7 +324,7 @@ def test_one_namespace_alone(
     [("create", "jobs"), ("list", "pods"), ("update", "qlorajobs/status")],
     ids=lambda value: value,
 )
-def test_permission_taken_away_and_back(
+def test_a_job_waits_while_the_operator_lacks_a_permission(
     verb: str, resource: str, restricted: Any, role: Any, proxy: Any, make_job: Callable[..., Any]
 ) -> None:
     """Without one of its permissions a job waits; it goes on when the operator has it again."""
@@ -351,7 +353,7 @@ def test_permission_taken_away_and_back(
 # --- objects of another version
 
 
-def test_unreadable(
+def test_a_job_that_a_newer_crd_let_in_is_an_invalid_spec(
     new_operator: Callable[..., Any], namespace: str, make_job: Callable[..., Any], client: Client, crd: None
 ) -> None:
     """A value that only a newer release has is InvalidSpec, with what would be right. A field that only a newer one

@@ -47,7 +47,7 @@ def until_failed(job: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-def test_ttl_deletes(make_job: MakeJob, seconds: int) -> None:
+def test_a_job_whose_time_to_live_is_over_goes_with_its_children(make_job: MakeJob, seconds: int) -> None:
     """A job whose time to live is over goes, and its children with it."""
     job = make_job(ttlSecondsAfterFinished=seconds)
     finish(job)
@@ -55,7 +55,7 @@ def test_ttl_deletes(make_job: MakeJob, seconds: int) -> None:
     until_gone(job)
 
 
-def test_ttl_of_a_failed_job(make_job: MakeJob) -> None:
+def test_a_failed_job_goes_after_its_time_to_live_too(make_job: MakeJob) -> None:
     """A job that failed goes after its time to live, too."""
     job = make_job(ttlSecondsAfterFinished=0)
     job.kubelet.failed(job.run()[0], 11)
@@ -64,7 +64,7 @@ def test_ttl_of_a_failed_job(make_job: MakeJob) -> None:
 
 
 @pytest.mark.parametrize("before", [None, 3600], ids=["unset", "long"])
-def test_ttl_lowered(make_job: MakeJob, before: int | None) -> None:
+def test_a_time_to_live_lowered_after_the_end_holds_at_once(make_job: MakeJob, before: int | None) -> None:
     """A time to live that is given, or lowered, after the job finished holds at once."""
     job = make_job(**({} if before is None else {"ttlSecondsAfterFinished": before}))
     finish(job)
@@ -75,7 +75,7 @@ def test_ttl_lowered(make_job: MakeJob, before: int | None) -> None:
     until_gone(job)
 
 
-def test_ttl_raised(make_job: MakeJob) -> None:
+def test_a_time_to_live_raised_in_time_saves_the_job(make_job: MakeJob) -> None:
     """A time to live that is raised in time saves the job."""
     job, witness = make_job(ttlSecondsAfterFinished=6), make_job("witness", ttlSecondsAfterFinished=6)
     witness.run()
@@ -93,7 +93,7 @@ def test_ttl_raised(make_job: MakeJob) -> None:
 # --- activeDeadlineSeconds
 
 
-def test_active_deadline_while_running(make_job: MakeJob) -> None:
+def test_a_job_that_runs_for_too_long_fails(make_job: MakeJob) -> None:
     """A job that runs for too long fails, and its pods are ended."""
     job = make_job(activeDeadlineSeconds=3)
     job.run()
@@ -106,14 +106,14 @@ def test_active_deadline_while_running(make_job: MakeJob) -> None:
     assert job.gangs() == []
 
 
-def test_active_deadline_while_starting(make_job: MakeJob) -> None:
+def test_the_active_deadline_counts_while_pods_start(make_job: MakeJob) -> None:
     """The clock runs while pods are being started."""
     job = make_job(activeDeadlineSeconds=1)
 
     assert until_failed(job)["reason"] == "DeadlineExceeded"
 
 
-def test_active_deadline_without_nodes(make_job: MakeJob) -> None:
+def test_the_active_deadline_counts_while_no_node_fits(make_job: MakeJob) -> None:
     """The clock runs while no node fits."""
     job = make_job(activeDeadlineSeconds=1, isa={"allowed": ["amx_bf16"]})
 
@@ -121,7 +121,7 @@ def test_active_deadline_without_nodes(make_job: MakeJob) -> None:
     assert job.gangs() == []
 
 
-def test_active_deadline_while_the_last_attempt_ends(make_job: MakeJob) -> None:
+def test_the_active_deadline_counts_while_a_failed_attempt_ends(make_job: MakeJob) -> None:
     """The clock runs while a failed attempt's last pod does not go, and no attempt follows."""
     job = make_job(activeDeadlineSeconds=4)
     first, second = job.run()
@@ -135,7 +135,7 @@ def test_active_deadline_while_the_last_attempt_ends(make_job: MakeJob) -> None:
     assert status["attempts"][-1]["reason"] == "UnexpectedError"
 
 
-def test_active_deadline_stands_still_while_suspended(make_job: MakeJob) -> None:
+def test_the_active_deadline_stands_still_while_suspended(make_job: MakeJob) -> None:
     """A suspended job has all of activeDeadlineSeconds again when it is resumed."""
     job = make_job(activeDeadlineSeconds=2, suspend=True)
     job.until_phase("Suspended")
@@ -150,7 +150,7 @@ def test_active_deadline_stands_still_while_suspended(make_job: MakeJob) -> None
     assert failed["lastTransitionTime"] > witness.condition("Failed")["lastTransitionTime"]
 
 
-def test_active_deadline_starts_anew_when_resumed(make_job: MakeJob) -> None:
+def test_the_active_deadline_starts_anew_when_resumed(make_job: MakeJob) -> None:
     """The time before a job was suspended does not count after it was resumed."""
     job = make_job(activeDeadlineSeconds=600)
     first = job.until(lambda status: status.get("startTime"))["startTime"]
@@ -164,7 +164,7 @@ def test_active_deadline_starts_anew_when_resumed(make_job: MakeJob) -> None:
     assert job.until(lambda status: status.get("attempt") == 1)["startTime"] > first
 
 
-def test_active_deadline_changed_while_running(make_job: MakeJob) -> None:
+def test_an_active_deadline_changed_while_running_holds(make_job: MakeJob) -> None:
     """A deadline that is set while the job runs holds, and one that is raised in time does not end it."""
     lowered, raised = make_job("lowered"), make_job("raised", activeDeadlineSeconds=8)
     lowered.run()
@@ -180,7 +180,7 @@ def test_active_deadline_changed_while_running(make_job: MakeJob) -> None:
 # --- pendingDeadlineSeconds
 
 
-def test_pending_deadline_quotes_why(make_job: MakeJob) -> None:
+def test_the_pending_deadline_says_what_a_job_had_waited_for(make_job: MakeJob) -> None:
     """A job that no node fits fails in time, and says what it had waited for."""
     job = make_job(pendingDeadlineSeconds=2, isa={"allowed": ["amx_bf16"]})
 
@@ -191,7 +191,7 @@ def test_pending_deadline_quotes_why(make_job: MakeJob) -> None:
     assert "lack AMXBF16" in failed["message"]
 
 
-def test_pending_deadline_while_starting(make_job: MakeJob) -> None:
+def test_the_pending_deadline_fails_a_job_whose_ranks_do_not_come_up(make_job: MakeJob) -> None:
     """A job of which one rank does not come up fails in time, with the reason that the node gives."""
     job = make_job(pendingDeadlineSeconds=5)
     first, second = job.pods(0)
@@ -204,7 +204,7 @@ def test_pending_deadline_while_starting(make_job: MakeJob) -> None:
     assert "not found" in failed["message"]
 
 
-def test_pending_deadline_is_over_once_all_ranks_run(make_job: MakeJob) -> None:
+def test_the_pending_deadline_is_over_once_all_ranks_run(make_job: MakeJob) -> None:
     """A job that runs has met the deadline; suspended, it has none."""
     running, suspended = (
         make_job("running", pendingDeadlineSeconds=6),
@@ -228,7 +228,7 @@ def test_pending_deadline_is_over_once_all_ranks_run(make_job: MakeJob) -> None:
 # --- progressDeadlineSeconds
 
 
-def test_progress_deadline(make_job: MakeJob) -> None:
+def test_a_gang_that_completes_no_step_for_too_long_is_started_anew(make_job: MakeJob) -> None:
     """A gang that completes no step for too long is started anew, at the cost of one of backoffLimit."""
     job = make_job(progressDeadlineSeconds=1, backoffLimit=1)
     with rank_zero() as rank, job.kubelet.finish_terminations(job.namespace):
@@ -244,7 +244,7 @@ def test_progress_deadline(make_job: MakeJob) -> None:
     assert status["restarts"] == {"user": 1, "infrastructure": 0}
 
 
-def test_progress_deadline_of_a_silent_rank(make_job: MakeJob) -> None:
+def test_a_silent_rank_is_not_taken_for_one_that_makes_no_steps(make_job: MakeJob) -> None:
     """A rank 0 that has never answered is not taken for one that makes no steps."""
     job = make_job(progressDeadlineSeconds=1)
     job.run()

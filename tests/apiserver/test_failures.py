@@ -144,7 +144,7 @@ def selector(job: Any, attempt: int | None = None) -> str:
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_code(jobs: Callable[..., Any], code: int) -> None:
+def test_an_exit_code_says_why_an_attempt_ended(jobs: Callable[..., Any], code: int) -> None:
     """An exit code says why an attempt ended: alone, before those of ranks that only follow, and after them."""
     made = jobs(alone=1, first=4, last=4)
     fails(*only(made["alone"]), code)
@@ -189,7 +189,9 @@ def fails_last(job: Any, pods: list[Object], code: int) -> None:
 
 
 @pytest.mark.parametrize("code", COLLATERAL)
-def test_collateral_alone(job: Callable[..., Any], code: int) -> None:
+def test_a_pod_that_only_left_with_others_costs_the_infrastructure_s_budget(
+    job: Callable[..., Any], code: int
+) -> None:
     """A pod that only left with others costs the infrastructure's budget when no other pod tells more."""
     made, [pod] = job(pods=1)
     fails(made, pod, code)
@@ -199,7 +201,7 @@ def test_collateral_alone(job: Callable[..., Any], code: int) -> None:
 # --- memory, disruptions, admission
 
 
-def test_out_of_memory(job: Callable[..., Any]) -> None:
+def test_a_pod_killed_at_its_memory_limit_fails_the_job_and_says_what_helps(job: Callable[..., Any]) -> None:
     """A pod that the kernel killed at its memory limit fails the job and says which setting helps."""
     made, pods = job()
     fails(made, pods[1], 137, reason="OOMKilled", message="")
@@ -219,7 +221,9 @@ DISRUPTIONS = {
 
 
 @pytest.mark.parametrize("why", DISRUPTIONS)
-def test_disrupted(job: Callable[..., Any], why: str) -> None:
+def test_a_pod_that_the_cluster_takes_away_costs_the_infrastructure_s_budget(
+    job: Callable[..., Any], why: str
+) -> None:
     """A pod that the cluster takes away costs the infrastructure's budget, and its condition says why."""
     made, pods = job()
     disrupt(made, pods[1], why)
@@ -253,7 +257,9 @@ def pod_path(pod: Object) -> str:
     return f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
 
 
-def test_operator_away(shared_operator: Any, jobs: Callable[..., Any]) -> None:
+def test_the_job_tells_what_became_of_pods_while_the_operator_was_away(
+    shared_operator: Any, jobs: Callable[..., Any]
+) -> None:
     """What became of pods that are gone when the operator comes back is told by their Job."""
     made = jobs(**{why.lower(): 1 for why in (*DISRUPTIONS, "failed", "evicted")})
     with away(shared_operator):
@@ -295,7 +301,9 @@ def away(operator: Any) -> Iterator[None]:
 @pytest.mark.parametrize(
     "why", ["TopologyAffinityError", "UnexpectedAdmissionError", "OutOfcpu", "NodeAffinity"]
 )
-def test_refused_by_kubelet(shared_operator: Any, make_job: Callable[..., Any], why: str) -> None:
+def test_a_pod_that_a_kubelet_refuses_costs_the_infrastructure_s_budget(
+    shared_operator: Any, make_job: Callable[..., Any], why: str
+) -> None:
     """A pod that a kubelet does not admit costs the infrastructure's budget, in the kubelet's words."""
     made = make_job()
     pods = made.pods(0)
@@ -331,7 +339,9 @@ def answers(job: Any, node: str, ready: str) -> None:
 
 
 @pytest.mark.parametrize("then", ["back", "deleted", "out-of-service"])
-def test_lost_node(on_lost_node: tuple[Any, list[Object], str], then: str) -> None:
+def test_no_attempt_follows_while_a_pod_may_live_on_a_lost_node(
+    on_lost_node: tuple[Any, list[Object], str], then: str
+) -> None:
     """No attempt follows while a pod may live on a lost node; it does once that pod is known to be dead."""
     made, pods, node = on_lost_node
     disrupt(made, pods[1], "DeletionByTaintManager")
@@ -361,7 +371,7 @@ def collect(job: Any, pod: Object, node: str, then: str) -> None:
     remove(job, pod)
 
 
-def test_lost_node_noticed_by_peers(on_lost_node: tuple[Any, list[Object], str]) -> None:
+def test_ranks_that_lose_a_peer_name_its_node(on_lost_node: tuple[Any, list[Object], str]) -> None:
     """Ranks that lose a peer whose node does not answer name that node, before the cluster gives it up."""
     made, pods, node = on_lost_node
     fails(made, pods[0], 40)
@@ -382,7 +392,9 @@ def test_lost_node_noticed_by_peers(on_lost_node: tuple[Any, list[Object], str])
     ],
     ids=["coloured", "long", "none"],
 )
-def test_last_line(job: Callable[..., Any], text: str, quoted: str) -> None:
+def test_without_a_report_the_last_line_of_the_log_is_quoted(
+    job: Callable[..., Any], text: str, quoted: str
+) -> None:
     """Without the trainer's report the last line of the log is quoted: printable, and of bounded length."""
     made, [pod] = job(pods=1)
     fails(made, pod, 1, message=text)
@@ -393,14 +405,14 @@ def test_last_line(job: Callable[..., Any], text: str, quoted: str) -> None:
 # --- the end of the budgets
 
 
-def test_user_budget_used_up(job: Callable[..., Any]) -> None:
+def test_a_job_without_restarts_left_fails_once_and_keeps_its_pods(job: Callable[..., Any]) -> None:
     """With no restart left the job fails and says of what, once; its pods are kept."""
     made, pods = job(pods=1, backoffLimit=0)
     fails(made, pods[0], 30)
     used_up(made, "BackoffLimitExceeded", "RendezvousFailed", LINE, "backoffLimit is 0")
 
 
-def test_infrastructure_budget_used_up(job: Callable[..., Any]) -> None:
+def test_a_disruption_without_restarts_left_fails_the_job_and_keeps_its_pods(job: Callable[..., Any]) -> None:
     """The same after a disruption: the pods that are left are kept, although the Job had not failed yet."""
     made, pods = job(infrastructureBackoffLimit=0)
     disrupt(made, pods[1], "EvictionByEvictionAPI")
@@ -427,7 +439,7 @@ def used_up(job: Any, reason: str, last: str, *said: str) -> None:
 # --- namespaces
 
 
-def test_namespace_deleted(shared_operator: Any, job: Callable[..., Any]) -> None:
+def test_a_deleted_namespace_takes_its_jobs_with_it(shared_operator: Any, job: Callable[..., Any]) -> None:
     """A namespace that is deleted takes its jobs with it, without retries and without noise in the log."""
     made, _ = job()
     path = f"/api/v1/namespaces/{made.namespace}"

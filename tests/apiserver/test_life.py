@@ -16,7 +16,7 @@ def report(**values: Any) -> str:
     )
 
 
-def test_succeeds(operator: Any, make_job: Callable[..., Any]) -> None:
+def test_a_job_whose_ranks_all_end_well_succeeds(operator: Any, make_job: Callable[..., Any]) -> None:
     """A job whose ranks all end well is Succeeded, with its adapter and eval losses in the status."""
     job = make_job()
     pods = job.run()

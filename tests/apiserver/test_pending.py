@@ -54,7 +54,9 @@ CONTAINER_WAITS = {
 
 
 @pytest.mark.parametrize("why", CONTAINER_WAITS)
-def test_container_waits(make_job: Callable[..., Any], why: str) -> None:
+def test_a_container_that_cannot_start_is_named_with_the_kubelet_s_words(
+    make_job: Callable[..., Any], why: str
+) -> None:
     """A container that the kubelet cannot start is named with its pod, its node and the kubelet's words."""
     job = make_job()
     pods = job.pods(0)
@@ -65,7 +67,7 @@ def test_container_waits(make_job: Callable[..., Any], why: str) -> None:
     goes_on(job)
 
 
-def test_volume_cannot_be_mounted(make_job: Callable[..., Any]) -> None:
+def test_a_volume_that_cannot_be_mounted_is_told_with_pod_and_node(make_job: Callable[..., Any]) -> None:
     """A volume that a node cannot mount shows in Events alone, and is told with pod and node."""
     job = make_job()
     pods = job.pods(0)
@@ -108,7 +110,9 @@ def claim(job: Any) -> None:
     job.client.post(f"/api/v1/namespaces/{job.namespace}/persistentvolumeclaims", body)
 
 
-def test_claim_missing(make_job: Callable[..., Any], volume: None) -> None:
+def test_pods_wait_for_a_missing_claim_and_start_once_it_is_there(
+    make_job: Callable[..., Any], volume: None
+) -> None:
     """A claim that is missing is told in the scheduler's words, and the pods start once it is there."""
     job = make_job()
     waits(job, "VolumeNotReady", f"pod {job.pods(0)[0]['metadata']['name']}", '"work" not found')
@@ -117,7 +121,7 @@ def test_claim_missing(make_job: Callable[..., Any], volume: None) -> None:
     goes_on(job)
 
 
-def test_claim_unbound(make_job: Callable[..., Any]) -> None:
+def test_pods_wait_for_a_claim_without_a_volume(make_job: Callable[..., Any]) -> None:
     """So is one for which nobody has made a volume."""
     job = make_job()
     claim(job)
@@ -150,7 +154,7 @@ LIMITS = {
     ],
     ids=["ResourceQuota", "LimitRange"],
 )
-def test_pods_refused(
+def test_pods_refused_by_a_quota_or_limit_are_told_and_made_later(
     make_job: Callable[..., Any], api_cluster: Any, namespace: str, kind: str, body: Object, said: str
 ) -> None:
     """Pods that the namespace's quota or limits refuse are told in their words; the job goes on without them."""
@@ -162,7 +166,9 @@ def test_pods_refused(
     goes_on(job)
 
 
-def test_job_refused(make_job: Callable[..., Any], api_cluster: Any, namespace: str) -> None:
+def test_an_attempt_whose_job_a_quota_refuses_starts_when_it_is_raised(
+    make_job: Callable[..., Any], api_cluster: Any, namespace: str
+) -> None:
     """A quota that refuses the attempt's Job itself is told, and the same attempt starts when it is raised."""
     path = f"/api/v1/namespaces/{namespace}/resourcequotas"
     api_cluster.client.post(path, {**QUOTA, "spec": {"hard": {"count/jobs.batch": "0"}}})
@@ -173,7 +179,7 @@ def test_job_refused(make_job: Callable[..., Any], api_cluster: Any, namespace: 
     goes_on(job)
 
 
-def test_priority_class_missing(make_job: Callable[..., Any]) -> None:
+def test_pods_refused_for_a_missing_priority_class_are_told(make_job: Callable[..., Any]) -> None:
     """Pods that are refused for another reason are told in the API server's words."""
     job = make_job(scheduling={"priorityClassName": "urgent"})
     waits(job, "Refused", "the pods of job-a0 are refused", "no PriorityClass with name urgent was found")

@@ -128,7 +128,7 @@ def node_of(job: Any, attempt: int) -> str:
         pytest.param(["avx2", "amx_bf16"], "avx2", None, id="the user's order"),
     ],
 )
-def test_tier_is_the_first_that_nodes_have(
+def test_the_tier_is_the_first_that_nodes_have(
     make_job: MakeJob, allowed: list[str], tier: str, node: str | None
 ) -> None:
     """An attempt gets the first tier of isa.allowed for which there are nodes."""
@@ -138,7 +138,7 @@ def test_tier_is_the_first_that_nodes_have(
     assert job.status["placement"]["isa"] == tier
 
 
-def test_steps_down(make_job: MakeJob, fill: Any) -> None:
+def test_a_job_without_room_steps_down_to_the_next_tier(make_job: MakeJob, fill: Any) -> None:
     """When a tier's nodes have no room the next tier is tried after isa.stepDownSeconds, at no cost."""
     fill("tiers-amx")
     isa = {"allowed": ["amx_bf16", "avx512"], "stepDownSeconds": 1}
@@ -155,7 +155,7 @@ def test_steps_down(make_job: MakeJob, fill: Any) -> None:
     job.run(1, count=1)
 
 
-def test_wraps_around(make_job: MakeJob, fill: Any) -> None:
+def test_the_first_tier_has_its_turn_again_after_the_last(make_job: MakeJob, fill: Any) -> None:
     """After the last tier the first has its turn again, until there is room."""
     free = fill("tiers-amx")
     fill("tiers-avx512")
@@ -171,7 +171,7 @@ def test_wraps_around(make_job: MakeJob, fill: Any) -> None:
     assert node_of(job, running["attempt"]) == "tiers-amx"
 
 
-def test_pending_deadline_counts_over_tiers(make_job: MakeJob, fill: Any) -> None:
+def test_the_pending_deadline_counts_on_over_tiers(make_job: MakeJob, fill: Any) -> None:
     """pendingDeadlineSeconds counts on while tiers are tried in turn, and the message quotes the scheduler."""
     fill("tiers-amx")
     fill("tiers-avx512")
@@ -186,7 +186,7 @@ def test_pending_deadline_counts_over_tiers(make_job: MakeJob, fill: Any) -> Non
     assert "Insufficient cpu" in status["message"]
 
 
-def test_only_one_tier_waits_for_room(make_job: MakeJob, fill: Any) -> None:
+def test_a_job_with_one_tier_waits_for_room(make_job: MakeJob, fill: Any) -> None:
     """Without another tier to try, a job waits for the scheduler, and shows its words."""
     free = fill("tiers-amx")
     isa = {"allowed": ["amx_bf16"], "stepDownSeconds": 1}
@@ -203,7 +203,7 @@ def test_only_one_tier_waits_for_room(make_job: MakeJob, fill: Any) -> None:
 # --- no nodes
 
 
-def test_no_matching_nodes_until_one_is_labelled(make_job: MakeJob, client: Client) -> None:
+def test_a_job_that_no_node_fits_proceeds_once_one_is_labelled(make_job: MakeJob, client: Client) -> None:
     """A job that no node fits says why, counted, and proceeds by itself once a node does."""
     job = make_job(topology={"pods": 1}, scheduling=in_pool("bare"))
     status = job.until(lambda status: status.get("message"))
@@ -233,7 +233,7 @@ def below_tier(job: Any, attempt: int) -> str:
     return node
 
 
-def test_node_below_its_labels_is_avoided(make_job: MakeJob) -> None:
+def test_a_node_below_its_labels_is_avoided(make_job: MakeJob) -> None:
     """A node whose rank finds less than its labels promise is avoided by the next attempt."""
     job = make_job(isa={"allowed": ["amx_bf16"]}, topology={"pods": 1}, scheduling=in_pool("twins"))
     first = below_tier(job, 0)
@@ -246,7 +246,7 @@ def test_node_below_its_labels_is_avoided(make_job: MakeJob) -> None:
     assert {first, node_of(job, 1)} == {"twins-1", "twins-2"}
 
 
-def test_node_below_its_labels_is_named(make_job: MakeJob) -> None:
+def test_a_node_below_its_labels_is_named_when_there_is_no_other(make_job: MakeJob) -> None:
     """When there is no other node than the one whose labels promise too much, the job says so."""
     job = make_job(isa={"allowed": ["amx_bf16"]}, topology={"pods": 1}, scheduling=in_pool("tiers"))
     below_tier(job, 0)
@@ -258,7 +258,7 @@ def test_node_below_its_labels_is_named(make_job: MakeJob) -> None:
     assert "promise: tiers-amx" in status["message"]
 
 
-def test_begun_in_bf16_stays_on_native_tiers(make_job: MakeJob) -> None:
+def test_a_job_begun_in_bf16_stays_on_native_tiers(make_job: MakeJob) -> None:
     """Once a step was made in bf16, tiers that can only emulate it are out, and the message says so."""
     isa = {"allowed": ["amx_bf16", "avx512"]}
     job = make_job(isa=isa, topology={"pods": 1}, scheduling=in_pool("tiers"))
@@ -275,7 +275,7 @@ def test_begun_in_bf16_stays_on_native_tiers(make_job: MakeJob) -> None:
     assert status["attempt"] == 0
 
 
-def test_not_begun_falls_back_to_another_tier(make_job: MakeJob) -> None:
+def test_a_job_that_made_no_step_falls_back_to_another_tier(make_job: MakeJob) -> None:
     """A rank that finds its node below the tier before any step leaves the lesser tiers open."""
     isa = {"allowed": ["amx_bf16", "avx512"]}
     job = make_job(isa=isa, topology={"pods": 1}, scheduling=in_pool("tiers"))
@@ -288,7 +288,7 @@ def test_not_begun_falls_back_to_another_tier(make_job: MakeJob) -> None:
 # --- two gangs
 
 
-def test_gangs_that_do_not_both_fit(make_job: MakeJob, client: Client, fill: Any) -> None:
+def test_of_two_gangs_that_do_not_both_fit_one_lets_go(make_job: MakeJob, client: Client, fill: Any) -> None:
     """Of two gangs that each hold half of the nodes one lets go, the other runs to its end, and then the first."""
     free = [fill(node) for node in ("pair-1", "pair-2")]
     isa = {"allowed": ["avx512"], "stepDownSeconds": 3}
@@ -345,7 +345,9 @@ def finish(job: Any) -> None:
 
 
 @pytest.mark.parametrize(("pinning", "quality"), [("strict", "Guaranteed"), ("best-effort", "Burstable")])
-def test_pinning(make_job: MakeJob, pinning: str, quality: str) -> None:
+def test_strict_pinning_gets_the_quality_of_service_that_it_needs(
+    make_job: MakeJob, pinning: str, quality: str
+) -> None:
     """Strict pinning needs the quality of service for which a kubelet gives CPUs of their own."""
     job = make_job(topology={"pods": 1, "pinning": pinning})
 
@@ -354,7 +356,7 @@ def test_pinning(make_job: MakeJob, pinning: str, quality: str) -> None:
     assert pod["status"]["qosClass"] == quality
 
 
-def test_selector_toleration_and_priority(make_job: MakeJob, client: Client, namespace: str) -> None:
+def test_pods_go_where_scheduling_says(make_job: MakeJob, client: Client, namespace: str) -> None:
     """Pods go where scheduling says, to a tainted node that they tolerate, with their priority."""
     client.post("/apis/scheduling.k8s.io/v1/priorityclasses", {"metadata": {"name": namespace}, "value": 7})
     toleration = {"key": "dedicated", "operator": "Equal", "value": "training", "effect": "NoSchedule"}
@@ -366,7 +368,7 @@ def test_selector_toleration_and_priority(make_job: MakeJob, client: Client, nam
     client.delete(f"/apis/scheduling.k8s.io/v1/priorityclasses/{namespace}")
 
 
-def test_taint_that_is_not_tolerated(make_job: MakeJob) -> None:
+def test_a_taint_that_is_not_tolerated_is_a_reason(make_job: MakeJob) -> None:
     """A taint without its toleration is a reason, counted."""
     job = make_job(topology={"pods": 1}, scheduling=in_pool("tainted"))
 

@@ -34,7 +34,7 @@ def admit(client: Client, job: Any, attempt: int, *, suspend: bool = False) -> N
     client.patch(f"/apis/batch/v1/namespaces/{job.namespace}/jobs/{name}", {"spec": {"suspend": suspend}})
 
 
-def test_queued_admitted_and_run(make_job: MakeJob, client: Client) -> None:
+def test_a_queued_job_runs_once_it_is_let_in(make_job: MakeJob, client: Client) -> None:
     """A job with a queue waits there, suspended and labelled for Kueue, and runs once it is let in."""
     job = make_job(scheduling=QUEUE)
     status = job.until(lambda status: status.get("message") == "waits in the queue team-queue")
@@ -55,7 +55,7 @@ def test_queued_admitted_and_run(make_job: MakeJob, client: Client) -> None:
     assert status["restarts"] == NO_RESTARTS
 
 
-def test_preempted(make_job: MakeJob, client: Client) -> None:
+def test_a_preempted_job_queues_again_at_the_infrastructure_s_cost(make_job: MakeJob, client: Client) -> None:
     """A job that the queue takes out costs one of the infrastructure's restarts, and waits in the queue again."""
     job = make_job(scheduling=QUEUE, backoffLimit=0)
     gang(job, 0)
@@ -75,7 +75,7 @@ def test_preempted(make_job: MakeJob, client: Client) -> None:
     assert job.condition("Restarting")["status"] == "False"
 
 
-def test_restart_queues_again(make_job: MakeJob, client: Client) -> None:
+def test_a_restart_queues_again(make_job: MakeJob, client: Client) -> None:
     """An attempt that fails by itself gives its quota back; the next one waits for its own."""
     job = make_job(scheduling=QUEUE)
     admit(client, job, 0)
@@ -87,7 +87,7 @@ def test_restart_queues_again(make_job: MakeJob, client: Client) -> None:
     assert status["restarts"] == {"user": 1, "infrastructure": 0}
 
 
-def test_active_deadline_stands_still_in_the_queue(make_job: MakeJob, client: Client) -> None:
+def test_the_active_deadline_stands_still_in_the_queue(make_job: MakeJob, client: Client) -> None:
     """activeDeadlineSeconds begins when the queue lets the job in."""
     job = make_job(scheduling=QUEUE, activeDeadlineSeconds=1)
     job.until_phase("Queued")
@@ -100,7 +100,7 @@ def test_active_deadline_stands_still_in_the_queue(make_job: MakeJob, client: Cl
     assert job.condition("Failed")["reason"] == "DeadlineExceeded"
 
 
-def test_pending_deadline_counts_in_the_queue(make_job: MakeJob) -> None:
+def test_the_pending_deadline_counts_in_the_queue(make_job: MakeJob) -> None:
     """A job that is not let in within pendingDeadlineSeconds fails, and says what it waited for."""
     job = make_job(scheduling=QUEUE, pendingDeadlineSeconds=1)
 
@@ -111,7 +111,7 @@ def test_pending_deadline_counts_in_the_queue(make_job: MakeJob) -> None:
     job.until(lambda _: not job.gangs())
 
 
-def test_suspended_in_the_queue(make_job: MakeJob, client: Client) -> None:
+def test_a_job_suspended_in_the_queue_leaves_it(make_job: MakeJob, client: Client) -> None:
     """A job that is suspended in the queue leaves it, and queues anew when it is resumed."""
     job = make_job(scheduling=QUEUE)
     job.until_phase("Queued")
@@ -127,7 +127,7 @@ def test_suspended_in_the_queue(make_job: MakeJob, client: Client) -> None:
     job.run(1)
 
 
-def test_queue_left_while_suspended(make_job: MakeJob) -> None:
+def test_a_job_whose_queue_is_taken_away_queues_no_more(make_job: MakeJob) -> None:
     """A job whose queueName is taken away while it is suspended does not queue any more."""
     job = make_job(scheduling=QUEUE)
     job.until_phase("Queued")
@@ -142,7 +142,7 @@ def test_queue_left_while_suspended(make_job: MakeJob) -> None:
     assert job.status["startTime"]
 
 
-def test_held_by_hand_without_a_queue(make_job: MakeJob, client: Client) -> None:
+def test_suspending_the_job_of_an_attempt_by_hand_ends_it(make_job: MakeJob, client: Client) -> None:
     """Without a queue, whoever suspends the Job of an attempt ends it; the next one runs."""
     job = make_job()
     job.run()

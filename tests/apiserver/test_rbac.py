@@ -88,7 +88,7 @@ def test_what_is_granted_is_used(tour: None, control_plane: ControlPlane) -> Non
     assert granted(operator_role()) - ASKED_BY_ADMISSION - used(control_plane) == set()
 
 
-def test_writes_until_running(
+def test_a_job_costs_at_most_six_writes_until_it_runs(
     operator: Any, make_job: Callable[..., Any], control_plane: ControlPlane
 ) -> None:
     """A job of two pods costs at most six writes until it runs."""

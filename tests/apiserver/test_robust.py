@@ -126,7 +126,7 @@ KILLS = 4
 @pytest.mark.parametrize(
     "seed", [*range(5), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(100, 175))]
 )
-def test_killed_between_any_two_requests(
+def test_an_operator_killed_between_any_two_requests_makes_nothing_twice(
     seed: int,
     operator: Any,
     proxy: FaultyProxy,
@@ -144,7 +144,7 @@ def test_killed_between_any_two_requests(
 
 
 @pytest.mark.parametrize("code", [0, 1], ids=["done", "failed"])
-def test_down_while_the_attempt_ends(
+def test_an_attempt_that_ends_while_no_operator_runs_is_judged_later(
     code: int, operator: Any, make_job: Callable[..., Any], witness: Witness, terminations: None
 ) -> None:
     """What came of an attempt while no operator ran is found out when one does."""
@@ -163,7 +163,7 @@ def test_down_while_the_attempt_ends(
     check(witness, attempts=1 + code)
 
 
-def test_two_operators(
+def test_a_second_operator_is_harmless(
     make_operator: Callable[..., Any], make_job: Callable[..., Any], witness: Witness, terminations: None
 ) -> None:
     """A second operator is harmless: one gang, each attempt once, each failure paid for once."""
@@ -175,7 +175,9 @@ def test_two_operators(
     assert [each.process.poll() for each in both] == [None, None]
 
 
-def test_sigterm(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_an_operator_asked_to_stop_finishes_what_it_began(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
+) -> None:
     """Asked to stop in the middle of starting an attempt, the operator ends with 0 once that is done."""
     with proxy.fault(hold(2), verb="create", resource="jobs") as rule:
         job = make_job()
@@ -188,7 +190,9 @@ def test_sigterm(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
     runs(job, 0)
 
 
-def test_sigterm_when_idle(operator: Any, make_job: Callable[..., Any]) -> None:
+def test_an_operator_asked_to_stop_leaves_a_running_job_alone(
+    operator: Any, make_job: Callable[..., Any]
+) -> None:
     """Asked to stop while a job runs, the operator ends with 0, and leaves the job alone."""
     job = make_job()
     runs(job, 0)
@@ -205,7 +209,7 @@ def test_sigterm_when_idle(operator: Any, make_job: Callable[..., Any]) -> None:
     [{"sweepSeconds": 1}, {"watchInactivitySeconds": 1, "sweepSeconds": 3600}],
     ids=["the sweep sees it", "the watch is made anew"],
 )
-def test_watches_that_hang(
+def test_a_job_goes_on_although_the_watches_hang(
     settings: dict[str, int],
     make_operator: Callable[..., Any],
     proxy: FaultyProxy,
@@ -222,7 +226,9 @@ def test_watches_that_hang(
     assert len(rule.hits) >= 2
 
 
-def test_watches_too_old(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_a_watch_that_is_too_old_begins_anew(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
+) -> None:
     """A watch that ends with 410 Gone begins anew from a list."""
     with proxy.fault(gone, verb="watch", resource="qlorajobs jobs", times=2) as rule:
         proxy.cut_watches()
@@ -231,7 +237,9 @@ def test_watches_too_old(operator: Any, proxy: FaultyProxy, make_job: Callable[.
     assert len(rule.hits) == 2
 
 
-def test_broken_connections(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_broken_connections_are_made_again(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
+) -> None:
     """Requests and watches whose connections break are made again."""
     with proxy.fault(cut, matches=mine, skip=2, times=5) as rule:
         job = make_job()
@@ -242,7 +250,7 @@ def test_broken_connections(operator: Any, proxy: FaultyProxy, make_job: Callabl
     assert len(rule.hits) == 5
 
 
-def test_api_server_restarts(
+def test_a_job_goes_on_when_the_api_server_restarts(
     operator: Any, control_plane: ControlPlane, make_job: Callable[..., Any]
 ) -> None:
     """The API server dies and comes back: the job goes on."""
@@ -255,7 +263,9 @@ def test_api_server_restarts(
 # --- refusals
 
 
-def test_lost_answers(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_nothing_is_made_twice_when_answers_get_lost(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
+) -> None:
     """Whatever was created or saved while its answer got lost is found again: nothing is made twice."""
     with proxy.fault(lose_answer, matches=lambda call: call.writes and mine(call), times=6) as rule:
         job = make_job()
@@ -265,7 +275,7 @@ def test_lost_answers(operator: Any, proxy: FaultyProxy, make_job: Callable[...,
     assert job.status["restarts"] == {"user": 0, "infrastructure": 0}
 
 
-def test_retry_after(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_retry_after_is_waited_for(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
     """429 with Retry-After: nothing is asked about that resource before the time is over, then it goes on."""
     refusal = answer(429, "TooManyRequests", retry_after=3)
     with proxy.fault(refusal, verb="create", resource="jobs", times=1) as rule:
@@ -276,7 +286,9 @@ def test_retry_after(operator: Any, proxy: FaultyProxy, make_job: Callable[..., 
     assert min(seconds for seconds in later if seconds > 0) > 2.9
 
 
-def test_conflicts_on_status(operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]) -> None:
+def test_a_conflict_on_the_status_is_judged_again(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any]
+) -> None:
     """409 on a status update: the job is read again, and judged again."""
     conflict = answer(409, "Conflict")
     with proxy.fault(conflict, verb="update", resource="qlorajobs/status", times=3) as rule:
@@ -311,7 +323,7 @@ def restarting(operator: Any) -> Iterator[None]:
     [30, pytest.param(180, marks=pytest.mark.soak)],
     ids=["30 s", "3 min"],
 )
-def test_api_server_errors(
+def test_all_is_made_good_after_an_api_server_s_errors(
     seconds: int,
     operator: Any,
     proxy: FaultyProxy,
@@ -336,7 +348,7 @@ def test_api_server_errors(
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["renewed in time", "renewed late"])
-def test_token_expires(
+def test_a_refused_token_is_read_anew(
     late: bool,
     operator: Any,
     proxy: FaultyProxy,
@@ -364,7 +376,7 @@ def test_token_expires(
 # --- probes
 
 
-def test_liveness(
+def test_liveness_fails_while_a_job_takes_too_long(
     make_operator: Callable[..., Any], proxy: FaultyProxy, make_job: Callable[..., Any]
 ) -> None:
     """Liveness fails while a job has been worked on for too long, and says so; then it is well again."""
@@ -378,7 +390,9 @@ def test_liveness(
         wait_for(lambda: operator.get("/healthz")[0] == 200)
 
 
-def test_readiness(make_operator: Callable[..., Any], proxy: FaultyProxy) -> None:
+def test_the_operator_is_ready_once_it_has_looked_at_all_jobs(
+    make_operator: Callable[..., Any], proxy: FaultyProxy
+) -> None:
     """The operator is not ready before it has looked at all jobs, but alive."""
     operator = make_operator()
     with proxy.fault(answer(500), verb="list", resource="qlorajobs", matches=mine) as rule:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import OMIT, ON_ONE_CLAIM, job_manifest
 
 from testcluster.audit import granted, requests
 from testcluster.chart import render
@@ -64,20 +65,7 @@ def allowed(client: Client, path: str) -> bool:
 
 def document(**more: Any) -> Object:
     """A small job."""
-    spec = {
-        "workspace": "pvc://work/here",
-        "model": {"source": "pvc://work/model"},
-        "dataset": {"source": "pvc://work/data"},
-        "training": {"maxSteps": 10},
-        "topology": {"memoryPerRank": "1Gi"},
-    }
-    return {
-        "apiVersion": "qlora.dev/v1alpha1",
-        "kind": "QLoRAJob",
-        "metadata": {"name": "job"},
-        "spec": spec,
-        **more,
-    }
+    return {**job_manifest(**ON_ONE_CLAIM, topology={"cpusPerRank": OMIT}), **more}
 
 
 def test_another_namespace(api_cluster: Cluster, user: Client, namespace: str) -> None:
@@ -303,7 +291,9 @@ def test_last_words(end_with: Callable[..., Ended], code: int) -> None:
         assert unprintable([event["message"] for event in job.events()]) == [], case
 
 
-def test_hostile_progress(shared_operator: Any, make_job: Callable[..., Any]) -> None:
+def test_hostile_progress_does_not_get_into_the_status(
+    shared_operator: Any, make_job: Callable[..., Any]
+) -> None:
     """Nor does what rank 0 tells while it runs get into the status as it is."""
     text = f"{ANSI}{CONTROLS}\n" + "y" * 3000
     job = make_job(topology={"pods": 1})

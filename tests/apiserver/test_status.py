@@ -72,7 +72,9 @@ def table(cluster: Cluster, job: Any, *arguments: str) -> dict[str, str]:
 # --- what kubectl shows
 
 
-def test_columns(make_job: MakeJob, api_cluster: Cluster, rank: RankZero) -> None:
+def test_the_columns_show_phase_ranks_tier_and_progress(
+    make_job: MakeJob, api_cluster: Cluster, rank: RankZero
+) -> None:
     """`kubectl get` shows phase, ranks, tier and progress, for people."""
     job = make_job()
     run(job, rank)
@@ -93,7 +95,9 @@ def test_columns(make_job: MakeJob, api_cluster: Cluster, rank: RankZero) -> Non
     }
 
 
-def test_wide_columns(make_job: MakeJob, api_cluster: Cluster, rank: RankZero) -> None:
+def test_the_wide_columns_show_attempt_dtype_checkpoint_and_message(
+    make_job: MakeJob, api_cluster: Cluster, rank: RankZero
+) -> None:
     """`kubectl get -o wide` shows attempt, data type, checkpoint and message, too."""
     job = make_job()
     run(job, rank)
@@ -176,7 +180,9 @@ def test_progress_is_that_of_rank_zero(make_job: MakeJob, rank: RankZero) -> Non
         ("Done", "Publishing", "Publishing"),
     ],
 )
-def test_stages(make_job: MakeJob, rank: RankZero, stage: str, phase: str, reason: str) -> None:
+def test_the_stage_of_rank_zero_is_the_reason_of_running(
+    make_job: MakeJob, rank: RankZero, stage: str, phase: str, reason: str
+) -> None:
     """The stage that rank 0 names is the reason of the condition Running."""
     job = make_job()
     run(job, rank, stage=stage)
@@ -186,7 +192,7 @@ def test_stages(make_job: MakeJob, rank: RankZero, stage: str, phase: str, reaso
     assert status["phase"] == phase
 
 
-def test_others_progress_is_not_taken(make_job: MakeJob, rank: RankZero) -> None:
+def test_progress_of_another_job_or_attempt_is_not_taken(make_job: MakeJob, rank: RankZero) -> None:
     """A report of another job, or of another attempt, is passed over."""
     job = make_job()
     rank.tell("another-uid", step=7)
@@ -203,7 +209,7 @@ def test_others_progress_is_not_taken(make_job: MakeJob, rank: RankZero) -> None
     assert "progress" not in job.status
 
 
-def test_finished_progress(make_job: MakeJob, rank: RankZero) -> None:
+def test_a_job_that_succeeded_has_made_all_its_steps(make_job: MakeJob, rank: RankZero) -> None:
     """A job that succeeded has made all its steps, whatever rank 0 last told."""
     job = make_job()
     for pod in run(job, rank):
@@ -219,7 +225,7 @@ def test_finished_progress(make_job: MakeJob, rank: RankZero) -> None:
 # --- what is written, and when
 
 
-def test_unchanged_status_is_not_written(
+def test_a_status_that_does_not_change_is_not_written(
     make_job: MakeJob, new_operator: Any, namespace: str, rank: RankZero
 ) -> None:
     """A sweep and a poll that bring no news leave the object as it is."""
@@ -282,7 +288,7 @@ def test_transition_times_move_only_with_the_status(make_job: MakeJob) -> None:
     assert job.status["startTime"] == started
 
 
-def test_observed_generation(make_job: MakeJob) -> None:
+def test_the_status_says_which_generation_it_is_about(make_job: MakeJob) -> None:
     """The status says which generation of the spec it is about, and so does each condition that it says anew."""
     job = make_job()
     assert job.until(lambda status: status.get("observedGeneration") == 1)
@@ -312,7 +318,7 @@ def test_attempts_are_capped(make_job: MakeJob) -> None:
     assert shown == list(range(23, 43))
 
 
-def test_provenance(make_job: MakeJob) -> None:
+def test_the_status_names_image_digest_seed_and_settings(make_job: MakeJob) -> None:
     """The status names the image, the digest that rank 0's node reports, the seed, and the settings' hash."""
     job = make_job(training={"maxSteps": 10, "seed": 7})
     first, second = job.pods(0)

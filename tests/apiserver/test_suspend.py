@@ -29,7 +29,7 @@ def until_attempt(job: Any, number: int) -> dict[str, Any]:
     return status
 
 
-def test_suspended_from_birth_has_no_children(make_job: MakeJob) -> None:
+def test_a_job_that_is_created_suspended_has_no_children(make_job: MakeJob) -> None:
     """A job that is created suspended gets no attempt until it is resumed, and then its first."""
     job = make_job(suspend=True)
     status = job.until_phase("Suspended")
@@ -45,7 +45,7 @@ def test_suspended_from_birth_has_no_children(make_job: MakeJob) -> None:
     job.run()
 
 
-def test_suspended_while_starting(make_job: MakeJob) -> None:
+def test_a_job_suspended_while_it_starts_gives_up_the_attempt(make_job: MakeJob) -> None:
     """A job that is suspended before its ranks are up gives up the attempt, and resumes with another."""
     job = make_job()
     job.pods(0)
@@ -60,7 +60,7 @@ def test_suspended_while_starting(make_job: MakeJob) -> None:
     until_attempt(job, 1)
 
 
-def test_suspended_while_waiting_for_nodes(make_job: MakeJob) -> None:
+def test_a_job_that_no_node_fits_can_be_suspended(make_job: MakeJob) -> None:
     """A job that no node fits can be suspended, and says so."""
     job = make_job(isa={"allowed": ["amx_bf16"]})
     job.until(lambda status: "AMXBF16" in status.get("message", ""))
@@ -72,7 +72,7 @@ def test_suspended_while_waiting_for_nodes(make_job: MakeJob) -> None:
     assert "attempt" not in status
 
 
-def test_suspended_while_running(make_job: MakeJob) -> None:
+def test_a_job_suspended_while_it_runs_goes_on_at_no_cost(make_job: MakeJob) -> None:
     """A running job's pods stop after a checkpoint; resumed, it goes on at no cost to any budget."""
     job = make_job(backoffLimit=0, infrastructureBackoffLimit=0)
     pods = job.run()
@@ -96,7 +96,7 @@ def test_suspended_while_running(make_job: MakeJob) -> None:
     assert status["attempts"][0]["reason"] == "Suspended"
 
 
-def test_next_attempt_waits_for_the_last_pod(make_job: MakeJob) -> None:
+def test_the_next_attempt_waits_for_the_last_suspended_pod(make_job: MakeJob) -> None:
     """A job that is resumed while pods of the suspended attempt still end starts no gang beside them."""
     job = make_job()
     first, second = job.run()
@@ -115,7 +115,7 @@ def test_next_attempt_waits_for_the_last_pod(make_job: MakeJob) -> None:
     assert status["restarts"] == NO_RESTARTS
 
 
-def test_suspended_while_restarting(make_job: MakeJob) -> None:
+def test_a_job_suspended_between_two_attempts_starts_none(make_job: MakeJob) -> None:
     """A job that is suspended between two attempts starts none, and keeps what it was charged."""
     job = make_job()
     job.kubelet.failed(job.run()[0], 1)
@@ -129,7 +129,7 @@ def test_suspended_while_restarting(make_job: MakeJob) -> None:
         assert status["attempt"] == 1
 
 
-def test_suspended_when_finished(make_job: MakeJob) -> None:
+def test_a_finished_job_stays_finished_when_it_is_suspended(make_job: MakeJob) -> None:
     """A finished job stays finished, whatever spec.suspend says."""
     job = make_job()
     for pod in job.run():
@@ -143,7 +143,7 @@ def test_suspended_when_finished(make_job: MakeJob) -> None:
         assert job.condition("Suspended") == {}
 
 
-def test_suspended_twice_within_a_second(make_job: MakeJob) -> None:
+def test_a_job_suspended_twice_within_a_second_ends_up_running(make_job: MakeJob) -> None:
     """Suspended, resumed, suspended and resumed without a pause, a job ends up running, one gang at a time."""
     job = make_job(backoffLimit=0, infrastructureBackoffLimit=0)
     job.run()
@@ -185,7 +185,7 @@ def test_topology_and_scheduling_change_while_suspended(make_job: MakeJob) -> No
     assert status["columns"]["ranks"] == "0/6"
 
 
-def test_topology_changes_in_the_blink_of_an_eye(make_job: MakeJob) -> None:
+def test_a_topology_changed_in_the_blink_of_an_eye_is_taken(make_job: MakeJob) -> None:
     """A job that is suspended, changed and resumed before the operator looks gets a gang of the new form."""
     job = make_job(suspend=True, infrastructureBackoffLimit=0)
     job.until_phase("Suspended")

@@ -220,7 +220,7 @@ def test_a_missing_secret_is_told_and_waited_for(make_remote_job: MakeJob) -> No
 # --- suspended, queued, meddled with
 
 
-def test_suspended_in_the_middle_of_a_fetch(make_remote_job: MakeJob) -> None:
+def test_a_job_suspended_in_the_middle_of_a_fetch_fetches_again(make_remote_job: MakeJob) -> None:
     """The pod stops, the job holds, and resumed it fetches in another attempt, at no cost."""
     job = make_remote_job(backoffLimit=0, infrastructureBackoffLimit=0)
     (pod,) = job.goes(0, "fetch")
@@ -240,7 +240,7 @@ def test_suspended_in_the_middle_of_a_fetch(make_remote_job: MakeJob) -> None:
     assert status["restarts"] == NO_RESTARTS
 
 
-def test_a_foreign_job_in_the_way_of_a_stage(
+def test_a_foreign_job_in_the_way_of_a_stage_is_left_alone(
     make_remote_job: MakeJob, namespace: str, api_cluster: Cluster
 ) -> None:
     """Somebody else's Job of the next stage's name is left alone and named; without it the job goes on."""
@@ -264,7 +264,9 @@ def test_a_foreign_job_in_the_way_of_a_stage(
     assert job.status["restarts"] == NO_RESTARTS
 
 
-def test_queued_in_each_stage(make_remote_job: MakeJob, namespace: str, api_cluster: Cluster) -> None:
+def test_each_stage_waits_in_the_queue(
+    make_remote_job: MakeJob, namespace: str, api_cluster: Cluster
+) -> None:
     """With a queue each stage waits to be let in, and tells so."""
     job = make_remote_job(scheduling={"queueName": "team"})
     path = f"/apis/batch/v1/namespaces/{namespace}/jobs"

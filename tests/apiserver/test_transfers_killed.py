@@ -15,7 +15,7 @@ STAGES = ("fetch", "train", "publish")
 COMMIT = "c0ffee" * 6 + "c0ff"
 
 
-def test_killed_between_stages(
+def test_a_stage_that_ends_while_no_operator_runs_is_noticed(
     new_operator: Callable[..., Any], make_remote_job: MakeJob, namespace: str, witness: Witness
 ) -> None:
     """A stage that ends while no operator is there is noticed by the next one: each stage runs once."""
@@ -38,7 +38,7 @@ def test_killed_between_stages(
     assert {attempt: len(jobs) for (_, attempt), jobs in witness.jobs.items()} == {"0": 1, "1": 1, "2": 1}
 
 
-def test_a_report_that_is_gone_with_its_pod(
+def test_a_fetch_whose_report_is_gone_is_done_again(
     new_operator: Callable[..., Any], make_remote_job: MakeJob, namespace: str, api_cluster: Cluster
 ) -> None:
     """A fetch whose pod was removed before anybody read its report is done again, and paid for."""

@@ -40,7 +40,7 @@ def image_of(pod: dict[str, Any]) -> str:
     return str(pod["spec"]["containers"][0]["image"])
 
 
-def test_image_is_kept(operator: Any, make_job: MakeJob) -> None:
+def test_a_job_keeps_the_image_of_its_first_attempt(operator: Any, make_job: MakeJob) -> None:
     """A job keeps the image of its first attempt, whatever the default is by then; new jobs get the new one."""
     job = make_job()
     pods = job.run()
@@ -55,7 +55,7 @@ def test_image_is_kept(operator: Any, make_job: MakeJob) -> None:
     assert {image_of(pod) for pod in make_job("new").pods(0)} == {NEW}
 
 
-def test_run_config_version_is_kept(operator: Any, make_job: MakeJob) -> None:
+def test_a_job_waits_for_an_operator_that_writes_its_run_config(operator: Any, make_job: MakeJob) -> None:
     """A job whose first attempt had a RunConfig that this operator does not write waits for one that does."""
     job = make_job()
     job.pods(0)
@@ -73,7 +73,7 @@ def test_run_config_version_is_kept(operator: Any, make_job: MakeJob) -> None:
     assert job.gangs() == []
 
 
-def test_image_that_is_not_allowed(operator: Any, make_job: MakeJob) -> None:
+def test_a_job_with_an_image_that_is_not_allowed_waits(operator: Any, make_job: MakeJob) -> None:
     """A job that names an image which the settings do not allow waits, says so, and runs once they do."""
     job = make_job(image=ELSEWHERE)
     status = job.until_phase("Pending")
@@ -87,7 +87,7 @@ def test_image_that_is_not_allowed(operator: Any, make_job: MakeJob) -> None:
     assert job.status["provenance"]["image"] == ELSEWHERE
 
 
-def test_image_that_is_not_allowed_any_more(operator: Any, make_job: MakeJob) -> None:
+def test_a_job_goes_on_with_an_image_that_is_not_allowed_any_more(operator: Any, make_job: MakeJob) -> None:
     """A job that has begun goes on with its image when the settings no longer allow it to new jobs."""
     job = make_job(image="registry.example/special:1")
     pods = job.run()
@@ -98,7 +98,7 @@ def test_image_that_is_not_allowed_any_more(operator: Any, make_job: MakeJob) ->
         assert {image_of(pod) for pod in job.pods(1)} == {"registry.example/special:1"}
 
 
-def test_finished_while_the_operator_was_replaced(operator: Any, make_job: MakeJob) -> None:
+def test_a_job_that_ended_while_no_operator_ran_is_found_finished(operator: Any, make_job: MakeJob) -> None:
     """A job that ends while no operator runs is found finished by the next one."""
     job = make_job()
     pods = job.run()

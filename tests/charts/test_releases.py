@@ -6,10 +6,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from builders import ON_ONE_CLAIM, job_manifest
 
 from testcluster.chart import CHART, RELEASE, HelmError, Releases, find, render
 from testcluster.client import ApiError
@@ -21,18 +21,7 @@ from testcluster.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
 
-JOB: dict[str, Any] = {
-    "apiVersion": "qlora.dev/v1alpha1",
-    "kind": "QLoRAJob",
-    "metadata": {"name": "job"},
-    "spec": {
-        "workspace": "pvc://work/here",
-        "model": {"source": "pvc://work/model"},
-        "dataset": {"source": "pvc://work/data"},
-        "training": {"maxSteps": 10},
-        "topology": {"cpusPerRank": 1, "memoryPerRank": "1Gi"},
-    },
-}
+JOB = job_manifest(**ON_ONE_CLAIM)
 
 
 def jobs(namespace: str) -> str:

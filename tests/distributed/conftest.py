@@ -18,6 +18,7 @@ from typing import Any, get_args
 import psutil
 import pytest
 import torch
+from builders import run_fields
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -147,16 +148,15 @@ class Job:
             "memoryPerRank": 8 * 2**30,
             "pinning": "best-effort",
         }
-        values = {
-            "version": 1,
-            "job": {"name": "tiny", "uid": "uid-1", "attempt": self.attempt},
-            "workspace": "pvc://work",
-            "model": {"source": "pvc://model"},
-            "dataset": {"source": f"pvc://data/{self.data.name}", "evalFraction": 0.2},
-            "layout": layout,
-            "isa": "avx2",
-            **self.settings,
-        }
+        values = run_fields(
+            version=1,
+            job={"name": "tiny", "uid": "uid-1", "attempt": self.attempt},
+            workspace="pvc://work",
+            model={"source": "pvc://model"},
+            dataset={"source": f"pvc://data/{self.data.name}", "evalFraction": 0.2},
+            layout=layout,
+        )
+        values |= self.settings
         return RunConfig.model_validate_json(json.dumps(values))
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders import job_manifest
 from peft import PeftConfig
 
 from qlora_trainer import smoke_model
@@ -40,21 +41,15 @@ class Machine:
         self.servers = servers
         self.job = folder / "work/jobs" / name
         self.file = folder / "job.json"
-        spec = {
-            "workspace": "pvc://team/work",
-            "model": {"source": "hf://team/tiny", "credentialsSecret": "hub"},
-            "dataset": {"source": f"s3://{BUCKET}/sets/data.jsonl"},
-            "training": {"maxSteps": 3, "globalBatchTokens": 512, "maxSequenceLength": 128},
-            "evaluation": {"requireImprovement": False},
-            "topology": {"memoryPerRank": "2Gi", "cpusPerRank": 1, "pinning": "best-effort"},
-            "output": {"destination": f"s3://{BUCKET}/adapters/{name}"},
-        }
-        document = {
-            "apiVersion": "qlora.dev/v1alpha1",
-            "kind": "QLoRAJob",
-            "metadata": {"name": name},
-            "spec": spec,
-        }
+        document = job_manifest(
+            name,
+            model={"source": "hf://team/tiny", "credentialsSecret": "hub"},
+            dataset={"source": f"s3://{BUCKET}/sets/data.jsonl"},
+            training={"maxSteps": 3, "globalBatchTokens": 512, "maxSequenceLength": 128},
+            evaluation={"requireImprovement": False},
+            topology={"memoryPerRank": "2Gi", "pinning": "best-effort"},
+            output={"destination": f"s3://{BUCKET}/adapters/{name}"},
+        )
         self.file.write_text(json.dumps(document))
 
     def start(self, command: str, *options: str) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from builders import changed, run_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,26 +12,16 @@ from qlora_contract import run_config
 from qlora_contract.identity import differences, identity, identity_fields, identity_hash, same_identity
 from qlora_contract.run_config import RunConfig
 
-MINIMAL: dict[str, Any] = {
-    "job": {"name": "demo", "uid": "0f", "attempt": 1},
-    "workspace": "pvc://team/qlora",
-    "model": {"source": "pvc://team/model"},
-    "dataset": {"source": "pvc://team/docs.jsonl"},
-    "training": {"epochs": 1},
-    "layout": {"memoryPerRank": 2**30},
-    "isa": "avx2",
-}
+MINIMAL = run_fields(
+    workspace="pvc://team/qlora",
+    model={"source": "pvc://team/model"},
+    dataset={"source": "pvc://team/docs.jsonl"},
+)
 
 
 def parsed(path: str, value: Any) -> RunConfig:
     """RunConfig of MINIMAL with one field, by its dotted path, set."""
-    fields = json.loads(json.dumps(MINIMAL))
-    *parents, last = path.split(".")
-    parent = fields
-    for name in parents:
-        parent = parent.setdefault(name, {})
-    parent[last] = value
-    return RunConfig.model_validate_json(json.dumps(fields))
+    return RunConfig.model_validate_json(json.dumps(changed(MINIMAL, {path: value})))
 
 
 def hash_of(config: RunConfig) -> str:

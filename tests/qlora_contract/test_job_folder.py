@@ -3,30 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from builders import a_run
 
 from qlora_contract import job_folder
 from qlora_contract.job_folder import DamagedIdentityError, IdentityError
-from qlora_contract.run_config import RunConfig
-
-
-def a_run(**changes: Any) -> RunConfig:
-    """A small RunConfig."""
-    return RunConfig.model_validate(
-        {
-            "job": {"name": "smollm2", "uid": "u-1", "attempt": 3},
-            "workspace": "pvc://data/work",
-            "model": {"source": "pvc://data/model"},
-            "dataset": {"source": "pvc://data/train.jsonl"},
-            "training": {"epochs": 1},
-            "layout": {"memoryPerRank": 2**30},
-            "isa": "avx2",
-            **changes,
-        }
-    )
-
 
 IDENTITY_OF_RELEASE_0_1_0 = {
     "hash": "d15fffa0bf43345a1b138440a85f61ade6b6dfde9450bafe82ade9c29e7f4f36",

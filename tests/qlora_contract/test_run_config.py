@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from builders import OMIT, changed, run_fields
 from pydantic import ValidationError
 
 from qlora_contract import run_config
@@ -18,35 +19,18 @@ from qlora_contract.run_config import (
     newer_than,
 )
 
-MINIMAL: dict[str, Any] = {
-    "version": 1,
-    "job": {"name": "demo", "uid": "0f", "attempt": 1},
-    "workspace": "pvc://team/qlora",
-    "model": {"source": "pvc://team/model"},
-    "dataset": {"source": "pvc://team/docs.jsonl"},
-    "training": {"epochs": 1},
-    "layout": {"memoryPerRank": 2**30},
-    "isa": "avx2",
-}
-
-
-def changed(path: str, value: Any) -> str:
-    """The JSON of MINIMAL with one field, by its dotted path, set; None: removed."""
-    fields = json.loads(json.dumps(MINIMAL))
-    *parents, last = path.split(".")
-    parent = fields
-    for name in parents:
-        parent = parent.setdefault(name, {})
-    if value is None:
-        del parent[last]
-    else:
-        parent[last] = value
-    return json.dumps(fields)
+MINIMAL = run_fields(
+    version=1,
+    workspace="pvc://team/qlora",
+    model={"source": "pvc://team/model"},
+    dataset={"source": "pvc://team/docs.jsonl"},
+)
 
 
 def parsed(path: str, value: Any) -> RunConfig:
-    """RunConfig of MINIMAL with one field set."""
-    return RunConfig.model_validate_json(changed(path, value))
+    """RunConfig of MINIMAL with one field, by its dotted path, set; None: removed."""
+    fields = changed(MINIMAL, {path: OMIT if value is None else value})
+    return RunConfig.model_validate_json(json.dumps(fields))
 
 
 def test_defaults_are_those_of_the_api() -> None:

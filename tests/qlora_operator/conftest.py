@@ -4,34 +4,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from builders import job_manifest, merged
 
 from qlora_operator.api.v1alpha1 import QLoRAJob
 
-SPEC: dict[str, Any] = {
-    "workspace": "pvc://team/work",
-    "model": {"source": "pvc://team/model"},
-    "dataset": {"source": "pvc://team/data.jsonl"},
-    "training": {"maxSteps": 1},
-    "topology": {"memoryPerRank": "1Gi", "cpusPerRank": 1, "pinning": "best-effort"},
-}
+SMALL = {"training": {"maxSteps": 1}, "topology": {"pinning": "best-effort"}}
+"""Fields of spec: what any machine can train."""
 
 
 @pytest.fixture
 def job_document() -> Callable[..., dict[str, Any]]:
     """A maker of job documents; a map that is given is merged into the one of that name."""
-
-    def make(name: str = "small", **spec: Any) -> dict[str, Any]:
-        merged = dict(SPEC)
-        for key, value in spec.items():
-            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-        return {
-            "apiVersion": "qlora.dev/v1alpha1",
-            "kind": "QLoRAJob",
-            "metadata": {"name": name},
-            "spec": merged,
-        }
-
-    return make
+    return lambda name="small", **spec: job_manifest(name, **merged(SMALL, spec))
 
 
 @pytest.fixture

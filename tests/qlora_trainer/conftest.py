@@ -1,16 +1,14 @@
-"""Tokenizers that several tests need."""
+"""Runs and tokenizers that several tests need."""
 
+import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
-import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.processors import ByteLevel, TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_contract.run_config import RunConfig
 
@@ -31,6 +29,9 @@ def _smollm2_file() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The tokenizer of SmolLM2-135M-Instruct; converted once, then kept in pytest's cache."""
+    import transformers
+    from transformers import AutoTokenizer
+
     file = _smollm2_file()
     cache = getattr(request.config, "cache", None)
     root = Path(cache.mkdir("tokenizers")) if cache else tmp_path_factory.mktemp("tokenizers")
@@ -39,13 +40,17 @@ def smollm2_tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
         with tempfile.TemporaryDirectory(dir=root) as unfinished:
             converted = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
             converted.save_pretrained(f"{unfinished}/{folder.name}")
-            Path(unfinished, folder.name).rename(folder)
+            with contextlib.suppress(OSError):  # another worker was faster
+                Path(unfinished, folder.name).rename(folder)
     return AutoTokenizer.from_pretrained(str(folder))
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Callable[..., Any]:
     """A maker of tokenizers whose tokens are single bytes, and the merges that are asked for."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import ByteLevel, TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
 
     def make(
         chat_template: str | None = CHATML,
@@ -78,16 +83,16 @@ def a_run() -> Callable[..., RunConfig]:
     """make(ranks=2, **fields) -> a RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
 
     def make(ranks: int = 2, **more: Any) -> RunConfig:
-        layout = {"ranksPerPod": ranks, "cpusPerRank": 1, "memoryPerRank": 1 << 30, "pinning": "best-effort"}
-        fields = {
-            "version": 1,
-            "job": {"name": "j", "uid": "u", "attempt": 1},
-            "workspace": "pvc://team/w",
-            "model": {"source": "pvc://team/m"},
-            "dataset": {"source": "pvc://team/d.jsonl"},
-            "training": {"maxSteps": 1},
-            "isa": "avx2",
-        }
-        return RunConfig.model_validate(fields | more | {"layout": layout | more.get("layout", {})})
+        known = builders.run_fields(
+            version=1,
+            job={"name": "j", "uid": "u", "attempt": 1},
+            workspace="pvc://team/w",
+            model={"source": "pvc://team/m"},
+            dataset={"source": "pvc://team/d.jsonl"},
+            training={"epochs": builders.OMIT, "maxSteps": 1},
+            layout={"ranksPerPod": ranks, "cpusPerRank": 1, "pinning": "best-effort"},
+        )
+        layout = known["layout"] | more.get("layout", {})
+        return RunConfig.model_validate(known | more | {"layout": layout})
 
     return make

@@ -20,6 +20,8 @@ from qlora_trainer.errors import (
     from_os_error,
 )
 
+pytestmark = pytest.mark.process
+
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, TrainerError)]
 
 

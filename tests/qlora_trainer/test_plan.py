@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +18,8 @@ from qlora_contract.run_config import RunConfig
 from qlora_trainer import plan
 from qlora_trainer.data import packing
 from qlora_trainer.data.dataset import load
+
+pytestmark = pytest.mark.process
 
 SAMPLES = 40
 
@@ -57,19 +60,15 @@ def ask(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 def a_run(**fields: Any) -> RunConfig:
     """A RunConfig of two epochs."""
-    known: dict[str, Any] = {
+    known = {
         "version": 1,
-        "job": {"name": "j", "uid": "u", "attempt": 0},
-        "workspace": "pvc://data/work",
         "model": {"source": "pvc://models/model"},
         "dataset": {"source": "pvc://data/data.jsonl", "evalFraction": 0.2},
         "training": {"epochs": 2, "globalBatchTokens": 128, "maxSequenceLength": 64},
         "layout": {"memoryPerRank": 2**31},
         "isa": "avx512",
     }
-    return RunConfig.model_validate(
-        known | {key: known.get(key, {}) | value for key, value in fields.items()}
-    )
+    return builders.a_run(**builders.merged(known, fields))
 
 
 def planned(answer: PlanResponse) -> PlanReport:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from builders import job_manifest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -173,12 +174,7 @@ def document() -> Callable[..., dict[str, Any]]:
     """document(spec, status=None): a job as the API server returns it."""
 
     def make(spec: dict[str, Any], status: dict[str, Any] | None = None) -> dict[str, Any]:
-        job = {
-            "apiVersion": "qlora.dev/v1alpha1",
-            "kind": "QLoRAJob",
-            "metadata": {"name": "demo", "namespace": "team", "uid": "0f-1", "generation": 1},
-            "spec": spec,
-        }
-        return job if status is None else {**job, "status": status}
+        metadata = {"namespace": "team", "uid": "0f-1", "generation": 1}
+        return {**job_manifest("demo", metadata=metadata, status=status), "spec": spec}
 
     return make

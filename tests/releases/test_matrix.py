@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from builders import job_manifest
 from pydantic import ValidationError
 
 from qlora_operator.api.loader import parse_api_object
@@ -19,14 +20,7 @@ from qlora_operator.api.schema import Schema, custom_resource_definition
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TIME = "2026-01-31T11:00:00Z"
 Document = Callable[..., dict[str, Any]]
-SPEC: dict[str, Any] = {
-    "workspace": "pvc://team/work",
-    "model": {"source": "pvc://team/model"},
-    "dataset": {"source": "pvc://team/data.jsonl"},
-    "training": {"maxSteps": 10},
-    "output": {"destination": "s3://bucket/adapters"},
-    "topology": {"pods": 2, "memoryPerRank": "1Gi", "cpusPerRank": 1},
-}
+SPEC = job_manifest(output={"destination": "s3://bucket/adapters"}, topology={"pods": 2})["spec"]
 ADDED = {"notifications": {"onEnd": []}}
 """What an API server with a newer definition puts into every job."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from builders import OMIT, job_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -25,25 +26,20 @@ NAMESPACE = "team-a"
 KEY = "{key}"
 """Last part of a path: the name of an entry of a map, not its value."""
 
-JOB: Object = {
-    "apiVersion": "qlora.dev/v1alpha1",
-    "kind": "QLoRAJob",
-    "metadata": {"name": "job", "namespace": NAMESPACE, "labels": {}, "annotations": {}},
-    "spec": {
-        "workspace": "pvc://work/here",
-        "model": {"source": "hf://org/model", "credentialsSecret": "hub"},
-        "dataset": {"source": "hf://datasets/org/data", "credentialsSecret": "hub"},
-        "adapter": {"targetModules": ["q_proj"]},
-        "training": {"maxSteps": 10},
-        "output": {"destination": "s3://bucket/out", "credentialsSecret": "bucket"},
-        "topology": {"memoryPerRank": "1Gi"},
-        "isa": {"allowed": ["avx512"]},
-        "scheduling": {
-            "nodeSelector": {},
-            "tolerations": [{"key": "dedicated", "operator": "Equal", "value": "x", "effect": "NoExecute"}],
-        },
+JOB = job_manifest(
+    metadata={"namespace": NAMESPACE, "labels": {}, "annotations": {}},
+    workspace="pvc://work/here",
+    model={"source": "hf://org/model", "credentialsSecret": "hub"},
+    dataset={"source": "hf://datasets/org/data", "credentialsSecret": "hub"},
+    adapter={"targetModules": ["q_proj"]},
+    output={"destination": "s3://bucket/out", "credentialsSecret": "bucket"},
+    topology={"cpusPerRank": OMIT},
+    isa={"allowed": ["avx512"]},
+    scheduling={
+        "nodeSelector": {},
+        "tolerations": [{"key": "dedicated", "operator": "Equal", "value": "x", "effect": "NoExecute"}],
     },
-}
+)
 """With all that a hostile value may go with."""
 
 HOSTILE: dict[str, list[str]] = {

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from builders import OMIT, ON_ONE_CLAIM, a_job
 
 from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
-from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy
 from qlora_operator.settings import Settings
@@ -108,18 +108,7 @@ def _expression(expression: Object, labels: dict[str, str]) -> bool:
 # --- a cluster with two jobs
 
 
-JOB: Object = {
-    "apiVersion": "qlora.dev/v1alpha1",
-    "kind": "QLoRAJob",
-    "metadata": {"name": "job", "namespace": "team-a"},
-    "spec": {
-        "workspace": "pvc://work/here",
-        "model": {"source": "pvc://work/model"},
-        "dataset": {"source": "pvc://work/data"},
-        "training": {"maxSteps": 10},
-        "topology": {"pods": 2, "memoryPerRank": "1Gi"},
-    },
-}
+JOB = a_job(metadata={"namespace": "team-a"}, **ON_ONE_CLAIM, topology={"pods": 2, "cpusPerRank": OMIT})
 VALUES: Object = {
     "networkPolicy": {"enabled": True},
     "metrics": {
@@ -167,8 +156,7 @@ def _settings() -> Settings:
 
 
 def _rank(uid: str) -> dict[str, str]:
-    job = QLoRAJob.model_validate(JOB)
-    gang = attempt_job(job, uid=uid, attempt=0, isa="avx512", image="x", settings=_settings())
+    gang = attempt_job(JOB, uid=uid, attempt=0, isa="avx512", image="x", settings=_settings())
     labels: dict[str, str] = gang["spec"]["template"]["metadata"]["labels"]
     return labels
 
@@ -176,7 +164,7 @@ def _rank(uid: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def policies(release: list[Object]) -> list[Object]:
     """Of both jobs, and of the operator."""
-    job = QLoRAJob.model_validate(JOB)
+    job = JOB
     jobs = [network_policy(job, uid=uid, settings=_settings()) for uid in (UID, OTHER_UID)]
     return [*jobs, find(release, "NetworkPolicy")]
 
@@ -242,7 +230,7 @@ EVALUATED: dict[str, tuple[Callable[[Object], None], bool]] = {
 def test_the_evaluation(change: Callable[[Object], None], heard: bool) -> None:
     """A policy that selects a pod closes it but for its rules; one that does not changes nothing."""
     rank = Pod("team-a", _rank(UID))
-    policy = network_policy(QLoRAJob.model_validate(JOB), uid=UID, settings=_settings())
+    policy = network_policy(JOB, uid=UID, settings=_settings())
     change(policy["spec"])
 
     assert reaches([policy], rank, rank, RENDEZVOUS_PORT) is heard

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from builders import batch_job, job_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,23 +14,16 @@ KEY = ("team", "job")
 
 def job(version: int, uid: str = "one", **status: Any) -> dict[str, Any]:
     """A QLoRAJob."""
-    metadata = {"namespace": "team", "name": "job", "uid": uid, "resourceVersion": str(version)}
-    return {"metadata": {**metadata, "managedFields": ["long"]}, "spec": {}, "status": status}
+    metadata = {"namespace": "team", "uid": uid, "resourceVersion": str(version), "managedFields": ["long"]}
+    return job_manifest(metadata=metadata, status=status)
 
 
 def batch_job(
     version: int, *, uid: str = "g", name: str = "job-a0", ready: int = 0, job_uid: str = "one"
 ) -> dict[str, Any]:
     """A batch/v1 Job of it."""
-    labels = {"qlora.dev/job-name": "job", "qlora.dev/job-uid": job_uid, "qlora.dev/attempt": name[-1]}
-    metadata = {
-        "namespace": "team",
-        "name": name,
-        "uid": uid,
-        "resourceVersion": str(version),
-        "labels": labels,
-    }
-    return {"metadata": metadata, "spec": {}, "status": {"ready": ready}}
+    metadata = {"name": name, "uid": uid, "resourceVersion": str(version)}
+    return batch_job(int(name[-1]), job_uid=job_uid, metadata=metadata, status={"ready": ready})
 
 
 @given(st.permutations(range(5)))
@@ -173,5 +167,5 @@ def test_unlabelled_is_nobodys() -> None:
 )
 def test_owner_key(labels: Any, owners: Any, expected: Any) -> None:
     """A child belongs to the job that its label names, or else its owner reference."""
-    raw = {"metadata": {"namespace": "team", "name": "x", "labels": labels, "ownerReferences": owners}}
+    raw = batch_job(metadata={"labels": labels, "ownerReferences": owners})
     assert owner_key(raw) == expected

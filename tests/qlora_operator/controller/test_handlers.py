@@ -10,20 +10,13 @@ from typing import Any
 import aiohttp
 import kopf
 import pytest
+from builders import ON_ONE_CLAIM, batch_job, job_manifest
 
-from qlora_operator.api.names import JOB_NAME_LABEL, JOB_UID_LABEL
 from qlora_operator.controller import handlers
 from qlora_operator.controller.handlers import NullDiffBase, Operator
 from testcluster.cluster import Cluster as Server
 
 KEY = ("team", "job")
-SPEC = {
-    "workspace": "pvc://work/here",
-    "model": {"source": "pvc://work/model"},
-    "dataset": {"source": "pvc://work/data"},
-    "training": {"maxSteps": 10},
-    "topology": {"cpusPerRank": 1, "memoryPerRank": "1Gi"},
-}
 
 
 @pytest.fixture
@@ -45,15 +38,13 @@ def made(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> O
 
 def job(version: int = 1, uid: str = "uid", **status: Any) -> dict[str, Any]:
     """A QLoRAJob."""
-    metadata = {"namespace": "team", "name": "job", "uid": uid, "resourceVersion": str(version)}
-    return {"metadata": metadata, "spec": {}, "status": status}
+    metadata = {"namespace": "team", "uid": uid, "resourceVersion": str(version)}
+    return job_manifest(metadata=metadata, status=status)
 
 
 def batch_job(version: int = 1, **status: Any) -> dict[str, Any]:
     """Its Job."""
-    labels = {JOB_NAME_LABEL: "job", JOB_UID_LABEL: "uid", "qlora.dev/attempt": "0"}
-    names = {"namespace": "team", "name": "job-a0", "uid": "g", "labels": labels}
-    return {"metadata": {**names, "resourceVersion": str(version)}, "spec": {}, "status": status}
+    return batch_job(job_uid="uid", metadata={"uid": "g", "resourceVersion": str(version)}, status=status)
 
 
 def happens(operator: Operator, kind: str | None, raw: dict[str, Any]) -> list[tuple[str, str]]:
@@ -193,8 +184,7 @@ def test_the_sweep_sees_what_the_watches_missed(
 ) -> None:
     """A job that nobody told of is known afterwards, one that is gone is forgotten, and a missing Service shows."""
     path = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
-    body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "job"}, "spec": SPEC}
-    uid = api_cluster.client.post(path, body)["metadata"]["uid"]
+    uid = api_cluster.client.post(path, job_manifest(**ON_ONE_CLAIM))["metadata"]["uid"]
     gone = job(1, uid="gone")
 
     async def test(operator: Operator) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import builders
 import pytest
 
 from qlora_operator.api.names import TIER_LABELS
@@ -86,10 +87,10 @@ def test_without_permission_every_allowed_tier_is_feasible(a_job: Callable[..., 
     assert feasibility(job, None).tiers == ("avx512", "avx2")
 
 
-def test_nodes_to_avoid_are_named_when_there_are_no_others(a_job: Callable[..., QLoRAJob]) -> None:
+def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
     """The user learns why nodes that look right are not taken."""
     status = {"placement": {"isa": "avx512", "avoid": ["b", "a"]}}
-    job = QLoRAJob.model_validate({**a_job().model_dump(by_alias=True, exclude_none=True), "status": status})
+    job = builders.a_job(status=status)
 
     found = feasibility(job, snapshot(a=True, b=True))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from builders import pod
 
 from qlora_operator.controller import progress_poller
 from qlora_operator.controller.api_client import ApiError
@@ -30,9 +31,7 @@ class Pods:
         self.lists += 1
         if self.broken:
             raise ApiError(500, "InternalError", "down")
-        index = {"batch.kubernetes.io/job-completion-index": "0"}
-        metadata = {"name": "p", "uid": "p", "labels": {"qlora.dev/attempt": "0"}, "annotations": index}
-        return [{"metadata": metadata, "spec": {}, "status": {"podIP": self.address}}]
+        return [pod(status={"podIP": self.address})]
 
 
 class Polled:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
+from builders import ON_ONE_CLAIM, job_manifest, merged
 from prometheus_client import CollectorRegistry
 
 from qlora_operator.api.names import TIER_LABELS, Key, Phase
@@ -22,13 +23,6 @@ from testcluster.kubelet import Kubelet
 
 NODE = dict.fromkeys(TIER_LABELS["avx512"], "true")
 PATH = "/apis/qlora.dev/v1alpha1/namespaces/{}/qlorajobs"
-SPEC = {
-    "workspace": "pvc://work/here",
-    "model": {"source": "pvc://work/model"},
-    "dataset": {"source": "pvc://work/data"},
-    "training": {"maxSteps": 10},
-    "topology": {"pods": 2, "cpusPerRank": 1, "memoryPerRank": "1Gi"},
-}
 
 
 class Requests(Metrics):
@@ -75,8 +69,8 @@ class Table:
 
     def create(self, **spec: Any) -> dict[str, Any]:
         """A job, and the store knows it."""
-        body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": {"name": "job"}}
-        raw: dict[str, Any] = self.client.post(self.path, {**body, "spec": {**SPEC, **spec}})
+        body = job_manifest(**merged({**ON_ONE_CLAIM, "topology": {"pods": 2}}, spec))
+        raw: dict[str, Any] = self.client.post(self.path, body)
         self.store.put_job(raw)
         return raw
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from builders import a_job
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from kubernetes.client import models
@@ -142,14 +143,7 @@ random_settings = st.builds(
 
 
 def _job(name: str, namespace: str | None, spec: dict[str, Any]) -> QLoRAJob:
-    return QLoRAJob.model_validate(
-        {
-            "apiVersion": names.API_VERSION,
-            "kind": names.KIND,
-            "metadata": {"name": name, "namespace": namespace},
-            "spec": spec,
-        }
-    )
+    return a_job(name, metadata={"namespace": namespace}, **spec)
 
 
 def fetched(job: QLoRAJob) -> ResolvedRevisions:

@@ -7,6 +7,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from builders import a_job, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,13 +61,11 @@ def test_a_star_is_the_only_wildcard(image: str, pattern: str, settings: Callabl
 def spec(**fields: Any) -> QLoRAJobSpec:
     """A job of two pods with two ranks each."""
     known = {
-        "workspace": "pvc://team/work",
         "model": {"source": "hf://org/model"},
         "dataset": {"source": "s3://bucket/data.jsonl"},
-        "training": {"maxSteps": 10},
-        "topology": {"pods": 2, "ranksPerPod": 2, "cpusPerRank": 3, "memoryPerRank": "1Gi"},
+        "topology": {"pods": 2, "ranksPerPod": 2, "cpusPerRank": 3},
     }
-    return QLoRAJobSpec.model_validate(known | fields)
+    return a_job(**merged(known, fields)).spec
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | None]] = {

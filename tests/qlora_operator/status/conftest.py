@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from builders import JOB_UID, a_job, a_pod, an_attempt_job, merged
 
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
@@ -22,16 +23,6 @@ from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read
 from qlora_operator.status.view import JobView
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
-UID = "0f8fad5b-d9cb-469f-a165-70867728950e"
-SPEC: dict[str, Any] = {
-    "workspace": "pvc://team/work",
-    "model": {"source": "pvc://team/model"},
-    "dataset": {"source": "pvc://team/data.jsonl"},
-    "training": {"maxSteps": 10},
-    "topology": {"pods": 2, "memoryPerRank": "1Gi", "cpusPerRank": 1},
-}
-
-
 REMOTE_MODEL = {"model": {"source": "hf://org/model"}}
 REMOTE_DATA = {"dataset": {"source": "s3://bucket/data.jsonl"}}
 DESTINATION = {"output": {"destination": "s3://bucket/adapters"}}
@@ -53,36 +44,13 @@ def termination_message(**report: Any) -> str:
 
 
 def make_job(status: QLoRAJobStatus | dict[str, Any] | None = None, **spec: Any) -> QLoRAJob:
-    """A job of two pods; maps in `spec` are merged into those of SPEC."""
-    merged = dict(SPEC)
-    for key, value in spec.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    metadata = {"name": "job", "namespace": "team", "uid": UID, "generation": 1}
-    body = {"apiVersion": "qlora.dev/v1alpha1", "kind": "QLoRAJob", "metadata": metadata, "spec": merged}
-    job = QLoRAJob.model_validate(body)
+    """A job of two pods."""
+    metadata = {"namespace": "team", "uid": JOB_UID, "generation": 1}
+    job = a_job(metadata=metadata, **merged({"topology": {"pods": 2}}, spec))
     if status is None:
         return job
     known = status if isinstance(status, QLoRAJobStatus) else QLoRAJobStatus.model_validate(status)
     return job.model_copy(update={"status": known})
-
-
-def make_pod(index: int = 0, attempt: int = 0, **fields: Any) -> Pod:
-    """A pod that waits for a node."""
-    known = {"name": f"job-a{attempt}-{index}", "uid": f"pod-{attempt}-{index}", "phase": "Pending"}
-    return Pod(**{**known, "attempt": attempt, "index": index, "owner_uid": f"job-uid-{attempt}", **fields})
-
-
-def make_attempt_job(attempt: int = 0, **fields: Any) -> AttemptJob:
-    """An attempt's Job that has just been created."""
-    return AttemptJob(
-        **{
-            "name": f"job-a{attempt}",
-            "uid": f"job-uid-{attempt}",
-            "attempt": attempt,
-            "controlled": True,
-            **fields,
-        }
-    )
 
 
 def everything(
@@ -241,7 +209,7 @@ class Cluster:
             )
             self.made += 1
             uid = f"job-uid-{number}-{self.made}"
-            self.batch_jobs[uid] = make_attempt_job(
+            self.batch_jobs[uid] = an_attempt_job(
                 number,
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
@@ -381,7 +349,7 @@ class Cluster:
     def _make_pods(self, batch_job: AttemptJob, wanted: int) -> None:
         for index in range(wanted):
             self.made += 1
-            pod = make_pod(index, batch_job.attempt, uid=f"pod-{self.made}", owner_uid=batch_job.uid)
+            pod = a_pod(index, batch_job.attempt, uid=f"pod-{self.made}", owner_uid=batch_job.uid)
             if not any(p.owner_uid == batch_job.uid and p.index == index for p in self.pods.values()):
                 self.pods[pod.uid] = pod
 
@@ -492,16 +460,16 @@ def make_job_fixture() -> Callable[..., QLoRAJob]:
     return make_job
 
 
-@pytest.fixture(name="make_attempt_job")
-def make_attempt_job_fixture() -> Callable[..., AttemptJob]:
+@pytest.fixture
+def make_attempt_job() -> Callable[..., AttemptJob]:
     """A maker of an attempt's Jobs."""
-    return make_attempt_job
+    return an_attempt_job
 
 
-@pytest.fixture(name="make_pod")
-def make_pod_fixture() -> Callable[..., Pod]:
+@pytest.fixture
+def make_pod() -> Callable[..., Pod]:
     """A maker of pods."""
-    return make_pod
+    return a_pod
 
 
 @pytest.fixture

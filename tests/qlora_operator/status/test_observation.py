@@ -1,43 +1,22 @@
 """Few facts from much JSON."""
 
-import copy
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from builders import JOB_UID, a_pod, an_attempt_job, batch_job, merged, pod
 
-from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage, attempt_job, pod
+from qlora_operator.status import observation
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 
-UID = "0f8fad5b"
-OWNER = {"kind": "QLoRAJob", "uid": UID, "controller": True}
-JOB: dict[str, Any] = {
-    "metadata": {
-        "name": "job-a3",
-        "uid": "g",
-        "labels": {"qlora.dev/attempt": "3"},
-        "annotations": {"qlora.dev/held-fields": "5eed"},
-        "ownerReferences": [{"kind": "Other", "uid": "x"}, OWNER],
-    },
-    "spec": {"parallelism": 2},
+OWNER = {"kind": "QLoRAJob", "uid": JOB_UID, "controller": True}
+METADATA = {
+    "annotations": {"qlora.dev/held-fields": "5eed"},
+    "ownerReferences": [{"kind": "Other", "uid": "x"}, OWNER],
 }
-POD: dict[str, Any] = {
-    "metadata": {
-        "name": "job-a3-1-x7",
-        "uid": "p",
-        "labels": {"qlora.dev/attempt": "3"},
-        "annotations": {"batch.kubernetes.io/job-completion-index": "1"},
-        "ownerReferences": [{"kind": "Job", "uid": "g", "controller": True}],
-    },
-    "spec": {},
-}
-
-
-def merged(raw: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """The object with more in its metadata, spec or status."""
-    result = copy.deepcopy(raw)
-    for key, value in parts.items():
-        result[key] = {**result.get(key, {}), **value}
-    return result
+JOB = batch_job(3, metadata=METADATA, spec={"parallelism": 2})
+POD = pod(1, 3)
 
 
 def said(kind: str, status: str = "True", reason: str = "R", message: str = "m") -> dict[str, Any]:
@@ -48,15 +27,7 @@ def said(kind: str, status: str = "True", reason: str = "R", message: str = "m")
 
 def attempt_job_of(**fields: Any) -> AttemptJob:
     """What JOB is, but for these."""
-    known = {
-        "name": "job-a3",
-        "uid": "g",
-        "attempt": 3,
-        "controlled": True,
-        "parallelism": 2,
-        "topology_hash": "5eed",
-    }
-    return AttemptJob(**{**known, **fields})
+    return replace(an_attempt_job(3, parallelism=2, topology_hash="5eed"), **fields)
 
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -88,20 +59,12 @@ FAILING = {"failing": ReasonMessage("R", "m"), "failing_since": NOON}
 )
 def test_a_job_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
     """A Job's few facts."""
-    assert attempt_job(merged(JOB, **parts), UID) == attempt_job_of(**fields)
+    assert observation.attempt_job(merged(JOB, parts), JOB_UID) == attempt_job_of(**fields)
 
 
 def pod_of(**fields: Any) -> Pod:
     """What POD is, but for these."""
-    known = {
-        "name": "job-a3-1-x7",
-        "uid": "p",
-        "attempt": 3,
-        "index": 1,
-        "phase": "Pending",
-        "owner_uid": "g",
-    }
-    return Pod(**{**known, **fields})
+    return replace(a_pod(1, 3, name="job-a3-1-x7abc"), **fields)
 
 
 def container(**fields: Any) -> dict[str, Any]:
@@ -157,7 +120,7 @@ def container(**fields: Any) -> dict[str, Any]:
 )
 def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
     """A pod's few facts."""
-    assert pod(merged(POD, **parts)) == pod_of(**fields)
+    assert observation.pod(merged(POD, parts)) == pod_of(**fields)
 
 
 @pytest.mark.parametrize(

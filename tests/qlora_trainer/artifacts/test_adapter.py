@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from builders import a_run
 from safetensors.torch import load_file
 
 from qlora_contract.files import sha256
@@ -25,7 +26,7 @@ from qlora_contract.job_folder import (
     TRAINING_REPORT,
     read_manifest,
 )
-from qlora_contract.run_config import JobRef, RunConfig
+from qlora_contract.run_config import JobRef
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
@@ -35,16 +36,8 @@ from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
 
-FIELDS: dict[str, Any] = {
-    "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
-    "workspace": "pvc://data/work",
-    "model": {"source": "pvc://data/model"},
-    "dataset": {"source": "pvc://data/train.jsonl"},
-    "adapter": {"rank": 2, "alpha": 4.0},
-    "training": {"epochs": 1},
-    "layout": {"memoryPerRank": 2**30},
-    "isa": "avx2",
-}
+pytestmark = pytest.mark.process
+
 REPORT: dict[str, Any] = {
     "base_eval_loss": 2.5,
     "base_eval_loss_quantized": 2.75,
@@ -66,9 +59,8 @@ RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 
 def acquired(path: Path, attempt: int = 0, **changes: Any) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
-    run = RunConfig.model_validate({**FIELDS, **changes})
-    job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
-    folder = JobFolder(path, run.model_copy(update={"job": job}))
+    fields = {"job": {"attempt": attempt}, "adapter": {"rank": 2, "alpha": 4.0}, **changes}
+    folder = JobFolder(path, a_run(**fields))
     folder.acquire()
     return folder
 
@@ -402,8 +394,11 @@ def test_no_crash_leaves_half_an_adapter(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", CRASHES, __file__, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
     for before, outcomes in zip((None, 1.0), json.loads(done.stdout), strict=True):

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from builders import a_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.job_folder import FENCE, MANIFEST
-from qlora_contract.run_config import JobRef, RunConfig
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
@@ -26,26 +26,14 @@ from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.storage.job_folder import JobFolder
 
-RUN = RunConfig.model_validate(
-    {
-        "job": {"name": "smollm2", "uid": "u-1", "attempt": 0},
-        "workspace": "pvc://data/work",
-        "model": {"source": "pvc://data/model"},
-        "dataset": {"source": "pvc://data/train.jsonl"},
-        "training": {"epochs": 1},
-        "layout": {"memoryPerRank": 2**30},
-        "isa": "avx2",
-    }
-)
-
+pytestmark = pytest.mark.process
 
 RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 
 
 def acquired(path: Path, attempt: int = 0) -> JobFolder:
     """A job's folder as an attempt has it after its start."""
-    job = JobRef(name="smollm2", uid="u-1", attempt=attempt)
-    folder = JobFolder(path, RUN.model_copy(update={"job": job}))
+    folder = JobFolder(path, a_run(job={"attempt": attempt}))
     folder.acquire()
     return folder
 
@@ -222,7 +210,7 @@ def test_the_determinism_key_keeps_its_stored_name(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_release_before_is_read(tmp_path: Path) -> None:
     """Its files are valid, its state has every field, and its tensors fit the adapter that the same job has now."""
     shutil.copytree(RELEASE / "begun", tmp_path / "job")
-    folder = JobFolder(tmp_path / "job", RUN)
+    folder = JobFolder(tmp_path / "job", a_run())
     path = checkpoint.newest_valid(folder)
     assert path == folder.checkpoints / "step-00000004"
     shapes = {name: tensor.shape for name, tensor in load_file(path / checkpoint.ADAPTER_FILE).items()}
@@ -392,8 +380,11 @@ def test_no_crash_loses_a_checkpoint(tmp_path: Path) -> None:
     cases = [(1.0, 2.0), (2.0, 2.5)]
     done = subprocess.run(
         [sys.executable, "-c", CRASHES, __file__, str(tmp_path), json.dumps(cases)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
     for (old, new), outcomes in zip(cases, json.loads(done.stdout), strict=True):

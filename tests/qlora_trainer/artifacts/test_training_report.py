@@ -8,23 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import a_run
 
 from qlora_contract.identity import identity_fields, identity_hash
-from qlora_contract.run_config import ModelSource, ResolvedRevisions, RunConfig
+from qlora_contract.run_config import ModelSource, ResolvedRevisions
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data.packing import StepSchedule
 
-RUN = RunConfig.model_validate(
-    {
-        "job": {"name": "smollm2", "uid": "u-1", "attempt": 5},
-        "workspace": "pvc://data/work",
-        "model": {"source": "pvc://data/model"},
-        "dataset": {"source": "pvc://data/train.jsonl"},
-        "training": {"epochs": 2, "globalBatchTokens": 64, "maxSequenceLength": 32, "seed": 9},
-        "layout": {"pods": 2, "ranksPerPod": 2, "memoryPerRank": 2**30},
-        "isa": "avx512",
-    }
+pytestmark = pytest.mark.process
+
+RUN = a_run(
+    job={"attempt": 5},
+    training={"epochs": 2, "globalBatchTokens": 64, "maxSequenceLength": 32, "seed": 9},
+    layout={"pods": 2, "ranksPerPod": 2},
+    isa="avx512",
 )
 
 

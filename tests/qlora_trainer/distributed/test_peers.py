@@ -22,6 +22,8 @@ from qlora_trainer.distributed.peers import (
     encode,
 )
 
+pytestmark = pytest.mark.process
+
 TIMEOUT = 10.0
 
 

@@ -5,6 +5,8 @@ import pytest
 from qlora_trainer.distributed.world import World
 from qlora_trainer.errors import ConfigurationError
 
+pytestmark = pytest.mark.process
+
 FULL = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a-0.svc", "MASTER_PORT": "29501"}
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import psutil
 import pytest
+from builders import OMIT, a_run
 
 from qlora_contract import env, supervision
 from qlora_contract.cpus import format_cpu_list, parse_cpu_list
-from qlora_contract.run_config import RunConfig
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV, on_service_cpus
 from qlora_trainer.host.numa import read_machine
 from qlora_trainer.launch import supervisor
@@ -180,17 +180,15 @@ def test_communication_and_compute_threads_are_apart(
 @contextmanager
 def job(folder: Path, model: Path, data: Path, each: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A launcher that trains with two ranks of so many CPUs; it and its progress port."""
-    run = RunConfig.model_validate(
-        {
-            "version": 1,
-            "job": {"name": "pinned", "uid": "u", "attempt": 0},
-            "workspace": "pvc://work",
-            "model": {"source": "pvc://model"},
-            "dataset": {"source": f"pvc://data/{data.name}"},
-            "training": {"maxSteps": 100_000, "globalBatchTokens": 512, "maxSequenceLength": 96},
-            "layout": {"ranksPerPod": 2, "cpusPerRank": each, "memoryPerRank": 8 << 30},
-            "isa": "avx2",
-        }
+    steps = {"epochs": OMIT, "maxSteps": 100_000, "globalBatchTokens": 512, "maxSequenceLength": 96}
+    run = a_run(
+        version=1,
+        job={"name": "pinned"},
+        workspace="pvc://work",
+        model={"source": "pvc://model"},
+        dataset={"source": f"pvc://data/{data.name}"},
+        training=steps,
+        layout={"ranksPerPod": 2, "cpusPerRank": each, "memoryPerRank": 8 << 30},
     )
     (folder / "run.json").write_text(run.to_json())
     (folder / "work").mkdir()

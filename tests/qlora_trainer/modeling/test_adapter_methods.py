@@ -21,6 +21,8 @@ from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear
 from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.quantization.schemes import Nf4
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
 LIVELY = {"vocab_size": 300, "initializer_range": 0.12}

@@ -1,8 +1,11 @@
 """Parameters as views of one flat buffer."""
 
+import pytest
 import torch
 
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, flat_parameters
+
+pytestmark = pytest.mark.process
 
 SHAPES = {"a.A": (3, 64), "a.B": (10, 3), "b.A": (3, 5), "b.B": (7, 3), "c": (1,), "d": (2, 3, 4)}
 """Some are multiples of the alignment, some are not."""

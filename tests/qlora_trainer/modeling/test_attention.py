@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 from qlora_trainer.modeling import attention
 from qlora_trainer.modeling.attention import packed_attention
 
+pytestmark = pytest.mark.process
+
 SEGMENTS = {
     "one": [20],
     "several": [7, 1, 5, 4, 3],

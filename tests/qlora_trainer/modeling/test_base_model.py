@@ -24,6 +24,8 @@ from qlora_trainer.training.context import ReducedScalars
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.objective import SupervisedFineTuning
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
 LIVELY = {"vocab_size": 300, "initializer_range": 0.12}

@@ -22,6 +22,8 @@ from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.schemes import Unquantized
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
 LIVELY = {"vocab_size": 300, "initializer_range": 0.12}

@@ -24,6 +24,8 @@ from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import NestedScales, quantize_nf4
 from qlora_trainer.quantization.schemes import AsStored, Nf4, Scheme, Unquantized
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
 Tensors = dict[str, Tensor]

@@ -17,6 +17,8 @@ from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.quantization.schemes import Unquantized
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 IN, OUT, RANK = 64, 10, 3
 

@@ -13,6 +13,8 @@ from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_gener
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.schemes import Nf4
 
+pytestmark = pytest.mark.process
+
 ROWS, IN, OUT, RANK = 6, 64, 10, 3
 SCALE = 1.7
 

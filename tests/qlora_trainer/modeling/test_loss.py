@@ -12,6 +12,8 @@ from torch import Tensor
 from qlora_trainer.modeling import loss
 from qlora_trainer.modeling.loss import summed_cross_entropy
 
+pytestmark = pytest.mark.process
+
 ROWS, HIDDEN, VOCABULARY = 13, 24, 101
 
 

@@ -36,6 +36,8 @@ from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.training.loop import accumulate
 from qlora_trainer.training.objective import SupervisedFineTuning
 
+pytestmark = pytest.mark.process
+
 NF4, DOUBLE, NONE = Nf4(double=False), Nf4(double=True), Unquantized()
 LOSS_TOLERANCE = 1e-5
 """Difference of the mean losses."""

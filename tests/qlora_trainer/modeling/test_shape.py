@@ -19,6 +19,8 @@ from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.quantization.schemes import Unquantized
 
+pytestmark = pytest.mark.process
+
 Make = Callable[..., Path]
 WORDS = {"vocab_size": 300}
 

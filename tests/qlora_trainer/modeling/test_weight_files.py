@@ -5,9 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.modeling.weight_files import fingerprint
+
+pytestmark = pytest.mark.process
 
 Make = Callable[..., Path]
 

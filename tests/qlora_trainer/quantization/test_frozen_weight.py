@@ -8,6 +8,8 @@ from torch import Tensor
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.schemes import AsStored, Nf4, Scheme, Unquantized
 
+pytestmark = pytest.mark.process
+
 SCHEMES = {
     "nf4": Nf4(double=False),
     "nf4-double": Nf4(double=True),

@@ -8,6 +8,8 @@ from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.nf4 import quantize_nf4
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_choice_is_logged_once(scheme: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,8 @@ from qlora_trainer.quantization.nf4 import (
     quantize_nf4,
 )
 
+pytestmark = pytest.mark.process
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 

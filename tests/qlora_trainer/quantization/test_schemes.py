@@ -33,6 +33,8 @@ from qlora_trainer.quantization import kernels, schemes
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
 from qlora_trainer.quantization.schemes import AsStored, Nf4, Unquantized, scheme_of
 
+pytestmark = pytest.mark.process
+
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal values, the same at each call."""

@@ -18,6 +18,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
 
 
+@pytest.mark.process
 def test_a_full_disk_leaves_the_old_file(tiny_disk: Path) -> None:
     """Text that does not fit changes nothing, and the error names the file."""
     path = tiny_disk / "file"

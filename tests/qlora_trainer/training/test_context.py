@@ -11,6 +11,8 @@ import torch
 
 from qlora_trainer.training.context import RankContext, ReducedScalars
 
+pytestmark = pytest.mark.process
+
 
 def test_one_rank_gets_its_own_numbers_back(alone: RankContext) -> None:
     """Sums keep their names, and nobody stops."""

@@ -16,6 +16,8 @@ from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.objective import SupervisedFineTuning
 
+pytestmark = pytest.mark.process
+
 LENGTHS = (5, 17, 32, 2, 9, 23, 12)
 OBJECTIVE = SupervisedFineTuning()
 

@@ -9,6 +9,8 @@ from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunC
 from qlora_trainer.errors import ModelError
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 
+pytestmark = pytest.mark.process
+
 
 def a_run(**training: Any) -> RunConfig:
     """A run on the claim `data`."""

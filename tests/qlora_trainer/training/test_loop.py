@@ -19,6 +19,8 @@ from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import check_finite, check_improved, is_due, run_steps, train
 from qlora_trainer.training.setup import prepare
 
+pytestmark = pytest.mark.process
+
 Ready = Callable[..., RankContext]
 RELEASE = Path(__file__).parents[2] / "releases" / "0.1.0" / "checkpoint"
 

@@ -19,6 +19,8 @@ from qlora_trainer.training.loop import one_step
 from qlora_trainer.training.objective import BatchLoss, Objective, SupervisedFineTuning
 from qlora_trainer.training.setup import TrainState, agree_on_inputs, build
 
+pytestmark = pytest.mark.process
+
 
 class GainOverBase:
     """A double: cross-entropy less that of the frozen base, as preference objectives compare with a reference.

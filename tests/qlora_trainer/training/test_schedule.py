@@ -12,6 +12,8 @@ from transformers import (
 
 from qlora_trainer.training.schedule import Schedule, learning_rate
 
+pytestmark = pytest.mark.process
+
 SCHEDULES: list[Schedule] = ["linear", "cosine", "constant"]
 
 

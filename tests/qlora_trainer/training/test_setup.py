@@ -13,6 +13,8 @@ from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, prepare
 
+pytestmark = pytest.mark.process
+
 Ready = Callable[..., RankContext]
 
 

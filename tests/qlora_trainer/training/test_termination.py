@@ -10,6 +10,8 @@ from qlora_trainer.errors import Diverged, Fenced
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.termination import failure_report, success_report
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.parametrize(
     ("loss", "cause"), [(1.25, "adapter published, eval loss 1.2500"), (None, "adapter published")]

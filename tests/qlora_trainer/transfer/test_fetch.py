@@ -284,6 +284,7 @@ def test_two_at_once_download_once(fetch: Callable[..., ResolvedRevisions], soun
     assert sound.s3_wire.sent("/sets/train.jsonl") == len(DATA)
 
 
+@pytest.mark.process
 def test_a_full_disk_is_told(
     fetch: Callable[..., ResolvedRevisions],
     transfers: Transfers,
@@ -301,6 +302,7 @@ def test_a_full_disk_is_told(
     assert sound.hub_wire.sent("/cdn/") == 0
 
 
+@pytest.mark.process
 def test_a_disk_that_fills_up_is_told(
     fetch: Callable[..., ResolvedRevisions],
     transfers: Transfers,

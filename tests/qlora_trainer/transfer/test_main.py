@@ -22,6 +22,8 @@ from testcluster.faulty_http import answer, cut, spoil, stall
 from testcluster.hub import SIGNATURE
 from testcluster.remote import BUCKET, HUB_TOKEN, SECRET_KEY, Remotes, Transfers, part_bytes, remotes, until
 
+pytestmark = pytest.mark.process
+
 WEIGHTS = os.urandom(3_000_000)
 DATA = b'{"prompt": "a", "completion": "b"}\n' * 30_000
 MODEL = {"model": {"source": "hf://org/name"}}

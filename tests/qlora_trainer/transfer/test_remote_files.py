@@ -111,6 +111,7 @@ def test_what_is_chosen_stays_in_its_folder(names: list[str]) -> None:
     assert all((root / file.name).resolve().parent == root for file in taken)
 
 
+@pytest.mark.process
 def test_digests_are_those_of_git_and_s3(tmp_path: Path) -> None:
     """Blobs as git names them, md5 as S3 does, and sha256 always."""
     path = tmp_path / "x"

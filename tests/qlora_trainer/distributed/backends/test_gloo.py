@@ -5,6 +5,8 @@ import pytest
 from qlora_trainer.distributed.backends import gloo
 from qlora_trainer.errors import CollectiveError, CollectiveTimeout, PeerLost, RendezvousError
 
+pytestmark = pytest.mark.process
+
 CLOSED = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:13442. "
     "This is typically caused by a remote worker crashing. Check the logs."

@@ -13,6 +13,8 @@ from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.kernels.reference import dequantize, dequantize_scales
 from qlora_trainer.quantization.nf4 import BLOCK, NF4_LEVELS, NestedScales, Nf4Matrix, quantize_nf4
 
+pytestmark = pytest.mark.process
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
