@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import ON_ONE_CLAIM, job_manifest, merged
 
+from builders import ON_ONE_CLAIM, job_manifest, merged
 from testcluster.chart import RELEASE, SYSTEM, install_rbac
 from testcluster.client import Client
 from testcluster.cluster import Cluster

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import OMIT, job_manifest
 
+from builders import OMIT, job_manifest
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.admission import policy_violation
 from qlora_operator.settings import Settings

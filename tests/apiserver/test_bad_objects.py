@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import OMIT, changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import OMIT, changed
 from qlora_operator.api import names, quantity
 from qlora_operator.api.loader import parse_job
 from qlora_operator.api.schema import Schema, job_schema

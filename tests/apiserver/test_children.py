@@ -376,7 +376,10 @@ def test_a_job_that_a_newer_crd_let_in_is_an_invalid_spec(
         assert "spec.training.schedule is the string 'polynomial'; it must be one of" in said
         assert value.condition("Initialized")["reason"] == "InvalidSpec"
         field.run()
-        assert "fields that this release does not know are ignored: spec.training.flavour" in operator.log.read_text()
+        assert (
+            "fields that this release does not know are ignored: spec.training.flavour"
+            in operator.log.read_text()
+        )
         make_job("good").run()
     finally:
         client.patch(path, {"spec": original})

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import OMIT, ON_ONE_CLAIM, job_manifest
 
+from builders import OMIT, ON_ONE_CLAIM, job_manifest
 from testcluster.audit import granted, requests
 from testcluster.chart import render
 from testcluster.client import ApiError, Client

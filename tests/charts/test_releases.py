@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import ON_ONE_CLAIM, job_manifest
 
+from builders import ON_ONE_CLAIM, job_manifest
 from testcluster.chart import CHART, RELEASE, HelmError, Releases, find, render
 from testcluster.client import ApiError
 from testcluster.control_plane import ControlPlane

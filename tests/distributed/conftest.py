@@ -18,10 +18,10 @@ from typing import Any, get_args
 import psutil
 import pytest
 import torch
-from builders import run_fields
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from builders import run_fields
 from qlora_contract import env, job_folder
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run_config import Distributed, RunConfig

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import job_manifest
 from peft import PeftConfig
 
+from builders import job_manifest
 from qlora_trainer import smoke_model
 from testcluster.faulty_http import stall
 from testcluster.remote import BUCKET, SECRET_KEY, Remotes, remotes, until

@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from builders import changed, run_fields
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import changed, run_fields
 from qlora_contract import run_config
 from qlora_contract.identity import differences, identity, identity_fields, identity_hash, same_identity
 from qlora_contract.run_config import RunConfig

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from builders import a_run
 
+from builders import a_run
 from qlora_contract import job_folder
 from qlora_contract.job_folder import DamagedIdentityError, IdentityError
 

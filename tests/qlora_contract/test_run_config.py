@@ -5,9 +5,9 @@ import json
 from typing import Any
 
 import pytest
-from builders import OMIT, changed, run_fields
 from pydantic import ValidationError
 
+from builders import OMIT, changed, run_fields
 from qlora_contract import run_config
 from qlora_contract.run_config import (
     RUN_CONFIG_VERSION,

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from builders import job_manifest, merged
 
+from builders import job_manifest, merged
 from qlora_operator.api.v1alpha1 import QLoRAJob
 
 SMALL = {"training": {"maxSteps": 1}, "topology": {"pinning": "best-effort"}}

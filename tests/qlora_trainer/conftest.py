@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import builders
 import pytest
 
+import builders
 from qlora_contract.run_config import RunConfig
 
 CHATML = (

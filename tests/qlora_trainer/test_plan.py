@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import builders
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import builders
 from qlora_contract.env import VOLUMES_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import choose

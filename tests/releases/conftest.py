@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import job_manifest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from builders import job_manifest
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 
 ARCHIVE = Path(__file__).with_name("0.1.0.tar.xz")

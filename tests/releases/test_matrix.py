@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from builders import job_manifest
 from pydantic import ValidationError
 
+from builders import job_manifest
 from qlora_operator.api.loader import parse_api_object
 from qlora_operator.api.run_config import cannot_write, to_run_config
 from qlora_operator.api.schema import Schema, custom_resource_definition

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from builders import OMIT, job_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from builders import OMIT, job_manifest
 from qlora_operator.api.schema import job_schema
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from testcluster.client import ApiError, Client

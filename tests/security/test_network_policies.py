@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from builders import OMIT, ON_ONE_CLAIM, a_job
 
+from builders import OMIT, ON_ONE_CLAIM, a_job
 from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
 from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import network_policy

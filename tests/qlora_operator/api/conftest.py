@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import builders
 import pytest
 import yaml
+
+import builders
 
 MINIMAL = Path(__file__).parents[3] / "manifests/samples/minimal.yaml"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import OMIT
 
+from builders import OMIT
 from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_operator.api import names
 from qlora_operator.api.loader import load_jobs, parse_job

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from builders import batch_job, job_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import batch_job, job_manifest
 from qlora_operator.controller.cache import ObjectCache, owner_key
 
 KEY = ("team", "job")

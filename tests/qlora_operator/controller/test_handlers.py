@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import kopf
 import pytest
-from builders import ON_ONE_CLAIM, batch_job, job_manifest
 
+from builders import ON_ONE_CLAIM, batch_job, job_manifest
 from qlora_operator.controller import handlers
 from qlora_operator.controller.handlers import NullDiffBase, Operator
 from testcluster.cluster import Cluster as Server

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import builders
 import pytest
 
+import builders
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from builders import pod
 
+from builders import pod
 from qlora_operator.controller import progress_poller
 from qlora_operator.controller.api_client import ApiError
 from qlora_operator.controller.progress_poller import ProgressPoller

@@ -5,9 +5,9 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
-from builders import ON_ONE_CLAIM, job_manifest, merged
 from prometheus_client import CollectorRegistry
 
+from builders import ON_ONE_CLAIM, job_manifest, merged
 from qlora_operator.api.names import TIER_LABELS, Key, Phase
 from qlora_operator.controller import reconciler
 from qlora_operator.controller.api_client import ApiClient

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from builders import a_job
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from kubernetes.client import models
 
+from builders import a_job
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import ISA_TIERS, ResolvedRevisions
 from qlora_operator.api import names

@@ -7,10 +7,10 @@ from typing import Any
 
 import hypothesis
 import pytest
-from builders import a_job, merged
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builders import a_job, merged
 from qlora_operator.api.names import Reason
 from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.desired.admission import image_allowed, policy_violation

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from builders import JOB_UID, a_job, a_pod, an_attempt_job, merged
 
+from builders import JOB_UID, a_job, a_pod, an_attempt_job, merged
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
 from qlora_contract.units import rfc3339

@@ -5,8 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from builders import JOB_UID, a_pod, an_attempt_job, batch_job, merged, pod
 
+from builders import JOB_UID, a_pod, an_attempt_job, batch_job, merged, pod
 from qlora_operator.status import observation
 from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 

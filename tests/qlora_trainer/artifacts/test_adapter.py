@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from builders import a_run
 from safetensors.torch import load_file
 
+from builders import a_run
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
     ADAPTER_CONFIG,

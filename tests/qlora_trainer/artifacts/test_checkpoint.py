@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import a_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from builders import a_run
 from qlora_contract.job_folder import FENCE, MANIFEST
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState

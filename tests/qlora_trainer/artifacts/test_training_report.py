@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import a_run
 
+from builders import a_run
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.run_config import ModelSource, ResolvedRevisions
 from qlora_trainer.artifacts.checkpoint import LoopState

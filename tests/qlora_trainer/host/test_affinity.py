@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from builders import OMIT, a_run
 
+from builders import OMIT, a_run
 from qlora_contract import env, supervision
 from qlora_contract.cpus import format_cpu_list, parse_cpu_list
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV, on_service_cpus

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import OMIT, a_run
 
+from builders import OMIT, a_run
 from qlora_contract import job_folder as names
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
 from qlora_trainer.storage import atomic
