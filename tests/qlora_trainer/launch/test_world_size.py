@@ -100,7 +100,7 @@ def test_a_missing_pod_is_named_to_everyone(start: Start, earlier: float) -> Non
         WorldSizeError, match=r"^2 of 3 pods reached .* within 1.5 s; pod\(s\) 2 did not: check"
     ):
         first.result(LONG)
-    with pytest.raises(WorldSizeError, match=r"pod 0 says: 2 of 3 pods came .*; pod\(s\) 2 did not"):
+    with pytest.raises(WorldSizeError, match=r"pod 0 says: 2 of 3 pods reached .*; pod\(s\) 2 did not"):
         second.result(LONG)
 
 
