@@ -207,7 +207,9 @@ RIGHTS: dict[str, tuple[str, Object, str | None]] = {
 
 
 @pytest.mark.parametrize(("user", "fields", "said"), RIGHTS.values(), ids=RIGHTS)
-def test_rights(guarded: Guarded, user: str, fields: Object, said: str | None) -> None:
+def test_who_creates_a_job_needs_the_rights_to_what_it_names(
+    guarded: Guarded, user: str, fields: Object, said: str | None
+) -> None:
     """Who creates a job may himself get its Secrets and claims, and update the claim of its workspace."""
     error = guarded.refused(job(**fields), user)
 
@@ -356,7 +358,9 @@ SAID: dict[str, tuple[Object, str]] = {
 
 
 @pytest.mark.parametrize(("asked", "said"), SAID.values(), ids=SAID)
-def test_what_is_said(guarded: Guarded, asked: Object, said: str) -> None:
+def test_a_refusal_says_the_field_its_value_and_what_would_be_right(
+    guarded: Guarded, asked: Object, said: str
+) -> None:
     """A refusal says the field, its value, and what would be right."""
     error = guarded.refused(job(**asked))
 

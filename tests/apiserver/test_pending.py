@@ -185,7 +185,9 @@ def test_pods_refused_for_a_missing_priority_class_are_told(make_job: Callable[.
     waits(job, "Refused", "the pods of job-a0 are refused", "no PriorityClass with name urgent was found")
 
 
-def test_pod_security(make_job: Callable[..., Any], api_cluster: Any, namespace: str) -> None:
+def test_pods_are_admitted_where_pod_security_enforces_restricted(
+    make_job: Callable[..., Any], api_cluster: Any, namespace: str
+) -> None:
     """Pods are admitted where Pod Security enforces restricted, which refuses a pod that asks for more."""
     labels = api_cluster.client.get(f"/api/v1/namespaces/{namespace}")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"

@@ -58,7 +58,9 @@ def huge_node(kubelet: Kubelet) -> None:
     kubelet.add_node("huge", labels=AVX512, cpu="128", memory="1Ti")
 
 
-def test_the_number_of_jobs(crd: None, enforce: Callable[..., None], make_job: Callable[..., Any]) -> None:
+def test_one_job_more_than_the_quota_is_refused(
+    crd: None, enforce: Callable[..., None], make_job: Callable[..., Any]
+) -> None:
     """One job more than the quota has is refused when it is created; a deleted one makes room."""
     enforce(SUMS)
     most = int(SUMS["spec"]["hard"]["count/qlorajobs.qlora.dev"])
@@ -97,7 +99,7 @@ def accepted(make_job: Callable[..., Any]) -> bool:
     ],
     ids=["CPUs", "memory"],
 )
-def test_sums(
+def test_a_job_whose_pods_exceed_the_quota_waits_with_its_words(
     operator: Any,
     huge_node: None,
     enforce: Callable[..., None],
@@ -112,7 +114,7 @@ def test_sums(
     job.until(lambda status: reason(status, "Failed") == "PendingDeadlineExceeded")
 
 
-def test_classes(
+def test_pods_of_a_class_that_the_quota_keeps_out_are_refused(
     operator: Any,
     api_cluster: Cluster,
     enforce: Callable[..., None],

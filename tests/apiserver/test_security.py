@@ -68,7 +68,9 @@ def document(**more: Any) -> Object:
     return {**job_manifest(**ON_ONE_CLAIM, topology={"cpusPerRank": OMIT}), **more}
 
 
-def test_another_namespace(api_cluster: Cluster, user: Client, namespace: str) -> None:
+def test_a_job_goes_only_where_its_user_may_create_jobs(
+    api_cluster: Cluster, user: Client, namespace: str
+) -> None:
     """A job goes into the namespace whose jobs its user may create, whatever it says itself."""
     with fresh_namespace(api_cluster, "other") as other:
         with pytest.raises(ApiError, match="cannot create resource"):
@@ -85,7 +87,7 @@ FORGED: Object = {
 }
 
 
-def test_a_forged_status(user: Client, namespace: str) -> None:
+def test_a_forged_status_is_not_taken(user: Client, namespace: str) -> None:
     """What a user writes into the status of a job is not there: not at its creation, nor later."""
     path = JOBS.format(namespace)
     assert "status" not in user.post(path, document(status=FORGED))
@@ -120,7 +122,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("field", UNKNOWN)
-def test_a_field_that_is_not_there(user: Client, namespace: str, field: str) -> None:
+def test_a_field_that_does_not_exist_is_dropped_or_refused(user: Client, namespace: str, field: str) -> None:
     """There is no field for what would reach more than the job: it is dropped, or refused by a strict client."""
     body = document()
     body["spec"][field] = UNKNOWN[field]
@@ -165,7 +167,7 @@ def secrets_of(pod: Object) -> set[str]:
     return {volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume}
 
 
-def test_a_planted_token(
+def test_a_token_is_seen_only_by_the_pods_that_transfer(
     operator: Any, make_job: Callable[..., Any], control_plane: ControlPlane, namespace: str
 ) -> None:
     """A token is seen by the pods that transfer, as a file; nowhere else, by nobody, and never by the operator."""
@@ -281,7 +283,7 @@ def end_with(shared_operator: Any, make_job: Callable[..., Any]) -> Callable[[Ma
 
 
 @pytest.mark.parametrize("code", [1, 11, 0], ids=["failed", "failed for good", "succeeded"])
-def test_last_words(end_with: Callable[..., Ended], code: int) -> None:
+def test_hostile_last_words_stay_short_and_printable(end_with: Callable[..., Ended], code: int) -> None:
     """Whatever a pod's last words are, the status and the Events stay short, printable and on one line."""
     report = dict.fromkeys(REPORTED, f"{ANSI}{CONTROLS}\n" + "y" * 300)
     words = {**HOSTILE, "a report": json.dumps({"version": 1, "exitCode": code, **report})}
@@ -321,7 +323,7 @@ NUMBERS = {
 }
 
 
-def test_a_hostile_number(end_with: Callable[..., Ended]) -> None:
+def test_a_hostile_number_does_not_keep_a_job_from_its_end(end_with: Callable[..., Ended]) -> None:
     """A report with a number that no status can hold does not keep the job from its end."""
     report = done(
         adapterUri="pvc://work/here/jobs/job/adapter", adapterSha256="0" * 64, evalLoss="E", step="S"
@@ -342,7 +344,9 @@ REVISIONS = {
 }
 
 
-def test_a_hostile_revision(shared_operator: Any, make_job: Callable[..., Any]) -> None:
+def test_a_hostile_revision_leads_to_no_other_folder(
+    shared_operator: Any, make_job: Callable[..., Any]
+) -> None:
     """What a fetch says that it found leads the ranks to no other folder than one of the fetched sources."""
     jobs = {
         revision: make_job(f"job-{number}", model={"source": "hf://org/model"}, backoffLimit=0)

@@ -18,7 +18,7 @@ def job(version: int, uid: str = "one", **status: Any) -> dict[str, Any]:
     return job_manifest(metadata=metadata, status=status)
 
 
-def batch_job(
+def child_job(
     version: int, *, uid: str = "g", name: str = "job-a0", ready: int = 0, job_uid: str = "one"
 ) -> dict[str, Any]:
     """A batch/v1 Job of it."""
@@ -32,7 +32,7 @@ def test_newest_state_wins(order: list[int]) -> None:
     cache = ObjectCache()
     for version in order:
         cache.put_job(job(version, phase=f"p{version}"))
-        cache.put_attempt_job(batch_job(version, ready=version))
+        cache.put_attempt_job(child_job(version, ready=version))
     known = cache.job(KEY)
     assert known is not None
     assert known["status"]["phase"] == "p4"
@@ -66,9 +66,9 @@ def test_news() -> None:
     assert not cache.put_job(job(5, phase="new"))
     assert not cache.put_job(job(4, phase="old"))
     assert cache.put_job(job(5))
-    assert cache.put_attempt_job(batch_job(5))
-    assert not cache.put_attempt_job(batch_job(6))
-    assert cache.put_attempt_job(batch_job(7, ready=1))
+    assert cache.put_attempt_job(child_job(5))
+    assert not cache.put_attempt_job(child_job(6))
+    assert cache.put_attempt_job(child_job(7, ready=1))
 
 
 def test_gangs_that_start_are_counted_once() -> None:
@@ -76,12 +76,12 @@ def test_gangs_that_start_are_counted_once() -> None:
     cache = ObjectCache()
 
     def told(version: int, ready: int = 0, *, uid: str = "g") -> int:
-        raw = batch_job(version, ready=ready, uid=uid)
+        raw = child_job(version, ready=ready, uid=uid)
         cache.put_attempt_job({**raw, "spec": {"parallelism": 2}})
         return cache.starting
 
     assert [told(1), told(2, 1), told(3, 2), told(4, 1)] == [1, 1, 0, 1]
-    cache.drop_attempt_job(batch_job(5))
+    cache.drop_attempt_job(child_job(5))
     assert cache.starting == 0
     told(6)
     cache.retain_attempt_jobs([])
@@ -96,19 +96,19 @@ def test_a_gang_that_is_replaced_starts_no_more() -> None:
     """A Job of the same name with another uid takes the place of the one before."""
     cache = ObjectCache()
     for version, uid in enumerate("gh", 1):
-        cache.put_attempt_job({**batch_job(version, uid=uid), "spec": {"parallelism": 2}})
+        cache.put_attempt_job({**child_job(version, uid=uid), "spec": {"parallelism": 2}})
     assert cache.starting == 1
 
 
 def test_which_batch_jobs_are_healthy() -> None:
     """A Job that starts or runs; not one that fails, or of which nothing is known."""
     cache = ObjectCache()
-    assert not cache.is_healthy(batch_job(1))
-    cache.put_attempt_job(batch_job(1))
-    assert cache.is_healthy(batch_job(1))
+    assert not cache.is_healthy(child_job(1))
+    cache.put_attempt_job(child_job(1))
+    assert cache.is_healthy(child_job(1))
     failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
-    cache.put_attempt_job({**batch_job(2), "status": {"conditions": [failed]}})
-    assert not cache.is_healthy(batch_job(2))
+    cache.put_attempt_job({**child_job(2), "status": {"conditions": [failed]}})
+    assert not cache.is_healthy(child_job(2))
 
 
 def test_lean() -> None:
@@ -122,7 +122,7 @@ def test_a_job_takes_its_gangs_along() -> None:
     """With a job, what is known of its Jobs is forgotten."""
     cache = ObjectCache()
     cache.put_job(job(1))
-    cache.put_attempt_job(batch_job(2))
+    cache.put_attempt_job(child_job(2))
     cache.drop_job(KEY)
     assert (cache.job(KEY), cache.jobs(), cache.attempt_jobs("one")) == (None, {}, ())
 
@@ -130,26 +130,26 @@ def test_a_job_takes_its_gangs_along() -> None:
 def test_only_the_very_gang_is_dropped() -> None:
     """The end of a Job says nothing about another of its name."""
     cache = ObjectCache()
-    cache.put_attempt_job(batch_job(5, uid="new"))
-    cache.drop_attempt_job(batch_job(3, uid="old"))
+    cache.put_attempt_job(child_job(5, uid="new"))
+    cache.drop_attempt_job(child_job(3, uid="old"))
     assert [each.uid for each in cache.attempt_jobs("one")] == ["new"]
-    cache.drop_attempt_job(batch_job(6, uid="new"))
+    cache.drop_attempt_job(child_job(6, uid="new"))
     assert cache.attempt_jobs("one") == ()
 
 
 def test_gangs_that_are_no_more() -> None:
     """A look at all Jobs tells which are gone, and whose they were."""
     cache = ObjectCache()
-    cache.put_attempt_job(batch_job(1, uid="a", name="job-a0"))
-    cache.put_attempt_job(batch_job(2, uid="b", name="job-a1"))
-    cache.put_attempt_job(batch_job(3, uid="c", job_uid="two"))
+    cache.put_attempt_job(child_job(1, uid="a", name="job-a0"))
+    cache.put_attempt_job(child_job(2, uid="b", name="job-a1"))
+    cache.put_attempt_job(child_job(3, uid="c", job_uid="two"))
     assert cache.retain_attempt_jobs(["b", "c"]) == ["one"]
     assert [each.uid for each in cache.attempt_jobs("one")] == ["b"]
 
 
 def test_unlabelled_is_nobodys() -> None:
     """A Job without the label is of no job."""
-    cache, raw = ObjectCache(), batch_job(1)
+    cache, raw = ObjectCache(), child_job(1)
     del raw["metadata"]["labels"]
     cache.put_attempt_job(raw)
     cache.drop_attempt_job(raw)
@@ -167,5 +167,5 @@ def test_unlabelled_is_nobodys() -> None:
 )
 def test_owner_key(labels: Any, owners: Any, expected: Any) -> None:
     """A child belongs to the job that its label names, or else its owner reference."""
-    raw = batch_job(metadata={"labels": labels, "ownerReferences": owners})
+    raw = child_job(metadata={"labels": labels, "ownerReferences": owners})
     assert owner_key(raw) == expected

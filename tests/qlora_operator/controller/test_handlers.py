@@ -42,7 +42,7 @@ def job(version: int = 1, uid: str = "uid", **status: Any) -> dict[str, Any]:
     return job_manifest(metadata=metadata, status=status)
 
 
-def batch_job(version: int = 1, **status: Any) -> dict[str, Any]:
+def child_job(version: int = 1, **status: Any) -> dict[str, Any]:
     """Its Job."""
     return batch_job(job_uid="uid", metadata={"uid": "g", "resourceVersion": str(version)}, status=status)
 
@@ -99,10 +99,10 @@ def test_only_facts_of_a_batch_job_wake_its_qlorajob(
 ) -> None:
     """A Job's change matters when it changes what decisions need: not each of its pods' comings and goings."""
     monkeypatch.setattr(handlers, "COALESCE_SECONDS", 0.0)
-    assert happens(operator, "ADDED", batch_job(1, active=1)) == [KEY]
-    assert happens(operator, "MODIFIED", batch_job(2, active=2)) == []
-    assert happens(operator, "MODIFIED", batch_job(3, active=2, ready=2)) == [KEY]
-    assert happens(operator, "DELETED", batch_job(4)) == [KEY]
+    assert happens(operator, "ADDED", child_job(1, active=1)) == [KEY]
+    assert happens(operator, "MODIFIED", child_job(2, active=2)) == []
+    assert happens(operator, "MODIFIED", child_job(3, active=2, ready=2)) == [KEY]
+    assert happens(operator, "DELETED", child_job(4)) == [KEY]
     assert operator.cache.attempt_jobs("uid") == ()
 
 
@@ -110,9 +110,9 @@ def test_a_healthy_batch_job_yields_to_jobs_without_pods(operator: Operator) -> 
     """That pods are up is told a moment later, so that jobs that have none yet go first; a failure at once."""
     failed = {"type": "FailureTarget", "status": "True", "lastTransitionTime": "2026-01-31T12:00:00Z"}
 
-    assert happens(operator, "MODIFIED", batch_job(1, ready=2)) == []
+    assert happens(operator, "MODIFIED", child_job(1, ready=2)) == []
     assert KEY in operator.queue._delayed
-    assert happens(operator, "MODIFIED", batch_job(2, conditions=[failed])) == [KEY]
+    assert happens(operator, "MODIFIED", child_job(2, conditions=[failed])) == [KEY]
 
 
 # --- the settings
