@@ -167,5 +167,5 @@ def test_unlabelled_is_nobodys() -> None:
 )
 def test_owner_key(labels: Any, owners: Any, expected: Any) -> None:
     """A child belongs to the job that its label names, or else its owner reference."""
-    raw = child_job(metadata={"labels": labels, "ownerReferences": owners})
+    raw = batch_job(metadata={"labels": labels, "ownerReferences": owners})
     assert owner_key(raw) == expected
