@@ -28,7 +28,7 @@ def _load() -> ModuleType:
 
 measure = _load()
 
-HOLD = "import time; time.sleep(0.5)"
+HOLD = "import time; time.sleep(1.5)"
 """Long enough to be seen on a busy machine."""
 PROGRAMS = {
     "anonymous": ("held = bytearray(b'x') * (100 << 20)", "anon", 100),
@@ -76,7 +76,7 @@ def test_a_process_whose_parent_died_stays_in_the_tree(tmp_path: Path) -> None:
         "while os.getppid() == parent: time.sleep(0.01)\n"
         f"held = bytearray(b'x') * (80 << 20); {HOLD}; open({str(note)!r}, 'w')"
     )
-    middle = start.format("Popen", orphan) + "; time.sleep(0.5)"
+    middle = start.format("Popen", orphan) + "; time.sleep(1.5)"
     program = start.format("run", middle) + f"\nwhile not os.path.exists({str(note)!r}): time.sleep(0.01)"
 
     result = measure.measure([sys.executable, "-c", program], interval=0.02)
@@ -90,7 +90,7 @@ def test_what_outlives_the_command_is_killed(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))\ntime.sleep(0.5)"
+        f"open({str(note)!r}, 'w').write(str(child.pid))\ntime.sleep(1.5)"
     )
 
     measure.measure([sys.executable, "-c", program], interval=0.02)
