@@ -53,8 +53,8 @@ def hosts(family: str) -> Iterator[list[list[str]]]:
 
 SCRIPT = """
 import json, os, sys, torch, torch.distributed as dist
-from qlora_trainer.distributed import backends
-dist.init_process_group(backends.prepare(sys.argv[1]))
+from qlora_trainer.distributed.backends.registry import prepare
+dist.init_process_group(prepare(sys.argv[1]))
 sums = torch.full((300_000,), float(dist.get_rank() + 1))
 dist.all_reduce(sums)
 names = [None] * dist.get_world_size()
