@@ -34,7 +34,7 @@ WAITING := -n 6 --dist worksteal
 .PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
 
 help:  ## Show the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # --- the environment
 

@@ -224,7 +224,10 @@ def exit_codes() -> str:
 def _exit_code(code: int, reasons: dict[str, str]) -> Sequence[str]:
     name = f"`{ExitCode(code).name}`" if code in set(ExitCode) else "SIGTERM"
     reason, budget = EXIT_REASONS[code]
+    # SIGTERM's number is not one of ours: a pod ends with it before its launcher listens.
     meaning = re.sub(r" \(exit code [^)]*\)", "", reasons[reason].partition(": ")[2])
+    if code in set(ExitCode):
+        meaning = ExitCode(code).meaning
     return str(int(code)), name, f"`{reason}`", COSTS[budget], _sentence(meaning)
 
 

@@ -92,7 +92,9 @@ def test_the_folder_of_another_spec_is_refused_with_what_differs(tmp_path: Path)
         job_folder.has_identity(tmp_path, a_run(training={"epochs": 1, "seed": 1}))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"hash": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "{}", '{"hash": "x"}', '{"hash": "x", "fields": null}']
+)
 def test_a_damaged_mark_is_told_apart(tmp_path: Path, text: str) -> None:
     """It may be this spec's or another's: only the user can say."""
     (tmp_path / "identity.json").write_text(text)

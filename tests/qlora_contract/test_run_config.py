@@ -17,6 +17,7 @@ from qlora_contract.run_config import (
     RunConfig,
     Training,
     newer_than,
+    oldest_version,
 )
 
 MINIMAL = run_fields(
@@ -231,6 +232,7 @@ def test_what_a_version_lacks_is_named(
 
     assert newer_than(run, 1) == newer
     assert newer_than(run, 2) == []
+    assert oldest_version(run) == (2 if newer else 1)
 
 
 def shape(schema: Any, classes: dict[str, Any]) -> Any:

@@ -20,6 +20,7 @@ from qlora_trainer.run_file import RunFileError
         pytest.param('{"job": 1}', "not a JSON object with a version", id="no version"),
         pytest.param("[1]", "not a JSON object with a version", id="list"),
         pytest.param("{", "not a JSON object with a version", id="no JSON"),
+        pytest.param("[" * 100_000, "not a JSON object with a version", id="nested too deeply"),
         pytest.param('{"version": 1}', "is malformed at job: Field required", id="fields missing"),
         pytest.param(None, "malformed at training.maxSteps", id="type"),
     ],

@@ -74,7 +74,7 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
     path, mine = folder / IDENTITY, identity(run)
     try:
         theirs = json.loads(path.read_text())
-        same, fields = same_identity(theirs, mine), theirs["fields"]
+        same, fields = same_identity(theirs, mine), dict(theirs["fields"])
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError) as error:

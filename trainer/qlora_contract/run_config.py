@@ -36,11 +36,13 @@ RUN_CONFIG_VERSIONS: tuple[RunConfigVersion, ...] = (1, 2)
 2: the trainer passes over unknown fields that say nothing (null, false, 0, "", [], {}).
 """
 RUN_CONFIG_VERSION: RunConfigVersion = 2
-"""What new jobs get."""
+"""The newest."""
 
 SINCE: Mapping[str, int] = {}
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
+
+MAX_EVAL_FRACTION = 0.5
 
 MAX_RANKS = 1024
 """Ranks of a job. Every rank holds a connection to every other."""
@@ -86,7 +88,7 @@ class Dataset(ContractModel):
     format: Literal["auto", "chat", "prompt-completion"] = "auto"
     train_split: Split = "train"
     eval_split: Split | None = None
-    eval_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
+    eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
 
 
 class Adapter(ContractModel):
@@ -302,6 +304,11 @@ def newer_than(run: RunConfig, version: int) -> list[str]:
         for what in (path, f"{path}={value}")
         if SINCE.get(what, version) > version
     ]
+
+
+def oldest_version(run: RunConfig) -> RunConfigVersion:
+    """The oldest version that knows all that a run uses: what most trainer images can read."""
+    return next(version for version in RUN_CONFIG_VERSIONS if not newer_than(run, version))
 
 
 def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:

@@ -40,7 +40,7 @@ def load_run(path: Path) -> RunConfig:
         version = document["version"]
     except OSError as error:
         raise RunFileError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFileError(f"{path} is not a JSON object with a version: {error!r}") from error
     reads = " and ".join(map(str, RUN_CONFIG_VERSIONS))
     if version not in RUN_CONFIG_VERSIONS:

@@ -142,7 +142,7 @@ class ConditionType(StrEnum):
     """The conditions of a job, each with status True, False or Unknown."""
 
     SUSPENDED = "Suspended"
-    """spec.suspend is true and all pods are gone."""
+    """spec.suspend is true: pods that still run are stopped, and no others start."""
     INITIALIZED = "Initialized"
     """Everything that the ranks need in order to start exists."""
     QUOTA_RESERVED = "QuotaReserved"

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from qlora_contract import run_config as wire
 from qlora_contract.identity import identity_fields, identity_hash
-from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than
+from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than, oldest_version
 from qlora_operator.api.quantity import parse_memory
 from qlora_operator.api.v1alpha1 import QLoRAJob, Topology
 
@@ -25,7 +25,9 @@ def to_run_config(
     stage: wire.RunStage = "train",
     fetched: wire.ResolvedRevisions = NOTHING_FETCHED,
 ) -> wire.RunConfig:
-    """What every rank of an attempt gets, in the version that the image of the job's first attempt reads.
+    """What every rank of an attempt gets, in the version of the job's first attempt.
+
+    The first gets the oldest version that can say it, so that an image of the release before reads it, too.
 
     A job that `cannot_write` has a reason against must not be started with the result.
 
@@ -38,8 +40,8 @@ def to_run_config(
         fetched: what the remote sources stand for, as far as that is known.
     """
     spec, fixed = job.spec, _fixed_version(job)
-    return wire.RunConfig(
-        version=next((version for version in RUN_CONFIG_VERSIONS if version == fixed), RUN_CONFIG_VERSION),
+    run = wire.RunConfig(
+        version=RUN_CONFIG_VERSION,
         stage=stage,
         fetched=fetched,
         job=wire.JobRef(
@@ -62,6 +64,7 @@ def to_run_config(
         isa=isa,
         termination_grace_period_seconds=spec.termination_grace_period_seconds,
     )
+    return run.model_copy(update={"version": fixed if fixed in RUN_CONFIG_VERSIONS else oldest_version(run)})
 
 
 def layout(topology: Topology) -> wire.Layout:
@@ -86,6 +89,11 @@ def carry_over(form: type[Wire], written: BaseModel, **others: Any) -> Wire:
 def config_hash(job: QLoRAJob) -> str:
     """The hash of the job's identity, which its folder in the workspace is marked with. The same in every release."""
     return identity_hash(identity_fields(_any_attempt(job)))
+
+
+def initial_version(job: QLoRAJob) -> int:
+    """The version of the RunConfig that a job's first attempt gets."""
+    return _any_attempt(job).version
 
 
 def cannot_write(job: QLoRAJob) -> str | None:

@@ -25,7 +25,7 @@ from qlora_contract.remote import (
     SECRET_PATTERN,
     is_remote,
 )
-from qlora_contract.run_config import ISA_TIERS, MAX_RANKS, IsaTier
+from qlora_contract.run_config import ISA_TIERS, MAX_EVAL_FRACTION, MAX_RANKS, IsaTier
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
 from qlora_operator.api.status import QLoRAJobStatus, StatusModel
@@ -118,7 +118,7 @@ class Dataset(ApiModel):
         default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
     )
     """Split to evaluate on when the source is a folder; without it, evalFraction of the training split is held out."""
-    eval_fraction: float = Field(default=0.05, ge=0.0, le=0.5)
+    eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
     """Share of the records held out for evaluation, chosen by each record's hash, so that it does not
     change with the order of the file. 0: no evaluation. Not used with evalSplit."""
 

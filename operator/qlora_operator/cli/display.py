@@ -121,8 +121,16 @@ def facts(report: ProgressReport) -> list[str]:
 
 
 def result_lines(report: dict[str, Any], adapter: Path) -> list[str]:
-    """What a job has achieved, from training_report.json."""
+    """What a job has achieved, from training_report.json; the adapter alone where that is damaged."""
     lines = [f"adapter    {adapter}"]
+    try:
+        return lines + _training_lines(report)
+    except (KeyError, TypeError, ValueError):
+        return [*lines, "trained    (training_report.json is damaged)"]
+
+
+def _training_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
     if report.get("eval_loss") is not None:
         lines.append(f"eval loss  {report['eval_loss']:.4f}{_improvement(report)}")
     lines += [

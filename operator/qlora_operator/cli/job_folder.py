@@ -25,7 +25,7 @@ from qlora_contract.job_folder import (
     has_identity,
 )
 from qlora_contract.progress import TerminationReport
-from qlora_contract.run_config import RunConfig
+from qlora_contract.run_config import JobRef, RunConfig
 from qlora_operator.errors import CommandError
 
 
@@ -70,10 +70,10 @@ def next_attempt(folder: Path) -> tuple[str, int]:
     Without a readable run.json the job gets a new uid and begins with attempt 0.
     """
     try:
-        job = json.loads((folder / RUN_CONFIG).read_text())["job"]
-        return str(job["uid"]), int(job["attempt"]) + 1
-    except (OSError, ValueError, KeyError, TypeError):
+        job = JobRef.model_validate(json.loads((folder / RUN_CONFIG).read_text())["job"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return str(uuid.uuid4()), 0
+    return job.uid, job.attempt + 1
 
 
 def belongs_to(folder: Path, run: RunConfig) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from qlora_operator.errors import CommandError, InvalidFileError
 
 USAGE = 2
 """Exit code for wrong arguments and invalid files."""
+INTERRUPTED = 128 + signal.SIGINT
+"""As shells have it for a command that Ctrl-C ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), USAGE)
     except CommandError as error:
         return _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # `qlora plan ... | head`: the reader is gone, and the flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

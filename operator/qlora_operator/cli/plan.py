@@ -209,7 +209,7 @@ def _print(console: Console, text: str, style: str | None = None) -> None:
 def ranks_table(ranks: list[RankPlace]) -> Table:
     """Where the first ranks run."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("rank", "pod", "CPUs", "threads", "helper CPUs", "NUMA nodes", "memory node"):
+    for name in ("rank", "pod", "CPUs", "threads", "service CPUs", "NUMA nodes", "memory node"):
         table.add_column(name)
     for rank in ranks[:RANKS_SHOWN]:
         memory = rank.nodes if rank.memory_node is None else str(rank.memory_node)

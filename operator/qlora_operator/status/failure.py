@@ -23,7 +23,7 @@ SETTLE_SECONDS = 10.0
 reported after those that it took along."""
 
 _TRANSFER_MEMORY = (
-    "the administrator sets how much a transfer has, as transfer.memory; then create another job"
+    "the administrator sets how much a transfer has, as jobs.transfer.memory; then create another job"
 )
 MORE_MEMORY: dict[RunStage, str] = {
     "train": "raise topology.memoryPerRank, or lower training.microBatchTokens or training.maxSequenceLength, "

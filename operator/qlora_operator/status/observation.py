@@ -232,7 +232,7 @@ def _controller_uid(metadata: Mapping[str, Any]) -> str | None:
 
 def _number(text: str | None) -> int:
     """-1 for what carries no number: it is not the operator's."""
-    return int(text) if text and text.isdigit() else -1
+    return int(text) if text and text.isascii() and text.isdigit() else -1
 
 
 def _reason_message(raw: Mapping[str, Any] | None) -> ReasonMessage | None:

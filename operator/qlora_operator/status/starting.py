@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 
-from qlora_contract.run_config import RUN_CONFIG_VERSION, IsaTier
+from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import Reason
-from qlora_operator.api.run_config import cannot_write, config_hash
+from qlora_operator.api.run_config import cannot_write, config_hash, initial_version
 from qlora_operator.api.status import Attempt, Provenance
 from qlora_operator.status import policies, stages
 from qlora_operator.status.actions import StartAttempt
@@ -111,7 +111,7 @@ def fixed_provenance(view: JobView) -> Provenance:
         return view.provenance
     return Provenance(
         image=view.image,
-        run_config_version=RUN_CONFIG_VERSION,
+        run_config_version=initial_version(view.job),
         seed=view.spec.training.seed,
         config_hash=config_hash(view.job),
     )

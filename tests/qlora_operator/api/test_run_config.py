@@ -12,7 +12,13 @@ from qlora_contract.identity import identity
 from qlora_contract.run_config import Output, ResolvedRevisions, RunConfig
 from qlora_operator.api import v1alpha1
 from qlora_operator.api.rules import ApiModel
-from qlora_operator.api.run_config import cannot_write, carry_over, config_hash, to_run_config
+from qlora_operator.api.run_config import (
+    cannot_write,
+    carry_over,
+    config_hash,
+    initial_version,
+    to_run_config,
+)
 from qlora_operator.api.v1alpha1 import OPERATOR_ONLY, QLoRAJob
 
 FORMS: dict[str, tuple[type[ApiModel], type[BaseModel]]] = {
@@ -157,7 +163,7 @@ def test_what_a_job_does_not_set_is_not_in_its_run_json(a_job: Callable[..., QLo
     text = to_run_config(a_job(), uid="u", attempt=0, isa="avx2").to_json()
 
     assert json.loads(text) == {
-        "version": 2,
+        "version": 1,
         "job": {"name": "small", "uid": "u", "attempt": 0},
         "workspace": "pvc://team/work",
         "model": {"source": "pvc://team/model"},
@@ -198,11 +204,11 @@ def begun(job: QLoRAJob, version: int | None) -> QLoRAJob:
     return QLoRAJob.model_validate(document)
 
 
-@pytest.mark.parametrize(("fixed", "written"), [(None, 2), (1, 1), (2, 2)])
+@pytest.mark.parametrize(("fixed", "written"), [(None, 1), (1, 1), (2, 2)])
 def test_a_job_gets_the_version_that_its_image_reads(
     fixed: int | None, written: int, a_job: Callable[..., QLoRAJob]
 ) -> None:
-    """A job that has begun keeps its version; a new one gets the current one."""
+    """A job that has begun keeps its version; a new one gets the oldest that can say it."""
     job = begun(a_job(), fixed)
 
     assert cannot_write(job) is None
@@ -230,3 +236,4 @@ def test_a_field_that_the_image_does_not_know_keeps_the_job_waiting(
     assert cannot_write(begun(job, 2)) is None
     assert cannot_write(begun(a_job(), 1)) is None
     assert cannot_write(job) is None
+    assert (initial_version(job), initial_version(a_job())) == (2, 1)

@@ -171,3 +171,11 @@ def test_a_stage_does_not_show_the_one_before() -> None:
         display.show(None)
 
     assert text.getvalue().splitlines()[-1] == "job: Starting"
+
+
+@pytest.mark.parametrize(
+    "report", [{}, {"eval_loss": "x"}, RESULT | {"seconds": None}], ids=["empty", "text", "null"]
+)
+def test_a_damaged_report_leaves_the_adapter(report: dict[str, Any]) -> None:
+    """The adapter has a manifest of its own, and is as good as before."""
+    assert result_lines(report, Path("a")) == ["adapter    a", "trained    (training_report.json is damaged)"]

@@ -82,7 +82,21 @@ def test_attempts_are_counted(tmp_path: Path, a_run: Callable[..., RunConfig]) -
     assert job_folder.next_attempt(tmp_path) == (first[0], 1)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"job": 1}', '{"job": {"uid": "u"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"job": 1}',
+        '{"job": {"uid": "u"}}',
+        '{"job": {"name": "n", "uid": "u", "attempt": -5}}',
+        '{"job": {"name": "n", "uid": "u", "attempt": Infinity}}',
+        '{"job": {"name": "n", "uid": "", "attempt": 1}}',
+        f'{{"job": {{"name": "n", "uid": "{"u" * 100}", "attempt": 1}}}}',
+    ],
+    ids=lambda text: text[:60],
+)
 def test_a_damaged_run_config_gives_a_new_job(tmp_path: Path, text: str) -> None:
     """Without a readable run.json the job gets another uid, so that nobody of before may publish."""
     (tmp_path / "run.json").write_text(text)

@@ -187,3 +187,17 @@ def test_the_models_and_datas_faults_are_told_as_in_training(
     """`qlora plan` ends with the code and the sentence that a rank would end with."""
     assert main(["plan", job_file(), "--volume", f"team={tmp_path}"]) == 12
     assert capsys.readouterr().err.startswith(f"error: model unusable: {tmp_path}/model has no config.json: ")
+
+
+def test_ctrl_c_ends_with_one_line(
+    job_file: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a run listens for it, as well as in a plan: no traceback, and the exit code of shells."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_operator.cli.plan.job_plan", interrupted)
+
+    assert main(["plan", job_file()]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -360,7 +360,7 @@ def test_the_operators_own_labels_and_annotations_win(template: Make) -> None:
 
     assert (metadata["labels"]["team"], metadata["labels"][names.JOB_UID_LABEL]) == ("a", "u")
     assert metadata["annotations"]["note"] == "b"
-    assert json.loads(metadata["annotations"][names.RUN_CONFIG_ANNOTATION])["version"] == 2
+    assert json.loads(metadata["annotations"][names.RUN_CONFIG_ANNOTATION])["version"] == 1
 
 
 # --- the container

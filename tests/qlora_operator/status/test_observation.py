@@ -78,6 +78,11 @@ def container(**fields: Any) -> dict[str, Any]:
         pytest.param({}, {}, id="just created"),
         pytest.param({"metadata": {"ownerReferences": []}}, {"owner_uid": None}, id="an orphan"),
         pytest.param({"metadata": {"annotations": None}}, {"index": -1}, id="no index"),
+        pytest.param(
+            {"metadata": {"annotations": {observation.INDEX_ANNOTATION: "²"}}},
+            {"index": -1},
+            id="a digit that is no number",
+        ),
         pytest.param({"spec": {"nodeName": "n"}}, {"node": "n"}, id="placed"),
         pytest.param(
             {"status": {"phase": "Running", "podIP": "i"}}, {"phase": "Running", "address": "i"}, id="runs"

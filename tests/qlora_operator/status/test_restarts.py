@@ -97,7 +97,7 @@ def rule(code: int) -> ReasonMessage:
             "Failed",
             "OutOfMemory",
             (0, 0),
-            "the administrator sets how much a transfer has, as transfer.memory",
+            "the administrator sets how much a transfer has, as jobs.transfer.memory",
             id="out of memory",
         ),
         pytest.param(

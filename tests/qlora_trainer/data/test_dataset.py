@@ -120,7 +120,7 @@ def test_a_split_of_a_folder_is_named(tmp_path: Path, tokenizer: Any) -> None:
         (
             {},
             DataError,
-            r"evalFraction 0\.05 holds out none of the 1 records: give more, set it above 0\.\d+",
+            r"evalFraction 0\.05 holds out none of the 1 records: give more, name an evalSplit",
         ),
     ],
     ids=["train", "eval", "same", "none-held-out"],
@@ -162,6 +162,15 @@ def test_the_fraction_that_an_error_names_is_enough(tmp_path: Path, tokenizer: A
     with pytest.raises(DataError, match=f"set it above {least:.4f}"):
         load(_dataset(eval_fraction=least), path, tokenizer, 100)
     assert len(load(_dataset(eval_fraction=least + 1e-4), path, tokenizer, 100).evaluation or ()) == 1
+
+
+def test_a_fraction_that_a_job_cannot_have_is_not_advised(tmp_path: Path, tokenizer: Any) -> None:
+    """Where only more than half of the records would do, the advice is another."""
+    far = [record for record in _numbered(50) if _split_key(tmp_path, record) > 0.5][:3]
+    path = _write(tmp_path / "d.jsonl", *far)
+
+    with pytest.raises(DataError, match="3 records: give more, name an evalSplit"):
+        load(_dataset(), path, tokenizer, 100)
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import TransferRefused
+from qlora_trainer.transfer import remote_files
 from qlora_trainer.transfer.credentials import Role
 from qlora_trainer.transfer.remote_files import Digest, RemoteFile, hash_file, select_files
 
@@ -126,3 +127,12 @@ def test_digests_are_those_of_git_and_s3(tmp_path: Path) -> None:
     assert hash_file(path, Digest("sha256", "")) == (sha256, sha256)
     assert hash_file(path, Digest("git-sha1", "")) == (sha256, git)
     assert hash_file(path, Digest("md5", "")) == (sha256, hashlib.md5(data).hexdigest())
+
+
+def test_data_in_any_format_that_is_read_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset may be of a single format, whichever it is; without any, all of them are named."""
+    monkeypatch.setattr(remote_files, "DATASET_FILES", ("*.jsonl", "*.csv"))
+
+    assert chosen("dataset", "s3://team/d", "d/a.csv", "d/a.txt") == ["d/a.csv"]
+    with pytest.raises(TransferRefused, match=r"has no \*\.jsonl or \*\.csv: it has a\.txt"):
+        chosen("dataset", "s3://team/d", "d/a.txt")

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_contract.files import sha256
-from qlora_contract.run_config import Dataset
+from qlora_contract.run_config import MAX_EVAL_FRACTION, Dataset
 from qlora_trainer.data.readers import READERS, reader_for
 from qlora_trainer.data.records import Format, Record, interpret
 from qlora_trainer.data.tokenization import Sample, tokenize
@@ -155,9 +155,10 @@ def split_records(dataset: Dataset, files: list[Path]) -> tuple[list[Record], li
         )
     if not held_out and dataset.eval_fraction:
         least = min(record.split_key for record in records)
+        higher = f"set it above {least:.4f}, " if least < MAX_EVAL_FRACTION and len(records) > 1 else ""
         raise DataError(
             f"{files[0]}: evalFraction {dataset.eval_fraction} holds out none of the {len(records)} records: "
-            f"give more, set it above {least:.4f}, name an evalSplit, or set 0 for no evaluation"
+            f"give more, {higher}name an evalSplit, or set 0 for no evaluation"
         )
     return train, held_out
 

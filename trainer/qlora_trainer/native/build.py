@@ -70,7 +70,9 @@ def build(extension: Extension, folder: Path = COMPILED) -> Path:
 def main(arguments: Sequence[str] | None = None, extensions: Mapping[str, Extension] | None = None) -> int:
     """Compile the extensions that the command line names, or all. Returns the exit code."""
     known = all_extensions() if extensions is None else extensions
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_trainer.native.build", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument(
         "name", nargs="*", help=f"any of {', '.join(known)}; without a name, all are compiled"
     )

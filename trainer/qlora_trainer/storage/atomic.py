@@ -45,7 +45,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file durably (contract.files). Raises as translate_os_errors does."""
+    """Replace a file durably (qlora_contract.files). Raises as translate_os_errors does."""
     with translate_os_errors(f"writing {path}"):
         files.write_atomically(path, text)
 

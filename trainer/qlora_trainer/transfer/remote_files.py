@@ -67,16 +67,17 @@ def select_files(role: Role, remote: Remote, files: Sequence[RemoteFile]) -> lis
         check_name(remote, file.name)
     near = [f for f in files if remote.path in (PurePosixPath(f.name), PurePosixPath(f.name).parent)]
     patterns = MODEL_FILES if role == "model" else DATASET_FILES
+    needed = patterns[:1] if role == "model" else patterns
     selected = [file for file in near if _matches(file, *patterns)]
     if any(_matches(file, MODEL_WEIGHTS) for file in selected):
         selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
-    if not any(_matches(file, patterns[0]) for file in selected):
+    if not any(_matches(file, *needed) for file in selected):
         names = sorted(PurePosixPath(file.name).name for file in near)
         more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
         found = f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
         if not names:
             found = "no file has that name, and there are no files directly in a folder of that name"
-        raise TransferRefused(f"{remote.uri} has no {patterns[0]}: {found}")
+        raise TransferRefused(f"{remote.uri} has no {' or '.join(needed)}: {found}")
     return sorted(selected, key=lambda file: file.name)
 
 
