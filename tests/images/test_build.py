@@ -65,6 +65,7 @@ def test_a_docker_without_its_daemon_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.nodes
+@pytest.mark.timeout(900)  # the first compiles syft
 @pytest.mark.parametrize("name", ["operator", "trainer"])
 def test_the_sbom_lists_what_is_in_the_image(name: str, built) -> None:
     """The SPDX document lists every Python and Debian package of the image with its version, and those locked."""
