@@ -338,7 +338,7 @@ def test_the_status_names_image_digest_seed_and_settings(make_job: MakeJob) -> N
     assert job.status["provenance"] == {
         "image": "registry.example/qlora-trainer:1",
         "imageDigest": DIGEST,
-        "runConfigVersion": 2,
+        "runConfigVersion": 1,
         "seed": 7,
         "configHash": config_hash(QLoRAJob.model_validate(job.get())),
     }
