@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib.util
+import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,30 @@ def a_run() -> Callable[..., RunConfig]:
         return RunConfig.model_validate(known | more | {"layout": layout})
 
     return make
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """make_disk(size) -> an empty file system of that size, such as 64k."""
+    mounted: list[Path] = []
+
+    def make(size: str) -> Path:
+        program = shutil.which("mount")
+        if program is None:
+            pytest.skip("cannot mount a small file system: no mount")
+        words = [program, "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+        mounted.append(tmp_path)
+        return tmp_path
+
+    yield make
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.fixture
+def tiny_disk(make_disk: Callable[[str], Path]) -> Path:
+    """A file system of 64 KiB."""
+    return make_disk("64k")

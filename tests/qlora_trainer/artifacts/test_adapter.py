@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,18 +306,6 @@ def test_a_discarded_adapter_leaves_nothing(tmp_path: Path) -> None:
     assert not folder.adapter.exists()
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Any:
-    """A file system of 40 KiB: an adapter fits, its loss curve does not."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", tmp_path], capture_output=True, text=True, check=False
-    ) if shutil.which("mount") else None  # fmt: skip
-    if mounted is None or mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip() if mounted else 'no mount'}")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
-
-
 def test_a_full_disk_publishes_nothing(tiny_disk: Path) -> None:
     """The job is not finished, and the error says what was being done."""
     folder = acquired(tiny_disk / "job")
@@ -326,6 +315,12 @@ def test_a_full_disk_publishes_nothing(tiny_disk: Path) -> None:
         adapter.publish(folder, staged, REPORT, STEPS)
     assert not folder.adapter.exists()
     assert not folder.finished()
+
+
+@pytest.fixture
+def tiny_disk(make_disk: Callable[[str], Path]) -> Path:
+    """A file system of 40 KiB: an adapter fits, its loss curve does not."""
+    return make_disk("40k")
 
 
 CRASHES = """

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -305,15 +306,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tiny_disk: Path) -> None:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Any:
+def tiny_disk(make_disk: Callable[[str], Path]) -> Path:
     """A file system of 256 KiB."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], capture_output=True, text=True, check=False
-    ) if shutil.which("mount") else None  # fmt: skip
-    if mounted is None or mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip() if mounted else 'no mount'}")
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
+    return make_disk("256k")
 
 
 CRASHES = """

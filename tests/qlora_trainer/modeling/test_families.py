@@ -1,6 +1,5 @@
 """Which models are refused by their config.json, and what a family says of its graph."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from qlora_trainer.data.collate import collate
+from model_folders import by_transformers, configure
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import families
@@ -28,13 +26,6 @@ Make = Callable[..., Path]
 Loss = Callable[..., Tensor]
 LIVELY = {"vocab_size": 300, "initializer_range": 0.12}
 """Few words; weights large enough for lively attention."""
-
-
-def configure(folder: Path, **values: Any) -> Path:
-    """Change config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    return folder
 
 
 CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -104,18 +95,6 @@ def test_another_activation_keeps_transformers_mlp(
 
     assert not any(isinstance(module, GatedMlp) for module in model.graph.modules())
     assert float(loss_of(model)) == pytest.approx(by_transformers(folder, samples), rel=1e-6)
-
-
-def by_transformers(folder: Path, samples: Samples) -> float:
-    """Summed loss of the samples by the stock model in fp32, each alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    total = 0.0
-    for number in range(len(samples)):
-        batch = collate(samples, [number])
-        with torch.no_grad():
-            logits = model(input_ids=batch.ids[None]).logits[0].double()
-        total -= float(logits.log_softmax(-1)[batch.logit_positions, batch.targets].sum())
-    return total
 
 
 def test_a_new_family_is_one_entry(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_trainer.data.collate import collate
+from model_folders import by_transformers, configure, shard
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.loading import load_model
@@ -44,25 +44,6 @@ def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> Path:
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
     return folder
-
-
-def configure(folder: Path, **values: Any) -> Path:
-    """Change config.json."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    return folder
-
-
-def by_transformers(folder: Path, samples: Samples) -> float:
-    """Summed loss of the samples by the stock model in fp32, each alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    total = 0.0
-    for number in range(len(samples)):
-        batch = collate(samples, [number])
-        with torch.no_grad():
-            logits = model(input_ids=batch.ids[None]).logits[0].double()
-        total -= float(logits.log_softmax(-1)[batch.logit_positions, batch.targets].sum())
-    return total
 
 
 # --- loading
@@ -142,21 +123,6 @@ def test_bf16_is_near_fp32(small_model: Make, loss_of: Loss) -> None:
 
     found = float(loss_of(load_model(folder, DOUBLE, torch.bfloat16)))
     assert found == pytest.approx(float(loss_of(load_model(folder, DOUBLE, torch.float32))), rel=5e-3)
-
-
-def shard(folder: Path) -> Path:
-    """Split model.safetensors into three files and an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    places: dict[str, str] = {}
-    for number in range(3):
-        file = f"model-0000{number + 1}-of-00003.safetensors"
-        mine = names[number::3]
-        save_file({n: tensors[n] for n in mine}, folder / file, {"format": "pt"})
-        places |= dict.fromkeys(mine, file)
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder
 
 
 def without_prefix(tensors: Tensors) -> None:
