@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from builders import a_run
+from crashes import CRASH_AT
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
     ADAPTER_CONFIG,
@@ -323,29 +324,15 @@ def tiny_disk(make_disk: Callable[[str], Path]) -> Path:
     return make_disk("40k")
 
 
-CRASHES = """
+CRASHES = (
+    CRASH_AT
+    + """
 import itertools, json, os, pathlib, runpy, shutil, sys
 
 from safetensors.torch import load_file
 
 test = runpy.run_path(sys.argv[1])
 place = pathlib.Path(sys.argv[2])
-
-def crash_at(n):
-    "End this process before its n-th change of the file system."
-    left = n
-    def change():
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os._exit(9)
-    def audit(event, args):
-        opened = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
-        if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            change()
-    fsync = os.fsync
-    os.fsync = lambda handle: (change(), fsync(handle))
-    sys.addaudithook(audit)
 
 def found(folder):
     "What a reader and the next attempt find: the weights of the adapter, and whether the job counts as done."
@@ -379,6 +366,7 @@ test["publish"](old, test["small_adapter"](1.0))
 test["acquired"](place / "fresh")
 print(json.dumps([list(outcomes(place / name)) for name in ("fresh", "old")]))
 """
+)
 
 
 @pytest.mark.slow

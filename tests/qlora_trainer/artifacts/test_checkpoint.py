@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from builders import a_run
+from crashes import CRASH_AT
 from qlora_contract.job_folder import FENCE, MANIFEST
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
@@ -311,26 +312,12 @@ def tiny_disk(make_disk: Callable[[str], Path]) -> Path:
     return make_disk("256k")
 
 
-CRASHES = """
+CRASHES = (
+    CRASH_AT
+    + """
 import itertools, json, os, pathlib, runpy, shutil, sys
 
 test = runpy.run_path(sys.argv[1])
-
-def crash_at(n):
-    "End this process before its n-th change of the file system."
-    left = n
-    def change():
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os._exit(9)
-    def audit(event, args):
-        opened = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
-        if opened or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-            change()
-    fsync = os.fsync
-    os.fsync = lambda handle: (change(), fsync(handle))
-    sys.addaudithook(audit)
 
 def save(folder, content):
     parameters, optimizer = test["small_adapter"]()
@@ -365,6 +352,7 @@ def outcomes(place, first, second):
 cases = json.loads(sys.argv[3])
 print(json.dumps([list(outcomes(pathlib.Path(sys.argv[2], str(i)), *case)) for i, case in enumerate(cases)]))
 """
+)
 
 
 def test_no_crash_loses_a_checkpoint(tmp_path: Path) -> None:
