@@ -22,16 +22,22 @@ SUMS, CLASSES = (
     yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
 )
 AVX512 = {f"feature.node.kubernetes.io/cpu-cpuid.{flag}": "true" for flag in ("AVX512F", "AVX2")}
+JOBS_COUNTED = "count/qlorajobs.qlora.dev"
 KNOWN_SECONDS = 60.0
 """The controller manager looks every 30 s which kinds there are to be counted; a quota that was made before that does
 not count a new one for minutes."""
 
 
 @pytest.fixture
-def enforce(api_cluster: Cluster, namespace: str) -> Callable[[dict[str, Any]], None]:
+def enforce(
+    api_cluster: Cluster, namespace: str, make_job: Callable[..., Any]
+) -> Callable[[dict[str, Any]], None]:
     """enforce(quota) -> it holds in the namespace."""
 
     path = f"/api/v1/namespaces/{namespace}/resourcequotas"
+
+    def used(quota: dict[str, Any]) -> dict[str, str]:
+        return api_cluster.client.get(f"{path}/{quota['metadata']['name']}").get("status", {}).get("used", {})
 
     def counts(quota: dict[str, Any]) -> bool:
         """Whether the quota, made anew, counts all that it should."""
@@ -41,13 +47,24 @@ def enforce(api_cluster: Cluster, namespace: str) -> Callable[[dict[str, Any]], 
         api_cluster.client.post(path, quota)
         try:
             hard = set(quota["spec"]["hard"])
-            wait_for(lambda: set(api_cluster.client.get(one).get("status", {}).get("used", {})) == hard, 5)
+            wait_for(lambda: set(used(quota)) == hard, 5)
         except ClusterError:
             return False
         return True
 
+    def counts_a_job(quota: dict[str, Any]) -> bool:
+        """Whether a job is counted as it is created, and not any more when it is gone. Admission learns of a quota a
+        little later than who asks for it, and the controller may be about to calculate it once more."""
+        probe = make_job("probe", suspend=True)
+        counted = used(quota)[JOBS_COUNTED] == "1"
+        probe.delete()
+        wait_for(lambda: used(quota)[JOBS_COUNTED] == "0", or_else="the end of the job that was counted")
+        return counted
+
     def make(quota: dict[str, Any]) -> None:
         wait_for(lambda: counts(quota), KNOWN_SECONDS, or_else="the quota's numbers")
+        if JOBS_COUNTED in quota["spec"]["hard"]:
+            wait_for(lambda: counts_a_job(quota), or_else="a job that is counted")
 
     return make
 
@@ -63,7 +80,7 @@ def test_one_job_more_than_the_quota_is_refused(
 ) -> None:
     """One job more than the quota has is refused when it is created; a deleted one makes room."""
     enforce(SUMS)
-    most = int(SUMS["spec"]["hard"]["count/qlorajobs.qlora.dev"])
+    most = int(SUMS["spec"]["hard"][JOBS_COUNTED])
     jobs = [make_job(f"job-{number}", suspend=True) for number in range(most)]
 
     with pytest.raises(
@@ -117,6 +134,7 @@ def test_a_job_whose_pods_exceed_the_quota_waits_with_its_words(
 def test_pods_of_a_class_that_the_quota_keeps_out_are_refused(
     operator: Any,
     api_cluster: Cluster,
+    namespace: str,
     enforce: Callable[..., None],
     make_job: Callable[..., Any],
     request: pytest.FixtureRequest,
@@ -126,10 +144,37 @@ def test_pods_of_a_class_that_the_quota_keeps_out_are_refused(
     api_cluster.client.post(path, {"metadata": {"name": "urgent"}, "value": 1000})
     request.addfinalizer(lambda: api_cluster.client.delete(f"{path}/urgent"))
     enforce(CLASSES)
+    wait_for(lambda: refused(api_cluster, namespace, "urgent"), or_else="the quota's refusal")
     urgent = make_job("urgent", scheduling={"priorityClassName": "urgent"})
 
     make_job("patient").pods(0)
     urgent.until(lambda status: "exceeded quota: nothing-is-urgent" in status.get("message", ""))
+
+
+def refused(cluster: Cluster, namespace: str, priority_class: str) -> bool:
+    """Whether a pod of the class would be refused for the quota."""
+    limits = {"cpu": "1", "memory": "1Gi"}
+    restricted = {
+        "runAsNonRoot": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    container = {
+        "name": "probe",
+        "image": "probe",
+        "resources": {"requests": limits, "limits": limits},
+        "securityContext": restricted,
+    }
+    pod = {
+        "metadata": {"name": "probe"},
+        "spec": {"priorityClassName": priority_class, "containers": [container]},
+    }
+    try:
+        cluster.client.post(f"/api/v1/namespaces/{namespace}/pods?dryRun=All", pod)
+    except ApiError as error:
+        return "exceeded quota" in error.message
+    return False
 
 
 def reason(status: dict[str, Any], condition: str) -> str | None:

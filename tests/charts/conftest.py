@@ -11,6 +11,9 @@ from testcluster.control_plane import ControlPlane, down
 from testcluster.fixtures import fresh_namespace
 from testcluster.waiting import wait_for
 
+DEFINITION_GONE_SECONDS = 120
+"""The API server deletes a definition's objects first, and tries again after ever longer whiles when it was not yet
+ready to serve them: on a busy machine half a minute is not enough."""
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/qlorajobs.qlora.dev"
 
 
@@ -57,7 +60,9 @@ def new_releases(
             releases("uninstall", name)
     if definition(chart_cluster):
         chart_cluster.client.delete(CRD)
-    wait_for(lambda: not definition(chart_cluster))
+    wait_for(
+        lambda: not definition(chart_cluster), DEFINITION_GONE_SECONDS, or_else="the end of the definition"
+    )
 
 
 @pytest.fixture

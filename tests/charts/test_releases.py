@@ -103,7 +103,7 @@ def test_a_definition_that_is_not_kept_goes_with_the_release(
     assert has_definition()
     releases("uninstall", RELEASE)
 
-    wait_for(lambda: not has_definition(), or_else="the end of the definition")
+    wait_for(lambda: not has_definition(), 120, or_else="the end of the definition")
 
 
 def test_an_upgrade_brings_the_new_definition(
