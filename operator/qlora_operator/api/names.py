@@ -242,7 +242,7 @@ class Reason(StrEnum):
     RESUMED = "Resumed"
     """Not Suspended: spec.suspend was true and is now false."""
     STEPPED_DOWN = "SteppedDown"
-    """Not Running: no node of the tier had room within isa.stepDownSeconds; the next tier is tried."""
+    """Not Running: no node of the tier had room within isa.stepDownSeconds; a tier with other nodes is tried."""
     RELEASED = "Released"
     """Not Running: only some of the pods could be scheduled, so they released their nodes for other jobs."""
     FINISHED = "Finished"

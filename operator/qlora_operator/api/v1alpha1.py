@@ -183,7 +183,7 @@ class Training(ApiModel):
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
     """The gradient is scaled down to this norm when its norm is larger."""
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the processor supports it natively (AMX, AVX512-BF16), otherwise fp32."""
+    """`auto`: bf16 where the processors of all ranks support it natively (AMX, AVX512-BF16), otherwise fp32."""
     gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
     """`full` recomputes each layer in the backward pass: less memory, a third more time. `auto`: none if one bin fits
     memoryPerRank without it, otherwise full."""
@@ -344,8 +344,8 @@ class Isa(ApiModel):
     """Instruction-set tiers, in order of preference: the first for which enough nodes have the processor, the
     CPUs and the memory is used. If there is none, the job waits with reason NoMatchingNodes."""
     step_down_seconds: int = Field(default=300, ge=1, le=MAX_SECONDS)
-    """Seconds that pods may wait for nodes of one tier before the next tier is tried. Time spent in a queue does not
-    count."""
+    """Seconds that pods may wait for nodes of one tier before another tier is tried that has other nodes, if there is
+    one. Time spent in a queue does not count."""
 
 
 class Toleration(ApiModel):

@@ -75,7 +75,12 @@ class Observer:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
                 found = feasibility(job, nodes)
-                seen = replace(seen, feasible_tiers=found.tiers, infeasible_because=found.why)
+                seen = replace(
+                    seen,
+                    feasible_tiers=found.tiers,
+                    tier_nodes=found.nodes,
+                    infeasible_because=found.why,
+                )
         return seen
 
     async def _with_jobs(self, seen: Observation, key: Key, uid: str) -> Observation:
@@ -91,7 +96,8 @@ def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibil
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
-    native = known is not None and known.dtype == "bf16"
+    # Who asks for bf16 by name gets it on any processor, emulated where it must be.
+    native = known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
     found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
     if not (avoid and found.why):
         return found

@@ -5,7 +5,7 @@ This is not a second scheduler: what else runs on the nodes is ignored.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor
 from typing import Any, NamedTuple
 
@@ -83,6 +83,9 @@ class Feasibility:
     """Tiers that enough nodes have, in the user's order of preference."""
     why: str = ""
     """Why there are none, in a sentence."""
+    nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
+    """Of each tier, the names of the nodes that fit, be they enough or not; empty where no tier has enough, and where
+    nodes may not be listed."""
 
 
 class _Obstacle(NamedTuple):
@@ -150,15 +153,18 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
     """
     tiers = [tier for tier in demand.tiers if tier in BF16_NATIVE or not native_bf16_only]
     if not tiers:
-        return Feasibility(
-            (), "the job has begun in bf16, which no tier of spec.isa.allowed computes natively"
-        )
+        # It ran on better nodes than the tiers it asks for, and there may be more of them.
+        tiers = [max(BF16_NATIVE, key=ISA_TIERS.index)]
     enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
     if enough:
-        return Feasibility(enough, "")
+        fit = {
+            tier: frozenset(node.name for node in nodes if _obstacle(node, demand, tier) is None)
+            for tier in tiers
+        }
+        return Feasibility(enough, "", fit)
     # Nodes of a better tier have the labels of the lesser ones too, so this one has most of the nodes.
     why = _why(nodes, demand, max(tiers, key=ISA_TIERS.index))
-    if len(tiers) < len(demand.tiers):
+    if tiers != list(demand.tiers):
         why += f"; only {' or '.join(tiers)} will do, since the job has begun in bf16"
     return Feasibility((), why)
 

@@ -139,7 +139,7 @@ def half_placed(view: JobView) -> AttemptEnd | NotYet | None:
 
 
 def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
-    """None of its pods found a node of its tier, and another tier may have room."""
+    """None of its pods found a node of its tier, and another tier has other nodes."""
     waits = _pods_without_nodes(view)
     if waits is None:
         return None
@@ -151,7 +151,7 @@ def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
     if view.now < step_down_at:
         return NotYet(step_down_at)
     why = waiting_for(view, job)
-    if why.reason in _ANY_TIER or all(tier == view.placement.isa for tier in view.feasible_tiers):
+    if why.reason in _ANY_TIER or view.wider_tier is None:
         return None
     message = f"no pod was scheduled within isa.stepDownSeconds: {seconds}: {why.message}"
     return AttemptEnd(Reason.STEPPED_DOWN, message, Budget.NONE)

@@ -1,7 +1,7 @@
 """What is known of a job's children, read from the API's JSON into the few facts that decisions need."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -142,6 +142,8 @@ class Observation:
     """Nodes of the pods that are not ready, or gone. None: not read."""
     feasible_tiers: tuple[IsaTier, ...] | None = None
     """Tiers that have enough nodes, in order of preference. None: not read."""
+    tier_nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
+    """The nodes of each tier that fit, by name; of tiers that are not in it they are unknown."""
     infeasible_because: str = ""
     """Why there are no such tiers, in a sentence."""
     warnings: tuple[WarningEvent, ...] | None = None

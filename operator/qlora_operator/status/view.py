@@ -202,6 +202,23 @@ class JobView:
         return self.seen.feasible_tiers or ()
 
     @property
+    def wider_tier(self) -> IsaTier | None:
+        """The tier to try when the current one's nodes have no room: the next in order of preference, from the first
+        again after the last, that has nodes which the current one lacks. Read.FEASIBLE_TIERS.
+
+        A node of a better tier has the labels of the lesser ones, too: in a cluster of equal nodes all tiers are the
+        same nodes, and another tier finds no other room there.
+        """
+        tiers, current, known = self.feasible_tiers, self.placement.isa, self.seen.tier_nodes
+        start = tiers.index(current) + 1 if current in tiers else 0
+        for tier in (*tiers[start:], *tiers[:start]):
+            if tier == current:
+                continue
+            if current not in known or tier not in known or known[tier] - known[current]:
+                return tier
+        return None
+
+    @property
     def warnings(self) -> Sequence[WarningEvent]:
         """Warnings about the Jobs and pods, newest first. Read.WARNINGS."""
         self.require(Read.WARNINGS)

@@ -87,6 +87,16 @@ def test_without_permission_every_allowed_tier_is_feasible(a_job: Callable[..., 
     assert feasibility(job, None).tiers == ("avx512", "avx2")
 
 
+@pytest.mark.parametrize(("asked", "tiers"), [("auto", ()), ("bf16", ("avx512",))])
+def test_bf16_that_was_asked_for_may_be_emulated(asked: str, tiers: tuple[str, ...]) -> None:
+    """A job that chose it goes on where it began; one that merely found it stays on processors that have it."""
+    status = {"placement": {"isa": "avx512", "dtype": "bf16"}}
+    training = {"maxSteps": 1, "computeDtype": asked}
+    job = builders.a_job(status=status, training=training, isa={"allowed": ["avx512"]})
+
+    assert feasibility(job, snapshot(a=True, b=True)).tiers == tiers
+
+
 def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
     """The user learns why nodes that look right are not taken."""
     status = {"placement": {"isa": "avx512", "avoid": ["b", "a"]}}

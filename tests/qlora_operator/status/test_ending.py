@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora_contract.run_config import ISA_TIERS
 from qlora_contract.units import rfc3339
 from qlora_operator.status import ending
 from qlora_operator.status.actions import Decision
@@ -108,6 +109,39 @@ def test_an_attempt_whose_pods_find_no_nodes_gives_way(
     assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
     if reason is not None:
         assert UNSCHEDULABLE in status.attempts[0].message
+
+
+EQUAL = {tier: frozenset("ab") for tier in ISA_TIERS}
+MIXED = {tier: frozenset("ab" if tier.endswith("bf16") else "abc") for tier in ISA_TIERS}
+
+
+@pytest.mark.parametrize(
+    ("isa", "nodes", "reason"),
+    [
+        pytest.param("amx_bf16", EQUAL, None, id="every tier is the same nodes"),
+        pytest.param("amx_bf16", MIXED, "SteppedDown", id="a lesser tier has more"),
+        pytest.param("avx2", MIXED, None, id="the better ones have fewer"),
+        pytest.param("amx_bf16", {}, "SteppedDown", id="nodes may not be listed"),
+    ],
+)
+def test_an_attempt_waits_in_place_where_no_tier_has_other_nodes(
+    starting: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    isa: str,
+    nodes: dict[Any, Any],
+    reason: str | None,
+) -> None:
+    """To make its pods anew would gain it no room, and lose its place in the scheduler's and the queue's order."""
+    status = starting(86_400, now, placement={"isa": isa, "worldSize": 2})
+    pods = [make_pod(n, unschedulable=UNSCHEDULABLE) for n in range(2)]
+
+    found = ask(status, [make_attempt_job(parallelism=2)], pods, tiers=ISA_TIERS, tier_nodes=nodes)
+
+    assert found.status.attempts[0].reason == reason
+    assert (found.actions == ()) == (reason is None)
 
 
 def test_time_in_a_queue_is_no_time_without_nodes(
