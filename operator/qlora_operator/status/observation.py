@@ -9,7 +9,7 @@ from typing import Any
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time
-from qlora_operator.api.names import ATTEMPT_LABEL, TOPOLOGY_HASH_ANNOTATION
+from qlora_operator.api.names import ATTEMPT_LABEL, TOPOLOGY_HASH_ANNOTATION, TRAINER_CONTAINER
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -201,7 +201,9 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     """A pod of a job from the API."""
     metadata, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
-    container = (status.get("containerStatuses") or [{}])[0]
+    # By its name: others may be injected, and the kubelet lists them in the order of their names.
+    containers = status.get("containerStatuses") or []
+    container = next((each for each in containers if each.get("name") == TRAINER_CONTAINER), {})
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     scheduled = conditions.get("PodScheduled") or {}

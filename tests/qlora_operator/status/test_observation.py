@@ -67,9 +67,17 @@ def pod_of(**fields: Any) -> Pod:
     return replace(a_pod(1, 3, name="job-a3-1-x7abc"), **fields)
 
 
+SIDECAR = {
+    "name": "istio-proxy",
+    "state": {"terminated": {"exitCode": 0, "reason": "Completed", "message": "bye"}},
+    "imageID": "docker.io/proxy@sha256:0",
+}
+"""Of an injected container whose name comes before the trainer's."""
+
+
 def container(**fields: Any) -> dict[str, Any]:
-    """A status with one container's."""
-    return {"status": {"containerStatuses": [fields]}}
+    """A status with the trainer's, and an injected container's."""
+    return {"status": {"containerStatuses": [SIDECAR, {"name": "trainer", **fields}]}}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +129,7 @@ def container(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(container(imageID="docker.io/x@sha256:5"), {"image_digest": "sha256:5"}, id="digest"),
         pytest.param(container(imageID=""), {}, id="no digest yet"),
+        pytest.param({"status": {"containerStatuses": [SIDECAR]}}, {}, id="only an injected container yet"),
     ],
 )
 def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
