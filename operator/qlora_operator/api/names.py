@@ -262,6 +262,9 @@ class Reason(StrEnum):
     REFUSED = "Refused"
     """Not Initialized, or not Running: the API server refused a child of the job, or its pods; the message is
     the API server's."""
+    API_SERVER_ERROR = "ApiServerError"
+    """Not Initialized, or not Running: the API server has failed repeatedly, or did not answer, for instance because an
+    admission webhook is down; the message is the API server's."""
     NO_MATCHING_NODES = "NoMatchingNodes"
     """Not Initialized: no tier of isa.allowed has enough nodes."""
     BACK_OFF = "BackOff"

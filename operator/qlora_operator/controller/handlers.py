@@ -50,6 +50,8 @@ IDLE_SECONDS = 0.5
 """How long kopf keeps a task for an object after its last event; at the start it has one for every object."""
 COALESCE_SECONDS = 0.1
 """Delay before reconciling for a healthy batch/v1 Job, so that jobs without pods go first under load."""
+EXIT_SECONDS = 20.0
+"""After how long an operator that was told to stop is killed, whatever it still waits for; it may be at any time."""
 LOGIN_SECONDS = 2.0
 """Minimum interval between two logins."""
 
@@ -194,6 +196,7 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
+    settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.persistence.diffbase_storage = NullDiffBase()

@@ -1,6 +1,8 @@
 """One job, once: observe -> decide -> save -> act -> tell."""
 
+import contextlib
 import logging
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -22,9 +24,10 @@ from qlora_operator.controller.observer import Observer
 from qlora_operator.desired.events import event as event_body
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import Event
-from qlora_operator.status.decision import decide
+from qlora_operator.status.api_failure import api_failure
+from qlora_operator.status.decision import decide, managed_elsewhere
 from qlora_operator.status.invalid_spec import invalid_spec_status
-from qlora_operator.status.observation import Pod
+from qlora_operator.status.observation import Observation, Pod
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +84,17 @@ class Reconciler:
             )
         attempt = job.status.attempt if job.status else None
         with logs.job(*key, attempt), self._metrics.reconcile_seconds.time():
-            return await self._reconcile(key, raw, job)
+            uid, begun = str(raw["metadata"]["uid"]), time.monotonic()
+            try:
+                delay = await self._reconcile(key, raw, job)
+            except ApiError as error:
+                # Who asked for a pause will answer after it.
+                if error.code != 429 and self._facts.count_failure(uid, begun):
+                    with contextlib.suppress(ApiError):
+                        await self._tell_failure(key, uid, error)
+                raise
+            self._facts.clear_failures(uid)
+            return delay
 
     async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
         uid, now = str(raw["metadata"]["uid"]), datetime.now(UTC)
@@ -135,6 +148,19 @@ class Reconciler:
         return False
 
     # --- tell
+
+    async def _tell_failure(self, key: Key, uid: str, error: ApiError) -> None:
+        """What the API server fails at, in the status and an Event."""
+        raw = self._cache.job(key)
+        if raw is None or raw["metadata"]["uid"] != uid:
+            return
+        job, _ = parse_api_object(raw)
+        if managed_elsewhere(job):
+            return
+        decision = api_failure(job, Observation(self._cache.attempt_jobs(uid)), str(error), datetime.now(UTC))
+        if decision is not None and await self._save(raw, decision.status):
+            for event in decision.events:
+                await self._post(job, uid, event)
 
     async def _post(self, job: QLoRAJob, uid: str, event: Event) -> None:
         """Post an Event. If that fails, the status says it, too."""
