@@ -449,7 +449,7 @@ class QLoRAJobSpec(ApiModel):
     """Seconds after which a finished job is deleted; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
     """Seconds, restarts included, after which an active job fails with DeadlineExceeded. The time starts over when the
-    job is resumed. Unset: no limit."""
+    job is resumed. A trained adapter is sent to output.destination however long that takes. Unset: no limit."""
     backoff_limit: int = Field(default=3, ge=0, le=MAX_RESTARTS)
     """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. The default
     is low, since such failures tend to repeat. Permanent failures, such as bad data, are never retried."""
@@ -458,8 +458,8 @@ class QLoRAJobSpec(ApiModel):
     InfrastructureBackoffLimitExceeded. The default is high, since each loses at most one checkpoint interval of
     work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded. Unset: it
-    waits for nodes indefinitely."""
+    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while a
+    trained adapter waits to be sent. Unset: it waits for nodes indefinitely."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
     """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
     against backoffLimit. Must exceed the longest step, and the time to load the model."""

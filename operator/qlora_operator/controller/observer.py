@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_operator.api.names import Key
+from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.api_client import ApiClient
 from qlora_operator.controller.cache import ObjectCache
@@ -13,7 +14,8 @@ from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
 from qlora_operator.controller.ttl_cache import TtlCache
 from qlora_operator.desired.admission import policy_violation
 from qlora_operator.placement import nodes as placement
-from qlora_operator.settings import Settings
+from qlora_operator.settings import Settings, TransferSettings
+from qlora_operator.status import stages
 from qlora_operator.status.observation import (
     AttemptJob,
     Observation,
@@ -74,7 +76,7 @@ class Observer:
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
-                found = feasibility(job, nodes)
+                found = feasibility(job, nodes, self._settings.transfer)
                 seen = replace(
                     seen,
                     feasible_tiers=found.tiers,
@@ -89,11 +91,29 @@ class Observer:
         return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 
-def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:
-    """Where a job can run. If the operator may not list nodes, every tier that it allows: then the labels of the first
-    are required, unseen."""
+def feasibility(
+    job: QLoRAJob, nodes: NodeSnapshot | None, transfer: TransferSettings
+) -> placement.Feasibility:
+    """Where the pods of a job's open or next attempt can run. If the operator may not list nodes, every tier that it
+    allows: then the labels of the first are required, unseen.
+
+    A transfer waits for the room of its one pod, not for that of all ranks. Where there is room for them, sources are
+    fetched on the tier that they will have.
+    """
     if nodes is None:
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
+    stage = stages.current_stage(job.spec, job.status or QLoRAJobStatus())
+    if stage == "publish":
+        demand = placement.transfer_demand(job, transfer, stage)
+        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    found = _room_for_ranks(job, nodes)
+    if stage == "fetch" and not found.tiers:
+        demand = placement.transfer_demand(job, transfer, stage)
+        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    return found
+
+
+def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
     # Who asks for bf16 by name gets it on any processor, emulated where it must be.
