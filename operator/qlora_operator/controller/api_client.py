@@ -131,15 +131,17 @@ class ApiClient:
             "PUT", QLORAJOBS, metadata["namespace"], metadata["name"], subresource="status", body=raw
         )
 
-    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
-        """Delete the object with this uid in the foreground, that is, after what it owns. An object that is gone, or
-        another one of that name, is left alone."""
+    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> bool:
+        """Delete the object with this uid in the foreground, that is, after what it owns. Returns whether it was there:
+        another one of that name is left alone."""
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         try:
             await self._request("DELETE", resource, namespace, name, body=body)
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
+            return False
+        return True
 
     async def _pages(
         self, resource: Resource, namespace: str | None, labels: str, fields: str = ""

@@ -28,7 +28,7 @@ from qlora_operator.controller.api_client import (
     ApiClient,
     ApiError,
 )
-from qlora_operator.controller.cache import ObjectCache, key_of, owner_key
+from qlora_operator.controller.cache import ObjectCache, job_uid_of, key_of, owner_key
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.controller.reconciler import Reconciler
@@ -130,21 +130,25 @@ class Operator:
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
 
     async def resync(self) -> None:
-        """List everything: finds what the watches have missed, above all deletions."""
-        known = self.cache.jobs()
+        """List everything: finds what the watches have missed, above all deletions.
+
+        A list is as old as its first page. What has been created since then stays, and what was deleted does not come
+        back.
+        """
         selector = names.JOB_UID_LABEL
-        attempt_jobs = set()
-        async for raw in self.client.list_all(BATCH_JOBS, selector):
-            self.cache.put_attempt_job(raw)
-            attempt_jobs.add(raw["metadata"]["uid"])
-        jobs = set()
-        async for raw in self.client.list_all(QLORAJOBS):
-            self.cache.put_job(raw)
-            jobs.add(raw["metadata"]["uid"])
-        for key, uid in known.items():
-            if uid not in jobs:
-                self.drop(key, uid)
-        self.cache.retain_attempt_jobs(attempt_jobs)
+        with self.cache.listing():
+            known_attempt_jobs, attempt_jobs = self.cache.attempt_job_uids(), set()
+            async for raw in self.client.list_all(BATCH_JOBS, selector):
+                self.cache.put_attempt_job(raw)
+                attempt_jobs.add(raw["metadata"]["uid"])
+            self.cache.drop_attempt_jobs(known_attempt_jobs - attempt_jobs)
+            known, jobs = self.cache.jobs(), set()
+            async for raw in self.client.list_all(QLORAJOBS):
+                self.cache.put_job(raw)
+                jobs.add(raw["metadata"]["uid"])
+            for key, uid in known.items():
+                if uid not in jobs:
+                    self.drop(key, uid)
         # Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync.
         owners = [
             {raw["metadata"]["labels"][selector] async for raw in self.client.list_all(resource, selector)}
@@ -247,7 +251,8 @@ async def _job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
 async def _attempt_job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     raw, operator = _object(event), operator_of(memo)
     if event["type"] == "DELETED":
-        operator.cache.drop_attempt_job(raw)
+        metadata = raw["metadata"]
+        operator.cache.drop_attempt_job(job_uid_of(raw), metadata["name"], metadata["uid"])
     elif not operator.cache.put_attempt_job(raw):
         return
     key = owner_key(raw)

@@ -86,8 +86,14 @@ class Observer:
         return seen
 
     async def _with_jobs(self, seen: Observation, key: Key, uid: str) -> Observation:
-        for raw in await self._client.attempt_jobs(key[0], uid):
+        known = self._cache.attempt_jobs(uid)
+        listed = await self._client.attempt_jobs(key[0], uid)
+        for raw in listed:
             self._cache.put_attempt_job(raw)
+        gone = {job.uid for job in known} - {raw["metadata"]["uid"] for raw in listed}
+        for job in known:
+            if job.uid in gone:
+                self._cache.drop_attempt_job(uid, job.name, job.uid)
         return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 

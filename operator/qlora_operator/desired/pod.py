@@ -122,9 +122,7 @@ def _tier_affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
         term["matchFields"] = [
             {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
         ]
-    return {
-        "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-    }
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
 
 
 def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:

@@ -150,11 +150,12 @@ class JobView:
 
     @property
     def other_jobs(self) -> list[AttemptJob]:
-        """Jobs of other attempts that may still create pods."""
+        """Jobs that may still create pods, but for the open attempt's."""
+        current = self.status.attempt if self.open_attempt is not None else None
         return [
             job
             for job in self.seen.attempt_jobs
-            if job.controlled and job.attempt != self.status.attempt and not job.finished
+            if job.controlled and job.attempt != current and not job.finished
         ]
 
     @property

@@ -303,7 +303,11 @@ def test_a_job_that_tolerates_a_cordon_may_go_to_a_cordoned_node() -> None:
             id="none left",
         ),
         pytest.param(
-            ("avx512",), [a_node("amx_bf16")], ("avx512_bf16",), "", id="none allowed, but there are better nodes"
+            ("avx512",),
+            [a_node("amx_bf16")],
+            ("avx512_bf16",),
+            "",
+            id="none allowed, but there are better nodes",
         ),
         pytest.param(
             ("avx512",),

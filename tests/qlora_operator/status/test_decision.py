@@ -542,6 +542,35 @@ def test_back_off_counts_failures_of_a_stage(cluster: Callable[..., Any]) -> Non
     assert until_pods(played) != []
 
 
+def test_a_queued_jobs_job_goes_with_it_although_the_watch_is_behind(cluster: Callable[..., Any]) -> None:
+    """Suspended while it waits in its queue, and the operator dies before it deletes the Job, which has no pods to tell
+    of it: the next operator, whose watch has not shown the Job, closes the attempt on the API server's word only."""
+    played = cluster(scheduling={"queueName": "q"})
+    played.reconcile()
+    played.watch()
+    played.set_spec(suspend=True)
+    played.reconcile(dies="act")
+    played.watched = {}
+    played.reconcile()
+    played.control()
+    assert played.batch_jobs == {}
+
+    played.watch()
+    played.reconcile()
+    status = played.job.status
+    assert (status.phase, status.attempts[0].end is not None) == (Phase.SUSPENDED, True)
+
+
+@pytest.mark.parametrize("suspend", [True, False])
+def test_a_job_that_outlives_its_attempt_is_deleted_before_another_is_made(
+    ask: Callable[..., Decision], make_attempt_job: Any, suspend: bool
+) -> None:
+    """Whoever closed the attempt did not know of it: a queue may yet admit it."""
+    decision = ask(between("Suspended"), [make_attempt_job(suspended=True)], [], spec={"suspend": suspend})
+
+    assert decision.actions == (DeleteAttemptJob("job-a0", "job-uid-0"),)
+
+
 @RUNNING
 @EACH_STAGE
 def test_a_suspended_job_continues_with_its_stage(

@@ -137,11 +137,11 @@ def test_between_attempts_all_that_decides_about_the_next_is_read(
 @pytest.mark.parametrize(
     ("suspend", "over", "pods", "wanted"),
     [
-        pytest.param(False, False, [], {PODS, TIERS}, id="another follows"),
-        pytest.param(False, False, [{"phase": "Running"}], {PODS, HEALTH}, id="a pod still runs"),
-        pytest.param(True, False, [], {PODS}, id="suspended"),
-        pytest.param(False, True, [], {PODS}, id="finished"),
-        pytest.param(False, True, [{"phase": "Running"}], {PODS}, id="finished, and a pod still runs"),
+        pytest.param(False, False, [], {JOBS, PODS, TIERS}, id="another follows"),
+        pytest.param(False, False, [{"phase": "Running"}], {JOBS, PODS, HEALTH}, id="a pod still runs"),
+        pytest.param(True, False, [], {JOBS, PODS}, id="suspended"),
+        pytest.param(False, True, [], {JOBS, PODS}, id="finished"),
+        pytest.param(False, True, [{"phase": "Running"}], {JOBS, PODS}, id="finished, and a pod still runs"),
     ],
 )
 def test_while_an_attempt_ends_its_pods_are_read(
@@ -154,7 +154,8 @@ def test_while_an_attempt_ends_its_pods_are_read(
     pods: list[Any],
     wanted: set[Read],
 ) -> None:
-    """Whether its pods go, and what the next attempt needs, since it starts with the last of them."""
+    """Whether its Job is gone indeed and its pods go, and what the next attempt needs, since it starts with the last of
+    them."""
     status = open_attempt(now, reason="Terminated")
     job = make_job(finished(status) if over else status, suspend=suspend)
 
