@@ -397,8 +397,8 @@ class Scheduling(ApiModel):
     )
     """PriorityClass of the pods. Unset: the cluster's default."""
     queue_name: str | None = Field(default=None, min_length=1, max_length=63, pattern=SUBDOMAIN_PATTERN)
-    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be admitted. Unset: attempts do not
-    wait for a queue."""
+    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be admitted. Unset: the one that the
+    job's label `kueue.x-k8s.io/queue-name` names; without that, attempts wait only if Kueue holds them by itself."""
 
     rules = (
         Rule(
@@ -458,8 +458,8 @@ class QLoRAJobSpec(ApiModel):
     InfrastructureBackoffLimitExceeded. The default is high, since each loses at most one checkpoint interval of
     work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while a
-    trained adapter waits to be sent. Unset: it waits for nodes indefinitely."""
+    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while
+    a trained adapter waits to be sent. Unset: it waits for nodes indefinitely."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
     """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
     against backoffLimit. Must exceed the longest step, and the time to load the model."""
@@ -558,6 +558,11 @@ class QLoRAJob(ApiModel):
     """Name, namespace, labels and annotations."""
     spec: QLoRAJobSpec
     status: QLoRAJobStatus | None = None
+
+    @property
+    def queue_name(self) -> str | None:
+        """The queue that the user names: in spec, or by Kueue's own label, as for other kinds of jobs."""
+        return self.spec.scheduling.queue_name or self.metadata.labels.get(names.QUEUE_LABEL) or None
 
 
 def ignored_by_run(job: QLoRAJob) -> list[str]:

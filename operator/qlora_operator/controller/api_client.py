@@ -25,6 +25,8 @@ PAGE = 100
 """Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
 CONNECTIONS = 16
 """Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""Versions of Kueue's API in which a Workload has the fields that are read, the newest first."""
 NAMESPACE_TERMINATING = "NamespaceTerminating"
 """The cause that the API gives for a Forbidden while a namespace is being deleted: nothing can be created in it."""
 
@@ -115,6 +117,18 @@ class ApiClient:
     async def warning_events(self, namespace: str) -> list[Raw]:
         """The Events of type Warning in a namespace, oldest first."""
         return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
+
+    async def workloads(self, namespace: str, job_uid: str) -> list[Raw]:
+        """Kueue's Workloads of a batch/v1 Job; none without Kueue, or without the permission to list them."""
+        for version in KUEUE_VERSIONS:
+            resource = f"apis/kueue.x-k8s.io/{version}", "workloads"
+            selector = f"{names.WORKLOAD_JOB_LABEL}={job_uid}"
+            try:
+                return [raw async for raw in self._pages(resource, namespace, selector)]
+            except ApiError as error:
+                if error.code not in (403, 404):
+                    raise
+        return []
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Raw:
         """One object."""

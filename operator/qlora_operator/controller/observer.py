@@ -23,9 +23,11 @@ from qlora_operator.status.observation import (
     Read,
     ReasonMessage,
     WarningEvent,
+    deactivated,
     pod,
 )
 from qlora_operator.status.policies import startup_grace
+from qlora_operator.status.sanitize import sanitize
 
 WARNINGS_SECONDS = 10.0
 """How long one list of a namespace's warnings serves all of its jobs."""
@@ -63,6 +65,13 @@ class Observer:
             if {pod.owner_uid for pod in seen.pods or ()} - {job.uid for job in seen.attempt_jobs}:
                 # Orphans, or pods of a Job that the watch has not delivered yet: a list shows which.
                 seen = await self._with_jobs(seen, key, uid)
+        if Read.WORKLOAD in reads:
+            number = job.status.attempt if job.status else None
+            mine = next(
+                (each for each in seen.attempt_jobs if each.controlled and each.attempt == number), None
+            )
+            found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
+            seen = replace(seen, deactivated=sanitize(deactivated(found)))
         if Read.WARNINGS in reads:
             namespace = key[0]
             known = self._warnings.setdefault(
@@ -76,12 +85,12 @@ class Observer:
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
-                found = feasibility(job, nodes, self._settings.transfer)
+                room = feasibility(job, nodes, self._settings.transfer)
                 seen = replace(
                     seen,
-                    feasible_tiers=found.tiers,
-                    tier_nodes=found.nodes,
-                    infeasible_because=found.why,
+                    feasible_tiers=room.tiers,
+                    tier_nodes=room.nodes,
+                    infeasible_because=room.why,
                 )
         return seen
 

@@ -77,8 +77,8 @@ def delete_orphans(view: JobView) -> list[Action]:
 
 
 def delete_leftover_jobs(view: JobView) -> list[Action]:
-    """Deletes Jobs of other attempts, and the last one's if it outlives the attempt, whatever the job does next: a queue
-    may yet admit it.
+    """Deletes Jobs of other attempts, and the last one's if it outlives the attempt, whatever the job does next: a
+    queue may yet admit it.
 
     A Job that ended by itself stays until the next attempt, or the end of the QLoRAJob, for its pods' logs.
     """

@@ -149,6 +149,17 @@ class JobView:
         return job
 
     @property
+    def job_was_seen(self) -> bool:
+        """Whether the open attempt's Job had been seen when its status was last written."""
+        return self.open_attempt is not None and self.open_attempt.job_uid is not None
+
+    @property
+    def queue(self) -> str | None:
+        """The queue of the current attempt's Job, whoever has put it there."""
+        job = self.attempt_job
+        return self.job.queue_name or (job.queue if job is not None else None)
+
+    @property
     def other_jobs(self) -> list[AttemptJob]:
         """Jobs that may still create pods, but for the open attempt's."""
         current = self.status.attempt if self.open_attempt is not None else None
@@ -195,6 +206,12 @@ class JobView:
         """Nodes of pods that do not respond. Read.NODE_HEALTH."""
         self.require(Read.NODE_HEALTH)
         return self.seen.lost_nodes or frozenset()
+
+    @property
+    def deactivated(self) -> str:
+        """Why the queue's administrator holds the open attempt's Job; empty if they do not. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.deactivated or ""
 
     @property
     def feasible_tiers(self) -> Sequence[IsaTier]:

@@ -14,7 +14,7 @@ from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 NOTHING: set[Read] = set()
-JOBS, PODS, HEALTH, TIERS, WARNINGS = Read
+JOBS, PODS, HEALTH, TIERS, WARNINGS, WORKLOAD = Read
 
 Reads = Callable[..., set[Read]]
 
@@ -36,6 +36,7 @@ def reads(now: datetime) -> Reads:
             HEALTH: {"lost_nodes": frozenset[str]()},
             TIERS: {"feasible_tiers": ("avx512", "avx2")},
             WARNINGS: {"warnings": ()},
+            WORKLOAD: {"deactivated": ""},
         }
         seen = Observation(tuple(jobs), image="image", startup_grace=startup_grace)
         found: set[Read] = set()
