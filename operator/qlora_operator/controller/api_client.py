@@ -3,10 +3,12 @@
 Nothing is retried here: the work queue requeues the key of the caller, with backoff.
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 from urllib.parse import urlencode
 from urllib.request import getproxies_environment
@@ -16,6 +18,7 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config
 
 from qlora_operator.api import names
+from qlora_operator.controller.clock import Clock
 from qlora_operator.errors import OperatorError
 
 Raw = dict[str, Any]
@@ -82,6 +85,8 @@ class ApiClient:
         """Prepare a client for these namespaces; none: the whole cluster."""
         self._observer = observer
         self._namespaces = namespaces
+        self.clock = Clock()
+        """The API server's time, by its answers."""
         self._client: kubernetes_client.ApiClient | None = None
         self._throttled_until: dict[str, float] = {}
         """Plural of a resource -> monotonic time until which the server asked not to be asked about it (HTTP 429)."""
@@ -204,6 +209,9 @@ class ApiClient:
             raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
         finally:
             self._observer.api_request(method.lower(), plural, code, time.monotonic() - begun)
+        if told := headers.get("Date"):
+            with contextlib.suppress(ValueError):
+                self.clock.observe(parsedate_to_datetime(told))
         try:
             return _parse_response(method, path, code, headers, content)
         except ApiError as error:

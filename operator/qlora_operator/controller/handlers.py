@@ -46,6 +46,8 @@ PORT_ENV = "QLORA_OPERATOR_PORT"
 PORT = 8471
 RESYNC_RETRY_SECONDS = 5.0
 """Delay after a failed resync."""
+FIRST_ANSWER_SECONDS = 5.0
+"""How long the API server's first answer is waited for."""
 IDLE_SECONDS = 0.5
 """How long kopf keeps a task for an object after its last event; at the start it has one for every object."""
 COALESCE_SECONDS = 0.1
@@ -99,6 +101,10 @@ class Operator:
         self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
         self.metrics.queue_depth.set_function(lambda: len(self.queue))
         self.metrics.workers_busy.set_function(lambda: self.queue.busy)
+        with contextlib.suppress(ApiError, TimeoutError):
+            # Nothing is decided by this machine's clock: the server's first answer sets ours.
+            async with asyncio.timeout(FIRST_ANSWER_SECONDS):
+                await anext(self.client.list_all(QLORAJOBS), None)
         self.queue.start()
         self._tasks = [asyncio.create_task(self._resync_forever())]
 

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -75,7 +74,7 @@ class Reconciler:
             # The API server accepts the object and this operator cannot read it: it is of another version.
             faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
             log.error("%s/%s cannot be read: %s", *key, faults)  # noqa: TRY400 - the faults say it all
-            status = invalid_spec_status(raw, faults, datetime.now(UTC))
+            status = invalid_spec_status(raw, faults, self._client.clock.now())
             saved = status is None or await self._save(raw, status)
             return INVALID_SPEC_SECONDS if saved else 0.0
         if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
@@ -97,7 +96,7 @@ class Reconciler:
             return delay
 
     async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
-        uid, now = str(raw["metadata"]["uid"]), datetime.now(UTC)
+        uid, now = str(raw["metadata"]["uid"]), self._client.clock.now()
         seen = self._observer.known(job, uid)
         decision = decide(job, seen, now)
         while decision.reads:  # each time others, so at most as often as there are kinds of them
@@ -157,14 +156,16 @@ class Reconciler:
         job, _ = parse_api_object(raw)
         if managed_elsewhere(job):
             return
-        decision = api_failure(job, Observation(self._cache.attempt_jobs(uid)), str(error), datetime.now(UTC))
+        decision = api_failure(
+            job, Observation(self._cache.attempt_jobs(uid)), str(error), self._client.clock.now()
+        )
         if decision is not None and await self._save(raw, decision.status):
             for event in decision.events:
                 await self._post(job, uid, event)
 
     async def _post(self, job: QLoRAJob, uid: str, event: Event) -> None:
         """Post an Event. If that fails, the status says it, too."""
-        body = event_body(job, uid, event.type, event.reason, event.message, datetime.now(UTC))
+        body = event_body(job, uid, event.type, event.reason, event.message, self._client.clock.now())
         log.info("%s: %s", event.reason, event.message)
         try:
             await self._client.create(EVENTS, str(job.metadata.namespace), body)

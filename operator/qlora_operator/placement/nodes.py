@@ -175,7 +175,7 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
     tiers = [tier for tier in demand.tiers if tier in BF16_NATIVE or not native_bf16_only]
     if not tiers:
         # It ran on better nodes than the tiers it asks for, and there may be more of them.
-        tiers = [max(BF16_NATIVE, key=ISA_TIERS.index)]
+        tiers = [tier for tier in ISA_TIERS if tier in BF16_NATIVE][-1:]
     enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
     if enough:
         fit = {

@@ -216,7 +216,9 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     # By its name: others may be injected, and the kubelet lists them in the order of their names.
     containers = status.get("containerStatuses") or []
-    container = next((each for each in containers if each.get("name") == TRAINER_CONTAINER), {})
+    container: Mapping[str, Any] = next(
+        (each for each in containers if each.get("name") == TRAINER_CONTAINER), {}
+    )
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     scheduled = conditions.get("PodScheduled") or {}

@@ -232,7 +232,7 @@ class JobView:
         for tier in (*tiers[start:], *tiers[:start]):
             if tier == current:
                 continue
-            if current not in known or tier not in known or known[tier] - known[current]:
+            if current is None or current not in known or tier not in known or known[tier] - known[current]:
                 return tier
         return None
 
