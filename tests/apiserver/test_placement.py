@@ -1,5 +1,6 @@
 """Which tier an attempt gets, and what happens when its nodes have no room: with the real scheduler."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -155,20 +156,21 @@ def test_a_job_without_room_steps_down_to_the_next_tier(make_job: MakeJob, fill:
     job.run(1, count=1)
 
 
-def test_the_first_tier_has_its_turn_again_after_the_last(make_job: MakeJob, fill: Any) -> None:
-    """After the last tier the first has its turn again, until there is room."""
+def test_a_job_on_the_tier_with_the_most_nodes_waits_there(make_job: MakeJob, fill: Any) -> None:
+    """It has the nodes of the better tiers, too: it gets whichever is free first, and its pods are not made anew."""
     free = fill("tiers-amx")
     fill("tiers-avx512")
     isa = {"allowed": ["amx_bf16", "avx512"], "stepDownSeconds": 1}
     job = make_job(isa=isa, topology={"pods": 1}, scheduling=in_pool("tiers"))
-    status = job.until(lambda status: status.get("attempt") == 2, 40)
-    assert status["placement"]["isa"] == "amx_bf16"
-    assert [attempt.get("reason") for attempt in status["attempts"]] == ["SteppedDown", "SteppedDown", None]
+    job.until(lambda status: status.get("attempt") == 1, 40)
+    (pod,) = job.pods(1, 1)
+    time.sleep(15)  # more than one look at its pods
+    assert job.status["attempt"] == 1
 
     free()
 
-    running = job.until(lambda status: wait_for(lambda: job.gangs()) and status, 20)
-    assert node_of(job, running["attempt"]) == "tiers-amx"
+    assert node_of(job, 1) == "tiers-amx"
+    assert [each["metadata"]["uid"] for each in job.pods(1, 1)] == [pod["metadata"]["uid"]]
 
 
 def test_the_pending_deadline_counts_on_over_tiers(make_job: MakeJob, fill: Any) -> None:

@@ -55,9 +55,9 @@ def test_a_queued_job_runs_once_it_is_let_in(make_job: MakeJob, client: Client) 
     assert status["restarts"] == NO_RESTARTS
 
 
-def test_a_preempted_job_queues_again_at_the_infrastructure_s_cost(make_job: MakeJob, client: Client) -> None:
-    """A job that the queue takes out costs one of the infrastructure's restarts, and waits in the queue again."""
-    job = make_job(scheduling=QUEUE, backoffLimit=0)
+def test_an_evicted_job_queues_again_at_no_cost(make_job: MakeJob, client: Client) -> None:
+    """A job that the queue takes out costs nothing, and waits in the queue again."""
+    job = make_job(scheduling=QUEUE, backoffLimit=0, infrastructureBackoffLimit=0)
     gang(job, 0)
     admit(client, job, 0)
     job.run()
@@ -65,14 +65,14 @@ def test_a_preempted_job_queues_again_at_the_infrastructure_s_cost(make_job: Mak
     with job.kubelet.finish_terminations(job.namespace):
         admit(client, job, 0, suspend=True)
         status = job.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
-    assert status["attempts"][0]["reason"] == "Preempted"
-    assert status["restarts"] == {"user": 0, "infrastructure": 1}
+    assert status["attempts"][0]["reason"] == "Requeued"
+    assert status["restarts"] == NO_RESTARTS
     assert gang(job, 1)["spec"]["suspend"] is True
     assert job.condition("QuotaReserved")["status"] == "False"
 
     admit(client, job, 1)
     job.run(1)
-    assert job.condition("Restarting")["status"] == "False"
+    assert job.status["restarts"] == NO_RESTARTS
 
 
 def test_a_restart_queues_again(make_job: MakeJob, client: Client) -> None:

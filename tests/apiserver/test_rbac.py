@@ -61,6 +61,7 @@ def tour(
     jobs = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     wait_for(lambda: not client.items(jobs), or_else="the end of the job by its TTL")
     waits_for_volumes(make_job)
+    loses_its_quota(client, make_job)
 
 
 def conflict(client: Client, namespace: str) -> None:
@@ -81,6 +82,17 @@ def waits_for_volumes(make_job: Callable[..., Any]) -> None:
     """A job whose claim is missing: the operator looks at the Events of its pods."""
     job = make_job("waits")
     job.until(lambda status: status.get("message", "").startswith("pod "))
+
+
+def loses_its_quota(client: Client, make_job: Callable[..., Any]) -> None:
+    """A queue lets a job in and takes it out again: the operator asks for its Workload."""
+    job = make_job("queued", scheduling={"queueName": "q"})
+    job.until_gang(0, lambda gang: gang["spec"]["suspend"])
+    path = f"/apis/batch/v1/namespaces/{job.namespace}/jobs/queued-a0"
+    client.patch(path, {"spec": {"suspend": False}})
+    job.run(0)
+    client.patch(path, {"spec": {"suspend": True}})
+    job.until(lambda status: status["attempts"][0].get("reason") == "Requeued")
 
 
 def test_what_is_granted_is_used(tour: None, control_plane: ControlPlane) -> None:

@@ -201,6 +201,61 @@ def test_an_operator_asked_to_stop_leaves_a_running_job_alone(
     assert job.status["phase"] == "Running"
 
 
+WEBHOOK = 'failed calling webhook "jobs.example": connection refused'
+
+
+@pytest.mark.parametrize(
+    ("verb", "resource"),
+    [("create", "jobs"), ("create", "services"), ("create", "networkpolicies"), ("list", "nodes")],
+)
+def test_what_the_api_server_fails_at_is_told(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any], verb: str, resource: str
+) -> None:
+    """A webhook that is down fails every request, with 500: the job says so in the server's words, and goes on by
+    itself."""
+    fails = answer(500, "InternalError", message=WEBHOOK)
+    with proxy.fault(fails, verb=verb, resource=resource):
+        job = make_job()
+        status = job.until(lambda status: WEBHOOK in (status.get("message") or ""), 20)
+        said = {condition["type"]: condition for condition in status["conditions"]}["Initialized"]
+        assert (said["status"], said["reason"]) == ("False", "ApiServerError")
+        assert WEBHOOK in said["message"]
+        assert [event["reason"] for event in job.events()].count("ApiServerError") == 1
+    job.succeed(runs(job, 0), PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("fault", "verb", "resource"),
+    [
+        pytest.param(silence, "create", "jobs", id="a request that is not answered"),
+        pytest.param(silence, "list", "nodes", id="a list that is not answered"),
+        pytest.param(silence, "list", "qlorajobs jobs", id="a resync that is not answered"),
+        pytest.param(answer(500, message=WEBHOOK), "create", "services", id="requests that fail"),
+    ],
+)
+def test_an_operator_asked_to_stop_does_so_soon(
+    operator: Any, proxy: FaultyProxy, make_job: Callable[..., Any], fault: Any, verb: str, resource: str
+) -> None:
+    """Whatever is under way."""
+    if "qlorajobs" in resource:
+        operator.kill()
+        with proxy.fault(fault, verb=verb, resource=resource) as rule:
+            operator.start(wait=False)
+            wait_for(lambda: rule.hits)
+            _stops_soon(operator)
+        return
+    with proxy.fault(fault, verb=verb, resource=resource) as rule:
+        make_job()
+        wait_for(lambda: len(rule.hits) >= (1 if fault is silence else 3))
+        _stops_soon(operator)
+
+
+def _stops_soon(operator: Any) -> None:
+    begun = time.monotonic()
+    assert operator.kill(signal.SIGTERM) == 0
+    assert time.monotonic() - begun < 15
+
+
 # --- watches
 
 

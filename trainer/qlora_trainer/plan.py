@@ -142,7 +142,7 @@ def plan(run: RunConfig) -> PlanReport:
     run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, volumes)
-    dtype = default_compute_dtype(run)
+    dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]

@@ -33,7 +33,11 @@ ROLE_LABEL = f"{GROUP}/role"
 """On every child and pod: what it does for the job."""
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-"""On an attempt's Job: the queue that admits it. The label is Kueue's own."""
+"""On an attempt's Job: the queue that admits it; on a QLoRAJob the same as spec.scheduling.queueName. The label is
+Kueue's own."""
+
+WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
+"""On Kueue's Workload: the uid of the Job that it is about."""
 
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 """On an attempt's pod template: its RunConfig as JSON, which the pods see as run.json."""
@@ -215,7 +219,7 @@ class Reason(StrEnum):
     ISA_BELOW_TIER = "IsaBelowTier"
     """Restarting: a node lacks instructions that its labels advertise (exit code 51)."""
     PREEMPTED = "Preempted"
-    """Restarting: a workload of higher priority took the nodes or the quota."""
+    """Restarting: a workload of higher priority took the nodes."""
     DRAINED = "Drained"
     """Restarting: a pod was evicted through the API, as `kubectl drain` does."""
     EVICTED = "Evicted"
@@ -242,7 +246,9 @@ class Reason(StrEnum):
     RESUMED = "Resumed"
     """Not Suspended: spec.suspend was true and is now false."""
     STEPPED_DOWN = "SteppedDown"
-    """Not Running: no node of the tier had room within isa.stepDownSeconds; the next tier is tried."""
+    """Not Running: no node of the tier had room within isa.stepDownSeconds; a tier with other nodes is tried."""
+    REQUEUED = "Requeued"
+    """Not Running: the queue withdrew the quota that it had granted; the next attempt waits in the queue."""
     RELEASED = "Released"
     """Not Running: only some of the pods could be scheduled, so they released their nodes for other jobs."""
     FINISHED = "Finished"
@@ -262,6 +268,9 @@ class Reason(StrEnum):
     REFUSED = "Refused"
     """Not Initialized, or not Running: the API server refused a child of the job, or its pods; the message is
     the API server's."""
+    API_SERVER_ERROR = "ApiServerError"
+    """Not Initialized, or not Running: the API server has failed repeatedly, or did not answer, for instance because an
+    admission webhook is down; the message is the API server's."""
     NO_MATCHING_NODES = "NoMatchingNodes"
     """Not Initialized: no tier of isa.allowed has enough nodes."""
     BACK_OFF = "BackOff"
@@ -270,6 +279,8 @@ class Reason(StrEnum):
     """Not Initialized: a pod of an earlier attempt is still running."""
     QUEUED = "Queued"
     """Not QuotaReserved: the queue has not admitted the job."""
+    DEACTIVATED = "Deactivated"
+    """Not QuotaReserved: the queue's administrator holds the job by its Workload, until that is activated again."""
     ADMITTED = "Admitted"
     """QuotaReserved: the queue has admitted the job."""
     STARTED = "Started"

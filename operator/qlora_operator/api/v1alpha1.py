@@ -183,7 +183,7 @@ class Training(ApiModel):
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
     """The gradient is scaled down to this norm when its norm is larger."""
     compute_dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the processor supports it natively (AMX, AVX512-BF16), otherwise fp32."""
+    """`auto`: bf16 where the processors of all ranks support it natively (AMX, AVX512-BF16), otherwise fp32."""
     gradient_checkpointing: Literal["auto", "none", "full"] = "auto"
     """`full` recomputes each layer in the backward pass: less memory, a third more time. `auto`: none if one bin fits
     memoryPerRank without it, otherwise full."""
@@ -344,8 +344,8 @@ class Isa(ApiModel):
     """Instruction-set tiers, in order of preference: the first for which enough nodes have the processor, the
     CPUs and the memory is used. If there is none, the job waits with reason NoMatchingNodes."""
     step_down_seconds: int = Field(default=300, ge=1, le=MAX_SECONDS)
-    """Seconds that pods may wait for nodes of one tier before the next tier is tried. Time spent in a queue does not
-    count."""
+    """Seconds that pods may wait for nodes of one tier before another tier is tried that has other nodes, if there is
+    one. Time spent in a queue does not count."""
 
 
 class Toleration(ApiModel):
@@ -397,8 +397,8 @@ class Scheduling(ApiModel):
     )
     """PriorityClass of the pods. Unset: the cluster's default."""
     queue_name: str | None = Field(default=None, min_length=1, max_length=63, pattern=SUBDOMAIN_PATTERN)
-    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be admitted. Unset: attempts do not
-    wait for a queue."""
+    """LocalQueue of Kueue, in the job's namespace, in which each attempt waits to be admitted. Unset: the one that the
+    job's label `kueue.x-k8s.io/queue-name` names; without that, attempts wait only if Kueue holds them by itself."""
 
     rules = (
         Rule(
@@ -449,7 +449,7 @@ class QLoRAJobSpec(ApiModel):
     """Seconds after which a finished job is deleted; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
     """Seconds, restarts included, after which an active job fails with DeadlineExceeded. The time starts over when the
-    job is resumed. Unset: no limit."""
+    job is resumed. A trained adapter is sent to output.destination however long that takes. Unset: no limit."""
     backoff_limit: int = Field(default=3, ge=0, le=MAX_RESTARTS)
     """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. The default
     is low, since such failures tend to repeat. Permanent failures, such as bad data, are never retried."""
@@ -458,8 +458,8 @@ class QLoRAJobSpec(ApiModel):
     InfrastructureBackoffLimitExceeded. The default is high, since each loses at most one checkpoint interval of
     work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
-    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded. Unset: it
-    waits for nodes indefinitely."""
+    """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while
+    a trained adapter waits to be sent. Unset: it waits for nodes indefinitely."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
     """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
     against backoffLimit. Must exceed the longest step, and the time to load the model."""
@@ -558,6 +558,11 @@ class QLoRAJob(ApiModel):
     """Name, namespace, labels and annotations."""
     spec: QLoRAJobSpec
     status: QLoRAJobStatus | None = None
+
+    @property
+    def queue_name(self) -> str | None:
+        """The queue that the user names: in spec, or by Kueue's own label, as for other kinds of jobs."""
+        return self.spec.scheduling.queue_name or self.metadata.labels.get(names.QUEUE_LABEL) or None
 
 
 def ignored_by_run(job: QLoRAJob) -> list[str]:

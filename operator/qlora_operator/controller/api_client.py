@@ -3,10 +3,12 @@
 Nothing is retried here: the work queue requeues the key of the caller, with backoff.
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import AsyncIterator, Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 from urllib.parse import urlencode
 from urllib.request import getproxies_environment
@@ -16,6 +18,7 @@ from kubernetes.aio import client as kubernetes_client
 from kubernetes.aio import config
 
 from qlora_operator.api import names
+from qlora_operator.controller.clock import Clock
 from qlora_operator.errors import OperatorError
 
 Raw = dict[str, Any]
@@ -25,6 +28,8 @@ PAGE = 100
 """Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
 CONNECTIONS = 16
 """Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
+KUEUE_VERSIONS = ("v1beta2", "v1beta1")
+"""Versions of Kueue's API in which a Workload has the fields that are read, the newest first."""
 NAMESPACE_TERMINATING = "NamespaceTerminating"
 """The cause that the API gives for a Forbidden while a namespace is being deleted: nothing can be created in it."""
 
@@ -80,6 +85,8 @@ class ApiClient:
         """Prepare a client for these namespaces; none: the whole cluster."""
         self._observer = observer
         self._namespaces = namespaces
+        self.clock = Clock()
+        """The API server's time, by its answers."""
         self._client: kubernetes_client.ApiClient | None = None
         self._throttled_until: dict[str, float] = {}
         """Plural of a resource -> monotonic time until which the server asked not to be asked about it (HTTP 429)."""
@@ -116,6 +123,18 @@ class ApiClient:
         """The Events of type Warning in a namespace, oldest first."""
         return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
 
+    async def workloads(self, namespace: str, job_uid: str) -> list[Raw]:
+        """Kueue's Workloads of a batch/v1 Job; none without Kueue, or without the permission to list them."""
+        for version in KUEUE_VERSIONS:
+            resource = f"apis/kueue.x-k8s.io/{version}", "workloads"
+            selector = f"{names.WORKLOAD_JOB_LABEL}={job_uid}"
+            try:
+                return [raw async for raw in self._pages(resource, namespace, selector)]
+            except ApiError as error:
+                if error.code not in (403, 404):
+                    raise
+        return []
+
     async def get(self, resource: Resource, namespace: str, name: str) -> Raw:
         """One object."""
         return await self._request("GET", resource, namespace, name)
@@ -131,15 +150,17 @@ class ApiClient:
             "PUT", QLORAJOBS, metadata["namespace"], metadata["name"], subresource="status", body=raw
         )
 
-    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> None:
-        """Delete the object with this uid in the foreground, that is, after what it owns. An object that is gone, or
-        another one of that name, is left alone."""
+    async def delete(self, resource: Resource, namespace: str, name: str, uid: str) -> bool:
+        """Delete the object with this uid in the foreground, that is, after what it owns. Returns whether it was there:
+        another one of that name is left alone."""
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         try:
             await self._request("DELETE", resource, namespace, name, body=body)
         except ApiError as error:
             if error.code not in (404, 409):
                 raise
+            return False
+        return True
 
     async def _pages(
         self, resource: Resource, namespace: str | None, labels: str, fields: str = ""
@@ -188,6 +209,9 @@ class ApiClient:
             raise ApiError(0, "NoAnswer", f"{method} {path}: {type(error).__name__}: {error}") from error
         finally:
             self._observer.api_request(method.lower(), plural, code, time.monotonic() - begun)
+        if told := headers.get("Date"):
+            with contextlib.suppress(ValueError):
+                self.clock.observe(parsedate_to_datetime(told))
         try:
             return _parse_response(method, path, code, headers, content)
         except ApiError as error:

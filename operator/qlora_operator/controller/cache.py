@@ -1,7 +1,8 @@
 """What the watches have delivered: jobs, and the few facts of their batch/v1 Jobs that decisions need."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,22 @@ class ObjectCache:
         self._attempt_jobs: dict[str, dict[str, _CachedAttemptJob]] = {}
         self._starting: set[str] = set()
         """Uids of the batch/v1 Jobs whose pods are not all up."""
+        self._dropped: set[str] | None = None
+        """While everything is listed, the uids of what was dropped meanwhile; else None."""
 
     @property
     def starting(self) -> int:
         """How many batch/v1 Jobs have pods that are not all up."""
         return len(self._starting)
+
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """While everything is listed, page by page, what is dropped is not put back: a list may be older than that."""
+        self._dropped = set()
+        try:
+            yield
+        finally:
+            self._dropped = None
 
     def jobs(self) -> dict[Key, str]:
         """Key -> uid of every job."""
@@ -67,7 +79,7 @@ class ObjectCache:
     def put_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a job. Returns whether anything changed: the echo of our own write changes nothing."""
         known, version = self._jobs.get(key_of(raw)), _version(raw)
-        if known is not None and known.version > version:
+        if (known is not None and known.version > version) or self._was_dropped(raw):
             return False
         # managedFields are as large as all the rest.
         metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
@@ -79,15 +91,19 @@ class ObjectCache:
     def drop_job(self, key: Key, uid: str | None = None) -> None:
         """Drop a job; with a uid, only if the cached job has it."""
         known = self._jobs.get(key)
+        if self._dropped is not None and uid is not None:
+            self._dropped.add(uid)
         if known is not None and uid in (None, known.uid):
             del self._jobs[key]
-            gone = self._attempt_jobs.pop(known.uid, {})
-            self._starting -= {entry.attempt_job.uid for entry in gone.values()}
+            gone = {entry.attempt_job.uid for entry in self._attempt_jobs.pop(known.uid, {}).values()}
+            self._starting -= gone
+            if self._dropped is not None:
+                self._dropped |= gone
 
     def put_attempt_job(self, raw: Mapping[str, Any]) -> bool:
         """Cache a batch/v1 Job. Returns whether a fact that decisions need has changed; most updates change none."""
-        uid = _job_uid(raw)
-        if not uid:
+        uid = job_uid_of(raw)
+        if not uid or self._was_dropped(raw):
             return False
         name, version = raw["metadata"]["name"], _version(raw)
         siblings = self._attempt_jobs.setdefault(uid, {})
@@ -100,30 +116,36 @@ class ObjectCache:
 
     def is_healthy(self, raw: Mapping[str, Any]) -> bool:
         """Whether a batch/v1 Job is starting or running: nothing to do but to update the status."""
-        uid = _job_uid(raw)
+        uid = job_uid_of(raw)
         known = self._attempt_jobs.get(uid or "", {}).get(raw["metadata"]["name"])
         return known is not None and known.attempt_job.healthy
 
-    def drop_attempt_job(self, raw: Mapping[str, Any]) -> None:
-        """Drop a batch/v1 Job, if the cached one has its uid."""
-        uid = _job_uid(raw)
-        siblings = self._attempt_jobs.get(uid or "", {})
-        known = siblings.get(raw["metadata"]["name"])
-        if known is not None and known.attempt_job.uid == raw["metadata"]["uid"]:
-            del siblings[raw["metadata"]["name"]]
-            self._count(known, None)
-            if uid and not siblings:
-                del self._attempt_jobs[uid]
+    def drop_attempt_job(self, job_uid: str | None, name: str, uid: str) -> None:
+        """Drop a batch/v1 Job of a job, if the cached one of this name has this uid."""
+        if self._dropped is not None:
+            self._dropped.add(uid)
+        siblings = self._attempt_jobs.get(job_uid or "", {})
+        known = siblings.get(name)
+        if job_uid is None or known is None or known.attempt_job.uid != uid:
+            return
+        self._count(siblings.pop(name), None)
+        if not siblings:
+            del self._attempt_jobs[job_uid]
 
-    def retain_attempt_jobs(self, uids: Iterable[str]) -> list[str]:
-        """Drop the batch/v1 Jobs whose uid is not among `uids`; returns the uids of the jobs that have lost one."""
-        keep, lost = set(uids), []
-        for uid, siblings in self._attempt_jobs.items():
-            gone = [name for name, known in siblings.items() if known.attempt_job.uid not in keep]
-            for name in gone:
-                self._count(siblings.pop(name), None)
-            lost += [uid] if gone else []
-        return lost
+    def attempt_job_uids(self) -> set[str]:
+        """The uids of all batch/v1 Jobs."""
+        of_jobs = self._attempt_jobs.values()
+        return {known.attempt_job.uid for siblings in of_jobs for known in siblings.values()}
+
+    def drop_attempt_jobs(self, uids: Collection[str]) -> None:
+        """Drop the batch/v1 Jobs that have these uids."""
+        for job_uid, siblings in list(self._attempt_jobs.items()):
+            for known in list(siblings.values()):
+                if known.attempt_job.uid in uids:
+                    self.drop_attempt_job(job_uid, known.attempt_job.name, known.attempt_job.uid)
+
+    def _was_dropped(self, raw: Mapping[str, Any]) -> bool:
+        return self._dropped is not None and raw["metadata"]["uid"] in self._dropped
 
     def _count(self, before: _CachedAttemptJob | None, after: _CachedAttemptJob | None) -> None:
         if before is not None:
@@ -132,7 +154,7 @@ class ObjectCache:
             self._starting.add(after.attempt_job.uid)
 
 
-def _job_uid(raw: Mapping[str, Any]) -> str | None:
+def job_uid_of(raw: Mapping[str, Any]) -> str | None:
     """The uid of the job that a child's label names."""
     uid: str | None = (raw["metadata"].get("labels") or {}).get(JOB_UID_LABEL)
     return uid

@@ -50,11 +50,15 @@ class Children:
             case RestoreNetwork():
                 return await self._try(uid, self._create_network(job, uid))
             case DeleteAttemptJob(name, job_uid):
-                await self._client.delete(BATCH_JOBS, namespace, name, job_uid)
+                if not await self._client.delete(BATCH_JOBS, namespace, name, job_uid):
+                    self._cache.drop_attempt_job(uid, name, job_uid)
+                    return False
             case DeletePod(name, pod_uid):
                 await self._client.delete(PODS, namespace, name, pod_uid)
             case DeleteJob():
-                await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid)
+                if not await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid):
+                    self._cache.drop_job((namespace, job.metadata.name), uid)
+                    return False
         return True
 
     async def _try(self, uid: str, children: Awaitable[None]) -> bool:

@@ -28,7 +28,7 @@ from qlora_operator.controller.api_client import (
     ApiClient,
     ApiError,
 )
-from qlora_operator.controller.cache import ObjectCache, key_of, owner_key
+from qlora_operator.controller.cache import ObjectCache, job_uid_of, key_of, owner_key
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.controller.reconciler import Reconciler
@@ -46,10 +46,14 @@ PORT_ENV = "QLORA_OPERATOR_PORT"
 PORT = 8471
 RESYNC_RETRY_SECONDS = 5.0
 """Delay after a failed resync."""
+FIRST_ANSWER_SECONDS = 5.0
+"""How long the API server's first answer is waited for."""
 IDLE_SECONDS = 0.5
 """How long kopf keeps a task for an object after its last event; at the start it has one for every object."""
 COALESCE_SECONDS = 0.1
 """Delay before reconciling for a healthy batch/v1 Job, so that jobs without pods go first under load."""
+EXIT_SECONDS = 20.0
+"""After how long an operator that was told to stop is killed, whatever it still waits for; it may be at any time."""
 LOGIN_SECONDS = 2.0
 """Minimum interval between two logins."""
 
@@ -97,6 +101,10 @@ class Operator:
         self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
         self.metrics.queue_depth.set_function(lambda: len(self.queue))
         self.metrics.workers_busy.set_function(lambda: self.queue.busy)
+        with contextlib.suppress(ApiError, TimeoutError):
+            # Nothing is decided by this machine's clock: the server's first answer sets ours.
+            async with asyncio.timeout(FIRST_ANSWER_SECONDS):
+                await anext(self.client.list_all(QLORAJOBS), None)
         self.queue.start()
         self._tasks = [asyncio.create_task(self._resync_forever())]
 
@@ -128,21 +136,25 @@ class Operator:
                 await asyncio.sleep(RESYNC_RETRY_SECONDS)
 
     async def resync(self) -> None:
-        """List everything: finds what the watches have missed, above all deletions."""
-        known = self.cache.jobs()
+        """List everything: finds what the watches have missed, above all deletions.
+
+        A list is as old as its first page. What has been created since then stays, and what was deleted does not come
+        back.
+        """
         selector = names.JOB_UID_LABEL
-        attempt_jobs = set()
-        async for raw in self.client.list_all(BATCH_JOBS, selector):
-            self.cache.put_attempt_job(raw)
-            attempt_jobs.add(raw["metadata"]["uid"])
-        jobs = set()
-        async for raw in self.client.list_all(QLORAJOBS):
-            self.cache.put_job(raw)
-            jobs.add(raw["metadata"]["uid"])
-        for key, uid in known.items():
-            if uid not in jobs:
-                self.drop(key, uid)
-        self.cache.retain_attempt_jobs(attempt_jobs)
+        with self.cache.listing():
+            known_attempt_jobs, attempt_jobs = self.cache.attempt_job_uids(), set()
+            async for raw in self.client.list_all(BATCH_JOBS, selector):
+                self.cache.put_attempt_job(raw)
+                attempt_jobs.add(raw["metadata"]["uid"])
+            self.cache.drop_attempt_jobs(known_attempt_jobs - attempt_jobs)
+            known, jobs = self.cache.jobs(), set()
+            async for raw in self.client.list_all(QLORAJOBS):
+                self.cache.put_job(raw)
+                jobs.add(raw["metadata"]["uid"])
+            for key, uid in known.items():
+                if uid not in jobs:
+                    self.drop(key, uid)
         # Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync.
         owners = [
             {raw["metadata"]["labels"][selector] async for raw in self.client.list_all(resource, selector)}
@@ -194,6 +206,7 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
+    settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.persistence.diffbase_storage = NullDiffBase()
@@ -244,7 +257,8 @@ async def _job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
 async def _attempt_job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
     raw, operator = _object(event), operator_of(memo)
     if event["type"] == "DELETED":
-        operator.cache.drop_attempt_job(raw)
+        metadata = raw["metadata"]
+        operator.cache.drop_attempt_job(job_uid_of(raw), metadata["name"], metadata["uid"])
     elif not operator.cache.put_attempt_job(raw):
         return
     key = owner_key(raw)

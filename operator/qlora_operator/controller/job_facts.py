@@ -1,9 +1,15 @@
 """Facts about jobs that are kept between reconciliations and stand in no API object."""
 
+import time
 from collections.abc import Iterable
 
 from qlora_contract.progress import ProgressReport
 from qlora_operator.status.observation import ReasonMessage
+
+FAILURES_TOLD = 3
+"""After how many failures in a row the user is told."""
+FAILING_SECONDS_TOLD = 20.0
+"""After how long, with fewer: a request that is not answered takes its time to fail."""
 
 
 class JobFacts:
@@ -13,6 +19,7 @@ class JobFacts:
         self._reports: dict[str, ProgressReport] = {}
         self._children_missing: set[str] = set()
         self._create_errors: dict[str, ReasonMessage] = {}
+        self._failures: dict[str, tuple[int, float]] = {}
         self._warned: dict[str, int | None] = {}
 
     def put_report(self, uid: str, report: ProgressReport) -> None:
@@ -48,6 +55,17 @@ class JobFacts:
         """Why the job's children could not be created when that was last tried."""
         return self._create_errors.get(uid)
 
+    def count_failure(self, uid: str, begun: float) -> bool:
+        """A reconciliation that began at this monotonic time has failed. Returns whether that is worth a word: one
+        failure is soon forgotten."""
+        count, since = self._failures.get(uid, (0, begun))
+        self._failures[uid] = (count + 1, since)
+        return count + 1 >= FAILURES_TOLD or time.monotonic() - since >= FAILING_SECONDS_TOLD
+
+    def clear_failures(self, uid: str) -> None:
+        """A reconciliation has succeeded."""
+        self._failures.pop(uid, None)
+
     def set_ignored_fields(self, uid: str, generation: int | None) -> bool:
         """This generation of a job has fields that are ignored. Returns whether that is news."""
         known = self._warned.get(uid, -1)
@@ -59,4 +77,5 @@ class JobFacts:
         self._reports.pop(uid, None)
         self._children_missing.discard(uid)
         self._create_errors.pop(uid, None)
+        self._failures.pop(uid, None)
         self._warned.pop(uid, None)

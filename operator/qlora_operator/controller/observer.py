@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_operator.api.names import Key
+from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.api_client import ApiClient
 from qlora_operator.controller.cache import ObjectCache
@@ -13,7 +14,8 @@ from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
 from qlora_operator.controller.ttl_cache import TtlCache
 from qlora_operator.desired.admission import policy_violation
 from qlora_operator.placement import nodes as placement
-from qlora_operator.settings import Settings
+from qlora_operator.settings import Settings, TransferSettings
+from qlora_operator.status import stages
 from qlora_operator.status.observation import (
     AttemptJob,
     Observation,
@@ -21,9 +23,11 @@ from qlora_operator.status.observation import (
     Read,
     ReasonMessage,
     WarningEvent,
+    deactivated,
     pod,
 )
 from qlora_operator.status.policies import startup_grace
+from qlora_operator.status.sanitize import sanitize
 
 WARNINGS_SECONDS = 10.0
 """How long one list of a namespace's warnings serves all of its jobs."""
@@ -61,6 +65,13 @@ class Observer:
             if {pod.owner_uid for pod in seen.pods or ()} - {job.uid for job in seen.attempt_jobs}:
                 # Orphans, or pods of a Job that the watch has not delivered yet: a list shows which.
                 seen = await self._with_jobs(seen, key, uid)
+        if Read.WORKLOAD in reads:
+            number = job.status.attempt if job.status else None
+            mine = next(
+                (each for each in seen.attempt_jobs if each.controlled and each.attempt == number), None
+            )
+            found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
+            seen = replace(seen, deactivated=sanitize(deactivated(found)))
         if Read.WARNINGS in reads:
             namespace = key[0]
             known = self._warnings.setdefault(
@@ -74,24 +85,54 @@ class Observer:
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
-                found = feasibility(job, nodes)
-                seen = replace(seen, feasible_tiers=found.tiers, infeasible_because=found.why)
+                room = feasibility(job, nodes, self._settings.transfer)
+                seen = replace(
+                    seen,
+                    feasible_tiers=room.tiers,
+                    tier_nodes=room.nodes,
+                    infeasible_because=room.why,
+                )
         return seen
 
     async def _with_jobs(self, seen: Observation, key: Key, uid: str) -> Observation:
-        for raw in await self._client.attempt_jobs(key[0], uid):
+        known = self._cache.attempt_jobs(uid)
+        listed = await self._client.attempt_jobs(key[0], uid)
+        for raw in listed:
             self._cache.put_attempt_job(raw)
+        gone = {job.uid for job in known} - {raw["metadata"]["uid"] for raw in listed}
+        for job in known:
+            if job.uid in gone:
+                self._cache.drop_attempt_job(uid, job.name, job.uid)
         return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 
-def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None) -> placement.Feasibility:
-    """Where a job can run. If the operator may not list nodes, every tier that it allows: then the labels of the first
-    are required, unseen."""
+def feasibility(
+    job: QLoRAJob, nodes: NodeSnapshot | None, transfer: TransferSettings
+) -> placement.Feasibility:
+    """Where the pods of a job's open or next attempt can run. If the operator may not list nodes, every tier that it
+    allows: then the labels of the first are required, unseen.
+
+    A transfer waits for the room of its one pod, not for that of all ranks. Where there is room for them, sources are
+    fetched on the tier that they will have.
+    """
     if nodes is None:
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
+    stage = stages.current_stage(job.spec, job.status or QLoRAJobStatus())
+    if stage == "publish":
+        demand = placement.transfer_demand(job, transfer, stage)
+        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    found = _room_for_ranks(job, nodes)
+    if stage == "fetch" and not found.tiers:
+        demand = placement.transfer_demand(job, transfer, stage)
+        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    return found
+
+
+def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
-    native = known is not None and known.dtype == "bf16"
+    # Who asks for bf16 by name gets it on any processor, emulated where it must be.
+    native = known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
     found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
     if not (avoid and found.why):
         return found

@@ -1,8 +1,9 @@
 """One job, once: observe -> decide -> save -> act -> tell."""
 
+import contextlib
 import logging
+import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from pydantic import ValidationError
@@ -22,9 +23,10 @@ from qlora_operator.controller.observer import Observer
 from qlora_operator.desired.events import event as event_body
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import Event
-from qlora_operator.status.decision import decide
+from qlora_operator.status.api_failure import api_failure
+from qlora_operator.status.decision import decide, managed_elsewhere
 from qlora_operator.status.invalid_spec import invalid_spec_status
-from qlora_operator.status.observation import Pod
+from qlora_operator.status.observation import Observation, Pod
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ class Reconciler:
             # The API server accepts the object and this operator cannot read it: it is of another version.
             faults = "; ".join(f"{path} {message}" for path, message in validation_faults(error)[:3])
             log.error("%s/%s cannot be read: %s", *key, faults)  # noqa: TRY400 - the faults say it all
-            status = invalid_spec_status(raw, faults, datetime.now(UTC))
+            status = invalid_spec_status(raw, faults, self._client.clock.now())
             saved = status is None or await self._save(raw, status)
             return INVALID_SPEC_SECONDS if saved else 0.0
         if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
@@ -81,10 +83,20 @@ class Reconciler:
             )
         attempt = job.status.attempt if job.status else None
         with logs.job(*key, attempt), self._metrics.reconcile_seconds.time():
-            return await self._reconcile(key, raw, job)
+            uid, begun = str(raw["metadata"]["uid"]), time.monotonic()
+            try:
+                delay = await self._reconcile(key, raw, job)
+            except ApiError as error:
+                # Who asked for a pause will answer after it.
+                if error.code != 429 and self._facts.count_failure(uid, begun):
+                    with contextlib.suppress(ApiError):
+                        await self._tell_failure(key, uid, error)
+                raise
+            self._facts.clear_failures(uid)
+            return delay
 
     async def _reconcile(self, key: Key, raw: dict[str, Any], job: QLoRAJob) -> float | None:
-        uid, now = str(raw["metadata"]["uid"]), datetime.now(UTC)
+        uid, now = str(raw["metadata"]["uid"]), self._client.clock.now()
         seen = self._observer.known(job, uid)
         decision = decide(job, seen, now)
         while decision.reads:  # each time others, so at most as often as there are kinds of them
@@ -136,9 +148,24 @@ class Reconciler:
 
     # --- tell
 
+    async def _tell_failure(self, key: Key, uid: str, error: ApiError) -> None:
+        """What the API server fails at, in the status and an Event."""
+        raw = self._cache.job(key)
+        if raw is None or raw["metadata"]["uid"] != uid:
+            return
+        job, _ = parse_api_object(raw)
+        if managed_elsewhere(job):
+            return
+        decision = api_failure(
+            job, Observation(self._cache.attempt_jobs(uid)), str(error), self._client.clock.now()
+        )
+        if decision is not None and await self._save(raw, decision.status):
+            for event in decision.events:
+                await self._post(job, uid, event)
+
     async def _post(self, job: QLoRAJob, uid: str, event: Event) -> None:
         """Post an Event. If that fails, the status says it, too."""
-        body = event_body(job, uid, event.type, event.reason, event.message, datetime.now(UTC))
+        body = event_body(job, uid, event.type, event.reason, event.message, self._client.clock.now())
         log.info("%s: %s", event.reason, event.message)
         try:
             await self._client.create(EVENTS, str(job.metadata.namespace), body)

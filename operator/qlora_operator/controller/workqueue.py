@@ -18,6 +18,8 @@ Work = Callable[[Key], Awaitable[float | None]]
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 30.0
+CANCEL_SECONDS = 0.5
+"""How long a worker has to notice that it is cancelled."""
 STARVATION_LIMIT_SECONDS = 60.0
 """How long delayed keys that are due yield to fresh events."""
 
@@ -88,7 +90,7 @@ class WorkQueue:
         """Start the workers."""
         self._tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]
 
-    async def stop(self, drain_timeout: float = 10.0) -> None:
+    async def stop(self, drain_timeout: float = 5.0) -> None:
         """Drop what is queued, give the workers `drain_timeout` seconds to finish, then cancel them."""
         deadline = time.monotonic() + drain_timeout
         self._stopping = True
@@ -96,9 +98,11 @@ class WorkQueue:
         self._delayed.clear()
         while self._busy and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Again and again: a request that ends in the moment in which it is cancelled may swallow that.
+        while pending := [task for task in self._tasks if not task.done()]:
+            for task in pending:
+                task.cancel()
+            await asyncio.wait(pending, timeout=CANCEL_SECONDS)
 
     def _wake(self) -> None:
         async def notify() -> None:

@@ -62,9 +62,9 @@ def attempt_job(
             "template": pod_template(job, run, image, settings, avoid),
         },
     }
-    if job.spec.scheduling.queue_name is not None:
+    if job.queue_name is not None:
         # Kueue sets suspend to false when there is quota; an unsuspended Job would run before.
-        child["metadata"]["labels"][names.QUEUE_LABEL] = job.spec.scheduling.queue_name
+        child["metadata"]["labels"][names.QUEUE_LABEL] = job.queue_name
         child["spec"]["suspend"] = True
     return child
 

@@ -56,8 +56,11 @@ def pod_template(
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
             "securityContext": _pod_security(settings),
-            # A transfer goes where ranks may go, too: a claim may be bound to the first node that uses it.
-            **_placement(job.spec.scheduling, uid, run.isa, avoid, settings),
+            # Sources are fetched where ranks may run: a claim may be bound to the first node that uses it. When the
+            # adapter is sent it is bound, and any processor will do.
+            **_placement(
+                job.spec.scheduling, uid, None if run.stage == "publish" else run.isa, avoid, settings
+            ),
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
@@ -81,10 +84,33 @@ def _pod_security(settings: Settings) -> dict[str, Any]:
 
 
 def _placement(
-    scheduling: Scheduling, uid: str, isa: IsaTier, avoid: Sequence[str], settings: Settings
+    scheduling: Scheduling, uid: str, isa: IsaTier | None, avoid: Sequence[str], settings: Settings
 ) -> dict[str, Any]:
-    """Where the pods may go; unset fields are left out."""
-    # Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers.
+    """Where the pods may go; unset fields are left out. Without a tier, any processor will do."""
+    # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
+    # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
+    # what to spread.
+    spread = {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": pods_of(uid),
+    }
+    fields = {
+        "affinity": None if isa is None else _tier_affinity(isa, avoid),
+        "topologySpreadConstraints": [spread],
+        "nodeSelector": dict(scheduling.node_selector),
+        "tolerations": [
+            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
+        ],
+        "priorityClassName": scheduling.priority_class_name,
+        "schedulerName": settings.scheduler_name,
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def _tier_affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
+    """Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers."""
     term: dict[str, Any] = {
         "matchExpressions": [
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
@@ -96,28 +122,7 @@ def _placement(
         term["matchFields"] = [
             {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
         ]
-    # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
-    # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
-    # what to spread.
-    spread = {
-        "maxSkew": 1,
-        "topologyKey": "kubernetes.io/hostname",
-        "whenUnsatisfiable": "ScheduleAnyway",
-        "labelSelector": pods_of(uid),
-    }
-    fields = {
-        "affinity": {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
-        },
-        "topologySpreadConstraints": [spread],
-        "nodeSelector": dict(scheduling.node_selector),
-        "tolerations": [
-            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
-        ],
-        "priorityClassName": scheduling.priority_class_name,
-        "schedulerName": settings.scheduler_name,
-    }
-    return {key: value for key, value in fields.items() if value}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
 
 
 def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:

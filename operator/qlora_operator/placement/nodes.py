@@ -5,15 +5,16 @@ This is not a second scheduler: what else runs on the nodes is ignored.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import floor
+from dataclasses import dataclass, field, replace
+from math import ceil, floor
 from typing import Any, NamedTuple
 
-from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier
+from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.pod_resources import pod_cpus, pod_memory
-from qlora_operator.api.quantity import parse_quantity
+from qlora_operator.api.quantity import parse_memory, parse_quantity
 from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
+from qlora_operator.settings import TransferSettings
 
 REASONS_SHOWN = 8
 """Different reasons in a message: it is not an inventory of the cluster."""
@@ -73,6 +74,10 @@ class Demand:
     tolerations: tuple[Toleration, ...]
     tiers: tuple[IsaTier, ...]
     """Those that the user allows, in order of preference."""
+    kind: str = "rank pod"
+    """What its pods are called in a message."""
+    any_processor: bool = False
+    """Nodes need none of the tiers' labels."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class Feasibility:
     """Tiers that enough nodes have, in the user's order of preference."""
     why: str = ""
     """Why there are none, in a sentence."""
+    nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
+    """Of each tier, the names of the nodes that fit, be they enough or not; empty where no tier has enough, and where
+    nodes may not be listed."""
 
 
 class _Obstacle(NamedTuple):
@@ -139,6 +147,22 @@ def demand(job: QLoRAJob) -> Demand:
     )
 
 
+def transfer_demand(job: QLoRAJob, transfer: TransferSettings, stage: RunStage) -> Demand:
+    """What the one pod of a transfer requires of its node.
+
+    Sources are fetched where ranks may run, since a claim may be bound to the first node that uses it; it is bound when
+    the adapter is sent.
+    """
+    return replace(
+        demand(job),
+        pods=1,
+        cpus=ceil(parse_quantity(transfer.cpu)),
+        memory=parse_memory(transfer.memory),
+        kind="transfer's pod",
+        any_processor=stage == "publish",
+    )
+
+
 def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = False) -> Feasibility:
     """The tiers on which all pods of a job fit, if nothing else ran on the nodes.
 
@@ -150,15 +174,18 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
     """
     tiers = [tier for tier in demand.tiers if tier in BF16_NATIVE or not native_bf16_only]
     if not tiers:
-        return Feasibility(
-            (), "the job has begun in bf16, which no tier of spec.isa.allowed computes natively"
-        )
+        # It ran on better nodes than the tiers it asks for, and there may be more of them.
+        tiers = [tier for tier in ISA_TIERS if tier in BF16_NATIVE][-1:]
     enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
     if enough:
-        return Feasibility(enough, "")
+        fit = {
+            tier: frozenset(node.name for node in nodes if _obstacle(node, demand, tier) is None)
+            for tier in tiers
+        }
+        return Feasibility(enough, "", fit)
     # Nodes of a better tier have the labels of the lesser ones too, so this one has most of the nodes.
     why = _why(nodes, demand, max(tiers, key=ISA_TIERS.index))
-    if len(tiers) < len(demand.tiers):
+    if tiers != list(demand.tiers):
         why += f"; only {' or '.join(tiers)} will do, since the job has begun in bf16"
     return Feasibility((), why)
 
@@ -190,7 +217,8 @@ def _wrong_labels(node: Node, demand: Demand, tier: IsaTier) -> _Obstacle | None
     for taint in node.taints:
         if taint.key not in _STATE_TAINTS and not _tolerated(taint, demand):
             return _Obstacle(1, _HAS, f"the taint {taint}")
-    missing = [label for label in TIER_LABELS[tier] if node.labels.get(label) != "true"]
+    wanted = () if demand.any_processor else TIER_LABELS[tier]
+    missing = [label for label in wanted if node.labels.get(label) != "true"]
     if missing:
         features = [label.rpartition(".")[2] for label in missing]
         # Rather the feature that the tier is named after: AMXBF16 tells more than AMXTILE.
@@ -226,7 +254,7 @@ def _why(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> str:
         return "the cluster has no nodes"
     obstacles = [_obstacle(node, demand, tier) for node in nodes]
     fit, good = _fitting(nodes, demand, tier), obstacles.count(None)
-    result = f"0/{len(nodes)} nodes can take a rank pod"
+    result = f"0/{len(nodes)} nodes can take a {demand.kind}"
     if good:
         pods_fit = "pod fits" if fit == 1 else "pods fit"
         result = f"{fit} {pods_fit} on {good}/{len(nodes)} nodes, {demand.pods} are needed"

@@ -9,7 +9,7 @@ from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.api.status import ATTEMPTS_SHOWN, Attempt, QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import conditions
-from qlora_operator.status.actions import Action, Decision, Event
+from qlora_operator.status.actions import Action, Decision, Event, RestoreNetwork, StartAttempt
 from qlora_operator.status.checks import Blocked
 from qlora_operator.status.observation import Observation
 from qlora_operator.status.view import JobView
@@ -36,8 +36,9 @@ class StatusBuilder:
         return JobView(self.job, self.seen, self.now, self.status)
 
     def build(self) -> Decision:
-        """The decision."""
-        return Decision(self.status, tuple(self.actions), tuple(self.events), self.look_at)
+        """The decision. What is in the way goes before anything is created."""
+        actions = sorted(self.actions, key=lambda action: isinstance(action, StartAttempt | RestoreNetwork))
+        return Decision(self.status, tuple(actions), tuple(self.events), self.look_at)
 
     # --- fields
 

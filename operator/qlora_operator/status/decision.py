@@ -73,7 +73,7 @@ def _suspend_or_resume(builder: StatusBuilder) -> None:
         builder.set(start_time=None, message="resumed")
         builder.event("Normal", Reason.RESUMED, "resumed")
     # In a queue the clock starts when the queue admits the job.
-    queued = view.spec.scheduling.queue_name is not None
+    queued = view.job.queue_name is not None
     if builder.status.start_time is None and not view.spec.suspend and not queued:
         builder.set(start_time=rfc3339(view.now))
 
@@ -200,7 +200,7 @@ def _start(builder: StatusBuilder) -> None:
     attempt, tier, queue = (
         starting.next_attempt(view),
         starting.next_tier(view),
-        view.spec.scheduling.queue_name,
+        view.job.queue_name,
     )
     placement = view.placement.model_copy(update={"isa": tier, "world_size": view.world_size})
     if attempt.stage == "train":

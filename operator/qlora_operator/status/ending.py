@@ -55,18 +55,28 @@ def job_being_deleted(view: JobView) -> AttemptEnd | None:
 
 
 def job_suspended_again(view: JobView) -> AttemptEnd | None:
-    """Its Job, which had been admitted, is suspended: by its queue, or by another client by mistake."""
-    job = _intact_job(view)
-    if job is None or not job.suspended or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
+    """Its Job, which had been admitted, is suspended: by its queue, or by another client by mistake.
+
+    One that its queue's administrator holds is left alone, so that they decide when it goes on; it goes on as another
+    attempt, since pods of this one may still be writing.
+    """
+    job, reserved = _intact_job(view), view.condition(ConditionType.QUOTA_RESERVED)
+    if job is None or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
         return None
-    if view.spec.scheduling.queue_name is None:
-        message = f"another client suspended the Job {job.name}: suspend the QLoRAJob instead"
-        return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
-    if not view.is_true(ConditionType.QUOTA_RESERVED):
+    held = reserved is not None and reserved.reason == Reason.DEACTIVATED
+    if not (job.suspended or held):
         return None
-    return AttemptEnd(
-        Reason.PREEMPTED, "the queue withdrew the quota that it had granted", Budget.INFRASTRUCTURE
-    )
+    seen_unsuspended = reserved is None and view.job.queue_name is None and view.job_was_seen
+    ran = view.is_true(ConditionType.RUNNING) or seen_unsuspended
+    admitted = held or view.is_true(ConditionType.QUOTA_RESERVED)
+    if admitted or (ran and view.queue is not None):
+        if job.suspended and view.deactivated:
+            return None
+        return AttemptEnd(Reason.REQUEUED, "the queue withdrew the quota that it had granted", Budget.NONE)
+    if not ran:
+        return None  # a queue has not admitted it yet, be it one that the user did not ask for
+    message = f"another client suspended the Job {job.name}: suspend the QLoRAJob instead"
+    return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
 
 
 def parallelism_changed(view: JobView) -> AttemptEnd | None:
@@ -139,7 +149,7 @@ def half_placed(view: JobView) -> AttemptEnd | NotYet | None:
 
 
 def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
-    """None of its pods found a node of its tier, and another tier may have room."""
+    """None of its pods found a node of its tier, and another tier has other nodes."""
     waits = _pods_without_nodes(view)
     if waits is None:
         return None
@@ -151,7 +161,7 @@ def unschedulable_tier(view: JobView) -> AttemptEnd | NotYet | None:
     if view.now < step_down_at:
         return NotYet(step_down_at)
     why = waiting_for(view, job)
-    if why.reason in _ANY_TIER or all(tier == view.placement.isa for tier in view.feasible_tiers):
+    if why.reason in _ANY_TIER or view.wider_tier is None:
         return None
     message = f"no pod was scheduled within isa.stepDownSeconds: {seconds}: {why.message}"
     return AttemptEnd(Reason.STEPPED_DOWN, message, Budget.NONE)

@@ -1,7 +1,7 @@
 """What is known of a job's children, read from the API's JSON into the few facts that decisions need."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -9,7 +9,12 @@ from typing import Any
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time
-from qlora_operator.api.names import ATTEMPT_LABEL, TOPOLOGY_HASH_ANNOTATION
+from qlora_operator.api.names import (
+    ATTEMPT_LABEL,
+    QUEUE_LABEL,
+    TOPOLOGY_HASH_ANNOTATION,
+    TRAINER_CONTAINER,
+)
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
@@ -42,6 +47,8 @@ class AttemptJob:
     """Its controller is this very QLoRAJob. Otherwise it merely has the name that a child would have."""
     suspended: bool = False
     """By its queue: the operator never suspends a Job that exists."""
+    queue: str | None = None
+    """The queue that its label names: ours, or one that a webhook has set."""
     ready: int = 0
     """Pods that are ready."""
     deleting: bool = False
@@ -126,6 +133,8 @@ class Read(StrEnum):
     """Which tiers have enough nodes for the job."""
     WARNINGS = "warnings"
     """Events of type Warning about the Jobs and pods."""
+    WORKLOAD = "workload"
+    """What Kueue knows of the open attempt's Job."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +151,14 @@ class Observation:
     """Nodes of the pods that are not ready, or gone. None: not read."""
     feasible_tiers: tuple[IsaTier, ...] | None = None
     """Tiers that have enough nodes, in order of preference. None: not read."""
+    tier_nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
+    """The nodes of each tier that fit, by name; of tiers that are not in it they are unknown."""
     infeasible_because: str = ""
     """Why there are no such tiers, in a sentence."""
     warnings: tuple[WarningEvent, ...] | None = None
     """Newest first. None: not read."""
+    deactivated: str | None = None
+    """Why the queue's administrator holds the open attempt's Job; empty: they do not. None: not read."""
     progress: ProgressReport | None = None
     """What rank 0 of the current attempt reports now."""
     image: str = ""
@@ -167,6 +180,7 @@ class Observation:
             Read.NODE_HEALTH: self.lost_nodes is not None,
             Read.FEASIBLE_TIERS: self.feasible_tiers is not None,
             Read.WARNINGS: self.warnings is not None,
+            Read.WORKLOAD: self.deactivated is not None,
         }
         return frozenset(read for read in reads if not known[read])
 
@@ -183,6 +197,7 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         controlled=_controller_uid(metadata) == job_uid,
         suspended=bool(raw["spec"].get("suspend")),
+        queue=labels.get(QUEUE_LABEL) or None,
         ready=status.get("ready") or 0,
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
@@ -199,7 +214,11 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     """A pod of a job from the API."""
     metadata, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
-    container = (status.get("containerStatuses") or [{}])[0]
+    # By its name: others may be injected, and the kubelet lists them in the order of their names.
+    containers = status.get("containerStatuses") or []
+    container: Mapping[str, Any] = next(
+        (each for each in containers if each.get("name") == TRAINER_CONTAINER), {}
+    )
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     scheduled = conditions.get("PodScheduled") or {}
@@ -223,6 +242,15 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         status_reason=_reason_message(status) if status.get("reason") else None,
         image_digest=(container.get("imageID") or "").rpartition("@")[2] or None,
     )
+
+
+def deactivated(workloads: Sequence[Mapping[str, Any]]) -> str:
+    """Why one of Kueue's Workloads is held by its administrator, in Kueue's words if it has any; empty if none is."""
+    for raw in workloads:
+        if raw["spec"].get("active") is False:
+            said = {each["type"]: each for each in (raw.get("status") or {}).get("conditions") or []}
+            return (said.get("Evicted") or {}).get("message") or "the workload is deactivated"
+    return ""
 
 
 def _controller_uid(metadata: Mapping[str, Any]) -> str | None:

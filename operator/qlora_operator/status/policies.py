@@ -15,7 +15,7 @@ UNSCHEDULED = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
 """Ends of an attempt whose pods found no nodes: the next tier has its turn."""
 DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.SUCCEEDED})
 """Ends of an attempt that did what it was for."""
-NO_COST = DONE | UNSCHEDULED | {Reason.SUSPENDED, Reason.FINISHED}
+NO_COST = DONE | UNSCHEDULED | {Reason.SUSPENDED, Reason.REQUEUED, Reason.FINISHED}
 """Ends of an attempt that cost no restart and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0
@@ -78,15 +78,19 @@ def pending_since(status: QLoRAJobStatus, now: datetime) -> datetime:
 
 
 def pending_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus, now: datetime) -> datetime | None:
-    """When the job will have waited for its ranks for too long; None without a limit, and while they run."""
+    """When the job will have waited for its ranks for too long; None without a limit, while they run, and once they
+    have trained the adapter."""
     if spec.pending_deadline_seconds is None or conditions.is_true(status.conditions, ConditionType.RUNNING):
+        return None
+    if status.adapter is not None:
         return None
     return pending_since(status, now) + timedelta(seconds=spec.pending_deadline_seconds)
 
 
 def active_deadline(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> datetime | None:
-    """When the job will have been active for too long; None without a limit, and while it waits in a queue."""
-    if spec.active_deadline_seconds is None or status.start_time is None:
+    """When the job will have been active for too long; None without a limit, while it waits in a queue, and once it has
+    trained the adapter: what is verified and stored is not given up because it could not be sent in time."""
+    if spec.active_deadline_seconds is None or status.start_time is None or status.adapter is not None:
         return None
     if conditions.is_false(status.conditions, ConditionType.QUOTA_RESERVED):
         return None

@@ -16,6 +16,9 @@ from qlora_operator.status.waiting import pods_ready, waiting_for
 QUIET = timedelta(seconds=20)
 """Minimum time before the status says that pods are still starting."""
 
+HELD_LOOK_SECONDS = 30.0
+"""How often it is looked whether a job that its queue's administrator has stopped may go on: nothing tells of that."""
+
 _REASONS = {
     "Starting": Reason.LOADING,
     "Fetching": Reason.FETCHING,
@@ -40,7 +43,6 @@ _MESSAGES = {
 def follow(builder: StatusBuilder, job: AttemptJob) -> None:
     """What the Job of the open attempt does, in the status."""
     view = builder.view
-    queue = view.spec.scheduling.queue_name
     if _nothing_new(view, job):
         builder.requeue_at(_next_look(view))
         return
@@ -49,11 +51,13 @@ def follow(builder: StatusBuilder, job: AttemptJob) -> None:
     if view.seen.children_missing:
         builder.act(RestoreNetwork())
     if job.suspended:
-        if queue is not None:
-            wait_in_queue(builder, queue)
+        if view.is_true(ConditionType.QUOTA_RESERVED) or _is_held(view):
+            _hold(builder)
+        else:
+            wait_in_queue(builder, view.queue)
         return
-    if queue is not None:
-        message = f"the queue {queue} has admitted the job"
+    if view.queue is not None or view.condition(ConditionType.QUOTA_RESERVED) is not None:
+        message = f"the queue {view.queue} has admitted the job" if view.queue else "the job is admitted"
         builder.set(start_time=_start_time(view, job))
         builder.set_true(ConditionType.QUOTA_RESERVED, Reason.ADMITTED, message)
     if _is_up(view, job):
@@ -65,10 +69,27 @@ def follow(builder: StatusBuilder, job: AttemptJob) -> None:
     builder.requeue_at(_next_look(view))
 
 
-def wait_in_queue(builder: StatusBuilder, queue: str) -> None:
+def wait_in_queue(builder: StatusBuilder, queue: str | None) -> None:
     """The queue has not admitted the job."""
     message = f"waits in the queue {queue}"
+    if queue is None:
+        message = "waits to be admitted: its Job was suspended when it was created, as queues do it"
     builder.set_waiting(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, event=False)
+
+
+def _hold(builder: StatusBuilder) -> None:
+    """The queue's administrator has stopped the job, which goes on only when they say so."""
+    view = builder.view
+    message = f"held by its queue, until the Workload of its Job is activated again: {view.deactivated}"
+    builder.set_waiting(ConditionType.QUOTA_RESERVED, Reason.DEACTIVATED, message, event=True)
+    if view.is_true(ConditionType.RUNNING):
+        builder.set_false(ConditionType.RUNNING, Reason.DEACTIVATED, message)
+    builder.requeue_at(view.after(HELD_LOOK_SECONDS))
+
+
+def _is_held(view: JobView) -> bool:
+    reserved = view.condition(ConditionType.QUOTA_RESERVED)
+    return reserved is not None and reserved.reason == Reason.DEACTIVATED
 
 
 def _run(builder: StatusBuilder, job: AttemptJob) -> None:
@@ -121,7 +142,9 @@ def _nothing_new(view: JobView, job: AttemptJob) -> bool:
     read, or merely start. Most attempts are up before that changes, and each is spared a write."""
     if _is_up(view, job) or not view.is_true(ConditionType.INITIALIZED):
         return False
-    if view.spec.scheduling.queue_name is not None or view.seen.children_missing:
+    if job.suspended or view.seen.children_missing:
+        return False
+    if view.queue is not None or view.condition(ConditionType.QUOTA_RESERVED) is not None:
         return False
     if not view.pods_are_worth_a_look:
         return True

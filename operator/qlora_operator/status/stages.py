@@ -22,6 +22,12 @@ def next_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
     return "train" if status.adapter is None else "publish"
 
 
+def current_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
+    """What the open attempt does, if it has no reason to end yet; else what the next one will."""
+    last = status.attempts[-1] if status.attempts else None
+    return next_stage(spec, status) if last is None or last.reason is not None else last.stage
+
+
 def fetched(status: QLoRAJobStatus) -> ResolvedRevisions:
     """The revisions of the remote sources, as far as they are known."""
     known = status.provenance or Provenance()

@@ -95,14 +95,16 @@ def next_attempt(view: JobView) -> Attempt:
 
 
 def next_tier(view: JobView) -> IsaTier:
-    """The first tier that has nodes; after one whose nodes had no room the next, and after the last the first.
+    """The first tier that has nodes; after one whose nodes had no room, one with other nodes, if there is one.
 
     Read.FEASIBLE_TIERS; there must be one.
     """
     tiers, last, before = view.feasible_tiers, view.last_attempt, view.placement.isa
+    if before is not None and view.status.adapter is not None:
+        return before  # where it was trained; the adapter is sent from any node
     if last is None or last.reason not in policies.UNSCHEDULED or before not in tiers:
         return tiers[0]
-    return tiers[(tiers.index(before) + 1) % len(tiers)]
+    return view.wider_tier or before
 
 
 def fixed_provenance(view: JobView) -> Provenance:

@@ -26,8 +26,11 @@ class Teardown:
 
 
 def tear_down(view: JobView) -> Teardown:
-    """What is left of the open attempt, and what is to be done about it."""
-    job = view.attempt_job
+    """What is left of the open attempt, and what is to be done about it.
+
+    That its Job is gone is the API server's word: a watch that has just begun may not have shown it yet.
+    """
+    job = view.confirmed_job
     actions: list[Action] = []
     if job is not None and not job.finished and not job.deleting:
         # A Job that fails by itself keeps its pods, for their logs.
@@ -74,11 +77,12 @@ def delete_orphans(view: JobView) -> list[Action]:
 
 
 def delete_leftover_jobs(view: JobView) -> list[Action]:
-    """Deletes Jobs of other attempts, and the last one's if it outlives the job's end.
+    """Deletes Jobs of other attempts, and the last one's if it outlives the attempt, whatever the job does next: a
+    queue may yet admit it.
 
     A Job that ended by itself stays until the next attempt, or the end of the QLoRAJob, for its pods' logs.
     """
-    over = view.finished and view.open_attempt is None
+    over = view.open_attempt is None
     return [
         DeleteAttemptJob(job.name, job.uid)
         for job in view.seen.attempt_jobs

@@ -149,12 +149,24 @@ class JobView:
         return job
 
     @property
+    def job_was_seen(self) -> bool:
+        """Whether the open attempt's Job had been seen when its status was last written."""
+        return self.open_attempt is not None and self.open_attempt.job_uid is not None
+
+    @property
+    def queue(self) -> str | None:
+        """The queue of the current attempt's Job, whoever has put it there."""
+        job = self.attempt_job
+        return self.job.queue_name or (job.queue if job is not None else None)
+
+    @property
     def other_jobs(self) -> list[AttemptJob]:
-        """Jobs of other attempts that may still create pods."""
+        """Jobs that may still create pods, but for the open attempt's."""
+        current = self.status.attempt if self.open_attempt is not None else None
         return [
             job
             for job in self.seen.attempt_jobs
-            if job.controlled and job.attempt != self.status.attempt and not job.finished
+            if job.controlled and job.attempt != current and not job.finished
         ]
 
     @property
@@ -196,10 +208,33 @@ class JobView:
         return self.seen.lost_nodes or frozenset()
 
     @property
+    def deactivated(self) -> str:
+        """Why the queue's administrator holds the open attempt's Job; empty if they do not. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.deactivated or ""
+
+    @property
     def feasible_tiers(self) -> Sequence[IsaTier]:
         """Tiers that have enough nodes, in order of preference. Read.FEASIBLE_TIERS."""
         self.require(Read.FEASIBLE_TIERS)
         return self.seen.feasible_tiers or ()
+
+    @property
+    def wider_tier(self) -> IsaTier | None:
+        """The tier to try when the current one's nodes have no room: the next in order of preference, from the first
+        again after the last, that has nodes which the current one lacks. Read.FEASIBLE_TIERS.
+
+        A node of a better tier has the labels of the lesser ones, too: in a cluster of equal nodes all tiers are the
+        same nodes, and another tier finds no other room there.
+        """
+        tiers, current, known = self.feasible_tiers, self.placement.isa, self.seen.tier_nodes
+        start = tiers.index(current) + 1 if current in tiers else 0
+        for tier in (*tiers[start:], *tiers[:start]):
+            if tier == current:
+                continue
+            if current is None or current not in known or tier not in known or known[tier] - known[current]:
+                return tier
+        return None
 
     @property
     def warnings(self) -> Sequence[WarningEvent]:

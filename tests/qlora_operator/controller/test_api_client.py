@@ -1,7 +1,9 @@
 """What the operator asks of a real API server, and how it takes a refusal."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 
 from qlora_operator.controller import api_client
 from qlora_operator.controller.api_client import SERVICES, ApiClient, ApiError
+from qlora_operator.controller.clock import Clock
 from testcluster.cluster import Cluster as Server
 
 pytestmark = pytest.mark.cluster
@@ -89,17 +92,29 @@ def test_refusals_say_why(talk: Callable[..., Any], namespace: str) -> None:
 
 
 def test_only_the_very_object_is_deleted(talk: Callable[..., Any], namespace: str) -> None:
-    """One of the same name with another uid is left alone; one that is gone is no error."""
+    """One of the same name with another uid is left alone; one that is gone is no error, and the answer says so."""
 
     async def work(reached: ApiClient) -> Any:
         made = await reached.create(SERVICES, namespace, service("kept", namespace))
-        await reached.delete(SERVICES, namespace, "kept", "another-uid")
+        uid = made["metadata"]["uid"]
+        there = [await reached.delete(SERVICES, namespace, "kept", "another-uid")]
         kept = await reached.get(SERVICES, namespace, "kept")
-        await reached.delete(SERVICES, namespace, "kept", made["metadata"]["uid"])
-        await reached.delete(SERVICES, namespace, "kept", made["metadata"]["uid"])
-        return made["metadata"]["uid"] == kept["metadata"]["uid"]
+        there += [await reached.delete(SERVICES, namespace, name, uid) for name in ("kept", "never-there")]
+        return uid == kept["metadata"]["uid"], there
 
-    assert talk(work)
+    assert talk(work) == (True, [False, True, False])
+
+
+def test_every_answer_tells_the_servers_time(talk: Callable[..., Any], namespace: str) -> None:
+    """A refusal, too; this machine's clock may be wrong by days."""
+
+    async def work(reached: ApiClient) -> Any:
+        reached.clock = Clock(wall=lambda: datetime(2026, 1, 31, tzinfo=UTC))
+        with contextlib.suppress(ApiError):
+            await reached.get(SERVICES, namespace, "none")
+        return abs(reached.clock.now() - datetime.now(UTC))
+
+    assert talk(work) < timedelta(seconds=5)
 
 
 def test_a_replaced_token_is_read_again(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import batch_job, job_manifest
-from qlora_operator.controller.cache import ObjectCache, owner_key
+from qlora_operator.controller.cache import ObjectCache, job_uid_of, owner_key
 
 KEY = ("team", "job")
 
@@ -81,10 +81,10 @@ def test_gangs_that_start_are_counted_once() -> None:
         return cache.starting
 
     assert [told(1), told(2, 1), told(3, 2), told(4, 1)] == [1, 1, 0, 1]
-    cache.drop_attempt_job(child_job(5))
+    cache.drop_attempt_job("one", "job-a0", "g")
     assert cache.starting == 0
     told(6)
-    cache.retain_attempt_jobs([])
+    cache.drop_attempt_jobs(cache.attempt_job_uids())
     assert cache.starting == 0
     told(7)
     cache.put_job(job(8))
@@ -131,20 +131,38 @@ def test_only_the_very_gang_is_dropped() -> None:
     """The end of a Job says nothing about another of its name."""
     cache = ObjectCache()
     cache.put_attempt_job(child_job(5, uid="new"))
-    cache.drop_attempt_job(child_job(3, uid="old"))
+    cache.drop_attempt_job("one", "job-a0", "old")
     assert [each.uid for each in cache.attempt_jobs("one")] == ["new"]
-    cache.drop_attempt_job(child_job(6, uid="new"))
+    cache.drop_attempt_job("one", "job-a0", "new")
     assert cache.attempt_jobs("one") == ()
 
 
 def test_gangs_that_are_no_more() -> None:
-    """A look at all Jobs tells which are gone, and whose they were."""
+    """A look at all Jobs tells which are gone; nothing is left of a job that has no more."""
     cache = ObjectCache()
     cache.put_attempt_job(child_job(1, uid="a", name="job-a0"))
     cache.put_attempt_job(child_job(2, uid="b", name="job-a1"))
     cache.put_attempt_job(child_job(3, uid="c", job_uid="two"))
-    assert cache.retain_attempt_jobs(["b", "c"]) == ["one"]
+    assert cache.attempt_job_uids() == {"a", "b", "c"}
+    cache.drop_attempt_jobs({"a", "c"})
     assert [each.uid for each in cache.attempt_jobs("one")] == ["b"]
+    assert cache._attempt_jobs.keys() == {"one"}
+
+
+def test_what_was_dropped_while_all_is_listed_does_not_come_back() -> None:
+    """A page may be older than the deletion, of which the watch tells only once, before the page or after it."""
+    cache = ObjectCache()
+    cache.put_attempt_job(child_job(1, uid="a"))
+    with cache.listing():
+        cache.drop_attempt_job("one", "job-a0", "a")
+        cache.drop_attempt_job("one", "job-a1", "b")
+        cache.drop_job(KEY, "one")
+        assert not cache.put_attempt_job(child_job(1, uid="a"))
+        assert not cache.put_attempt_job(child_job(2, uid="b", name="job-a1"))
+        assert not cache.put_job(job(1))
+        assert cache.put_job(job(2, uid="two"))
+    assert cache.attempt_jobs("one") == ()
+    assert cache.jobs() == {KEY: "two"}
 
 
 def test_unlabelled_is_nobodys() -> None:
@@ -152,8 +170,8 @@ def test_unlabelled_is_nobodys() -> None:
     cache, raw = ObjectCache(), child_job(1)
     del raw["metadata"]["labels"]
     cache.put_attempt_job(raw)
-    cache.drop_attempt_job(raw)
-    assert cache.attempt_jobs("one") == ()
+    cache.drop_attempt_job(job_uid_of(raw), "job-a0", "g")
+    assert cache.attempt_job_uids() == set()
 
 
 @pytest.mark.parametrize(

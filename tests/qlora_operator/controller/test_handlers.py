@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 
 from builders import ON_ONE_CLAIM, batch_job, job_manifest
 from qlora_operator.controller import handlers
+from qlora_operator.controller.api_client import BATCH_JOBS, Resource
 from qlora_operator.controller.handlers import NullDiffBase, Operator
 from testcluster.cluster import Cluster as Server
 
@@ -113,6 +114,54 @@ def test_a_healthy_batch_job_yields_to_jobs_without_pods(operator: Operator) -> 
     assert happens(operator, "MODIFIED", child_job(1, ready=2)) == []
     assert KEY in operator.queue._delayed
     assert happens(operator, "MODIFIED", child_job(2, conditions=[failed])) == [KEY]
+
+
+# --- the sweep
+
+
+class Lists:
+    """An API server that lists these objects; something happens before it does."""
+
+    def __init__(self, listed: list[dict[str, Any]], happens: Callable[[], object]) -> None:
+        self.listed, self.happens = listed, happens
+
+    async def list_all(self, resource: Resource, selector: str = "") -> AsyncIterator[dict[str, Any]]:
+        """The Jobs, and nothing of another kind."""
+        if resource != BATCH_JOBS:
+            return
+        self.happens()
+        for raw in self.listed:
+            yield raw
+
+
+@pytest.mark.parametrize(
+    ("known", "listed", "event", "left"),
+    [
+        pytest.param([], [], "ADDED", {"g"}, id="created since"),
+        pytest.param([child_job()], [child_job()], "DELETED", set(), id="deleted since"),
+        pytest.param([child_job()], [], None, set(), id="its end was missed"),
+    ],
+)
+def test_a_sweep_knows_that_its_lists_are_old(
+    operator: Operator, known: Any, listed: Any, event: str | None, left: set[str]
+) -> None:
+    """What was created since the list was made stays known, and what was deleted does not come back."""
+
+    async def main() -> None:
+        def happen() -> None:
+            if event == "ADDED":
+                operator.cache.put_attempt_job(child_job(2))
+            elif event == "DELETED":
+                operator.cache.drop_attempt_job("uid", "job-a0", "g")
+
+        for raw in known:
+            operator.cache.put_attempt_job(raw)
+        operator.client = Lists(listed, happen)  # type: ignore[assignment]
+        await operator.resync()
+
+    asyncio.run(main())
+
+    assert operator.cache.attempt_job_uids() == left
 
 
 # --- the settings

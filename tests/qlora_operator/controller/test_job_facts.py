@@ -1,5 +1,9 @@
 """What is known of jobs between two reconciliations."""
 
+import time
+
+import pytest
+
 from qlora_contract.progress import ProgressReport
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.status.observation import ReasonMessage
@@ -45,6 +49,17 @@ def test_only_another_reason_is_news() -> None:
     assert [facts.set_create_error("u", step) for step in steps] == [True, False, True, False, True]
     facts.set_create_error("u", again)
     assert facts.create_error("u") == again
+
+
+def test_failures_in_a_row_are_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few of them, or one that took long; a success begins anew."""
+    facts = JobFacts()
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+
+    assert [facts.count_failure("u", 99.0) for _ in range(3)] == [False, False, True]
+    facts.clear_failures("u")
+    assert facts.count_failure("u", 99.0) is False
+    assert facts.count_failure("v", 70.0) is True
 
 
 def test_a_job_that_is_gone_is_forgotten() -> None:

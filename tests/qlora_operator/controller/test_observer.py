@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 import builders
+from qlora_contract.run_config import IsaTier
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot
 from qlora_operator.controller.observer import feasibility, lost_nodes, warnings_about
 from qlora_operator.placement.nodes import node
+from qlora_operator.settings import TransferSettings
 from qlora_operator.status.observation import AttemptJob, Pod, WarningEvent
 
 JOB = AttemptJob("job-a0", "job-uid", 0, controlled=True)
@@ -80,11 +82,77 @@ def test_a_lost_node_is_not_ready_or_gone(nodes: NodeSnapshot | None, lost: set[
     assert lost_nodes([POD, Pod("q", "q", 0, 1, "Pending")], nodes) == lost
 
 
+SMALL_ROOM = TransferSettings(cpu="500m", memory="1Gi")
+REMOTE = {"model": {"source": "hf://org/model"}, "output": {"destination": "s3://bucket/adapters"}}
+FETCHED = {"modelRevision": "c0ffee"}
+TRAINED = {"provenance": FETCHED, "adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
+
+
+def small_nodes(tier: IsaTier | None) -> NodeSnapshot:
+    """Two nodes of one CPU, which no rank pod fits on."""
+    labels = dict.fromkeys(TIER_LABELS[tier], "true") if tier else {}
+    allocatable = {"cpu": "1", "memory": "4Gi", "pods": "10"}
+    ready = [{"type": "Ready", "status": "True"}]
+    status = {"allocatable": allocatable, "conditions": ready}
+    return NodeSnapshot([node({"metadata": {"name": n, "labels": labels}, "status": status}) for n in "ab"])
+
+
+@pytest.mark.parametrize(
+    ("status", "tier", "tiers"),
+    [
+        pytest.param({}, "avx512", True, id="sources are fetched where ranks may run"),
+        pytest.param({}, None, False, id="and nowhere else"),
+        pytest.param({"provenance": FETCHED}, "avx512", False, id="ranks need all of their room"),
+        pytest.param(TRAINED, None, True, id="the adapter is sent from any node"),
+    ],
+)
+def test_a_transfer_waits_for_its_own_room_only(
+    status: dict[str, Any], tier: IsaTier | None, *, tiers: bool
+) -> None:
+    """One pod of the administrator's size, whatever the ranks need."""
+    topology = {"pods": 4, "cpusPerRank": 8, "memoryPerRank": "8Gi"}
+    job = builders.a_job(status=status, topology=topology, **REMOTE)
+
+    found = feasibility(job, small_nodes(tier), SMALL_ROOM)
+
+    assert bool(found.tiers) == tiers
+    assert bool(found.why) is not bool(found.tiers)
+
+
+def test_sources_are_fetched_on_the_tier_of_the_ranks() -> None:
+    """The claim may be bound there: not on a better tier that has room for a small pod only."""
+    big, small = snapshot(a=True, b=True), small_nodes("amx_bf16")
+    job = builders.a_job(topology={"pods": 2, "cpusPerRank": 8}, **REMOTE)
+    both = NodeSnapshot([*big._nodes, *small._nodes])
+
+    assert feasibility(job, both, SMALL_ROOM).tiers[0] == "avx512"
+
+
+@pytest.mark.parametrize(("status", "why"), [({}, "1 lacks AVX2"), (TRAINED, "1 is not ready")])
+def test_the_sentence_is_about_the_transfers_pod(status: dict[str, Any], why: str) -> None:
+    """Nobody looks for the room of a rank, and for the last transfer not for its processor."""
+    job = builders.a_job(status=status, **REMOTE)
+
+    assert feasibility(job, snapshot(a=False), SMALL_ROOM).why == (
+        f"0/1 nodes can take a transfer's pod: {why}"
+    )
+
+
 def test_without_permission_every_allowed_tier_is_feasible(a_job: Callable[..., QLoRAJob]) -> None:
     """Then the labels of the first are required, unseen."""
     job = a_job(isa={"allowed": ["avx512", "avx2"]})
 
-    assert feasibility(job, None).tiers == ("avx512", "avx2")
+    assert feasibility(job, None, SMALL_ROOM).tiers == ("avx512", "avx2")
+
+
+@pytest.mark.parametrize(("asked", "tiers"), [("auto", ()), ("bf16", ("avx512",))])
+def test_bf16_that_was_asked_for_may_be_emulated(asked: str, tiers: tuple[str, ...]) -> None:
+    """A job that chose it goes on where it began; one that merely found it stays on processors that have it."""
+    status = {"placement": {"isa": "avx512", "dtype": "bf16"}}
+    training = {"maxSteps": 1, "computeDtype": asked}
+    job = builders.a_job(status=status, training=training, isa={"allowed": ["avx512"]})
+
+    assert feasibility(job, snapshot(a=True, b=True), SMALL_ROOM).tiers == tiers
 
 
 def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
@@ -92,8 +160,8 @@ def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
     status = {"placement": {"isa": "avx512", "avoid": ["b", "a"]}}
     job = builders.a_job(status=status)
 
-    found = feasibility(job, snapshot(a=True, b=True))
+    found = feasibility(job, snapshot(a=True, b=True), SMALL_ROOM)
 
     assert found.tiers == ()
     assert found.why.endswith("(left out, since their ranks found less than the labels promise: a, b)")
-    assert feasibility(job, snapshot(a=True, b=True, c=True)).why == ""
+    assert feasibility(job, snapshot(a=True, b=True, c=True), SMALL_ROOM).why == ""

@@ -231,6 +231,31 @@ def test_a_suspended_job_loses_its_gang(play: Callable[[Test], None]) -> None:
 
 
 @pytest.mark.cluster
+@pytest.mark.parametrize("deleting", [False, True])
+def test_a_gang_that_is_gone_is_forgotten_at_once(play: Callable[[Test], None], deleting: bool) -> None:
+    """Although the watch has missed its end: the attempt does not wait for the next sweep."""
+
+    async def test(table: Table) -> None:
+        table.create()
+        await table.turn()
+        path = f"/apis/batch/v1/namespaces/{table.namespace}/jobs/job-a0"
+        raw = table.client.get(path)
+        table.client.delete(path, {"propagationPolicy": "Background"})
+        if deleting:
+            raw["metadata"] |= {"deletionTimestamp": "2026-01-31T12:00:00Z", "resourceVersion": "999999999"}
+            table.store.put_attempt_job(raw)
+        table.client.patch(f"{table.path}/job", {"spec": {"suspend": True}})
+        table.store.put_job(table.client.get(f"{table.path}/job"))
+        async with asyncio.timeout(20):
+            while "end" not in table.status["attempts"][0]:
+                await table.turn()
+                await asyncio.sleep(0.05)
+        assert table.store.attempt_job_uids() == set()
+
+    play(test)
+
+
+@pytest.mark.cluster
 def test_running_jobs_are_followed_and_ends_are_counted_once(
     play: Callable[[Test], None], kubelet: Kubelet
 ) -> None:
@@ -288,7 +313,9 @@ def test_orphans_are_seen_before_another_gang_starts(play: Callable[[Test], None
         async with asyncio.timeout(20):
             while table.children("/apis/batch/v1/namespaces/{}/jobs"):
                 await asyncio.sleep(0.05)
-        table.store.drop_attempt_job(raw)
+        table.store.drop_attempt_job(
+            raw["metadata"]["labels"]["qlora.dev/job-uid"], "job-a0", raw["metadata"]["uid"]
+        )
         await table.turn()
         assert table.metrics.writes.count("post jobs 201") == 1
         assert table.metrics.writes.count("delete pods 200") == 2

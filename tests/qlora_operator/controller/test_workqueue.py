@@ -254,6 +254,32 @@ def test_stop_has_limited_patience() -> None:
     run(test)
 
 
+def test_stop_insists() -> None:
+    """Work that swallows a cancellation is cancelled again."""
+
+    async def test() -> None:
+        swallowed = []
+
+        async def work(key: Key) -> None:
+            while True:
+                try:
+                    await asyncio.sleep(100)
+                except asyncio.CancelledError:
+                    if swallowed:
+                        raise
+                    swallowed.append(key)
+
+        queue = WorkQueue(work)
+        queue.start()
+        queue.add(A)
+        await until(lambda: queue.busy == 1)
+        async with asyncio.timeout(5):
+            await queue.stop(drain_timeout=0)
+        assert (queue.busy, swallowed) == (0, [A])
+
+    run(test)
+
+
 def test_what_it_tells_of_itself() -> None:
     """Its length is what is due; its oldest is what has been due, or at work, the longest."""
 

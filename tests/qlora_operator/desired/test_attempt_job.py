@@ -170,12 +170,20 @@ def test_a_transfer_is_a_gang_of_one(
     assert (run.stage, run.fetched) == (stage, known)
 
 
+@pytest.mark.parametrize(
+    ("spec", "label"),
+    [({"queueName": "team-queue"}, None), ({}, "team-queue"), ({"queueName": "team-queue"}, "another")],
+    ids=["in spec", "by Kueue's label", "both"],
+)
 def test_a_queue_gets_the_job_suspended(
-    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings], spec: dict[str, str], label: str | None
 ) -> None:
     """With a queue the Job waits for it; its pods do not have the queue's label, or Kueue would count twice."""
+    qlora_job = a_job(scheduling=spec)
+    if label is not None:
+        qlora_job.metadata.labels["kueue.x-k8s.io/queue-name"] = label
     job = attempt_job(
-        a_job(scheduling={"queueName": "team-queue"}),
+        qlora_job,
         uid="u",
         attempt=0,
         isa="avx2",

@@ -520,16 +520,20 @@ def test_credentials_are_files_of_transfers_only(
     assert pod["spec"].get("serviceAccountName") == account
 
 
-def test_transfers_go_where_the_ranks_may(template: Make) -> None:
-    """A claim may be bound to the first node that uses it: placement is the same in every stage."""
+def test_a_transfer_goes_where_the_ranks_may_or_where_the_claim_is(template: Make) -> None:
+    """A claim may be bound to the first node that uses it: sources are fetched where ranks may run. It is bound when
+    the adapter is sent, and that needs no processor of a kind, but the user's own selection holds."""
     scheduling = {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"operator": "Exists"}]}
     spec = {**REMOTE, "scheduling": scheduling}
     placed = ("affinity", "nodeSelector", "tolerations")
     ranks = template("amx_bf16", spec=spec, avoid=["node-a"])["spec"]
 
-    for stage in TRANSFERS:
-        pod = template("amx_bf16", spec=spec, avoid=["node-a"], stage=stage)["spec"]
-        assert {key: pod[key] for key in placed} == {key: ranks[key] for key in placed}
+    fetcher, publisher = (
+        template("amx_bf16", spec=spec, avoid=["node-a"], stage=stage)["spec"] for stage in TRANSFERS
+    )
+    assert {key: fetcher[key] for key in placed} == {key: ranks[key] for key in placed}
+    assert "affinity" not in publisher
+    assert {key: publisher[key] for key in placed[1:]} == {key: ranks[key] for key in placed[1:]}
 
 
 def test_a_transfer_knows_what_was_fetched_before(a_job: Callable[..., QLoRAJob], settings: Any) -> None:

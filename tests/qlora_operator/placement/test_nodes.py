@@ -305,9 +305,17 @@ def test_a_job_that_tolerates_a_cordon_may_go_to_a_cordoned_node() -> None:
         pytest.param(
             ("avx512",),
             [a_node("amx_bf16")],
+            ("avx512_bf16",),
+            "",
+            id="none allowed, but there are better nodes",
+        ),
+        pytest.param(
+            ("avx512",),
+            [a_node("avx512")],
             (),
-            "the job has begun in bf16, which no tier of spec.isa.allowed computes natively",
-            id="none allowed",
+            "0/1 nodes can take a rank pod: 1 lacks AVX512BF16; only avx512_bf16 will do, since the job has begun "
+            "in bf16",
+            id="none allowed, and none there",
         ),
     ],
 )
@@ -318,6 +326,27 @@ def test_a_job_that_began_in_bf16_goes_on_where_it_is_native(
     feasibility = feasible(nodes, a_demand(tiers=tiers), native_bf16_only=True)
 
     assert (feasibility.tiers, feasibility.why) == (found, why)
+
+
+def test_equal_nodes_are_the_nodes_of_every_tier() -> None:
+    """A node of a better tier has the labels of the lesser ones, so a lesser tier finds no other room there."""
+    found = feasible([a_node("amx_bf16", name=name) for name in "ab"], a_demand())
+
+    assert found.tiers == ISA_TIERS
+    assert set(found.nodes.values()) == {frozenset("ab")}
+
+
+def test_a_lesser_tier_has_the_nodes_of_the_better_ones_and_its_own() -> None:
+    """Of those that fit: a node that is too small is no room, whatever its processor."""
+    nodes = [a_node("amx_bf16", name="a"), a_node("avx512", name="b"), a_node("avx2", name="c", cpus=1)]
+    found = feasible(nodes, a_demand())
+
+    assert found.nodes == {
+        "amx_bf16": frozenset("a"),
+        "avx512_bf16": frozenset("a"),
+        "avx512": frozenset("ab"),
+        "avx2": frozenset("ab"),
+    }
 
 
 some_nodes = st.lists(

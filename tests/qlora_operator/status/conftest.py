@@ -63,6 +63,7 @@ def everything(
         "pods": None if pods is None else tuple(pods),
         "lost_nodes": frozenset(),
         "warnings": (),
+        "deactivated": "",
         "feasible_tiers": tuple(tiers),
         "infeasible_because": "" if tiers else "0/7 nodes can",
         "image": "registry.example/trainer:1",
@@ -143,6 +144,8 @@ class Cluster:
     made: int = 0
     words: dict[str, str] = field(default_factory=dict)
     """What the pods of each Job say when they end well, by the Job's uid."""
+    deactivated: str = ""
+    """What Kueue says of the Job's Workload while its administrator holds it."""
     phases: list[str] = field(default_factory=list)
     """Every phase that the job was in, each time it was another."""
 
@@ -187,6 +190,8 @@ class Cluster:
             seen = replace(seen, lost_nodes=frozenset())
         if Read.WARNINGS in reads:
             seen = replace(seen, warnings=())
+        if Read.WORKLOAD in reads:
+            seen = replace(seen, deactivated=self.deactivated)
         return seen
 
     def _act(self, action: Action) -> None:

@@ -155,6 +155,24 @@ REMOTE = {
 TRANSFERS = pytest.mark.parametrize("stage", ["fetch", "publish"])
 
 
+@pytest.mark.parametrize("stage", [None, "publish"])
+@pytest.mark.parametrize("deadline", ["pendingDeadlineSeconds", "activeDeadlineSeconds"])
+def test_a_trained_job_has_met_its_deadlines(
+    starting: Status, ask: Callable[..., Decision], now: datetime, stage: str | None, deadline: str
+) -> None:
+    """An adapter that is verified and stored is not given up because there is no room to send it, or none yet."""
+    trained = {"attempt": 0, "start": START, "end": rfc3339(now), "reason": "Trained"}
+    attempts = [trained, {"attempt": 1, "start": START, "stage": stage}] if stage else [trained]
+    adapter = {"adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
+    status = starting(3000, now, attempt=len(attempts) - 1, attempts=attempts, **adapter)
+    spec = {"output": REMOTE["output"], deadline: 1}
+
+    decision = ask(status, [], [], tiers=[], spec=spec)
+
+    assert decision.status.phase != "Failed"
+    assert decision.status.completion_time is None
+
+
 @TRANSFERS
 def test_a_transfer_may_take_longer_than_a_step(
     transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, now: datetime, stage: str

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora_contract.run_config import ISA_TIERS
 from qlora_contract.units import rfc3339
 from qlora_operator.status import ending
 from qlora_operator.status.actions import Decision
@@ -110,6 +111,39 @@ def test_an_attempt_whose_pods_find_no_nodes_gives_way(
         assert UNSCHEDULABLE in status.attempts[0].message
 
 
+EQUAL = {tier: frozenset("ab") for tier in ISA_TIERS}
+MIXED = {tier: frozenset("ab" if tier.endswith("bf16") else "abc") for tier in ISA_TIERS}
+
+
+@pytest.mark.parametrize(
+    ("isa", "nodes", "reason"),
+    [
+        pytest.param("amx_bf16", EQUAL, None, id="every tier is the same nodes"),
+        pytest.param("amx_bf16", MIXED, "SteppedDown", id="a lesser tier has more"),
+        pytest.param("avx2", MIXED, None, id="the better ones have fewer"),
+        pytest.param("amx_bf16", {}, "SteppedDown", id="nodes may not be listed"),
+    ],
+)
+def test_an_attempt_waits_in_place_where_no_tier_has_other_nodes(
+    starting: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    isa: str,
+    nodes: dict[Any, Any],
+    reason: str | None,
+) -> None:
+    """To make its pods anew would gain it no room, and lose its place in the scheduler's and the queue's order."""
+    status = starting(86_400, now, placement={"isa": isa, "worldSize": 2})
+    pods = [make_pod(n, unschedulable=UNSCHEDULABLE) for n in range(2)]
+
+    found = ask(status, [make_attempt_job(parallelism=2)], pods, tiers=ISA_TIERS, tier_nodes=nodes)
+
+    assert found.status.attempts[0].reason == reason
+    assert (found.actions == ()) == (reason is None)
+
+
 def test_time_in_a_queue_is_no_time_without_nodes(
     starting: Status, ask: Callable[..., Decision], make_attempt_job: Any, make_pod: Any, now: datetime
 ) -> None:
@@ -163,8 +197,8 @@ ADMITTED = {"type": "QuotaReserved", "status": "True", "reason": "Admitted", "me
         (ending.job_lost, 9, {"uid": "another"}, [], {}, "JobDeleted", "infrastructure"),
         (ending.job_failing, 9, FAILING, [], {}, "PeerLost", "infrastructure"),
         (ending.job_being_deleted, 9, {"deleting": True}, [], {}, "JobDeleted", "infrastructure"),
-        (ending.job_suspended_again, 9, {"suspended": True}, [], {}, "JobChanged", "infrastructure"),
-        (ending.job_suspended_again, 9, {"suspended": True}, [], QUEUED, "Preempted", "infrastructure"),
+        (ending.job_suspended_again, 9, {"suspended": True}, [], {}, "Requeued", "none"),
+        (ending.job_suspended_again, 9, {"suspended": True}, [], QUEUED, "Requeued", "none"),
         (ending.parallelism_changed, 9, {"parallelism": 3}, [], {}, "JobChanged", "infrastructure"),
         (ending.pod_disrupted, 9, {}, [DRAINED], {}, "Drained", "infrastructure"),
         (ending.suspension_requested, 9, {}, [], {"suspend": True}, "Suspended", "none"),
@@ -197,6 +231,57 @@ def test_each_check_finds_its_end_alone(
 
     assert isinstance(end, AttemptEnd)
     assert (end.reason, end.budget) == (reason, budget)
+
+
+HELD = {**ADMITTED, "status": "False", "reason": "Deactivated"}
+WAITING = {**ADMITTED, "status": "False", "reason": "Queued"}
+
+
+@pytest.mark.parametrize(
+    ("reserved", "job", "deactivated", "runs", "reason"),
+    [
+        pytest.param(ADMITTED, {"suspended": True}, "", True, "Requeued", id="evicted"),
+        pytest.param(ADMITTED, {"suspended": True}, "stopped", True, None, id="stopped: it stays as it is"),
+        pytest.param(HELD, {"suspended": True}, "stopped", False, None, id="still stopped"),
+        pytest.param(HELD, {"suspended": True}, "", False, "Requeued", id="activated again"),
+        pytest.param(HELD, {}, "", False, "Requeued", id="activated and admitted before anybody looked"),
+        pytest.param(WAITING, {"suspended": True}, "", False, None, id="not admitted yet"),
+        pytest.param(None, {"suspended": True}, "", False, None, id="created so by a webhook"),
+        pytest.param(None, {"suspended": True, "queue": "q"}, "", False, None, id="and labelled by it"),
+        pytest.param(
+            None, {"suspended": True, "queue": "q"}, "", True, "Requeued", id="labelled while it ran"
+        ),
+        pytest.param(None, {"suspended": True}, "", True, "JobChanged", id="by hand, while it ran"),
+        pytest.param(None, {}, "", True, None, id="it runs"),
+    ],
+)
+def test_who_suspends_a_job_decides_what_becomes_of_it(
+    starting: Status,
+    running: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    reserved: dict[str, Any] | None,
+    job: dict[str, Any],
+    deactivated: str,
+    runs: bool,
+    reason: str | None,
+) -> None:
+    """A queue that withdraws its quota costs nothing, and one that has not granted any is waited for, whoever named it;
+    its administrator's stop holds; anybody else's hand costs a restart."""
+    status = running() if runs else starting(9, now)
+    if not runs:
+        del status["attempts"][0]["jobUid"]
+    if reserved is not None:
+        status["conditions"].append({**reserved, "lastTransitionTime": rfc3339(now)})
+
+    end = ending.job_suspended_again(
+        make_view(status, [make_attempt_job(parallelism=2, **job)], [], deactivated=deactivated)
+    )
+
+    assert (end.reason if isinstance(end, AttemptEnd) else None) == reason
+    if isinstance(end, AttemptEnd):
+        assert end.budget == ("infrastructure" if reason == "JobChanged" else "none")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ FAILING = {"failing": ReasonMessage("R", "m"), "failing_since": NOON}
         pytest.param({"metadata": {"labels": {"qlora.dev/attempt": "x"}}}, {"attempt": -1}, id="no number"),
         pytest.param({"metadata": {"annotations": {}}}, {"topology_hash": None}, id="annotation taken away"),
         pytest.param({"spec": {"suspend": True}}, {"suspended": True}, id="suspended"),
+        pytest.param(
+            {"metadata": {"labels": {"qlora.dev/attempt": "3", "kueue.x-k8s.io/queue-name": "q"}}},
+            {"queue": "q"},
+            id="in a queue",
+        ),
         pytest.param({"metadata": {"deletionTimestamp": "t"}}, {"deleting": True}, id="deleted"),
         pytest.param({"status": {"ready": 2}}, {"ready": 2}, id="ready"),
         pytest.param({"status": {"startTime": "2026-01-31T12:00:00Z"}}, {"admitted_at": NOON}, id="started"),
@@ -67,9 +72,17 @@ def pod_of(**fields: Any) -> Pod:
     return replace(a_pod(1, 3, name="job-a3-1-x7abc"), **fields)
 
 
+SIDECAR = {
+    "name": "istio-proxy",
+    "state": {"terminated": {"exitCode": 0, "reason": "Completed", "message": "bye"}},
+    "imageID": "docker.io/proxy@sha256:0",
+}
+"""Of an injected container whose name comes before the trainer's."""
+
+
 def container(**fields: Any) -> dict[str, Any]:
-    """A status with one container's."""
-    return {"status": {"containerStatuses": [fields]}}
+    """A status with the trainer's, and an injected container's."""
+    return {"status": {"containerStatuses": [SIDECAR, {"name": "trainer", **fields}]}}
 
 
 @pytest.mark.parametrize(
@@ -121,11 +134,32 @@ def container(**fields: Any) -> dict[str, Any]:
         ),
         pytest.param(container(imageID="docker.io/x@sha256:5"), {"image_digest": "sha256:5"}, id="digest"),
         pytest.param(container(imageID=""), {}, id="no digest yet"),
+        pytest.param({"status": {"containerStatuses": [SIDECAR]}}, {}, id="only an injected container yet"),
     ],
 )
 def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:
     """A pod's few facts."""
     assert observation.pod(merged(POD, parts)) == pod_of(**fields)
+
+
+EVICTED = {"type": "Evicted", "status": "True", "message": "by somebody"}
+
+
+@pytest.mark.parametrize(
+    ("workloads", "why"),
+    [
+        pytest.param([], "", id="no Kueue"),
+        pytest.param([{"spec": {}}, {"spec": {"active": True}}], "", id="active"),
+        pytest.param([{"spec": {"active": False}}], "the workload is deactivated", id="nothing said"),
+        pytest.param(
+            [{"spec": {"active": False}, "status": {"conditions": [EVICTED]}}], "by somebody", id="said"
+        ),
+        pytest.param([{"spec": {}, "status": {"conditions": [EVICTED]}}], "", id="evicted only"),
+    ],
+)
+def test_a_workload_that_is_not_active_is_held(workloads: list[dict[str, Any]], why: str) -> None:
+    """In Kueue's words, if it has any; one that was merely evicted is not."""
+    assert observation.deactivated(workloads) == why
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 NOTHING: set[Read] = set()
-JOBS, PODS, HEALTH, TIERS, WARNINGS = Read
+JOBS, PODS, HEALTH, TIERS, WARNINGS, WORKLOAD = Read
 
 Reads = Callable[..., set[Read]]
 
@@ -36,6 +36,7 @@ def reads(now: datetime) -> Reads:
             HEALTH: {"lost_nodes": frozenset[str]()},
             TIERS: {"feasible_tiers": ("avx512", "avx2")},
             WARNINGS: {"warnings": ()},
+            WORKLOAD: {"deactivated": ""},
         }
         seen = Observation(tuple(jobs), image="image", startup_grace=startup_grace)
         found: set[Read] = set()
@@ -137,11 +138,11 @@ def test_between_attempts_all_that_decides_about_the_next_is_read(
 @pytest.mark.parametrize(
     ("suspend", "over", "pods", "wanted"),
     [
-        pytest.param(False, False, [], {PODS, TIERS}, id="another follows"),
-        pytest.param(False, False, [{"phase": "Running"}], {PODS, HEALTH}, id="a pod still runs"),
-        pytest.param(True, False, [], {PODS}, id="suspended"),
-        pytest.param(False, True, [], {PODS}, id="finished"),
-        pytest.param(False, True, [{"phase": "Running"}], {PODS}, id="finished, and a pod still runs"),
+        pytest.param(False, False, [], {JOBS, PODS, TIERS}, id="another follows"),
+        pytest.param(False, False, [{"phase": "Running"}], {JOBS, PODS, HEALTH}, id="a pod still runs"),
+        pytest.param(True, False, [], {JOBS, PODS}, id="suspended"),
+        pytest.param(False, True, [], {JOBS, PODS}, id="finished"),
+        pytest.param(False, True, [{"phase": "Running"}], {JOBS, PODS}, id="finished, and a pod still runs"),
     ],
 )
 def test_while_an_attempt_ends_its_pods_are_read(
@@ -154,7 +155,8 @@ def test_while_an_attempt_ends_its_pods_are_read(
     pods: list[Any],
     wanted: set[Read],
 ) -> None:
-    """Whether its pods go, and what the next attempt needs, since it starts with the last of them."""
+    """Whether its Job is gone indeed and its pods go, and what the next attempt needs, since it starts with the last of
+    them."""
     status = open_attempt(now, reason="Terminated")
     job = make_job(finished(status) if over else status, suspend=suspend)
 

@@ -59,8 +59,9 @@ def test_job_and_pods_are_the_current_attempts(
         (lambda view: view.feasible_tiers, Read.FEASIBLE_TIERS),
         (lambda view: view.warnings, Read.WARNINGS),
         (lambda view: view.confirmed_job, Read.JOBS),
+        (lambda view: view.deactivated, Read.WORKLOAD),
     ],
-    ids=["pods", "active pods", "lost nodes", "tiers", "warnings", "a Job that is gone"],
+    ids=["pods", "active pods", "lost nodes", "tiers", "warnings", "a Job that is gone", "workload"],
 )
 def test_what_was_not_read_is_asked_for(
     make_job: Callable[..., Any], now: datetime, look: Callable[[JobView], Any], read: Read
@@ -73,7 +74,9 @@ def test_what_was_not_read_is_asked_for(
     with pytest.raises(ReadRequired) as raised:
         look(view)
     assert raised.value.reads == {read}
-    known = Observation(jobs_listed=True, pods=(), lost_nodes=frozenset(), feasible_tiers=(), warnings=())
+    known = Observation(
+        jobs_listed=True, pods=(), lost_nodes=frozenset(), feasible_tiers=(), warnings=(), deactivated=""
+    )
     look(dataclasses.replace(view, seen=known))
 
 

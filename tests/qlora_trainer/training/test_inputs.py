@@ -26,18 +26,20 @@ def a_run(**training: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    ("isa", "asked", "dtype"),
+    ("tiers", "asked", "dtype"),
     [
-        pytest.param("avx512", "auto", "fp32", id="emulated"),
-        pytest.param("amx_bf16", "auto", "bf16", id="native"),
-        pytest.param("amx_bf16", "fp32", "fp32", id="as asked"),
+        pytest.param(["avx512"], "auto", "fp32", id="emulated"),
+        pytest.param(["amx_bf16"], "auto", "bf16", id="native"),
+        pytest.param(["amx_bf16", "avx512_bf16"], "auto", "bf16", id="native on each"),
+        pytest.param(["amx_bf16", "avx512"], "auto", "fp32", id="the least decides"),
+        pytest.param(["amx_bf16"], "fp32", "fp32", id="as asked"),
+        pytest.param(["avx2"], "bf16", "bf16", id="as asked, emulated"),
     ],
 )
-def test_the_compute_dtype_follows_the_tier(isa: Any, asked: str, dtype: str) -> None:
-    """bf16 where the processor computes in it natively, unless the job asks for another one."""
-    run = a_run(computeDtype=asked).model_copy(update={"isa": isa})
-
-    assert default_compute_dtype(run) == dtype
+def test_the_compute_dtype_follows_the_ranks_processors(tiers: list[str], asked: str, dtype: str) -> None:
+    """bf16 where all of them compute in it natively, unless the job asks for another one: the tier that the nodes were
+    chosen by, here the lowest, says what they have at least."""
+    assert default_compute_dtype(a_run(computeDtype=asked), tiers) == dtype
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -84,13 +84,32 @@ def test_a_resume_under_another_key_says_that_it_is_not_bit_exact(ready: Ready) 
 def test_auto_keeps_the_compute_dtype_that_the_job_began_with(ready: Ready) -> None:
     """A job that moves to a processor with bf16 goes on in fp32."""
     context = ready(training={"computeDtype": "auto"})
+    context.isa = "avx512"
     state = prepare(context)
     one_step(context, state)
     save(context, state)
     moved = ready(training={"computeDtype": "auto"})
-    moved.run = moved.run.model_copy(update={"isa": "amx_bf16"})
+    moved.isa = "amx_bf16"
 
     assert agree_on_inputs(moved).dtype == "fp32"
+
+
+@pytest.mark.parametrize(("peer", "dtype"), [("avx512_bf16", "bf16"), ("avx512", "fp32")])
+def test_the_least_of_all_ranks_processors_decides_the_compute_dtype(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch, peer: str, dtype: str
+) -> None:
+    """Not the tier that the nodes were chosen by, which here is the lowest."""
+    context = ready(training={"computeDtype": "auto"})
+    context.isa = "amx_bf16"
+    gather = context.group.all_gather_object
+
+    def with_a_peer(mine: Any) -> list[Any]:
+        return [mine, (None, peer)] if isinstance(mine, tuple) else gather(mine)
+
+    monkeypatch.setattr(context.group, "all_gather_object", with_a_peer)
+
+    assert context.run.isa == "avx2"
+    assert agree_on_inputs(context).dtype == dtype
 
 
 def test_a_checkpoint_of_other_data_is_refused(ready: Ready) -> None:

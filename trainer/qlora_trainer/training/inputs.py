@@ -1,6 +1,6 @@
 """What ranks and `qlora plan` read alike: the tokenized data, and the type that a first attempt computes in."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,15 @@ def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, Loade
     return tokenizer, data
 
 
-def default_compute_dtype(run: RunConfig) -> Dtype:
-    """As the job asks for, else what the tier's processors compute in natively."""
+def default_compute_dtype(run: RunConfig, tiers: Iterable[str]) -> Dtype:
+    """As the job asks for, else bf16 where every processor computes in it natively.
+
+    Args:
+        run: the job.
+        tiers: those of all ranks' processors. The tier that their nodes were chosen by may be a lesser one: it says
+            what they have at least.
+    """
     asked = run.training.compute_dtype
     if asked != "auto":
         return asked
-    return "bf16" if run.isa in BF16_NATIVE else "fp32"
+    return "bf16" if BF16_NATIVE.issuperset(tiers) else "fp32"

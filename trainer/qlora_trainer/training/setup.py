@@ -121,7 +121,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     _, data = load_inputs(run, context.volumes)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
-    name = context.group.all_gather_object(found.name if found else None)[0]
+    of_ranks = context.group.all_gather_object((found.name if found else None, context.isa))
+    name, _ = of_ranks[0]
     resumed = context.folder.checkpoints / name if name else None
     loop = checkpoint.read_state(resumed) if resumed else LoopState()
     if resumed and loop.dataset_sha256 != data.sha256:  # a data position means nothing in other data
@@ -132,7 +133,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
 
     # As asked for; else what the first completed step used, on whatever processor that was.
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
-    dtype = used if run.training.compute_dtype == "auto" and used else default_compute_dtype(run)
+    default = default_compute_dtype(run, {isa for _, isa in of_ranks})
+    dtype = used if run.training.compute_dtype == "auto" and used else default
     chosen = memory.choose(shape, run, dtype)
     check_same_on_all_ranks(
         context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
