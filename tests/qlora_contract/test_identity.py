@@ -36,6 +36,7 @@ def hash_of(config: RunConfig) -> str:
         ("training.gradientCheckpointing", "full"),
         ("layout.pods", 2),
         ("layout.memoryPerRank", 2**40),
+        ("evaluation.maxTokens", 1000),
         ("checkpoint.keep", 5),
         ("distributed.timeoutSeconds", 60),
         ("isa", "amx_bf16"),

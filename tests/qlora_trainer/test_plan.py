@@ -97,6 +97,17 @@ def test_the_planner_counts_as_training_does(
     assert 0.5 < report.steps.fill <= 1.0
 
 
+def test_the_plan_says_what_evaluation_leaves_out(ask: Callable[..., PlanResponse]) -> None:
+    """Of a large set only so many tokens are evaluated; the rest is counted."""
+    whole, few = (planned(ask(evaluation={"maxTokens": n})).evaluation for n in (65_536, 70))
+    assert whole is not None
+    assert few is not None
+
+    assert whole.left_out == 0
+    assert few.left_out == whole.samples - few.samples > 0
+    assert few.tokens <= 70
+
+
 def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanResponse]) -> None:
     """Micro-batch and total are those of the contract's own choice for the measured shape."""
     report = planned(ask())

@@ -42,8 +42,9 @@ NOT_SHAPING: dict[str, set[str]] = {
     "model": {"credentialsSecret"},
     "dataset": {"credentialsSecret"},
     "training": {"microBatchTokens", "gradientCheckpointing"},
+    "evaluation": {"maxTokens"},
 }
-"""Fields of these sections that never change the result, up to rounding."""
+"""Fields of these sections that never change the adapter, up to rounding."""
 
 
 def identity_fields(run: RunConfig) -> dict[str, Any]:

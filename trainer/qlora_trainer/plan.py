@@ -171,6 +171,7 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         records=facts.records,
         truncated=facts.truncated,
         dropped=facts.dropped,
+        left_out=facts.records - facts.dropped - len(samples),
         samples=len(samples),
         tokens=len(samples.ids),
         supervised_tokens=int(samples.mask.sum(dtype="int64")),
