@@ -260,7 +260,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         NoImprovement, Diverged: the adapter is not good; nothing is published.
     """
     run, folder, loop = context.run, context.folder, state.loop
-    base = base_model(run, state.model_folder)
+    base = base_model(run)
     staged = adapter.staging_folder(folder)
     if context.is_rank_zero:
         adapter.write_adapter(folder, state.parameters, base)
