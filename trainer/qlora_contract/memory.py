@@ -35,6 +35,8 @@ class ModelShape(ContractModel):
     kv_heads: int
     head_size: int
     vocabulary: int
+    positions: int | None = None
+    """Tokens of the longest sequence that the model can tell the places of; None: no limit is known."""
     tied: bool
     """The output head is the embedding."""
     stored_bytes: int

@@ -141,7 +141,7 @@ def plan(run: RunConfig) -> PlanReport:
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
-    tokenizer, data = load_inputs(run, volumes)
+    tokenizer, data = load_inputs(run, shape, volumes)
     dtype = default_compute_dtype(run)
     estimate = memory.choose(shape, run, dtype)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)

@@ -6,12 +6,29 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.training.inputs import bounded, default_compute_dtype, load_inputs
 
 pytestmark = pytest.mark.process
+
+
+A_SHAPE = ModelShape(
+    hidden=64,
+    intermediate=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    vocabulary=300,
+    tied=True,
+    stored_bytes=2,
+    linear_weights=10**5,
+    largest_linear=10**4,
+    adapter_weights=10**3,
+)
 
 
 def a_run(**training: Any) -> RunConfig:
@@ -48,7 +65,15 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl").write_text("{}")
 
     with pytest.raises(ModelError, match="model has no tokenizer"):
-        load_inputs(a_run(), {"data": tmp_path})
+        load_inputs(a_run(), A_SHAPE, {"data": tmp_path})
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    """Before anything is read: beyond them the model has learned nothing."""
+    shape = A_SHAPE.model_copy(update={"positions": 512})
+
+    with pytest.raises(ModelError, match=r"maxSequenceLength is 1024, but .*model has only 512 positions"):
+        load_inputs(a_run(), shape, {"data": tmp_path})
 
 
 def some_samples(order: list[int], groups: list[int] | None = None) -> Samples:

@@ -122,7 +122,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
     context.progress.begin(Work(name="tokenizing", unit="records"))
-    _, data = load_inputs(run, context.volumes, context.progress.advance)
+    _, data = load_inputs(run, shape, context.volumes, context.progress.advance)
     context.progress.begin(None)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
