@@ -126,8 +126,9 @@ def test_stored_bytes(dtype: str, expected: int, small_model: Make) -> None:
 def test_demo_model(demo_model: Path) -> None:
     """SmolLM2-135M has the numbers of its model card."""
     assert model_shape(demo_model, Adapter(rank=16)) == ModelShape(
-        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, positions=8192, tied=True,
-        stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736, adapter_weights=4_884_480,
+        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152,
+        positions=8192, tied=True, stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736,
+        adapter_weights=4_884_480,
     )  # fmt: skip
 
 

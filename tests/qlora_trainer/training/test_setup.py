@@ -9,11 +9,11 @@ import torch
 
 from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.loop import one_step, save
-from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, prepare
+from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
 
 pytestmark = pytest.mark.process
 
@@ -143,6 +143,33 @@ def test_a_checkpoint_of_other_data_is_refused(ready: Ready) -> None:
         DataError, match=r"the data changed since step-00000001 was written \(sha256 abababababab, now"
     ):
         agree_on_inputs(ready())
+
+
+def test_a_checkpoint_of_other_weights_is_refused(ready: Ready) -> None:
+    """Nor is an adapter of a model that was replaced under the same name; an old checkpoint does not say."""
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
+    save(context, state)
+    inputs, ours = agree_on_inputs(ready()), state.loop.weights_sha256
+
+    check_weights(context, inputs, ours)
+    with pytest.raises(
+        ModelError, match=rf"changed since step-00000001 .*sha256 {ours[:12]}, now abababababab"
+    ):
+        check_weights(context, inputs, "ab" * 32)
+    inputs.loop.weights_sha256 = ""
+    check_weights(context, inputs, "ab" * 32)
+
+
+def test_pods_with_other_weights_do_not_train_together(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same names and shapes are not the same model."""
+    context = ready()
+    inputs = agree_on_inputs(context)
+    monkeypatch.setattr(context.group, "all_gather_object", lambda mine: ["cd" * 32, mine])
+
+    with pytest.raises(ConfigurationError, match="are not those of rank 0's pod"):
+        check_weights(context, inputs, "ab" * 32)
 
 
 def test_a_request_to_stop_ends_the_setup(ready: Ready) -> None:

@@ -19,13 +19,17 @@ from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import FAMILIES, Family, read_config
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
-from qlora_trainer.modeling.weight_files import stored_tensors
+from qlora_trainer.modeling.weight_files import WeightsHash, stored_tensors
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
 from qlora_trainer.quantization.schemes import Scheme, finite
 
 
 def load_model(
-    folder: Path, scheme: Scheme, dtype: torch.dtype, advance: Callable[[int], None] = lambda _: None
+    folder: Path,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    advance: Callable[[int], None] = lambda _: None,
+    weights_hash: WeightsHash | None = None,
 ) -> BaseModel:
     """Stream a model from its safetensors files.
 
@@ -34,6 +38,7 @@ def load_model(
         scheme: how linear weights are kept: `scheme_of` a job's settings, or AsStored().
         dtype: what is computed in.
         advance: called with the number of bytes that were just loaded. What it raises ends the load.
+        weights_hash: gets every tensor as it is stored.
 
     Raises:
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
@@ -44,6 +49,8 @@ def load_model(
         graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
     loader = _WeightLoader(graph, FAMILIES[config.model_type], scheme, dtype)
     for name, tensor in stored_tensors(folder):
+        if weights_hash is not None:
+            weights_hash.add(name, tensor)
         loader.load(name, tensor)
         advance(tensor.nbytes)
     return loader.finish(folder)

@@ -292,7 +292,11 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
     report["adapter_sha256"] = digest
     report["evaluated"] = evaluated(state)
-    report["provenance"] |= {"base_model": base, "model_sha256": fingerprint(state.model_folder)}
+    report["provenance"] |= {
+        "base_model": base,
+        "weights_sha256": loop.weights_sha256,
+        "model_fingerprint": fingerprint(state.model_folder),
+    }
     if context.is_rank_zero:
         folder.check_fence()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)

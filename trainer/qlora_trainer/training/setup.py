@@ -24,14 +24,14 @@ from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora_linear import Dropout
 from qlora_trainer.modeling.shape import model_shape
-from qlora_trainer.modeling.weight_files import fingerprint, weight_files
+from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training.context import RankContext, StopRequested
@@ -59,8 +59,6 @@ class Inputs:
     """What to resume from."""
     loop: LoopState
     """Of the checkpoint; a new one without."""
-    base_losses: BaseLosses
-    """As far as an attempt before has measured them."""
 
 
 @dataclass
@@ -83,6 +81,7 @@ class TrainState:
     dtype: Dtype
     loop: LoopState
     base_losses: BaseLosses
+    """As far as they have been measured."""
 
 
 def prepare(context: RankContext) -> TrainState:
@@ -97,9 +96,12 @@ def prepare(context: RankContext) -> TrainState:
     context.progress.update(stage="Starting")
     objective = SupervisedFineTuning()
     inputs = agree_on_inputs(context)
-    state = build(context, objective, inputs)
+    state, weights = build(context, objective, inputs)
+    check_weights(context, inputs, weights)
     if inputs.checkpoint is not None:
         restore(context, inputs.checkpoint, state, inputs.determinism_key)
+    state.loop.weights_sha256 = weights
+    state.base_losses = known_base_losses(context, state)
     state.loop.base_eval_loss = state.base_losses.unquantized
     state.loop.base_eval_loss_quantized = state.base_losses.quantized
     state.loop.determinism_key = inputs.determinism_key
@@ -142,7 +144,6 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     check_same_on_all_ranks(
         context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
     )
-    losses = known_base_losses(context, data, loop, fingerprint(model_folder), dtype)
     if context.is_rank_zero:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
@@ -157,24 +158,22 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
-    return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop, losses)
+    return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop)
 
 
-def known_base_losses(
-    context: RankContext, data: LoadedData, loop: LoopState, model: str, dtype: Dtype
-) -> BaseLosses:
+def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
     """What the base is known to score on the samples that this attempt evaluates, the same on every rank.
 
     Releases that evaluated all samples kept it in checkpoints alone; that counts as long as all of them still are.
     """
+    data, loop = state.data, state.loop
     if data.evaluation is None:
         return BaseLosses({})
-    quantization = json.dumps(context.run.quantization.model_dump(), sort_keys=True)
     things = {
         "samples": data.evaluation.digest(),
-        "model": model,
-        "quantization": quantization,
-        "dtype": dtype,
+        "weights": loop.weights_sha256,
+        "quantization": json.dumps(context.run.quantization.model_dump(), sort_keys=True),
+        "dtype": state.dtype,
     }
     known = base_losses.read(context.folder, things) if context.is_rank_zero else None
     known = context.group.all_gather_object(known)[0]
@@ -213,8 +212,28 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
     }
 
 
-def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainState:
-    """Load the quantized base, and attach a new adapter and its optimizer.
+def check_weights(context: RankContext, inputs: Inputs, weights: str) -> None:
+    """Raise ConfigurationError where pods have other weights than rank 0, ModelError where the checkpoint is of others.
+
+    `weights`: their hash, as `build` returns it.
+    """
+    if context.group.all_gather_object(weights)[0] != weights:
+        raise ConfigurationError(
+            f"the weights of {inputs.model_folder} on pod {context.world.pod} are not those of rank 0's pod: every pod "
+            "must read the same model"
+        )
+    began_with = inputs.loop.weights_sha256
+    if inputs.checkpoint is not None and began_with and began_with != weights:
+        raise ModelError(
+            f"the weights of {inputs.model_folder} changed since {inputs.checkpoint.name} was written (sha256 "
+            f"{began_with[:12]}, now {weights[:12]}); restore the old model, or give the job another name"
+        )
+
+
+def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[TrainState, str]:
+    """Load the quantized base, and attach a new adapter and its optimizer; with the state the hash of the weights.
+
+    The first rank of each pod takes it for all of them, which read the same files.
 
     Raises:
         ModelError: the weights cannot be used.
@@ -222,10 +241,17 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainSt
     run = context.run
     weights = sum(file.stat().st_size for file in weight_files(inputs.model_folder))
     context.progress.begin(Work(name="loading the model", unit="bytes", total=weights))
+    weights_hash = WeightsHash(torch.get_num_threads()) if context.world.local_rank == 0 else None
     model = load_model(
-        inputs.model_folder, scheme_of(run.quantization), DTYPES[inputs.dtype], context.progress.advance
+        inputs.model_folder,
+        scheme_of(run.quantization),
+        DTYPES[inputs.dtype],
+        context.progress.advance,
+        weights_hash,
     )
     context.progress.begin(None)
+    mine = (context.world.pod, weights_hash and weights_hash.hexdigest())
+    hashes = {pod: digest for pod, digest in context.group.all_gather_object(mine) if digest}
     model.graph.train()
     if inputs.memory.checkpointing == "full":
         model.enable_gradient_checkpointing()
@@ -234,7 +260,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainSt
     optimizer = torch.optim.AdamW(
         [parameters.flat], lr=run.training.learning_rate, weight_decay=run.training.weight_decay, fused=True
     )
-    return TrainState(
+    state = TrainState(
         model_folder=inputs.model_folder,
         objective=objective,
         model=model,
@@ -248,8 +274,9 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainSt
         memory=inputs.memory,
         dtype=inputs.dtype,
         loop=inputs.loop,
-        base_losses=inputs.base_losses,
+        base_losses=BaseLosses({}),
     )
+    return state, hashes[context.world.pod]
 
 
 def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:
