@@ -171,6 +171,26 @@ def test_an_identity_is_compared_with_what_a_folder_holds() -> None:
         same_identity({"fields": mine["fields"]}, mine)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        ("evaluation.requireImprovement", False, True),
+        ("evaluation.everySteps", 7, True),
+        ("evaluation.maxTokens", 7, True),
+        ("output.destination", "s3://bucket/out", True),
+        ("dataset.evalFraction", 0.1, False),
+        ("training.learningRate", 0.1, False),
+    ],
+)
+def test_what_decides_about_publishing_alone_makes_no_other_job(path: str, value: Any, same: bool) -> None:
+    """Its folder is still the job's, so that nothing is trained again; held-out records are not trained on."""
+    stored, mine = (identity(parsed(*change)) for change in (("isa", "avx2"), (path, value)))
+
+    assert same_identity(json.loads(json.dumps(stored)), mine) is same
+    assert same_identity(json.loads(json.dumps(mine)), stored) is same
+    assert bool(differences(stored["fields"], mine["fields"])) is not same
+
+
 def test_what_differs_is_named() -> None:
     """The first five fields, with both values."""
     old, new = parsed("training.seed", 1), parsed("adapter.rank", 8)

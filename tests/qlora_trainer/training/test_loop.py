@@ -236,6 +236,20 @@ def test_a_job_that_the_release_before_began_goes_on_as_if_nothing_had_been(
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=rounding)
 
 
+def test_an_adapter_that_failed_the_gate_is_published_on_other_terms(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again without requireImprovement, the job publishes its last checkpoint, and trains no step."""
+    with pytest.raises(NoImprovement, match=r"set evaluation\.requireImprovement to false"):
+        train(ready(training={"learningRate": 1e-30}))
+    monkeypatch.setattr(loop, "one_step", lambda *_: pytest.fail("trains"))
+    again = ready(training={"learningRate": 1e-30}, evaluation={"requireImprovement": False, "everySteps": 1})
+    report = train(again)
+
+    assert again.folder.finished()
+    assert report["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("base", "loss", "required", "error"),
     [

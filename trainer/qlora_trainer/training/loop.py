@@ -354,5 +354,7 @@ def check_improved(base_loss: float | None, loss: float | None, *, required: boo
     if required and base_loss is not None and not loss < base_loss:
         raise NoImprovement(
             f"the adapter's eval loss {loss:.4f} is not below the base's {base_loss:.4f}; nothing is published. "
-            "Train longer, change learningRate, or set evaluation.requireImprovement to false"
+            "Its last checkpoint is kept: to publish it all the same, set evaluation.requireImprovement to false and "
+            "start the job again under its name (`qlora run FILE`, or delete and create the QLoRAJob): no step is "
+            "repeated. Else train longer, or with another learningRate, under another name"
         )
