@@ -36,6 +36,7 @@ def hash_of(config: RunConfig) -> str:
         ("training.gradientCheckpointing", "full"),
         ("layout.pods", 2),
         ("layout.memoryPerRank", 2**40),
+        ("evaluation.maxTokens", 1000),
         ("checkpoint.keep", 5),
         ("distributed.timeoutSeconds", 60),
         ("isa", "amx_bf16"),
@@ -168,6 +169,26 @@ def test_an_identity_is_compared_with_what_a_folder_holds() -> None:
     assert not same_identity(identity(parsed("training.seed", 1)), mine)
     with pytest.raises(KeyError):
         same_identity({"fields": mine["fields"]}, mine)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "same"),
+    [
+        ("evaluation.requireImprovement", False, True),
+        ("evaluation.everySteps", 7, True),
+        ("evaluation.maxTokens", 7, True),
+        ("output.destination", "s3://bucket/out", True),
+        ("dataset.evalFraction", 0.1, False),
+        ("training.learningRate", 0.1, False),
+    ],
+)
+def test_what_decides_about_publishing_alone_makes_no_other_job(path: str, value: Any, same: bool) -> None:
+    """Its folder is still the job's, so that nothing is trained again; held-out records are not trained on."""
+    stored, mine = (identity(parsed(*change)) for change in (("isa", "avx2"), (path, value)))
+
+    assert same_identity(json.loads(json.dumps(stored)), mine) is same
+    assert same_identity(json.loads(json.dumps(mine)), stored) is same
+    assert bool(differences(stored["fields"], mine["fields"])) is not same
 
 
 def test_what_differs_is_named() -> None:

@@ -14,10 +14,13 @@ from qlora_contract.memory import (
     activation_bytes,
     choose,
     estimate,
+    step_seconds,
 )
 from qlora_contract.run_config import (
+    ISA_TIERS,
     Adapter,
     Dataset,
+    IsaTier,
     JobRef,
     Layout,
     ModelSource,
@@ -147,12 +150,14 @@ def test_checkpointing(memory: int, asked: str, expected: str) -> None:
         pytest.param(64 * GIB, 64, 1024, id="more ranks than bins"),
         pytest.param(total(3072), 1, 3072, id="three bins just fit"),
         pytest.param(total(3072) - 1, 1, 2048, id="three bins just do not fit"),
+        pytest.param(total(7168), 1, 4096, id="seven bins fit, four and four are as fast"),
+        pytest.param(total(5120), 1, 4096, id="five bins fit, four and four are as fast"),
         pytest.param(total(1024), 1, 1024, id="one bin just fits"),
         pytest.param(1, 1, 1024, id="one bin, though it does not fit"),
     ],
 )
 def test_micro_batch(memory: int, ranks: int, expected: int) -> None:
-    """The largest multiple of maxSequenceLength that fits, at most the rank's share, at least one bin."""
+    """The fewest micro-batches whose bins fit, all about as large, within the rank's share, of at least one bin."""
     found = choose(SMOLLM2, run(memory, ranks, gradient_checkpointing="none"), "fp32")
 
     assert found.micro_batch_tokens == expected
@@ -172,7 +177,7 @@ def test_explicit_micro_batch(asked: int, expected: int) -> None:
     assert choose(SMOLLM2, run(GIB, micro_batch_tokens=asked), "fp32").micro_batch_tokens == expected
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     memory=st.integers(1, 40 * GIB),
     ranks=st.integers(1, 40),
@@ -181,10 +186,11 @@ def test_explicit_micro_batch(asked: int, expected: int) -> None:
     mode=st.sampled_from(["auto", "none", "full"]),
     dtype=st.sampled_from(["bf16", "fp32"]),
 )
-def test_choice_is_the_largest_that_fits(
+def test_choice_is_the_fewest_micro_batches_that_fit(
     memory: int, ranks: int, length: int, bins: int, mode: str, dtype: Dtype
 ) -> None:
-    """Whole bins, at least one, never above the rank's share; it fits if one bin does, and one bin more would not."""
+    """Whole bins, at least one, never above the rank's share; it fits if one bin does; one micro-batch fewer would not,
+    and no smaller one would do."""
     asked = run(
         memory,
         ranks,
@@ -199,11 +205,68 @@ def test_choice_is_the_largest_that_fits(
     assert tokens % length == 0
     assert tokens <= max(share, length)
     assert found.total <= memory or tokens == length
-    more = estimate(SMOLLM2, asked, dtype, tokens + length, found.checkpointing)
-    assert more.total > memory or tokens + length > share
-    if mode == "auto":
-        one = estimate(SMOLLM2, asked, dtype, length, "none").total
-        assert found.checkpointing == ("none" if one <= memory else "full")
+    mine, used = max(1, share // length), tokens // length
+    count = -(-mine // used)
+    if count > 1:
+        fewer = estimate(SMOLLM2, asked, dtype, -(-mine // (count - 1)) * length, found.checkpointing)
+        assert fewer.total > memory
+    assert used == -(-mine // count)
+
+
+LLAMA_8B = ModelShape(
+    hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, head_size=128, vocabulary=128_256, tied=False,
+    stored_bytes=2, linear_weights=6_979_321_856, largest_linear=58_720_256, adapter_weights=41_943_040,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.sampled_from([SMOLLM2, LLAMA_8B]),
+    memory=st.lists(st.integers(1, 200 * GIB), min_size=2, max_size=6),
+    bins=st.integers(1, 40),
+    cpus=st.integers(1, 128),
+    isa=st.sampled_from(ISA_TIERS),
+    asked=st.fixed_dictionaries(
+        {"gradient_checkpointing": st.sampled_from(["auto", "none", "full"])},
+        optional={"micro_batch_tokens": st.integers(1, 40_000)},
+    ),
+)
+def test_more_memory_never_makes_a_step_slower(
+    shape: ModelShape, memory: list[int], bins: int, cpus: int, isa: IsaTier, asked: dict[str, Any]
+) -> None:
+    """By the model that the choice is made with, whatever is left to be chosen."""
+    times = []
+    for limit in sorted(memory):
+        config = run(limit, global_batch_tokens=1024 * bins, **asked)
+        layout = config.layout.model_copy(update={"cpus_per_rank": cpus})
+        config = config.model_copy(update={"layout": layout, "isa": isa})
+        times.append(step_seconds(shape, config, choose(shape, config, "bf16")))
+
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("memory", "isa", "cpus", "expected"),
+    [
+        pytest.param(14, "amx_bf16", 56, ("full", 8192), id="AMX, nothing else fits"),
+        pytest.param(16, "amx_bf16", 56, ("full", 8192), id="AMX, one bin would fit without recomputing"),
+        pytest.param(80, "amx_bf16", 56, ("none", 8192), id="AMX, all fits"),
+        pytest.param(
+            20, "avx512", 4, ("none", 1024), id="slow products: recomputing costs more than dequantizing"
+        ),
+    ],
+)
+def test_recomputing_is_weighed_against_dequantizing(
+    memory: int, isa: IsaTier, cpus: int, expected: tuple[str, int]
+) -> None:
+    """A pass over all weights costs as much as the products of some thousand tokens where these are fast."""
+    config = run(memory * GIB)
+    config = config.model_copy(
+        update={"isa": isa, "layout": config.layout.model_copy(update={"cpus_per_rank": cpus})}
+    )
+    found = choose(LLAMA_8B, config, "bf16")
+
+    assert (found.checkpointing, found.micro_batch_tokens) == expected
 
 
 def test_all_ranks_choose_alike() -> None:

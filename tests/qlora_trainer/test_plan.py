@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import builders
+from model_folders import configure
 from qlora_contract.env import VOLUMES_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import choose
@@ -97,6 +100,17 @@ def test_the_planner_counts_as_training_does(
     assert 0.5 < report.steps.fill <= 1.0
 
 
+def test_the_plan_says_what_evaluation_leaves_out(ask: Callable[..., PlanResponse]) -> None:
+    """Of a large set only so many tokens are evaluated; the rest is counted."""
+    whole, few = (planned(ask(evaluation={"maxTokens": n})).evaluation for n in (65_536, 70))
+    assert whole is not None
+    assert few is not None
+
+    assert whole.left_out == 0
+    assert few.left_out == whole.samples - few.samples > 0
+    assert few.tokens <= 70
+
+
 def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanResponse]) -> None:
     """Micro-batch and total are those of the contract's own choice for the measured shape."""
     report = planned(ask())
@@ -105,6 +119,34 @@ def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanRespons
     assert (report.memory.total, report.memory.parts) == (chosen.total, chosen.parts())
     assert (report.memory.micro_batch_tokens, report.memory.checkpointing) == (128, "none")
     assert (report.shape.layers, report.shape.hidden, report.shape.tied) == (2, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        pytest.param(
+            {"vocab_size": 200},
+            r"makes token \d+ \('<\|im_end\|>'\) of the data, but the model's embedding has 200 rows",
+            id="a token without a row",
+        ),
+        pytest.param(
+            {"max_position_embeddings": 63},
+            "training.maxSequenceLength is 64, but .* has only 63 positions",
+            id="too few positions",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(
+    ask: Callable[..., PlanResponse], model: Path, config: dict[str, int], cause: str
+) -> None:
+    """As every rank would refuse it before it loads any weights."""
+    other = model.parent / f"{next(iter(config))}"
+    shutil.copytree(model, other)
+    error = ask(model={"source": f"pvc://models/{configure(other, **config).name}"}).error
+
+    assert error is not None
+    assert error.code == ExitCode.MODEL_UNUSABLE
+    assert re.search(cause, error.cause)
 
 
 def test_the_sample_shows_what_is_supervised(ask: Callable[..., PlanResponse]) -> None:

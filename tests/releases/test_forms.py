@@ -148,8 +148,9 @@ def test_both_releases_read_each_others_reports(old: SimpleNamespace) -> None:
     ):
         for options in ({}, {"exclude_none": True}):
             text = report.model_dump_json(by_alias=True, **options)
-            read = before.model_validate_json(text)
-            assert read.model_dump() == report.model_dump()
+            read = before.model_validate_json(text, extra="ignore")  # as its operator reads it
+            theirs = read.model_dump()
+            assert theirs == {name: value for name, value in report.model_dump().items() if name in theirs}
             assert type(report).model_validate_json(read.model_dump_json(by_alias=True)) == report
 
 

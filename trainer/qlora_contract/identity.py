@@ -42,8 +42,14 @@ NOT_SHAPING: dict[str, set[str]] = {
     "model": {"credentialsSecret"},
     "dataset": {"credentialsSecret"},
     "training": {"microBatchTokens", "gradientCheckpointing"},
+    "evaluation": {"maxTokens"},
 }
-"""Fields of these sections that never change the result, up to rounding."""
+"""Fields of these sections that never change the adapter, up to rounding."""
+
+
+PUBLISHING: dict[str, set[str]] = {"evaluation": {"everySteps", "requireImprovement"}}
+"""Fields of the identity that decide what becomes of an adapter, not what it is. They stay in the hash, which earlier
+releases compare, and are passed over by `same_identity`."""
 
 
 def identity_fields(run: RunConfig) -> dict[str, Any]:
@@ -78,18 +84,31 @@ def identity(run: RunConfig) -> dict[str, Any]:
 
 
 def same_identity(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
-    """Whether two identities are of the same spec.
+    """Whether two identities are of the same training.
+
+    Whether an adapter is published is decided anew by each attempt: a job whose adapter was not good enough may be
+    started again with other terms, and goes on where it was.
 
     Args:
         stored: `identity` as a job folder holds it, of this release or another. KeyError when it has no hash.
         mine: `identity` of the run at hand.
     """
-    return bool(stored["hash"] == mine["hash"])
+    return bool(stored["hash"] == mine["hash"]) or (
+        _of_training(stored["fields"]) == _of_training(mine["fields"])
+    )
 
 
-def differences(old: Any, new: Any) -> str:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two identity_fields: `training.seed: 0, now 1`, the first five."""
-    return ", ".join(list(_differences(old, new, ""))[:5])
+    return ", ".join(list(_differences(_of_training(old), _of_training(new), ""))[:5])
+
+
+def _of_training(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Identity fields without those of PUBLISHING."""
+    return {
+        section: {name: value for name, value in values.items() if name not in PUBLISHING.get(section, ())}
+        for section, values in fields.items()
+    }
 
 
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:

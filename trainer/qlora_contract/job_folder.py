@@ -26,6 +26,8 @@ LOGS = "logs"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 METRICS = "metrics.jsonl"
+BASE_LOSSES = "base_losses.json"
+"""What the base model scores without an adapter; internal to the trainer."""
 TRAINING_REPORT = "training_report.json"
 LOSS_CURVE = "loss_curve.png"
 

@@ -6,6 +6,7 @@ memory is meant; pages of mapped files can be dropped and are not counted.
 The counts of saved tensors follow transformers' Llama layer run eagerly.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,13 @@ LOGITS_BYTES = 3 * 64 * 2**20
 ALLOCATOR_SLACK = 1.5
 """Freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size; measured."""
 
+DEQUANTIZE_SECONDS = 0.8e-9
+"""Of one weight on one core: 0.6 to 0.9 measured."""
+DEQUANTIZE_THREADS = 8
+"""Cores after which more do not dequantize faster: memory is the limit."""
+CORE_FLOPS: dict[str, float] = {"amx_bf16": 4e11, "avx512_bf16": 1e11, "avx512": 6e10, "avx2": 3e10}
+"""By tier, what a core does in large products, from published figures: the order of magnitude is enough to choose."""
+
 
 class ModelShape(ContractModel):
     """The numbers of a decoder that memory and time depend on."""
@@ -35,6 +43,8 @@ class ModelShape(ContractModel):
     kv_heads: int
     head_size: int
     vocabulary: int
+    positions: int | None = None
+    """Tokens of the longest sequence that the model can tell the places of; None: no limit is known."""
     tied: bool
     """The output head is the embedding."""
     stored_bytes: int
@@ -112,23 +122,50 @@ def estimate(
 
 
 def choose(shape: ModelShape, run: RunConfig, dtype: Dtype) -> MemoryEstimate:
-    """The micro-batch and checkpointing that a job's ranks use.
+    """The micro-batch and checkpointing that a job's ranks use: of what fits memoryPerRank, the fastest.
 
-    Checkpointing as asked for; `auto` is none if one bin fits memoryPerRank
-    without it, else full. The micro-batch as asked for; else the largest
-    multiple of maxSequenceLength that fits, at most the rank's share of a step,
-    and at least one bin even when that does not fit.
+    Either as asked for. Else `auto` takes what `step_seconds` says is faster, and the micro-batch is as large as fits,
+    at most the rank's share of a step, then no larger than as many micro-batches need: eight bins with room for seven
+    are run as four and four. At least one bin, recomputed, even when that does not fit.
     """
     training, limit = run.training, run.layout.memory_per_rank
     one_bin = training.max_sequence_length
-    mode = training.gradient_checkpointing
-    if mode == "auto":
-        fits = estimate(shape, run, dtype, one_bin, "none").total <= limit
-        mode = "none" if fits else "full"
+    asked = training.gradient_checkpointing
+    modes: list[Checkpointing] = ["none", "full"] if asked == "auto" else [asked]
+
+    def at(tokens: int, mode: Checkpointing) -> MemoryEstimate:
+        return estimate(shape, run, dtype, tokens, mode)
+
     if training.micro_batch_tokens is not None:
-        return estimate(shape, run, dtype, max(training.micro_batch_tokens, one_bin), mode)
-    share = max(one_bin, training.global_batch_tokens // run.layout.world_size)
-    bins = max(1, share // one_bin)
-    while bins > 1 and estimate(shape, run, dtype, bins * one_bin, mode).total > limit:
-        bins -= 1
-    return estimate(shape, run, dtype, bins * one_bin, mode)
+        candidates = [at(max(training.micro_batch_tokens, one_bin), mode) for mode in modes]
+    else:
+        bins = share_of_bins(run)
+        candidates = []
+        for mode in modes:
+            most = 1 + bisect_right(range(2, bins + 1), limit, key=lambda n: at(n * one_bin, mode).total)
+            micro_batches = -(-bins // most)
+            candidates.append(at(-(-bins // micro_batches) * one_bin, mode))
+    fitting = [each for each in candidates if each.total <= limit]
+    return min(fitting, key=lambda each: (step_seconds(shape, run, each), each.total), default=candidates[-1])
+
+
+def share_of_bins(run: RunConfig) -> int:
+    """Bins of maxSequenceLength tokens in a rank's share of a step, at least one."""
+    return max(
+        1, run.training.global_batch_tokens // run.layout.world_size // run.training.max_sequence_length
+    )
+
+
+def step_seconds(shape: ModelShape, run: RunConfig, chosen: MemoryEstimate) -> float:
+    """About how long a rank's share of a step takes, to compare choices: not for anybody to see.
+
+    Each micro-batch dequantizes all weights and multiplies its tokens with them: forward, for the gradient of its
+    input, and once more when activations are recomputed.
+    """
+    passes = 3 if chosen.checkpointing == "full" else 2
+    bins = share_of_bins(run)
+    micro_batches = -(-bins // max(1, chosen.micro_batch_tokens // run.training.max_sequence_length))
+    tokens, cpus = bins * run.training.max_sequence_length, run.layout.cpus_per_rank
+    dequantize = DEQUANTIZE_SECONDS / min(cpus, DEQUANTIZE_THREADS)
+    multiply = 2 * tokens / (CORE_FLOPS[run.isa] * cpus)
+    return shape.linear_weights * passes * (micro_batches * dequantize + multiply)

@@ -34,8 +34,12 @@ class SplitStats(ContractModel):
     """Samples whose end was cut off."""
     dropped: int
     """Samples in which nothing is left to learn."""
+    left_out: int = 0
+    """Samples beyond evaluation.maxTokens, which are not evaluated."""
     samples: int
+    """Those that are used."""
     tokens: int
+    """Of the samples that are used, as are the supervised ones."""
     supervised_tokens: int
 
 

@@ -41,6 +41,17 @@ class RankFacts(_Report):
     """NUMA nodes of its CPUs, such as `0-1`."""
 
 
+class Work(_Report):
+    """What a rank is at besides whole steps and transfers, and how far it is."""
+
+    name: str
+    """Follows the stage: `tokenizing`, `loading the model`, `evaluating the base`."""
+    unit: Literal["records", "bytes", "tokens"]
+    done: int = 0
+    total: int | None = None
+    """None: not known."""
+
+
 class ProgressReport(_Report):
     """The body of `GET /progress` on rank 0."""
 
@@ -70,6 +81,11 @@ class ProgressReport(_Report):
     bytes_done: int | None = None
     """Of what is fetched or uploaded."""
     bytes_total: int | None = None
+    work: Work | None = None
+    """None while steps are made, and of a trainer that does not report it."""
+    advances: int | None = None
+    """Grows with all that rank 0 gets done, however small: records tokenized, bytes of weights loaded, tokens
+    evaluated or trained on. Only that it grows means something. None: a trainer that does not count."""
     updated_time: str
     """RFC 3339, UTC."""
 

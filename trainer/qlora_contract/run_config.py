@@ -38,7 +38,7 @@ RUN_CONFIG_VERSIONS: tuple[RunConfigVersion, ...] = (1, 2)
 RUN_CONFIG_VERSION: RunConfigVersion = 2
 """The newest."""
 
-SINCE: Mapping[str, int] = {}
+SINCE: Mapping[str, int] = {"evaluation.maxTokens": 2}
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
 
@@ -144,6 +144,7 @@ class Evaluation(ContractModel):
 
     every_steps: Steps | None = None
     require_improvement: bool = True
+    max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
 
 
 class Checkpoint(ContractModel):

@@ -141,7 +141,7 @@ def plan(run: RunConfig) -> PlanReport:
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
-    tokenizer, data = load_inputs(run, volumes)
+    tokenizer, data = load_inputs(run, shape, volumes)
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
@@ -171,6 +171,7 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         records=facts.records,
         truncated=facts.truncated,
         dropped=facts.dropped,
+        left_out=facts.records - facts.dropped - len(samples),
         samples=len(samples),
         tokens=len(samples.ids),
         supervised_tokens=int(samples.mask.sum(dtype="int64")),

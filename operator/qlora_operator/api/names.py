@@ -209,7 +209,7 @@ class Reason(StrEnum):
     TRANSFER_FAILED = "TransferFailed"
     """Restarting: a transfer failed repeatedly: no answer, a broken connection or wrong bytes (exit code 32)."""
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"
-    """Restarting: no step was completed for progressDeadlineSeconds."""
+    """Restarting: nothing advanced for progressDeadlineSeconds: no step, evaluation, load or tokenization."""
 
     # Ends of an attempt at the cost of one of infrastructureBackoffLimit.
     PEER_LOST = "PeerLost"

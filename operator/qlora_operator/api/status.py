@@ -113,6 +113,10 @@ class Progress(StatusModel):
     """Largest peak memory of any rank so far, in bytes."""
     step_time: Time | None = None
     """When the operator last saw a step completed."""
+    advances: int | None = None
+    """What rank 0 counts of any work: records tokenized, weights loaded, tokens evaluated or trained on."""
+    advance_time: Time | None = None
+    """When the operator last saw that count, or a step, advance."""
     updated_time: Time | None = None
     """When rank 0 reported this."""
 

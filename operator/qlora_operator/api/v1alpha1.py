@@ -210,6 +210,9 @@ class Evaluation(ApiModel):
     """Also evaluate each time this many steps are done."""
     require_improvement: bool = True
     """Fail the job when the adapter's eval loss is not below that of the quantized base."""
+    max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
+    """Evaluate on at most so many tokens: samples are chosen by a hash of their tokens, the same ones each time, and at
+    least one. The default takes about as long as three steps of the default size."""
 
 
 class Checkpoint(ApiModel):
@@ -461,8 +464,10 @@ class QLoRAJobSpec(ApiModel):
     """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while
     a trained adapter waits to be sent. Unset: it waits for nodes indefinitely."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=MAX_SECONDS)
-    """Seconds without a completed step after which the ranks are restarted, with reason ProgressDeadlineExceeded and
-    against backoffLimit. Must exceed the longest step, and the time to load the model."""
+    """Seconds without any advance after which the ranks are restarted, with reason ProgressDeadlineExceeded and against
+    backoffLimit. Records tokenized, weights loaded, and tokens evaluated or trained on all count, within a step too.
+    Must exceed the longest write of a checkpoint, and, with an image of release 0.1.0, which reports steps alone, the
+    longest step, load and evaluation."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
     """Seconds between asking the ranks to stop and killing them: enough for a step and a checkpoint."""
 

@@ -55,7 +55,7 @@ class Display:
         if self._live:
             self._live.update(render(self._name, report, now - self._started), refresh=True)
             return
-        stage = report.stage if report else "Starting"
+        stage = _label(report)
         line = "  ".join([f"{self._name}: {stage}", *(facts(report) if report else [])])
         if (stage, line) == self._shown or (stage == self._shown[0] and now - self._shown_at < PLAIN_SECONDS):
             return
@@ -75,16 +75,14 @@ def render(name: str, report: ProgressReport | None, elapsed: float) -> Group:
         report: the newest; None: there is none yet.
         elapsed: seconds, shown until the total amount of work is known.
     """
-    done, total = (report.step, report.total_steps) if report else (0, 0)
-    if report is not None and report.bytes_total is not None:
-        done, total = report.bytes_done or 0, report.bytes_total
+    done, total = _done_and_total(report) if report else (0, 0)
     amount = _amount(report) if report else None
     row = Table.grid(padding=(0, 1), expand=True)
     for ratio in (None, None, 1, None):
         row.add_column(ratio=ratio, no_wrap=True)
     row.add_row(
         Text(name, style="bold"),
-        Text(report.stage if report else "Starting", style="cyan"),
+        Text(_label(report), style="cyan"),
         ProgressBar(total=total or 100, completed=done),
         Text(amount or format_duration(elapsed)),
     )
@@ -92,10 +90,32 @@ def render(name: str, report: ProgressReport | None, elapsed: float) -> Group:
     return Group(row, Text("  ".join(rest), style="dim"))
 
 
-def _amount(report: ProgressReport) -> str | None:
-    """How much of the stage is done, in bytes or steps; None while the total is unknown."""
+def _label(report: ProgressReport | None) -> str:
+    """What is being done: the work within a stage says it better than the stage."""
+    if report is None:
+        return "Starting"
+    return report.stage if report.work is None else printable(report.work.name).capitalize()
+
+
+def _done_and_total(report: ProgressReport) -> tuple[int, int]:
+    """How much of what is being done is done, and of how much; 0: unknown."""
+    if report.work is not None:
+        return report.work.done, report.work.total or 0
     if report.bytes_total is not None:
-        return format_bytes_done(report.bytes_done or 0, report.bytes_total)
+        return report.bytes_done or 0, report.bytes_total
+    return report.step, report.total_steps
+
+
+def _amount(report: ProgressReport) -> str | None:
+    """How much is done, in the unit of the work, in bytes or in steps; None while the total is unknown."""
+    work = report.work
+    if work is not None and work.total is None:
+        return f"{work.done:,} {work.unit}" if work.done else None
+    done, total = _done_and_total(report)
+    if report.bytes_total is not None or (work is not None and work.unit == "bytes"):
+        return format_bytes_done(done, total)
+    if work is not None:
+        return f"{done:,}/{total:,} {work.unit}"
     return f"step {report.step}/{report.total_steps}" if report.total_steps else None
 
 
@@ -150,7 +170,7 @@ def _improvement(report: dict[str, Any]) -> str:
     base, quantized = report.get("base_eval_loss"), report.get("base_eval_loss_quantized")
     known = [
         f"{value:.4f} {name}"
-        for value, name in ((base, "in fp32"), (quantized, "quantized"))
+        for value, name in ((base, "unquantized"), (quantized, "quantized"))
         if value is not None
     ]
     text = f", base model {' and '.join(known)}" if known else ""

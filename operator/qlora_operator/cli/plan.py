@@ -222,7 +222,7 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
     """Print memory, data, steps and a sample."""
     memory, steps = details.memory, details.steps
     parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in memory.parts.items())
-    evaluation = split_text(details.evaluation) if details.evaluation else "none"
+    evaluation = split_text(details.evaluation, "evaluated") if details.evaluation else "none"
     console.print()
     _print(
         console,
@@ -249,12 +249,14 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
     console.print()
 
 
-def split_text(split: SplitStats) -> str:
-    """A split in one line."""
+def split_text(split: SplitStats, use: str = "trained") -> str:
+    """A split in one line. `use`: what is done with its supervised tokens."""
     text = (
         f"{split.samples:,} samples from {split.records:,} records, {split.tokens:,} tokens, "
-        f"{split.supervised_tokens:,} of them trained on"
+        f"{split.supervised_tokens:,} of them {use} on"
     )
+    if split.left_out:
+        text += f"; {split.left_out:,} more are left out, beyond evaluation.maxTokens"
     if split.truncated:
         text += f"; {split.truncated:,} truncated"
     if split.dropped:

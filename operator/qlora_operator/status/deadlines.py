@@ -49,7 +49,7 @@ def _obstacle(view: JobView) -> str | None:
 
 
 def progress_deadline_exceeded(view: JobView) -> AttemptEnd | NotYet | None:
-    """No step was completed for progressDeadlineSeconds.
+    """Rank 0 got nothing done for progressDeadlineSeconds: no step, and nothing that it counts besides.
 
     Only of a rank 0 that has reported in this attempt: silence alone may be the network's, and lost ranks are
     noticed by their peers.
@@ -67,11 +67,14 @@ def progress_deadline_exceeded(view: JobView) -> AttemptEnd | NotYet | None:
     ):
         return None  # it is an earlier attempt's
     seconds = view.spec.progress_deadline_seconds
-    since = max(parse_time(progress.step_time), parse_time(running.last_transition_time))
+    # Without an advance the status is an earlier operator's.
+    advanced = progress.advance_time or progress.step_time
+    since = max(parse_time(advanced), parse_time(running.last_transition_time))
     deadline = since + timedelta(seconds=seconds)
     if view.now < deadline:
         return NotYet(deadline)
-    message = f"no step was completed for progressDeadlineSeconds: {seconds}, since step {progress.step}"
+    what = "no step was completed" if progress.advances is None else "nothing advanced"
+    message = f"{what} for progressDeadlineSeconds: {seconds}, since step {progress.step}"
     return AttemptEnd(Reason.PROGRESS_DEADLINE_EXCEEDED, message, Budget.USER)
 
 

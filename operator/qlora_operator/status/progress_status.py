@@ -20,7 +20,8 @@ from qlora_operator.status.observation import Pod
 
 def progress(before: Progress | None, report: ProgressReport, now: datetime) -> Progress:
     """The progress after a report."""
-    since = before.step_time if before is not None and before.step == report.step else None
+    same_step = before is not None and before.step == report.step
+    stands = before is not None and same_step and before.advances == report.advances
     return Progress(
         step=report.step,
         total_steps=report.total_steps,
@@ -32,7 +33,10 @@ def progress(before: Progress | None, report: ProgressReport, now: datetime) -> 
         eta_seconds=round(report.eta_seconds) if report.eta_seconds is not None else None,
         memory_estimate=report.memory_estimate,
         memory_peak=report.memory_peak,
-        step_time=since or rfc3339(now),
+        step_time=(before.step_time if before is not None and same_step else None) or rfc3339(now),
+        advances=report.advances,
+        advance_time=(before.advance_time or before.step_time if before is not None and stands else None)
+        or rfc3339(now),
         updated_time=report.updated_time,
     )
 

@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 from testcluster.http_server import HttpServer
 
 Kind = Literal["models", "datasets"]
@@ -261,7 +263,17 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.url}/{name}"})
 
     def _validate(self) -> None:
-        self._json({"errors": [], "warnings": []})
+        content = str(json.loads(self.body)["content"])
+        card = re.match(r"---\n(.*?)^---$", content, re.DOTALL | re.MULTILINE)
+        named = (yaml.safe_load(card[1]) or {}).get("base_model") if card else None
+        wrong = [name for name in (named if isinstance(named, list) else [named]) if not _is_model_id(name)]
+        if named is None or not wrong:
+            self._json({"errors": [], "warnings": []})
+            return
+        message = (
+            f'"base_model" with value "{wrong[0]}" is not valid. Use a model id from https://hf.co/models.'
+        )
+        self._send(400, json.dumps({"errors": [{"message": message}], "warnings": []}).encode(), {})
 
     def _preupload(self, kind: str, name: str, revision: str) -> None:
         self._may_write()
@@ -307,6 +319,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+
+def _is_model_id(name: Any) -> bool:
+    """Whether the Hub takes this for the name of a model, whether or not there is such a model."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
 
 
 def _upload_mode(path: str, files: Files) -> dict[str, Any]:

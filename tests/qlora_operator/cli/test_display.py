@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from qlora_contract.progress import CheckpointRef, ProgressReport
+from qlora_contract.progress import CheckpointRef, ProgressReport, Work
 from qlora_operator.cli.display import Display, facts, printable, result_lines
 
 GIB = 2**30
@@ -54,6 +54,36 @@ def test_all_that_is_known_is_shown() -> None:
         "step 3/7  loss 1.8322  eval loss 2.0000  412 tok/s  ETA 9m 12s  memory 1.00 GiB (estimate 2.00 GiB)  "
         "checkpoint at step 2"
     )
+
+
+@pytest.mark.parametrize(
+    ("work", "shown"),
+    [
+        pytest.param({"name": "tokenizing", "unit": "records"}, "Tokenizing", id="nothing yet"),
+        pytest.param(
+            {"name": "tokenizing", "unit": "records", "done": 5120},
+            "Tokenizing  5,120 records",
+            id="no total",
+        ),
+        pytest.param(
+            {"name": "loading the model", "unit": "bytes", "done": GIB, "total": 2 * GIB},
+            "Loading the model  1.00 of 2.00 GiB",
+            id="bytes",
+        ),
+        pytest.param(
+            {"name": "evaluating the base", "unit": "tokens", "done": 410, "total": 1000},
+            "Evaluating the base  410/1,000 tokens",
+            id="tokens",
+        ),
+    ],
+)
+def test_work_besides_steps_has_its_own_name_and_amount(work: dict[str, Any], shown: str) -> None:
+    """What takes its time before, between and after steps is never an empty bar."""
+    out = io.StringIO()
+    with Display(Console(file=out), "demo") as display:
+        display.show(a_report(stage="Starting", work=Work(**work)))
+
+    assert out.getvalue() == f"demo: {shown}\n"
 
 
 def test_without_a_terminal_lines_are_few() -> None:
@@ -102,7 +132,7 @@ def test_a_result_tells_what_was_gained() -> None:
     """Where the adapter is, its loss beside the base's, time and memory."""
     assert result_lines(RESULT, Path("/w/adapter")) == [
         "adapter    /w/adapter",
-        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantized: 25.0 % below the quantized base",
+        "eval loss  1.5000, base model 1.9000 unquantized and 2.0000 quantized: 25.0 % below the quantized base",
         "trained    7 steps, 7,000 tokens in 1m 10s, 100 tokens/s with 2 rank(s)",
         "memory     1.00 GiB peak per rank",
     ]

@@ -146,6 +146,40 @@ def test_an_attempt_that_makes_no_step_ends(
     assert after.restarts.user == int(ends)
 
 
+@pytest.mark.parametrize(
+    ("advance_age", "advances", "ends"),
+    [
+        pytest.param(1799, 7, None, id="evaluates"),
+        pytest.param(
+            1800, 7, "nothing advanced for progressDeadlineSeconds: 1800, since step 10", id="hangs"
+        ),
+        pytest.param(
+            None,
+            None,
+            "no step was completed for progressDeadlineSeconds: 1800, since step 10",
+            id="does not count",
+        ),
+    ],
+)
+def test_a_rank_that_advances_without_steps_goes_on(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    now: datetime,
+    advance_age: float | None,
+    advances: int | None,
+    ends: str | None,
+) -> None:
+    """However long the last step is ago, as while a finished job is evaluated."""
+    ages = {"stepTime": 9000.0, "updatedTime": 10.0, "advanceTime": advance_age}
+    told = {name: rfc3339(now - timedelta(seconds=age)) for name, age in ages.items() if age is not None}
+    status = {**running(), "progress": {"step": 10, "totalSteps": 10, "advances": advances, **told}}
+
+    attempt = ask(status, [make_attempt_job(ready=2, parallelism=2)], []).status.attempts[0]
+
+    assert (attempt.reason, attempt.message) == (("ProgressDeadlineExceeded", ends) if ends else (None, None))
+
+
 START = "2026-01-31T11:00:00Z"
 REMOTE = {
     "model": {"source": "hf://org/model"},

@@ -46,6 +46,40 @@ def test_the_step_time_moves_with_the_step(before: Progress | None, step_time: s
     assert progress.updated_time == "2026-01-31T11:59:59Z"
 
 
+@pytest.mark.parametrize(
+    ("before", "advances", "advance_time"),
+    [
+        pytest.param(None, 5, "2026-01-31T12:00:00Z", id="the first report"),
+        pytest.param(Progress(step=3, advances=5, advance_time="then"), 5, "then", id="nothing since"),
+        pytest.param(
+            Progress(step=3, advances=5, advance_time="then"),
+            6,
+            "2026-01-31T12:00:00Z",
+            id="some tokens since",
+        ),
+        pytest.param(
+            Progress(step=2, advances=5, advance_time="then"), 5, "2026-01-31T12:00:00Z", id="a step since"
+        ),
+        pytest.param(
+            Progress(step=3, step_time="then"),
+            None,
+            "then",
+            id="an old trainer, and an older operator's status",
+        ),
+        pytest.param(
+            Progress(step=2, step_time="then"), None, "2026-01-31T12:00:00Z", id="an old trainer's step"
+        ),
+    ],
+)
+def test_the_advance_time_moves_with_anything_that_is_done(
+    before: Progress | None, advances: int | None, advance_time: str
+) -> None:
+    """The count as well as the step moves it; a trainer that does not count has its steps."""
+    progress = progress_status.progress(before, told(advances=advances), NOON)
+
+    assert (progress.advances, progress.advance_time) == (advances, advance_time)
+
+
 def test_no_steps_at_all() -> None:
     """A job of no steps has no percentage."""
     assert progress_status.progress(None, told(step=0, total_steps=0), NOON).percent is None

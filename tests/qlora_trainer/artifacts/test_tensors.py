@@ -1,5 +1,7 @@
 """Tensors as safetensors files."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,19 @@ def test_tensors_are_written_as_they_are(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "t")
 
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_tensors_have_the_mode_of_any_file(tmp_path: Path, umask: int, mode: int) -> None:
+    """Another user, such as a server's, reads them exactly if the umask lets it read the files beside them."""
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.ones(1)}, tmp_path / "t")
+        save_tensors({"a": torch.ones(1)}, tmp_path / "t")  # over the first one
+    finally:
+        os.umask(before)
+
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == mode
 
 
 def test_tensors_that_do_not_fit_are_a_full_disk(tiny_disk: Path) -> None:

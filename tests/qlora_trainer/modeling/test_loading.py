@@ -247,8 +247,13 @@ def replace(name: str, tensor: Tensor) -> Callable[[Path], Any]:
 
 
 def index(text: str) -> Callable[[Path], Any]:
-    """Write an index of shards."""
-    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+    """Write an index of shards, in the place of the single file."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
 
 
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"

@@ -5,24 +5,71 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_folders import configure
 from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.families import read_config
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.shape import model_shape
+from qlora_trainer.modeling.shape import model_shape, positions
 from qlora_trainer.quantization.schemes import Unquantized
 
 pytestmark = pytest.mark.process
 
 Make = Callable[..., Path]
 WORDS = {"vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        pytest.param(None, 512, id="plain"),
+        pytest.param(
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048, id="yarn"
+        ),
+        pytest.param(
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512, id="raised"
+        ),
+        pytest.param({"rope_type": "linear", "factor": 2.0}, 1024, id="linear"),
+    ],
+)
+def test_scaled_positions_reach_further(rope: dict[str, Any] | None, expected: int) -> None:
+    """Whether the factor is in max_position_embeddings already, or comes on top of it."""
+    assert positions(SimpleNamespace(max_position_embeddings=512, rope_parameters=rope)) == expected
+
+
+def test_a_model_without_a_limit_has_none() -> None:
+    """Nothing is refused for what is not known."""
+    assert positions(SimpleNamespace()) is None
+
+
+@pytest.mark.parametrize("values", [{"num_attention_heads": 0}, {"hidden_act": "nope"}])
+def test_a_configuration_that_makes_no_sense_is_the_model_s_fault(
+    copied: Make, values: dict[str, Any]
+) -> None:
+    """However transformers fails on it; retrying would not help."""
+    with pytest.raises(ModelError, match=r"config\.json"):
+        model_shape(configure(copied("llama"), **values), Adapter())
+
+
+@pytest.mark.parametrize("values", [{"pad_token_id": 10**6}, {"attention_dropout": 0.1}], ids=str)
+def test_what_training_does_not_use_does_no_harm(copied: Make, values: dict[str, Any]) -> None:
+    """Nothing is padded with the embedding's row, and attention drops nothing."""
+    folder = configure(copied("llama"), **values)
+    config = read_config(folder)
+    model_shape(folder, Adapter())
+    load_model(folder, Unquantized(), torch.float32)
+
+    assert config.pad_token_id is None or config.pad_token_id < config.vocab_size
+    assert config.attention_dropout == 0.0
 
 
 @pytest.mark.parametrize(
@@ -79,8 +126,9 @@ def test_stored_bytes(dtype: str, expected: int, small_model: Make) -> None:
 def test_demo_model(demo_model: Path) -> None:
     """SmolLM2-135M has the numbers of its model card."""
     assert model_shape(demo_model, Adapter(rank=16)) == ModelShape(
-        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, tied=True,
-        stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736, adapter_weights=4_884_480,
+        hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152,
+        positions=8192, tied=True, stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736,
+        adapter_weights=4_884_480,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from qlora_contract.progress import ProgressReport
+from qlora_contract.progress import ProgressReport, Work
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.telemetry.progress import Progress, Rate, starting_report
 
@@ -38,6 +38,29 @@ def test_a_wrong_update_is_refused_and_changes_nothing(changes: dict[str, Any]) 
         live.update(**changes)
 
     assert live.report == START
+
+
+def test_whatever_is_done_advances_the_report() -> None:
+    """The count of all work grows through the stages; that of the work at hand begins anew with each."""
+    live = Progress(START)
+    seen = [(live.report.advances, live.report.work)]
+    live.begin(Work(name="tokenizing", unit="records"))
+    live.advance(3)
+    live.advance(2)
+    seen.append((live.report.advances, live.report.work))
+    live.begin(Work(name="loading the model", unit="bytes", total=100))
+    live.advance(40)
+    live.update(stage="Starting")
+    seen.append((live.report.advances, live.report.work))
+    live.begin(None)
+    seen.append((live.report.advances, live.report.work))
+
+    assert seen == [
+        (None, None),
+        (5, Work(name="tokenizing", unit="records", done=5)),
+        (45, Work(name="loading the model", unit="bytes", done=40, total=100)),
+        (45, None),
+    ]
 
 
 def test_an_attempt_starts_with_what_is_known(a_run: Callable[..., RunConfig]) -> None:

@@ -3,13 +3,32 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
-from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import bounded, default_compute_dtype, load_inputs
 
 pytestmark = pytest.mark.process
+
+
+A_SHAPE = ModelShape(
+    hidden=64,
+    intermediate=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    vocabulary=300,
+    tied=True,
+    stored_bytes=2,
+    linear_weights=10**5,
+    largest_linear=10**4,
+    adapter_weights=10**3,
+)
 
 
 def a_run(**training: Any) -> RunConfig:
@@ -48,4 +67,58 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl").write_text("{}")
 
     with pytest.raises(ModelError, match="model has no tokenizer"):
-        load_inputs(a_run(), {"data": tmp_path})
+        load_inputs(a_run(), A_SHAPE, {"data": tmp_path})
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
+    """Before anything is read: beyond them the model has learned nothing."""
+    shape = A_SHAPE.model_copy(update={"positions": 512})
+
+    with pytest.raises(ModelError, match=r"maxSequenceLength is 1024, but .*model has only 512 positions"):
+        load_inputs(a_run(), shape, {"data": tmp_path})
+
+
+def some_samples(order: list[int], groups: list[int] | None = None) -> Samples:
+    """Sample n, for each n of `order`, is n + 2 tokens of value n, the last supervised."""
+    ids = [np.full(n + 2, n, dtype=np.int32) for n in order]
+    offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    mask = np.zeros(offsets[-1], dtype=np.uint8)
+    mask[offsets[1:] - 1] = 1
+    bounds = None if groups is None else np.array(groups, dtype=np.int64)
+    return Samples(np.concatenate(ids), mask, offsets, bounds)
+
+
+def numbers(samples: Samples) -> list[int]:
+    """Which of some_samples these are; each must be whole."""
+    found = [int(samples.sample(i)[0][0]) for i in range(len(samples))]
+    assert samples.lengths().tolist() == [n + 2 for n in found]
+    assert samples.supervised_counts().tolist() == [1] * len(found)
+    return found
+
+
+def test_evaluation_samples_within_the_bound_are_left_alone() -> None:
+    """The usual small set is evaluated as a whole."""
+    samples = some_samples([3, 1, 2])
+
+    assert bounded(samples, 12) is samples
+
+
+@pytest.mark.parametrize("bound", [1, 30, 60, 400])
+def test_more_samples_than_the_bound_are_chosen_whatever_their_order(bound: int) -> None:
+    """The bound holds, for all but a single sample; another order of the file chooses the same ones."""
+    order = list(range(40))
+    one, other = (bounded(some_samples(o), bound) for o in (order, order[::-1]))
+
+    assert len(one.ids) <= bound or len(one) == 1
+    assert numbers(one) == sorted(numbers(other))
+    assert len(one) >= min(20, bound // 42)
+    assert numbers(one) != order[: len(one)]  # the first ones would be no fair choice
+
+
+def test_samples_are_chosen_with_their_group() -> None:
+    """Packing needs the samples of a group side by side."""
+    chosen = bounded(some_samples([4, 4, 9, 9, 7, 7], groups=[0, 2, 4, 6]), 25)
+
+    assert numbers(chosen) in ([4, 4], [9, 9], [7, 7])
+    assert chosen.group_offsets is not None
+    assert chosen.group_offsets.tolist() == [0, 2]

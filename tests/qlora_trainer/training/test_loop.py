@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,32 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.report() == json.loads(json.dumps(report))
 
 
+def test_evaluation_is_bounded_and_the_report_says_so(ready: Ready) -> None:
+    """All losses are of the same few samples, measured anew under another bound, and what was left out is counted."""
+    whole, few = (train(ready(evaluation={"maxTokens": bound})) for bound in (65_536, 100))
+
+    assert whole["evaluated"]["samples_left_out"] == 0
+    assert few["evaluated"]["tokens"] <= 100 < whole["evaluated"]["tokens"]
+    assert few["evaluated"]["samples"] + few["evaluated"]["samples_left_out"] == whole["evaluated"]["samples"]
+    assert few["base_eval_loss_quantized"] != whole["base_eval_loss_quantized"]
+
+
+def test_all_that_a_job_leaves_has_the_mode_of_the_umask(ready: Ready) -> None:
+    """Adapter and checkpoints are read by other users, such as those of servers, or none of their files is."""
+    before = os.umask(0o027)
+    try:
+        context = ready()
+        train(context)
+    finally:
+        os.umask(before)
+    files = [path for path in context.folder.path.rglob("*") if path.is_file()]
+
+    assert {path.name for path in files} >= {ADAPTER_WEIGHTS, "adapter.safetensors", "manifest.json", METRICS}
+    assert {path.name: oct(path.stat().st_mode)[-3:] for path in files} == dict.fromkeys(
+        (path.name for path in files), "640"
+    )
+
+
 def test_the_live_report_follows_the_steps(ready: Ready) -> None:
     """After the last step it has that step's numbers, a speed, and nothing left to do."""
     context = ready()
@@ -63,7 +91,7 @@ def test_without_evaluation_data_no_step_is_evaluated(ready: Ready) -> None:
     report = train(context)
 
     assert report["eval_loss"] is None
-    assert [line.get("eval_loss") for line in lines(context)] == [None] * 5
+    assert [line.get("eval_loss") for line in lines(context)] == [None] * 4
 
 
 def test_a_request_to_stop_saves_the_step_that_was_done(
@@ -123,7 +151,47 @@ def test_an_attempt_that_lost_the_fence_writes_no_line(ready: Ready) -> None:
 
     with pytest.raises(Fenced):
         run_steps(context, state)
-    assert [line["step"] for line in lines(context)] == [0]
+    assert lines(context) == []
+
+
+def test_the_base_is_measured_quantized_and_as_stored(ready: Ready) -> None:
+    """Both are in the report; quantization makes a difference."""
+    report = train(ready())
+
+    assert report["base_eval_loss_quantized"] == pytest.approx(report["base_eval_loss"], rel=0.1)
+    assert report["base_eval_loss_quantized"] != report["base_eval_loss"]
+
+
+def test_an_unquantized_base_has_one_loss(ready: Ready) -> None:
+    """Without quantization both measurements are of the same weights: the adapter does not take part."""
+    report = train(ready(quantization={"scheme": "none"}))
+
+    assert report["base_eval_loss_quantized"] == report["base_eval_loss"]
+
+
+def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> None:
+    """Its weights would be read from disk again and again."""
+    report = train(ready(layout={"memoryPerRank": 2**20}))
+
+    assert report["base_eval_loss"] is None
+    assert report["base_eval_loss_quantized"] is not None
+
+
+def test_an_attempt_that_only_publishes_does_not_measure_the_base_again(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was ended in the final evaluations has both losses; only the adapter is evaluated again."""
+    first = ready()
+    report = train(first)
+    shutil.rmtree(first.folder.adapter)
+    evaluated = []
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args: evaluated.append(args[5:]) or evaluate(*args))
+    again = train(ready())
+
+    assert evaluated == [()]
+    for name in ("base_eval_loss", "base_eval_loss_quantized", "eval_loss"):
+        assert again[name] == report[name]
 
 
 def test_an_adapter_that_is_no_better_is_not_published(ready: Ready) -> None:
@@ -166,6 +234,20 @@ def test_a_job_that_the_release_before_began_goes_on_as_if_nothing_had_been(
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=rounding)
+
+
+def test_an_adapter_that_failed_the_gate_is_published_on_other_terms(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again without requireImprovement, the job publishes its last checkpoint, and trains no step."""
+    with pytest.raises(NoImprovement, match=r"set evaluation\.requireImprovement to false"):
+        train(ready(training={"learningRate": 1e-30}))
+    monkeypatch.setattr(loop, "one_step", lambda *_: pytest.fail("trains"))
+    again = ready(training={"learningRate": 1e-30}, evaluation={"requireImprovement": False, "everySteps": 1})
+    report = train(again)
+
+    assert again.folder.finished()
+    assert report["steps"] == 3
 
 
 @pytest.mark.parametrize(

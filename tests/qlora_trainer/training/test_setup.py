@@ -7,48 +7,86 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.loop import one_step, save
-from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, prepare
+from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
 
 pytestmark = pytest.mark.process
 
 Ready = Callable[..., RankContext]
 
 
-def test_a_fresh_job_measures_the_base_twice(ready: Ready) -> None:
-    """Unquantized, and as it is trained on; quantization makes a difference."""
-    loop = prepare(ready()).loop
+def test_nothing_is_evaluated_before_the_first_step(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user sees it as soon as the model is loaded."""
+    monkeypatch.setattr(loop, "evaluate", lambda *_: pytest.fail("evaluates"))
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
 
-    assert loop.step == 0
-    assert loop.base_eval_loss is not None
-    assert loop.base_eval_loss_quantized == pytest.approx(loop.base_eval_loss, rel=0.1)
-    assert loop.base_eval_loss_quantized != loop.base_eval_loss
-
-
-def test_an_unquantized_base_has_one_loss(ready: Ready) -> None:
-    """Without quantization both measurements are of the same weights."""
-    loop = prepare(ready(quantization={"scheme": "none"})).loop
-
-    assert loop.base_eval_loss_quantized == loop.base_eval_loss
+    assert state.loop.step == 1
+    assert (state.loop.base_eval_loss, state.loop.base_eval_loss_quantized) == (None, None)
 
 
-def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> None:
-    """Its weights would be read from disk again and again."""
-    loop = prepare(ready(layout={"memoryPerRank": 2**20})).loop
+def test_all_that_is_done_before_the_first_step_is_counted(
+    ready: Ready, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records and bytes of weights advance the live report, so that a long start is not taken for a hang."""
+    context = ready()
+    begin, seen = context.progress.begin, {}
 
-    assert loop.base_eval_loss is None
-    assert loop.base_eval_loss_quantized is not None
+    def noted(work: Work | None) -> None:
+        if work is not None:
+            seen[work.name] = context.progress.report.advances
+        begin(work)
+
+    monkeypatch.setattr(context.progress, "begin", noted)
+    prepare(context)
+    records = len((smoke_folder / "data.jsonl").read_text().splitlines())
+    weights = (smoke_folder / "model" / "model.safetensors").stat().st_size
+    advances = context.progress.report.advances
+
+    assert seen == {"tokenizing": None, "loading the model": records}
+    assert advances is not None
+    assert 0.9 * weights < advances - records <= weights
 
 
-def test_without_evaluation_data_nothing_is_measured(ready: Ready) -> None:
-    """There are no losses to compare with."""
-    context = ready(dataset={"evalFraction": 0.0}, evaluation={"requireImprovement": False})
-    loop = prepare(context).loop
+@pytest.mark.parametrize(
+    ("change", "known"),
+    [
+        pytest.param({}, True, id="the same"),
+        pytest.param({"evaluation": {"maxTokens": 100}}, False, id="other samples"),
+    ],
+)
+def test_the_base_is_measured_once_for_each_job(ready: Ready, change: dict[str, Any], known: bool) -> None:
+    """What one attempt has found out the next one knows, even without any checkpoint; unless it is of other things."""
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
+    loop.measure_base(context, state, None)
+    found = prepare(ready(**change)).loop.base_eval_loss_quantized
 
-    assert (loop.base_eval_loss, loop.base_eval_loss_quantized) == (None, None)
+    assert state.loop.base_eval_loss_quantized is not None
+    assert found == (state.loop.base_eval_loss_quantized if known else None)
+
+
+@pytest.mark.parametrize(("bound", "known"), [(65_536, True), (100, False)])
+def test_losses_in_an_old_checkpoint_count_while_all_samples_are_evaluated(
+    ready: Ready, bound: int, known: bool
+) -> None:
+    """Release 0.1.0 knew no bound, and kept them there alone."""
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
+    state.loop.base_eval_loss, state.loop.base_eval_loss_quantized = 4.0, 4.5
+    save(context, state)
+    again = prepare(ready(evaluation={"maxTokens": bound})).loop
+
+    losses = (again.base_eval_loss, again.base_eval_loss_quantized)
+    assert losses == ((4.0, 4.5) if known else (None, None))
 
 
 def test_a_resume_continues_bit_for_bit(ready: Ready) -> None:
@@ -126,7 +164,34 @@ def test_a_checkpoint_of_other_data_is_refused(ready: Ready) -> None:
         agree_on_inputs(ready())
 
 
-def test_a_request_to_stop_ends_the_first_evaluation(ready: Ready) -> None:
+def test_a_checkpoint_of_other_weights_is_refused(ready: Ready) -> None:
+    """Nor is an adapter of a model that was replaced under the same name; an old checkpoint does not say."""
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
+    save(context, state)
+    inputs, ours = agree_on_inputs(ready()), state.loop.weights_sha256
+
+    check_weights(context, inputs, ours)
+    with pytest.raises(
+        ModelError, match=rf"changed since step-00000001 .*sha256 {ours[:12]}, now abababababab"
+    ):
+        check_weights(context, inputs, "ab" * 32)
+    inputs.loop.weights_sha256 = ""
+    check_weights(context, inputs, "ab" * 32)
+
+
+def test_pods_with_other_weights_do_not_train_together(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same names and shapes are not the same model."""
+    context = ready()
+    inputs = agree_on_inputs(context)
+    monkeypatch.setattr(context.group, "all_gather_object", lambda mine: ["cd" * 32, mine])
+
+    with pytest.raises(ConfigurationError, match="are not those of rank 0's pod"):
+        check_weights(context, inputs, "ab" * 32)
+
+
+def test_a_request_to_stop_ends_the_setup(ready: Ready) -> None:
     """Nothing is written before the first step."""
     context = ready()
     context.stop.set()

@@ -184,6 +184,22 @@ def test_a_refusal_is_final(
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize("base", ["/volumes/claim/model", "a b"])
+def test_a_card_that_the_hub_refuses_is_refused_at_once(
+    send: Callable[..., str], transfers: Transfers, sound: Remotes, base: str
+) -> None:
+    """In the Hub's words, before anything is sent: trying again would change nothing."""
+    write_adapter(
+        transfers.job() / "adapter", {**ADAPTER, "README.md": f"---\nbase_model: {base}\n---\n".encode()}
+    )
+    with pytest.raises(
+        TransferRefused, match=r'hf://org/adapter: .*"base_model" with value ".*" is not valid'
+    ):
+        send(**HUB)
+
+    assert len(sound.hub.repositories["models", "org/adapter"].files) == 1
+
+
 def test_a_server_that_stays_away_is_given_up(send: Callable[..., str], sound: Remotes) -> None:
     """After the limit."""
     sound.s3_wire.fault(answer(503), method="PUT", times=-1)

@@ -24,18 +24,32 @@ PEFT_PREFIX = "base_model.model."
 """What PEFT puts before the name of each tensor of an adapter, whatever its method."""
 
 
+USE_BY_NAME = """\
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+"""
+USE_BY_PATH = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/to/the/base/model")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+"""
+
+
 def staging_folder(folder: JobFolder) -> Path:
     """Where this attempt's adapter is until it is published."""
     return folder.path / f".{ADAPTER}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
 
 
-def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -> Path:
+def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str | None) -> Path:
     """Write weights and configuration as PEFT does, into the staging folder, and return that.
 
     Args:
         folder: the job's.
         parameters: the adapter, named by its method.
-        base: the value of `base_model_name_or_path`.
+        base: the value of `base_model_name_or_path`; None where stock tools could not find it by a name.
 
     Raises:
         StorageFull: they do not fit.
@@ -51,7 +65,7 @@ def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -
     return staged
 
 
-def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str) -> dict[str, Any]:
+def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str | None) -> dict[str, Any]:
     """adapter_config.json. Written by hand: importing peft imports every quantizer that is installed."""
     return {
         **method_for(run.adapter).peft_config(parameters),
@@ -110,6 +124,8 @@ def discard(folder: JobFolder) -> None:
 def model_card(run: RunConfig, report: dict[str, Any]) -> str:
     """README.md of the adapter, with the metadata that model hubs read. `report`: training_report.json."""
     base = report["provenance"]["base_model"]
+    front = f"base_model: {json.dumps(base)}\n" if base else ""
+    named = f"`{base}`" if base else "the model that training_report.json describes"
     revision = f" at {run.fetched.model}" if run.fetched.model else ""
     rows = [
         ("Base, unquantized", report["base_eval_loss"]),
@@ -119,15 +135,14 @@ def model_card(run: RunConfig, report: dict[str, Any]) -> str:
     table = "\n".join(f"| {name} | {'not measured' if v is None else f'{v:.4f}'} |" for name, v in rows)
     adapter, training = run.adapter, run.training
     return f"""---
-base_model: {json.dumps(base)}
-library_name: peft
+{front}library_name: peft
 pipeline_tag: text-generation
 tags: [lora, qlora, cpu]
 ---
 
 # {run.job.name}
 
-A LoRA adapter for `{base}`{revision}, trained on CPUs by qlora-operator.
+A LoRA adapter for {named}{revision}, trained on CPUs by qlora-operator.
 
 | Evaluation loss | |
 | --- | --- |
@@ -140,10 +155,7 @@ A LoRA adapter for `{base}`{revision}, trained on CPUs by qlora-operator.
   learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-```
+{USE_BY_NAME if base else USE_BY_PATH}```
 """
 
 

@@ -48,6 +48,8 @@ class LoopState:
     base_eval_loss_quantized: float | None = None
     """Of the base as trained on."""
     dataset_sha256: str = ""
+    weights_sha256: str = ""
+    """Of the base's tensors (modeling.weight_files.WeightsHash); empty in checkpoints of releases that took none."""
     determinism_key: dict[str, Any] = field(default_factory=dict)
     """What decides in which order numbers are added up: a resume repeats an undisturbed run bit for bit only under the
     same. Called `conditions` in state.json."""

@@ -1,7 +1,6 @@
 """training_report.json: what was trained, on what, how fast, and with what result."""
 
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,12 +58,15 @@ def training_report(
     }
 
 
-def base_model(run: RunConfig, folder: Path) -> str:
-    """The model that the adapter names as its base: `org/name` for one of the Hub, else the model's folder."""
+def base_model(run: RunConfig) -> str | None:
+    """The model that the adapter names as its base: `org/name` for one of the Hub, else None.
+
+    A path means nothing elsewhere, and the Hub refuses a card with one.
+    """
     if not is_remote(run.model.source):
-        return str(folder)
+        return None
     remote = parse_remote(run.model.source)
-    return remote.root if remote.kind == "model" else str(folder)
+    return remote.root if remote.kind == "model" else None
 
 
 def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training and evaluation samples of a dataset, the same on every rank."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -83,17 +84,25 @@ class LoadedData:
     evaluation_facts: Facts | None
 
 
-def load(dataset: Dataset, root: Path, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> LoadedData:
+def load(
+    dataset: Dataset,
+    root: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> LoadedData:
     """Read, split and tokenize what `dataset` names; `root` is its source as a path.
+
+    `advance` is called with the number of records that were just tokenized. What it raises ends the work.
 
     Raises DataError (the data), ConfigurationError (a dataset field that does
     not fit them) or ModelError (the tokenizer).
     """
     files = find_files(dataset, root)
     train, held_out = split_records(dataset, files)
-    samples, facts = make_samples(train, tokenizer, max_length, "training")
+    samples, facts = make_samples(train, tokenizer, max_length, "training", advance)
     evaluation, evaluation_facts = (
-        make_samples(held_out, tokenizer, max_length, "evaluation") if held_out else (None, None)
+        make_samples(held_out, tokenizer, max_length, "evaluation", advance) if held_out else (None, None)
     )
     return LoadedData(samples, evaluation, dataset_sha256(files), facts, evaluation_facts)
 
@@ -174,12 +183,17 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 
 
 def make_samples(
-    records: list[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int, use: str
+    records: list[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    use: str,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Samples, Facts]:
     """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
     kept: list[Sample] = []
     truncated = 0
     for sample in tokenize(records, tokenizer, max_length):
+        advance(1)
         truncated += sample.truncated
         if sample.mask.any():
             kept.append(sample)

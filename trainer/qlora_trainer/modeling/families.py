@@ -4,16 +4,18 @@ A family is a `model_type` of config.json. transformers builds its graph; an ent
 which variants would not be computed exactly. A new family is an entry, and tests that compare it with transformers.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 Refusal = Callable[[Any], str | None]
 """transformers' configuration -> why such a model is refused, to be read after its folder's name; None: it is not."""
@@ -84,11 +86,18 @@ def read_config(folder: Path) -> Any:
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+    except Exception as error:  # transformers has no errors of its own for a file that makes no sense
         raise ModelError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{folder} is a {config.model_type!r} model; supported are {known}")
     if reason := FAMILIES[config.model_type].refusal(config):
         raise ModelError(f"{folder} {reason}")
+    if (config.pad_token_id or 0) >= config.vocab_size:
+        config.pad_token_id = None  # a row of the embedding that is not there; nothing here is padded with it
+    if getattr(config, "attention_dropout", 0.0):
+        log.warning(
+            "%s/config.json asks for attention_dropout %s: not applied", folder, config.attention_dropout
+        )
+        config.attention_dropout = 0.0
     return config

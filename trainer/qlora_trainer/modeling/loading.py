@@ -5,6 +5,7 @@ read from its file, quantized if it belongs to a linear layer, and put in its
 place, one at a time: a whole model in full precision never exists.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,26 @@ from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import FAMILIES, Family, read_config
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
-from qlora_trainer.modeling.weight_files import stored_tensors
+from qlora_trainer.modeling.weight_files import WeightsHash, stored_tensors
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
 from qlora_trainer.quantization.schemes import Scheme, finite
 
 
-def load_model(folder: Path, scheme: Scheme, dtype: torch.dtype) -> BaseModel:
+def load_model(
+    folder: Path,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    advance: Callable[[int], None] = lambda _: None,
+    weights_hash: WeightsHash | None = None,
+) -> BaseModel:
     """Stream a model from its safetensors files.
 
     Args:
         folder: with config.json and model.safetensors, or shards and their index.
         scheme: how linear weights are kept: `scheme_of` a job's settings, or AsStored().
         dtype: what is computed in.
+        advance: called with the number of bytes that were just loaded. What it raises ends the load.
+        weights_hash: gets every tensor as it is stored.
 
     Raises:
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
@@ -40,7 +49,10 @@ def load_model(folder: Path, scheme: Scheme, dtype: torch.dtype) -> BaseModel:
         graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
     loader = _WeightLoader(graph, FAMILIES[config.model_type], scheme, dtype)
     for name, tensor in stored_tensors(folder):
+        if weights_hash is not None:
+            weights_hash.add(name, tensor)
         loader.load(name, tensor)
+        advance(tensor.nbytes)
     return loader.finish(folder)
 
 

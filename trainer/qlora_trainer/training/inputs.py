@@ -1,44 +1,100 @@
 """What ranks and `qlora plan` read alike: the tokenized data, and the type that a first attempt computes in."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
-from qlora_contract.memory import Dtype
+from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import BF16_NATIVE, RunConfig
-from qlora_trainer.data.dataset import LoadedData, load
+from qlora_trainer.data.dataset import LoadedData, Samples, load
 from qlora_trainer.errors import ConfigurationError, ModelError
 
 
-def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, LoadedData]:
-    """The model's own tokenizer, and the data tokenized with it.
+def load_inputs(
+    run: RunConfig,
+    shape: ModelShape,
+    volumes: Mapping[str, Path],
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[Any, LoadedData]:
+    """The model's own tokenizer, and the data tokenized with it, the evaluation samples bounded.
 
     Args:
         run: the job.
+        shape: the model's.
         volumes: claim -> directory; empty in a pod.
+        advance: called with the number of records that were just tokenized.
 
     Raises:
-        ModelError: the tokenizer is missing or cannot be read.
+        ModelError: the tokenizer is missing, cannot be read or makes tokens that the model does not have; or the
+            model cannot tell the places of maxSequenceLength tokens.
         DataError: the data cannot be trained on.
         ConfigurationError: an improvement is required that nothing could show.
         InvalidUriError: a source is on a claim that has no directory here.
     """
     folder = resolve(run.model_uri, volumes)
+    longest = run.training.max_sequence_length
+    if shape.positions is not None and longest > shape.positions:
+        raise ModelError(
+            f"training.maxSequenceLength is {longest}, but {folder} has only {shape.positions} positions "
+            "(max_position_embeddings): lower it, or take a model for longer texts"
+        )
     source = resolve(run.dataset_uri, volumes)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
+    data = load(run.dataset, source, tokenizer, longest, advance)
+    check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
             "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
             "name a dataset.evalSplit, or set requireImprovement to false"
         )
+    if data.evaluation is not None:
+        data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
+
+
+def check_tokens(data: LoadedData, tokenizer: Any, shape: ModelShape, folder: Path) -> None:
+    """Raise ModelError for a token that has no row in the embedding. Nothing is said of the data but that token."""
+    highest = max(int(samples.ids.max()) for samples in (data.train, data.evaluation) if samples is not None)
+    if highest >= shape.vocabulary:
+        raise ModelError(
+            f"the tokenizer of {folder} makes token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) of the "
+            f"data, but the model's embedding has {shape.vocabulary} rows (vocab_size): tokens were added to the "
+            "tokenizer without resizing the embedding; take the tokenizer that belongs to the model"
+        )
+
+
+def bounded(samples: Samples, max_tokens: int) -> Samples:
+    """The samples that are evaluated: all of them, or as many as `max_tokens` allows, at least one, in their order.
+
+    They are taken in the order of hashes of their tokens. The choice is thus a fair one, depends neither on the order
+    of the file nor on ranks, and hardly changes when a few records are added.
+    """
+    if len(samples.ids) <= max_tokens:
+        return samples
+    groups = samples.group_offsets  # a group is taken as a whole, as it is packed
+    bounds = np.arange(len(samples) + 1) if groups is None else groups
+    ends = samples.offsets[bounds]
+    units = [samples.ids[start:stop] for start, stop in pairwise(ends)]
+    order = sorted(range(len(units)), key=lambda unit: hashlib.sha256(units[unit].tobytes()).digest())
+    within = np.cumsum([len(units[unit]) for unit in order]) <= max_tokens
+    chosen = sorted(order[: max(1, int(within.sum()))])
+    parts = [samples.sample(number) for unit in chosen for number in range(bounds[unit], bounds[unit + 1])]
+    return Samples(
+        np.concatenate([ids for ids, _ in parts]),
+        np.concatenate([mask for _, mask in parts]),
+        np.cumsum([0, *(len(ids) for ids, _ in parts)], dtype=np.int64),
+        None if groups is None else np.cumsum([0, *np.diff(bounds)[chosen]], dtype=np.int64),
+    )
 
 
 def default_compute_dtype(run: RunConfig, tiers: Iterable[str]) -> Dtype:

@@ -10,20 +10,26 @@ from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri
 from qlora_contract.progress import CheckpointRef
 from qlora_contract.units import now
-from qlora_trainer.artifacts import adapter, checkpoint
+from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
 from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
 from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated
-from qlora_trainer.modeling.weight_files import fingerprint
+from qlora_trainer.host.process_memory import malloc_trim
+from qlora_trainer.modeling.adapter_methods import adapters_disabled
+from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.weight_files import fingerprint, weight_files
+from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.evaluation import evaluate
-from qlora_trainer.training.setup import TrainState, prepare
+from qlora_trainer.training.setup import DTYPES, TrainState, prepare
 
 log = logging.getLogger(__name__)
+
+STOPPED_AT_THE_END = "asked to stop after the last step; its checkpoint is kept"
 
 
 def train(context: RankContext) -> dict[str, Any]:
@@ -54,26 +60,12 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     """
     run, loop, total_steps = context.run, state.loop, state.schedule.total_steps
     metrics_log = MetricsLog(context.folder.path / METRICS, loop.step) if context.is_rank_zero else None
-    if metrics_log and loop.step == 0:
+    if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         metrics_log.write(evaluation_line(0, loop.base_eval_loss_quantized))
     saved_at = time.monotonic()
     while loop.step < total_steps:
         context.progress.update(stage="Training")
         metrics, stop = one_step(context, state)
-        is_last = loop.step == total_steps  # which the final evaluation follows
-        if (
-            state.data.evaluation is not None
-            and is_due(run.evaluation.every_steps, loop.step)
-            and not (is_last or stop)
-        ):
-            context.progress.update(stage="Evaluating")
-            try:
-                metrics = replace(metrics, eval_loss=evaluate_adapter(context, state))
-            except StopRequested:
-                stop = True
-        if metrics_log:
-            context.folder.check_fence()
-            metrics_log.write(metrics.line())
         context.rate.step(metrics.tokens, metrics.seconds)
         context.progress.count_tokens(metrics.tokens)
         context.progress.update(
@@ -81,12 +73,33 @@ def run_steps(context: RankContext, state: TrainState) -> None:
             tokens_per_second=context.rate.tokens_per_second,
             eta_seconds=context.rate.eta_seconds(total_steps - loop.step),
         )
+        if state.data.evaluation is not None and not stop:
+            try:
+                # After a step, so that nobody has to wait for the first one.
+                if loop.base_eval_loss_quantized is None:
+                    measure_base(context, state, metrics_log)
+                # The last step is followed by the final evaluation.
+                if is_due(run.evaluation.every_steps, loop.step) and loop.step < total_steps:
+                    context.progress.update(stage="Evaluating")
+                    metrics = replace(metrics, eval_loss=evaluate_adapter(context, state))
+                    context.progress.update(eval_loss=metrics.eval_loss)
+            except StopRequested:
+                stop = True
+        if metrics_log:
+            context.folder.check_fence()
+            metrics_log.write(metrics.line())
         if stop:
             raise StopRequested
-        overdue = time.monotonic() - saved_at >= run.checkpoint.every_seconds
-        if is_due(run.checkpoint.every_steps, loop.step) or is_last or overdue:
+        if save_is_due(context, state, time.monotonic() - saved_at):
             save(context, state)
             saved_at = time.monotonic()
+
+
+def save_is_due(context: RankContext, state: TrainState, seconds: float) -> bool:
+    """Whether a checkpoint follows the step that was just done, so many seconds after the last one."""
+    settings, step = context.run.checkpoint, state.loop.step
+    is_last = step == state.schedule.total_steps
+    return is_due(settings.every_steps, step) or is_last or seconds >= settings.every_seconds
 
 
 def is_due(every_steps: int | None, step: int) -> bool:
@@ -171,6 +184,7 @@ def accumulate(context: RankContext, state: TrainState, step: Step, count: int) 
         (loss.total / count).backward()  # type: ignore[no-untyped-call]
         sums["loss"] += float(loss.total.detach())
         sums["tokens"] += batch.tokens
+        context.progress.advance(batch.tokens)
         for name in objective.metrics:
             sums[name] += loss.metrics[name]
     context.tokens_trained += int(sums["tokens"])
@@ -207,15 +221,46 @@ def save(context: RankContext, state: TrainState) -> None:
     log.info("checkpoint after step %d", state.loop.step)
 
 
+def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLog | None) -> None:
+    """Find out what the base scores as it is trained on, and keep that for all attempts.
+
+    Args:
+        context: this rank's.
+        state: the model and its adapter, which does not take part.
+        metrics_log: of rank 0, for the curve's first point.
+
+    Raises:
+        StopRequested: a rank was asked to stop in the meantime.
+    """
+    context.progress.update(stage="Evaluating")
+    with adapters_disabled(state.model):
+        loss = evaluate(
+            context,
+            state.objective,
+            state.model,
+            state.data.evaluation,
+            state.memory.micro_batch_tokens,
+            "the base",
+        )
+    state.loop.base_eval_loss_quantized = loss
+    state.base_losses = replace(state.base_losses, quantized=loss)
+    if context.is_rank_zero:
+        base_losses.write(context.folder, state.base_losses)
+    if metrics_log:
+        metrics_log.write(evaluation_line(0, loss))
+
+
 def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     """Write the adapter, reload it, evaluate what was reloaded, and publish it if it is good; training_report.json.
+
+    The model is not in `state` any more afterwards.
 
     Raises:
         Terminated: asked to stop; the last step's checkpoint is kept.
         NoImprovement, Diverged: the adapter is not good; nothing is published.
     """
     run, folder, loop = context.run, context.folder, state.loop
-    base = base_model(run, state.model_folder)
+    base = base_model(run)
     staged = adapter.staging_folder(folder)
     if context.is_rank_zero:
         adapter.write_adapter(folder, state.parameters, base)
@@ -224,21 +269,34 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     context.progress.update(stage="Evaluating")
     try:
         loss = evaluate_adapter(context, state)
+        if loss is not None and loop.base_eval_loss_quantized is None:
+            measure_base(context, state, None)
     except StopRequested:
-        raise Terminated("asked to stop after the last step; its checkpoint is kept") from None
-    context.progress.update(stage="Publishing", eval_loss=loss)
+        raise Terminated(STOPPED_AT_THE_END) from None
+    context.progress.update(eval_loss=loss)
     digest = sha256(staged / ADAPTER_WEIGHTS)
-    # All have read the staged files once this returns: rank 0 may move or remove them.
-    ranks = context.group.all_gather_object(context.rank_stats())
+    context.group.barrier()  # all have read the staged files: rank 0 may move or remove them
     try:
         check_improved(loop.base_eval_loss_quantized, loss, required=run.evaluation.require_improvement)
     except (Diverged, NoImprovement):
         if context.is_rank_zero:
             adapter.discard(folder)
         raise
+    if loop.base_eval_loss is None and state.data.evaluation is not None:
+        try:
+            loop.base_eval_loss = measure_unquantized(context, state)
+        except StopRequested:
+            raise Terminated(STOPPED_AT_THE_END) from None
+    context.progress.update(stage="Publishing")
+    ranks = context.group.all_gather_object(context.rank_stats())
     report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
     report["adapter_sha256"] = digest
-    report["provenance"] |= {"base_model": base, "model_sha256": fingerprint(state.model_folder)}
+    report["evaluated"] = evaluated(state)
+    report["provenance"] |= {
+        "base_model": base,
+        "weights_sha256": loop.weights_sha256,
+        "model_fingerprint": fingerprint(state.model_folder),
+    }
     if context.is_rank_zero:
         folder.check_fence()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)
@@ -246,6 +304,39 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         adapter.publish(folder, staged, report, read_metrics(metrics_log.path))
     context.group.barrier()
     return report
+
+
+def evaluated(state: TrainState) -> dict[str, int] | None:
+    """What all eval losses are of, for training_report.json; None without evaluation data."""
+    samples, facts = state.data.evaluation, state.data.evaluation_facts
+    if samples is None or facts is None:
+        return None
+    left_out = facts.records - facts.dropped - len(samples)
+    return {"samples": len(samples), "tokens": len(samples.ids), "samples_left_out": left_out}
+
+
+def measure_unquantized(context: RankContext, state: TrainState) -> float | None:
+    """The eval loss of the base as stored, in the compute dtype; None where its weights exceed memoryPerRank.
+
+    A number for the report alone, so it comes last. The weights are mapped from their files, not copied. Their size is
+    held against memoryPerRank all the same, since a model that does not fit would be read from disk again for every
+    micro-batch.
+
+    Raises:
+        StopRequested: a rank was asked to stop in the meantime.
+    """
+    chosen = state.memory
+    weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
+    if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
+        return None
+    del state.model, state.parameters, state.optimizer  # memory need not hold both
+    malloc_trim()
+    base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype])
+    samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
+    loss = evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base")
+    if context.is_rank_zero:
+        base_losses.write(context.folder, replace(state.base_losses, unquantized=loss))
+    return loss
 
 
 def check_improved(base_loss: float | None, loss: float | None, *, required: bool) -> None:
@@ -263,5 +354,7 @@ def check_improved(base_loss: float | None, loss: float | None, *, required: boo
     if required and base_loss is not None and not loss < base_loss:
         raise NoImprovement(
             f"the adapter's eval loss {loss:.4f} is not below the base's {base_loss:.4f}; nothing is published. "
-            "Train longer, change learningRate, or set evaluation.requireImprovement to false"
+            "Its last checkpoint is kept: to publish it all the same, set evaluation.requireImprovement to false and "
+            "start the job again under its name (`qlora run FILE`, or delete and create the QLoRAJob): no step is "
+            "repeated. Else train longer, or with another learningRate, under another name"
         )

@@ -4,6 +4,7 @@ Ranks differ only in which bins they run: every decision here is made from the s
 for all.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,24 @@ from numpy.typing import NDArray
 from qlora_contract import memory
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
+from qlora_contract.progress import Work
 from qlora_contract.units import format_bytes
-from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.artifacts import base_losses, checkpoint
+from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora_linear import Dropout
 from qlora_trainer.modeling.shape import model_shape
-from qlora_trainer.modeling.weight_files import fingerprint, weight_files
+from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
-from qlora_trainer.quantization.schemes import AsStored, scheme_of
-from qlora_trainer.training.context import RankContext
-from qlora_trainer.training.evaluation import evaluate
+from qlora_trainer.quantization.schemes import scheme_of
+from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 
@@ -78,31 +80,34 @@ class TrainState:
     memory: MemoryEstimate
     dtype: Dtype
     loop: LoopState
+    base_losses: BaseLosses
+    """As far as they have been measured."""
 
 
 def prepare(context: RankContext) -> TrainState:
-    """Load everything, check that all ranks agree, then measure the base or resume from the newest checkpoint.
+    """Load everything, check that all ranks agree, and resume from the newest checkpoint.
+
+    Nothing is evaluated yet: a user sees the first step as soon as can be.
 
     Raises:
-        StopRequested: a rank was asked to stop during an evaluation.
+        StopRequested: a rank was asked to stop in the meantime.
         TrainerError: one of its kinds, for every expected failure.
     """
     context.progress.update(stage="Starting")
     objective = SupervisedFineTuning()
     inputs = agree_on_inputs(context)
-    if inputs.checkpoint is None:
-        # Before the model that is trained is loaded: memory need not hold both.
-        inputs.loop.base_eval_loss = evaluate_unquantized(context, objective, inputs)
-    state = build(context, objective, inputs)
+    state, weights = build(context, objective, inputs)
+    check_weights(context, inputs, weights)
     if inputs.checkpoint is not None:
         restore(context, inputs.checkpoint, state, inputs.determinism_key)
-    else:
-        # B is zero: this is the base as it is trained on.
-        state.loop.base_eval_loss_quantized = evaluate(
-            context, objective, state.model, state.data.evaluation, state.memory.micro_batch_tokens
-        )
+    state.loop.weights_sha256 = weights
+    state.base_losses = known_base_losses(context, state)
+    state.loop.base_eval_loss = state.base_losses.unquantized
+    state.loop.base_eval_loss_quantized = state.base_losses.quantized
     state.loop.determinism_key = inputs.determinism_key
     state.loop.dataset_sha256 = state.data.sha256
+    if context.all_reduce_scalars({}).stop_requested:
+        raise StopRequested
     return state
 
 
@@ -118,7 +123,9 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     run = context.run
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
-    _, data = load_inputs(run, context.volumes)
+    context.progress.begin(Work(name="tokenizing", unit="records"))
+    _, data = load_inputs(run, shape, context.volumes, context.progress.advance)
+    context.progress.begin(None)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
     of_ranks = context.group.all_gather_object((found.name if found else None, context.isa))
@@ -156,6 +163,30 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop)
 
 
+def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
+    """What the base is known to score on the samples that this attempt evaluates, the same on every rank.
+
+    Releases that evaluated all samples kept it in checkpoints alone; that counts as long as all of them still are.
+    """
+    data, loop = state.data, state.loop
+    if data.evaluation is None:
+        return BaseLosses({})
+    things = {
+        "samples": data.evaluation.digest(),
+        "weights": loop.weights_sha256,
+        "quantization": json.dumps(context.run.quantization.model_dump(), sort_keys=True),
+        "dtype": state.dtype,
+    }
+    known = base_losses.read(context.folder, things) if context.is_rank_zero else None
+    known = context.group.all_gather_object(known)[0]
+    if known is not None:
+        return known
+    facts = data.evaluation_facts
+    if facts is None or facts.records - facts.dropped > len(data.evaluation):
+        return BaseLosses(things)
+    return BaseLosses(things, loop.base_eval_loss_quantized, loop.base_eval_loss)
+
+
 def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None:
     """Raise ConfigurationError where ranks have different facts: they must not train together."""
     rank_zero, *others = context.group.all_gather_object(facts)
@@ -183,30 +214,46 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
     }
 
 
-def evaluate_unquantized(context: RankContext, objective: Objective, inputs: Inputs) -> float | None:
-    """The eval loss of the base in fp32; None without evaluation data, or where its weights exceed memoryPerRank.
+def check_weights(context: RankContext, inputs: Inputs, weights: str) -> None:
+    """Raise ConfigurationError where pods have other weights than rank 0, ModelError where the checkpoint is of others.
 
-    The weights are mapped from their files, not copied. Their size is held against memoryPerRank all the same, since
-    a model that does not fit would be read from disk again for every micro-batch.
+    `weights`: their hash, as `build` returns it.
     """
-    if inputs.data.evaluation is None:
-        return None
-    chosen = inputs.memory
-    weights = sum(file.stat().st_size for file in weight_files(inputs.model_folder))
-    if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
-        return None
-    base = load_model(inputs.model_folder, AsStored(), torch.float32)
-    return evaluate(context, objective, base, inputs.data.evaluation, chosen.micro_batch_tokens)
+    if context.group.all_gather_object(weights)[0] != weights:
+        raise ConfigurationError(
+            f"the weights of {inputs.model_folder} on pod {context.world.pod} are not those of rank 0's pod: every pod "
+            "must read the same model"
+        )
+    began_with = inputs.loop.weights_sha256
+    if inputs.checkpoint is not None and began_with and began_with != weights:
+        raise ModelError(
+            f"the weights of {inputs.model_folder} changed since {inputs.checkpoint.name} was written (sha256 "
+            f"{began_with[:12]}, now {weights[:12]}); restore the old model, or give the job another name"
+        )
 
 
-def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainState:
-    """Load the quantized base, and attach a new adapter and its optimizer.
+def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[TrainState, str]:
+    """Load the quantized base, and attach a new adapter and its optimizer; with the state the hash of the weights.
+
+    The first rank of each pod takes it for all of them, which read the same files.
 
     Raises:
         ModelError: the weights cannot be used.
     """
     run = context.run
-    model = load_model(inputs.model_folder, scheme_of(run.quantization), DTYPES[inputs.dtype])
+    weights = sum(file.stat().st_size for file in weight_files(inputs.model_folder))
+    context.progress.begin(Work(name="loading the model", unit="bytes", total=weights))
+    weights_hash = WeightsHash(torch.get_num_threads()) if context.world.local_rank == 0 else None
+    model = load_model(
+        inputs.model_folder,
+        scheme_of(run.quantization),
+        DTYPES[inputs.dtype],
+        context.progress.advance,
+        weights_hash,
+    )
+    context.progress.begin(None)
+    mine = (context.world.pod, weights_hash and weights_hash.hexdigest())
+    hashes = {pod: digest for pod, digest in context.group.all_gather_object(mine) if digest}
     model.graph.train()
     if inputs.memory.checkpointing == "full":
         model.enable_gradient_checkpointing()
@@ -215,7 +262,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainSt
     optimizer = torch.optim.AdamW(
         [parameters.flat], lr=run.training.learning_rate, weight_decay=run.training.weight_decay, fused=True
     )
-    return TrainState(
+    state = TrainState(
         model_folder=inputs.model_folder,
         objective=objective,
         model=model,
@@ -229,7 +276,9 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> TrainSt
         memory=inputs.memory,
         dtype=inputs.dtype,
         loop=inputs.loop,
+        base_losses=BaseLosses({}),
     )
+    return state, hashes[context.world.pod]
 
 
 def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:

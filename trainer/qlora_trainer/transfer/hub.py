@@ -180,6 +180,9 @@ class Hub:
             return self._classify(error.__cause__, name)
         if isinstance(error, HfHubHTTPError):
             return self._status_error(error.response.status_code, error.response.headers, name)
+        if isinstance(error, ValueError) and isinstance(error.__cause__, HfHubHTTPError):
+            # The Hub's check of the card, whose words huggingface_hub has taken out of the answer.
+            return TransferRefused(f"{self._remote.uri}: {' '.join(str(error).split())}")
         host = httpx2.URL(self._endpoint).host
         if not isinstance(error, httpx2.TransportError | httpx2.StreamError):
             return TransientError(
