@@ -177,7 +177,7 @@ class Training(ApiModel):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: falls to 0 linearly, falls to 0 along a half cosine, or stays constant."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
-    """Share of all steps in which the learning rate rises linearly from 0."""
+    """Share of all steps in which the learning rate rises linearly to its peak. No step has a rate of 0."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)
