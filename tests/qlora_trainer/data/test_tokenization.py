@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.records import Chat, Message, PromptCompletion, Record
+from qlora_trainer.data.records import Chat, Document, Message, PromptCompletion, Record
 from qlora_trainer.data.tokenization import Sample, render, tokenize
 from qlora_trainer.errors import DataError, ModelError
 
@@ -328,3 +328,33 @@ def test_a_refusal_does_not_repeat_the_conversation(byte_tokenizer: Make, templa
         _supervised(chat, byte_tokenizer(template))
 
     assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (Document("hunter2"), "text cannot be trained on as it is yet"),
+        (Chat((Message("assistant", "hunter2"),), ({"type": "function"},)), "tools cannot be trained on yet"),
+        (
+            Chat((Message("user", "hunter2"), Message("assistant", "x", {"reasoning_content": "hunter2"}))),
+            r"messages\[1\]\.reasoning_content cannot be trained on yet",
+        ),
+        (
+            Chat((Message("assistant", "hunter2", trained=False),)),
+            r"messages\[0\] is excluded from what is learned \(weight or train\)",
+        ),
+        (
+            PromptCompletion("a", "b"),
+            r"is two texts, as f\.jsonl: line 3 is not; the records of a dataset must",
+        ),
+    ],
+    ids=["text", "tools", "reasoning", "excluded", "mixture"],
+)
+def test_what_cannot_be_honored_is_refused_by_name(byte_tokenizer: Make, content: Any, error: str) -> None:
+    """Nothing that changes what a record means is left out in silence."""
+    record = Record("f.jsonl: line 4", content, b"")
+
+    with pytest.raises(DataError, match=f"^f\\.jsonl: line 4: {error}") as caught:
+        list(tokenize([TALK, record], byte_tokenizer(), 100))
+
+    assert "hunter2" not in str(caught.value)

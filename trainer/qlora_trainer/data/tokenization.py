@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_trainer.data.records import Chat, Message, PromptCompletion, Record
+from qlora_trainer.data.records import Chat, Document, Message, PromptCompletion, Record
 from qlora_trainer.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def tokenize(
         raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
     if not records:
         return
+    refuse_what_is_not_honored(records)
     chat = isinstance(records[0].content, Chat)
     template = ChatTemplate(tokenizer) if chat else None
     special = SpecialTokens((), None) if chat else SpecialTokens.of(tokenizer)
@@ -118,8 +119,34 @@ def tokenize(
             yield Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)
 
 
+def refuse_what_is_not_honored(records: Sequence[Record]) -> None:
+    """Raises DataError, naming the record and the key, rather than training on less than a record says."""
+    for record in records:
+        content = record.content
+        if isinstance(content, Document):
+            raise DataError(f"{record.location}: text cannot be trained on as it is yet")
+        if isinstance(content, Chat) is not isinstance(records[0].content, Chat):
+            raise DataError(
+                f"{record.location}: is {'a conversation' if isinstance(content, Chat) else 'two texts'}, as "
+                f"{records[0].location} is not; the records of a dataset must be alike"
+            )
+        if isinstance(content, PromptCompletion):
+            continue
+        if content.tools:
+            raise DataError(f"{record.location}: tools cannot be trained on yet")
+        for i, message in enumerate(content.messages):
+            for key in sorted(message.extra):
+                raise DataError(f"{record.location}: messages[{i}].{key} cannot be trained on yet")
+            if message.trained is False:
+                raise DataError(
+                    f"{record.location}: messages[{i}] is excluded from what is learned (weight or train), which "
+                    "is not possible yet"
+                )
+
+
 def _text(record: Record, template: "ChatTemplate | None") -> _Text:
     content = record.content
+    assert not isinstance(content, Document)  # refused above
     if isinstance(content, PromptCompletion):
         text = content.prompt + content.completion
         return _Text(record.location, text, ((len(content.prompt), len(text)),), strict=False)
