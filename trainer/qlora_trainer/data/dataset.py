@@ -12,7 +12,7 @@ from qlora_contract.files import sha256
 from qlora_contract.run_config import MAX_EVAL_FRACTION, Dataset
 from qlora_trainer.data.readers import READERS, reader_for
 from qlora_trainer.data.records import Format, Record, interpret
-from qlora_trainer.data.tokenization import Sample, tokenize
+from qlora_trainer.data.tokenization import Sample, TokenizationOptions, tokenize
 from qlora_trainer.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -83,7 +83,13 @@ class LoadedData:
     evaluation_facts: Facts | None
 
 
-def load(dataset: Dataset, root: Path, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> LoadedData:
+def load(
+    dataset: Dataset,
+    root: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    options: TokenizationOptions | None = None,
+) -> LoadedData:
     """Read, split and tokenize what `dataset` names; `root` is its source as a path.
 
     Raises DataError (the data), ConfigurationError (a dataset field that does
@@ -91,9 +97,9 @@ def load(dataset: Dataset, root: Path, tokenizer: "PreTrainedTokenizerBase", max
     """
     files = find_files(dataset, root)
     train, held_out = split_records(dataset, files)
-    samples, facts = make_samples(train, tokenizer, max_length, "training")
+    samples, facts = make_samples(train, tokenizer, max_length, "training", options)
     evaluation, evaluation_facts = (
-        make_samples(held_out, tokenizer, max_length, "evaluation") if held_out else (None, None)
+        make_samples(held_out, tokenizer, max_length, "evaluation", options) if held_out else (None, None)
     )
     return LoadedData(samples, evaluation, dataset_sha256(files), facts, evaluation_facts)
 
@@ -174,12 +180,16 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 
 
 def make_samples(
-    records: list[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int, use: str
+    records: list[Record],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    use: str,
+    options: TokenizationOptions | None = None,
 ) -> tuple[Samples, Facts]:
     """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
     kept: list[Sample] = []
     truncated = 0
-    for sample in tokenize(records, tokenizer, max_length):
+    for sample in tokenize(records, tokenizer, max_length, options):
         truncated += sample.truncated
         if sample.mask.any():
             kept.append(sample)

@@ -9,8 +9,8 @@ Schedule = Literal["linear", "cosine", "constant"]
 def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, warmup_ratio: float) -> float:
     """Learning rate of optimizer step `step`, where 0 is the first of `total_steps`.
 
-    It rises linearly over ceil(warmup_ratio * total_steps) steps, the warm-up, and is at its peak right after them; then
-    it falls to 0 linearly or along half a cosine, or stays. After the warm-up it has the values of transformers'
+    It rises linearly over ceil(warmup_ratio * total_steps) steps, the warm-up, to its peak right after them. Then it
+    falls to 0 linearly or along half a cosine, or stays. After the warm-up it has the values of transformers'
     get_{linear,cosine,constant}_schedule_with_warmup. Those begin the warm-up with a rate of 0, so that a job of one
     step would learn nothing; here no step has it.
     """
