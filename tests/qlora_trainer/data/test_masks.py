@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.masks import TrainedTurns
 from qlora_trainer.data.records import Chat, Message, Record
-from qlora_trainer.data.tokenization import TokenizationOptions, render, tokenize
+from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions, render
 from qlora_trainer.errors import DataError
 
 pytestmark = pytest.mark.process
@@ -64,7 +64,7 @@ def _learned(
 ) -> list[str]:
     """What is supervised, decoded."""
     options = TokenizationOptions(TemplateSettings(stop_ids=stop_ids), train)
-    [sample] = tokenize([Record("f.jsonl: line 3", chat, b"")], tokenizer, 10_000, options)
+    [sample] = Tokenization(tokenizer, 10_000, options).samples([Record("f.jsonl: line 3", chat, b"")])
     return [text for text, supervised in render(sample.ids, sample.mask, tokenizer) if supervised]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_trainer.data.records import Chat, Document, Message, PromptCompletion, Record
-from qlora_trainer.data.tokenization import Sample, render, tokenize
+from qlora_trainer.data.tokenization import Sample, Tokenization, render
 from qlora_trainer.errors import DataError, ModelError
 
 pytestmark = pytest.mark.process
@@ -65,7 +65,7 @@ def _pair(prompt: str, completion: str) -> Record:
 
 
 def _one(record: Record, tokenizer: Any, max_length: int = 1000) -> Sample:
-    [sample] = tokenize([record], tokenizer, max_length)
+    [sample] = Tokenization(tokenizer, max_length).samples([record])
     return sample
 
 
@@ -308,7 +308,7 @@ def test_many_records_come_back_in_order(byte_tokenizer: Make) -> None:
     tokenizer = byte_tokenizer()
     records = [_pair("n=", str(i)) for i in range(1100)]
 
-    decoded = [tokenizer.decode(sample.ids) for sample in tokenize(records, tokenizer, 100)]
+    decoded = [tokenizer.decode(sample.ids) for sample in Tokenization(tokenizer, 100).samples(records)]
 
     assert decoded == [f"n={i}<|im_end|>" for i in range(1100)]
 
@@ -372,4 +372,4 @@ def test_records_of_all_kinds_stand_in_one_dataset(byte_tokenizer: Make) -> None
 
     alone = [_one(record, tokenizer).ids.tolist() for record in records]
 
-    assert [sample.ids.tolist() for sample in tokenize(records, tokenizer, 1000)] == alone
+    assert [sample.ids.tolist() for sample in Tokenization(tokenizer, 1000).samples(records)] == alone

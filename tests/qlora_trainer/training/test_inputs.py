@@ -1,5 +1,7 @@
 """What ranks and `qlora plan` read alike."""
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +9,11 @@ import pytest
 
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.errors import ModelError
-from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, stop_ids
 
 pytestmark = pytest.mark.process
+
+BEGAN = datetime.datetime(2026, 1, 31, 23, 59, tzinfo=datetime.UTC)
 
 
 def a_run(**training: Any) -> RunConfig:
@@ -46,4 +50,23 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl").write_text("{}")
 
     with pytest.raises(ModelError, match="model has no tokenizer"):
-        load_inputs(a_run(), {"data": tmp_path})
+        load_inputs(a_run(), {"data": tmp_path}, BEGAN)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        pytest.param({"eos_token_id": [7, 9]}, {"eos_token_id": 2}, (2, 7, 9), id="both"),
+        pytest.param({"eos_token_id": None}, {}, (), id="none"),
+        pytest.param([], {"eos_token_id": "x"}, (), id="of another form"),
+    ],
+)
+def test_generation_stops_where_the_model_says(
+    tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
+) -> None:
+    """A model names the tokens in generation_config.json and config.json; what is not there says nothing."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert stop_ids(tmp_path) == expected
+    assert stop_ids(tmp_path / "gone") == ()

@@ -48,6 +48,9 @@ class LoopState:
     base_eval_loss_quantized: float | None = None
     """Of the base as trained on."""
     dataset_sha256: str = ""
+    token_digests: dict[str, str] = field(default_factory=dict)
+    """Hashes of the samples of `training` and of `evaluation` and, to tell what changed them, of the `chat template`
+    and the `tokenizer`. Empty where the release that wrote the checkpoint did not know it."""
     determinism_key: dict[str, Any] = field(default_factory=dict)
     """What decides in which order numbers are added up: a resume repeats an undisturbed run bit for bit only under the
     same. Called `conditions` in state.json."""

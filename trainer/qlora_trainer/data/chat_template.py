@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from qlora_trainer.data.records import Message
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
@@ -35,7 +35,7 @@ class TemplateSettings:
     """Its text; None: the one that the tokenizer brings."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Handed to it by name."""
-    clock: datetime.datetime = field(default_factory=datetime.datetime.now)
+    clock: datetime.datetime = field(default_factory=lambda: datetime.datetime.now().astimezone())
     """What it is told when it asks for the time."""
     stop_ids: tuple[int, ...] = ()
     """Tokens at which the model's generation stops, besides the tokenizer's eos_token."""
@@ -99,6 +99,8 @@ class ChatTemplate:
                 "to one that writes them"
             )
         try:
+            # transformers keeps what it has compiled, and renders from there. It takes no function as a variable.
+            _compile_jinja_template(source).globals["strftime_now"] = self._clock.strftime
             texts, spans = render_jinja_template(
                 [
                     [
@@ -110,7 +112,6 @@ class ChatTemplate:
                 chat_template=source,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=self.has_markers,
-                strftime_now=self._clock.strftime,
                 **self._variables,
             )
         except jinja2.TemplateSyntaxError as error:

@@ -105,37 +105,33 @@ class SpecialTokens:
         return begin + ids + end, [0] * len(begin) + mask + [1] * len(end)
 
 
-def tokenize(
-    records: Iterable[Record],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
-    options: TokenizationOptions | None = None,
-) -> Iterator[Sample]:
-    """One sample per record, in order, at most `max_length` tokens: the end is cut off.
-
-    Raises DataError, naming the record, when what is to be learned cannot be told
-    with certainty, and ModelError when the tokenizer cannot serve at all.
-    """
-    return Tokenization(tokenizer, max_length, options or TokenizationOptions()).samples(records)
-
-
 class Tokenization:
-    """A tokenizer as a job uses it."""
+    """What makes a job's records into samples."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", max_length: int, options: TokenizationOptions
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        options: TokenizationOptions | None = None,
     ) -> None:
+        """Samples have at most `max_length` tokens: the end is cut off."""
         if not tokenizer.is_fast:
             raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
         self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._options = options
+        self.max_length = max_length
+        self._options = options or TokenizationOptions()
+        self._chat_template: ChatTemplate | None = None
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         # A token never spans more characters than the longest one has; and one more token tells that there are more.
         self._max_characters = (max_length + 2) * longest
 
     def samples(self, records: Iterable[Record]) -> Iterator[Sample]:
-        """One sample per record, in order. Raises as `tokenize`."""
+        """One sample per record, in order.
+
+        Raises:
+            DataError: what is to be learned cannot be told with certainty; names the record.
+            ModelError, ConfigurationError: tokenizer, template or options cannot serve at all.
+        """
         batch: list[_Text] = []
         characters = 0
         for record in records:
@@ -149,10 +145,15 @@ class Tokenization:
         if batch:
             yield from self._encode(batch)
 
+    @property
+    def template_used(self) -> ChatTemplate | None:
+        """The chat template, where there was a conversation to write."""
+        return self._chat_template
+
     @cached_property
-    def template(self) -> ChatTemplate:
-        """The chat template. Raises as ChatTemplate."""
-        return ChatTemplate(self._tokenizer, self._options.template)
+    def _template(self) -> ChatTemplate:
+        self._chat_template = ChatTemplate(self._tokenizer, self._options.template)
+        return self._chat_template
 
     @cached_property
     def _special(self) -> SpecialTokens:
@@ -163,7 +164,7 @@ class Tokenization:
         match record.content:
             case Chat():
                 text, turns = supervised_turns(
-                    record.content, self.template, record.location, limit, self._options.train
+                    record.content, self._template, record.location, limit, self._options.train
                 )
                 shown = text[:limit]
                 starts = [0, *(turn.start for turn in turns if turn.start < len(shown))]
@@ -187,7 +188,7 @@ class Tokenization:
     def _encode(self, texts: Sequence[_Text]) -> Iterator[Sample]:
         self._options.between_batches()
         encoded = self._encode_parts(texts)
-        max_length = self._max_length
+        max_length = self.max_length
         for text in texts:
             ids: list[int] = []
             mask: list[int] = []

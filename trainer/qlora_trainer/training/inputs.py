@@ -1,6 +1,8 @@
 """What ranks and `qlora plan` read alike: the tokenized data, and the type that a first attempt computes in."""
 
-from collections.abc import Mapping
+import datetime
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,25 @@ from transformers import AutoTokenizer
 from qlora_contract.memory import Dtype
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import BF16_NATIVE, RunConfig
+from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, load
+from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
 
 
-def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, LoadedData]:
+def load_inputs(
+    run: RunConfig,
+    volumes: Mapping[str, Path],
+    began: datetime.datetime,
+    between_batches: Callable[[], None] = lambda: None,
+) -> tuple[Any, LoadedData]:
     """The model's own tokenizer, and the data tokenized with it.
 
     Args:
         run: the job.
         volumes: claim -> directory; empty in a pod.
+        began: when the first attempt began: what a chat template is told that asks for the date.
+        between_batches: called now and then while the data are tokenized; it may raise.
 
     Raises:
         ModelError: the tokenizer is missing or cannot be read.
@@ -32,13 +43,28 @@ def load_inputs(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[Any, Loade
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length)
+    options = TokenizationOptions(
+        TemplateSettings(clock=began, stop_ids=stop_ids(folder)), between_batches=between_batches
+    )
+    data = load(run.dataset, source, tokenizer, run.training.max_sequence_length, options)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
             "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
             "name a dataset.evalSplit, or set requireImprovement to false"
         )
     return tokenizer, data
+
+
+def stop_ids(model_folder: Path) -> tuple[int, ...]:
+    """The tokens at which the model's generation stops by its own configuration, besides its tokenizer's."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((model_folder / name).read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        found.update(id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int))
+    return tuple(sorted(found))
 
 
 def default_compute_dtype(run: RunConfig) -> Dtype:

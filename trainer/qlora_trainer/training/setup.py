@@ -4,10 +4,11 @@ Ranks differ only in which bins they run: every decision here is made from the s
 for all.
 """
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import ConfigurationError, DataError, Terminated
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
@@ -36,6 +37,9 @@ from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,6 +53,8 @@ class Inputs:
 
     model_folder: Path
     data: LoadedData
+    tokens: dict[str, str]
+    """LoopState.token_digests of the data."""
     schedule: StepSchedule
     memory: MemoryEstimate
     dtype: Dtype
@@ -103,6 +109,7 @@ def prepare(context: RankContext) -> TrainState:
         )
     state.loop.determinism_key = inputs.determinism_key
     state.loop.dataset_sha256 = state.data.sha256
+    state.loop.token_digests = inputs.tokens
     return state
 
 
@@ -114,11 +121,14 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         DataError: the data cannot be trained on, or are not those of the checkpoint.
         ModelError: the model or its tokenizer cannot be used.
         StorageFull: checkpoints and adapter will not fit.
+        Terminated: this rank was asked to stop.
     """
     run = context.run
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
-    _, data = load_inputs(run, context.volumes)
+    began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
+    tokenizer, data = load_inputs(run, context.volumes, began, lambda: stop_if_asked(context))
+    tokens = digests_of_tokens(tokenizer, data)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
     name = context.group.all_gather_object(found.name if found else None)[0]
@@ -129,17 +139,25 @@ def agree_on_inputs(context: RankContext) -> Inputs:
             f"the data changed since {resumed.name} was written (sha256 {loop.dataset_sha256[:12]}, now "
             f"{data.sha256[:12]}); restore the old data, or give the job another name"
         )
+    check_same_tokens(loop.token_digests, tokens, resumed)
 
     # As asked for; else what the first completed step used, on whatever processor that was.
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
     dtype = used if run.training.compute_dtype == "auto" and used else default_compute_dtype(run)
     chosen = memory.choose(shape, run, dtype)
     check_same_on_all_ranks(
-        context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
+        context,
+        {
+            "model": fingerprint(model_folder),
+            "data": tokens["training"],
+            "evaluation data": tokens["evaluation"],
+            "torch": torch.__version__,
+        },
     )
     if context.is_rank_zero:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
+        warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
@@ -151,7 +169,52 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
-    return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop)
+    return Inputs(model_folder, data, tokens, schedule, chosen, dtype, key, resumed, loop)
+
+
+def stop_if_asked(context: RankContext) -> None:
+    """Raise Terminated when this rank was asked to stop: the others learn of it as of any rank's end."""
+    if context.stop.is_set():
+        raise Terminated("asked to stop before the first step, while the data were tokenized")
+
+
+def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:
+    """LoopState.token_digests of these data."""
+    return {
+        "training": data.train.digest(),
+        "evaluation": data.evaluation.digest() if data.evaluation else "",
+        "chat template": data.template.digest() if data.template else "",
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def check_same_tokens(then: dict[str, str], now: dict[str, str], resumed: Path | None) -> None:
+    """Raise DataError when the same data became other tokens, in which a data position means nothing.
+
+    Args:
+        then: LoopState.token_digests of the checkpoint; empty in one that does not know.
+        now: of the data at hand.
+        resumed: the checkpoint.
+    """
+    if resumed is None or not then or all(then[use] == now[use] for use in ("training", "evaluation")):
+        return
+    changed = [what for what in ("chat template", "tokenizer") if then[what] != now[what]]
+    raise DataError(
+        f"the data become other tokens than when {resumed.name} was written, because the "
+        f"{' and the '.join(changed) or 'trainer or a library of it'} changed; restore what it was, or give the job "
+        "another name"
+    )
+
+
+def warn_of_lost_answers(data: LoadedData, max_length: int) -> None:
+    """Log how much of what was to be learned is lost to the longest length, if anything is."""
+    for use, facts in (("training", data.train_facts), ("evaluation", data.evaluation_facts)):
+        if facts is not None and facts.truncated:
+            log.warning(
+                "%d of %d %s records are longer than maxSequenceLength %d: their ends are cut off, and %d of them "
+                "lose all that is to be learned and are left out",
+                facts.truncated, facts.records, use, max_length, facts.dropped,
+            )  # fmt: skip
 
 
 def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None:
