@@ -199,7 +199,7 @@ def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     context.stop.set()
 
     with pytest.raises(
-        Terminated, match="asked to stop before the first step, while the data were tokenized"
+        Terminated, match="asked to stop before the first step"
     ):
         prepare(context)
 

@@ -175,7 +175,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
 def stop_if_asked(context: RankContext) -> None:
     """Raise Terminated when this rank was asked to stop: the others learn of it as of any rank's end."""
     if context.stop.is_set():
-        raise Terminated("asked to stop before the first step, while the data were tokenized")
+        raise Terminated("asked to stop before the first step")
 
 
 def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:
