@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 """Of a checkpoint or an adapter, written last: {"files": {name: sha256}, ...}. A folder without one is incomplete."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Of an adapter that was trained on conversations: what wrote them."""
 
 
 class IdentityError(ValueError):

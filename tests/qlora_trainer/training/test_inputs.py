@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_trainer.data.bundled_templates import TEMPLATES
 from qlora_trainer.errors import ModelError
-from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, stop_ids
+from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, stop_ids, template_settings
 
 pytestmark = pytest.mark.process
 
@@ -70,3 +71,34 @@ def test_generation_stops_where_the_model_says(
 
     assert stop_ids(tmp_path) == expected
     assert stop_ids(tmp_path / "gone") == ()
+
+
+def test_variables_of_a_template_are_what_they_look_like(byte_tokenizer: Any) -> None:
+    """`true` and `false` are booleans, whole numbers are numbers, all else stays text."""
+    texts = {
+        "a": "true",
+        "b": "false",
+        "c": "12",
+        "d": "1.5",
+        "e": "high",
+        "f": '"true"',
+        "g": "",
+        "h": "null",
+    }
+    dataset = Dataset(source="pvc://c/d", chat_template_kwargs=texts)
+
+    settings = template_settings(dataset, byte_tokenizer(), BEGAN, (7,))
+
+    assert settings.variables == {**texts, "a": True, "b": False, "c": 12}
+    assert (settings.source, settings.clock, settings.stop_ids) == (None, BEGAN, (7,))
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [("{{ messages }}", "{{ messages }}"), ("bundled:chatml", TEMPLATES["chatml"]), ("bundled:auto", None)],
+)
+def test_a_job_chooses_its_template(byte_tokenizer: Any, given: str, source: str | None) -> None:
+    """Its text as it is, or a bundled one by its name."""
+    dataset = Dataset(source="pvc://c/d", chat_template=given)
+
+    assert template_settings(dataset, byte_tokenizer(), BEGAN, ()).source == source

@@ -198,9 +198,7 @@ def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     context = ready()
     context.stop.set()
 
-    with pytest.raises(
-        Terminated, match="asked to stop before the first step"
-    ):
+    with pytest.raises(Terminated, match="asked to stop before the first step"):
         prepare(context)
 
 

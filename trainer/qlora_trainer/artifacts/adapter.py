@@ -11,7 +11,14 @@ from typing import Any
 from safetensors.torch import load_file
 
 from qlora_contract.files import sha256
-from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT
+from qlora_contract.job_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
+    LOSS_CURVE,
+    TRAINING_REPORT,
+)
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
@@ -29,13 +36,16 @@ def staging_folder(folder: JobFolder) -> Path:
     return folder.path / f".{ADAPTER}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
 
 
-def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -> Path:
+def write_adapter(
+    folder: JobFolder, parameters: AdapterParameters, base: str, chat_template: str | None = None
+) -> Path:
     """Write weights and configuration as PEFT does, into the staging folder, and return that.
 
     Args:
         folder: the job's.
         parameters: the adapter, named by its method.
         base: the value of `base_model_name_or_path`.
+        chat_template: what the conversations were written with, which prompts must be written with, too.
 
     Raises:
         StorageFull: they do not fit.
@@ -48,6 +58,8 @@ def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str) -
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
         config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
         (staged / ADAPTER_CONFIG).write_text(config)
+        if chat_template is not None:
+            (staged / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return staged
 
 

@@ -4,17 +4,21 @@ import datetime
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
 
 from qlora_contract.memory import Dtype
 from qlora_contract.paths import resolve
-from qlora_contract.run_config import BF16_NATIVE, RunConfig
+from qlora_contract.run_config import BF16_NATIVE, BUNDLED, Dataset, RunConfig
+from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, load
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_inputs(
@@ -34,7 +38,7 @@ def load_inputs(
     Raises:
         ModelError: the tokenizer is missing or cannot be read.
         DataError: the data cannot be trained on.
-        ConfigurationError: an improvement is required that nothing could show.
+        ConfigurationError: an improvement is required that nothing could show, or there is no such chat template.
         InvalidUriError: a source is on a claim that has no directory here.
     """
     folder = resolve(run.model_uri, volumes)
@@ -44,7 +48,9 @@ def load_inputs(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
     options = TokenizationOptions(
-        TemplateSettings(clock=began, stop_ids=stop_ids(folder)), between_batches=between_batches
+        template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
+        train=run.dataset.train,
+        between_batches=between_batches,
     )
     data = load(run.dataset, source, tokenizer, run.training.max_sequence_length, options)
     if data.evaluation is None and run.evaluation.require_improvement:
@@ -53,6 +59,29 @@ def load_inputs(
             "name a dataset.evalSplit, or set requireImprovement to false"
         )
     return tokenizer, data
+
+
+def template_settings(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    began: datetime.datetime,
+    stop_ids: tuple[int, ...],
+) -> TemplateSettings:
+    """What a job says of its chat template. Raises ConfigurationError for a bundled one that there is not."""
+    source = dataset.chat_template
+    if source is not None and source.startswith(BUNDLED):
+        source = bundled_template(source.removeprefix(BUNDLED), tokenizer)
+    variables = {name: _variable(text) for name, text in dataset.chat_template_kwargs.items()}
+    return TemplateSettings(source, variables, began, stop_ids)
+
+
+def _variable(text: str) -> bool | int | str:
+    """A boolean or a whole number where the text is one as JSON has them; else the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int) else text
 
 
 def stop_ids(model_folder: Path) -> tuple[int, ...]:
