@@ -209,7 +209,12 @@ def test_an_operator_writes_its_own_version_and_the_one_before() -> None:
     assert RUN_CONFIG_VERSIONS == (RUN_CONFIG_VERSION - 1, RUN_CONFIG_VERSION)
 
 
-SINCE = {"adapter.rank": 2, "quantization.scheme=none": 2, "training.schedule=linear": 2}
+SINCE = {
+    "adapter.rank": 2,
+    "dataset.chatTemplateKwargs": 2,
+    "quantization.scheme=none": 2,
+    "training.schedule=linear": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -218,10 +223,14 @@ SINCE = {"adapter.rank": 2, "quantization.scheme=none": 2, "training.schedule=li
         ({}, []),
         ({"adapter": {"rank": 16}}, []),
         ({"adapter": {"rank": 8}}, ["adapter.rank"]),
+        (
+            {"dataset": {"source": "pvc://c/d", "chatTemplateKwargs": {"a": "1"}}},
+            ["dataset.chatTemplateKwargs"],
+        ),
         ({"quantization": {"scheme": "none"}}, ["quantization.scheme=none"]),
         ({"quantization": {"scheme": "nf4"}, "training": {"epochs": 1, "schedule": "constant"}}, []),
     ],
-    ids=["nothing set", "a default", "a field", "a value", "other values"],
+    ids=["nothing set", "a default", "a field", "a map", "a value", "other values"],
 )
 def test_what_a_version_lacks_is_named(
     fields: dict[str, Any], newer: list[str], monkeypatch: pytest.MonkeyPatch
@@ -250,7 +259,7 @@ def shape(schema: Any, classes: dict[str, Any]) -> Any:
     }
 
 
-PINNED = {2: "04edc0c9f13f43aa"}
+PINNED = {2: "705ba225712f353e"}
 """Version of run.json -> hash over its schema."""
 
 

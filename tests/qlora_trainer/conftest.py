@@ -60,20 +60,23 @@ def byte_tokenizer() -> Callable[..., Any]:
         *,
         bos: bool = False,
         trim_offsets: bool = False,
+        marks: tuple[str, ...] = ("<s>", "<|im_start|>", "<|im_end|>"),
+        eos: str = "<|im_end|>",
+        rstrip: bool = False,
     ) -> Any:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         words = [*alphabet, *("".join(pair) for pair in merges)]
         core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=list(merges)))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         core.decoder = decoders.ByteLevel()
-        core.add_special_tokens([AddedToken(name) for name in ("<s>", "<|im_start|>", "<|im_end|>")])
+        core.add_special_tokens([AddedToken(name, rstrip=rstrip) for name in marks])
         if trim_offsets:
             core.post_processor = ByteLevel(trim_offsets=True)
         if bos:
             core.post_processor = TemplateProcessing(
                 "<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
             )
-        made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|im_end|>")
+        made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=marks[0], eos_token=eos)
         made.chat_template = chat_template
         return made
 

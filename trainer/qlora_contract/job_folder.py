@@ -18,6 +18,8 @@ FENCE = "fence.json"
 """The attempt that may write: {"uid": ..., "attempt": ...}."""
 IDENTITY = "identity.json"
 """The fields of the spec that shape the result: {"hash": ..., "fields": {...}}."""
+BEGAN = "began.json"
+"""When the first attempt began: {"time": ...}."""
 RUN_CONFIG = "run.json"
 """The newest attempt's RunConfig."""
 LOCK = "lock"
@@ -35,6 +37,8 @@ MANIFEST = "manifest.json"
 """Of a checkpoint or an adapter, written last: {"files": {name: sha256}, ...}. A folder without one is incomplete."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Of an adapter that was trained on conversations: what wrote them."""
 
 
 class IdentityError(ValueError):

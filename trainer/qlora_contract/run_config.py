@@ -38,11 +38,20 @@ RUN_CONFIG_VERSIONS: tuple[RunConfigVersion, ...] = (1, 2)
 RUN_CONFIG_VERSION: RunConfigVersion = 2
 """The newest."""
 
-SINCE: Mapping[str, int] = {"evaluation.maxTokens": 2}
+SINCE: Mapping[str, int] = {
+    "dataset.chatTemplate": 2,
+    "dataset.chatTemplateKwargs": 2,
+    "dataset.train": 2,
+    "evaluation.maxTokens": 2,
+}
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
 
 MAX_EVAL_FRACTION = 0.5
+
+BUNDLED = "bundled:"
+"""What dataset.chatTemplate begins with when it names one of the trainer's own templates."""
+CHAT_TEMPLATE_PATTERN = rf"^({BUNDLED}[a-z0-9-]+|[\s\S]*\{{[\s\S]*)$"
 
 MAX_RANKS = 1024
 """Ranks of a job. Every rank holds a connection to every other."""
@@ -89,6 +98,11 @@ class Dataset(ContractModel):
     train_split: Split = "train"
     eval_split: Split | None = None
     eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
+    chat_template: str | None = Field(
+        default=None, min_length=1, max_length=65_536, pattern=CHAT_TEMPLATE_PATTERN
+    )
+    chat_template_kwargs: dict[str, Annotated[str, Field(max_length=1024)]] = Field(default={}, max_length=32)
+    train: Literal["all", "lastTurn"] = "all"
 
 
 class Adapter(ContractModel):
@@ -299,12 +313,7 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 def newer_than(run: RunConfig, version: int) -> list[str]:
     """The fields and values of SINCE that a run uses and a trainer of this version does not know."""
     used = _leaves(run.model_dump(mode="json", by_alias=True, exclude_defaults=True), "")
-    return [
-        what
-        for path, value in used
-        for what in (path, f"{path}={value}")
-        if SINCE.get(what, version) > version
-    ]
+    return [what for what in used if SINCE.get(what, version) > version]
 
 
 def oldest_version(run: RunConfig) -> RunConfigVersion:
@@ -312,9 +321,11 @@ def oldest_version(run: RunConfig) -> RunConfigVersion:
     return next(version for version in RUN_CONFIG_VERSIONS if not newer_than(run, version))
 
 
-def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[str]:
+    """The paths of what is set, and those of values with their values; a map is a value of its path, too."""
     for name, value in fields.items():
+        yield f"{path}{name}"
         if isinstance(value, dict):
             yield from _leaves(value, f"{path}{name}.")
         else:
-            yield f"{path}{name}", value
+            yield f"{path}{name}={value}"

@@ -9,6 +9,7 @@
 Prints one line of JSON (qlora_contract.plan). The exit status is 0 also when that holds an error of the user's.
 """
 
+import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def plan(run: RunConfig) -> PlanReport:
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
-    tokenizer, data = load_inputs(run, shape, volumes)
+    tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)

@@ -25,7 +25,7 @@ from qlora_contract.remote import (
     SECRET_PATTERN,
     is_remote,
 )
-from qlora_contract.run_config import ISA_TIERS, MAX_EVAL_FRACTION, MAX_RANKS, IsaTier
+from qlora_contract.run_config import CHAT_TEMPLATE_PATTERN, ISA_TIERS, MAX_EVAL_FRACTION, MAX_RANKS, IsaTier
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
 from qlora_operator.api.status import QLoRAJobStatus, StatusModel
@@ -121,6 +121,18 @@ class Dataset(ApiModel):
     eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
     """Share of the records held out for evaluation, chosen by each record's hash, so that it does not
     change with the order of the file. 0: no evaluation. Not used with evalSplit."""
+    chat_template: str | None = Field(
+        default=None, min_length=1, max_length=65_536, pattern=CHAT_TEMPLATE_PATTERN
+    )
+    """What writes conversations in place of the model's own chat template, and goes along with the adapter: the text of
+    a template (Jinja); `bundled:NAME`, one of the trainer's; or `bundled:auto`, the one of these that fits the model,
+    if its own cannot do as well."""
+    chat_template_kwargs: dict[str, Annotated[str, Field(max_length=1024)]] = Field(default={}, max_length=32)
+    """Variables of the chat template, such as `enable_thinking: "false"`. `true` and `false` are handed to it as
+    booleans, whole numbers as numbers, all else as text."""
+    train: Literal["all", "lastTurn"] = "all"
+    """Which turns of the assistant are learned: `all`, or `lastTurn`, what it says after the last message of the
+    user. A turn that the data exclude is never learned."""
 
 
 class Adapter(ApiModel):
@@ -177,7 +189,7 @@ class Training(ApiModel):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: falls to 0 linearly, falls to 0 along a half cosine, or stays constant."""
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
-    """Share of all steps in which the learning rate rises linearly from 0."""
+    """Share of all steps in which the learning rate rises linearly to its peak. No step has a rate of 0."""
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0, le=1e6)

@@ -87,6 +87,9 @@ DEFAULTS = {
         "trainSplit": "train",
         "evalSplit": None,
         "evalFraction": 0.05,
+        "chatTemplate": None,
+        "chatTemplateKwargs": {},
+        "train": "all",
     },
 }
 """The documented defaults, besides what the smallest job says itself."""
@@ -283,6 +286,21 @@ BAD = {
         "did you mean evalFraction?",
     ),
     "eval fraction above a half": ({"spec.dataset.evalFraction": 0.6}, "spec.dataset.evalFraction", "to 0.5"),
+    "chat template is a name": (
+        {"spec.dataset.chatTemplate": "chatml"},
+        "spec.dataset.chatTemplate",
+        "is the string 'chatml'; it must be a string",
+    ),
+    "variable of a template is a boolean": (
+        {"spec.dataset.chatTemplateKwargs": {"enable_thinking": False}},
+        "spec.dataset.chatTemplateKwargs.enable_thinking",
+        "is the boolean false; it must be a string",
+    ),
+    "train on the first turn": (
+        {"spec.dataset.train": "firstTurn"},
+        "spec.dataset.train",
+        "must be one of all, lastTurn",
+    ),
     "split is a path": ({"spec.dataset.trainSplit": "../x"}, "spec.dataset.trainSplit", "that matches"),
     "rank 0": ({"spec.adapter.rank": 0}, "spec.adapter.rank", "must be an integer from 1 to 512"),
     "rank is a string": ({"spec.adapter.rank": "16"}, "spec.adapter.rank", "is the string '16'"),

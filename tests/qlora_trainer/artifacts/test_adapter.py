@@ -22,6 +22,7 @@ from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
     FENCE,
     LOSS_CURVE,
     MANIFEST,
@@ -247,6 +248,16 @@ def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
     assert folder.report() == REPORT
     png(tmp_path / LOSS_CURVE)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_chat_template_goes_along_with_the_adapter(tmp_path: Path) -> None:
+    """What wrote the conversations is where tokenizers look for it, and part of the whole."""
+    folder = acquired(tmp_path)
+    staged = adapter.write_adapter(folder, small_adapter(), "org/base", "{{ messages }} – é")
+    adapter.publish(folder, staged, REPORT, STEPS)
+
+    assert (folder.adapter / CHAT_TEMPLATE).read_text(encoding="utf-8") == "{{ messages }} – é"
+    assert CHAT_TEMPLATE in json.loads((folder.adapter / MANIFEST).read_text())["files"]
 
 
 def test_an_adapter_of_the_release_before_counts_as_published(tmp_path: Path) -> None:

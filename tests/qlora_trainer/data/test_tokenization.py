@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.records import Chat, Message, PromptCompletion, Record
-from qlora_trainer.data.tokenization import Sample, render, tokenize
+from qlora_trainer.data.records import Chat, Document, Message, PromptCompletion, Record
+from qlora_trainer.data.tokenization import Sample, Tokenization, render
 from qlora_trainer.errors import DataError, ModelError
 
 pytestmark = pytest.mark.process
@@ -65,7 +65,7 @@ def _pair(prompt: str, completion: str) -> Record:
 
 
 def _one(record: Record, tokenizer: Any, max_length: int = 1000) -> Sample:
-    [sample] = tokenize([record], tokenizer, max_length)
+    [sample] = Tokenization(tokenizer, max_length).samples([record])
     return sample
 
 
@@ -162,16 +162,24 @@ def test_spaces_at_the_seams_are_kept(byte_tokenizer: Make, trim: bool) -> None:
         (
             ALTERNATING,
             _chat("assistant: x"),
-            "line 3: the model's chat template refuses the conversation: roles must",
+            "line 3: the chat template refuses the conversation: roles must",
         ),
         (
             FORCED_THOUGHT,
             TALK,
             r"line 3: the chat template writes what stands before messages\[1\] otherwise",
         ),
-        (NO_END, TALK, "line 3: the chat template ends an assistant's turn with no special token"),
-        (END_OF_ALL, TALK, "line 3: the chat template ends an assistant's turn with no special token"),
-        (UPPER, TALK, "line 3: the chat template changes what the assistant says"),
+        (
+            NO_END,
+            TALK,
+            r"line 3: messages\[1\]: the chat template does not end what the assistant says with a token at which",
+        ),
+        (
+            END_OF_ALL,
+            TALK,
+            r"line 3: messages\[1\]: the chat template does not end what the assistant says with a token at which",
+        ),
+        (UPPER, TALK, r"line 3: messages\[1\]: the chat template changes what the assistant says"),
     ],
     ids=["none", "refuses", "prompt", "no-end", "end-of-all", "changes"],
 )
@@ -186,27 +194,46 @@ def test_what_cannot_be_told_apart_is_refused(
 
 
 @pytest.mark.parametrize("trim", [False, True])
-def test_an_answer_joined_to_its_prompt_is_refused(byte_tokenizer: Make, trim: bool) -> None:
-    """A token made of the prompt's end and the answer's start is refused: the model would never be asked so."""
+def test_an_answer_is_tokenized_apart_from_its_prompt(byte_tokenizer: Make, trim: bool) -> None:
+    """No token spans the prompt's end and the answer's start: the prompt is tokenized alone when the model is asked."""
     tokenizer = byte_tokenizer(SPACED, merges=(("Ġ", "h"), ("Ġ", "s")), trim_offsets=trim)
 
-    with pytest.raises(DataError, match="line 3: the tokenizer joins the assistant's first characters with"):
-        _one(TALK, tokenizer)
+    assert [text for text, supervised in _runs(TALK, tokenizer) if supervised] == [
+        "hello<|im_end|>",
+        "see you<|im_end|>",
+    ]
+    sample = _one(TALK, tokenizer)
+    assert sample.ids[sample.mask == 1].tolist() == tokenizer("hello<|im_end|>see you<|im_end|>").input_ids
 
 
-def test_markers_that_cut_a_token_learn_it(byte_tokenizer: Make) -> None:
-    """A template with markers is trusted: a token across the start of a marked text is learnt."""
+@pytest.mark.model
+@pytest.mark.parametrize("answer", ["    return x", "\n\nTwo lines", "\treturn", "\n", " x"])
+def test_an_answer_may_begin_with_white_space(smollm2_tokenizer: Any, answer: str) -> None:
+    """With the real model an answer may begin with what its tokenizer would join to the prompt."""
+    record = _chat("user: Body?", f"assistant: {answer} end", "user: More?", f"assistant: {answer}!")
+    sample = _one(record, smollm2_tokenizer)
+    prompt = smollm2_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Body?"}], add_generation_prompt=True, return_dict=False
+    )
+
+    assert _supervised(record, smollm2_tokenizer) == [f"{answer} end<|im_end|>", f"{answer}!<|im_end|>"]
+    assert sample.ids.tolist()[: len(prompt)] == prompt
+    assert sample.mask.tolist()[: len(prompt) + 1] == [0] * len(prompt) + [1]
+
+
+def test_markers_that_cut_a_token_part_it(byte_tokenizer: Make) -> None:
+    """With markers, too, what the assistant says is tokenized apart from what stands before it."""
     marked = (
         "{% for m in messages %}: {% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
     )
     tokenizer = byte_tokenizer(marked, merges=(("Ġ", "h"),))
 
-    assert _runs(_chat("assistant: ho"), tokenizer) == [(":", False), (" ho<|im_end|>", True)]
+    assert _runs(_chat("assistant: ho"), tokenizer) == [(": ", False), ("ho<|im_end|>", True)]
 
 
 def test_an_answer_with_a_special_token_is_refused(byte_tokenizer: Make) -> None:
     """An answer that spells the model's end-of-turn token would be cut short, so it is refused."""
-    with pytest.raises(DataError, match="or that holds a special token of the model"):
+    with pytest.raises(DataError, match=r"messages\[1\]: what the assistant says holds a special token"):
         _one(_chat("user: hi", "assistant: a<|im_end|>b"), byte_tokenizer())
 
 
@@ -281,7 +308,7 @@ def test_many_records_come_back_in_order(byte_tokenizer: Make) -> None:
     tokenizer = byte_tokenizer()
     records = [_pair("n=", str(i)) for i in range(1100)]
 
-    decoded = [tokenizer.decode(sample.ids) for sample in tokenize(records, tokenizer, 100)]
+    decoded = [tokenizer.decode(sample.ids) for sample in Tokenization(tokenizer, 100).samples(records)]
 
     assert decoded == [f"n={i}<|im_end|>" for i in range(1100)]
 
@@ -328,3 +355,21 @@ def test_a_refusal_does_not_repeat_the_conversation(byte_tokenizer: Make, templa
         _supervised(chat, byte_tokenizer(template))
 
     assert "secret" not in str(refusal.value)
+
+
+def test_a_document_is_learned_whole(byte_tokenizer: Make) -> None:
+    """A document has no prompt: all of it is supervised, and the end of text behind it."""
+    sample = _one(Record("f.txt", Document("Once upon"), b""), byte_tokenizer(bos=True))
+
+    assert byte_tokenizer().decode(sample.ids) == "<s>Once upon<|im_end|>"
+    assert sample.mask.tolist() == [0] + [1] * 10
+
+
+def test_records_of_all_kinds_stand_in_one_dataset(byte_tokenizer: Make) -> None:
+    """Conversations, pairs and documents become samples beside each other."""
+    records = [TALK, _pair("a", "b"), Record("f.txt", Document("c"), b"")]
+    tokenizer = byte_tokenizer()
+
+    alone = [_one(record, tokenizer).ids.tolist() for record in records]
+
+    assert [sample.ids.tolist() for sample in Tokenization(tokenizer, 1000).samples(records)] == alone

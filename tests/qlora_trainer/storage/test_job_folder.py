@@ -97,6 +97,7 @@ def test_an_attempt_cleans_up_after_those_before_it(tmp_path: Path) -> None:
 
     assert list(folder.checkpoints.iterdir()) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        names.BEGAN,
         names.CHECKPOINTS,
         names.FENCE,
         names.IDENTITY,
@@ -186,3 +187,18 @@ def test_a_job_is_finished_when_adapter_and_report_are_there(tmp_path: Path) -> 
 
     assert states == [False, False, True, False]
     assert report == {"steps": 4}
+
+
+def test_a_job_knows_when_its_first_attempt_began(tmp_path: Path) -> None:
+    """Later attempts find the time of the first; a damaged mark is written anew."""
+    first = job_folder(tmp_path, attempt=0)
+    first.acquire()
+    began = first.began()
+    later = job_folder(tmp_path, attempt=1)
+    later.acquire()
+
+    assert later.began() == began
+    (tmp_path / names.BEGAN).write_text("{")
+    later.acquire()
+    assert later.began() > began
+    assert later.began() == later.began()

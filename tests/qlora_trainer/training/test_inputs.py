@@ -1,5 +1,7 @@
 """What ranks and `qlora plan` read alike."""
 
+import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,20 @@ import pytest
 
 from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_trainer.data.bundled_templates import TEMPLATES
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
-from qlora_trainer.training.inputs import bounded, default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import (
+    bounded,
+    default_compute_dtype,
+    load_inputs,
+    stop_ids,
+    template_settings,
+)
 
 pytestmark = pytest.mark.process
+
+BEGAN = datetime.datetime(2026, 1, 31, 23, 59, tzinfo=datetime.UTC)
 
 
 A_SHAPE = ModelShape(
@@ -67,7 +78,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "docs.jsonl").write_text("{}")
 
     with pytest.raises(ModelError, match="model has no tokenizer"):
-        load_inputs(a_run(), A_SHAPE, {"data": tmp_path})
+        load_inputs(a_run(), A_SHAPE, {"data": tmp_path}, BEGAN)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) -> None:
@@ -75,7 +86,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(tmp_path: Path) ->
     shape = A_SHAPE.model_copy(update={"positions": 512})
 
     with pytest.raises(ModelError, match=r"maxSequenceLength is 1024, but .*model has only 512 positions"):
-        load_inputs(a_run(), shape, {"data": tmp_path})
+        load_inputs(a_run(), shape, {"data": tmp_path}, BEGAN)
 
 
 def some_samples(order: list[int], groups: list[int] | None = None) -> Samples:
@@ -122,3 +133,53 @@ def test_samples_are_chosen_with_their_group() -> None:
     assert numbers(chosen) in ([4, 4], [9, 9], [7, 7])
     assert chosen.group_offsets is not None
     assert chosen.group_offsets.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        pytest.param({"eos_token_id": [7, 9]}, {"eos_token_id": 2}, (2, 7, 9), id="both"),
+        pytest.param({"eos_token_id": None}, {}, (), id="none"),
+        pytest.param([], {"eos_token_id": "x"}, (), id="of another form"),
+    ],
+)
+def test_generation_stops_where_the_model_says(
+    tmp_path: Path, generation: Any, config: Any, expected: tuple[int, ...]
+) -> None:
+    """A model names the tokens in generation_config.json and config.json; what is not there says nothing."""
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert stop_ids(tmp_path) == expected
+    assert stop_ids(tmp_path / "gone") == ()
+
+
+def test_variables_of_a_template_are_what_they_look_like(byte_tokenizer: Any) -> None:
+    """`true` and `false` are booleans, whole numbers are numbers, all else stays text."""
+    texts = {
+        "a": "true",
+        "b": "false",
+        "c": "12",
+        "d": "1.5",
+        "e": "high",
+        "f": '"true"',
+        "g": "",
+        "h": "null",
+    }
+    dataset = Dataset(source="pvc://c/d", chat_template_kwargs=texts)
+
+    settings = template_settings(dataset, byte_tokenizer(), BEGAN, (7,))
+
+    assert settings.variables == {**texts, "a": True, "b": False, "c": 12}
+    assert (settings.source, settings.clock, settings.stop_ids) == (None, BEGAN, (7,))
+
+
+@pytest.mark.parametrize(
+    ("given", "source"),
+    [("{{ messages }}", "{{ messages }}"), ("bundled:chatml", TEMPLATES["chatml"]), ("bundled:auto", None)],
+)
+def test_a_job_chooses_its_template(byte_tokenizer: Any, given: str, source: str | None) -> None:
+    """Its text as it is, or a bundled one by its name."""
+    dataset = Dataset(source="pvc://c/d", chat_template=given)
+
+    assert template_settings(dataset, byte_tokenizer(), BEGAN, ()).source == source

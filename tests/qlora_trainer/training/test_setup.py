@@ -1,17 +1,20 @@
 """What happens before the first step: agreement, the base's losses, a resume."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
-from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError, Terminated
 from qlora_trainer.training import loop
-from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
 
@@ -191,12 +194,78 @@ def test_pods_with_other_weights_do_not_train_together(ready: Ready, monkeypatch
         check_weights(context, inputs, "ab" * 32)
 
 
-def test_a_request_to_stop_ends_the_setup(ready: Ready) -> None:
-    """Nothing is written before the first step."""
+def _with_template(ready: Ready, tmp_path: Path, template: str) -> RankContext:
+    """The small job, on a model of its own that has this template."""
+    context = ready()
+    if not (tmp_path / "smoke").exists():
+        shutil.copytree(context.volumes["smoke"], tmp_path / "smoke")
+    (tmp_path / "smoke" / "model" / "chat_template.jinja").write_text(template)
+    context.volumes = {"smoke": tmp_path / "smoke"}
+    return context
+
+
+TEMPLATE = (
+    "Today is {{ strftime_now('%d %b %Y') }}.{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_a_template_is_told_the_date_of_the_first_attempt(ready: Ready, tmp_path: Path) -> None:
+    """A template that writes the date makes the same tokens on another day."""
+    context = _with_template(ready, tmp_path, TEMPLATE)
+    (context.folder.path / "began.json").write_text('{"time": "2025-02-03T23:59:00+00:00"}')
+    state = prepare(context)
+    one_step(context, state)
+    save(context, state)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smoke" / "model")
+
+    assert tokenizer.decode(state.data.train.sample(0)[0]).startswith("Today is 03 Feb 2025.")
+    assert prepare(_with_template(ready, tmp_path, TEMPLATE)).loop.not_bit_exact is None
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "what"),
+    [
+        ("chat_template.jinja", "Today is", "Now it is", "chat template"),
+        ("tokenizer.json", '"rstrip": false', '"rstrip": true', "tokenizer"),
+    ],
+)
+def test_a_checkpoint_of_other_tokens_is_refused(
+    ready: Ready, tmp_path: Path, file: str, old: str, new: str, what: str
+) -> None:
+    """The same data make other tokens: what changed is named, and nothing goes on as if it were the same run."""
+    context = _with_template(ready, tmp_path, TEMPLATE)
+    state = prepare(context)
+    one_step(context, state)
+    save(context, state)
+    changed = tmp_path / "smoke" / "model" / file
+    text = changed.read_text().replace(old, new)
+    again = _with_template(ready, tmp_path, TEMPLATE)
+    changed.write_text(text)
+
+    with pytest.raises(
+        DataError, match=f"other tokens than when step-00000001 was written, because the {what} changed"
+    ):
+        agree_on_inputs(again)
+
+
+def test_what_is_lost_to_the_longest_length_is_told(ready: Ready, caplog: pytest.LogCaptureFixture) -> None:
+    """One warning for each use counts the records that are cut and those that are left out."""
+    agree_on_inputs(ready(training={"maxSequenceLength": 30}))
+
+    assert re.search(
+        r"\d+ of \d+ training records are longer than maxSequenceLength 30: their ends are cut off, and \d+ of them "
+        "lose all that is to be learned",
+        caplog.text,
+    )
+
+
+def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
+    """A rank that is asked to stop does not read all of the data first."""
     context = ready()
     context.stop.set()
 
-    with pytest.raises(StopRequested):
+    with pytest.raises(Terminated, match="asked to stop before the first step"):
         prepare(context)
     assert checkpoint.newest_valid(context.folder) is None
 

@@ -11,7 +11,14 @@ from typing import Any
 from safetensors.torch import load_file
 
 from qlora_contract.files import sha256
-from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LOSS_CURVE, TRAINING_REPORT
+from qlora_contract.job_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHAT_TEMPLATE,
+    LOSS_CURVE,
+    TRAINING_REPORT,
+)
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
@@ -43,13 +50,16 @@ def staging_folder(folder: JobFolder) -> Path:
     return folder.path / f".{ADAPTER}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
 
 
-def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str | None) -> Path:
+def write_adapter(
+    folder: JobFolder, parameters: AdapterParameters, base: str | None, chat_template: str | None = None
+) -> Path:
     """Write weights and configuration as PEFT does, into the staging folder, and return that.
 
     Args:
         folder: the job's.
         parameters: the adapter, named by its method.
         base: the value of `base_model_name_or_path`; None where stock tools could not find it by a name.
+        chat_template: what the conversations were written with, which prompts must be written with, too.
 
     Raises:
         StorageFull: they do not fit.
@@ -62,6 +72,8 @@ def write_adapter(folder: JobFolder, parameters: AdapterParameters, base: str | 
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
         config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
         (staged / ADAPTER_CONFIG).write_text(config)
+        if chat_template is not None:
+            (staged / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return staged
 
 

@@ -50,6 +50,9 @@ class LoopState:
     dataset_sha256: str = ""
     weights_sha256: str = ""
     """Of the base's tensors (modeling.weight_files.WeightsHash); empty in checkpoints of releases that took none."""
+    token_digests: dict[str, str] = field(default_factory=dict)
+    """Hashes of the samples of `training` and of `evaluation` and, to tell what changed them, of the `chat template`
+    and the `tokenizer`. Empty where the release that wrote the checkpoint did not know it."""
     determinism_key: dict[str, Any] = field(default_factory=dict)
     """What decides in which order numbers are added up: a resume repeats an undisturbed run bit for bit only under the
     same. Called `conditions` in state.json."""

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from qlora_contract.files import sha256
 from qlora_contract.run_config import MAX_EVAL_FRACTION, Dataset
+from qlora_trainer.data.chat_template import ChatTemplate
 from qlora_trainer.data.readers import READERS, reader_for
 from qlora_trainer.data.records import Format, Record, interpret
-from qlora_trainer.data.tokenization import Sample, tokenize
+from qlora_trainer.data.tokenization import Sample, Tokenization, TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class LoadedData:
     """Of the file's bytes; with an evalSplit, of what `sha256sum TRAIN.jsonl EVAL.jsonl` prints."""
     train_facts: Facts
     evaluation_facts: Facts | None
+    template: ChatTemplate | None = None
+    """What wrote the conversations; None without any."""
 
 
 def load(
@@ -89,6 +92,7 @@ def load(
     root: Path,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    options: TokenizationOptions | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> LoadedData:
     """Read, split and tokenize what `dataset` names; `root` is its source as a path.
@@ -100,11 +104,14 @@ def load(
     """
     files = find_files(dataset, root)
     train, held_out = split_records(dataset, files)
-    samples, facts = make_samples(train, tokenizer, max_length, "training", advance)
+    tokenization = Tokenization(tokenizer, max_length, options)
+    samples, facts = make_samples(train, tokenization, "training", advance)
     evaluation, evaluation_facts = (
-        make_samples(held_out, tokenizer, max_length, "evaluation", advance) if held_out else (None, None)
+        make_samples(held_out, tokenization, "evaluation", advance) if held_out else (None, None)
     )
-    return LoadedData(samples, evaluation, dataset_sha256(files), facts, evaluation_facts)
+    return LoadedData(
+        samples, evaluation, dataset_sha256(files), facts, evaluation_facts, tokenization.template_used
+    )
 
 
 def find_files(dataset: Dataset, root: Path) -> list[Path]:
@@ -184,15 +191,14 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 
 def make_samples(
     records: list[Record],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
+    tokenization: Tokenization,
     use: str,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Samples, Facts]:
     """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
     kept: list[Sample] = []
     truncated = 0
-    for sample in tokenize(records, tokenizer, max_length):
+    for sample in tokenization.samples(records):
         advance(1)
         truncated += sample.truncated
         if sample.mask.any():
@@ -200,7 +206,7 @@ def make_samples(
     if not kept:
         raise DataError(
             f"no supervised token in the {use} data: all {len(records)} records lose their supervised tokens "
-            f"when cut to maxSequenceLength {max_length}; raise it, or shorten the prompts"
+            f"when cut to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
         )
     offsets = np.cumsum([0] + [len(sample.ids) for sample in kept], dtype=np.int64)
     ids = np.concatenate([sample.ids for sample in kept])

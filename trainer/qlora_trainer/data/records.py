@@ -5,8 +5,8 @@ A record may be private: errors name its location and key, and never quote it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qlora_trainer.data.readers import Row
@@ -23,13 +23,22 @@ class Message:
 
     role: str
     content: str
+    """Empty where a turn of the assistant is its tool calls alone."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What a template may read besides: `tool_calls` (a list of {"type": "function", "function": {"name",
+    "arguments"}}, arguments as an object, `id` where the record has one), `name`, `tool_call_id`,
+    `reasoning_content`. Whatever a record calls them; absent rather than null or empty."""
+    trained: bool | None = None
+    """False: a turn of the assistant that the record excludes from what is learned. None: the record does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation with at least one turn of the assistant, whose turns are supervised."""
+    """A conversation with at least one turn of the assistant that is supervised."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """What the assistant may call, as templates read it: {"type": "function", "function": {...}}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,14 @@ class PromptCompletion:
     completion: str
 
 
-Content = Chat | PromptCompletion
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text to learn as a whole; the end of text that follows it is tokenization's to add."""
+
+    text: str
+
+
+Content = Chat | PromptCompletion | Document
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +173,21 @@ def detect_format(row: Row) -> Format:
 
 def content_digest(content: Content) -> bytes:
     """sha256 of what a record says. It must never change: which records are held out depends on it."""
-    parts: list[Any] = (
-        ["chat", *([message.role, message.content] for message in content.messages)]
-        if isinstance(content, Chat)
-        else ["prompt-completion", content.prompt, content.completion]
-    )
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
+    parts: list[Any]
+    match content:
+        case Chat():
+            parts = ["chat", *map(_message_parts, content.messages)]
+            if content.tools:
+                parts.append({"tools": content.tools})
+        case PromptCompletion():
+            parts = ["prompt-completion", content.prompt, content.completion]
+        case Document():
+            parts = ["text", content.text]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":"), sort_keys=True).encode()).digest()
+
+
+def _message_parts(message: Message) -> list[Any]:
+    """A role and a content as ever; what releases after 0.1.0 read besides only where there is some."""
+    excluded = message.trained is False
+    more = [message.extra, *(["excluded"] if excluded else [])] if message.extra or excluded else []
+    return [message.role, message.content, *more]

@@ -1,40 +1,38 @@
 """A record as token ids, and which of them are supervised.
 
-Chat: the model's own chat template; only what the assistant says is supervised,
-through its end-of-turn token. Where the template has generation markers, they
-tell what that is. Elsewhere each assistant's turn is found by checked prefixes:
-the conversation before it, rendered with a generation prompt, must be a prefix
-of the whole, so that the model learns to continue exactly from where it will be
-asked to. What cannot be told apart with certainty is refused.
+Chat: the chat template's text; only what the assistant says is supervised, through its end-of-turn token (masks.py).
+The text is cut where the assistant starts to speak, and its parts are tokenized apart, since that is what the model
+meets: when it is asked, the prompt has been tokenized without the answer.
 
-Prompt and completion: the two texts are joined as they stand, as TRL does, with
-the tokenizer's first token (BOS) if it adds one and its end-of-sequence token;
-the completion and the end are supervised. No chat template is used.
+Prompt and completion: the two texts are joined as they stand, as TRL does, with the tokenizer's first token (BOS) if it
+adds one and its end-of-sequence token; the completion and the end are supervised. No chat template is used.
+
+Document: as a completion without a prompt.
 """
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from qlora_trainer.data.records import Chat, Message, PromptCompletion, Record
+from qlora_trainer.data.chat_template import ChatTemplate, Span, TemplateSettings
+from qlora_trainer.data.masks import REMEDY, TrainedTurns, supervised_turns
+from qlora_trainer.data.records import Chat, Document, PromptCompletion, Record
 from qlora_trainer.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 512
-"""Records tokenized at once: enough to keep a fast tokenizer busy."""
-REMEDY = "give the model's chat template {% generation %} markers, or the data as prompt and completion"
-
-Span = tuple[int, int]
-"""First character and the one after the last."""
+BATCH_RECORDS = 512
+"""Records tokenized at once, at most: enough to keep a fast tokenizer busy."""
+BATCH_CHARACTERS = 2**18
+"""Characters tokenized at once, but for one record that has more: their tokens and offsets take some 20 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +48,37 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Text:
-    """A record as one text."""
+class TokenizationOptions:
+    """How records become tokens, besides their longest length."""
 
-    location: str
+    template: TemplateSettings = field(default_factory=TemplateSettings)
+    train: TrainedTurns = "all"
+    between_batches: Callable[[], None] = lambda: None
+    """Called before each batch: it may raise."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a record's text that is tokenized by itself."""
+
     text: str
-    supervised: tuple[Span, ...]
-    strict: bool
-    """Whether a span must start at a token's start; else a token across that joint is supervised too."""
+    supervised: Span | None = None
+    """Characters."""
+    begins_turn: bool = False
+    """Whether the assistant starts to speak here: it is supervised from its beginning through `end`."""
+    end: Span | None = None
+    """The end-of-turn token; None where it was cut off."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A record as text."""
+
+    record: Record
+    parts: tuple[_Part, ...]
+    cut: bool
+    """Whether its end is missing, which is not kept anyway."""
+    special: "SpecialTokens"
 
 
 @dataclass(frozen=True)
@@ -84,147 +105,177 @@ class SpecialTokens:
         return begin + ids + end, [0] * len(begin) + mask + [1] * len(end)
 
 
-def tokenize(
-    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> Iterator[Sample]:
-    """One sample per record, in order, at most `max_length` tokens: the end is cut off.
+class Tokenization:
+    """What makes a job's records into samples."""
 
-    Raises DataError, naming the record, when what is to be learned cannot be told
-    with certainty, and ModelError when the tokenizer cannot serve at all.
-    """
-    if not tokenizer.is_fast:
-        raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
-    if not records:
-        return
-    chat = isinstance(records[0].content, Chat)
-    template = ChatTemplate(tokenizer) if chat else None
-    special = SpecialTokens((), None) if chat else SpecialTokens.of(tokenizer)
-    for start in range(0, len(records), BATCH):
-        texts = [_text(record, template) for record in records[start : start + BATCH]]
-        encoded = tokenizer(
-            [text.text for text in texts],
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        options: TokenizationOptions | None = None,
+    ) -> None:
+        """Samples have at most `max_length` tokens: the end is cut off."""
+        if not tokenizer.is_fast:
+            raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+        self._options = options or TokenizationOptions()
+        self._chat_template: ChatTemplate | None = None
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        # A token never spans more characters than the longest one has; and one more token tells that there are more.
+        self._max_characters = (max_length + 2) * longest
+
+    def samples(self, records: Iterable[Record]) -> Iterator[Sample]:
+        """One sample per record, in order.
+
+        Raises:
+            DataError: what is to be learned cannot be told with certainty; names the record.
+            ModelError, ConfigurationError: tokenizer, template or options cannot serve at all.
+        """
+        batch: list[_Text] = []
+        characters = 0
+        for record in records:
+            text = self._text(record, self._max_characters)
+            size = sum(len(part.text) for part in text.parts)
+            if batch and (characters + size > BATCH_CHARACTERS or len(batch) == BATCH_RECORDS):
+                yield from self._encode(batch)
+                batch, characters = [], 0
+            batch.append(text)
+            characters += size
+        if batch:
+            yield from self._encode(batch)
+
+    @property
+    def template_used(self) -> ChatTemplate | None:
+        """The chat template, where there was a conversation to write."""
+        return self._chat_template
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        self._chat_template = ChatTemplate(self._tokenizer, self._options.template)
+        return self._chat_template
+
+    @cached_property
+    def _special(self) -> SpecialTokens:
+        return SpecialTokens.of(self._tokenizer)
+
+    def _text(self, record: Record, limit: int) -> _Text:
+        """The record's text, cut to so many characters."""
+        match record.content:
+            case Chat():
+                text, turns = supervised_turns(
+                    record.content, self._template, record.location, limit, self._options.train
+                )
+                shown = text[:limit]
+                starts = [0, *(turn.start for turn in turns if turn.start < len(shown))]
+                ends = [None, *(turn.end for turn in turns)]
+                parts = tuple(
+                    _Part(
+                        shown[start:stop],
+                        end=(end[0] - start, end[1] - start) if end and end[1] <= len(shown) else None,
+                        begins_turn=end is not None,
+                    )
+                    for start, stop, end in zip(starts, [*starts[1:], len(shown)], ends, strict=False)
+                )
+                return _Text(record, parts, len(text) > limit, SpecialTokens((), None))
+            case PromptCompletion(prompt, completion):
+                text, begin = prompt + completion, len(prompt)
+            case Document(text):
+                begin = 0
+        parts = (_Part(text[:limit], supervised=(begin, len(text))),)
+        return _Text(record, parts, len(text) > limit, self._special)
+
+    def _encode(self, texts: Sequence[_Text]) -> Iterator[Sample]:
+        self._options.between_batches()
+        encoded = self._encode_parts(texts)
+        max_length = self.max_length
+        for text in texts:
+            ids: list[int] = []
+            mask: list[int] = []
+            for part_ids, part_mask in islice(encoded, len(text.parts)):
+                ids += part_ids
+                mask += part_mask
+            if text.cut and len(ids) <= max_length:
+                # Some tokens span more than their own text: white space around them, or what a normalizer drops.
+                yield from self._encode([self._text(text.record, sys.maxsize)])
+                continue
+            if text.cut:
+                ids, mask = SpecialTokens(text.special.begin, None).wrap(ids, mask)
+            else:
+                ids, mask = text.special.wrap(ids, mask)
+            targets = np.array(mask[:max_length], dtype=np.uint8)
+            targets[:1] = 0  # nothing stands before it to predict it from
+            yield Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)
+
+    def _encode_parts(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:
+        """Ids and mask of each part."""
+        located = [(part, text.record.location) for text in texts for part in text.parts]
+        anchors = [self._anchor if part.begins_turn else ("", []) for part, _ in located]
+        encoded = self._tokenizer(
+            [anchor + part.text for (anchor, _), (part, _) in zip(anchors, located, strict=True)],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        for text, text_ids, offsets in zip(
-            texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
+        for (part, location), (anchor, anchor_ids), ids, offsets in zip(
+            located, anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True
         ):
-            ids, mask = special.wrap(text_ids, _mask(text, offsets))
-            targets = np.array(mask[:max_length], dtype=np.uint8)
-            targets[:1] = 0  # nothing stands before it to predict it from
-            yield Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)
+            count = len(anchor_ids)
+            if ids[:count] != anchor_ids:
+                raise DataError(
+                    f"{location}: the tokenizer joins the first characters of an answer with whatever stands before "
+                    f"them; {REMEDY}"
+                )
+            ends = np.fromiter((end for _, end in offsets[count:]), np.int64, len(ids) - count) - len(anchor)
+            yield ids[count:], self._mask(part, ids[count:], ends, location)
 
+    def _mask(self, part: _Part, ids: list[int], ends: NDArray[np.int64], location: str) -> list[int]:
+        """1 for each supervised token. `ends`: (tokens,), the character after each."""
+        if not part.begins_turn:
+            first, last = np.searchsorted(ends, part.supervised or (0, 0), side="right").tolist()
+        else:
+            first, last = 0, len(ids)
+            if part.end is not None:
+                # By where it starts: a token may take white space behind it along, and so end later.
+                last = int(np.searchsorted(ends, part.end[0], side="right")) + 1
+                name = part.text[slice(*part.end)]
+                if ids[last - 1 : last] != [self._tokenizer.convert_tokens_to_ids(name)]:
+                    raise DataError(
+                        f"{location}: the tokenizer reads the end of a turn as part of other text, so the model would "
+                        f"not learn to stop; {REMEDY}"
+                    )
+        return [0] * first + [1] * (last - first) + [0] * (len(ids) - last)
 
-def _text(record: Record, template: "ChatTemplate | None") -> _Text:
-    content = record.content
-    if isinstance(content, PromptCompletion):
-        text = content.prompt + content.completion
-        return _Text(record.location, text, ((len(content.prompt), len(text)),), strict=False)
-    assert template is not None
-    text, supervised = template.render(content, record.location)
-    return _Text(record.location, text, supervised, strict=not template.has_generation_markers)
+    @cached_property
+    def _anchor(self) -> tuple[str, list[int]]:
+        """A text, and its ids, after which another one is tokenized as in the middle of a text.
 
+        Some tokenizers put a space before whatever they are given, which would part an answer from its prompt.
 
-def _mask(text: _Text, offsets: list[Span]) -> list[int]:
-    """1 for each token that lies in a supervised span."""
-    mask = [0] * len(offsets)
-    ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(offsets))
-    for start, stop in text.supervised:
-        first, last = np.searchsorted(ends, (start, stop), side="right").tolist()
-        # The end before, not this token's start: byte-level tokenizers may leave spaces out of a token's start.
-        before = offsets[first - 1][1] if first else 0
-        if text.strict and first < last and before != start:
-            raise DataError(
-                f"{text.location}: the tokenizer joins the assistant's first characters with what stands before "
-                f"them, as it would not when the model is asked; {REMEDY}"
-            )
-        mask[first:last] = [1] * (last - first)
-    return mask
-
-
-class ChatTemplate:
-    """A tokenizer's chat template, and where in its text the assistant speaks."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        try:
-            self._source = str(tokenizer.get_chat_template())
-        except ValueError as error:
-            raise DataError(
-                "the data are conversations, but the model's tokenizer has no chat template to write them: "
-                "take a model that has one (chat_template.jinja), or give prompts and completions"
-            ) from error
-        self._variables = dict(tokenizer.special_tokens_map)
-        self.has_generation_markers = re.search(r"\{%-?\s*generation\s*-?%\}", self._source) is not None
-        """Whether the template itself says what the assistant says."""
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(special, key=lambda token: (-len(token), token))
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-    def render(self, chat: Chat, location: str) -> tuple[str, tuple[Span, ...]]:
-        """The conversation's text, and the spans in it that are supervised.
-
-        What follows the assistant's last turn is left out: nothing of it is learned.
+        Raises:
+            ModelError: there is none.
         """
-        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-        messages = chat.messages[: turns[-1] + 1]
-        text, spans = self._render(messages, location, prompt=False)
-        if self.has_generation_markers:
-            return text, spans
-        starts = [self._start(messages[:turn], text, location) for turn in turns]
-        limits = [*starts[1:], len(text)]
-        contents = [messages[turn].content for turn in turns]
-        turn_bounds = zip(contents, starts, limits, strict=True)
-        return text, tuple(
-            (start, self._end(content, text, start, limit, location)) for content, start, limit in turn_bounds
+
+        def encode(text: str) -> list[int]:
+            return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+        def decode(ids: list[int]) -> str:
+            return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+        before = encode("a")
+        for anchor in ("", self._tokenizer.eos_token or "", "\n"):
+            ids = encode(anchor) if anchor else []
+            if all(
+                decode(before + encode(anchor + text)[len(ids) :]) == decode(before) + text
+                for text in ("a", " a", "\na")
+            ):
+                return anchor, ids
+        raise ModelError(
+            "the model's tokenizer does not give back the text that it was given, so prompts and answers cannot be "
+            "put together; take another model"
         )
-
-    def _render(
-        self, messages: Sequence[Message], location: str, *, prompt: bool
-    ) -> tuple[str, tuple[Span, ...]]:
-        try:
-            texts, spans = render_jinja_template(
-                [[{"role": message.role, "content": message.content} for message in messages]],
-                chat_template=self._source,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.has_generation_markers,
-                **self._variables,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the model's chat template is not valid: {error}") from error
-        except Exception as error:  # a template is a program, and can fail in any way
-            # In the template's own words alone: an error might repeat the conversation.
-            text = str(error)
-            own = isinstance(error, jinja2.TemplateError) and text and text in self._source
-            why = f": {text}" if own else f" with {type(error).__name__}"
-            raise DataError(f"{location}: the model's chat template refuses the conversation{why}") from error
-        return texts[0], tuple(spans[0]) if spans else ()
-
-    def _start(self, before: Sequence[Message], text: str, location: str) -> int:
-        """Where the assistant starts to speak: after the prompt that it will be asked with."""
-        prompt, _ = self._render(before, location, prompt=True)
-        if not text.startswith(prompt):
-            raise DataError(
-                f"{location}: the chat template writes what stands before messages[{len(before)}] otherwise "
-                f"when the model is asked, so the tokens to learn cannot be determined; {REMEDY}"
-            )
-        return len(prompt)
-
-    def _end(self, content: str, text: str, start: int, limit: int, location: str) -> int:
-        """The end of the first special token after `start`, if it ends this turn and no other."""
-        found = self._special.search(text, start, limit)
-        if found is None:
-            raise DataError(
-                f"{location}: the chat template ends an assistant's turn with no special token; {REMEDY}"
-            )
-        if not text[start : found.start()].rstrip().endswith(content.strip()):
-            raise DataError(
-                f"{location}: the chat template changes what the assistant says, or that holds a special token "
-                f"of the model, so the tokens to learn cannot be determined; {REMEDY}"
-            )
-        return found.end()
 
 
 def render(

@@ -3,6 +3,7 @@
 Its format is qlora_contract.job_folder.
 """
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from qlora_contract.job_folder import (
     ADAPTER,
+    BEGAN,
     CHECKPOINTS,
     FENCE,
     IDENTITY,
@@ -67,6 +69,19 @@ class JobFolder:
         write_atomically(self.path / FENCE, json.dumps({"uid": job.uid, "attempt": job.attempt}))
         for folder in (self.path, self.checkpoints):
             recover(folder)
+        if self._began() is None:
+            time = datetime.datetime.now().astimezone().isoformat()
+            write_atomically(self.path / BEGAN, json.dumps({"time": time}))
+
+    def began(self) -> datetime.datetime:
+        """When the first attempt began; now, where none has."""
+        return self._began() or datetime.datetime.now().astimezone()
+
+    def _began(self) -> datetime.datetime | None:
+        try:
+            return datetime.datetime.fromisoformat(json.loads((self.path / BEGAN).read_text())["time"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def check_fence(self) -> None:
         """Raise Fenced unless the fence still names this attempt."""

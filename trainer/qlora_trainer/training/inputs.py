@@ -1,26 +1,35 @@
 """What ranks and `qlora plan` read alike: the tokenized data, and the type that a first attempt computes in."""
 
+import datetime
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
-from qlora_contract.run_config import BF16_NATIVE, RunConfig
+from qlora_contract.run_config import BF16_NATIVE, BUNDLED, Dataset, RunConfig
+from qlora_trainer.data.bundled_templates import bundled_template
+from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
+from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_inputs(
     run: RunConfig,
     shape: ModelShape,
     volumes: Mapping[str, Path],
+    began: datetime.datetime,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Any, LoadedData]:
     """The model's own tokenizer, and the data tokenized with it, the evaluation samples bounded.
@@ -29,13 +38,14 @@ def load_inputs(
         run: the job.
         shape: the model's.
         volumes: claim -> directory; empty in a pod.
-        advance: called with the number of records that were just tokenized.
+        began: when the first attempt began: what a chat template is told that asks for the date.
+        advance: called with the number of records that were just tokenized; it may raise.
 
     Raises:
         ModelError: the tokenizer is missing, cannot be read or makes tokens that the model does not have; or the
             model cannot tell the places of maxSequenceLength tokens.
         DataError: the data cannot be trained on.
-        ConfigurationError: an improvement is required that nothing could show.
+        ConfigurationError: an improvement is required that nothing could show, or there is no such chat template.
         InvalidUriError: a source is on a claim that has no directory here.
     """
     folder = resolve(run.model_uri, volumes)
@@ -50,7 +60,12 @@ def load_inputs(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    data = load(run.dataset, source, tokenizer, longest, advance)
+    options = TokenizationOptions(
+        template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
+        train=run.dataset.train,
+        between_batches=lambda: advance(0),
+    )
+    data = load(run.dataset, source, tokenizer, longest, options, advance)
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
@@ -95,6 +110,41 @@ def bounded(samples: Samples, max_tokens: int) -> Samples:
         np.cumsum([0, *(len(ids) for ids, _ in parts)], dtype=np.int64),
         None if groups is None else np.cumsum([0, *np.diff(bounds)[chosen]], dtype=np.int64),
     )
+
+
+def template_settings(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    began: datetime.datetime,
+    stop_ids: tuple[int, ...],
+) -> TemplateSettings:
+    """What a job says of its chat template. Raises ConfigurationError for a bundled one that there is not."""
+    source = dataset.chat_template
+    if source is not None and source.startswith(BUNDLED):
+        source = bundled_template(source.removeprefix(BUNDLED), tokenizer)
+    variables = {name: _variable(text) for name, text in dataset.chat_template_kwargs.items()}
+    return TemplateSettings(source, variables, began, stop_ids)
+
+
+def _variable(text: str) -> bool | int | str:
+    """A boolean or a whole number where the text is one as JSON has them; else the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int) else text
+
+
+def stop_ids(model_folder: Path) -> tuple[int, ...]:
+    """The tokens at which the model's generation stops by its own configuration, besides its tokenizer's."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ids = json.loads((model_folder / name).read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        found.update(id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int))
+    return tuple(sorted(found))
 
 
 def default_compute_dtype(run: RunConfig, tiers: Iterable[str]) -> Dtype:

@@ -263,7 +263,8 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     base = base_model(run)
     staged = adapter.staging_folder(folder)
     if context.is_rank_zero:
-        adapter.write_adapter(folder, state.parameters, base)
+        template = state.data.template
+        adapter.write_adapter(folder, state.parameters, base, template.source if template else None)
     context.group.barrier()
     adapter.reload_adapter(staged, state.parameters)
     context.progress.update(stage="Evaluating")

@@ -4,11 +4,12 @@ Ranks differ only in which bins they run: every decision here is made from the s
 for all.
 """
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
-from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError, Terminated
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
@@ -37,6 +38,9 @@ from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,8 @@ class Inputs:
 
     model_folder: Path
     data: LoadedData
+    tokens: dict[str, str]
+    """LoopState.token_digests of the data."""
     schedule: StepSchedule
     memory: MemoryEstimate
     dtype: Dtype
@@ -106,6 +112,7 @@ def prepare(context: RankContext) -> TrainState:
     state.loop.base_eval_loss_quantized = state.base_losses.quantized
     state.loop.determinism_key = inputs.determinism_key
     state.loop.dataset_sha256 = state.data.sha256
+    state.loop.token_digests = inputs.tokens
     if context.all_reduce_scalars({}).stop_requested:
         raise StopRequested
     return state
@@ -119,13 +126,16 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         DataError: the data cannot be trained on, or are not those of the checkpoint.
         ModelError: the model or its tokenizer cannot be used.
         StorageFull: checkpoints and adapter will not fit.
+        Terminated: this rank was asked to stop.
     """
     run = context.run
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
+    began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
-    _, data = load_inputs(run, shape, context.volumes, context.progress.advance)
+    tokenizer, data = load_inputs(run, shape, context.volumes, began, lambda count: tokenized(context, count))
     context.progress.begin(None)
+    tokens = digests_of_tokens(tokenizer, data)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
     of_ranks = context.group.all_gather_object((found.name if found else None, context.isa))
@@ -137,6 +147,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
             f"the data changed since {resumed.name} was written (sha256 {loop.dataset_sha256[:12]}, now "
             f"{data.sha256[:12]}); restore the old data, or give the job another name"
         )
+    check_same_tokens(loop.token_digests, tokens, resumed)
 
     # As asked for; else what the first completed step used, on whatever processor that was.
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
@@ -144,11 +155,18 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     dtype = used if run.training.compute_dtype == "auto" and used else default
     chosen = memory.choose(shape, run, dtype)
     check_same_on_all_ranks(
-        context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
+        context,
+        {
+            "model": fingerprint(model_folder),
+            "data": tokens["training"],
+            "evaluation data": tokens["evaluation"],
+            "torch": torch.__version__,
+        },
     )
     if context.is_rank_zero:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
+        warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
@@ -160,7 +178,54 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
-    return Inputs(model_folder, data, schedule, chosen, dtype, key, resumed, loop)
+    return Inputs(model_folder, data, tokens, schedule, chosen, dtype, key, resumed, loop)
+
+
+def tokenized(context: RankContext, count: int) -> None:
+    """So many records more are tokenized. Raises Terminated when this rank was asked to stop: the others learn of it as
+    of any rank's end."""
+    context.progress.advance(count)
+    if context.stop.is_set():
+        raise Terminated("asked to stop before the first step")
+
+
+def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:
+    """LoopState.token_digests of these data."""
+    return {
+        "training": data.train.digest(),
+        "evaluation": data.evaluation.digest() if data.evaluation else "",
+        "chat template": data.template.digest() if data.template else "",
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+    }
+
+
+def check_same_tokens(then: dict[str, str], now: dict[str, str], resumed: Path | None) -> None:
+    """Raise DataError when the same data became other tokens, in which a data position means nothing.
+
+    Args:
+        then: LoopState.token_digests of the checkpoint; empty in one that does not know.
+        now: of the data at hand.
+        resumed: the checkpoint.
+    """
+    if resumed is None or not then or all(then[use] == now[use] for use in ("training", "evaluation")):
+        return
+    changed = [what for what in ("chat template", "tokenizer") if then[what] != now[what]]
+    raise DataError(
+        f"the data become other tokens than when {resumed.name} was written, because the "
+        f"{' and the '.join(changed) or 'trainer or a library of it'} changed; restore what it was, or give the job "
+        "another name"
+    )
+
+
+def warn_of_lost_answers(data: LoadedData, max_length: int) -> None:
+    """Log how much of what was to be learned is lost to the longest length, if anything is."""
+    for use, facts in (("training", data.train_facts), ("evaluation", data.evaluation_facts)):
+        if facts is not None and facts.truncated:
+            log.warning(
+                "%d of %d %s records are longer than maxSequenceLength %d: their ends are cut off, and %d of them "
+                "lose all that is to be learned and are left out",
+                facts.truncated, facts.records, use, max_length, facts.dropped,
+            )  # fmt: skip
 
 
 def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
