@@ -1,0 +1,3 @@
+// The code of tier_amx.cpp with a tile unit in plain C++, so that it is tested on processors without one.
+#define QLORA_TIER amx_emulated
+#include "tier_body.hpp"
