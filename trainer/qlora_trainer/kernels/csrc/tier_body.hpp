@@ -2,12 +2,14 @@
 #pragma once
 #include "tier.hpp"
 //
+#include "linear.hpp"
 #include "vector_checks.hpp"
 
 namespace qlora::QLORA_TIER {
 
 extern const Tier tier;
 const Tier tier = {
+    .nf4_linear = nf4_linear,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .exp2 = exp2_of,
