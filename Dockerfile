@@ -49,8 +49,9 @@ COPY requirements/trainer.txt requirements/torch.txt /opt/install/
 RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=/build \
     sh /opt/install/install.sh trainer.txt torch.txt
 
-# The backends ccl and mpi, compiled for the very torch and Python of the image. Of our code only what compiles them
-# is copied, so that another change of it leaves this as it is; of this stage only /image is shipped.
+# The backends ccl and mpi, compiled for the very torch and Python of the image, and the kernel library. Of our code
+# only what compiles them is copied, so that another change of it leaves this as it is; of this stage only /image is
+# shipped.
 FROM trainer-dependencies AS backends
 COPY images/backends.sh requirements/backends.txt /opt/install/
 RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=/build \
@@ -59,6 +60,8 @@ COPY images/compile.sh /opt/install/
 COPY trainer/qlora_trainer/__init__.py /source/qlora_trainer/
 COPY trainer/qlora_trainer/native /source/qlora_trainer/native
 COPY trainer/qlora_trainer/distributed/backends/csrc /source/qlora_trainer/distributed/backends/csrc
+COPY trainer/qlora_trainer/kernels/__init__.py trainer/qlora_trainer/kernels/build.py /source/qlora_trainer/kernels/
+COPY trainer/qlora_trainer/kernels/csrc /source/qlora_trainer/kernels/csrc
 RUN sh /opt/install/compile.sh
 
 FROM operator-dependencies AS operator

@@ -38,15 +38,20 @@ help:  ## Show the commands
 
 # --- the environment
 
-setup: $(VENV)/.installed  ## Make the virtual environment
+setup: $(VENV)/.kernels  ## Make the virtual environment, and compile the kernel library where there is a compiler
 
 # Two marks: with the lock files' content unchanged, nothing is done.
 $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/demo-model.txt requirements/install.sh pyproject.toml
 	requirements/install.sh $(PYTHON) $(VENV) requirements/dev.txt
 	@touch $@
 
+# Seconds. Without a compiler it says so, and plain torch multiplies.
+$(VENV)/.kernels: $(VENV)/.installed $(wildcard trainer/qlora_trainer/kernels/csrc/*) trainer/qlora_trainer/kernels/build.py
+	$(BIN)/python -m qlora_trainer.kernels.build --if-possible
+	@touch $@
+
 # The backends beside gloo: needs g++.
-$(VENV)/.backends: $(VENV)/.installed requirements/backends.txt $(wildcard trainer/qlora_trainer/*/csrc/* trainer/qlora_trainer/*/*/csrc/*)
+$(VENV)/.backends: $(VENV)/.kernels requirements/backends.txt $(wildcard trainer/qlora_trainer/*/*/csrc/* trainer/qlora_trainer/native/*.py)
 	$(UV) install --python $(BIN)/python --quiet --no-deps --require-hashes -r requirements/backends.txt
 	$(BIN)/python -m qlora_trainer.native.build
 	@touch $@
@@ -63,7 +68,7 @@ $(MODEL)/config.json: $(VENV)/.installed demo/model.py
 $(DATA)/train.jsonl: $(VENV)/.installed demo/data.py
 	$(BIN)/python demo/data.py $(DATA)
 
-demo-data: $(MODEL)/config.json $(DATA)/train.jsonl  ## Write the demo's model and data
+demo-data: $(VENV)/.kernels $(MODEL)/config.json $(DATA)/train.jsonl  ## Write the demo's model and data
 
 demo: demo-data  ## Set everything up and fine-tune a small model on this machine with two ranks
 	@mkdir -p $(WORK)

@@ -116,7 +116,8 @@ def source_of(test: Path) -> bool:
     packaged = [ROOT / root / folder / file for root in SOURCE_ROOTS]
     folder_s_own = [ROOT / root / folder / file.removesuffix(".py") / "__init__.py" for root in SOURCE_ROOTS]
     benchmarks = [ROOT / side / folder / file for side in ("operator", "trainer")]
-    return any(path.is_file() for path in [*packaged, *folder_s_own, *benchmarks])
+    compiled = [path.with_suffix(".hpp") for path in packaged]
+    return any(path.is_file() for path in [*packaged, *folder_s_own, *benchmarks, *compiled])
 
 
 def test_each_test_file_mirrors_a_source_file() -> None:

@@ -1,0 +1,2 @@
+#define QLORA_TIER avx2
+#include "tier_body.hpp"

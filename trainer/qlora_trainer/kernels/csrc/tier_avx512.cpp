@@ -1,0 +1,2 @@
+#define QLORA_TIER avx512
+#include "tier_body.hpp"
