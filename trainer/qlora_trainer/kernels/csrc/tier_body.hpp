@@ -2,6 +2,7 @@
 #pragma once
 #include "tier.hpp"
 //
+#include "passes_body.hpp"
 #include "vector_checks.hpp"
 
 namespace qlora::QLORA_TIER {
