@@ -20,6 +20,7 @@ from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import weight_files
+from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import NestedScales, quantize_nf4
 from qlora_trainer.quantization.schemes import AsStored, Nf4, Scheme, Unquantized
@@ -80,7 +81,7 @@ def test_every_linear_but_the_head_is_quantized(double: bool, small_model: Make)
 
     assert len(model.linears) == 2 * 7
     for name, layer in model.linears.items():
-        assert isinstance(layer.weight, Nf4Weight)
+        assert isinstance(layer.weight, CompiledNf4Weight | Nf4Weight)
         found = layer.weight.matrix
         expected = quantize_nf4(stored[f"{name}.weight"], double=double, name=name)
         assert found.shape == expected.shape

@@ -29,6 +29,7 @@ from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import NestedScales
 from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
@@ -179,7 +180,7 @@ def assert_same_bytes(model: BaseModel, theirs: Any) -> None:
     """Every quantized linear has bitsandbytes' very codes and scales."""
     compared = 0
     for name, layer in model.linears.items():
-        if not isinstance(layer.weight, Nf4Weight):
+        if not isinstance(layer.weight, CompiledNf4Weight | Nf4Weight):
             continue
         module = theirs.base_model.model.get_submodule(name)
         weight = getattr(module, "base_layer", module).weight

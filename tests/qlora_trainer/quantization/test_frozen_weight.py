@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
+from qlora_trainer.quantization.kernels import reference
+from qlora_trainer.quantization.nf4 import quantize_nf4
 from qlora_trainer.quantization.schemes import AsStored, Nf4, Scheme, Unquantized
 
 pytestmark = pytest.mark.process
@@ -87,10 +89,12 @@ def test_dequantize_writes_to_the_memory_it_is_given(scheme: Scheme) -> None:
 
 
 def test_weights_in_turn_do_not_disturb_each_other() -> None:
-    """Layers of different sizes share one buffer, and each multiplies with its own weight all the same."""
+    """The reference's layers of different sizes share one buffer, and each multiplies with its own weight all the
+    same."""
     sizes = [(3, 64), (20, 128), (5, 7), (20, 128)]
     weights = [
-        Nf4(double=True).freeze("w", randn(*size, seed=n), torch.float32) for n, size in enumerate(sizes)
+        reference.Nf4Weight(quantize_nf4(randn(*size, seed=n), double=True, name="w"))
+        for n, size in enumerate(sizes)
     ]
     for weight in weights + weights[::-1]:
         x = randn(2, weight.shape[1])

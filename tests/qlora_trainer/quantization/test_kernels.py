@@ -1,33 +1,77 @@
 """Which implementation multiplies with quantized weights."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from qlora_contract.quantization import SCHEMES
+from kernel_tiers import library_of
+from qlora_trainer.kernels import library
+from qlora_trainer.kernels.library import KERNELS_ENV, Library
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.kernels import reference
+from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.nf4 import quantize_nf4
 
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_choice_is_logged_once(scheme: str, caplog: pytest.LogCaptureFixture) -> None:
-    """However often it is asked for, the implementation is the same, and is logged at the first time only."""
-    kernels.name.cache_clear()
+@pytest.fixture(autouse=True)
+def chosen_anew() -> Iterator[None]:
+    """Each test chooses for itself, and leaves nothing chosen."""
+    caches = (library.loaded, kernels.name, kernels._log_misfit)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def avx2(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The library, forced to a tier that any processor has."""
+    found = library_of("avx2")
+    monkeypatch.setenv(KERNELS_ENV, "avx2")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "compiled"), [("nf4", True), ("none", False), ("int8", False)], ids=["nf4", "none", "int8"]
+)
+def test_the_choice_is_logged_once(
+    scheme: str, compiled: bool, avx2: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often it is asked for, the implementation is the same, and is logged at the first time only. What a
+    checkpoint records has the library's tier and build."""
     with caplog.at_level("INFO"):
         names = {kernels.name(scheme) for _ in range(3)}
 
-    assert names == {"reference"}
-    assert caplog.messages == [
-        f"kernels of {scheme} weights: reference (plain torch; no compiled kernels are installed)"
-    ]
+    expected = f"avx2/{avx2.build}" if compiled else "reference"
+    assert names == {expected}
+    assert caplog.messages == ["kernels: avx2 (by QLORA_KERNELS)", f"kernels of {scheme} weights: {expected}"]
 
 
-def test_nf4_weights_are_those_of_the_implementation_named() -> None:
+def test_without_the_library_the_reference_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the loader gets is the reference's weight, with the quantizer's own bytes in it."""
+    monkeypatch.setenv(KERNELS_ENV, "reference")
     matrix = quantize_nf4(torch.randn(4, 64), double=True, name="w")
     weight = kernels.nf4_weight(matrix)
 
     assert isinstance(weight, reference.Nf4Weight)
     assert weight.matrix is matrix
+    assert kernels.name("nf4") == "reference"
+
+
+def test_shapes_that_do_not_fit_are_left_to_the_reference(
+    avx2: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows must begin with a block of their own; each shape that does not fit is logged once."""
+    fitting = quantize_nf4(torch.randn(5, 128), double=True, name="w")
+    others = [quantize_nf4(torch.randn(5, 96), double=True, name="w") for _ in range(3)]
+    with caplog.at_level("INFO"):
+        assert isinstance(kernels.nf4_weight(fitting), CompiledNf4Weight)
+        assert {type(kernels.nf4_weight(other)) for other in others} == {reference.Nf4Weight}
+
+    assert caplog.messages[1:] == [
+        "kernels: reference for nf4 weights of 5 x 96: the kernel library needs rows that are a multiple of 64 long"
+    ]

@@ -21,6 +21,14 @@ const qlora::Tier* tier_of(int number) {
 
 #define QLORA_API extern "C" __attribute__((visibility("default")))
 
+// See LinearCall in tier.hpp.
+QLORA_API int qlora_nf4_linear(int tier, int threads, const qlora::Nf4Matrix* weight, int transposed, int is_bf16,
+                               int64_t rows, const void* x, const void* bias, void* y) {
+  const qlora::Tier* t = tier_of(tier);
+  if (!t) return no_such_tier;
+  return t->nf4_linear({weight, transposed != 0, is_bf16 != 0, rows, x, bias, y, threads}) ? ok : no_memory;
+}
+
 QLORA_API int qlora_to_bf16(int tier, int, const float* x, qlora::bf16* y, int64_t n) {
   const qlora::Tier* t = tier_of(tier);
   if (!t) return no_such_tier;

@@ -115,13 +115,6 @@ QLORA_INLINE int64_t first_block(int64_t position, int64_t window) {
   return first < 0 ? 0 : first / kKeys * kKeys;
 }
 
-// Denormal numbers, which a far key's probability becomes, are taken for 0: arithmetic with them is slow.
-struct WithoutDenormals {
-  unsigned before = _mm_getcsr();
-  WithoutDenormals() { _mm_setcsr(before | 0x8040u); }
-  ~WithoutDenormals() { _mm_setcsr(before); }
-};
-
 // Cuts arrays out of the thread's scratch memory; adds up what they need first.
 struct Arrays {
   float* next = nullptr;
@@ -166,7 +159,7 @@ inline A arrays_of(int64_t length, int64_t size, int64_t padded) {
 
 template <class T>
 inline bool attention(const Attention& a, const AttentionTask& task) {
-  const WithoutDenormals mode;
+  const DenormalsAreZero mode;  // which a far key's probability becomes
   const int64_t size = a.head_size, padded = rounded_up(size, Vec::width), length = task.length;
   const int group = a.heads / a.key_heads;
   const ForwardArrays s = arrays_of<ForwardArrays>(length, size, padded);
@@ -228,7 +221,7 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
 // With P the probabilities, dP = dO V^T and D each row's dO . O: dS = P (dP - D), dV = P^T dO, dQ = dS K, dK = dS^T Q.
 template <class T>
 inline bool attention_grad(const Attention& a, const AttentionTask& task) {
-  const WithoutDenormals mode;
+  const DenormalsAreZero mode;  // which a far key's probability becomes
   const int64_t size = a.head_size, padded = rounded_up(size, Vec::width), length = task.length;
   const int group = a.heads / a.key_heads;
   const BackwardArrays s = arrays_of<BackwardArrays>(length, size, padded);

@@ -32,6 +32,7 @@ inline double sum_of_exponentials(const T* x, Vec most, int64_t words) {
 template <class T>
 inline void cross_entropy(T* logits, const int64_t* targets, float* total, float* distance, int64_t begin, int64_t end, int64_t words,
                           bool gradient) {
+  const DenormalsAreZero mode;  // which an unlikely word's probability becomes
   for (int64_t row = begin; row < end; ++row) {
     T* const x = logits + row * words;
     Vec tops = set1(-__builtin_inff());

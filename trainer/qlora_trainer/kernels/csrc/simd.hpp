@@ -161,6 +161,61 @@ QLORA_INLINE float largest(Vec a) {
 
 #endif
 
+// As store, but a denormal may become 0.
+QLORA_INLINE void store_normal(float* p, Vec a) { store(p, a); }
+#ifdef __AVX512BF16__
+QLORA_INLINE void store_normal(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
+#else
+QLORA_INLINE void store_normal(bf16* p, Vec a) { store(p, a); }
+#endif
+
+// Pairs of bf16, the first in the low half of a dword; a denormal may become 0. `p` has Vec::width dwords.
+QLORA_INLINE void store_pairs(float* p, Vec first, Vec second) {
+#ifdef __AVX512BF16__
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(zip, halves));
+#elif defined(__AVX512F__)
+  _mm512_storeu_si512(p, _mm512_or_si512(rounded(first), _mm512_slli_epi32(rounded(second), 16)));
+#else
+  const __m256i pairs = _mm256_or_si256(rounded(first), _mm256_slli_epi32(rounded(second), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
+#endif
+}
+
+// A table of 16 floats, looked up by codes of 0 to 15.
+struct Table16 {
+#ifdef __AVX512F__
+  __m512 values;
+  QLORA_INLINE explicit Table16(const float* p) : values(_mm512_loadu_ps(p)) {}
+  // Of 16 codes, a byte each, the Vec::width from number `start` on: there is only 0.
+  QLORA_INLINE Vec of(__m128i codes, int) const {
+    return {_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), values)};
+  }
+#else
+  __m256 low, high;
+  QLORA_INLINE explicit Table16(const float* p) : low(_mm256_loadu_ps(p)), high(_mm256_loadu_ps(p + 8)) {}
+  // Of 16 codes, a byte each, the Vec::width from number `start` on, 0 or 8.
+  QLORA_INLINE Vec of(__m128i codes, int start) const {
+    const __m256i index = _mm256_cvtepu8_epi32(start ? _mm_unpackhi_epi64(codes, codes) : codes);
+    const __m256 eighth_bit = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // as the sign, which blendv looks at
+    return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), eighth_bit)};
+  }
+#endif
+};
+
+// While it lives, the thread computes with denormals as zeros: on some processors each costs a hundred cycles.
+class DenormalsAreZero {
+  const unsigned before_ = _mm_getcsr();
+
+ public:
+  QLORA_INLINE DenormalsAreZero() { _mm_setcsr(before_ | 0x8040); }
+  QLORA_INLINE ~DenormalsAreZero() { _mm_setcsr(before_); }
+};
+
 // 2^x to two units in the last place: 0 far below the range, infinity above it, NaN of NaN. By the series of 2^f on
 // [-1/2, 1/2], whose first term left out is below 2^-27.
 QLORA_INLINE Vec exp2(Vec x) {

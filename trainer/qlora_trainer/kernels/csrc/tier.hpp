@@ -6,7 +6,37 @@ namespace qlora {
 
 struct bf16;
 
+// A weight W (n, k) in NF4, k a multiple of 64, its rows filled up with zeros to a multiple of 32, np. Blocks of 32 k x
+// 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
+//   codes[k / 32][np / 16][16 pairs of k][16 n]   a byte: the code of the even k in its high half, of the odd k below
+// and the scale of 64 weights along k, either as it is or in 8 bits:
+//   scale[k / 64][np]  =  scales   or   scale_levels[scale_codes] * scale_absmax[(n * k / 64 + k' / 64) / 256] + scale_offset
+struct Nf4Matrix {
+  const uint8_t* codes;
+  const float* levels;  // (16,)
+  const float* scales;  // (k / 64, np), or nullptr
+  const uint8_t* scale_codes;  // (k / 64, np)
+  const float* scale_levels;   // (256,)
+  const float* scale_absmax;
+  float scale_offset;
+  int64_t n, k;
+};
+
+// y = x W^T + bias, or y = x W when `transposed`. x (rows, k or n), bias (n or k,) or nullptr and y are row-major and of
+// one type.
+struct LinearCall {
+  const Nf4Matrix* weight;
+  bool transposed;
+  bool is_bf16;  // else float
+  int64_t rows;
+  const void* x;
+  const void* bias;
+  void* y;
+  int threads;
+};
+
 struct Tier {
+  bool (*nf4_linear)(const LinearCall& call);  // false: no memory for scratch
   // The vector layer, a primitive each, for its tests: (n,) -> (n,).
   void (*to_bf16)(const float* x, bf16* y, int64_t n);
   void (*from_bf16)(const bf16* x, float* y, int64_t n);

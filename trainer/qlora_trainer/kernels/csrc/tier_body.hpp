@@ -2,6 +2,7 @@
 #pragma once
 #include "tier.hpp"
 //
+#include "linear.hpp"
 #include "passes_body.hpp"
 #include "vector_checks.hpp"
 
@@ -9,6 +10,7 @@ namespace qlora::QLORA_TIER {
 
 extern const Tier tier;
 const Tier tier = {
+    .nf4_linear = nf4_linear,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .exp2 = exp2_of,

@@ -1,30 +1,54 @@
 """The kernels of quantized weights: the one place that says which implementation runs.
 
 A kernel is a FrozenWeight of its own, made of the quantizer's numbers when a model is loaded: thus it may keep them in
-the order that it multiplies in. There is one so far, plain torch. A compiled one is chosen here by what the processor
-has, never by timing it in the run: the choice must be the same after a restart.
+the order that it multiplies in. `compiled` is chosen where the kernel library is there and the weight's shape fits,
+else `reference`, plain torch; never by timing them in the run: the choice must be the same after a restart.
 """
 
 import functools
 import logging
 
+from qlora_trainer.kernels import library
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
-from qlora_trainer.quantization.kernels import reference
-from qlora_trainer.quantization.nf4 import Nf4Matrix
+from qlora_trainer.quantization.kernels import compiled, reference
+from qlora_trainer.quantization.nf4 import BLOCK, Nf4Matrix
 
 log = logging.getLogger(__name__)
+
+COMPILED_SCHEMES = {"nf4"}
+"""Schemes whose weights the kernel library multiplies with."""
 
 
 @functools.cache
 def name(scheme: str) -> str:
     """The implementation that multiplies with weights of a scheme on this processor: `reference` is plain torch.
 
-    Chosen once in a process, and logged then. A checkpoint records it, since a resume is bit-exact only under the same.
+    Else tier and build of the kernel library. Chosen once in a process, and logged then. A checkpoint records it, since
+    a resume is bit-exact only under the same.
+
+    Raises:
+        ConfigurationError: QLORA_KERNELS names what cannot run here.
     """
-    log.info("kernels of %s weights: reference (plain torch; no compiled kernels are installed)", scheme)
-    return "reference"
+    found = library.loaded()
+    chosen = found.name if found and scheme in COMPILED_SCHEMES else library.REFERENCE
+    log.info("kernels of %s weights: %s", scheme, chosen)
+    return chosen
 
 
 def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     """The weight (out, in) in the form of the implementation that runs. Takes the matrix over."""
-    return reference.Nf4Weight(matrix)
+    found = library.loaded()
+    if found is None:
+        return reference.Nf4Weight(matrix)
+    if not compiled.fits(matrix.shape):
+        _log_misfit(matrix.shape)
+        return reference.Nf4Weight(matrix)
+    return compiled.CompiledNf4Weight(matrix, found)
+
+
+@functools.cache
+def _log_misfit(shape: tuple[int, int]) -> None:
+    log.info(
+        "kernels: reference for nf4 weights of %d x %d: the kernel library needs rows that are a multiple of %d long",
+        *shape, BLOCK,
+    )  # fmt: skip

@@ -1,0 +1,313 @@
+"""NF4 by the kernel library, on every tier that this machine has, against the reference and an oracle in float64."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_tiers import EVERY_TIER, library_of
+from qlora_trainer.quantization.kernels import compiled
+from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
+from qlora_trainer.quantization.kernels.reference import Nf4Weight
+from qlora_trainer.quantization.nf4 import BLOCK, NestedScales, Nf4Matrix, quantize_nf4
+
+pytestmark = pytest.mark.process
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DOUBLE = pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+SHAPES = [(1, 64), (31, 192), (96, 128), (257, 64), (576, 576), (70, 2112), (2112, 64)]
+"""Rows off the strip of 32 and the tile of 16; sums in one chunk, in several, and in more than one part."""
+BY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+ROWS = [0, 1, 3, 31, 257]
+FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.1}
+SMALLEST_NORMAL = 2.0**-126
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    """Normal values, the same at each call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(tier: str, weight: Tensor, *, double: bool = True) -> tuple[CompiledNf4Weight, Nf4Weight]:
+    """The same quantized weight, compiled and plain."""
+    matrix = quantize_nf4(weight, double=double, name="w")
+    return CompiledNf4Weight(matrix, library_of(tier)), Nf4Weight(matrix)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The floats' bits, which tell 0 from -0 and one NaN from another."""
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The relative error, by Frobenius norms."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+@EVERY_TIER
+@DTYPES
+@DOUBLE
+@BY_SHAPE
+def test_what_is_multiplied_with_has_the_reference_s_bits(
+    tier: str, dtype: torch.dtype, double: bool, shape: tuple[int, int]
+) -> None:
+    """The product with the identity matrix is the dequantized weight, bit for bit, both ways."""
+    ours, reference = pair(tier, randn(*shape) * 0.02, double=double)
+    expected = reference.dequantize(dtype)
+
+    assert torch.equal(bits(expected), bits(ours.linear_grad_input(torch.eye(shape[0], dtype=dtype))))
+    assert torch.equal(bits(expected), bits(ours.linear(torch.eye(shape[1], dtype=dtype), None).t()))
+
+
+@EVERY_TIER
+@DTYPES
+def test_every_code_under_scales_of_all_sizes(tier: str, dtype: torch.dtype) -> None:
+    """Level times scale is rounded once, whatever the size of the scale."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(1000, BLOCK // 16)
+    exponents = torch.rand(1000, generator=torch.Generator().manual_seed(1)) * 60 - 30
+    matrix = Nf4Matrix((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1), 10**exponents, (1000, BLOCK))
+    ours = CompiledNf4Weight(matrix, library_of(tier))
+
+    actual = ours.linear(torch.eye(BLOCK, dtype=dtype), None).t()
+
+    assert torch.equal(Nf4Weight(matrix).dequantize(dtype), actual)
+
+
+@EVERY_TIER
+@DTYPES
+@BY_SHAPE
+@pytest.mark.parametrize("rows", ROWS)
+def test_errors_are_no_larger_than_the_reference_s(
+    tier: str, dtype: torch.dtype, shape: tuple[int, int], rows: int
+) -> None:
+    """Against float64, by norms, times a small factor: sums in another order round otherwise, and torch sums few
+    rows in more pieces than many."""
+    ours, reference = pair(tier, randn(*shape) * 0.02)
+    weight = reference.dequantize(torch.float32).double()
+    x, bias, dy = (
+        randn(*size, seed=1).to(dtype) for size in ((rows, shape[1]), (shape[0],), (rows, shape[0]))
+    )
+
+    y, dx = ours.linear(x, bias), ours.linear_grad_input(dy)
+
+    assert (y.shape, y.dtype, dx.shape, dx.dtype) == ((rows, shape[0]), dtype, (rows, shape[1]), dtype)
+    if rows:
+        exact = x.double() @ weight.t() + bias.double()
+        assert error(y, exact) <= FACTOR[dtype] * error(reference.linear(x, bias), exact)
+        exact = dy.double() @ weight
+        assert error(dx, exact) <= FACTOR[dtype] * error(reference.linear_grad_input(dy), exact)
+
+
+@EVERY_TIER
+@DTYPES
+def test_a_row_does_not_depend_on_the_rows_beside_it(tier: str, dtype: torch.dtype) -> None:
+    """Alone, among others, or beside a row of NaN, it has the same bits."""
+    ours, _ = pair(tier, randn(96, 1088) * 0.02)
+    x, dy = randn(700, 1088).to(dtype), randn(700, 96).to(dtype)
+    y, dx = ours.linear(x, None), ours.linear_grad_input(dy)
+
+    for start, stop in ((0, 1), (3, 40), (512, 700)):
+        assert torch.equal(y[start:stop], ours.linear(x[start:stop], None))
+        assert torch.equal(dx[start:stop], ours.linear_grad_input(dy[start:stop]))
+    x[7] = dy[7] = torch.nan
+    beside = ours.linear(x, None), ours.linear_grad_input(dy)
+    others = torch.arange(700) != 7
+    assert beside[0][7].isnan().all()
+    assert beside[1][7].isnan().all()
+    assert torch.equal(y[others], beside[0][others])
+    assert torch.equal(dx[others], beside[1][others])
+
+
+@EVERY_TIER
+@DTYPES
+@DOUBLE
+def test_weights_of_zero_give_zero(tier: str, dtype: torch.dtype, double: bool) -> None:
+    """And nothing but the bias."""
+    ours, _ = pair(tier, torch.zeros(70, 128), double=double)
+    bias = randn(70).to(dtype)
+
+    assert torch.equal(ours.linear(randn(5, 128).to(dtype), None), torch.zeros(5, 70, dtype=dtype))
+    assert torch.equal(ours.linear(randn(5, 128).to(dtype), bias), bias.expand(5, -1))
+    assert torch.equal(ours.linear_grad_input(randn(5, 70).to(dtype)), torch.zeros(5, 128, dtype=dtype))
+
+
+@EVERY_TIER
+@DTYPES
+def test_negative_zeros_count_as_zeros(tier: str, dtype: torch.dtype) -> None:
+    """In x and in the bias."""
+    ours, _ = pair(tier, randn(70, 128))
+    nothing = torch.full((3, 128), -0.0, dtype=dtype)
+
+    assert not ours.linear(nothing, torch.full((70,), -0.0, dtype=dtype)).any()
+    assert not ours.linear_grad_input(nothing[:, :70]).any()
+
+
+@EVERY_TIER
+@DTYPES
+def test_outliers_keep_the_others_exact(tier: str, dtype: torch.dtype) -> None:
+    """Weights and activations a million times the rest: the error is still the reference's."""
+    weight, x = randn(64, 192) * 0.02, randn(33, 192, seed=1)
+    weight[5, 100], x[:, 17], x[4, 4] = 2e4, 1e6, -1e30
+    ours, reference = pair(tier, weight)
+    x = x.to(dtype)
+    exact = x.double() @ reference.dequantize(torch.float32).double().t()
+
+    for row, plain, true in zip(ours.linear(x, None), reference.linear(x, None), exact, strict=True):
+        assert error(row, true) <= 1.5 * error(plain, true)
+
+
+@EVERY_TIER
+@DTYPES
+@pytest.mark.parametrize(("of_x", "of_w"), [(1e-39, 1.0), (1.0, 1e-39), (1e-30, 1e-10)], ids=["x", "w", "y"])
+def test_denormals_are_themselves_or_zero(tier: str, dtype: torch.dtype, of_x: float, of_w: float) -> None:
+    """What lies below the smallest normal number may be flushed to zero, and is never worse than that."""
+    ours, reference = pair(tier, randn(40, 128) * of_w, double=False)
+    weight = reference.dequantize(torch.float32).double()
+    x = (randn(9, 128) * of_x).to(dtype)
+    exact = x.double() @ weight.t()
+    eps = 2**-8 if dtype == torch.bfloat16 else 2**-20
+    flushed = x.double().abs().clamp(max=SMALLEST_NORMAL).sum(1, keepdim=True) * weight.abs().max()
+    flushed = flushed + weight.abs().clamp(max=SMALLEST_NORMAL).sum(1) * x.double().abs().max()
+    rounded = eps * (x.double().abs() @ weight.t().abs())
+
+    actual = ours.linear(x, None).double()
+
+    assert ((actual - exact).abs() <= flushed + rounded + 300 * SMALLEST_NORMAL).all()
+
+
+@EVERY_TIER
+@DTYPES
+def test_inputs_of_any_layout(tier: str, dtype: torch.dtype) -> None:
+    """Transposed, strided, expanded or at an odd offset: as if contiguous, and left as they are."""
+    ours, _ = pair(tier, randn(96, 128))
+    base = randn(40, 300).to(dtype)
+    for x in (base[:, :128], base.t()[:128, :].t(), base[:, 1:257:2], base[:1, 3:131].expand(4, -1)):
+        before = x.clone()
+        assert torch.equal(ours.linear(x, None), ours.linear(before, None))
+        assert torch.equal(x, before)
+    bias = randn(192).to(dtype)[::2]
+    assert torch.equal(ours.linear(base[:, :128], bias), ours.linear(base[:, :128], bias.clone()))
+
+
+@EVERY_TIER
+@DTYPES
+@BY_SHAPE
+def test_nothing_is_written_beyond_the_result(
+    tier: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every element of the result is written, and none behind or before it."""
+    ours, _ = pair(tier, randn(*shape))
+    x, dy = randn(33, shape[1]).to(dtype), randn(33, shape[0]).to(dtype)
+    expected = ours.linear(x, None), ours.linear_grad_input(dy)
+    guards = []
+
+    def guarded(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        memory = torch.full((rows * columns + 128,), 7.0, dtype=dtype)
+        guards.append(memory)
+        return memory[64:-64].view(rows, columns)
+
+    monkeypatch.setattr(compiled.torch, "empty", guarded)
+    actual = ours.linear(x, None), ours.linear_grad_input(dy)
+    monkeypatch.undo()
+
+    assert len(guards) == 2
+    assert all(torch.equal(one, other) for one, other in zip(expected, actual, strict=True))
+    assert all((memory[:64] == 7).all() and (memory[-64:] == 7).all() for memory in guards)
+
+
+@EVERY_TIER
+@DTYPES
+def test_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype) -> None:
+    """Threads share columns, never a sum."""
+    ours, _ = pair(tier, randn(200, 1088))
+    x, dy = randn(600, 1088).to(dtype), randn(600, 200).to(dtype)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append((ours.linear(x, None), ours.linear_grad_input(dy)))
+
+    for y, dx in results[1:]:
+        assert torch.equal(results[0][0], y)
+        assert torch.equal(results[0][1], dx)
+
+
+@EVERY_TIER
+def test_a_forked_child_computes_the_same(tier: str) -> None:
+    """With threads of its own, which the parent's fork did not copy."""
+    ours, _ = pair(tier, randn(200, 128))
+    x = randn(60, 128)
+    torch.set_num_threads(3)
+    expected = ours.linear(x, None)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(expected, ours.linear(x, None)) else 1)
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(expected, ours.linear(x, None))
+
+
+@EVERY_TIER
+def test_a_call_leaves_the_thread_s_rounding_as_it_was(tier: str) -> None:
+    """Denormals are zeros within the kernel only."""
+    ours, _ = pair(tier, randn(64, 64))
+    ours.linear(randn(3, 64), None)
+
+    assert float(torch.tensor([1e-40]) * 0.5) > 0
+
+
+@DOUBLE
+@BY_SHAPE
+def test_the_quantizer_s_numbers_come_back(double: bool, shape: tuple[int, int]) -> None:
+    """The library's order loses nothing, and takes no more memory than filling the rows up to 32."""
+    matrix = quantize_nf4(randn(*shape), double=double, name="w")
+    weight = CompiledNf4Weight(matrix, library_of("avx2"))
+    back = weight.matrix
+
+    assert weight.shape == shape
+    assert torch.equal(back.packed, matrix.packed)
+    if isinstance(matrix.scales, NestedScales):
+        assert isinstance(back.scales, NestedScales)
+        assert torch.equal(back.scales.codes, matrix.scales.codes)
+    else:
+        assert isinstance(back.scales, Tensor)
+        assert torch.equal(back.scales, matrix.scales)
+    filled = -shape[0] % 32 * shape[1]
+    assert weight.nbytes == matrix.nbytes + filled // 2 + filled // BLOCK * (1 if double else 4)
+
+
+@DTYPES
+@DOUBLE
+def test_dequantizing_is_the_reference_s(dtype: torch.dtype, double: bool) -> None:
+    """The same bits, into new memory or into what is given; what does not fit is refused."""
+    ours, reference = pair("avx2", randn(70, 192), double=double)
+    out = torch.empty(70, 192, dtype=dtype)
+
+    assert ours.dequantize(dtype, out) is out
+    assert torch.equal(bits(reference.dequantize(dtype)), bits(out))
+    assert torch.equal(bits(out), bits(ours.dequantize(dtype)))
+    with pytest.raises(ValueError, match="it must be"):
+        ours.dequantize(dtype, out.t())
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.zeros(3, 65), None, r"the input is torch.float32 \[3, 65\]; it must be .* \(rows, 64\)"),
+        (torch.zeros(64), None, r"\[64\]; it must be"),
+        (torch.zeros(3, 64, dtype=torch.float64), None, "the input is torch.float64"),
+        (
+            torch.zeros(3, 64),
+            torch.zeros(31),
+            r"the bias is torch.float32 \[31\]; it must be torch.float32 \[32\]",
+        ),
+        (torch.zeros(3, 64), torch.zeros(32).bfloat16(), r"the bias is torch.bfloat16 \[32\]"),
+    ],
+    ids=["columns", "vector", "float64", "bias", "bias-dtype"],
+)
+def test_what_does_not_fit_is_refused(x: Tensor, bias: Tensor | None, message: str) -> None:
+    """Before C reads past its end."""
+    ours, _ = pair("avx2", randn(32, 64))
+
+    with pytest.raises(ValueError, match=message):
+        ours.linear(x, bias)

@@ -1,0 +1,156 @@
+"""NF4 by the kernel library: the weight is multiplied with in strips, and is never whole in memory.
+
+The quantizer's bytes are put into the order that the library multiplies in, once, when a model is loaded; nothing is
+added to them but what fills the rows up to a multiple of 32. One order serves x W^T and dy W.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.kernels.library import Library
+from qlora_trainer.quantization.kernels import reference
+from qlora_trainer.quantization.nf4 import BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, NestedScales, Nf4Matrix
+
+_STRIP = 32
+"""Rows are filled up to a multiple of this."""
+_TILE = 16
+"""Rows, and pairs of columns, of a block of codes."""
+_ZEROS = 0x77
+"""Two codes of the level 0."""
+
+
+class _Matrix(ctypes.Structure):
+    """Nf4Matrix of tier.hpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("scale_codes", ctypes.c_void_p),
+        ("scale_levels", ctypes.c_void_p),
+        ("scale_absmax", ctypes.c_void_p),
+        ("scale_offset", ctypes.c_float),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def _linear(library: Library) -> Callable[..., None]:
+    pointer, whole = ctypes.c_void_p, ctypes.c_int
+    return library.function(
+        "nf4_linear", ctypes.POINTER(_Matrix), whole, whole, ctypes.c_int64, pointer, pointer, pointer
+    )
+
+
+def fits(shape: tuple[int, int]) -> bool:
+    """Whether the library multiplies with a matrix (out, in): each row must begin with a block of its own."""
+    return shape[1] % BLOCK == 0
+
+
+class CompiledNf4Weight:
+    """A FrozenWeight of the kernel library. Takes the matrix over; its shape must fit."""
+
+    def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
+        assert fits(matrix.shape), matrix.shape
+        self._shape = matrix.shape
+        self._call = _linear(library)
+        rows = matrix.shape[0]
+        self.codes = _codes_to_blocks(matrix.packed, matrix.shape)
+        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
+        if isinstance(matrix.scales, NestedScales):
+            nested = matrix.scales
+            self.scales: Tensor | NestedScales = NestedScales(
+                _scales_to_columns(nested.codes, rows), nested.absmax, nested.offset
+            )
+        else:
+            self.scales = _scales_to_columns(matrix.scales, rows)
+        self._matrix = self._struct()
+
+    def _struct(self) -> _Matrix:
+        nested = self.scales if isinstance(self.scales, NestedScales) else None
+        return _Matrix(
+            codes=self.codes.data_ptr(),
+            levels=NF4_LEVELS.data_ptr(),
+            scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
+            scale_codes=nested.codes.data_ptr() if nested else None,
+            scale_levels=DYNAMIC_LEVELS.data_ptr(),
+            scale_absmax=nested.absmax.data_ptr() if nested else None,
+            scale_offset=float(nested.offset) if nested else 0.0,
+            n=self._shape[0],
+            k=self._shape[1],
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self._shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def matrix(self) -> Nf4Matrix:
+        """The quantizer's numbers, put back into its order."""
+        rows, columns = self._shape
+        packed = self.codes.permute(1, 3, 0, 2).reshape(-1, columns // 2)[:rows].reshape(-1)
+        if isinstance(self.scales, NestedScales):
+            codes = self.scales.codes.t()[:rows].reshape(-1)
+            return Nf4Matrix(packed, NestedScales(codes, self.scales.absmax, self.scales.offset), self._shape)
+        return Nf4Matrix(packed, self.scales.t()[:rows].reshape(-1), self._shape)
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The matrix (out, in), by the reference."""
+        return reference.dequantize(self.matrix, dtype, out)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, in) -> (rows, out), in float32 or bfloat16."""
+        return self._product(x, bias, transposed=False)
+
+    def linear_grad_input(self, dy: Tensor) -> Tensor:
+        """(rows, out) -> (rows, in), in float32 or bfloat16."""
+        return self._product(dy, None, transposed=True)
+
+    def _product(self, x: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+        """(rows, depth) -> (rows, columns); memory of its own."""
+        depth, columns = self._shape if transposed else self._shape[::-1]
+        # What C cannot check: it would read past the end.
+        if x.dim() != 2 or x.shape[1] != depth or x.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"the input is {x.dtype} {list(x.shape)}; it must be float32 or bfloat16 (rows, {depth})"
+            )
+        if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype):
+            raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} [{columns}]")
+        x = x.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = torch.empty(x.shape[0], columns, dtype=x.dtype)
+        self._call(
+            torch.get_num_threads(),
+            ctypes.byref(self._matrix),
+            transposed,
+            x.dtype == torch.bfloat16,
+            x.shape[0],
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+        )
+        return y
+
+
+def _codes_to_blocks(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Bytes row after row (out * in / 2,) -> (in / 32, out / 16, 16 pairs of columns, 16 rows)."""
+    rows = packed.view(shape[0], -1)
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, -shape[0] % _STRIP), value=_ZEROS)
+    return filled.view(-1, _TILE, shape[1] // 32, _TILE).permute(2, 0, 3, 1).contiguous()
+
+
+def _scales_to_columns(scales: Tensor, rows: int) -> Tensor:
+    """Scales, or their codes, row after row (out * in / 64,) -> (in / 64, out filled up)."""
+    of_rows = scales.view(rows, -1)
+    return torch.nn.functional.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()
