@@ -204,7 +204,7 @@ def test_errors_against_fp64(
     size: int,
     window: int | None,
 ) -> None:
-    """Errors are at most three times (and 1e-7) those of torch's attention of the same inputs, in fp32, rounded at the end.
+    """Errors are at most three times (and 1e-7) those of torch's attention in fp32, rounded at the end.
 
     In fp32, gradients of keys are summed over queries in another order. In bf16 the output enters the backward pass
     rounded, as in FlashAttention; that is felt where a query sees few keys. Most cases are within a fifth.

@@ -70,6 +70,8 @@ class Passes:
         self._swiglu_grad = kernels.function("swiglu_grad", i, p, p, p, p, p, n)
         self._attention = kernels.function("attention", p, p, n)
         self._attention_grad = kernels.function("attention_grad", p, p, n)
+        self._cross_entropy = kernels.function("cross_entropy", i, p, p, p, p, n, n, i)
+        self._dropout = kernels.function("dropout", i, p, p, ctypes.c_uint64, ctypes.c_uint32, f, n, n, i)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """(..., size), (size,) -> y (..., size), and what x is multiplied by, fp32 (..., 1)."""
@@ -161,6 +163,33 @@ class Passes:
         )
         dquery, dkey, dvalue = (x.transpose(1, 2) for x in grads)
         return dquery, dkey, dvalue
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+        """The loss of each row.
+
+        Args:
+            logits: (rows, words), contiguous; with `gradient` they become probabilities less 1 at the target, in place.
+            targets: (rows,) int64.
+            gradient: whether they are wanted.
+
+        Returns:
+            (rows,) fp32.
+        """
+        rows, words = logits.shape
+        total, distance = torch.empty(2, rows, dtype=torch.float32)
+        self._cross_entropy(
+            torch.get_num_threads(), _TYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), total.data_ptr(),
+            distance.data_ptr(), rows, words, gradient,
+        )  # fmt: skip
+        return total.log_().add_(distance)
+
+    def dropout(self, x: Tensor, y: Tensor, key: int, threshold: int, factor: float, *, add: bool) -> None:
+        """A bin's y = mask * x, or y += mask * x, all contiguous (rows, columns): see lora_linear.Mask."""
+        rows, columns = x.shape
+        self._dropout(
+            torch.get_num_threads(), _TYPES[x.dtype], x.data_ptr(), y.data_ptr(), key, threshold, factor, rows, columns,
+            add,
+        )  # fmt: skip
 
 
 @functools.cache
