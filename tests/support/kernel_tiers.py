@@ -1,11 +1,13 @@
 """Every tier of the kernel library that this machine can run, for tests of kernels."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from qlora_trainer.errors import ConfigurationError
-from qlora_trainer.kernels.library import KERNELS_ENV, TIERS, Library, find
+from qlora_trainer.kernels.library import KERNELS_ENV, REFERENCE, TIERS, Library, find, loaded
 
 EVERY_TIER = pytest.mark.parametrize("tier", TIERS)
 """Runs a test with each tier's name as `tier`."""
@@ -27,3 +29,19 @@ def library_of(tier: str) -> Library:
     if isinstance(found, str):
         pytest.skip(found)
     return found
+
+
+PASS_TIERS = [REFERENCE, *(tier for tier in TIERS if tier != "amx_emulated")]
+"""What passes over elements are tested with; without a tile unit in it, the emulated tier is avx2 again."""
+
+
+@contextmanager
+def running(tier: str) -> Iterator[None]:
+    """Within it, that tier or the reference runs; the test is skipped where it cannot."""
+    if tier != REFERENCE:
+        library_of(tier)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(KERNELS_ENV, tier)
+        loaded.cache_clear()
+        yield
+    loaded.cache_clear()

@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernel_tiers import PASS_TIERS, running
+from qlora_trainer.modeling import lora_linear
 from qlora_trainer.modeling.lora import attach_adapters
-from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
+from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, Mask, philox, seeded_generator
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.schemes import Nf4
 
@@ -203,7 +206,7 @@ BINS = [(0, 5), (3, 2), (4, 7)]
 def masks(dropout: Dropout, step: int, bins: list[tuple[int, int]], name: str = "layer") -> Tensor:
     """The mask of one forward pass over these bins."""
     dropout.at(step, bins)
-    return dropout.mask(name, torch.Size([sum(tokens for _, tokens in bins), IN]), torch.float32)
+    return dropout.mask(name).times(torch.ones(sum(tokens for _, tokens in bins), IN))
 
 
 def test_masks_do_not_depend_on_the_grouping_of_bins() -> None:
@@ -262,6 +265,85 @@ def test_dropout_reaches_the_adapter_alone() -> None:
     expected = x @ dense.t() + SCALE * ((x * mask) @ a.t()) @ b.t()
     torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(made.eval()(x), by_formula(x, dense, None, a, b), rtol=1e-5, atol=1e-5)
+
+
+# Salmon et al.'s own known answers: counter, key, result.
+KNOWN = [
+    ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        0x299F31D0A4093822,
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "pi"])
+def test_philox_gives_its_known_answers(counter: list[int], key: int, expected: list[int]) -> None:
+    """The generator is Random123's, to the bit."""
+    assert [int(word) for word in philox([torch.tensor([c]) for c in counter], key)] == expected
+
+
+@pytest.fixture(params=PASS_TIERS[1:])
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each tier of the kernel library."""
+    with running(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 63, 64, 65, 200])
+@pytest.mark.parametrize("probability", [0.05, 0.5, 1 - 2**-40], ids=["few", "half", "all"])
+def test_compiled_masks_are_the_references(
+    tier: str, dtype: torch.dtype, columns: int, probability: float
+) -> None:
+    """Products with a mask, and sums with them, have the same bits compiled and in plain torch, for any threads."""
+    mask = Mask(probability, ((2**64 - 1, 3), (5, 0), (2**63 + 17, 300)))
+    x, out = (randn(303, columns, seed=n, dtype=dtype) for n in (0, 1))
+
+    def run() -> list[Tensor]:
+        added = out.clone()
+        mask.add_times(added, x)
+        return [mask.times(x), mask.times(x.t().contiguous().t()), added]
+
+    with running("reference"):
+        expected = run()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 7):
+            torch.set_num_threads(threads)
+            for mine, theirs in zip(run(), expected, strict=True):
+                assert torch.equal(mine, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_reference_makes_masks_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its random numbers are made a few rows at a time, and are those of the whole."""
+    whole = masks(Dropout(0.3, 1), 2, BINS)
+    monkeypatch.setattr(lora_linear, "_RANDOM_AT_ONCE", 2 * IN)
+    with running("reference"):
+        pieces = masks(Dropout(0.3, 1), 2, BINS)
+
+    assert torch.equal(whole, pieces)
+
+
+def test_masks_are_not_kept_for_the_backward_pass() -> None:
+    """What a layer keeps with dropout is what it keeps without: its inputs, and nothing as large again."""
+    kept = []
+    for dropout in (None, Dropout(0.3, 0)):
+        if dropout is not None:
+            dropout.at(0, [(0, ROWS)])
+        sizes: list[int] = []
+        made, _, _ = layer(frozen("dense"), None, dropout)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):  # type: ignore[misc]
+            made(randn(ROWS, IN, seed=5).requires_grad_())
+        kept.append(sizes)
+
+    assert kept[0] == kept[1] != []
 
 
 def test_seeded_generator_depends_on_its_key() -> None:

@@ -1,6 +1,7 @@
 """The chunked cross-entropy against torch's own over the whole logits."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,12 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernel_tiers import PASS_TIERS, running
 from qlora_trainer.modeling import loss
 from qlora_trainer.modeling.loss import summed_cross_entropy
+from qlora_trainer.modeling.passes import passes_for
 
 pytestmark = pytest.mark.process
 
 ROWS, HIDDEN, VOCABULARY = 13, 24, 101
+
+
+@pytest.fixture(params=PASS_TIERS, scope="module", autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the reference and with each tier."""
+    with running(request.param):
+        yield request.param
 
 
 def case(rows: int = ROWS, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,3 +157,45 @@ def test_without_gradient_nothing_is_kept() -> None:
 
     assert not total.requires_grad
     assert torch.equal(total, ours(hidden.detach(), head, targets)[0])
+
+
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_vocabulary(vocabulary: int, dtype: torch.dtype) -> None:
+    """Whatever the number of words, and wherever the target is among them, losses are those of the logits as stored."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    rows = 9
+    hidden = torch.randn(rows, HIDDEN, generator=generator).to(dtype)
+    head = (torch.randn(vocabulary, HIDDEN, generator=generator) / math.sqrt(HIDDEN)).to(dtype)
+    targets = torch.linspace(0, vocabulary - 1, rows).long()
+
+    found, gradient = ours(hidden, head, targets)
+
+    stored = (hidden @ head.t()).double()
+    expected = F.cross_entropy(stored, targets, reduction="sum")
+    probabilities = stored.softmax(dim=1) - F.one_hot(targets, vocabulary)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    exact_gradient = probabilities @ head.double() / 3
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert float((gradient.double() - exact_gradient).norm()) <= bound * float(exact_gradient.norm()) + 1e-6
+
+
+def test_threads_change_no_bit(tier: str) -> None:
+    """Losses and gradients of many rows are the same with 1, 2, 3 and 7 threads."""
+    if tier == "reference":
+        pytest.skip("torch's own operators")
+    logits, targets = torch.randn(50, 3001, generator=torch.Generator().manual_seed(0)), torch.arange(50)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            copy = logits.clone()
+            passes = passes_for(copy)
+            assert passes is not None
+            results.append((passes.cross_entropy(copy, targets, gradient=True), copy))
+    finally:
+        torch.set_num_threads(before)
+
+    for losses, gradient in results[1:]:
+        assert torch.equal(losses, results[0][0])
+        assert torch.equal(gradient, results[0][1])

@@ -1,5 +1,6 @@
-"""The quantizer against bitsandbytes, byte for byte."""
+"""The quantizer against bitsandbytes, byte for byte: the reference, and every tier of the kernel library."""
 
+from collections.abc import Iterator
 from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernel_tiers import PASS_TIERS, running
 from qlora_trainer.errors import ModelError
 from qlora_trainer.quantization import nf4
 from qlora_trainer.quantization.nf4 import (
@@ -24,6 +26,13 @@ from qlora_trainer.quantization.nf4 import (
 pytestmark = pytest.mark.process
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=PASS_TIERS, scope="module", autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs with the reference and with each tier."""
+    with running(request.param):
+        yield request.param
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -135,12 +144,12 @@ def test_level_tables_are_those_of_bitsandbytes() -> None:
     assert torch.equal(bnb.create_dynamic_map(), DYNAMIC_LEVELS)
 
 
-@pytest.mark.parametrize("seed", [2, 3, 4])
-def test_thread_count_changes_nothing(seed: int) -> None:
+@pytest.mark.parametrize(("seed", "threads"), [(2, 2), (3, 3), (4, 7)])
+def test_thread_count_changes_nothing(seed: int, threads: int) -> None:
     """Neither bytes nor the mean of the scales depend on the number of threads, as torch's own mean does."""
     weight = randn(2003, 1201, seed=seed)
     expected = by_bitsandbytes(weight, double=True)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
     with patch.object(nf4, "_CHUNK", 1 << 30):  # in small chunks two threads wait long on a busy machine
         actual = quantize_nf4(weight, double=True, name="w")
@@ -196,6 +205,16 @@ def test_a_transposed_weight_is_quantized_as_its_copy() -> None:
 
     assert_same(
         quantize_nf4(weight.contiguous(), double=True, name="w"), quantize_nf4(weight, double=True, name="w")
+    )
+
+
+def test_a_column_of_a_matrix_is_quantized_as_its_copy() -> None:
+    """A weight of one column, whose numbers lie apart, gives what its contiguous copy gives."""
+    column = randn(100, 70)[:, 3:4]
+
+    assert_same(
+        quantize_nf4(column.contiguous(), double=False, name="w"),
+        quantize_nf4(column, double=False, name="w"),
     )
 
 

@@ -122,6 +122,21 @@ def test_a_resume_under_another_key_says_that_it_is_not_bit_exact(ready: Ready) 
     assert prepare(ready()).loop.not_bit_exact == "world_size 4 -> 1; threads 64 -> 1"
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.1], ids=["no dropout", "dropout"])
+def test_masks_of_the_release_before_are_not_taken_for_these(ready: Ready, probability: float) -> None:
+    """A checkpoint that names no generator is of masks that torch drew: where there were any, the resume says so."""
+    context = ready(adapter={"dropout": probability})
+    state = prepare(context)
+    one_step(context, state)
+    before = state.loop.determinism_key.pop("dropout")
+    save(context, state)
+
+    reason = prepare(ready(adapter={"dropout": probability})).loop.not_bit_exact
+
+    assert reason == ("dropout None -> philox4x32-10" if probability else None)
+    assert before == ("philox4x32-10" if probability else None)
+
+
 def test_auto_keeps_the_compute_dtype_that_the_job_began_with(ready: Ready) -> None:
     """A job that moves to a processor with bf16 goes on in fp32."""
     context = ready(training={"computeDtype": "auto"})

@@ -1,18 +1,25 @@
 """Exact attention over packed samples.
 
 Several samples stand one after another in a row of tokens; each may see only
-itself. One mask over the whole row costs ten times the useful work, so the row
-is split into its samples and each runs torch's own causal attention.
-Slicing would give every sample a full-sized zero gradient in the backward
-pass; `split` gives one concatenation instead.
+itself. One mask over the whole row costs ten times the useful work. The kernel
+library takes the row as it is, in fp32 and bf16, in blocks of scores that no one
+keeps: memory grows with the tokens, not with their square. It computes in fp32,
+the sums of grouped queries' gradients too.
+
+Its twin in plain torch splits the row into its samples, and each runs torch's own
+causal attention. Slicing would give every sample a full-sized zero gradient in
+the backward pass; `split` gives one concatenation instead.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor
 from transformers import AttentionInterface
+
+from qlora_trainer.modeling.passes import AttentionSettings, Passes, passes_for
 
 NAME = "qlora_packed"
 
@@ -59,9 +66,45 @@ def packed_attention(
         raise ValueError("packed attention takes neither a mask nor dropout")
     if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
         raise ValueError(f"segments of {sum(segment_lengths)} tokens do not cover {tuple(query.shape)}")
+    passes = passes_for(query, key, value)
+    if passes is not None:
+        scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        settings = AttentionSettings(segment_lengths, sliding_window, scale)
+        output: Tensor = _PackedAttention.apply(query, key, value, settings, passes)
+        return output, None
+    return _reference(query, key, value, segment_lengths, scaling, sliding_window), None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The kernel library's: (1, heads, tokens, head size) three times -> (1, tokens, heads, head size)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, passes: Passes
+    ) -> Tensor:
+        output, statistics = passes.attention(query, key, value, settings)
+        ctx.save_for_backward(query, key, value, output, statistics)
+        ctx.settings, ctx.passes = settings, passes
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.passes.attention_grad(*ctx.saved_tensors, grad_outputs[0], ctx.settings)
+        return *gradients, None, None
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: list[int],
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """The same in plain torch."""
     grouped = query.shape[1] != key.shape[1]
     outputs = [
-        _causal(q, k, v, scaling, sliding_window, grouped)
+        _causal(q, k, v, scaling, window, grouped)
         for q, k, v in zip(
             torch.split(query, segment_lengths, dim=2),
             torch.split(key, segment_lengths, dim=2),
@@ -69,7 +112,7 @@ def packed_attention(
             strict=True,
         )
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def _causal(

@@ -2,7 +2,10 @@
 
 Written out in operators, as transformers has them, each keeps several
 full-sized tensors for the backward pass; these keep their inputs, which others
-keep anyway, and compute the rest again.
+keep anyway, and compute the rest again. In fp32 and bf16 the kernel library
+computes them in one pass each; plain torch is its twin, and the rule for other
+types. In bf16 the library rounds once where torch rounds after every operator,
+but for the norm's output, which transformers' graph rounds before the weight.
 """
 
 from typing import Any
@@ -12,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_trainer.modeling.families import Family
+from qlora_trainer.modeling.passes import passes_for
 
 
 class RmsNorm(nn.Module):
@@ -38,19 +42,33 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()  # (..., 1)
+        passes = passes_for(x, weight)
+        out, scale = rms_norm(x, weight, epsilon) if passes is None else passes.rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
-        normed = x.float() * scale
-        dy = (grad_outputs[0] * weight).float()
-        # dx = scale * (dy - normed * mean(dy * normed))
-        mean = (dy * normed).mean(-1, keepdim=True)
-        return dy.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None
+        dy = grad_outputs[0]
+        passes = passes_for(x, weight, dy)
+        grad = rms_norm_grad if passes is None else passes.rms_norm_grad
+        return grad(x, weight, scale, dy), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The norm in plain torch: y (..., size), and what x is multiplied by, (..., 1)."""
+    wide = x.float()
+    scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
+def rms_norm_grad(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
+    """dx = scale * (g - normed * mean(g * normed)) with g = dy * weight and normed = x * scale, in plain torch."""
+    normed = x.float() * scale
+    g = (dy * weight).float()
+    mean = (g * normed).mean(-1, keepdim=True)
+    return g.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype)
 
 
 class GatedMlp(nn.Module):
@@ -74,14 +92,25 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        passes = passes_for(gate, up)
+        return swiglu(gate, up) if passes is None else passes.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dy = grad_outputs[0]
-        dgate = torch.ops.aten.silu_backward(dy * up, gate)
-        return dgate, F.silu(gate).mul_(dy)
+        passes = passes_for(gate, up, dy)
+        return swiglu_grad(gate, up, dy) if passes is None else passes.swiglu_grad(gate, up, dy)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up in plain torch."""
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_grad(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up, in plain torch."""
+    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 def fuse_layers(decoder: nn.Module, family: Family) -> None:

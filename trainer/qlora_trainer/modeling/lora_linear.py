@@ -12,11 +12,13 @@ and the adapter would each make and keep their own full-sized tensors.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.modeling.passes import passes_for
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
 
 
@@ -56,7 +58,7 @@ class LoraLinear(nn.Module):
         a, b = (self.lora_a, self.lora_b) if self.enabled else (None, None)
         mask = None
         if a is not None and self.dropout is not None and self.training:
-            mask = self.dropout.mask(self.name, rows.shape, rows.dtype)
+            mask = self.dropout.mask(self.name)
         out: Tensor = _LoraLinear.apply(rows, a, b, self.weight, self.bias, self.scale, mask)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -71,17 +73,17 @@ class _LoraLinear(torch.autograd.Function):
         weight: FrozenWeight,  # (out, in)
         bias: Tensor | None,  # (out,)
         scale: float,
-        mask: Tensor | None,  # (rows, in): dropout of the adapter's input
+        mask: "Mask | None",  # (rows, in): dropout of the adapter's input
     ) -> Tensor:
         out = weight.linear(x, bias)  # (rows, out)
-        ctx.weight, ctx.scale = weight, scale
+        ctx.weight, ctx.scale, ctx.mask = weight, scale, mask
         if a is None or b is None:
             ctx.save_for_backward()
             return out
-        dropped = x if mask is None else x * mask
+        dropped = x if mask is None else mask.times(x)
         down = dropped @ a.to(x.dtype).t()  # (rows, rank)
         out.addmm_(down, b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, down, a, b, mask)
+        ctx.save_for_backward(x, down, a, b)
         return out
 
     @staticmethod
@@ -91,16 +93,17 @@ class _LoraLinear(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: under checkpointing a second look would recompute again
         if not saved:
             return dx, None, None, None, None, None, None
-        x, down, a, b, mask = saved
+        x, down, a, b = saved
+        mask = ctx.mask
         up = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # (rows, rank)
-        dropped = x if mask is None else x * mask
+        dropped = x if mask is None else mask.times(x)  # again: to keep it would cost as much memory as x
         da = (up.t() @ dropped).float()
         db = (dy.t() @ down).float().mul_(ctx.scale)
         if dx is not None:
             if mask is None:
                 dx.addmm_(up, a.to(dy.dtype))
             else:
-                dx.add_((up @ a.to(dy.dtype)).mul_(mask))
+                mask.add_times(dx, up @ a.to(dy.dtype))
         return dx, da, db, None, None, None, None
 
 
@@ -122,19 +125,108 @@ class Dropout:
         """Set what the next forward pass runs: (number of the bin within its step, its tokens), in order."""
         self._step, self._bins = step, bins
 
-    def mask(self, layer: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """(rows, in): 1 / (1 - p) where an input is kept, else 0."""
-        keep = 1.0 - self.probability
-        parts = [
-            torch.empty(tokens, shape[1]).bernoulli_(
-                keep, generator=seeded_generator(f"dropout/{self.seed}/{self._step}/{number}/{layer}")
-            )
+    def mask(self, layer: str) -> "Mask":
+        """The mask of a layer's inputs in the next forward pass."""
+        bins = [
+            (_key(f"dropout/{self.seed}/{self._step}/{number}/{layer}"), tokens)
             for number, tokens in self._bins
         ]
-        return torch.cat(parts).div_(keep).to(dtype)
+        return Mask(self.probability, tuple(bins))
+
+
+GENERATOR = "philox4x32-10"
+"""What masks are made by. A checkpoint records it: another gives others."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """1 / (1 - p) where an input is kept, else 0: (rows, in). It is never stored, but made wherever it is needed.
+
+    An input is kept if a random number of 32 bits is at least p 2^32. The number depends on the bin's key, the row
+    within the bin, and the column: Philox (Salmon et al. 2011). With the kernel library and in plain torch, masks and
+    products with them are the same bit for bit.
+    """
+
+    probability: float
+    """p."""
+    bins: tuple[tuple[int, int], ...]
+    """(key, tokens) of each bin, in order; tokens sum to rows."""
+
+    @property
+    def factor(self) -> float:
+        """1 / (1 - p)."""
+        return 1.0 / (1.0 - self.probability)
+
+    @property
+    def threshold(self) -> int:
+        """The smallest random number that is kept."""
+        return min(round(self.probability * 2**32), 2**32 - 1)
+
+    def times(self, x: Tensor) -> Tensor:
+        """mask * x: (rows, in) -> the same, fresh memory; the product is rounded once."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        self._apply(x, out, add=False)
+        return out
+
+    def add_times(self, out: Tensor, x: Tensor) -> None:
+        """out += mask * x, both contiguous (rows, in) of one dtype; the sum is made in fp32 and rounded once."""
+        self._apply(x, out, add=True)
+
+    def _apply(self, x: Tensor, out: Tensor, *, add: bool) -> None:
+        passes = passes_for(x, out)
+        lengths = [tokens for _, tokens in self.bins]
+        for (key, _), source, target in zip(self.bins, x.split(lengths), out.split(lengths), strict=True):
+            if passes is None:
+                self._apply_reference(source, target, key, add=add)
+            else:
+                passes.dropout(source, target, key, self.threshold, self.factor, add=add)
+
+    def _apply_reference(self, x: Tensor, out: Tensor, key: int, *, add: bool) -> None:
+        """A bin in plain torch, rows at a time: random numbers take much more memory than what they decide."""
+        rows = max(1, _RANDOM_AT_ONCE // max(1, x.shape[1]))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            kept = random_words(key, start, len(x[part]), x.shape[1]) >= self.threshold
+            product = torch.where(kept, x[part].to(wide) * self.factor, 0.0)
+            out[part] = out[part].to(wide) + product if add else product
+
+
+_RANDOM_AT_ONCE = 1 << 18
+"""Random numbers that plain torch makes at once."""
+
+
+def random_words(key: int, first_row: int, rows: int, columns: int) -> Tensor:
+    """Random numbers from 0 to 2^32 - 1, int64 (rows, columns), of rows first_row on.
+
+    Column 64 g + 16 w + j has word w of counter (16 g + j, row, 0, 0): an order that vectors of counters give.
+    """
+    groups = -(-columns // 64)
+    counters = torch.arange(16 * groups)[None, :].expand(rows, -1)
+    row = torch.arange(first_row, first_row + rows)[:, None].expand_as(counters)
+    words = philox([counters, row, torch.zeros_like(row), torch.zeros_like(row)], key)
+    by_group = torch.stack([word.view(rows, groups, 16) for word in words], dim=2)
+    return by_group.view(rows, -1)[:, :columns]
+
+
+def philox(counter: list[Tensor], key: int) -> list[Tensor]:
+    """Philox4x32-10: four counters and four results of 32 bits, int64; a key of 64 bits."""
+    low = (1 << 32) - 1
+    k0, k1 = key & low, key >> 32
+    x0, x1, x2, x3 = counter
+    for _ in range(10):
+        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # may wrap around: the bits are right
+        x0, x1, x2, x3 = ((p1 >> 32) & low) ^ x1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ x3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [x0, x1, x2, x3]
+
+
+def _key(text: str) -> int:
+    """64 bits that depend on a text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def seeded_generator(key: str) -> torch.Generator:
     """A generator whose numbers depend on the key alone."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    return torch.Generator().manual_seed(_key(key) & (2**63 - 1))

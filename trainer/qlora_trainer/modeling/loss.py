@@ -6,6 +6,10 @@ respect to the hidden states is made in the same pass, while the chunk's
 probabilities are there (as Liger kernels do); the head is frozen and needs
 none. The head may be stored in a narrower type than the one computed in; it is
 widened in slices, so that no wide copy of it exists.
+
+With the kernel library, logits stay in the compute dtype, as the product made
+them, and one pass turns them into losses and gradients in place; in plain torch
+they are widened, and every operator passes over them again.
 """
 
 from collections.abc import Iterator
@@ -16,9 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from qlora_trainer.data.collate import pad_multiple
+from qlora_trainer.modeling.passes import passes_for
 
 LOGITS_BYTES = 64 * 2**20
-"""Size of the fp32 logits of one chunk, at most."""
+"""Size of the logits of one chunk in fp32, at most."""
 SLICE_BYTES = 32 * 2**20
 """Size of one widened slice of the head, at most."""
 
@@ -50,10 +55,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = max(multiple, LOGITS_BYTES // (4 * head.shape[0]) // multiple * multiple)
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
-            logits = _logits(hidden[chunk], head)
-            losses[chunk] = _losses_then_probabilities(logits, targets[chunk])
+            passes = passes_for(hidden)
+            logits = _logits(hidden[chunk], head, torch.float32 if passes is None else hidden.dtype)
+            if passes is None:
+                losses[chunk] = _losses_then_gradient(logits, targets[chunk])
+            else:
+                losses[chunk] = passes.cross_entropy(logits, targets[chunk], gradient is not None)
             if gradient is not None:
-                _gradient(logits, targets[chunk], head, gradient[chunk])
+                _times_head(logits.to(hidden.dtype), head, gradient[chunk])
         ctx.gradient = None if gradient is None else gradient[:supervised]
         return losses[:supervised].sum(dtype=torch.float64)
 
@@ -73,27 +82,28 @@ def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield part, head[part].to(dtype)
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """(rows, hidden size), (vocabulary, hidden size) -> fp32 (rows, vocabulary)."""
-    logits = torch.empty(hidden.shape[0], head.shape[0], dtype=torch.float32)
+def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, hidden size), (vocabulary, hidden size) -> (rows, vocabulary), stored as `dtype`."""
+    if head.dtype == hidden.dtype == dtype:
+        return hidden @ head.t()
+    logits = torch.empty(hidden.shape[0], head.shape[0], dtype=dtype)
     for part, weight in _slices(head, hidden.dtype):
         logits[:, part] = hidden @ weight.t()
     return logits
 
 
-def _losses_then_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logits (rows, vocabulary), targets (rows,) -> losses (rows,), fp32; the logits become probabilities in place."""
+def _losses_then_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits (rows, vocabulary), targets (rows,) -> losses (rows,), all fp32; the logits become p - onehot in place."""
     at_target = logits.gather(1, targets[:, None]).squeeze(1)
     top = logits.amax(dim=1, keepdim=True)
     logits.sub_(top).exp_()
     total = logits.sum(dim=1, keepdim=True)
     logits.div_(total)
+    logits.scatter_add_(1, targets[:, None], torch.full((len(targets), 1), -1.0))
     return total.squeeze(1).log_().add_(top.squeeze(1)).sub_(at_target)
 
 
-def _gradient(probabilities: Tensor, targets: Tensor, head: Tensor, out: Tensor) -> None:
-    """d(sum of losses)/d(hidden) = (p - onehot) @ head, into `out` (rows, hidden size)."""
-    probabilities.scatter_add_(1, targets[:, None], torch.full((len(targets), 1), -1.0))
-    narrow = probabilities.to(out.dtype)
+def _times_head(dlogits: Tensor, head: Tensor, out: Tensor) -> None:
+    """d(sum of losses)/d(hidden) = (p - onehot) @ head, added to `out` (rows, hidden size)."""
     for part, weight in _slices(head, out.dtype):
-        out.addmm_(narrow[:, part], weight)
+        out.addmm_(dlogits[:, part], weight)

@@ -6,17 +6,21 @@ largest magnitude and, for each weight, the index of the nearest of 16 levels in
 the magnitudes in 8 bits, too.
 
 Bytes and scales equal those of bitsandbytes 0.50 on a CPU with one thread, and do
-not depend on the number of threads here. It is fast because the level is looked up,
-not searched: [-1, 1] is cut into cells so small that each holds one threshold between
-levels at most, so two small tables and one comparison give the level exactly.
+not depend on the number of threads here. The kernel library quantizes at memory speed;
+where it is not compiled, plain torch does, to the same bits. That is fast because the
+level is looked up, not searched: [-1, 1] is cut into cells so small that each holds one
+threshold between levels at most, so two small tables and one comparison give the level
+exactly.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qlora_trainer.errors import ModelError
+from qlora_trainer.kernels import library
 
 BLOCK = 64
 """Weights that share one scale."""
@@ -103,8 +107,8 @@ class Nf4Matrix:
 def quantize_nf4(weight: Tensor, *, double: bool, name: str) -> Nf4Matrix:
     """Quantize a matrix (out, in) of any float dtype.
 
-    Takes about 1.5 MiB besides the result and float32 scales, whatever the size (a
-    weight that is not contiguous is copied first).
+    Takes about 1.5 MiB at most besides the result and float32 scales, whatever the size
+    (a weight that is not contiguous is copied first).
 
     Args:
         weight: the matrix; left as it is.
@@ -118,19 +122,56 @@ def quantize_nf4(weight: Tensor, *, double: bool, name: str) -> Nf4Matrix:
         raise ModelError(
             f"{name}: a matrix of floats is needed, not {weight.dtype} of shape {list(weight.shape)}"
         )
-    flat = weight.detach().reshape(-1)
+    flat = weight.detach().reshape(-1).contiguous()
+    packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
+    kernels = library.loaded()
+    finite = (
+        _quantize_reference(flat, packed, absmax)
+        if kernels is None
+        else _quantize_compiled(kernels, flat, packed, absmax)
+    )
+    if not finite:
+        raise ModelError(_describe_non_finite(weight, name))
+    n, k = weight.shape
+    return Nf4Matrix(packed, _quantize_scales(absmax) if double else absmax, (n, k))
+
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernel library reads; other types are widened first."""
+
+
+def _quantize_compiled(kernels: library.Library, flat: Tensor, packed: Tensor, absmax: Tensor) -> bool:
+    """Weights (n,) -> their bytes and scales, by the kernel library; False where a weight is not finite."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    quantize = kernels.function("quantize_nf4", ctypes.c_int, pointer, integer, pointer, pointer, pointer)
     count = flat.numel()
-    packed = torch.empty(-(-count // 2), dtype=torch.uint8)
-    absmax = torch.empty(-(-count // BLOCK), dtype=torch.float32)
+    step = count if flat.dtype in _TYPES else _CHUNK
+    for start in range(0, count, step):
+        part = flat[start : start + step]
+        if part.dtype not in _TYPES:
+            part = part.float()
+        finite = ctypes.c_int()
+        quantize(
+            torch.get_num_threads(), _TYPES[part.dtype], part.data_ptr(), part.numel(),
+            packed[start // 2 :].data_ptr(), absmax[start // BLOCK :].data_ptr(), ctypes.byref(finite),
+        )  # fmt: skip
+        if not finite.value:
+            return False
+    return True
+
+
+def _quantize_reference(flat: Tensor, packed: Tensor, absmax: Tensor) -> bool:
+    """The same in plain torch."""
+    count = flat.numel()
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         scaled, scales = _scale(flat[start:stop].float())
         if not scales.isfinite().all():
-            raise ModelError(_describe_non_finite(weight, name))
+            return False
         packed[start // 2 : -(-stop // 2)] = _pack(_codes(scaled))
         absmax[start // BLOCK : -(-stop // BLOCK)] = scales
-    n, k = weight.shape
-    return Nf4Matrix(packed, _quantize_scales(absmax) if double else absmax, (n, k))
+    return True
 
 
 def _scale(chunk: Tensor) -> tuple[Tensor, Tensor]:

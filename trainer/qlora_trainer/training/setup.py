@@ -26,11 +26,12 @@ from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError, Terminated
+from qlora_trainer.kernels import library
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.lora_linear import Dropout
+from qlora_trainer.modeling.lora_linear import GENERATOR, Dropout
 from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
@@ -270,6 +271,10 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
         "backend": context.run.distributed.backend,
         "compute_dtype": dtype,
         "kernels": kernels.name(context.run.quantization.scheme),
+        # None where plain torch runs, as in checkpoints that knew no other.
+        "passes": compiled.name if (compiled := library.loaded()) else None,
+        # As in checkpoints of a release whose masks torch drew.
+        "dropout": GENERATOR if context.run.adapter.dropout else None,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "alignment": ALIGNMENT,

@@ -3,6 +3,7 @@
 #include "tier.hpp"
 //
 #include "linear.hpp"
+#include "passes_body.hpp"
 #include "vector_checks.hpp"
 
 namespace qlora::QLORA_TIER {
