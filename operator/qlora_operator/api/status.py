@@ -111,6 +111,8 @@ class Progress(StatusModel):
     """Estimated peak memory of a rank, in bytes."""
     memory_peak: int | None = None
     """Largest peak memory of any rank so far, in bytes."""
+    attempt: int | None = None
+    """The attempt whose rank 0 reported this."""
     step_time: Time | None = None
     """When the operator last saw a step completed."""
     updated_time: Time | None = None

@@ -32,6 +32,7 @@ def progress(before: Progress | None, report: ProgressReport, now: datetime) -> 
         eta_seconds=round(report.eta_seconds) if report.eta_seconds is not None else None,
         memory_estimate=report.memory_estimate,
         memory_peak=report.memory_peak,
+        attempt=report.attempt,
         step_time=since or rfc3339(now),
         updated_time=report.updated_time,
     )
