@@ -104,6 +104,13 @@ def dtype(pods: Sequence[Pod]) -> str | None:
     return next((report.compute_dtype for report in reports if report is not None and report.step), None)
 
 
+def checkpoint_step(known: CheckpointStatus | None, pods: Sequence[Pod]) -> int | None:
+    """Steps in the newest checkpoint that rank 0 has reported, live or at its end."""
+    steps = [report.checkpoint_step for report in _rank_zero_reports(pods)]
+    steps.append(known.step if known is not None else None)
+    return max((step for step in steps if step is not None), default=None)
+
+
 def transfer_report(pods: Sequence[Pod]) -> TerminationReport | None:
     """The report of a transfer's pod that ended well."""
     return next((report for report in _rank_zero_reports(pods) if report.exit_code == 0), None)
