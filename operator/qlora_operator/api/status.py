@@ -49,7 +49,10 @@ class Restarts(StatusModel):
     user: int = 0
     """Counted against backoffLimit."""
     infrastructure: int = 0
-    """Counted against infrastructureBackoffLimit."""
+    """Restarts that the cluster caused."""
+    forgiven: int = 0
+    """Those of them that no longer count against infrastructureBackoffLimit: they came before an attempt that made a
+    new checkpoint."""
 
 
 class Attempt(StatusModel):
@@ -69,6 +72,8 @@ class Attempt(StatusModel):
     """Why it ended, in a sentence."""
     exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
     """Exit codes of its pods, each once."""
+    checkpoint_step: int | None = None
+    """Steps in the newest checkpoint, as far as it was known when the attempt ended."""
     job_uid: str | None = None
     """The uid of its batch/v1 Job, once seen: distinguishes a deleted Job from one that was never created."""
 
@@ -111,6 +116,8 @@ class Progress(StatusModel):
     """Estimated peak memory of a rank, in bytes."""
     memory_peak: int | None = None
     """Largest peak memory of any rank so far, in bytes."""
+    attempt: int | None = None
+    """The attempt whose rank 0 reported this."""
     step_time: Time | None = None
     """When the operator last saw a step completed."""
     advances: int | None = None

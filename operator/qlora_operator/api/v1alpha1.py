@@ -470,7 +470,8 @@ class QLoRAJobSpec(ApiModel):
     is low, since such failures tend to repeat. Permanent failures, such as bad data, are never retried."""
     infrastructure_backoff_limit: int = Field(default=20, ge=0, le=MAX_RESTARTS)
     """Restarts after failures that the cluster caused: drained, preempted or lost nodes; one more fails the job with
-    InfrastructureBackoffLimitExceeded. The default is high, since each loses at most one checkpoint interval of
+    InfrastructureBackoffLimitExceeded. An attempt that makes a new checkpoint ends the count of those before it. The
+    default is high, since each loses at most one checkpoint interval of
     work."""
     pending_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
     """Seconds that the job may wait for all ranks of an attempt before it fails with PendingDeadlineExceeded; not while

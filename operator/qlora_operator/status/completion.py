@@ -17,6 +17,13 @@ _NO_REPORT = AttemptEnd(
 )
 
 
+_UNREAD = AttemptEnd(
+    Reason.DISRUPTED,
+    "the transfer succeeded, but its pod was removed before its report was read; it is repeated",
+    Budget.INFRASTRUCTURE,
+)
+
+
 @dataclass(frozen=True)
 class StageResult:
     """What comes of a complete Job."""
@@ -46,7 +53,7 @@ def _fetched(view: JobView) -> StageResult:
     )
     fields = {"provenance": provenance}
     if stages.next_stage(view.spec, view.status.model_copy(update=fields)) == "fetch":
-        return StageResult(_NO_REPORT, fields)
+        return StageResult(_without_report(view), fields)
     message = "the remote sources are in the workspace"
     return StageResult(AttemptEnd(Reason.FETCHED, message, Budget.NONE, (0,)), fields)
 
@@ -72,11 +79,16 @@ def _trained(view: JobView) -> StageResult:
 def _published(view: JobView) -> StageResult:
     report = progress_status.transfer_report(view.pods)
     if report is None or report.published_uri is None:
-        return StageResult(_NO_REPORT)
+        return StageResult(_without_report(view))
     known = view.status.adapter or AdapterStatus()
     adapter = known.model_copy(update={"published_uri": report.published_uri})
     end = AttemptEnd(Reason.SUCCEEDED, "the adapter is sent", Budget.NONE, (0,))
     return StageResult(end, {"adapter": adapter}, completes=_complete(adapter))
+
+
+def _without_report(view: JobView) -> AttemptEnd:
+    """What is not the job's doing costs it nothing: pods that have ended are removed, as with their node."""
+    return _NO_REPORT if view.pods else _UNREAD
 
 
 def _complete(adapter: AdapterStatus) -> str:

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType, Reason
+from qlora_operator.api.status import Attempt, Progress
 from qlora_operator.status import policies
 from qlora_operator.status.checks import AttemptEnd, Budget, EndCheck, NotYet
 from qlora_operator.status.view import JobView
@@ -60,12 +61,8 @@ def progress_deadline_exceeded(view: JobView) -> AttemptEnd | NotYet | None:
         return None
     if progress is None or progress.step_time is None or progress.updated_time is None:
         return None
-    if (
-        attempt is None
-        or attempt.start is None
-        or parse_time(progress.updated_time) < parse_time(attempt.start)
-    ):
-        return None  # it is an earlier attempt's
+    if attempt is None or attempt.start is None or _is_of_before(progress, attempt):
+        return None
     seconds = view.spec.progress_deadline_seconds
     # Without an advance the status is an earlier operator's.
     advanced = progress.advance_time or progress.step_time
@@ -76,6 +73,16 @@ def progress_deadline_exceeded(view: JobView) -> AttemptEnd | NotYet | None:
     what = "no step was completed" if progress.advances is None else "nothing advanced"
     message = f"{what} for progressDeadlineSeconds: {seconds}, since step {progress.step}"
     return AttemptEnd(Reason.PROGRESS_DEADLINE_EXCEEDED, message, Budget.USER)
+
+
+def _is_of_before(progress: Progress, attempt: Attempt) -> bool:
+    """Whether an earlier attempt reported this. Not by the times, which are of two machines' clocks, unless an operator
+    of before has written it, which did not note the attempt."""
+    if progress.attempt is not None:
+        return progress.attempt != attempt.attempt
+    assert progress.updated_time is not None
+    assert attempt.start is not None
+    return parse_time(progress.updated_time) < parse_time(attempt.start)
 
 
 JOB_DEADLINES: tuple[EndCheck, ...] = (

@@ -11,7 +11,16 @@ from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
 from qlora_operator.api.status import QLoRAJobStatus, Restarts
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.status import completion, conditions, policies, running, stages, starting, teardown
+from qlora_operator.status import (
+    completion,
+    conditions,
+    policies,
+    progress_status,
+    running,
+    stages,
+    starting,
+    teardown,
+)
 from qlora_operator.status.actions import Decision, DeleteJob
 from qlora_operator.status.builder import StatusBuilder
 from qlora_operator.status.checks import AttemptEnd, Budget, NotYet, first_end, first_obstacle
@@ -112,7 +121,12 @@ def _reconcile_attempt(builder: StatusBuilder) -> None:
 def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
     """The attempt gets its reason, and the job pays. This happens once per attempt."""
     view = builder.view
-    builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))
+    builder.set_attempt(
+        reason=end.reason,
+        message=end.message,
+        exit_codes=list(end.exit_codes),
+        checkpoint_step=progress_status.checkpoint_step(view.status.checkpoint, view.pods),
+    )
     builder.set(placement=placement_after(view, end))
     if view.finished:
         return
@@ -124,7 +138,8 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         if end.reason != Reason.SUSPENDED:
             builder.event("Normal", end.reason, end.message)
         return
-    charged = charge(view.spec, view.restarts, end)
+    progressed = policies.made_progress(builder.status.attempts)
+    charged = charge(view.spec, view.restarts, end, progressed=progressed)
     if not isinstance(charged, Restarts):
         builder.finish(ConditionType.FAILED, Reason(charged.reason), charged.message)
         return

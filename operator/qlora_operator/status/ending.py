@@ -17,6 +17,10 @@ SETTLE_LOOK_SECONDS = 1.0
 """How often pods are looked at while a Job fails that only lost a peer: a deleted pod is soon gone, and its
 termination message with it."""
 
+SILENCE = timedelta(seconds=400)
+"""How long a node may be silent under a running attempt. Kubernetes takes pods away after 300 s, which names the cause
+better, unless they tolerate that."""
+
 _ANY_TIER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
 """What pods wait for whatever the tier of their nodes."""
 
@@ -99,6 +103,24 @@ def _intact_job(view: JobView) -> AttemptJob | None:
     """Its Job, unless that fails or is being deleted."""
     job = view.confirmed_job
     return None if job is None or job.failing is not None or job.deleting else job
+
+
+def node_silent(view: JobView) -> AttemptEnd | NotYet | None:
+    """A node of its pods has not answered for longer than Kubernetes itself waits before it takes pods away: they
+    tolerate that, or nobody looks after the node."""
+    if _intact_job(view) is None or not view.is_true(ConditionType.RUNNING) or not view.pods_are_worth_a_look:
+        return None
+    lost = [
+        pod for pod in view.pods if not pod.finished and pod.unready_since and pod.node in view.lost_nodes
+    ]
+    if not lost:
+        return None
+    pod = min(lost, key=lambda pod: (pod.unready_since or view.now, pod.name))
+    deadline = (pod.unready_since or view.now) + SILENCE
+    if view.now < deadline:
+        return NotYet(deadline)
+    message = f"node {pod.node} of pod {pod.name} has not answered for {SILENCE.total_seconds():.0f} s"
+    return AttemptEnd(Reason.NODE_LOST, message, Budget.INFRASTRUCTURE)
 
 
 # --- the user wants it to end
@@ -188,6 +210,7 @@ END_CHECKS: tuple[EndCheck, ...] = (
     job_suspended_again,  # its pods are being deleted
     parallelism_changed,  # its ranks would wait for pods that do not come
     pod_disrupted,  # its ranks are about to lose a peer
+    node_silent,  # they have lost one, and nobody takes it away
     suspension_requested,  # at no cost, so after what costs a restart
     spec_changed,  # likewise: the next attempt is made from the new spec
     *JOB_DEADLINES,

@@ -97,6 +97,8 @@ class Pod:
     """When its grace period ends, or ended."""
     disruption: ReasonMessage | None = None
     """The condition DisruptionTarget."""
+    unready_since: datetime | None = None
+    """Since when it runs, and is not ready."""
     unschedulable: str | None = None
     """The scheduler's message."""
     waiting: ReasonMessage | None = None
@@ -234,6 +236,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         address=status.get("podIP"),
         deleting_since=parse_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         disruption=_reason_message(disrupted) if disrupted.get("status") == "True" else None,
+        unready_since=_unready_since(conditions.get("Ready")),
         unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
         waiting=_reason_message(state.get("waiting")),
         exit_code=ended.get("exitCode"),
@@ -251,6 +254,12 @@ def deactivated(workloads: Sequence[Mapping[str, Any]]) -> str:
             said = {each["type"]: each for each in (raw.get("status") or {}).get("conditions") or []}
             return (said.get("Evicted") or {}).get("message") or "the workload is deactivated"
     return ""
+
+
+def _unready_since(ready: Mapping[str, Any] | None) -> datetime | None:
+    if ready is None or ready.get("status") != "False" or "lastTransitionTime" not in ready:
+        return None
+    return parse_time(ready["lastTransitionTime"])
 
 
 def _controller_uid(metadata: Mapping[str, Any]) -> str | None:

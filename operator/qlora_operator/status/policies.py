@@ -1,6 +1,7 @@
 """When: deadlines, back-off between attempts, and how long nodes, and pods that start, are waited for."""
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from qlora_contract.units import parse_time
@@ -35,18 +36,27 @@ def startup_grace(starting: int) -> timedelta:
     return min(max(MIN_STARTUP_GRACE, timedelta(seconds=starting / LOOKS_PER_SECOND)), MAX_STARTUP_GRACE)
 
 
+def made_progress(attempts: Sequence[Attempt]) -> bool:
+    """Whether the last of these attempts has made a checkpoint of more steps than any before it."""
+    *earlier, last = attempts
+    return (last.checkpoint_step or 0) > max((each.checkpoint_step or 0 for each in earlier), default=0)
+
+
 def backoff(uid: str, attempts: list[Attempt]) -> float:
     """Seconds between the end of the last attempt and the next.
 
     The first restart in a row is prompt, since most failures are singular. From the second on: 10 s, doubled
     each time, at most 6 minutes, and up to a fifth more or less, by a hash of job and attempt: attempts that
-    failed together do not come back together.
+    failed together do not come back together. An attempt that made a new checkpoint begins another row: what was in
+    the way of those before it was not in its way.
     """
     in_a_row = 0
-    for attempt in reversed(attempts):
-        if attempt.reason in NO_COST - {Reason.RELEASED}:
+    for number in range(len(attempts), 0, -1):
+        if attempts[number - 1].reason in NO_COST - {Reason.RELEASED}:
             break
         in_a_row += 1
+        if made_progress(attempts[:number]):
+            break
     if in_a_row < 2 and not (attempts and attempts[-1].reason == Reason.RELEASED):
         return 0.0
     seconds = min(FIRST_BACKOFF_SECONDS * float(2 ** max(in_a_row - 2, 0)), MAX_BACKOFF_SECONDS)

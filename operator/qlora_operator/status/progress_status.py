@@ -33,6 +33,7 @@ def progress(before: Progress | None, report: ProgressReport, now: datetime) -> 
         eta_seconds=round(report.eta_seconds) if report.eta_seconds is not None else None,
         memory_estimate=report.memory_estimate,
         memory_peak=report.memory_peak,
+        attempt=report.attempt,
         step_time=(before.step_time if before is not None and same_step else None) or rfc3339(now),
         advances=report.advances,
         advance_time=(before.advance_time or before.step_time if before is not None and stands else None)
@@ -105,6 +106,13 @@ def dtype(pods: Sequence[Pod]) -> str | None:
     """The data type in which pods that have ended completed a step, by their reports."""
     reports = (termination_report(pod) for pod in pods)
     return next((report.compute_dtype for report in reports if report is not None and report.step), None)
+
+
+def checkpoint_step(known: CheckpointStatus | None, pods: Sequence[Pod]) -> int | None:
+    """Steps in the newest checkpoint that rank 0 has reported, live or at its end."""
+    steps = [report.checkpoint_step for report in _rank_zero_reports(pods)]
+    steps.append(known.step if known is not None else None)
+    return max((step for step in steps if step is not None), default=None)
 
 
 def transfer_report(pods: Sequence[Pod]) -> TerminationReport | None:

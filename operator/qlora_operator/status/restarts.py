@@ -10,15 +10,25 @@ from qlora_operator.status.observation import ReasonMessage
 from qlora_operator.status.view import JobView
 
 
-def charge(spec: QLoRAJobSpec, restarts: Restarts, end: AttemptEnd) -> Restarts | ReasonMessage:
-    """The restarts with the one that this end costs; or why the job fails, when its budget is used up."""
+def charge(
+    spec: QLoRAJobSpec, restarts: Restarts, end: AttemptEnd, *, progressed: bool
+) -> Restarts | ReasonMessage:
+    """The restarts with the one that this end costs; or why the job fails, when its budget is used up.
+
+    Args:
+        spec: has the limits.
+        restarts: so far.
+        end: the attempt's.
+        progressed: it has made a new checkpoint, so the cluster does let the job get on.
+    """
     if end.budget == Budget.USER:
         used, limit, field = restarts.user, spec.backoff_limit, "backoffLimit"
         charged, reason = {"user": used + 1}, Reason.BACKOFF_LIMIT_EXCEEDED
     else:
-        used, limit = restarts.infrastructure, spec.infrastructure_backoff_limit
-        field = "infrastructureBackoffLimit"
-        charged, reason = {"infrastructure": used + 1}, Reason.INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED
+        forgiven = restarts.infrastructure if progressed else restarts.forgiven
+        used, limit = restarts.infrastructure - forgiven, spec.infrastructure_backoff_limit
+        field, reason = "infrastructureBackoffLimit", Reason.INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED
+        charged = {"infrastructure": restarts.infrastructure + 1, "forgiven": forgiven}
     if used < limit:
         return restarts.model_copy(update=charged)
     exhausted = f"all {limit} restarts of {field} are used up" if limit else f"{field} is 0"

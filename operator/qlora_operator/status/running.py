@@ -98,7 +98,20 @@ def _run(builder: StatusBuilder, job: AttemptJob) -> None:
     report = view.seen.progress
     pods = view.pods if view.pods_are_worth_a_look else []
     reason = _REASONS[report.stage] if report and view.stage == "train" else stages.RUNNING[view.stage]
-    if report or not view.is_true(ConditionType.RUNNING):
+    unready = (pod for pod in pods if not pod.finished and pod.unready_since is not None)
+    lost = next((pod for pod in unready if pod.node in view.lost_nodes), None)
+    if lost is not None:
+        reason = Reason.NODE_LOST
+        message = (
+            f"node {lost.node} of pod {lost.name} does not answer: unless it is back soon, the job restarts when "
+            "its pod is certain to be dead"
+        )
+        said = view.condition(ConditionType.RUNNING)
+        if said is None or said.reason != Reason.NODE_LOST:
+            builder.event("Warning", reason, message)
+        builder.set_true(ConditionType.RUNNING, reason, message)
+        builder.set(message=message)
+    elif report or not view.is_true(ConditionType.RUNNING):
         message = _MESSAGES[reason] + stages.bytes_transferred(report)
         builder.set_true(ConditionType.RUNNING, reason, message)
         builder.set(message=message)

@@ -49,7 +49,7 @@ DEFAULTS = {
         "gradientCheckpointing": "auto",
         "seed": 0,
     },
-    "evaluation": {"everySteps": None, "requireImprovement": True},
+    "evaluation": {"everySteps": None, "maxTokens": 65536, "requireImprovement": True},
     "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
     "topology": {
         "pods": 1,

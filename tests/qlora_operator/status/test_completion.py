@@ -87,6 +87,19 @@ def test_a_transfer_is_done_when_it_says_what_it_did(
 
 
 @TRANSFERS
+def test_a_transfer_whose_pod_was_removed_unread_is_repeated_at_no_cost_to_the_user(
+    transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, stage: str
+) -> None:
+    """Housekeeping of pods that have ended, or their node's end, is not the job's doing."""
+    spec = {**REMOTE, "backoffLimit": 0}
+
+    status = ask(transferring(stage), [make_attempt_job(complete=True)], [], spec=spec, tiers=[]).status
+
+    assert (status.attempts[0].reason, status.phase) == ("Disrupted", "Restarting")
+    assert (status.restarts.user, status.restarts.infrastructure) == (0, 1)
+
+
+@TRANSFERS
 def test_a_transfer_is_not_judged_before_its_report_was_looked_for(
     transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, stage: str
 ) -> None:

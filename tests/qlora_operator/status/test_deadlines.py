@@ -180,6 +180,25 @@ def test_a_rank_that_advances_without_steps_goes_on(
     assert (attempt.reason, attempt.message) == (("ProgressDeadlineExceeded", ends) if ends else (None, None))
 
 
+@pytest.mark.parametrize(("attempt", "ends"), [(0, True), (7, False)])
+def test_whose_progress_it_is_does_not_depend_on_clocks(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    now: datetime,
+    attempt: int,
+    ends: bool,
+) -> None:
+    """The time of a report is of rank 0's clock, and that of the attempt's start of the operator's."""
+    hours = {0: now - timedelta(hours=9), 7: now + timedelta(hours=9)}
+    told = {"stepTime": START, "updatedTime": rfc3339(hours[attempt]), "attempt": attempt}
+    status = {**running(), "progress": {"step": 3, "totalSteps": 10, **told}}
+
+    after = ask(status, [make_attempt_job(ready=2, parallelism=2)], [], spec={"progressDeadlineSeconds": 60})
+
+    assert (after.status.attempts[0].reason == "ProgressDeadlineExceeded") == ends
+
+
 START = "2026-01-31T11:00:00Z"
 REMOTE = {
     "model": {"source": "hf://org/model"},

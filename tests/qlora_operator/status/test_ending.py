@@ -233,6 +233,45 @@ def test_each_check_finds_its_end_alone(
     assert (end.reason, end.budget) == (reason, budget)
 
 
+@pytest.mark.parametrize(
+    ("age", "pod", "lost", "reason"),
+    [
+        pytest.param(399, {}, {"n"}, None, id="not long enough"),
+        pytest.param(400, {}, {"n"}, "NodeLost", id="for too long"),
+        pytest.param(9000, {}, set(), None, id="its node is there"),
+        pytest.param(9000, {"phase": "Failed"}, {"n"}, None, id="its pod is over"),
+        pytest.param(None, {}, {"n"}, None, id="its pod is ready"),
+    ],
+)
+def test_a_node_that_stays_silent_ends_the_attempt(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    age: float | None,
+    pod: dict[str, Any],
+    lost: set[str],
+    reason: str | None,
+) -> None:
+    """Where nobody takes its pods away, since they tolerate it; until then the job says at once what is wrong."""
+    since = None if age is None else now - timedelta(seconds=age)
+    pods = [
+        make_pod(0, **{"phase": "Running", "node": "n", "unready_since": since, **pod}),
+        make_pod(1, phase="Running", node="m"),
+    ]
+
+    found = ask(
+        running(), [make_attempt_job(ready=1, parallelism=2)], pods, lost_nodes=frozenset(lost)
+    ).status
+
+    assert found.attempts[0].reason == reason
+    if reason is None and lost and since and pod == {}:
+        said = {condition.type: condition for condition in found.conditions}["Running"]
+        assert (said.status, said.reason) == ("True", "NodeLost")
+        assert found.message.startswith("node n of pod job-a0-0 does not answer")
+
+
 HELD = {**ADMITTED, "status": "False", "reason": "Deactivated"}
 WAITING = {**ADMITTED, "status": "False", "reason": "Queued"}
 

@@ -111,6 +111,10 @@ def container(**fields: Any) -> dict[str, Any]:
             id="unschedulable",
         ),
         pytest.param({"status": {"conditions": [said("PodScheduled")]}}, {}, id="scheduled"),
+        pytest.param({"status": {"conditions": [said("Ready")]}}, {}, id="ready"),
+        pytest.param(
+            {"status": {"conditions": [said("Ready", "False")]}}, {"unready_since": NOON}, id="not ready"
+        ),
         pytest.param(
             {"status": {"conditions": [said("DisruptionTarget")]}},
             {"disruption": ReasonMessage("R", "m")},

@@ -72,6 +72,27 @@ def test_backoff_grows_with_failures_in_a_row(reasons: list[Reason], seconds: fl
     assert 0.8 * seconds <= waited <= 1.2 * seconds
 
 
+@pytest.mark.parametrize(
+    ("steps", "seconds"),
+    [
+        pytest.param([None, None, None], 20, id="no checkpoint at all"),
+        pytest.param([5, 5, 5], 20, id="the same all the time"),
+        pytest.param([5, None, 5], 20, id="the same, once not told of"),
+        pytest.param([5, 10, 15], 0, id="each got on"),
+        pytest.param([None, None, 5], 0, id="the last one got on"),
+        pytest.param([5, 10, 10], 10, id="the last one did not"),
+    ],
+)
+def test_a_new_checkpoint_begins_another_row(steps: list[int | None], seconds: float) -> None:
+    """Eight drains, one a day, are no row of failures."""
+    row = [
+        attempt.model_copy(update={"checkpoint_step": step})
+        for attempt, step in zip(attempts(FAILED, TERMINATED, FAILED), steps, strict=True)
+    ]
+
+    assert 0.8 * seconds <= policies.backoff(UID, row) <= 1.2 * seconds
+
+
 def test_backoff_spreads_jobs() -> None:
     """Jobs that failed together do not come back together, and each always after the same time."""
     failed = attempts(FAILED, FAILED)

@@ -179,6 +179,7 @@ FAILED = {"failed": True, "failing": ReasonMessage("BackoffLimitExceeded", "")}
         pytest.param({"suspended": True}, "False", False, NOTHING, id="in the queue"),
         pytest.param({"ready": 2}, "True", False, NOTHING, id="all run"),
         pytest.param({"ready": 1}, "True", False, {PODS}, id="one is not ready any more"),
+        pytest.param({"ready": 0}, "True", False, {PODS, HEALTH}, id="none is, and perhaps no node"),
         pytest.param({"ready": 2}, "False", False, {PODS}, id="all are up just now"),
         pytest.param({"ready": 1}, "False", False, NOTHING, id="not all up, but soon"),
     ],
@@ -196,7 +197,8 @@ def test_an_attempt_that_does_well_costs_no_request(
 ) -> None:
     """What an attempt's Job tells by itself is enough while it goes well."""
     jobs = [] if job is None else [make_attempt_job(**job)]
-    pods = [make_pod(index, phase="Running", node="n") for index in range(2)]
+    since = now if job == {"ready": 0} else None
+    pods = [make_pod(index, phase="Running", node="n", unready_since=since) for index in range(2)]
 
     assert reads(make_job(open_attempt(now, running), suspend=suspend), jobs, pods) == wanted
 

@@ -55,6 +55,49 @@ def test_an_end_costs_a_restart_or_the_job(
     assert found.attempts[0].exit_codes == [code]
 
 
+@pytest.mark.parametrize(
+    ("code", "told", "limit", "phase", "after"),
+    [
+        pytest.param(50, 40, 20, "Restarting", (20, 21, 20), id="it got on: those before are forgiven"),
+        pytest.param(50, 30, 20, "Failed", (20, 20, 0), id="it did not"),
+        pytest.param(50, None, 20, "Failed", (20, 20, 0), id="nobody knows"),
+        pytest.param(50, 40, 0, "Failed", (20, 20, 0), id="no restarts at all"),
+        pytest.param(1, 40, 20, "Failed", (20, 20, 0), id="the user's are not forgiven"),
+    ],
+)
+def test_the_clusters_restarts_are_forgiven_to_a_job_that_gets_on(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    code: int,
+    told: int | None,
+    limit: int,
+    phase: str,
+    after: tuple[int, int, int],
+) -> None:
+    """A job of weeks on nodes that come and go is not given up while each attempt makes a new checkpoint."""
+    words = json.dumps({"version": 1, "exitCode": code, "reason": "X", "cause": "x", "checkpointStep": told})
+    said = f"Container trainer for pod team/job-a1-0 failed with exit code {code} matching FailJob rule"
+    failing = {"failing": ReasonMessage("PodFailurePolicy", said), "failed": True}
+    earlier = {"attempt": 0, "start": START, "end": START, "reason": "Drained", "checkpointStep": 30}
+    known = running()
+    attempts = [earlier, {**known["attempts"][0], "attempt": 1, "jobUid": "job-uid-1"}]
+    restarts = {"restarts": {"user": 20, "infrastructure": 20}}
+    pods = [make_pod(0, 1, phase="Failed", node="n", exit_code=code, termination_message=words)]
+
+    found = ask(
+        {**known, "attempt": 1, "attempts": attempts, **restarts},
+        [make_attempt_job(1, parallelism=2, **failing)],
+        pods,
+        spec={"backoffLimit": 20, "infrastructureBackoffLimit": limit},
+        tiers=[],
+    ).status
+
+    assert found.phase == phase
+    assert (found.restarts.user, found.restarts.infrastructure, found.restarts.forgiven) == after
+
+
 REMOTE = {
     "model": {"source": "hf://org/model"},
     "dataset": {"source": "s3://bucket/data.jsonl"},
