@@ -253,10 +253,10 @@ def test_a_published_adapter_is_whole(tmp_path: Path) -> None:
 def test_the_chat_template_goes_along_with_the_adapter(tmp_path: Path) -> None:
     """What wrote the conversations is where tokenizers look for it, and part of the whole."""
     folder = acquired(tmp_path)
-    staged = adapter.write_adapter(folder, small_adapter(), "org/base", "{{ messages }} – é")
+    staged = adapter.write_adapter(folder, small_adapter(), "org/base", "{{ messages }} é")
     adapter.publish(folder, staged, REPORT, STEPS)
 
-    assert (folder.adapter / CHAT_TEMPLATE).read_text(encoding="utf-8") == "{{ messages }} – é"
+    assert (folder.adapter / CHAT_TEMPLATE).read_text(encoding="utf-8") == "{{ messages }} é"
     assert CHAT_TEMPLATE in json.loads((folder.adapter / MANIFEST).read_text())["files"]
 
 

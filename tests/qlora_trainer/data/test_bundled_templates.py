@@ -42,15 +42,19 @@ def _of(name: str, byte_tokenizer: Make) -> Any:
             "chatml",
             [SYSTEM, QUESTION, ANSWER, QUESTION],
             True,
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-            "<|im_start|>assistant\nSo.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+            (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+                "<|im_start|>assistant\nSo.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+            ),
         ),
         (
             "qwen3",
             [SYSTEM, QUESTION, ANSWER],
             False,
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-            "<|im_start|>assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n",
+            (
+                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+                "<|im_start|>assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n"
+            ),
         ),
         ("qwen3", [QUESTION], True, "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
         (
@@ -63,8 +67,10 @@ def _of(name: str, byte_tokenizer: Make) -> Any:
             "gemma",
             [SYSTEM, Message("user", " Why? "), ANSWER, QUESTION],
             True,
-            "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\nSo.<end_of_turn>\n"
-            "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+            (
+                "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\nSo.<end_of_turn>\n"
+                "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+            ),
         ),
         (
             "plain",

@@ -300,10 +300,13 @@ def test_any_conversation_is_learned_right_or_refused(
 ) -> None:
     """Whatever the conversation: exactly its answers with their ends are learned, or a DataError names the record."""
     tokenizer = marked_tokenizer(template, merges=(("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ċ", "Ġ")), rstrip=rstrip)
+    refused: DataError | None = None
     try:
         learned = _learned(Chat(tuple(messages)), tokenizer, train)
     except DataError as error:
-        assert str(error).startswith("f.jsonl: line 3: ")
+        refused = error
+    if refused is not None:
+        assert str(refused).startswith("f.jsonl: line 3: ")
         return
     last = max(i for i, message in enumerate(messages) if message.role == "assistant")
     asked = max((i for i, message in enumerate(messages[:last]) if message.role == "user"), default=0)
