@@ -63,6 +63,20 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     assert list((tmp_path / "compiled").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["g++"], "-march=x86-64"), (["python", "-m", "ziglang", "c++"], "-march=x86_64")],
+    ids=["g++", "ziglang"],
+)
+def test_every_compiler_is_held_to_the_oldest_processor(
+    words: list[str], expected: str, tmp_path: Path
+) -> None:
+    """Its default may be the processor that it runs on."""
+    lines = build.commands(words, tmp_path, tmp_path / "out.so")
+
+    assert all(expected in line for line in lines[:-1])
+
+
 def test_only_a_tier_s_own_file_may_use_its_instructions(tmp_path: Path) -> None:
     """Whatever is not a tier's file is compiled for the oldest x86-64."""
     lines = build.commands(["c++"], tmp_path, tmp_path / "out.so")
