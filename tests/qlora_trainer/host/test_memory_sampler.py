@@ -1,9 +1,13 @@
 """A rank's own memory, sampled."""
 
+import gc
 import mmap
 import threading
 from pathlib import Path
 
+import pytest
+
+from qlora_trainer.host import memory_sampler
 from qlora_trainer.host.memory_sampler import MemorySampler
 
 MIB = 2**20
@@ -42,6 +46,20 @@ def test_the_sampler_keeps_no_process_alive() -> None:
     MemorySampler()
 
     assert all(t.daemon for t in threading.enumerate() if t.name == "memory-sampler")
+
+
+def test_its_thread_ends_when_nobody_has_the_sampler_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that runs one job after another does not gather threads."""
+    monkeypatch.setattr(memory_sampler, "INTERVAL_SECONDS", 0.01)
+    before = set(threading.enumerate())
+    sampler = MemorySampler()
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.is_alive()
+
+    del sampler
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_it_samples_by_itself() -> None:

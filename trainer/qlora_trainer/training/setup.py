@@ -138,6 +138,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context, {"model": fingerprint(model_folder), "data": data.train.digest(), "torch": torch.__version__}
     )
     if context.is_rank_zero:
+        for use, facts in data.facts().items():
+            log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
