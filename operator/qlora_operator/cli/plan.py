@@ -252,8 +252,8 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
 def split_text(split: SplitStats, use: str = "trained") -> str:
     """A split in one line. `use`: what is done with its supervised tokens."""
     text = (
-        f"{split.samples:,} samples from {split.records:,} records, {split.tokens:,} tokens, "
-        f"{split.supervised_tokens:,} of them {use} on"
+        f"{split.samples:,} samples from {split.records:,} {f'{split.format} ' if split.format else ''}records, "
+        f"{split.tokens:,} tokens, {split.supervised_tokens:,} of them {use} on"
     )
     if split.left_out:
         text += f"; {split.left_out:,} more are left out, beyond evaluation.maxTokens"
@@ -261,6 +261,8 @@ def split_text(split: SplitStats, use: str = "trained") -> str:
         text += f"; {split.truncated:,} truncated"
     if split.dropped:
         text += f"; {split.dropped:,} dropped, because truncation left nothing to train on"
+    for bad in split.bad:
+        text += f"; {bad.count:,} left out: {bad.reason} ({', '.join(bad.places)})"
     return text
 
 

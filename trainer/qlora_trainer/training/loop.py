@@ -291,6 +291,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     context.progress.update(stage="Publishing")
     ranks = context.group.all_gather_object(context.rank_stats())
     report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
+    report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
     report["adapter_sha256"] = digest
     report["evaluated"] = evaluated(state)
     report["provenance"] |= {
