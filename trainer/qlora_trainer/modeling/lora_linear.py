@@ -176,7 +176,9 @@ class Mask:
     def _apply(self, x: Tensor, out: Tensor, *, add: bool) -> None:
         passes = passes_for(x, out)
         lengths = [tokens for _, tokens in self.bins]
-        for (key, _), source, target in zip(self.bins, x.split(lengths), out.split(lengths), strict=True):
+        for (key, _), source, target in zip(
+            self.bins, torch.split(x, lengths), torch.split(out, lengths), strict=True
+        ):
             if passes is None:
                 self._apply_reference(source, target, key, add=add)
             else:

@@ -176,7 +176,7 @@ class Passes:
             (rows,) fp32.
         """
         rows, words = logits.shape
-        total, distance = torch.empty(2, rows, dtype=torch.float32)
+        total, distance = (torch.empty(rows, dtype=torch.float32) for _ in range(2))
         self._cross_entropy(
             torch.get_num_threads(), _TYPES[logits.dtype], logits.data_ptr(), targets.data_ptr(), total.data_ptr(),
             distance.data_ptr(), rows, words, gradient,
