@@ -102,7 +102,7 @@ def next_tier(view: JobView) -> IsaTier:
     tiers, last, before = view.feasible_tiers, view.last_attempt, view.placement.isa
     if before is not None and view.status.adapter is not None:
         return before  # where it was trained; the adapter is sent from any node
-    if last is None or last.reason not in policies.UNSCHEDULED or before not in tiers:
+    if last is None or before is None or last.reason not in policies.UNSCHEDULED or before not in tiers:
         return tiers[0]
     return view.wider_tier or before
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from qlora_operator.api.names import Reason
+from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.status.actions import Action, DeleteAttemptJob, DeletePod
 from qlora_operator.status.failure import disruption
-from qlora_operator.status.observation import Pod, ReasonMessage
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 from qlora_operator.status.view import JobView
 
 OVERDUE = timedelta(seconds=30)
@@ -80,13 +80,26 @@ def delete_leftover_jobs(view: JobView) -> list[Action]:
     """Deletes Jobs of other attempts, and the last one's if it outlives the attempt, whatever the job does next: a
     queue may yet admit it.
 
-    A Job that ended by itself stays until the next attempt, or the end of the QLoRAJob, for its pods' logs.
+    The newest that failed by itself stays for its pods' logs, until the next attempt has ended or the job has.
     """
-    over = view.open_attempt is None
+    over, kept = view.open_attempt is None, _kept_for_its_logs(view)
     return [
         DeleteAttemptJob(job.name, job.uid)
         for job in view.seen.attempt_jobs
         if job.controlled
         and not job.deleting
+        and job != kept
         and (job.attempt != view.status.attempt or (over and not job.finished and job.failing is None))
     ]
+
+
+def _kept_for_its_logs(view: JobView) -> AttemptJob | None:
+    """The newest Job before the open attempt's that failed. It holds no nodes; but a quota may count it, or its pods,
+    and then it goes."""
+    number = view.status.attempt
+    waits = (view.condition(kind) for kind in (ConditionType.INITIALIZED, ConditionType.RUNNING))
+    short = any(each is not None and each.reason == Reason.QUOTA_EXCEEDED for each in waits)
+    if view.open_attempt is None or view.finished or number is None or short:
+        return None
+    failed = (job for job in view.seen.attempt_jobs if job.controlled and job.failed and job.attempt < number)
+    return max(failed, key=lambda job: job.attempt, default=None)

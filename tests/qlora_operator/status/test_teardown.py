@@ -10,7 +10,7 @@ import pytest
 from qlora_operator.api.names import Reason
 from qlora_operator.status.actions import Decision, DeletePod, StartAttempt
 from qlora_operator.status.observation import Pod, ReasonMessage
-from qlora_operator.status.teardown import OVERDUE, blocking_pods
+from qlora_operator.status.teardown import OVERDUE, blocking_pods, delete_leftover_jobs
 from qlora_operator.status.view import JobView
 
 Status = Callable[..., dict[str, Any]]
@@ -92,6 +92,51 @@ def test_an_attempt_ends_with_its_last_pod(
     status = ask(running(reason="UnexpectedError"), jobs, seen, tiers=[]).status
 
     assert (status.attempts[0].end is not None) == ended
+
+
+SHORT = {"type": "Initialized", "status": "False", "reason": "QuotaExceeded", "message": ""}
+
+
+@pytest.mark.parametrize(
+    ("attempt", "conditions", "gone"),
+    [
+        pytest.param({}, [], ["job-a0", "job-a1"], id="the newest failure's stays"),
+        pytest.param(
+            {"end": "2026-01-01T11:00:00Z"}, [], ["job-a0", "job-a1", "job-a2"], id="another has ended"
+        ),
+        pytest.param({}, [SHORT], ["job-a0", "job-a1", "job-a2"], id="a quota counts it"),
+        pytest.param(
+            {},
+            [{**SHORT, "type": "Finished", "status": "True"}],
+            ["job-a0", "job-a1", "job-a2"],
+            id="the job is over",
+        ),
+    ],
+)
+def test_the_logs_of_the_newest_failure_stay_while_the_next_attempt_lasts(
+    make_view: Callable[..., JobView],
+    make_attempt_job: Any,
+    attempt: dict[str, Any],
+    conditions: list[dict[str, Any]],
+    gone: list[str],
+) -> None:
+    """Whoever wants to know why it failed has that long to read them; what was done, or older, goes."""
+    jobs = [
+        make_attempt_job(0, failed=True),
+        make_attempt_job(1, complete=True),
+        make_attempt_job(2, failed=True),
+        make_attempt_job(3),
+    ]
+    since = {"lastTransitionTime": "2026-01-01T11:00:00Z"}
+    status = {
+        "attempt": 3,
+        "attempts": [{"attempt": 3, "start": "2026-01-01T11:00:00Z", **attempt}],
+        "conditions": [{**each, **since} for each in conditions],
+    }
+
+    actions = delete_leftover_jobs(make_view(status, jobs, []))
+
+    assert [action.name for action in actions if action.name != "job-a3"] == gone
 
 
 def test_orphans_are_deleted_before_anything_is_created(
