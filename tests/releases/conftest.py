@@ -159,7 +159,17 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
 @pytest.fixture(scope="session")
 def specs() -> SearchStrategy[dict[str, Any]]:
     """Random valid specs: every field that ranks need, set or not."""
-    schema = job_schema()["properties"]["spec"]["properties"]
+    return _specs(job_schema())
+
+
+@pytest.fixture(scope="session")
+def old_specs(old_crd: dict[str, Any]) -> SearchStrategy[dict[str, Any]]:
+    """As specs, with the fields and values that release 0.1.0 had."""
+    return _specs(old_crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+
+
+def _specs(job: Schema) -> SearchStrategy[dict[str, Any]]:
+    schema = job["properties"]["spec"]["properties"]
     fields = {name: values(schema[name], name) for name in CARRIED}
     return st.builds(
         _consistent,

@@ -3,6 +3,8 @@
 The operator's side cannot read a model or data itself: that takes the trainer's packages.
 """
 
+from pydantic import Field
+
 from qlora_contract.base import ContractModel
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
 from qlora_contract.run_config import IsaTier
@@ -26,10 +28,23 @@ class Machine(ContractModel):
         return len(self.cpus) if self.quota is None else max(1, min(len(self.cpus), int(self.quota)))
 
 
+class BadRecords(ContractModel):
+    """Records that were left out for one reason."""
+
+    reason: str
+    count: int
+    places: list[str]
+    """Where the first few of them are."""
+
+
 class SplitStats(ContractModel):
     """The records of a split, and what became of them."""
 
+    format: str = ""
+    """What the records are, as dataset.format has it."""
     records: int
+    bad: list[BadRecords] = Field(default=[])
+    """Records beside these that were left out by dataset.onBadRecord, the most frequent reason first."""
     truncated: int
     """Samples whose end was cut off."""
     dropped: int

@@ -38,15 +38,9 @@ RUN_CONFIG_VERSIONS: tuple[RunConfigVersion, ...] = (1, 2)
 RUN_CONFIG_VERSION: RunConfigVersion = 2
 """The newest."""
 
-SINCE: Mapping[str, int] = {
-    "dataset.chatTemplate": 2,
-    "dataset.chatTemplateKwargs": 2,
-    "dataset.train": 2,
-}
-"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
-value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
-
 MAX_EVAL_FRACTION = 0.5
+COLUMN_PATTERN = r"^[^\x00-\x1f\x7f]+$"
+"""A column of the data: any name without control characters."""
 
 BUNDLED = "bundled:"
 """What dataset.chatTemplate begins with when it names one of the trainer's own templates."""
@@ -75,6 +69,7 @@ Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=REVISION_P
 ResolvedRevision = Annotated[str, Field(max_length=128, pattern="^[A-Za-z0-9][-A-Za-z0-9._]*$")]
 """Also the name of a folder."""
 Split = Annotated[str, Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
+ColumnName = Annotated[str, Field(min_length=1, max_length=128, pattern=COLUMN_PATTERN)]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Tokens = Annotated[int, Field(ge=1, le=16_777_216)]
 
@@ -87,16 +82,34 @@ class ModelSource(ContractModel):
     credentials_secret: SecretName | None = None
 
 
+class Columns(ContractModel):
+    """Where the data have other names for what a format reads."""
+
+    messages: ColumnName | None = None
+    prompt: ColumnName | None = None
+    completion: ColumnName | None = None
+    instruction: ColumnName | None = None
+    input: ColumnName | None = None
+    output: ColumnName | None = None
+    system: ColumnName | None = None
+    history: ColumnName | None = None
+    tools: ColumnName | None = None
+    text: ColumnName | None = None
+
+
 class Dataset(ContractModel):
     """The training data, and what is held out of it."""
 
     source: DatasetUri
     revision: Revision = "main"
     credentials_secret: SecretName | None = None
-    format: Literal["auto", "chat", "prompt-completion"] = "auto"
+    format: Literal["auto", "chat", "prompt-completion", "alpaca", "text"] = "auto"
+    columns: Columns = Columns()
     train_split: Split = "train"
     eval_split: Split | None = None
     eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
     chat_template: str | None = Field(
         default=None, min_length=1, max_length=65_536, pattern=CHAT_TEMPLATE_PATTERN
     )
@@ -306,6 +319,20 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
     if revision is None:
         raise ValueError(f"{source} was not fetched")
     return fetched_uri(workspace, parse_remote(source), revision)
+
+
+SINCE: Mapping[str, int] = {
+    **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
+    "dataset.chatTemplate": 2,
+    "dataset.chatTemplateKwargs": 2,
+    "dataset.format=alpaca": 2,
+    "dataset.format=text": 2,
+    "dataset.maxBadShare": 2,
+    "dataset.onBadRecord": 2,
+    "dataset.train": 2,
+}
+"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
+value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
 
 
 def newer_than(run: RunConfig, version: int) -> list[str]:

@@ -169,7 +169,9 @@ def plan(run: RunConfig) -> PlanReport:
 def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
     """The counts of a split."""
     return SplitStats(
+        format=facts.format,
         records=facts.records,
+        bad=list(facts.bad),
         truncated=facts.truncated,
         dropped=facts.dropped,
         samples=len(samples),

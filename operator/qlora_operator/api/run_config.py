@@ -52,7 +52,9 @@ def to_run_config(
         ),
         workspace=spec.workspace,
         model=carry_over(wire.ModelSource, spec.model),
-        dataset=carry_over(wire.Dataset, spec.dataset),
+        dataset=carry_over(
+            wire.Dataset, spec.dataset, columns=carry_over(wire.Columns, spec.dataset.columns)
+        ),
         adapter=carry_over(wire.Adapter, spec.adapter),
         quantization=carry_over(wire.Quantization, spec.quantization),
         training=carry_over(wire.Training, spec.training),

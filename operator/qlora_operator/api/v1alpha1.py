@@ -25,7 +25,14 @@ from qlora_contract.remote import (
     SECRET_PATTERN,
     is_remote,
 )
-from qlora_contract.run_config import CHAT_TEMPLATE_PATTERN, ISA_TIERS, MAX_EVAL_FRACTION, MAX_RANKS, IsaTier
+from qlora_contract.run_config import (
+    CHAT_TEMPLATE_PATTERN,
+    COLUMN_PATTERN,
+    ISA_TIERS,
+    MAX_EVAL_FRACTION,
+    MAX_RANKS,
+    IsaTier,
+)
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
 from qlora_operator.api.status import QLoRAJobStatus, StatusModel
@@ -96,20 +103,49 @@ class ModelSource(ApiModel):
     identity."""
 
 
+class Columns(ApiModel):
+    """Where the data have other names for what a format reads. Unset: the format's own name."""
+
+    messages: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the conversation, of the format chat."""
+    prompt: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the prompt, of the format prompt-completion."""
+    completion: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the completion, of the format prompt-completion."""
+    instruction: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the instruction, of the format alpaca."""
+    input: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with what the instruction is about, of the format alpaca."""
+    output: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the answer, of the format alpaca."""
+    system: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the system message, of the formats chat and alpaca."""
+    history: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with earlier questions and answers, of the format alpaca."""
+    tools: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with what the assistant may call, of the formats chat and alpaca."""
+    text: str | None = Field(default=None, min_length=1, max_length=128, pattern=COLUMN_PATTERN)
+    """Column with the text, of the format text."""
+
+
 class Dataset(ApiModel):
     """The training data, and the part of it that is held out for evaluation."""
 
     source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
-    """JSONL file, or folder in which split S is the file S.jsonl: `pvc://claim/path`; or
-    `hf://datasets/org/name/path` or `s3://bucket/path`, which is fetched into the workspace first."""
+    """File with records (JSONL, JSON, CSV, TSV, Parquet, Arrow, text), or folder in which split S is the file S.jsonl,
+    the files S-00000-of-00004.parquet, or the folder S: `pvc://claim/path`; or `hf://datasets/org/name/path` or
+    `s3://bucket/path`, which is fetched into the workspace first."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
     """Branch, tag or commit of a dataset on the Hub. The job keeps the commit that it resolves to at the first
     fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret in the job's namespace to fetch the dataset with, with the same keys as for the model."""
-    format: Literal["auto", "chat", "prompt-completion"] = "auto"
-    """`chat`: {"messages": [{"role", "content"}, ...]}; `prompt-completion`: {"prompt", "completion"};
-    `auto`: detected from the first record."""
+    format: Literal["auto", "chat", "prompt-completion", "alpaca", "text"] = "auto"
+    """`chat`: {"messages": [{"role", "content"}, ...]}, or conversations as ShareGPT has them; `prompt-completion`:
+    {"prompt", "completion"}; `alpaca`: {"instruction", "input", "output"}, written as a conversation; `text`:
+    {"text"}, learned as a whole; `auto`: detected from the first record."""
+    columns: Columns = Columns()
+    """Where the data have other names for what a format reads: question and answer, say, for instruction and output."""
     train_split: str = Field(
         default="train", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
     )
@@ -120,7 +156,12 @@ class Dataset(ApiModel):
     """Split to evaluate on when the source is a folder; without it, evalFraction of the training split is held out."""
     eval_fraction: float = Field(default=0.05, ge=0.0, le=MAX_EVAL_FRACTION)
     """Share of the records held out for evaluation, chosen by each record's hash, so that it does not
-    change with the order of the file. 0: no evaluation. Not used with evalSplit."""
+    change with the order of the file; at least one record. 0: no evaluation. Not used with evalSplit."""
+    on_bad_record: Literal["fail", "skip"] = "fail"
+    """What to do with a record that cannot be trained on: `fail` ends the job and names the first ten; `skip` leaves it
+    out, and counts it in the log and in training_report.json."""
+    max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of a split's records that onBadRecord `skip` leaves out at most; with more, the job fails."""
     chat_template: str | None = Field(
         default=None, min_length=1, max_length=65_536, pattern=CHAT_TEMPLATE_PATTERN
     )

@@ -252,13 +252,16 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
 def split_text(split: SplitStats) -> str:
     """A split in one line."""
     text = (
-        f"{split.samples:,} samples from {split.records:,} records, {split.tokens:,} tokens, "
+        f"{split.samples:,} samples from {split.records:,} {f'{split.format} ' if split.format else ''}records, "
+        f"{split.tokens:,} tokens, "
         f"{split.supervised_tokens:,} of them trained on"
     )
     if split.truncated:
         text += f"; {split.truncated:,} truncated"
     if split.dropped:
         text += f"; {split.dropped:,} dropped, because truncation left nothing to train on"
+    for bad in split.bad:
+        text += f"; {bad.count:,} left out: {bad.reason} ({', '.join(bad.places)})"
     return text
 
 

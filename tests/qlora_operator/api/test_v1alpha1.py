@@ -84,9 +84,25 @@ DEFAULTS = {
         "revision": "main",
         "credentialsSecret": None,
         "format": "auto",
+        "columns": dict.fromkeys(
+            [
+                "messages",
+                "prompt",
+                "completion",
+                "instruction",
+                "input",
+                "output",
+                "system",
+                "history",
+                "tools",
+                "text",
+            ]
+        ),
         "trainSplit": "train",
         "evalSplit": None,
         "evalFraction": 0.05,
+        "onBadRecord": "fail",
+        "maxBadShare": 0.01,
         "chatTemplate": None,
         "chatTemplateKwargs": {},
         "train": "all",
@@ -276,9 +292,24 @@ BAD = {
         "must stay within its claim",
     ),
     "dataset of unknown format": (
-        {"spec.dataset.format": "text"},
+        {"spec.dataset.format": "dpo"},
         "spec.dataset.format",
-        "is the string 'text'; it must be one of auto, chat, prompt-completion",
+        "is the string 'dpo'; it must be one of auto, chat, prompt-completion, alpaca, text",
+    ),
+    "columns that no format has": (
+        {"spec.dataset.columns": {"question": "q"}},
+        "spec.dataset.columns.question",
+        "no such field; there are messages, prompt, completion",
+    ),
+    "a column without a name": (
+        {"spec.dataset.columns": {"prompt": ""}},
+        "spec.dataset.columns.prompt",
+        "of 1 to 128 characters",
+    ),
+    "every record may be bad, and more": (
+        {"spec.dataset.maxBadShare": 1.5},
+        "spec.dataset.maxBadShare",
+        "to 1",
     ),
     "misspelt dataset field": (
         {"spec.dataset.evalFractoin": 0.1},

@@ -56,7 +56,9 @@ def details(memory: MemoryFigures) -> PlanReport:
     """What the trainer might measure."""
     numbers = dict.fromkeys(set(ModelShape.model_fields) - {"tied"}, 1)
     split = {
+        "format": "alpaca",
         "records": 12,
+        "bad": [{"reason": "output is blank", "count": 6, "places": ["d.csv: row 3", "d.csv: row 9"]}],
         "truncated": 3,
         "dropped": 2,
         "samples": 10,
@@ -218,8 +220,9 @@ def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:
     assert "demo: 1 rank(s), avx512, computing in fp32" in out
     assert "memory    512 MiB of 1.00 GiB per rank (MiB: base 512)" in out
     assert (
-        "10 samples from 12 records, 4,000 tokens, 1,000 of them trained on; 3 truncated; "
-        "2 dropped, because truncation left nothing to train on\n"
+        "10 samples from 12 alpaca records, 4,000 tokens, 1,000 of them trained on; 3 truncated; "
+        "2 dropped, because truncation left nothing to train on; "
+        "6 left out: output is blank (d.csv: row 3, d.csv: row 9)\n"
     ) in out
     assert "held out  none" in out
     assert "steps     10 (2.50 epochs of 4), 1,000 tokens per step, bins 92 % full" in out

@@ -1,10 +1,9 @@
 """The training and evaluation samples of a dataset."""
 
-import csv
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run_config import Dataset
-from qlora_trainer.data.dataset import Facts, LoadedData, Samples, hold_out, load, read_records
-from qlora_trainer.data.readers import READERS, Reader, Row
+from qlora_contract.containers import CONTAINERS
+from qlora_contract.plan import BadRecords
+from qlora_contract.run_config import Columns, Dataset
+from qlora_trainer.data import dataset
+from qlora_trainer.data.dataset import Facts, LoadedData, Samples, hold_out, load
+from qlora_trainer.data.records import Record
 from qlora_trainer.errors import ConfigurationError, DataError
 
 pytestmark = pytest.mark.process
@@ -25,6 +27,11 @@ Make = Callable[..., Any]
 
 def _dataset(**fields: Any) -> Dataset:
     return Dataset(source="pvc://claim/data", **fields)
+
+
+def read_records(path: Path, **fields: Any) -> list[Record]:
+    """The records of one file."""
+    return dataset.read_records(_dataset(**fields), [path]).records
 
 
 def _write(path: Path, *records: tuple[str, str]) -> Path:
@@ -114,13 +121,17 @@ def test_a_split_of_a_folder_is_named(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"train_split": "sft"}, DataError, r"has no split 'sft' \(sft\.jsonl\); its splits: other, train"),
-        ({"eval_split": "test"}, DataError, r"has no split 'test' \(test\.jsonl\); its splits: other, train"),
+        ({"train_split": "sft"}, DataError, r"has no split 'sft' \(sft with .*\); its splits: other, train"),
+        (
+            {"eval_split": "test"},
+            DataError,
+            r"has no split 'test' \(test with .*\); its splits: other, train",
+        ),
         ({"eval_split": "train"}, ConfigurationError, "evalSplit is the split that is trained on, 'train'"),
         (
             {},
             DataError,
-            r"evalFraction 0\.05 holds out none of the 1 records: give more, name an evalSplit",
+            r"has 1 record, so evalFraction 0\.05 can hold out none: give more, name an evalSplit",
         ),
     ],
     ids=["train", "eval", "same", "none-held-out"],
@@ -149,40 +160,36 @@ def test_a_file_has_no_splits(tmp_path: Path, tokenizer: Any) -> None:
 def test_a_missing_source_is_named(tmp_path: Path, tokenizer: Any) -> None:
     """A source that is not there is named."""
     with pytest.raises(
-        DataError, match=r"gone: no such file; dataset\.source is a JSONL file, or a folder of them"
+        DataError,
+        match=r"gone: no such file; dataset\.source is a file \(JSONL, JSON, CSV, .*\), or a folder of them",
     ):
         load(_dataset(), tmp_path / "gone", tokenizer, 100)
 
 
-def test_the_fraction_that_an_error_names_is_enough(tmp_path: Path, tokenizer: Any) -> None:
-    """Following the advice about evalFraction helps: with a little more, a record is held out."""
-    path = _write(tmp_path / "d.jsonl", *_numbered(4))
-    least = min(record.split_key for record in read_records(path))
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
+def test_each_side_has_a_record_where_there_are_two(tmp_path: Path, fraction: float) -> None:
+    """However few there are: the lowest key is held out, or the highest trained on. Copies stay together."""
+    for seed in range(40):
+        records = read_records(
+            _write(tmp_path / "d.jsonl", *[(f"{seed}", str(i)) for i in range(2 + seed % 4)])
+        )
+        train, held_out = hold_out(records * 2, fraction)
 
-    with pytest.raises(DataError, match=f"set it above {least:.4f}"):
-        load(_dataset(eval_fraction=least), path, tokenizer, 100)
-    assert len(load(_dataset(eval_fraction=least + 1e-4), path, tokenizer, 100).evaluation or ()) == 1
-
-
-def test_a_fraction_that_a_job_cannot_have_is_not_advised(tmp_path: Path, tokenizer: Any) -> None:
-    """Where only more than half of the records would do, the advice is another."""
-    far = [record for record in _numbered(50) if _split_key(tmp_path, record) > 0.5][:3]
-    path = _write(tmp_path / "d.jsonl", *far)
-
-    with pytest.raises(DataError, match="3 records: give more, name an evalSplit"):
-        load(_dataset(), path, tokenizer, 100)
+        assert train
+        assert held_out
+        assert len(train) + len(held_out) == 2 * len(records)
+        assert not {record.digest for record in train} & {record.digest for record in held_out}
+        assert max(record.split_key for record in held_out) < min(record.split_key for record in train)
 
 
-def test_nothing_to_train_on_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
-    """A fraction that holds out every record leaves nothing to train on."""
-    records = [record for record in _numbered(50) if _split_key(tmp_path, record) < 0.5]
+def test_copies_of_one_record_cannot_be_on_both_sides(tmp_path: Path, tokenizer: Any) -> None:
+    """What is trained on shows nothing when it is evaluated on."""
+    path = _write(tmp_path / "d.jsonl", *[("a", "b")] * 3)
 
-    with pytest.raises(DataError, match=r"evalFraction 0\.5 holds out every record; give more, or set 0"):
-        load(_dataset(eval_fraction=0.5), _write(tmp_path / "d.jsonl", records[0]), tokenizer, 100)
-
-
-def _split_key(folder: Path, record: tuple[str, str]) -> float:
-    return read_records(_write(folder / "one.jsonl", record))[0].split_key
+    with pytest.raises(
+        DataError, match=r"has 3 records, all the same, so evalFraction 0\.5 can hold out none"
+    ):
+        load(_dataset(eval_fraction=0.5), path, tokenizer, 100)
 
 
 def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> None:
@@ -191,9 +198,34 @@ def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> 
 
     loaded = load(_dataset(eval_fraction=0.0), path, tokenizer, 8)
 
-    assert loaded.train_facts == Facts(records=3, truncated=2, dropped=1)
+    assert loaded.train_facts == Facts(records=3, truncated=2, dropped=1, format="prompt-completion")
     assert _texts(loaded.train, tokenizer) == ["abcdefgh", "ab<|im_end|>"]
     assert loaded.train.supervised_counts().min() > 0
+
+
+def test_what_is_lost_is_told(tmp_path: Path, tokenizer: Any) -> None:
+    """In one line for the log, and as training_report.json has it; nothing is said where nothing is lost."""
+    path = tmp_path / "d.jsonl"
+    _write(path, ("abcdefghij", "k"), ("ab", "cdefghijkl"), ("a", "b"))
+    whole = load(_dataset(eval_fraction=0.0), path, tokenizer, 100).train_facts
+    path.write_text(path.read_text() + "{}\n")
+    cut = load(
+        _dataset(eval_fraction=0.0, on_bad_record="skip", max_bad_share=0.5), path, tokenizer, 8
+    ).facts()
+
+    assert (whole.lost, whole.summary()) == (False, "3 records in the prompt-completion format")
+    said = cut["training"].summary()
+    assert cut["training"].lost
+    assert (
+        "format; 2 truncated to maxSequenceLength, 1 of them dropped, because that left nothing to train on; 1"
+        in said
+    )
+    assert said.endswith(" (d.jsonl: line 4)")
+    assert "; 1 bad records left out: 1 has no key 'prompt'" in said
+    report = cut["training"].report()
+    assert json.loads(json.dumps(report)) == report
+    assert (report["records"], report["truncated"], report["dropped"]) == (3, 2, 1)
+    assert report["bad"][0]["places"] == ["d.jsonl: line 4"]
 
 
 def test_data_without_anything_to_learn_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -234,41 +266,43 @@ def test_samples_have_a_digest_of_their_own(tmp_path: Path, tokenizer: Any) -> N
     assert len({digest(*records) for records in variants}) == len(variants)
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
-    """A reader that is not the trainer's: a row a line, its columns named by the first."""
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        for number, fields in enumerate(reader, start=2):
-            yield Row(f"{path.name}: row {number}", dict(fields))
+def _write_parquet(path: Path, *records: tuple[str, str]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path)
 
 
-@pytest.fixture
-def csv_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CSV is one entry in the table of readers."""
-    monkeypatch.setitem(READERS, ".csv", Reader("CSV file", "a row per record is expected", csv_rows))
-
-
-@pytest.mark.usefixtures("csv_reader")
 def test_the_container_changes_nothing_that_is_trained_on(tmp_path: Path, tokenizer: Any) -> None:
-    """The same records give the same samples and the same held-out ones from CSV as from JSONL."""
-    _write(tmp_path / "d.jsonl", *_numbered(60))
+    """The same records give the same samples and the same held-out ones from any file, or from several."""
+    records = _numbered(60)
+    _write(tmp_path / "d.jsonl", *records)
+    _write_parquet(tmp_path / "d.parquet", *records)
+    (tmp_path / "d.json").write_text(
+        json.dumps([{"prompt": p, "completion": c} for p, c in records], indent=2)
+    )
     (tmp_path / "d.csv").write_text(
-        "prompt,completion\n" + "".join(f"{prompt},{text}\n" for prompt, text in _numbered(60))
+        "completion,prompt\n" + "".join(f"{text},{prompt}\n" for prompt, text in records)
     )
+    for part in range(3):
+        _write_parquet(
+            tmp_path / f"hub/data/train-0000{part}-of-00003.parquet", *records[20 * part : 20 * part + 20]
+        )
 
-    ours, theirs = (
-        load(_dataset(eval_fraction=0.2), tmp_path / name, tokenizer, 100) for name in ("d.jsonl", "d.csv")
-    )
+    loaded = [
+        load(_dataset(eval_fraction=0.2), tmp_path / name, tokenizer, 100)
+        for name in ("d.jsonl", "d.parquet", "d.json", "d.csv", "hub")
+    ]
 
-    assert ours.evaluation is not None
-    assert theirs.evaluation is not None
-    assert ours.train.digest() == theirs.train.digest()
-    assert ours.evaluation.digest() == theirs.evaluation.digest()
+    assert len({data.train.digest() for data in loaded}) == 1
+    assert len({data.evaluation.digest() for data in loaded if data.evaluation is not None}) == 1
+    assert len({data.sha256 for data in loaded}) == len(loaded)
 
 
-@pytest.mark.usefixtures("csv_reader")
 def test_a_folder_may_hold_splits_in_any_container(tmp_path: Path, tokenizer: Any) -> None:
-    """A split is found by its name with the suffix of any reader; each is read by its own."""
+    """Each split is read by its own reader."""
     _write(tmp_path / "train.jsonl", *_numbered(9))
     (tmp_path / "test.csv").write_text("prompt,completion\na,b\n")
 
@@ -277,19 +311,57 @@ def test_a_folder_may_hold_splits_in_any_container(tmp_path: Path, tokenizer: An
     assert (len(loaded.train), _texts(loaded.evaluation, tokenizer)) == (9, ["ab<|im_end|>"])
 
 
-@pytest.mark.usefixtures("csv_reader")
+def test_the_card_of_a_folder_says_which_files_a_split_has(tmp_path: Path, tokenizer: Any) -> None:
+    """As on the Hub."""
+    _write(tmp_path / "raw.jsonl", *_numbered(3))
+    _write(tmp_path / "clean.jsonl", ("a", "b"))
+    card = (
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: clean.jsonl\n---\n"
+    )
+    (tmp_path / "README.md").write_text(card)
+
+    loaded = load(_dataset(eval_fraction=0.0), tmp_path, tokenizer, 100)
+
+    assert _texts(loaded.train, tokenizer) == ["ab<|im_end|>"]
+
+
+def test_what_the_datasets_library_saves_is_read(tmp_path: Path, tokenizer: Any) -> None:
+    """A folder with state.json and Arrow files; or a folder of these, one for each split."""
+    import pyarrow as pa
+
+    for split, records in (("train", _numbered(9)), ("test", [("a", "b")])):
+        table = pa.Table.from_pylist([{"prompt": prompt, "completion": text} for prompt, text in records])
+        (tmp_path / split).mkdir()
+        for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
+            with pa.ipc.new_stream(tmp_path / split / name, table.schema) as writer:
+                writer.write_table(table)
+        (tmp_path / split / "state.json").write_text("{}")
+        (tmp_path / split / "dataset_info.json").write_text("{}")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+    both = load(_dataset(eval_split="test"), tmp_path, tokenizer, 100)
+    one = load(_dataset(eval_fraction=0.0), tmp_path / "train", tokenizer, 100)
+
+    assert (len(both.train), _texts(both.evaluation, tokenizer)) == (9, ["ab<|im_end|>"])
+    assert both.train.digest() == one.train.digest()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("d.csv", "prompt,completion\na,b\na,\n", r"^d\.csv: row 3: completion is blank"),
-        ("d.csv", "prompt,answer\na,b\n", r"^d\.csv: row 2: fits no format; a record is"),
-        ("d.csv", "prompt,completion\n", r"d\.csv: holds no record; a row per record is expected"),
+        ("d.csv", "foo,bar\na,b\n", r"^d\.csv: row 2: fits no format \(its columns: foo, bar\)"),
+        (
+            "d.csv",
+            "prompt,completion\n",
+            r"d\.csv: holds no record; a line of column names and a row per record",
+        ),
         (
             "gone",
             None,
-            r"gone: no such file; dataset\.source is a JSONL file or CSV file, or a folder of them",
+            r"gone: no such file; dataset\.source is a file \(JSONL, JSON, CSV, .*\), or a folder",
         ),
-        (".", None, r"has no split 'train' \(train\.jsonl or train\.csv\); its splits: none"),
+        (".", None, r"has no split 'train' \(train with .*\); its splits: none"),
     ],
     ids=["record", "format", "empty", "missing", "no-split"],
 )
@@ -304,14 +376,81 @@ def test_errors_name_a_place_in_any_container(
         load(_dataset(eval_fraction=0.0), tmp_path / name, tokenizer, 100)
 
 
-@pytest.mark.usefixtures("csv_reader")
 def test_a_split_that_is_there_twice_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     """Which of two files is meant cannot be known."""
-    for suffix in READERS:
+    for suffix in CONTAINERS:
         (tmp_path / f"train{suffix}").touch()
 
-    with pytest.raises(DataError, match=r"has split 'train' more than once \(train\.jsonl or train\.csv\)"):
+    with pytest.raises(DataError, match=r"has split 'train' more than once \(train\.arrow and train\.csv"):
         load(_dataset(), tmp_path, tokenizer, 100)
+
+
+BAD = '{"prompt": 1, "completion": "hunter2"}'
+
+
+def _with_bad(path: Path, good: int, *bad: str) -> Path:
+    lines = [json.dumps({"prompt": "n=", "completion": str(i)}) for i in range(good)]
+    path.write_text("\n".join([*bad, *lines]))
+    return path
+
+
+def test_bad_records_are_told_together(tmp_path: Path) -> None:
+    """The first ten at once, each with its place and why; and how to go on without them."""
+    path = _with_bad(tmp_path / "d.jsonl", 3, BAD, "nonsense", '{"prompt": "a"}', *[BAD] * 20)
+
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+
+    said = str(caught.value)
+    assert said.startswith("10 and more records cannot be trained on")
+    assert "(1) d.jsonl: line 1: prompt must be a string (2) d.jsonl: line 2: is not JSON" in said
+    assert "(10) d.jsonl: line 10: " in said
+    assert "line 11" not in said
+    assert "dataset.onBadRecord: skip" in said
+    assert "hunter2" not in said
+
+
+def test_one_bad_record_is_one_sentence(tmp_path: Path) -> None:
+    """Its place and why."""
+    with pytest.raises(DataError, match=r"^d\.jsonl: line 1: prompt must be a string$"):
+        read_records(_with_bad(tmp_path / "d.jsonl", 3, BAD))
+
+
+def test_bad_records_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    """They are counted by reason, with the first five places of each, and the others are trained on."""
+    path = _with_bad(tmp_path / "d.jsonl", 100, *['{"a": }', *[BAD] * 6, '{"a": 1, }'])
+
+    loaded = load(_dataset(on_bad_record="skip", max_bad_share=0.1, eval_fraction=0.0), path, tokenizer, 100)
+
+    assert (len(loaded.train), loaded.train_facts.records) == (100, 100)
+    places = [f"d.jsonl: line {number}" for number in range(2, 7)]
+    assert loaded.train_facts.bad[0] == BadRecords(reason="prompt must be a string", count=6, places=places)
+    assert sum(bad.count for bad in loaded.train_facts.bad) == 8
+    assert all(bad.places and "is not JSON" in bad.reason for bad in loaded.train_facts.bad[1:])
+
+
+def test_too_many_bad_records_are_an_error(tmp_path: Path) -> None:
+    """More than maxBadShare of the split, by reason; and there must be one that is good."""
+    path = _with_bad(tmp_path / "d.jsonl", 98, BAD, BAD)
+
+    assert len(read_records(path, on_bad_record="skip", max_bad_share=0.02)) == 98
+    with pytest.raises(
+        DataError,
+        match=r"^2 of 100 records cannot be trained on, more than dataset\.maxBadShare 0\.01 allows: 2 prompt ",
+    ):
+        read_records(path, on_bad_record="skip")
+    with pytest.raises(DataError, match=r"^2 of 2 records cannot be trained on"):
+        read_records(
+            _with_bad(tmp_path / "e.jsonl", 0, "nonsense", "{}}"), on_bad_record="skip", max_bad_share=1.0
+        )
+
+
+def test_columns_are_those_of_the_dataset(tmp_path: Path) -> None:
+    """dataset.columns reaches the records."""
+    path = tmp_path / "d.csv"
+    path.write_text("q,completion\n2+2=,4\n")
+
+    assert len(read_records(path, columns=Columns(prompt="q"))) == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"], ids=["empty", "blank", "mark"])
@@ -319,7 +458,7 @@ def test_a_file_without_records_is_named(tmp_path: Path, text: str) -> None:
     """An empty file is an error that names it."""
     (tmp_path / "d.jsonl").write_text(text)
 
-    with pytest.raises(DataError, match=r"d\.jsonl: holds no record; one JSON object per line is expected"):
+    with pytest.raises(DataError, match=r"d\.jsonl: holds no record; one JSON object per line, or an array"):
         read_records(tmp_path / "d.jsonl")
 
 

@@ -41,6 +41,7 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert lines(context)[-1]["eval_loss"] == report["eval_loss"] < report["base_eval_loss_quantized"]
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
+    assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
 
 
 def test_the_live_report_follows_the_steps(ready: Ready) -> None:

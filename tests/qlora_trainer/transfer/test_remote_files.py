@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_contract.containers import CONTAINERS
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.transfer import remote_files
 from qlora_trainer.transfer.credentials import Role
-from qlora_trainer.transfer.remote_files import Digest, RemoteFile, hash_file, select_files
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, hash_file, list_down, select_files
 
 MODEL = parse_remote("hf://org/name")
 
@@ -51,18 +51,64 @@ def test_copies_of_the_weights_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        pytest.param("hf://datasets/org/name", ["a.jsonl", "b.jsonl"], id="whole"),
+        pytest.param("hf://datasets/org/name", ["README.md", "a.jsonl", "b.jsonl", "x.parquet"], id="whole"),
         pytest.param("hf://datasets/org/name/a.jsonl", ["a.jsonl"], id="file"),
-        pytest.param("hf://datasets/org/name/sub", ["sub/c.jsonl"], id="folder"),
-        pytest.param("s3://team/sub/", ["sub/c.jsonl"], id="prefix"),
+        pytest.param("hf://datasets/org/name/sub", ["sub/c.jsonl", "sub/y.csv.gz"], id="folder"),
+        pytest.param("s3://team/sub/", ["sub/c.jsonl", "sub/y.csv.gz"], id="prefix"),
     ],
 )
 def test_a_dataset_is_a_file_or_a_folder(uri: str, expected: list[str]) -> None:
-    """Only JSONL, and only what lies directly in the folder."""
-    assert (
-        chosen("dataset", uri, "b.jsonl", "a.jsonl", "x.parquet", "sub/c.jsonl", "sub/y.csv", "sub/z/d.jsonl")
-        == expected
-    )
+    """What readers read and what lies directly in the folder, if anything does; with the card."""
+    there = [
+        "b.jsonl",
+        "a.jsonl",
+        "x.parquet",
+        "x.py",
+        "README.md",
+        "sub/c.jsonl",
+        "sub/y.csv.gz",
+        "sub/z/d.jsonl",
+    ]
+    assert chosen("dataset", uri, *there) == expected
+
+
+@pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["data/train-00000.parquet", "LICENSE.txt", "dataset_infos.json"], ["data/train-00000.parquet"]),
+        (["default/train/0000.parquet", "default/test/0000.parquet"], None),
+        (["train/data-00000-of-00001.arrow", "train/state.json", "dataset_dict.json"], None),
+        (["en/a.jsonl", "en/old/b.jsonl"], ["en/a.jsonl"]),
+        (["a.txt"], None),
+        (["a/b/c/d.jsonl", "a/e.txt"], ["a/b/c/d.jsonl", "a/e.txt"]),
+    ],
+    ids=["data", "converted", "saved", "nearest", "text", "too-deep"],
+)  # fmt: skip
+def test_a_dataset_may_lie_in_the_hubs_layout(there: list[str], taken: list[str] | None) -> None:
+    """The nearest folders with records are taken, and what describes them."""
+    described = [name for name in there if name.endswith((".json",))]
+
+    assert chosen("dataset", "hf://datasets/org/name", *there) == sorted({*(taken or there), *described})
+
+
+def test_folders_are_listed_until_there_are_records() -> None:
+    """Level by level: nothing is asked for that is not needed."""
+    tree = {
+        "": (["README.md"], ["data", "img"]),
+        "data": (["data/a.parquet"], ["data/old"]),
+        "img": ([], ["img/x"]),
+    }
+    asked = []
+
+    def list_folder(path: str) -> tuple[list[RemoteFile], list[str]]:
+        asked.append(path)
+        files, folders = tree[path]
+        return [RemoteFile(name, 1) for name in files], folders
+
+    files = list_down(list_folder, "")
+
+    assert [file.name for file in files] == ["README.md", "data/a.parquet"]
+    assert asked == ["", "data", "img"]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +119,7 @@ def test_a_dataset_is_a_file_or_a_folder(uri: str, expected: list[str]) -> None:
             "hf://org/name has no *.safetensors: it has a.bin, config.json", id="pickles-only",
         ),
         pytest.param(
-            "dataset", "s3://team/d", ["d/a.parquet"], "s3://team/d has no *.jsonl: it has a.parquet", id="parquet",
+            "dataset", "s3://team/d", ["d/a.pdf"], "s3://team/d has no file with records (.jsonl, .ndjson", id="pdf",
         ),
         pytest.param(
             "dataset", "s3://team/d", ["e/a.jsonl"], "no file has that name", id="nothing",
@@ -129,10 +175,7 @@ def test_digests_are_those_of_git_and_s3(tmp_path: Path) -> None:
     assert hash_file(path, Digest("md5", "")) == (sha256, hashlib.md5(data).hexdigest())
 
 
-def test_data_in_any_format_that_is_read_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dataset may be of a single format, whichever it is; without any, all of them are named."""
-    monkeypatch.setattr(remote_files, "DATASET_FILES", ("*.jsonl", "*.csv"))
-
-    assert chosen("dataset", "s3://team/d", "d/a.csv", "d/a.txt") == ["d/a.csv"]
-    with pytest.raises(TransferRefused, match=r"has no \*\.jsonl or \*\.csv: it has a\.txt"):
-        chosen("dataset", "s3://team/d", "d/a.txt")
+@pytest.mark.parametrize("suffix", CONTAINERS)
+def test_data_in_any_format_that_is_read_is_enough(suffix: str) -> None:
+    """What the contract says that readers read is fetched."""
+    assert chosen("dataset", "s3://team/d", f"d/a{suffix}", "d/a.pdf") == [f"d/a{suffix}"]

@@ -1,15 +1,42 @@
 """Files of records by their container: where each record came from, and its fields. What they mean is records.py's.
 
-A record may be private: errors name where it is, and never quote it.
+Every reader streams: it holds a record, or a batch of them, and never the file. A record may be private: errors name
+where it is, and never quote it.
 """
 
+import codecs
+import csv
+import gzip
+import io
 import json
+import re
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.containers import CONTAINERS, Container, split_name
 from qlora_trainer.errors import DataError
+
+CHUNK = 1 << 16
+"""Characters of a JSON array that are read at once."""
+WHITE_SPACE = re.compile(r"\s*")
+MAX_RECORD = 1 << 28
+"""Characters of the longest record of a JSON array."""
+BATCH_ROWS = 256
+"""Rows of a Parquet or Arrow file that are read at once."""
+MAGIC = {
+    b"PAR1": ("a Parquet file", ".parquet"),
+    b"ARROW1": ("an Arrow file", ".arrow"),
+    b"\x1f\x8b": ("compressed with gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", ".zst"),
+    b"PK\x03\x04": ("a ZIP file", None),
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", None),
+}
+"""How files begin -> what they are, and the suffix by which they would be read, if any reader reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,58 +49,301 @@ class Row:
     """Values are as JSON has them: str, int, float, bool, None, list, dict."""
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A container of records."""
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A record that cannot be read; those after it can."""
 
-    container: str
-    """What it is called, such as `JSONL file`."""
-    expects: str
-    """What such a file holds, for the error about an empty one."""
-    rows: Callable[[Path], Iterator[Row]]
-    """The records of a file, in its order. Raises DataError, with the location, for what cannot be read."""
+    location: str
+    """As a Row's."""
+    reason: str
+    """What is wrong with it, and what would be right. Never quotes it."""
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.reason}"
 
 
-def jsonl_rows(path: Path) -> Iterator[Row]:
-    """The objects of a JSONL file. Blank lines, a byte order mark and CRLF are fine."""
+Rows = Iterator[Row | BadRow]
+Bytes = io.BufferedReader | gzip.GzipFile
+"""A file's bytes, without its compression."""
+
+
+def read_rows(path: Path) -> Rows:
+    """The records of a file, in its order.
+
+    A name without a known suffix is read as JSON, or by how the file begins.
+
+    Raises DataError, with the location, when no further record can be read.
+    """
+    _, suffix, compression = split_name(path.name) or ("", "", "")
+    container = container_of(path)
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                location = f"{path.name}: line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"{location}: byte {error.start + 1} is not UTF-8; save the file as UTF-8"
-                    ) from None
-                if text:
-                    yield Row(location, json_object(text, location))
+            start = file.read(32)
+        if not suffix and start.startswith((b"PAR1", b"ARROW1")):
+            suffix = ".parquet" if start.startswith(b"PAR1") else ".arrow"
+        read = READERS.get(suffix, json_rows)
+        if suffix in TABLE_FORMATS:
+            yield from read(path, path.name)
+            return
+        if not compression:
+            _refuse_other_content(start, path.name)
+        with _opened(path, compression) as stream:
+            yield from read(stream, path.name)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: is not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path.name}: is not a whole gzip file; compress or copy it again") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read as a JSONL file: {error.strerror}") from error
+        why = error.strerror or "it is damaged"
+        raise DataError(f"{path}: cannot be read as a {container.name}: {why}") from error
 
 
-def json_object(text: str, location: str) -> dict[str, Any]:
+def container_of(path: Path) -> Container:
+    """What a file is by its name; JSONL if that says nothing."""
+    parts = split_name(path.name)
+    return CONTAINERS[parts[1] if parts else ".jsonl"]
+
+
+def _refuse_other_content(start: bytes, name: str) -> None:
+    """Raises DataError when a file that should be text begins as something else does."""
+    for magic, (what, suffix) in MAGIC.items():
+        if start.startswith(magic):
+            remedy = f"let its name end in {suffix}" if suffix else "unpack or fetch it first"
+            raise DataError(f"{name}: is {what}; {remedy}")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{name}: line 1: byte 1 is not UTF-8, but UTF-16; save the file as UTF-8")
+
+
+@contextmanager
+def _opened(path: Path, compression: str) -> Iterator[Bytes]:
+    """The bytes of a file, without its compression."""
+    if compression == ".zst":
+        from qlora_trainer.data.tables import zstd_stream
+
+        with zstd_stream(path) as stream:
+            yield stream
+    elif compression == ".gz":
+        with gzip.open(path, "rb") as zipped:
+            yield zipped
+    else:
+        with path.open("rb") as plain:
+            yield plain
+
+
+def json_rows(stream: Bytes, name: str) -> Rows:
+    """Objects: one a line, in one array, or over several lines each. Blank lines, a BOM and CRLF are fine."""
+    start = bytes(stream.peek(CHUNK)).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"["):
+        return _array_rows(stream, name)
+    if start.split(b"\n", 1)[0].strip() == b"{":  # indented
+        return _object_rows(stream, name)
+    return _line_rows(stream, name)
+
+
+def _line_rows(stream: Bytes, name: str) -> Rows:
+    """The objects of lines."""
+    for number, line in enumerate(stream, start=1):
+        location = f"{name}: line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if text:
+                yield Row(location, json_object(text))
+        except UnicodeDecodeError as error:
+            yield BadRow(location, f"byte {error.start + 1} is not UTF-8; save the file as UTF-8")
+        except DataError as error:
+            yield BadRow(location, str(error))
+
+
+def json_object(text: str) -> dict[str, Any]:
     """The object that a line holds. Raises DataError."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        problem = f"{error.msg} at column {error.colno}"
         raise DataError(
-            f"{location}: is not JSON ({problem}); one whole object per line is expected"
+            f"is not JSON ({error.msg} at column {error.colno}); one whole object per line is expected"
         ) from None
     except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
-        raise DataError(f"{location}: is JSON that is too large to read: a number or its nesting") from None
+        raise DataError("is JSON that is too large to read: a number or its nesting") from None
     if not isinstance(value, dict):
-        raise DataError(f"{location}: is not a JSON object; one object per line is expected")
+        raise DataError("is not a JSON object; one object per line is expected")
     return value
 
 
-READERS: dict[str, Reader] = {
-    ".jsonl": Reader("JSONL file", "one JSON object per line is expected", jsonl_rows),
+class _JsonText:
+    """A stream of JSON values, read as far as is needed."""
+
+    def __init__(self, stream: Bytes, name: str) -> None:
+        self._stream, self._name, self.line = stream, name, 1
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at, self._whole = "", 0, False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            space = WHITE_SPACE.match(self._text, self._at)
+            assert space is not None
+            self._skip(space.end())
+            if self._at < len(self._text) or self._whole:
+                return self._text[self._at : self._at + 1]
+            self._more(CHUNK)
+
+    def take(self) -> None:
+        """Pass over the character that was peeked at."""
+        self._skip(self._at + 1)
+
+    def value(self) -> Any:
+        """The value that begins here. Raises DataError."""
+        size = CHUNK
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._whole:
+                    self._skip(end)
+                    return value
+            except json.JSONDecodeError as error:
+                # What breaks off is reported where it begins, or within a literal or escape of the end.
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - len(
+                    r"\u0000\u0000"
+                )
+                if self._whole or not cut:
+                    line = self.line + self._text.count("\n", self._at, error.pos)
+                    raise DataError(f"{self._name}: line {line}: is not JSON ({error.msg})") from None
+            except (ValueError, RecursionError):
+                raise DataError(
+                    f"{self._name}: line {self.line}: is JSON that is too large to read: a number or its nesting"
+                ) from None
+            if len(self._text) - self._at > MAX_RECORD:
+                raise DataError(
+                    f"{self._name}: line {self.line}: a record is longer than {MAX_RECORD} characters"
+                )
+            self._more(size)
+            size *= 2
+
+    def _skip(self, to: int) -> None:
+        self.line += self._text.count("\n", self._at, to)
+        self._at = to
+
+    def _more(self, size: int) -> None:
+        data = self._stream.read(size)
+        self._whole = not data
+        self._text, self._at = self._text[self._at :] + self._decode(data, not data), 0
+
+
+def _array_rows(stream: Bytes, name: str) -> Rows:
+    """The objects of an array."""
+    text = _JsonText(stream, name)
+    text.peek()
+    text.take()
+    number = 0
+    while text.peek() not in ("]", ""):
+        if number:
+            if text.peek() != ",":
+                break
+            text.take()
+            text.peek()
+        number += 1
+        location = f"{name}: record {number} (line {text.line})"
+        value = text.value()
+        yield (
+            Row(location, value)
+            if isinstance(value, dict)
+            else BadRow(location, "is not a JSON object; an array of objects is expected")
+        )
+    if text.peek() != "]":
+        raise DataError(
+            f"{name}: line {text.line}: the JSON array is not whole: after record {number} a comma and another record, "
+            "or the closing bracket, is expected"
+        )
+    text.take()
+    if text.peek():
+        raise DataError(f"{name}: line {text.line}: something follows the JSON array; one array is expected")
+
+
+def _object_rows(stream: Bytes, name: str) -> Rows:
+    """Objects over several lines each, one after the other."""
+    text = _JsonText(stream, name)
+    number = 0
+    while text.peek():
+        number += 1
+        location = f"{name}: record {number} (line {text.line})"
+        value = text.value()
+        yield (
+            Row(location, value)
+            if isinstance(value, dict)
+            else BadRow(location, "is not a JSON object; objects are expected")
+        )
+
+
+def csv_rows(stream: Bytes, name: str) -> Rows:
+    """Rows under a line of column names, separated by commas, semicolons or tabs. Rows are numbered as in a table."""
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        head = text.readline()
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(chain([head], text), delimiter=max(",;\t", key=head.count), strict=True)
+        number = 1
+        try:
+            columns = [cell.strip() for cell in next(reader, [])]
+            if len(set(columns)) < len(columns):
+                raise DataError(
+                    f"{name}: two columns have the same name; the first line must name each column"
+                )
+            for number, cells in enumerate(reader, start=2):
+                location = f"{name}: row {number}"
+                if len(cells) == len(columns):
+                    yield Row(location, dict(zip(columns, cells, strict=True)))
+                elif cells:
+                    yield BadRow(location, f"has {len(cells)} cells, but there are {len(columns)} columns")
+        except csv.Error as error:
+            raise DataError(
+                f"{name}: row {number + 1} (line {reader.line_num}): is not CSV: {error}"
+            ) from None
+
+
+def text_rows(stream: Bytes, name: str) -> Rows:
+    """Documents as `text`: a blank line ends one."""
+    lines: list[str] = []
+    start = 0
+    with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+        for number, line in enumerate(chain(text, [""]), start=1):
+            if line.strip():
+                start = start if lines else number
+                lines.append(line)
+            elif lines:
+                yield Row(f"{name}: line {start}", {"text": "".join(lines).rstrip()})
+                lines = []
+
+
+def parquet_rows(path: Path, name: str) -> Rows:
+    """Rows of a Parquet file."""
+    from qlora_trainer.data.tables import parquet_batches
+
+    return _numbered(parquet_batches(path, BATCH_ROWS), name)
+
+
+def arrow_rows(path: Path, name: str) -> Rows:
+    """Rows of an Arrow file or stream, as the datasets library saves them."""
+    from qlora_trainer.data.tables import arrow_batches
+
+    return _numbered(arrow_batches(path, BATCH_ROWS), name)
+
+
+def _numbered(batches: Iterator[list[dict[str, Any]]], name: str) -> Rows:
+    for number, fields in enumerate(chain.from_iterable(batches), start=1):
+        yield Row(f"{name}: row {number}", fields)
+
+
+TABLE_FORMATS = (".parquet", ".arrow")
+"""Read from a path, not from a stream, by pyarrow: nothing else imports it."""
+
+READERS: dict[str, Callable[[Any, str], Rows]] = {
+    ".jsonl": json_rows,
+    ".ndjson": json_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".txt": text_rows,
+    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
 }
-"""By the suffix of a file's name."""
-
-
-def reader_for(path: Path) -> Reader:
-    """The reader of a file. A file with an unknown suffix is read as JSONL."""
-    return READERS.get(path.suffix.lower(), READERS[".jsonl"])
+"""By the suffixes of qlora_contract.containers: (stream of bytes, or path, and the file's name) -> rows."""

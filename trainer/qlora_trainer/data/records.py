@@ -1,35 +1,37 @@
-"""What the fields of a record mean: a chat, or a prompt and its completion. Pure: nothing here reads a file.
+"""What the fields of a record mean: a chat, a prompt and its completion, or a text. Pure: nothing here reads a file.
 
 A record may be private: errors name its location and key, and never quote it.
 """
 
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from qlora_trainer.data.readers import Row
+from qlora_trainer.data.messages import Message as Message
+from qlora_trainer.data.messages import check_text, json_value, parse_messages, parse_tools
+from qlora_trainer.data.readers import BadRow, Row
 from qlora_trainer.errors import DataError
 
-Format = Literal["chat", "prompt-completion"]
+Format = Literal["chat", "prompt-completion", "alpaca", "text"]
 
-ROLES = ("system", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-    """Empty where a turn of the assistant is its tool calls alone."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """What a template may read besides: `tool_calls` (a list of {"type": "function", "function": {"name",
-    "arguments"}}, arguments as an object, `id` where the record has one), `name`, `tool_call_id`,
-    `reasoning_content`. Whatever a record calls them; absent rather than null or empty."""
-    trained: bool | None = None
-    """False: a turn of the assistant that the record excludes from what is learned. None: the record does not say."""
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Keys of a conversation, in the order in which they are looked for."""
+NOT_HONORED: Mapping[str, str] = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "cannot be trained on"),
+    **dict.fromkeys(("documents", "chat_template_kwargs"), "is not passed to the chat template"),
+    **dict.fromkeys(
+        ("rejected", "rejected_response", "rejected_responses"),
+        "makes it preference data, which is not trained on yet",
+    ),
+}
+"""Keys that would change what a record means, and why it is refused."""
+MAX_COLUMNS_SHOWN = 12
+COLUMN = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,39}")
+"""What looks like a column's name: anything else may be a value, of a CSV file without a header, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,100 +77,258 @@ class Record:
         return (int.from_bytes(self.digest[:8], "big") >> 11) / 2**53
 
 
-def parse_chat(fields: dict[str, Any], location: str) -> Chat:
-    """The conversation of a record with `messages`. Raises DataError."""
-    messages = fields["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{location}: messages must be a list with at least one message")
-    chat = Chat(tuple(_message(value, f"{location}: messages[{i}]") for i, value in enumerate(messages)))
-    if all(message.role != "assistant" for message in chat.messages):
-        raise DataError(f"{location}: messages has no assistant turn, so there is nothing to learn")
-    return chat
+def parse_chat(fields: Mapping[str, Any]) -> Chat:
+    """The conversation of a record with `messages` or `conversations`. Raises DataError."""
+    key = next(key for key in CONVERSATIONS if key in fields)
+    messages = parse_messages(fields[key], key)
+    system = _optional_text(fields, "system")
+    if system and messages[0] != Message("system", system):
+        if any(message.role == "system" for message in messages):
+            raise DataError(f"has a system message both in system and in {key}; leave one of them")
+        messages = (Message("system", system), *messages)
+    return _chat(messages, fields, key)
 
 
-def _message(value: object, location: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(f'{location} must be an object {{"role": ..., "content": ...}}')
-    role = value.get("role")
-    if role not in ROLES:
-        raise DataError(f"{location}.role must be one of {', '.join(ROLES)}")
-    if value.get("tool_calls"):
-        raise DataError(
-            f"{location}.tool_calls cannot be trained on; write the call into content as the model would"
+def _chat(messages: tuple[Message, ...], fields: Mapping[str, Any], key: str) -> Chat:
+    """Messages and the record's tools. Raises DataError when there is nothing to learn."""
+    turns = [message for message in messages if message.role == "assistant"]
+    if not turns:
+        raise DataError(f"{key} has no assistant turn, so there is nothing to learn")
+    if all(message.trained is False for message in turns):
+        raise DataError(f"{key} excludes every assistant turn (weight, train), so there is nothing to learn")
+    tools = [parse_tools(fields[key], key) for key in ("tools", "functions") if fields.get(key)]
+    if len(tools) > 1:
+        raise DataError("has both tools and functions; leave one of them")
+    return Chat(messages, tools[0] if tools else ())
+
+
+def parse_prompt_completion(fields: Mapping[str, Any]) -> PromptCompletion | Chat:
+    """A prompt and a completion: two texts, or the messages of a conversation. Raises DataError."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, list) or isinstance(completion, list):
+        asked = (
+            parse_messages(prompt, "prompt")
+            if isinstance(prompt, list)
+            else (Message("user", check_text(prompt, "prompt")),)
         )
-    content = _text(value.get("content"), f"{location}.content")
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{location}.content is blank; what the assistant says must not be")
-    return Message(role, content)
-
-
-def parse_prompt_completion(fields: dict[str, Any], location: str) -> PromptCompletion:
-    """The two texts of a record with `prompt` and `completion`. Raises DataError."""
-    prompt = _text(fields["prompt"], f"{location}: prompt")
-    completion = _text(fields["completion"], f"{location}: completion")
+        answer = parse_messages(
+            completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}],
+            "completion",
+        )
+        given = tuple(
+            Message(turn.role, turn.content, turn.extra, trained=False if turn.role == "assistant" else None)
+            for turn in asked
+        )
+        _chat(answer, {}, "completion")  # something to learn is in it
+        return _chat(given + answer, fields, "completion")
+    prompt, completion = check_text(prompt, "prompt"), check_text(completion, "completion")
     if not completion.strip():
-        raise DataError(f"{location}: completion is blank, so there is nothing to learn")
+        raise DataError("completion is blank, so there is nothing to learn")
+    if fields.get("system"):
+        raise DataError("system is not read beside a prompt that is a text; write it into the prompt")
     return PromptCompletion(prompt, completion)
 
 
-def _text(value: object, location: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{location} must be a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{location} holds half of a surrogate pair (\\ud800 to \\udfff), which is not text"
-        ) from None
-    return value
+def parse_alpaca(fields: Mapping[str, Any]) -> Chat:
+    """A conversation: system, the turns of history, instruction and input as the user's, output. Raises DataError."""
+    instruction = check_text(fields["instruction"], "instruction")
+    given = _optional_text(fields, "input")
+    asked = "\n".join(text for text in (instruction, given) if text.strip())
+    output = check_text(fields["output"], "output")
+    if not asked:
+        raise DataError("instruction is blank")
+    if not output.strip():
+        raise DataError("output is blank, so there is nothing to learn")
+    messages = [*_history(fields.get("history")), Message("user", asked), Message("assistant", output)]
+    if system := _optional_text(fields, "system"):
+        messages.insert(0, Message("system", system))
+    return _chat(tuple(messages), fields, "output")
+
+
+def _history(value: object) -> Iterator[Message]:
+    pairs = json_value(value, "history") if value and isinstance(value, str) else value
+    for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs] if pairs else []):
+        if not isinstance(pair, list) or len(pair) != len(("question", "answer")):
+            raise DataError("history must be a list of [question, answer]")
+        yield Message("user", check_text(pair[0], f"history[{i}][0]"))
+        yield Message("assistant", check_text(pair[1], f"history[{i}][1]"))
+
+
+def parse_text(fields: Mapping[str, Any]) -> Document:
+    """A document. Raises DataError."""
+    text = check_text(fields["text"], "text")
+    if not text.strip():
+        raise DataError("text is blank, so there is nothing to learn")
+    return Document(text)
+
+
+def _optional_text(fields: Mapping[str, Any], key: str) -> str:
+    return check_text(fields[key], key) if fields.get(key) else ""
 
 
 @dataclass(frozen=True)
 class RecordKind:
     """A way to read a record's fields."""
 
-    keys: tuple[str, ...]
-    """A record of this kind has all of these. Keys without a meaning are ignored."""
+    keys: tuple[tuple[str, ...], ...]
+    """A record of this kind has one key of each. Keys without a meaning are ignored."""
     shape: str
     """As errors show it."""
-    parse: Callable[[dict[str, Any], str], Content]
-    """(fields, location) -> content; raises DataError."""
+    parse: Callable[[Mapping[str, Any]], Content]
+    """Fields without null -> content; raises DataError, without the location."""
+
+    def missing(self, fields: Mapping[str, Any]) -> list[str]:
+        """Keys that a record of this kind would have, and these fields do not."""
+        return [names[0] for names in self.keys if not any(name in fields for name in names)]
 
 
 RECORD_KINDS: dict[Format, RecordKind] = {
-    "chat": RecordKind(("messages",), '{"messages": [{"role": ..., "content": ...}, ...]}', parse_chat),
+    "chat": RecordKind((CONVERSATIONS,), '{"messages": [{"role": ..., "content": ...}, ...]}', parse_chat),
     "prompt-completion": RecordKind(
-        ("prompt", "completion"), '{"prompt": ..., "completion": ...}', parse_prompt_completion
+        (("prompt",), ("completion",)), '{"prompt": ..., "completion": ...}', parse_prompt_completion
     ),
+    "alpaca": RecordKind(
+        (("instruction",), ("output",)), '{"instruction": ..., "input": ..., "output": ...}', parse_alpaca
+    ),
+    "text": RecordKind((("text",),), '{"text": ...}', parse_text),
 }
 """By the names that dataset.format has for them."""
 
 
-def interpret(rows: Iterable[Row], format: Literal["auto"] | Format = "auto") -> Iterator[Record]:  # noqa: A002 - the API's word
-    """The records of rows, in their order; `auto` goes by the first row.
+def interpret(
+    rows: Iterable[Row | BadRow],
+    format: Literal["auto"] | Format = "auto",  # noqa: A002 - the API's word
+    columns: Mapping[str, str] | None = None,
+    found: Callable[[Format], object] = lambda _: None,
+) -> Iterator[Record | BadRow]:
+    """The records of rows, in their order, and what is wrong with each of the others; `auto` goes by the first row.
 
-    Raises DataError, which names the row and what would be right.
+    Args:
+        rows: as a reader gives them.
+        format: what they are.
+        columns: name that a format has for a key -> name that the rows have for it.
+        found: called once with the format of the rows.
+
+    Raises DataError when no format fits the first row, which names it and what would be right.
     """
     chosen: Format | None = None if format == "auto" else format
+    why = ""
+    if chosen:
+        found(chosen)
     for row in rows:
-        chosen = chosen or detect_format(row)
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        fields = renamed(row.fields, columns or {})
+        if chosen is None:
+            chosen = detect_format(fields, row.location)
+            found(chosen)
+            why = f"as the first record is in the {chosen} format, "
         kind = RECORD_KINDS[chosen]
-        for key in kind.keys:
-            if key not in row.fields:
-                why = f"as the first record is in the {chosen} format, " if format == "auto" else ""
-                raise DataError(f"{row.location}: has no key {key!r}; {why}it must be {kind.shape}")
-        content = kind.parse(row.fields, row.location)
-        yield Record(row.location, content, content_digest(content))
+        if missing := kind.missing(fields):
+            yield BadRow(row.location, f"has no key {missing[0]!r}; {why}it must be {kind.shape}")
+            continue
+        try:
+            refuse_what_is_not_honored(fields)
+            content = kind.parse(fields)
+        except DataError as error:
+            yield BadRow(row.location, str(error))
+        else:
+            yield Record(row.location, content, content_digest(content))
 
 
-def detect_format(row: Row) -> Format:
-    """The one format that a row's keys fit. Raises DataError when none or several do."""
-    fitting = [name for name, kind in RECORD_KINDS.items() if all(key in row.fields for key in kind.keys)]
+def renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Fields without those that are null, by the names that formats have for them.
+
+    A container with a fixed set of columns has null where a record has nothing.
+    """
+    kept = {key: value for key, value in fields.items() if value is not None}
+    found = {ours: kept[theirs] for ours, theirs in columns.items() if theirs in kept}
+    return {key: value for key, value in kept.items() if key not in columns.values()} | found
+
+
+def refuse_what_is_not_honored(fields: Mapping[str, Any]) -> None:
+    """Raises DataError for a key that would change what the record means."""
+    for key, why in NOT_HONORED.items():
+        if fields.get(key):
+            raise DataError(f"has the key {key}, which {why}; remove it if the record is right without it")
+    if isinstance(fields.get("label"), bool) and "completion" in fields:
+        raise DataError(
+            "has a label that is true or false, as data of wanted and unwanted completions have; these are not "
+            "trained on yet; keep the wanted ones, and remove the key"
+        )
+
+
+def detect_format(fields: Mapping[str, Any], location: str) -> Format:
+    """The one format that a record's keys fit; `text` only if nothing else does. Raises DataError."""
+    fitting = [name for name, kind in RECORD_KINDS.items() if not kind.missing(fields)]
+    if len(fitting) > 1 and "text" in fitting:
+        fitting.remove("text")
     if len(fitting) == 1:
         return fitting[0]
-    problem = "fits more than one format; set dataset.format" if fitting else "fits no format"
+    if fitting:
+        raise DataError(f"{location}: fits more than one format, {' and '.join(fitting)}; set dataset.format")
     shapes = " or ".join(kind.shape for kind in RECORD_KINDS.values())
-    raise DataError(f"{row.location}: {problem}; a record is {shapes}")
+    raise DataError(f"{location}: fits no format{_nearest(fields)}; a record is {shapes}")
+
+
+def _nearest(fields: Mapping[str, Any]) -> str:
+    """What the columns of a record that fits no format are, and which format they are nearest to."""
+    names = [key for key in fields if isinstance(key, str) and COLUMN.fullmatch(key)][:MAX_COLUMNS_SHOWN]
+    more = len(fields) - len(names)
+    told = [*names, *([f"{more} more"] if more else [])]
+    if {"chosen", "rejected"} & set(names):
+        return f" (its columns: {', '.join(told)}): it is preference data, which is not trained on yet"
+    if not names:
+        return ""
+    shown = f" (its columns: {', '.join(told)})"
+    lists = [
+        key
+        for key in names
+        if isinstance(fields[key], list) and fields[key] and isinstance(fields[key][0], dict)
+    ]
+    if len(fields) == len(lists) == 1:
+        return f"{shown}: it is a list of records within an object; write that list to the file"
+    if columns := suggested_columns(names):
+        mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        return f"{shown}; did you mean dataset.columns: {{{mapping}}}?"
+    return f"{shown}; dataset.columns says which of them is what"
+
+
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    "messages": ("chat", "dialog", "dialogue", "turns", "conversation_messages"),
+    "instruction": ("question", "query", "problem", "user", "inputs", "input", "prompt"),
+    "output": (
+        "answer",
+        "response",
+        "solution",
+        "assistant",
+        "target",
+        "targets",
+        "outputs",
+        "label",
+        "completion",
+    ),
+    "text": ("content", "document", "body", "article", "raw_content"),
+}
+"""Names that columns of the same meaning often have, for the sentence about a record that fits no format."""
+
+
+def suggested_columns(names: list[str]) -> dict[str, str] | None:
+    """A dataset.columns that would make records with these columns readable, if one is likely."""
+    lowered = {name.lower(): name for name in names}
+
+    def column(ours: str) -> str | None:
+        like = [ours, *SYNONYMS[ours]]
+        exact = next((lowered[name] for name in like if name in lowered), None)
+        near = difflib.get_close_matches(ours, lowered, n=1, cutoff=0.8)
+        return exact or (lowered[near[0]] if near else None)
+
+    for wanted in (("messages",), ("instruction", "output"), ("text",)):
+        found = {ours: theirs for ours in wanted if (theirs := column(ours)) is not None}
+        if len(found) == len(wanted) == len(set(found.values())):
+            return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    return None
 
 
 def content_digest(content: Content) -> bytes:

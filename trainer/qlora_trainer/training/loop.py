@@ -238,6 +238,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
             adapter.discard(folder)
         raise
     report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
+    report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
     report["adapter_sha256"] = digest
     report["provenance"] |= {"base_model": base, "model_sha256": fingerprint(state.model_folder)}
     if context.is_rank_zero:

@@ -155,6 +155,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         },
     )
     if context.is_rank_zero:
+        for use, facts in data.facts().items():
+            log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20)
         warn_of_lost_answers(data, run.training.max_sequence_length)

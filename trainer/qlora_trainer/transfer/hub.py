@@ -31,7 +31,7 @@ from qlora_contract.remote import Remote
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import Credentials, ca_bundle
-from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Selection
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Selection, list_down
 from qlora_trainer.transfer.retry import (
     CONNECT_SECONDS,
     RETRYABLE_STATUS,
@@ -39,6 +39,13 @@ from qlora_trainer.transfer.retry import (
     TransientError,
     retry_after,
 )
+
+
+def _remote_file(entry: RepoFile) -> RemoteFile:
+    """A file of a listing; large ones are kept apart from git, by their sha256."""
+    if entry.lfs is not None:
+        return RemoteFile(entry.path, entry.lfs.size, Digest("sha256", entry.lfs.sha256))
+    return RemoteFile(entry.path, entry.size, Digest("git-sha1", entry.blob_id))
 
 
 class Hub:
@@ -83,22 +90,24 @@ class Hub:
             info = self._api.repo_info(self._remote.root, repo_type=self._repo_type, revision=revision)
             if info.sha is None:
                 raise TransferFailed(f"{self._remote.uri}: the Hub does not say which commit {revision} is")
-            entries = list(
-                self._api.list_repo_tree(
-                    self._remote.root,
-                    str(folder) if folder.parts else None,
-                    revision=info.sha,
-                    repo_type=self._repo_type,
+            commit = info.sha
+
+            def list_folder(path: str) -> tuple[list[RemoteFile], list[str]]:
+                entries = self._api.list_repo_tree(
+                    self._remote.root, path or None, revision=commit, repo_type=self._repo_type
                 )
-            )
-        files = [
-            RemoteFile(entry.path, entry.lfs.size, Digest("sha256", entry.lfs.sha256))
-            if entry.lfs is not None
-            else RemoteFile(entry.path, entry.size, Digest("git-sha1", entry.blob_id))
-            for entry in entries
-            if isinstance(entry, RepoFile)
-        ]
-        return info.sha, select(files)
+                files, folders = [], []
+                for entry in entries:
+                    if isinstance(entry, RepoFile):
+                        files.append(_remote_file(entry))
+                    else:
+                        folders.append(entry.path)
+                return files, folders
+
+            start = str(folder) if folder.parts else ""
+            is_dataset = self._remote.kind == "dataset"
+            files = list_down(list_folder, start) if is_dataset else list_folder(start)[0]
+        return commit, select(files)
 
     def read(self, revision: str, file: RemoteFile, offset: int) -> Generator[bytes]:
         """The bytes of a file from an offset on, also from a server that ignores ranges."""

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
+from qlora_contract.containers import CONTAINERS, METADATA, split_name
 from qlora_contract.remote import Remote
 from qlora_trainer.errors import TransferRefused
 from qlora_trainer.transfer.credentials import Role
@@ -16,7 +17,11 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """Weights, configuration, tokenizer, chat template. Pickles and code are never fetched."""
 MODEL_WEIGHTS = "model*.safetensors"
 """Where a repository has these, its other safetensors are copies in another form."""
-DATASET_FILES = ("*.jsonl",)
+DATASET_DEPTH = 2
+"""Folders below the one that a dataset's source names in which its files may be: `data/train-00000-of-00004.parquet`,
+`default/train/0000.parquet`. The nearest with any is meant."""
+MAX_FOLDERS = 64
+"""Folders of a level that are looked into."""
 MAX_NAMES_SHOWN = 8
 
 
@@ -66,19 +71,66 @@ def select_files(role: Role, remote: Remote, files: Sequence[RemoteFile]) -> lis
     for file in files:
         check_name(remote, file.name)
     near = [f for f in files if remote.path in (PurePosixPath(f.name), PurePosixPath(f.name).parent)]
-    patterns = MODEL_FILES if role == "model" else DATASET_FILES
-    needed = patterns[:1] if role == "model" else patterns
-    selected = [file for file in near if _matches(file, *patterns)]
-    if any(_matches(file, MODEL_WEIGHTS) for file in selected):
-        selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
-    if not any(_matches(file, *needed) for file in selected):
+    selected = _model_files(near) if role == "model" else _dataset_files(remote, files)
+    if not selected:
         names = sorted(PurePosixPath(file.name).name for file in near)
         more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
         found = f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
         if not names:
             found = "no file has that name, and there are no files directly in a folder of that name"
-        raise TransferRefused(f"{remote.uri} has no {' or '.join(needed)}: {found}")
+        needed = MODEL_FILES[0] if role == "model" else f"file with records ({', '.join(CONTAINERS)})"
+        raise TransferRefused(f"{remote.uri} has no {needed}: {found}")
     return sorted(selected, key=lambda file: file.name)
+
+
+def _model_files(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Weights and what belongs to them; nothing without weights."""
+    selected = [file for file in files if _matches(file, *MODEL_FILES)]
+    if any(_matches(file, MODEL_WEIGHTS) for file in selected):
+        selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
+    return selected if any(_matches(file, MODEL_FILES[0]) for file in selected) else []
+
+
+def _dataset_files(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """The file that the path names; or those with records in its folder, or else in the nearest folders below it, with
+    what says how they are laid out."""
+    within = {f.name: PurePosixPath(f.name).relative_to(remote.path) for f in files if _is_in(f, remote.path)}
+    described = [f for f in files if f.name in within and within[f.name].name in METADATA]
+    for depth in range(DATASET_DEPTH + 1):
+        there = [f for f in files if f.name in within and len(within[f.name].parent.parts) == depth]
+        if has_records(there):
+            return [f for f in there if split_name(f.name)] + described
+    # A file that is named may have any name: how it begins tells what it is. Texts may be a licence beside the data.
+    named = [f for f in files if PurePosixPath(f.name) == remote.path]
+    return named or [f for f in files if f.name in within and split_name(f.name)]
+
+
+def has_records(files: Sequence[RemoteFile]) -> bool:
+    """Whether a file among these holds records, by its name; a text may as well be a licence."""
+    return any((parts := split_name(file.name)) is not None and parts[1] != ".txt" for file in files)
+
+
+def list_down(
+    list_folder: Callable[[str], tuple[list[RemoteFile], list[str]]], folder: str
+) -> list[RemoteFile]:
+    """The files of a dataset's folder and, as long as none holds records, of the folders below it, level by level.
+
+    Args:
+        list_folder: path of a folder -> (its files, paths of the folders in it).
+        folder: where to begin.
+    """
+    files, folders = list_folder(folder)
+    for _ in range(DATASET_DEPTH):
+        if has_records(files):
+            break
+        levels = [list_folder(path) for path in sorted(folders)[:MAX_FOLDERS]]
+        files += [file for there, _ in levels for file in there]
+        folders = [path for _, below in levels for path in below]
+    return files
+
+
+def _is_in(file: RemoteFile, folder: PurePosixPath) -> bool:
+    return PurePosixPath(file.name).is_relative_to(folder)
 
 
 def _matches(file: RemoteFile, *patterns: str) -> bool:

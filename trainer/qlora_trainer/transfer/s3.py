@@ -22,7 +22,7 @@ from qlora_contract.job_folder import MANIFEST
 from qlora_contract.remote import Remote
 from qlora_trainer.errors import TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import S3_KEYS, S3_SESSION_KEY, Credentials, ca_bundle
-from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Selection
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Selection, list_down
 from qlora_trainer.transfer.retry import (
     CONNECT_SECONDS,
     RETRYABLE_STATUS,
@@ -103,22 +103,36 @@ class S3:
     def list_files(self, revision: str, select: Selection) -> tuple[str, list[RemoteFile]]:  # noqa: ARG002 - the Hub's
         """(a hash over key, size and etag of the selected files, these files).
 
-        As on a disk, the path is a folder, whose direct files are listed, or else a file.
+        As on a disk, the path is a folder, whose files are listed, or else a file.
         """
         bucket, prefix = self._remote.root, self._key("")
         with self._translate_errors():
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket, Prefix=prefix, Delimiter="/"
-            )
-            entries = [entry for page in pages for entry in page.get("Contents", ())]
-            # Consoles make empty objects for folders.
-            entries = [entry for entry in entries if not entry["Key"].endswith("/")]
-            if not entries:
+
+            def list_folder(path: str) -> tuple[list[RemoteFile], list[str]]:
+                pages = self._client.get_paginator("list_objects_v2").paginate(
+                    Bucket=bucket, Prefix=path, Delimiter="/"
+                )
+                files, folders = [], []
+                for page in pages:
+                    folders += [folder["Prefix"] for folder in page.get("CommonPrefixes", ())]
+                    files += [
+                        RemoteFile(entry["Key"], entry["Size"], etag=entry["ETag"])
+                        for entry in page.get("Contents", ())
+                        if not entry["Key"].endswith("/")  # consoles make empty objects for folders
+                    ]
+                return files, folders
+
+            found = list_down(list_folder, prefix)
+            if not found:
                 key = prefix.removesuffix("/")
                 # Of all keys that begin with it, it is the first.
                 page = self._client.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-                entries = [entry for entry in page.get("Contents", ()) if entry["Key"] == key]
-        files = select([RemoteFile(entry["Key"], entry["Size"], etag=entry["ETag"]) for entry in entries])
+                found = [
+                    RemoteFile(key, entry["Size"], etag=entry["ETag"])
+                    for entry in page.get("Contents", ())
+                    if entry["Key"] == key
+                ]
+        files = select(found)
         listed = []
         for file in files:
             with self._translate_errors(file.name):
