@@ -323,9 +323,9 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 
 
 SINCE: Mapping[str, int] = {
+    **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
     "dataset.chatTemplate": 2,
     "dataset.chatTemplateKwargs": 2,
-    **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
     "dataset.format=alpaca": 2,
     "dataset.format=text": 2,
     "dataset.maxBadShare": 2,
