@@ -69,6 +69,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(
         pytest.param("", ["top.jsonl"], id="whole"),
         pytest.param("/en", ["en/a.jsonl", "en/b.jsonl"], id="folder"),
         pytest.param("/en/a.jsonl", ["en/a.jsonl", "en/b.jsonl"], id="file-beside-others"),
+        pytest.param("/hub", ["hub/README.md", "hub/data/t.parquet"], id="hubs-layout"),
     ],
 )
 def test_a_dataset_is_listed_where_it_is(
@@ -76,6 +77,7 @@ def test_a_dataset_is_listed_where_it_is(
 ) -> None:
     """Only the folder that matters is asked for."""
     files = {"top.jsonl": b"1", "en/a.jsonl": b"2", "en/b.jsonl": b"3", "de/c.jsonl": b"4"}
+    files |= {"hub/README.md": b"5", "hub/data/t.parquet": b"6", "hub/data/old/u.parquet": b"7"}
     sound.hub.commit("org/name", files, "datasets")
 
     assert [file.name for file in listed(hub(here, f"hf://datasets/org/name{path}"))[1]] == expected

@@ -73,6 +73,7 @@ def test_other_content_is_another_revision(here: dict[str, str], sound: Remotes,
         pytest.param("/sets", ["sets/a.jsonl", "sets/b.txt"], id="folder"),
         pytest.param("/sets/", ["sets/a.jsonl", "sets/b.txt"], id="folder-slash"),
         pytest.param("/sets/a.jsonl", ["sets/a.jsonl"], id="file"),
+        pytest.param("/hub", ["hub/README.md", "hub/data/t.parquet"], id="hubs-layout"),
         pytest.param("/set", [], id="half-a-name"),
         pytest.param("/gone", [], id="nothing"),
     ],
@@ -81,7 +82,8 @@ def test_a_path_is_a_file_or_a_folder(
     here: dict[str, str], sound: Remotes, path: str, expected: list[str]
 ) -> None:
     """As on a disk, though S3 knows prefixes only; the marks that consoles make for folders are no files."""
-    for key in ("top.jsonl", "sets/", "sets/a.jsonl", "sets/b.txt", "sets/deep/c.jsonl"):
+    keys = ["top.jsonl", "sets/", "sets/a.jsonl", "sets/b.txt", "sets/deep/c.jsonl"]
+    for key in [*keys, "hub/README.md", "hub/data/t.parquet", "hub/data/old/u.parquet"]:
         sound.put(key, b"1")
 
     assert names(s3(here, f"s3://{BUCKET}{path}")) == expected
