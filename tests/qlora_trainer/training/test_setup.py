@@ -11,7 +11,7 @@ from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.training import loop
-from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.context import RankContext, StopHere
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
 
@@ -177,7 +177,7 @@ def test_a_request_to_stop_ends_the_setup(ready: Ready) -> None:
     context = ready()
     context.stop.set()
 
-    with pytest.raises(StopRequested):
+    with pytest.raises(StopHere):
         prepare(context)
     assert checkpoint.newest_valid(context.folder) is None
 

@@ -90,7 +90,7 @@ def prepare(context: RankContext) -> TrainState:
     Nothing is evaluated yet: a user sees the first step as soon as can be.
 
     Raises:
-        StopRequested: a rank was asked to stop in the meantime.
+        StopRequested, StopHere: a rank was asked to stop in the meantime.
         TrainerError: one of its kinds, for every expected failure.
     """
     context.progress.update(stage="Starting")
@@ -124,7 +124,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
     context.progress.begin(Work(name="tokenizing", unit="records"))
-    _, data = load_inputs(run, shape, context.volumes, context.progress.advance)
+    _, data = load_inputs(run, shape, context.volumes, context.advance)
     context.progress.begin(None)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
@@ -175,8 +175,8 @@ def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
         "quantization": json.dumps(context.run.quantization.model_dump(), sort_keys=True),
         "dtype": state.dtype,
     }
-    known = base_losses.read(context.folder, things) if context.is_rank_zero else None
-    known = context.group.all_gather_object(known)[0]
+    kept = base_losses.read(context.folder, things) if context.is_rank_zero else None
+    known: BaseLosses | None = context.group.all_gather_object(kept)[0]
     if known is not None:
         return known
     facts = data.evaluation_facts
@@ -246,7 +246,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         inputs.model_folder,
         scheme_of(run.quantization),
         DTYPES[inputs.dtype],
-        context.progress.advance,
+        context.advance,
         weights_hash,
     )
     context.progress.begin(None)
