@@ -69,10 +69,10 @@ def test_every_field_that_ranks_need_arrives(
 @settings
 @given(data=st.data())
 def test_an_old_trainer_reads_what_a_new_operator_writes_for_it(
-    old: SimpleNamespace, specs: Specs, document: Document, data: st.DataObject
+    old: SimpleNamespace, old_specs: Specs, document: Document, data: st.DataObject
 ) -> None:
     """Its strict classes accept it, and make of it what the old operator would have written."""
-    spec = data.draw(specs)
+    spec = data.draw(old_specs)
     fetched = {"model": "c" * 40}
     job, _ = parse_api_object(document(spec, BEGUN_BY_OLD))
     new = to_run_config(
@@ -90,10 +90,10 @@ def test_an_old_trainer_reads_what_a_new_operator_writes_for_it(
 @settings
 @given(data=st.data())
 def test_a_new_trainer_reads_what_an_old_operator_writes(
-    old: SimpleNamespace, specs: Specs, document: Document, tmp_path: Path, data: st.DataObject
+    old: SimpleNamespace, old_specs: Specs, document: Document, tmp_path: Path, data: st.DataObject
 ) -> None:
     """An image of this release runs the jobs of an operator that was not upgraded, or was rolled back."""
-    spec = data.draw(specs)
+    spec = data.draw(old_specs)
     run = old.run_config.run_config(
         old.types.QLoRAJob.model_validate(document(spec)), uid="0f-1", attempt=3, isa="avx2"
     )
@@ -108,10 +108,10 @@ def test_a_new_trainer_reads_what_an_old_operator_writes(
 @settings
 @given(data=st.data())
 def test_a_job_has_one_identity_in_both_releases(
-    old: SimpleNamespace, specs: Specs, document: Document, data: st.DataObject
+    old: SimpleNamespace, old_specs: Specs, document: Document, data: st.DataObject
 ) -> None:
     """A folder, a status and an AttemptJob that either release has marked are recognized by the other."""
-    spec = data.draw(specs)
+    spec = data.draw(old_specs)
     job, _ = parse_api_object(document(spec))
     before = old.types.QLoRAJob.model_validate(document(spec))
     run = to_run_config(job, uid="0f-1", attempt=0, isa="avx2")
