@@ -26,7 +26,7 @@ from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.distributed.heartbeat import Heartbeat, leave
 from qlora_trainer.distributed.peers import LostPeer
-from qlora_trainer.errors import CollectiveError, ConfigurationError, PeerLost, TrainerError
+from qlora_trainer.errors import CollectiveError, ConfigurationError, PeerLost, TerminatedAlone, TrainerError
 from qlora_trainer.host.affinity import on_service_cpus
 from qlora_trainer.run_file import RunFileError, load_run, with_rank_counts
 from qlora_trainer.storage.job_folder import JobFolder
@@ -72,7 +72,7 @@ def run_rank() -> int:
     except BaseException as error:
         if not isinstance(error, TrainerError):
             traceback.print_exception(error)
-        ending = failure_report(name_lost_peer(error, heartbeat), rank, context)
+        ending = failure_report(name_lost_peer(error, heartbeat, context), rank, context)
         log.error("%s: %s", ending.reason, ending.cause)  # noqa: TRY400 - an expected end needs no traceback
         if context is not None and heartbeat is not None:
             leave_after(error, ending, context, heartbeat)
@@ -83,7 +83,7 @@ def run_rank() -> int:
 def open_context() -> RankContext:
     """Read run.json, connect to the other ranks, start to serve progress."""
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGTERM, leave_at_once)  # until there are peers that must hear of it
     world = World.from_environ(os.environ)
     run = read_run(Path(os.environ.get(RUN_CONFIG_ENV, str(RUN_CONFIG_PATH))))
     volumes = volume_map()
@@ -99,6 +99,11 @@ def open_context() -> RankContext:
         only_here = bool(volumes)  # set by `qlora run`; in a pod the operator connects from outside
         ProgressServer(context.progress, "127.0.0.1" if only_here else "", port_from_environ(os.environ))
     return context
+
+
+def leave_at_once(*_: object) -> NoReturn:
+    """The signal handler of a rank that waits for the others, and has nothing to lose."""
+    raise TerminatedAlone("asked to stop before all ranks had met")
 
 
 def read_run(path: Path) -> RunConfig:
@@ -119,7 +124,7 @@ def start_heartbeat(context: RankContext) -> Heartbeat:
     rank = context.world.rank
 
     def report_loss(lost: LostPeer) -> None:
-        ending = failure_report(PeerLost(str(lost)), rank, context)
+        ending = failure_report(loss_of(lost, context), rank, context)
         log.error("%s: %s", ending.reason, ending.cause)
         write_rank_report(ending)
 
@@ -127,11 +132,20 @@ def start_heartbeat(context: RankContext) -> Heartbeat:
         context.world,
         context.group.store,
         context.run.distributed.timeout_seconds,
-        lambda lost: leave(lost, report_loss),
+        lambda lost: leave(lost, report_loss, loss_of(lost, context).exit_code),
         socket.gethostname(),
+        context.stop,
     )
     heartbeat.start()
+    heartbeat.stop_on_sigterm()
     return heartbeat
+
+
+def loss_of(lost: LostPeer, context: RankContext) -> TrainerError:
+    """What a lost peer is to this rank: once all are asked to stop, one that goes first is no failure."""
+    if context.stop.is_set():
+        return TerminatedAlone(f"asked to stop; {lost}")
+    return PeerLost(str(lost))
 
 
 def train_unless_finished(context: RankContext) -> TerminationReport:
@@ -145,12 +159,14 @@ def train_unless_finished(context: RankContext) -> TerminationReport:
     return success_report(context, train(context))
 
 
-def name_lost_peer(error: BaseException, heartbeat: Heartbeat | None) -> BaseException:
+def name_lost_peer(
+    error: BaseException, heartbeat: Heartbeat | None, context: RankContext | None
+) -> BaseException:
     """For a failed collective the peer that caused it, where the heartbeat knows it; else the error itself."""
-    if isinstance(error, CollectiveError) and heartbeat is not None:
+    if isinstance(error, CollectiveError) and heartbeat is not None and context is not None:
         lost = heartbeat.lost(CULPRIT_SECONDS)
         if lost is not None:
-            return PeerLost(str(lost))
+            return loss_of(lost, context)
     return error
 
 

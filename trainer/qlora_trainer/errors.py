@@ -15,6 +15,7 @@ TrainerError
 │   ├── PeerLost           ... because a peer is gone
 │   └── CollectiveTimeout  ... because a peer did not answer
 ├── Terminated             SIGTERM, after a checkpoint
+│   └── TerminatedAlone    SIGTERM, while there was nothing to agree on
 └── Fenced                 a newer attempt has taken over the job's folder
 """
 
@@ -120,6 +121,12 @@ class Terminated(TrainerError):  # noqa: N818
 
     exit_code = ExitCode.TERMINATED
     agreed = True
+
+
+class TerminatedAlone(Terminated):
+    """As Terminated, while other ranks may be anywhere: each leaves by itself."""
+
+    agreed = False
 
 
 class Fenced(TrainerError):  # noqa: N818

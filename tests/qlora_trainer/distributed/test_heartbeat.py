@@ -1,5 +1,6 @@
 """Heartbeats over real sockets: of threads where nobody dies, of processes where somebody does."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -44,6 +45,7 @@ class Circle:
 
     def __init__(self, size: int, timeout: float = 60.0) -> None:
         self.store = HashStore()
+        self.stops = [threading.Event() for _ in range(size)]
         self.lost: dict[int, LostPeer] = {}
         self.members = [self._member(rank, size, timeout) for rank in range(size)]
         with ThreadPoolExecutor(size) as pool:
@@ -52,8 +54,9 @@ class Circle:
     def _member(self, rank: int, size: int, timeout: float) -> Heartbeat:
         world = World(rank, size, rank, "127.0.0.1", 1)
         return Heartbeat(
-            world, self.store, timeout, lambda lost: self.lost.update({rank: lost}), f"host-{rank}"
-        )
+            world, self.store, timeout, lambda lost: self.lost.update({rank: lost}), f"host-{rank}",
+            self.stops[rank],
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -71,6 +74,42 @@ def circle() -> Iterator[Callable[..., Circle]]:
     for thread in [each for each in threading.enumerate() if each.name == "heartbeat"]:
         thread.join(30)
         assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_stop_asked_of_one_rank_reaches_all(circle: Callable[..., Circle], asked: int) -> None:
+    """Within a beat, through rank 0, and no rank is lost for it."""
+    world = circle(4)
+    world.stops[asked].set()
+
+    until(lambda: all(stop.is_set() for stop in world.stops))
+    assert world.lost == {}
+
+
+def test_sigterm_is_heard_while_the_main_thread_is_busy(circle: Callable[..., Circle]) -> None:
+    """Python's own handler has to wait for a collective, or a product of matrices, to end; peers do not."""
+    world = circle(2)
+    heard: list[bool] = []
+
+    def ask() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(world.stops[1].wait(PATIENCE))
+
+    before = signal.getsignal(signal.SIGTERM)
+    asking = threading.Timer(0.2, ask)
+    try:
+        world.members[0].stop_on_sigterm()
+        asking.start()
+        while not heard:
+            # C code that holds no lock and knows no signals; far more than a second of it on any machine.
+            hashlib.pbkdf2_hmac("sha256", b"x", b"y", 3_000_000)
+            heard.append(world.stops[1].is_set())
+    finally:
+        asking.join()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+
+    assert heard[0]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)

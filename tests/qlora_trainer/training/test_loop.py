@@ -94,26 +94,43 @@ def test_without_evaluation_data_no_step_is_evaluated(ready: Ready) -> None:
     assert [line.get("eval_loss") for line in lines(context)] == [None] * 4
 
 
-def test_a_request_to_stop_saves_the_step_that_was_done(
-    ready: Ready, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("micro_batch", "saved"),
+    [
+        pytest.param(1, 1, id="before the last micro-batch, which is left out"),
+        pytest.param(5, 2, id="in the last micro-batch, which completes the step"),
+    ],
+)
+def test_a_request_to_stop_saves_the_last_whole_step(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch, micro_batch: int, saved: int
 ) -> None:
-    """The step in which it came is completed, written and saved."""
-    context = ready()
-    one_step = loop.one_step
+    """Between two micro-batches nothing of the step is applied, and a resume goes on as if nothing had been."""
+    context = ready(training={"microBatchTokens": 96})
+    undisturbed = train(ready(training={"microBatchTokens": 96}))
+    weights = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    shutil.rmtree(context.folder.path)
+    context.folder.acquire()
+    seen, collate = [], loop.collate
 
-    def stopped(context: RankContext, state: Any) -> Any:
-        if state.loop.step == 1:
-            context.stop.set()
-        return one_step(context, state)
+    def stopped(*args: Any) -> Any:
+        if [line["step"] for line in lines(context)] == [0, 1]:
+            seen.append(1)
+            if len(seen) == micro_batch:
+                context.stop.set()
+        return collate(*args)
 
-    monkeypatch.setattr(loop, "one_step", stopped)
+    monkeypatch.setattr(loop, "collate", stopped)
 
-    with pytest.raises(Terminated, match=r"^asked to stop; saved a checkpoint after step 2$"):
+    with pytest.raises(Terminated, match=rf"^asked to stop; saved a checkpoint after step {saved}$"):
         train(context)
-    assert [line["step"] for line in lines(context)] == [0, 1, 2]
+    assert [line["step"] for line in lines(context)] == list(range(saved + 1))
     newest = checkpoint.newest_valid(context.folder)
     assert newest is not None
-    assert newest.name == "step-00000002"
+    assert newest.name == f"step-0000000{saved}"
+    context.stop.clear()
+    assert train(context)["eval_loss"] == undisturbed["eval_loss"]
+    again = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_request_to_stop_before_the_first_step_leaves_nothing(ready: Ready) -> None:

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
-from qlora_trainer.errors import ConfigurationError, DataError, ModelError, Terminated
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.training import loop
-from qlora_trainer.training.context import RankContext
+from qlora_trainer.training.context import RankContext, StopHere
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
 
@@ -280,7 +280,7 @@ def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     context = ready()
     context.stop.set()
 
-    with pytest.raises(Terminated, match="asked to stop before the first step"):
+    with pytest.raises(StopHere):
         prepare(context)
     assert checkpoint.newest_valid(context.folder) is None
 

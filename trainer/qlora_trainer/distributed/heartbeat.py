@@ -12,6 +12,7 @@ release the interpreter's lock, so it runs while the main thread waits in one.
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -41,6 +42,7 @@ class Heartbeat:
 
     `on_lost` is called once, in the heartbeat's thread, at the first loss; see
     `leave` for what it usually does. `host` is the name that peers report.
+    `stop` is set on every rank, within moments, once it is set on one.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Heartbeat:
         timeout_seconds: float,
         on_lost: Callable[[LostPeer], None],
         host: str,
+        stop: threading.Event | None = None,
     ) -> None:
         self._world = world
         self._store = store
         self._timeout = timeout_seconds
         self._on_lost = on_lost
         self._host = host
+        self._stop = threading.Event() if stop is None else stop
         self._monitor: PeerMonitor | None = None
         self._thread: threading.Thread | None = None
 
@@ -72,13 +76,13 @@ class Heartbeat:
                 listener = listen(resolve(self._world.master_addr, self._world.master_port), 0)
                 token = secrets.token_hex(16)
                 here = {"port": listener.getsockname()[1], "token": token, "host": self._host}
-                monitor = PeerMonitor(range(1, self._world.size), self._timeout, listener, token)
+                monitor = PeerMonitor(range(1, self._world.size), self._timeout, self._stop, listener, token)
                 self._store.set(_KEY, json.dumps(here))
             else:
                 rank_0 = json.loads(self._store.get(_KEY))
                 address = (self._world.master_addr, rank_0["port"])
                 sock = socket.create_connection(address, timeout=self._timeout)
-                monitor = PeerMonitor(range(1), self._timeout)
+                monitor = PeerMonitor(range(1), self._timeout, self._stop)
                 connection = monitor.connections.add(sock)
                 connection.rank, connection.host = 0, rank_0["host"]
                 connection.send(Hello(self._world.rank, self._host, rank_0["token"]))
@@ -91,6 +95,16 @@ class Heartbeat:
         )
         self._thread.start()
         monitor.joined.wait(self._timeout + 2 * BEAT_SECONDS)
+
+    def stop_on_sigterm(self) -> None:
+        """Have SIGTERM set `stop`, from now on and in the main thread, which alone may call this.
+
+        Python runs a handler only once the main thread comes out of what it is doing, such as a collective that waits
+        for all the others; the heartbeat's thread hears of the signal at once, and so do the peers.
+        """
+        signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
+        if self._monitor is not None:
+            signal.set_wakeup_fd(self._monitor.connections.signal_fd, warn_on_full_buffer=False)
 
     def lost(self, wait_seconds: float = 0.0) -> LostPeer | None:
         """The peer that was lost, waiting so long for the news.
@@ -113,13 +127,17 @@ class Heartbeat:
     def _leave(self, message: Goodbye | Farewell) -> None:
         if self._monitor is None or self._thread is None:
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(-1)  # what it wrote to is closed with the loop
         self._monitor.leave(message)
         if threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS + 2 * DRAIN_SECONDS)
 
 
-def leave(lost: LostPeer, write_report: Callable[[LostPeer], None]) -> NoReturn:
-    """End this process as a peer's collateral; what `on_lost` usually does.
+def leave(
+    lost: LostPeer, write_report: Callable[[LostPeer], None], code: ExitCode = ExitCode.LOST_PEER
+) -> NoReturn:
+    """End this process as a peer's collateral, or with another code; what `on_lost` usually does.
 
     The report has the collateral delay to be written, whatever becomes of its
     storage. The process ends at once after that, since its main thread may
@@ -127,4 +145,4 @@ def leave(lost: LostPeer, write_report: Callable[[LostPeer], None]) -> NoReturn:
     """
     threading.Thread(target=write_report, args=(lost,), name="report", daemon=True).start()
     time.sleep(COLLATERAL_DELAY_SECONDS)
-    os._exit(ExitCode.LOST_PEER)
+    os._exit(code)

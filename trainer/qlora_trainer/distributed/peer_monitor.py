@@ -7,6 +7,7 @@ import contextlib
 import queue
 import secrets
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from qlora_trainer.distributed.peers import (
     LastSeen,
     LostPeer,
     Message,
+    Stop,
 )
 
 BEAT_SECONDS = 2.0
@@ -38,6 +40,10 @@ class PeerConnections:
         self.open: list[Connection] = []
         self._listener = listener
         self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.settimeout(0)
+        self._wake_out.settimeout(0)
+        self.signals = b""
+        """Numbers of the signals that `signal_fd` has got, one a byte."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         if listener is not None:
@@ -63,12 +69,20 @@ class PeerConnections:
         with contextlib.suppress(OSError):  # the loop has ended already
             self._wake_out.send(b".")
 
+    @property
+    def signal_fd(self) -> int:
+        """For signal.set_wakeup_fd: a signal ends the `wait` of the loop, whatever the main thread is doing."""
+        return self._wake_out.fileno()
+
     def wait(self, seconds: float) -> list[Connection]:
         """The connections that have something to read, waiting so long for one; new ones are accepted meanwhile."""
         readable = []
         for key, _ in self._selector.select(seconds):
             if isinstance(key.data, Connection):
                 readable.append(key.data)
+            elif key.fileobj is self._wake_in:
+                with contextlib.suppress(BlockingIOError):
+                    self.signals += self._wake_in.recv(4096)
             elif self._listener is not None and key.fileobj is self._listener:
                 with contextlib.suppress(OSError):  # it went before we came
                     self.add(self._listener.accept()[0])
@@ -120,9 +134,22 @@ class PeerMonitor:
     """Watches the peers until one is lost or this rank leaves."""
 
     def __init__(
-        self, ranks: range, timeout_seconds: float, listener: socket.socket | None = None, token: str = ""
+        self,
+        ranks: range,
+        timeout_seconds: float,
+        stop: threading.Event,
+        listener: socket.socket | None = None,
+        token: str = "",
     ) -> None:
-        """`ranks`: the peers. Rank 0 has a listener, and the token that a Hello must have."""
+        """Make a loop that is not running yet.
+
+        Args:
+            ranks: the peers.
+            timeout_seconds: after which a silent peer is lost.
+            stop: set when any rank was asked to stop; once set here, all ranks hear of it.
+            listener: of rank 0.
+            token: that a Hello must have, of rank 0.
+        """
         self.lost_peer: LostPeer | None = None
         self.joined = threading.Event()
         """Every rank has registered, or the loop has ended."""
@@ -131,6 +158,8 @@ class PeerMonitor:
         self.connections = PeerConnections(listener)
         self._ranks = ranks
         self._timeout = timeout_seconds
+        self._stop = stop
+        self._told_to_stop: set[Connection] = set()
         self._token = token
         self._interval = min(timeout_seconds / 10, BEAT_SECONDS)
         self._next_beat = time.monotonic()
@@ -167,6 +196,7 @@ class PeerMonitor:
         self._last_seen.start_turn(now)
         for connection in readable:
             self._read(connection, now)
+        self._spread_stop()
         if now >= self._next_beat:
             self._next_beat = now + self._interval
             for connection in list(self.connections.open):
@@ -179,6 +209,17 @@ class PeerMonitor:
             hosts = {connection.rank: connection.host for connection in self.connections.open}
             reason = f"gave no sign of life for {self._timeout:g} s"
             self.lost_peer = LostPeer(rank, hosts.get(rank, "unknown"), reason)
+
+    def _spread_stop(self) -> None:
+        """Tell every peer once that a rank was asked to stop; rank 0 thereby passes on what another one said."""
+        if signal.SIGTERM in self.connections.signals:
+            self._stop.set()
+        self.connections.signals = b""
+        if self._stop.is_set():
+            for connection in self.connections.open:
+                if connection.rank is not None and connection not in self._told_to_stop:
+                    self._told_to_stop.add(connection)
+                    connection.send(Stop())
 
     def _read(self, connection: Connection, now: float) -> None:
         messages, is_open = connection.read()
@@ -216,6 +257,8 @@ class PeerMonitor:
         match message:
             case Joined():
                 self.joined.set()
+            case Stop():
+                self._stop.set()
             case Goodbye():
                 self._last_seen.forget(rank)
                 self.connections.close(connection)

@@ -30,6 +30,11 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """A rank was asked to stop: all are."""
+
+
+@dataclass(frozen=True)
 class Goodbye:
     """The sender ends in order."""
 
@@ -55,9 +60,9 @@ class LostPeer:
         return f"rank {self.rank} on host {self.host} {self.reason}"
 
 
-Message = Hello | Joined | Beat | Goodbye | Farewell | LostPeer
+Message = Hello | Joined | Beat | Stop | Goodbye | Farewell | LostPeer
 _KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Hello, Joined, Beat, Goodbye, Farewell, LostPeer)
+    kind.__name__: kind for kind in (Hello, Joined, Beat, Stop, Goodbye, Farewell, LostPeer)
 }
 
 

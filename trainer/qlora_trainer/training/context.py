@@ -26,6 +26,10 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
     """A rank was asked to stop, and all ranks know it: each raises this at the same place."""
 
 
+class StopHere(Exception):  # noqa: N818
+    """This rank leaves where it is, because it or another one was asked to stop: there is nothing to agree on yet."""
+
+
 @dataclass(frozen=True)
 class ReducedScalars:
     """Numbers of all ranks, the same on each of them."""
@@ -52,7 +56,8 @@ class RankContext:
     memory: MemorySampler = field(default_factory=MemorySampler)
     rate: Rate = field(default_factory=Rate)
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set by SIGTERM. Acted on only through `all_reduce_scalars`, so that all ranks see it at the same place."""
+    """Set on all ranks, within moments, by SIGTERM to any one. Once there is something to save, it is acted on through
+    `all_reduce_scalars` alone, so that all ranks do at the same place."""
     tokens_trained: int = 0
     """By this rank, in this attempt."""
     progress: Progress = field(init=False)
@@ -70,6 +75,12 @@ class RankContext:
     def is_rank_zero(self) -> bool:
         """Rank 0 alone writes files and reports."""
         return self.world.rank == 0
+
+    def advance(self, amount: int) -> None:
+        """Count what was just done by work that may be left at any moment. Raises StopHere when asked to stop."""
+        self.progress.advance(amount)
+        if self.stop.is_set():
+            raise StopHere
 
     def rank_info(self) -> RankFacts:
         """Where this rank runs, for the live report."""

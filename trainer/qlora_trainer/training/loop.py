@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri
-from qlora_contract.progress import CheckpointRef
+from qlora_contract.progress import CheckpointRef, Work
 from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
@@ -16,19 +16,20 @@ from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
-from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated
+from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated, TerminatedAlone
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
-from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.context import RankContext, StopHere, StopRequested
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.setup import DTYPES, TrainState, prepare
 
 log = logging.getLogger(__name__)
 
+STOPPED_AT_THE_START = "asked to stop before the first step"
 STOPPED_AT_THE_END = "asked to stop after the last step; its checkpoint is kept"
 
 
@@ -41,12 +42,16 @@ def train(context: RankContext) -> dict[str, Any]:
     try:
         state = prepare(context)
     except StopRequested:
-        raise Terminated("asked to stop before the first step") from None
+        raise Terminated(STOPPED_AT_THE_START) from None
+    except StopHere:
+        raise TerminatedAlone(STOPPED_AT_THE_START) from None
     try:
         run_steps(context, state)
     except StopRequested:
         save(context, state)
         context.group.barrier()
+        if state.loop.step == 0:
+            raise Terminated(STOPPED_AT_THE_START) from None
         raise Terminated(f"asked to stop; saved a checkpoint after step {state.loop.step}") from None
     return finish(context, state)
 
@@ -55,7 +60,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     """Run every step up to the last.
 
     Raises:
-        StopRequested: after a complete step.
+        StopRequested: a rank was asked to stop; the state is that after a whole step.
         Diverged: before a bad step is applied.
     """
     run, loop, total_steps = context.run, state.loop, state.schedule.total_steps
@@ -111,6 +116,7 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
     """Run one optimizer step of all ranks: its metrics, and whether a rank was asked to stop.
 
     Raises:
+        StopRequested: a rank was asked to stop and has left the step unfinished; nothing is applied on any.
         Diverged: loss or gradient is not finite; nothing is applied.
         ModelError: no gradient reaches the adapter.
     """
@@ -121,6 +127,8 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
     count = int(state.counts[samples].sum())
     local = accumulate(context, state, step, count)
     reduced = context.all_reduce_scalars(local, float(context.memory.peak_needed))
+    if reduced.sums["unfinished"]:
+        raise StopRequested
     context.group.all_reduce_sum(parameters.gradient)
     norm = float(parameters.gradient.norm())
     check_finite(loop.step, reduced.sums["loss"], norm)
@@ -167,14 +175,18 @@ def accumulate(context: RankContext, state: TrainState, step: Step, count: int) 
         count: what the objective counts in the whole step; the gradient is that of the sum of losses over it.
 
     Returns:
-        This rank's sums: `loss`, `tokens` (padding left out) and the objective's metrics.
+        This rank's sums: `loss`, `tokens` (padding left out), the objective's metrics, and `unfinished`: 1 when it was
+        asked to stop before its last micro-batch.
     """
     world, objective = context.world, state.objective
     mine = packing.shard(range(len(step.bins)), world.rank, world.size)
     bin_tokens = [step.bin_tokens[n] for n in mine]
     state.parameters.gradient.zero_()
-    sums = dict.fromkeys(("loss", "tokens", *objective.metrics), 0.0)
+    sums = dict.fromkeys(("loss", "tokens", "unfinished", *objective.metrics), 0.0)
     for micro_batch in packing.micro_batches(mine, bin_tokens, state.memory.micro_batch_tokens):
+        if context.stop.is_set():
+            sums["unfinished"] = 1.0
+            break
         numbers = [sample for n in micro_batch for sample in step.bins[n]]
         batch = collate(state.data.train, numbers, pad_multiple(state.model.dtype))
         if state.dropout is not None:
@@ -288,6 +300,8 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
             loop.base_eval_loss = measure_unquantized(context, state)
         except StopRequested:
             raise Terminated(STOPPED_AT_THE_END) from None
+        except StopHere:
+            raise TerminatedAlone(STOPPED_AT_THE_END) from None
     context.progress.update(stage="Publishing")
     ranks = context.group.all_gather_object(context.rank_stats())
     report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
@@ -325,7 +339,7 @@ def measure_unquantized(context: RankContext, state: TrainState) -> float | None
     micro-batch.
 
     Raises:
-        StopRequested: a rank was asked to stop in the meantime.
+        StopRequested, StopHere: a rank was asked to stop in the meantime.
     """
     chosen = state.memory
     weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
@@ -333,7 +347,9 @@ def measure_unquantized(context: RankContext, state: TrainState) -> float | None
         return None
     del state.model, state.parameters, state.optimizer  # memory need not hold both
     malloc_trim()
-    base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype])
+    weights_bytes = Work(name="loading the unquantized base", unit="bytes", total=weights)
+    context.progress.begin(weights_bytes)
+    base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
     samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
     loss = evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base")
     if context.is_rank_zero:

@@ -25,7 +25,7 @@ from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
-from qlora_trainer.errors import ConfigurationError, DataError, ModelError, Terminated
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.kernels import library
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
@@ -97,7 +97,7 @@ def prepare(context: RankContext) -> TrainState:
     Nothing is evaluated yet: a user sees the first step as soon as can be.
 
     Raises:
-        StopRequested: a rank was asked to stop in the meantime.
+        StopRequested, StopHere: a rank was asked to stop in the meantime.
         TrainerError: one of its kinds, for every expected failure.
     """
     context.progress.update(stage="Starting")
@@ -134,7 +134,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     shape = model_shape(model_folder, run.adapter)
     began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
-    tokenizer, data = load_inputs(run, shape, context.volumes, began, lambda count: tokenized(context, count))
+    tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance)
     context.progress.begin(None)
     tokens = digests_of_tokens(tokenizer, data)
 
@@ -182,14 +182,6 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
     return Inputs(model_folder, data, tokens, schedule, chosen, dtype, key, resumed, loop)
-
-
-def tokenized(context: RankContext, count: int) -> None:
-    """So many records more are tokenized. Raises Terminated when this rank was asked to stop: the others learn of it as
-    of any rank's end."""
-    context.progress.advance(count)
-    if context.stop.is_set():
-        raise Terminated("asked to stop before the first step")
 
 
 def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:
@@ -245,8 +237,8 @@ def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
         "quantization": json.dumps(context.run.quantization.model_dump(), sort_keys=True),
         "dtype": state.dtype,
     }
-    known = base_losses.read(context.folder, things) if context.is_rank_zero else None
-    known = context.group.all_gather_object(known)[0]
+    kept = base_losses.read(context.folder, things) if context.is_rank_zero else None
+    known: BaseLosses | None = context.group.all_gather_object(kept)[0]
     if known is not None:
         return known
     facts = data.evaluation_facts
@@ -320,7 +312,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         inputs.model_folder,
         scheme_of(run.quantization),
         DTYPES[inputs.dtype],
-        context.progress.advance,
+        context.advance,
         weights_hash,
     )
     context.progress.begin(None)
