@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from builders import job_manifest
-from qlora_contract.run_config import SINCE
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 
 ARCHIVE = Path(__file__).with_name("0.1.0.tar.xz")
@@ -178,22 +177,6 @@ def _specs(job: Schema) -> SearchStrategy[dict[str, Any]]:
         st.sampled_from(SOURCES["model"]),
         st.sampled_from(SOURCES["dataset"]),
     )
-
-
-@pytest.fixture(scope="session")
-def old_specs(specs: SearchStrategy[dict[str, Any]]) -> SearchStrategy[dict[str, Any]]:
-    """Those of them that release 0.1.0 knows all fields of."""
-
-    def without_new(spec: dict[str, Any]) -> dict[str, Any]:
-        new = {tuple(path.split(".")) for path in SINCE}
-        return {
-            section: {name: value for name, value in fields.items() if (section, name) not in new}
-            if isinstance(fields, dict)
-            else fields
-            for section, fields in spec.items()
-        }
-
-    return specs.map(without_new)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Running base models: packed samples, recomputed layers, evaluation in between."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from builders import run_fields
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
@@ -20,6 +23,7 @@ from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import Dropout
 from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
+from qlora_trainer.telemetry.progress import Progress, starting_report
 from qlora_trainer.training.context import ReducedScalars
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.objective import SupervisedFineTuning
@@ -169,6 +173,7 @@ def test_evaluation_leaves_training_alone(
         run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
         world=SimpleNamespace(rank=0, size=1),
         stop=threading.Event(),
+        progress=Progress(starting_report(RunConfig.model_validate_json(json.dumps(run_fields())))),
         all_reduce_scalars=lambda sums: ReducedScalars(stop_requested=False, sums=sums, per_rank=[]),
     )
     found = evaluate(context, SupervisedFineTuning(), model, samples, 30)
@@ -202,6 +207,7 @@ def test_evaluation_is_the_same_over_any_number_of_ranks(
             run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
             world=SimpleNamespace(rank=rank, size=size),
             stop=threading.Event(),
+            progress=Progress(starting_report(RunConfig.model_validate_json(json.dumps(run_fields())))),
             all_reduce_scalars=all_reduce_scalars,
         )
         evaluate(context, SupervisedFineTuning(), model, samples, 30)

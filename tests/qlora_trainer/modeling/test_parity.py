@@ -5,6 +5,7 @@ alone through the stock libraries, with the adapter that ours has written.
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import NestedScales
 from qlora_trainer.quantization.schemes import Nf4, Scheme, Unquantized
 from qlora_trainer.storage.job_folder import JobFolder
+from qlora_trainer.telemetry.progress import Progress, starting_report
 from qlora_trainer.training.loop import accumulate
 from qlora_trainer.training.objective import SupervisedFineTuning
 
@@ -102,7 +104,10 @@ def run_ranks(
     )  # fmt: skip
     loss, gradient = 0.0, torch.zeros_like(ours.parameters.gradient)
     for rank in range(ranks):
-        context: Any = SimpleNamespace(world=SimpleNamespace(rank=rank, size=ranks), tokens_trained=0)
+        context: Any = SimpleNamespace(
+            world=SimpleNamespace(rank=rank, size=ranks), tokens_trained=0, stop=threading.Event(),
+            progress=Progress(starting_report(run_config(["all-linear"]))),
+        )  # fmt: skip
         loss += accumulate(context, state, step, supervised)["loss"]
         gradient += ours.parameters.gradient
     return loss / supervised, gradient

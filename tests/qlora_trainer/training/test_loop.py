@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS

@@ -51,7 +51,8 @@ def built() -> Built:
     """make(context, objective) -> the state before the first step."""
 
     def make(context: RankContext, objective: Objective) -> TrainState:
-        return build(context, objective, agree_on_inputs(context))
+        state, _ = build(context, objective, agree_on_inputs(context))
+        return state
 
     return make
 
