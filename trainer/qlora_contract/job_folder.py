@@ -79,7 +79,7 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
         same, fields = same_identity(theirs, mine), dict(theirs["fields"])
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
     if not same:
         raise IdentityError(
