@@ -130,6 +130,7 @@ bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers, ea
 	$(BIN)/python trainer/benchmarks/convergence.py
 	$(BIN)/python trainer/benchmarks/pinning.py
 	$(BIN)/python trainer/benchmarks/allreduce.py
+	taskset -c 1 $(BIN)/python trainer/benchmarks/linear.py
 
 scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG.md)
 	PYTHONPATH=tests/cluster $(BIN)/python operator/benchmarks/scale.py

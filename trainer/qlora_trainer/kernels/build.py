@@ -88,14 +88,17 @@ def commands(words: Sequence[str], folder: Path, output: Path) -> list[list[str]
         folder: of the object files.
         output: the library.
     """
+    zig = any("zig" in Path(word).name for word in words)
     # The oldest x86-64, as this compiler spells it: some compilers' default is the processor that they run on.
-    baseline = "-march=x86_64" if any("zig" in Path(word).name for word in words) else "-march=x86-64"
+    baseline = "-march=x86_64" if zig else "-march=x86-64"
+    # Nothing of the C++ library is used; zig would compile it first, for minutes.
+    linked = ("-nostdlib++",) if zig else ("-Wl,--as-needed",)
     lines, objects = [], []
     for source in sorted(SOURCES.glob("*.cpp")):
         objects.append(str(folder / f"{source.stem}.o"))
         extra = TIER_FLAGS.get(source.stem, ())
         lines.append([*words, *FLAGS, baseline, *extra, "-c", str(source), "-o", objects[-1]])
-    lines.append([*words, "-shared", "-pthread", "-Wl,--as-needed", *objects, "-o", str(output)])
+    lines.append([*words, "-shared", "-pthread", *linked, *objects, "-o", str(output)])
     return lines
 
 
