@@ -155,7 +155,7 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
     assert "small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s\n" in out
     assert f"adapter    {machine.job}/adapter\n" in out
     assert (
-        "eval loss  1.5000, base model 1.9000 in fp32 and 2.0000 quantized: 25.0 % below the quantized base\n"
+        "eval loss  1.5000, base model 1.9000 unquantized and 2.0000 quantized: 25.0 % below the quantized base\n"
         in out
     )
 
