@@ -19,7 +19,8 @@ TIER ?= api
 N ?= 50
 NAME ?= $(TIER)
 CLUSTER := PYTHONPATH=tests/cluster $(BIN)/python -m testcluster
-PYTEST := $(BIN)/python -m pytest -q --durations=10 --durations-min=1
+# Tiers that run at once must not take each other's notes of what failed.
+PYTEST = $(BIN)/python -m pytest -q --durations=10 --durations-min=1 -o cache_dir=$(CACHE)/pytest/$@
 # Tests of processes against each other, on two busy cores: up to five that fail are repeated once, alone. Both results
 # are printed, each repeated test is named, and `make repeated` counts them; what fails twice fails.
 tier = $(PYTEST) $(1) || { echo "some tests failed; they are repeated, alone:"; $(PYTEST) $(1) --last-failed --repeat -n 0; }
@@ -30,8 +31,8 @@ RANKS := -n 2 --dist loadfile
 # Tests of the cluster wait most of the time; each process has a control plane of its own (0.5 GB).
 WAITING := -n 6 --dist worksteal
 
-.PHONY: help demo demo-data test test-unit test-fast repeated check verify generate lock bench setup clean
-.PHONY: cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
+.PHONY: help demo demo-data test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
+.PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
 
 help:  ## Show the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -77,24 +78,26 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 
 # --- the checks
 
-test: demo-data $(VENV)/.backends  ## Set everything up and run the tests, fast ones first
-	$(call tier,$(BRIEF) -m "$(FAST)")
-	$(CLUSTER) build --tier fleet
-	$(call tier,$(WAITING) -m "cluster and not soak")
-	$(call tier,$(RANKS) -m "slow and not cluster and not nodes and not soak")
+test: test-fast test-cluster test-slow  ## Set everything up and run the tests, fast ones first
 
 test-unit: setup  ## Run the tests that start no process and import no torch: under a minute
 	$(PYTEST) --unit -n 2 -m "$(FAST)" tests/qlora_contract tests/qlora_operator tests/qlora_trainer tests/repository
 
 test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
-	$(PYTEST) $(BRIEF) -m "$(FAST)"
+	$(call tier,$(BRIEF) -m "$(FAST)")
+
+test-cluster: demo-data $(VENV)/.backends  ## Run the tests against a real API server
+	$(CLUSTER) build --tier fleet
+	$(call tier,$(WAITING) -m "cluster and not soak")
+
+test-slow: demo-data $(VENV)/.backends  ## Run the tests of ranks that are processes and really train
+	$(call tier,$(RANKS) -m "slow and not cluster and not nodes and not soak")
 
 repeated:  ## Say which tests had to be repeated since the last time it was asked
 	@touch $(CACHE)/repeated-tests.txt; \
 	 echo "$$(wc -l < $(CACHE)/repeated-tests.txt) tests were repeated"; cat $(CACHE)/repeated-tests.txt; rm $(CACHE)/repeated-tests.txt
 
-e2e: demo-data  ## Run the tests on two real nodes (root; about 30 GB of disk)
-	$(CLUSTER) build --tier nodes
+e2e: demo-data cluster-build  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(call tier,-m "nodes and not soak")
 
 soak: setup  ## Run the long random tests
@@ -136,6 +139,9 @@ scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG
 	PYTHONPATH=tests/cluster $(BIN)/python operator/benchmarks/scale.py
 
 # --- a real Kubernetes on this machine
+
+cluster-build: setup  ## Build what the tests' clusters need: Kubernetes, nodes, images
+	$(CLUSTER) build --tier nodes
 
 cluster-up: setup  ## Start one: TIER=api|nodes|fleet, NAME=..., N=nodes of the fleet
 	$(CLUSTER) up --tier $(TIER) --name $(NAME) $(if $(filter fleet,$(TIER)),--nodes $(N))
