@@ -83,6 +83,7 @@ SOURCES = {
     "destination": ["hf://org/adapter", "s3://bucket/adapters"],
 }
 WORDS = {
+    "chatTemplate": st.sampled_from(["bundled:auto", "{{ messages }}"]),
     "memoryPerRank": st.sampled_from(["1Gi", "1.5G", "100000001"]),
     "targetModules": st.lists(st.sampled_from(["q_proj", "v_proj", "all-linear"]), min_size=1, max_size=3),
     "destination": st.sampled_from(SOURCES["destination"]),
@@ -113,6 +114,9 @@ def values(node: Schema, name: str) -> SearchStrategy[Any]:
     if INT_OR_STRING in node:
         return st.integers(low, high) | st.just(node["pattern"].strip("^$"))
     match node["type"]:
+        case "object" if "properties" not in node:
+            entry = values(node["additionalProperties"], "")
+            return st.dictionaries(st.sampled_from(["a", "b"]), entry, max_size=2)
         case "object":
             inner = {child: values(schema, child) for child, schema in node["properties"].items()}
             return st.fixed_dictionaries({}, optional=inner)
@@ -124,6 +128,8 @@ def values(node: Schema, name: str) -> SearchStrategy[Any]:
             return st.floats(low, high, exclude_min=inside, exclude_max=below).filter(math.isfinite)
         case "boolean":
             return st.booleans()
+    if "pattern" not in node:
+        return st.text("ab {}", min_size=node.get("minLength", 0), max_size=min(node["maxLength"], 9))
     return st.from_regex(node["pattern"], fullmatch=True).filter(
         lambda text: node.get("minLength", 0) <= len(text) <= node["maxLength"]
     )
