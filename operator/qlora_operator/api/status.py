@@ -50,7 +50,7 @@ class Restarts(StatusModel):
     """Counted against backoffLimit."""
     infrastructure: int = 0
     """Restarts that the cluster caused."""
-    forgiven: int = 0
+    forgiven: int | None = None
     """Those of them that no longer count against infrastructureBackoffLimit: they came before an attempt that made a
     new checkpoint."""
 

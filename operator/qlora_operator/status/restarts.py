@@ -25,10 +25,10 @@ def charge(
         used, limit, field = restarts.user, spec.backoff_limit, "backoffLimit"
         charged, reason = {"user": used + 1}, Reason.BACKOFF_LIMIT_EXCEEDED
     else:
-        forgiven = restarts.infrastructure if progressed else restarts.forgiven
+        forgiven = restarts.infrastructure if progressed else restarts.forgiven or 0
         used, limit = restarts.infrastructure - forgiven, spec.infrastructure_backoff_limit
         field, reason = "infrastructureBackoffLimit", Reason.INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED
-        charged = {"infrastructure": restarts.infrastructure + 1, "forgiven": forgiven}
+        charged = {"infrastructure": restarts.infrastructure + 1, "forgiven": forgiven or None}
     if used < limit:
         return restarts.model_copy(update=charged)
     exhausted = f"all {limit} restarts of {field} are used up" if limit else f"{field} is 0"
