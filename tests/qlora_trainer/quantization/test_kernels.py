@@ -1,6 +1,7 @@
 """Which implementation multiplies with quantized weights."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from qlora_trainer.kernels.library import KERNELS_ENV, Library
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
-from qlora_trainer.quantization.nf4 import quantize_nf4
+from qlora_trainer.quantization.nf4 import Nf4Matrix, quantize_nf4
 
 pytestmark = pytest.mark.process
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture(autouse=True)
 def chosen_anew() -> Iterator[None]:
     """Each test chooses for itself, and leaves nothing chosen."""
-    caches = (library.loaded, kernels.name, kernels._log_misfit)
+    caches = (library.loaded, kernels.name, kernels.is_right, kernels._log_misfit)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -75,3 +76,39 @@ def test_shapes_that_do_not_fit_are_left_to_the_reference(
     assert [line for line in caplog.messages if "reference for" in line] == [
         "kernels: reference for nf4 weights of 5 x 96: the kernel library needs rows that are a multiple of 64 long"
     ]
+
+
+def test_a_tile_unit_that_multiplies_wrongly_is_not_used(
+    avx2: Library, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried first; then plain torch runs, a checkpoint records that, and the log says why."""
+    found = replace(avx2, tier="amx_bf16")
+    monkeypatch.setattr(library, "loaded", lambda: found)
+    monkeypatch.setattr(kernels, "agree", lambda one, other: (one, other.tier) != (found, "amx_emulated"))
+
+    assert isinstance(kernels.nf4_weight(reference_matrix()), reference.Nf4Weight)
+    assert kernels.name("nf4") == "reference"
+    assert sum("tile unit multiplies otherwise" in message for message in caplog.messages) == 1
+
+
+def test_products_of_two_tiers_are_told_apart_where_they_differ(
+    avx2: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding is no difference; a bias that nobody asked for is."""
+    emulated = library_of("amx_emulated")
+    assert kernels.agree(avx2, emulated)
+
+    linear = CompiledNf4Weight.linear
+
+    def wrong(weight: CompiledNf4Weight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = linear(weight, x, bias)
+        return y.roll(1, dims=1) if weight._call is compiled_call else y
+
+    compiled_call = CompiledNf4Weight(reference_matrix(), emulated)._call
+    monkeypatch.setattr(CompiledNf4Weight, "linear", wrong)
+    assert not kernels.agree(avx2, emulated)
+
+
+def reference_matrix() -> Nf4Matrix:
+    """A small matrix of a shape that fits, quantized by plain torch."""
+    return quantize_nf4(torch.randn(4, 64), double=True, name="w")

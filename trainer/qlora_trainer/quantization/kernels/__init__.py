@@ -7,11 +7,14 @@ else `reference`, plain torch; never by timing them in the run: the choice must 
 
 import functools
 import logging
+from dataclasses import replace
+
+import torch
 
 from qlora_trainer.kernels import library
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
 from qlora_trainer.quantization.kernels import compiled, reference
-from qlora_trainer.quantization.nf4 import BLOCK, Nf4Matrix
+from qlora_trainer.quantization.nf4 import BLOCK, Nf4Matrix, quantize_nf4
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ def name(scheme: str) -> str:
         ConfigurationError: QLORA_KERNELS names what cannot run here.
     """
     found = library.loaded()
-    chosen = found.name if found and scheme in COMPILED_SCHEMES else library.REFERENCE
+    chosen = found.name if found and scheme in COMPILED_SCHEMES and is_right(found) else library.REFERENCE
     log.info("kernels of %s weights: %s", scheme, chosen)
     return chosen
 
@@ -38,12 +41,40 @@ def name(scheme: str) -> str:
 def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     """The weight (out, in) in the form of the implementation that runs. Takes the matrix over."""
     found = library.loaded()
-    if found is None:
+    if found is None or not is_right(found):
         return reference.Nf4Weight(matrix)
     if not compiled.fits(matrix.shape):
         _log_misfit(matrix.shape)
         return reference.Nf4Weight(matrix)
     return compiled.CompiledNf4Weight(matrix, found)
+
+
+@functools.cache
+def is_right(found: library.Library) -> bool:
+    """Whether the library multiplies rightly here. Where it uses the tile unit, a small product is tried first.
+
+    A unit that is not what its emulation is (a hypervisor's, say) must not train anybody's adapter.
+    """
+    if found.tier != "amx_bf16":
+        return True
+    right = agree(found, replace(found, tier=library.EMULATED))
+    if not right:
+        log.warning(
+            "kernels: the tile unit multiplies otherwise than its emulation; plain torch runs instead"
+        )
+    return right
+
+
+def agree(one: library.Library, other: library.Library) -> bool:
+    """Whether two tiers give the same products in bf16, forward and backward, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = quantize_nf4(torch.randn(80, 192, generator=generator), double=True, name="a trial")
+    x = torch.randn(70, 192, generator=generator).bfloat16()
+    dy = torch.randn(70, 80, generator=generator).bfloat16()
+    weights = [compiled.CompiledNf4Weight(matrix, each) for each in (one, other)]
+    products = [torch.cat([w.linear(x, None), w.linear_grad_input(dy)], dim=1).float() for w in weights]
+    # A product whose sum is nearly 0 is mostly rounding: the whole is compared.
+    return float((products[0] - products[1]).norm()) < 0.01 * float(products[1].norm())
 
 
 @functools.cache
