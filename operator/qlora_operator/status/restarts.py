@@ -21,6 +21,7 @@ def charge(
         end: the attempt's.
         progressed: it has made a new checkpoint, so the cluster does let the job get on.
     """
+    charged: dict[str, int | None]
     if end.budget == Budget.USER:
         used, limit, field = restarts.user, spec.backoff_limit, "backoffLimit"
         charged, reason = {"user": used + 1}, Reason.BACKOFF_LIMIT_EXCEEDED
