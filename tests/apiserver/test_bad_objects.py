@@ -169,7 +169,7 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "credentials without a destination": (
         {"spec.output": {"credentialsSecret": "a"}}, "spec.output.credentialsSecret", "requires a destination"),
     "misspelt destination": ({"spec.output": {"destinaton": "s3://abc"}}, "spec.output.destinaton", UNKNOWN),
-    "unknown format": ({"spec.dataset.format": "text"}, "spec.dataset.format", '"chat", "prompt-completion"'),
+    "unknown format": ({"spec.dataset.format": "xml"}, "spec.dataset.format", '"chat", "prompt-completion"'),
     "split is a path": ({"spec.dataset.trainSplit": "../x"}, "spec.dataset.trainSplit", "should match"),
     "split is empty": ({"spec.dataset.evalSplit": ""}, "spec.dataset.evalSplit", "at least 1 chars"),
     "split of 65 characters": ({"spec.dataset.evalSplit": "a" * 65}, "spec.dataset.evalSplit", "Too long"),

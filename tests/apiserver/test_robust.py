@@ -220,6 +220,8 @@ def test_what_the_api_server_fails_at_is_told(
         said = {condition["type"]: condition for condition in status["conditions"]}["Initialized"]
         assert (said["status"], said["reason"]) == ("False", "ApiServerError")
         assert WEBHOOK in said["message"]
+        # The Event comes after the status.
+        wait_for(lambda: "ApiServerError" in [event["reason"] for event in job.events()], or_else="the Event")
         assert [event["reason"] for event in job.events()].count("ApiServerError") == 1
     job.succeed(runs(job, 0), PATIENCE)
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -147,9 +147,16 @@ class ControlPlane(Cluster):
 
         Raises ClusterError when a program has ended, or after READY_SECONDS.
         """
+        self.wait_until(_not_ready)
+
+    def wait_until(self, not_yet: Callable[[Client], str | None]) -> None:
+        """Wait until `not_yet` gives no reason to wait any longer.
+
+        Raises ClusterError when a program has ended, or after READY_SECONDS.
+        """
         client = Client(self.kubeconfig, seconds=2)
         deadline = time.monotonic() + READY_SECONDS
-        while (why := _not_ready(client)) is not None:
+        while (why := not_yet(client)) is not None:
             self._processes.check()
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -188,6 +195,15 @@ def _is_free(address: str, port: int) -> bool:
                 raise ClusterError(f"{address} is no address of this machine") from error
             return False
     return True
+
+
+def _not_healthy(client: Client) -> str | None:
+    """Why the API server cannot be used yet, or None."""
+    try:
+        client.text("/healthz")
+    except ApiError as error:
+        return str(error)
+    return None
 
 
 def _not_ready(client: Client) -> str | None:
@@ -231,4 +247,8 @@ def _start_all(
         "kube-scheduler": command_lines.scheduler(folder),
     }
     for name, arguments in options.items():
+        if name == "kube-controller-manager":
+            cluster.wait_until(
+                _not_healthy
+            )  # it gives up after 10 s, which are short when several clusters start
         cluster.run(name, [str(cluster.binaries[name]), *arguments])

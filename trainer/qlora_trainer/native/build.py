@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -79,13 +80,16 @@ def main(arguments: Sequence[str] | None = None, extensions: Mapping[str, Extens
     names = parser.parse_args(arguments).name or list(known)
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"{', '.join(unknown)}: only {' and '.join(known)} are compiled")
-    try:
-        for name in names:
-            print(f"{name}: {build(known[name])}", flush=True)
-    except ExtensionUnavailable as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    with ThreadPoolExecutor() as at_once:
+        builds = [at_once.submit(build, known[name]) for name in names]
+    failed = False
+    for name, done in zip(names, builds, strict=True):
+        try:
+            print(f"{name}: {done.result()}", flush=True)
+        except ExtensionUnavailable as error:
+            failed = True
+            print(error, file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":
