@@ -105,12 +105,16 @@ def test_the_definition_is_established_as_it_was_sent(client: Client, crd: None)
 def test_a_sample_is_accepted_and_means_what_qlora_validate_says(
     path: Path, client: Client, jobs: str
 ) -> None:
-    """Under strict field validation every sample is taken; its defaults come back as those of the models."""
+    """Under strict field validation every sample is taken; with its defaults it means what the models say. Those of
+    later fields than release 0.1.0's are the models' alone."""
     job = parse_job(read(path))
     assert job is not None
     stored = client.post(f"{jobs}?fieldValidation=Strict", read(path))
 
-    assert stored["spec"] == job.spec.model_dump(by_alias=True, exclude_none=True)
+    again = parse_job({**read(path), "spec": stored["spec"]})
+    assert again is not None
+    assert again.spec == job.spec
+    assert stored["spec"]["adapter"] == job.spec.adapter.model_dump(by_alias=True, exclude_none=True)
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_contract.run_config import SINCE
 from qlora_operator.api import names
 from qlora_operator.api.rules import ApiModel
 from qlora_operator.api.v1alpha1 import MUTABLE, MUTABLE_WHILE_SUSPENDED, QLoRAJob
@@ -140,6 +141,7 @@ def _version_schema(job: type[ApiModel]) -> Schema:
     """The schema as it stands in the CRD: explained, and with the rules that only an API server can check."""
     schema: Schema = _explained(job_schema(job))
     properties = schema["properties"]
+    _leave_out_later_defaults(properties["spec"])
     for field in ("apiVersion", "kind"):
         properties[field] = {"type": "string", "description": properties[field]["description"]}
     # An API server has its own schema of metadata. Of ours it takes the name alone, which a rule is about.
@@ -155,6 +157,20 @@ def _version_schema(job: type[ApiModel]) -> Schema:
     ]
     properties["spec"]["x-kubernetes-validations"] += transition_rules(job)
     return schema
+
+
+def _leave_out_later_defaults(spec: Schema) -> None:
+    """Take away the defaults of fields that came after release 0.1.0, in place; who reads a job knows them.
+
+    An API server adds defaults to every job that it hands out. That release refuses a job with a field that it does not
+    know, and could read none any more, such as after a rollback; like this it reads all that do not set such a field.
+    """
+    for path in SINCE:
+        fields, names_ = spec, path.partition("=")[0].split(".")
+        for depth, name in enumerate(names_, start=1):
+            fields = fields["properties"][name]
+            if depth > 1 and "=" not in path:  # sections were all there, values have no defaults
+                fields.pop("default", None)
 
 
 def _explained(value: Any) -> Any:

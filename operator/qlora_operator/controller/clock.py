@@ -35,9 +35,9 @@ class Clock:
     def observe(self, server_time: datetime) -> None:
         """The API server has answered at this time."""
         at, before = self._monotonic(), self.now()
-        difference = server_time - before
+        # The server cuts off what exceeds a whole second.
+        difference = min(max(before, server_time), server_time + RESOLUTION) - before
         if self._is_set:
             most = timedelta(seconds=(at - self._at) * SLEW)
-            wanted = difference if abs(difference) > RESOLUTION else timedelta()
-            difference = min(max(wanted, -most), most)
+            difference = min(max(difference, -most), most)
         self._base, self._at, self._is_set = before + difference, at, True
