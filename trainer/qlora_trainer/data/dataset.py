@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -143,11 +143,8 @@ def load(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     options: TokenizationOptions | None = None,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> LoadedData:
     """Read, split and tokenize what `dataset` names; `root` is its source as a path.
-
-    `advance` is called with the number of records that were just tokenized. What it raises ends the work.
 
     Raises DataError (the data), ConfigurationError (a dataset field that does
     not fit them) or ModelError (the tokenizer).
@@ -160,10 +157,10 @@ def load(
         train, records = split_records(dataset, training_files[0], training.records)
         held_out = Records(records, training.format)
     tokenization = Tokenization(tokenizer, max_length, options)
-    samples, facts = make_samples(train, tokenization, "training", advance)
+    samples, facts = make_samples(train, tokenization, "training")
     evaluation, evaluation_facts = None, None
     if held_out.records:
-        evaluation, evaluation_facts = make_samples(held_out.records, tokenization, "evaluation", advance)
+        evaluation, evaluation_facts = make_samples(held_out.records, tokenization, "evaluation")
         evaluation_facts = replace(evaluation_facts, format=held_out.format, bad=held_out.bad)
     digest = dataset_sha256(root, [*training_files, *evaluation_files])
     facts = replace(facts, format=training.format, bad=training.bad)
@@ -318,17 +315,12 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
     return [record for record, key in zip(records, keys, strict=True) if key >= limit], held_out
 
 
-def make_samples(
-    records: list[Record],
-    tokenization: Tokenization,
-    use: str,
-    advance: Callable[[int], None] = lambda _: None,
-) -> tuple[Samples, Facts]:
+def make_samples(records: list[Record], tokenization: Tokenization, use: str) -> tuple[Samples, Facts]:
     """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
     kept: list[Sample] = []
     truncated = 0
     for sample in tokenization.samples(records):
-        advance(1)
+        tokenization.options.advance(1)
         truncated += sample.truncated
         if sample.mask.any():
             kept.append(sample)

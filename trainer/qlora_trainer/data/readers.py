@@ -244,12 +244,7 @@ def _array_rows(stream: Bytes, name: str) -> Rows:
             text.peek()
         number += 1
         location = f"{name}: record {number} (line {text.line})"
-        value = text.value()
-        yield (
-            Row(location, value)
-            if isinstance(value, dict)
-            else BadRow(location, "is not a JSON object; an array of objects is expected")
-        )
+        yield _row(text.value(), location, "an array of objects is expected")
     if text.peek() != "]":
         raise DataError(
             f"{name}: line {text.line}: the JSON array is not whole: after record {number} a comma and another record, "
@@ -267,12 +262,14 @@ def _object_rows(stream: Bytes, name: str) -> Rows:
     while text.peek():
         number += 1
         location = f"{name}: record {number} (line {text.line})"
-        value = text.value()
-        yield (
-            Row(location, value)
-            if isinstance(value, dict)
-            else BadRow(location, "is not a JSON object; objects are expected")
-        )
+        yield _row(text.value(), location, "objects are expected")
+
+
+def _row(value: Any, location: str, expected: str) -> Row | BadRow:
+    """A value of a JSON text as a record, if it is an object."""
+    if isinstance(value, dict):
+        return Row(location, value)
+    return BadRow(location, f"is not a JSON object; {expected}")
 
 
 def csv_rows(stream: Bytes, name: str) -> Rows:

@@ -53,8 +53,9 @@ class TokenizationOptions:
 
     template: TemplateSettings = field(default_factory=TemplateSettings)
     train: TrainedTurns = "all"
-    between_batches: Callable[[], None] = lambda: None
-    """Called before each batch: it may raise."""
+    advance: Callable[[int], None] = lambda _: None
+    """Called with the number of records that were just tokenized, and with 0 before each batch. What it raises ends the
+    work."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Tokenization:
             raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
         self._tokenizer = tokenizer
         self.max_length = max_length
-        self._options = options or TokenizationOptions()
+        self.options = options or TokenizationOptions()
         self._chat_template: ChatTemplate | None = None
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         # A token never spans more characters than the longest one has; and one more token tells that there are more.
@@ -152,7 +153,7 @@ class Tokenization:
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        self._chat_template = ChatTemplate(self._tokenizer, self._options.template)
+        self._chat_template = ChatTemplate(self._tokenizer, self.options.template)
         return self._chat_template
 
     @cached_property
@@ -164,7 +165,7 @@ class Tokenization:
         match record.content:
             case Chat():
                 text, turns = supervised_turns(
-                    record.content, self._template, record.location, limit, self._options.train
+                    record.content, self._template, record.location, limit, self.options.train
                 )
                 shown = text[:limit]
                 starts = [0, *(turn.start for turn in turns if turn.start < len(shown))]
@@ -186,7 +187,7 @@ class Tokenization:
         return _Text(record, parts, len(text) > limit, self._special)
 
     def _encode(self, texts: Sequence[_Text]) -> Iterator[Sample]:
-        self._options.between_batches()
+        self.options.advance(0)
         encoded = self._encode_parts(texts)
         max_length = self.max_length
         for text in texts:

@@ -63,9 +63,9 @@ def load_inputs(
     options = TokenizationOptions(
         template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
         train=run.dataset.train,
-        between_batches=lambda: advance(0),
+        advance=advance,
     )
-    data = load(run.dataset, source, tokenizer, longest, options, advance)
+    data = load(run.dataset, source, tokenizer, longest, options)
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
