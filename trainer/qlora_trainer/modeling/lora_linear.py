@@ -13,13 +13,13 @@ and the adapter would each make and keep their own full-sized tensors.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from qlora_trainer.modeling.passes import passes_for
-from qlora_trainer.quantization.frozen_weight import FrozenWeight
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, FusesLowRank, LowRank
 
 
 class LoraLinear(nn.Module):
@@ -75,36 +75,56 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         mask: "Mask | None",  # (rows, in): dropout of the adapter's input
     ) -> Tensor:
-        out = weight.linear(x, bias)  # (rows, out)
         ctx.weight, ctx.scale, ctx.mask = weight, scale, mask
         if a is None or b is None:
             ctx.save_for_backward()
-            return out
-        dropped = x if mask is None else mask.times(x)
-        down = dropped @ a.to(x.dtype).t()  # (rows, rank)
-        out.addmm_(down, b.to(x.dtype).t(), alpha=scale)
+            return weight.linear(x, bias)  # (rows, out)
+        if _fuses(weight):
+            # Of dropped inputs the inner product is made apart: the weight's own takes them whole.
+            inner = None if mask is None else mask.times(x) @ a.to(x.dtype).t()
+            out, down = weight.linear_with(x, bias, LowRank(a, b, scale), inner)
+        else:
+            out = weight.linear(x, bias)
+            down = (x if mask is None else mask.times(x)) @ a.to(x.dtype).t()  # (rows, rank)
+            out.addmm_(down, b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, down, a, b)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         dy = grad_outputs[0]  # (rows, out)
-        dx = ctx.weight.linear_grad_input(dy) if ctx.needs_input_grad[0] else None  # (rows, in)
+        weight, scale, mask = ctx.weight, ctx.scale, ctx.mask
         saved = ctx.saved_tensors  # once: under checkpointing a second look would recompute again
         if not saved:
+            dx = weight.linear_grad_input(dy) if ctx.needs_input_grad[0] else None  # (rows, in)
             return dx, None, None, None, None, None, None
         x, down, a, b = saved
-        mask = ctx.mask
-        up = (dy @ b.to(dy.dtype)).mul_(ctx.scale)  # (rows, rank)
-        dropped = x if mask is None else mask.times(x)  # again: to keep it would cost as much memory as x
-        da = (up.t() @ dropped).float()
-        db = (dy.t() @ down).float().mul_(ctx.scale)
-        if dx is not None:
-            if mask is None:
-                dx.addmm_(up, a.to(dy.dtype))
-            else:
+        dx = None
+        if ctx.needs_input_grad[0] and _fuses(weight):
+            dx, up = weight.linear_grad_input_with(dy, LowRank(a, b, scale), added=mask is None)
+            if mask is not None:
                 mask.add_times(dx, up @ a.to(dy.dtype))
+        else:
+            up = (dy @ b.to(dy.dtype)).mul_(scale)  # (rows, rank)
+            if ctx.needs_input_grad[0]:
+                dx = weight.linear_grad_input(dy)
+                if mask is None:
+                    dx.addmm_(up, a.to(dy.dtype))
+                else:
+                    mask.add_times(dx, up @ a.to(dy.dtype))
+        dropped = x if mask is None else mask.times(x)  # again: to keep it would cost as much memory as x
+        if _fuses(weight):
+            da = weight.sum_of_outer(dropped, up, 1.0, transposed=True)
+            db = weight.sum_of_outer(dy, down, scale, transposed=False)
+        else:
+            da = (up.t() @ dropped).float()
+            db = (dy.t() @ down).float().mul_(scale)
         return dx, da, db, None, None, None, None
+
+
+def _fuses(weight: FrozenWeight) -> TypeGuard[FusesLowRank]:
+    """Whether a weight fuses low-rank products."""
+    return hasattr(weight, "linear_with")
 
 
 class Dropout:

@@ -4,6 +4,7 @@ They never ask for the matrix. An implementation may dequantize it for every pro
 and never make it; it may keep its numbers in whatever form its arithmetic likes best.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -52,6 +53,51 @@ class FrozenWeight(Protocol):
 
         Returns:
             (rows, in), of the same dtype: memory of its own, which the caller may write to.
+        """
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product beside a frozen weight's: s (x A^T) B^T. The backward pass has (s dy B) A."""
+
+    a: Tensor
+    """A: (rank, in), fp32."""
+    b: Tensor
+    """B: (out, rank), fp32."""
+    scale: float
+    """s."""
+
+
+class FusesLowRank(FrozenWeight, Protocol):
+    """A frozen weight that makes a product of low rank in the same pass as its own.
+
+    The inner product, what is in brackets in LowRank's formulas, is returned, since gradients are made of it:
+    (rows, rank), in the compute dtype.
+    """
+
+    def linear_with(
+        self, x: Tensor, bias: Tensor | None, low_rank: LowRank, inner: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`linear` with the low rank's product added.
+
+        Args:
+            x: as of `linear`.
+            bias: as of `linear`.
+            low_rank: what is added.
+            inner: x A^T, where it is made of another x; it is returned then.
+        """
+
+    def linear_grad_input_with(self, dy: Tensor, low_rank: LowRank, *, added: bool) -> tuple[Tensor, Tensor]:
+        """`linear_grad_input`, with the low rank's product added if `added`."""
+
+    def sum_of_outer(self, x: Tensor, u: Tensor, factor: float, *, transposed: bool) -> Tensor:
+        """factor x^T u, or its transpose, in fp32: what the gradients of A and B are.
+
+        Args:
+            x: (rows, columns), in the compute dtype.
+            u: (rows, rank), of the same dtype.
+            factor: what the sum over rows is multiplied by.
+            transposed: whether the result is (rank, columns), else (columns, rank).
         """
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernel_tiers import EVERY_TIER, library_of
+from qlora_trainer.quantization.frozen_weight import LowRank
 from qlora_trainer.quantization.kernels import compiled
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
@@ -21,6 +22,8 @@ SHAPES = [(1, 64), (31, 192), (96, 128), (257, 64), (576, 576), (70, 2112), (211
 BY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
 ROWS = [0, 1, 3, 31, 257]
 FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.1}
+ROUNDED = {torch.float32: 3e-7, torch.bfloat16: 5e-3}
+"""An error that is no worse than roundings: small products hold too few numbers for norms to be compared closer."""
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -97,6 +100,130 @@ def test_errors_are_no_larger_than_the_reference_s(
         assert error(y, exact) <= FACTOR[dtype] * error(reference.linear(x, bias), exact)
         exact = dy.double() @ weight
         assert error(dx, exact) <= FACTOR[dtype] * error(reference.linear_grad_input(dy), exact)
+
+
+RANKS = pytest.mark.parametrize("rank", [1, 3, 16, 40])
+"""Off the tile and the strip, on it, and more than one strip."""
+
+
+def low_rank(shape: tuple[int, int], rank: int) -> LowRank:
+    """LoRA's matrices for a weight (out, in), of the size that its own products have."""
+    a, b = randn(rank, shape[1], seed=7) / shape[1] ** 0.5, randn(shape[0], rank, seed=8)
+    return LowRank(a, b / 4, 1.7)
+
+
+@EVERY_TIER
+@DTYPES
+@BY_SHAPE
+@RANKS
+def test_errors_with_low_rank_are_no_larger_than_the_reference_s(
+    tier: str, dtype: torch.dtype, shape: tuple[int, int], rank: int
+) -> None:
+    """Both products and both gradients, against float64; the reference rounds A and B, too."""
+    ours, reference = pair(tier, randn(*shape) * 0.02)
+    low = low_rank(shape, rank)
+    a, b, scale = low.a.to(dtype), low.b.to(dtype), low.scale
+    weight = reference.dequantize(torch.float32).double()
+    x, dy = randn(70, shape[1], seed=1).to(dtype), randn(70, shape[0], seed=2).to(dtype)
+
+    y, down = ours.linear_with(x, None, low, None)
+    dx, up = ours.linear_grad_input_with(dy, low, added=True)
+    da = ours.sum_of_outer(x, up, 1.0, transposed=True)
+    db = ours.sum_of_outer(dy, down, scale, transposed=False)
+
+    plain_down, plain_up = x @ a.t(), (dy @ b).mul_(scale)
+    plain_y = reference.linear(x, None).addmm_(plain_down, b.t(), alpha=scale)
+    plain_dx = reference.linear_grad_input(dy).addmm_(plain_up, a)
+    exact_down, exact_up = x.double() @ low.a.double().t(), scale * dy.double() @ low.b.double()
+    for mine, plain, exact in (
+        (down, plain_down, exact_down),
+        (up, plain_up, exact_up),
+        (y, plain_y, x.double() @ weight.t() + scale * exact_down @ low.b.double().t()),
+        (dx, plain_dx, dy.double() @ weight + exact_up @ low.a.double()),
+        (da, (up.t() @ x).float(), up.double().t() @ x.double()),
+        (db, (dy.t() @ down).float().mul_(scale), scale * dy.double().t() @ down.double()),
+    ):
+        assert mine.shape == plain.shape
+        assert error(mine, exact) <= max(FACTOR[dtype] * error(plain, exact), ROUNDED[dtype])
+    assert (down.dtype, up.dtype, da.dtype, db.dtype) == (dtype, dtype, torch.float32, torch.float32)
+
+
+@EVERY_TIER
+@DTYPES
+@pytest.mark.parametrize("rows", ROWS)
+def test_parts_of_a_product_with_low_rank(tier: str, dtype: torch.dtype, rows: int) -> None:
+    """A given inner product is used as it is; one that is not to be added leaves the base's product."""
+    shape = (96, 2112)
+    ours, _ = pair(tier, randn(*shape) * 0.02)
+    low = low_rank(shape, 5)
+    x, dy, bias = (randn(*size).to(dtype) for size in ((rows, 2112), (rows, 96), (96,)))
+    y, down = ours.linear_with(x, bias, low, None)
+    dx, up = ours.linear_grad_input_with(dy, low, added=False)
+
+    given, same = ours.linear_with(x, bias, low, down)
+    nothing, _ = ours.linear_with(x, bias, low, torch.zeros_like(down))
+
+    assert torch.equal(down, same)
+    assert torch.equal(y, given)
+    assert torch.equal(ours.linear(x, bias), nothing)
+    assert torch.equal(ours.linear_grad_input(dy), dx)
+    assert torch.equal(ours.linear_grad_input_with(dy, low, added=True)[1], up)
+    if not rows:
+        assert not ours.sum_of_outer(x, down, 1.0, transposed=True).any()
+
+
+@EVERY_TIER
+@DTYPES
+def test_with_low_rank_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype) -> None:
+    """Neither does what lies beside a row."""
+    shape = (200, 1088)
+    ours, _ = pair(tier, randn(*shape) * 0.02)
+    low = low_rank(shape, 16)
+    x, dy = randn(600, 1088).to(dtype), randn(600, 200).to(dtype)
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        y, down = ours.linear_with(x, None, low, None)
+        dx, up = ours.linear_grad_input_with(dy, low, added=True)
+        da = ours.sum_of_outer(x, up, 1.0, transposed=True)
+        db = ours.sum_of_outer(dy, down, 2.0, transposed=False)
+        results.append([y, down, dx, up, da, db])
+
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    alone = ours.linear_with(x[37:38], None, low, None)
+    assert torch.equal(results[0][0][37:38], alone[0])
+    assert torch.equal(results[0][1][37:38], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "inner", "message"),
+    [
+        (
+            torch.zeros(3, 65),
+            torch.zeros(32, 3),
+            None,
+            r"A is torch.float32 \[3, 65\]; it must be .* \[3, 64\]",
+        ),
+        (torch.zeros(3, 64), torch.zeros(3, 32).t(), None, "B is .* contiguous"),
+        (torch.zeros(3, 64).double(), torch.zeros(32, 3), None, "A is torch.float64"),
+        (
+            torch.zeros(3, 64),
+            torch.zeros(32, 3),
+            torch.zeros(4, 3),
+            r"inner product is .*; it must be .* \[5, 3\]",
+        ),
+    ],
+    ids=["columns", "strided", "float64", "inner"],
+)
+def test_low_ranks_that_do_not_fit_are_refused(
+    a: Tensor, b: Tensor, inner: Tensor | None, message: str
+) -> None:
+    """Before C reads past their end."""
+    ours, _ = pair("avx2", randn(32, 64))
+
+    with pytest.raises(ValueError, match=message):
+        ours.linear_with(torch.zeros(5, 64), None, LowRank(a, b, 1.0), inner)
 
 
 @EVERY_TIER

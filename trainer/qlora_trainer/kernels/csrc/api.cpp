@@ -22,11 +22,19 @@ const qlora::Tier* tier_of(int number) {
 #define QLORA_API extern "C" __attribute__((visibility("default")))
 
 // See LinearCall in tier.hpp.
-QLORA_API int qlora_nf4_linear(int tier, int threads, const qlora::Nf4Matrix* weight, int transposed, int is_bf16,
-                               int64_t rows, const void* x, const void* bias, void* y) {
+QLORA_API int qlora_nf4_linear(int tier, int threads, const qlora::Nf4Matrix* weight, const qlora::LowRank* low_rank,
+                               int transposed, int is_bf16, int64_t rows, const void* x, const void* bias, void* y) {
   const qlora::Tier* t = tier_of(tier);
   if (!t) return no_such_tier;
-  return t->nf4_linear({weight, transposed != 0, is_bf16 != 0, rows, x, bias, y, threads}) ? ok : no_memory;
+  return t->nf4_linear({weight, low_rank, transposed != 0, is_bf16 != 0, rows, x, bias, y, threads}) ? ok : no_memory;
+}
+
+// See SumOfOuterCall in tier.hpp.
+QLORA_API int qlora_sum_of_outer(int tier, int threads, int is_bf16, int64_t rows, int64_t columns, int64_t rank,
+                                 const void* x, const void* u, float factor, int transposed, float* y) {
+  const qlora::Tier* t = tier_of(tier);
+  if (!t) return no_such_tier;
+  return t->sum_of_outer({is_bf16 != 0, rows, columns, rank, x, u, factor, transposed != 0, y, threads}) ? ok : no_memory;
 }
 
 QLORA_API int qlora_to_bf16(int tier, int, const float* x, qlora::bf16* y, int64_t n) {

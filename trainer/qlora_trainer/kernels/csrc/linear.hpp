@@ -1,4 +1,4 @@
-// y = x W^T + bias and y = x W for W in NF4, which is never whole in memory.
+// y = x W^T + bias and y = x W for W in NF4, which is never whole in memory, with LoRA's products beside them.
 //
 // Both are one product, (rows, depth) x (depth, columns). Columns are cut into strips of 32, which threads share; the sum
 // is never cut between threads, so that their number changes no bit. In order:
@@ -6,7 +6,12 @@
 //     for each 4 KiB of a row of x: pack the panel (multiply.hpp)
 //       for each strip: for each chunk of the sum: dequantize it into first-level cache, multiply all rows with it
 // A strip is dequantized once for each panel, which is a few percent of the work at some hundred rows.
+//
+// A product of low rank is more of the same: LoRA's first matrix is a strip or some more, which a packed panel is
+// multiplied with at once; what comes out is packed as 32 more indices of the sum, or some more, for which each strip
+// has the second matrix. So it costs no pass over x or y, and y is rounded once.
 #pragma once
+#include "dense_strip.hpp"
 #include "multiply.hpp"
 #include "threads.hpp"
 
@@ -64,6 +69,18 @@ QLORA_INLINE void finish(const float* sums, int64_t rows, int64_t columns, const
   }
 }
 
+// The elements of LoRA's two matrices as a call multiplies with them: the first is (depth, rank), the second (rank, columns).
+struct LowRankElements {
+  const LowRank& l;
+  bool transposed;
+  int64_t k;
+
+  QLORA_INLINE float a(int64_t r, int64_t i) const { return l.a[r * k + i]; }
+  QLORA_INLINE float b(int64_t i, int64_t r) const { return l.scale * l.b[i * l.rank + r]; }
+  QLORA_INLINE float first(int64_t i, int64_t r) const { return transposed ? b(i, r) : a(r, i); }
+  QLORA_INLINE float second(int64_t r, int64_t i) const { return transposed ? a(r, i) : b(i, r); }
+};
+
 template <class Unit, class X>
 bool product(const LinearCall& call) {
   if (call.rows == 0) return true;
@@ -83,6 +100,25 @@ bool product(const LinearCall& call) {
   const int64_t row_blocks = pieces_of(pieces_of(call.rows, panels), Unit::rows);
   const int64_t panel = row_blocks * Unit::rows;
 
+  const LowRank none = {};
+  const LowRank& low = call.low_rank ? *call.low_rank : none;
+  const LowRankElements elements{low, call.transposed, w.k};
+  const int64_t inner_strips = call.low_rank && !low.inner_given ? pieces_of(low.rank, kStrip) : 0;
+  const int64_t inner_blocks = call.low_rank && low.added ? pieces_of(low.rank, kBlock) : 0;
+  const int64_t inner_pieces = inner_blocks ? pieces_of(low.rank, Unit::is_bf16 ? 2 * kPiece : kPiece) : 0, inner_strip = blocks * steps * kStrip;
+  float *firsts = nullptr, *inner_sums = nullptr, *inner = nullptr;
+  if (inner_strips) {
+    firsts = static_cast<float*>(scratch(Slot::inner_strips, inner_strips * inner_strip * sizeof(float)));
+    inner_sums = static_cast<float*>(scratch(Slot::inner_sums, inner_strips * panel * kStrip * sizeof(float)));
+  }
+  if (inner_blocks) inner = static_cast<float*>(scratch(Slot::inner, panel * inner_pieces * kPiece * sizeof(float)));
+  if ((inner_strips && !(firsts && inner_sums)) || (inner_blocks && !inner)) return false;
+  parallel_for(call.threads, inner_strips, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s)
+      dense_strip<Unit::is_bf16>([&](int64_t i, int64_t r) { return elements.first(i, s * kStrip + r); }, 0, blocks, depth,
+                                 low.rank - s * kStrip, firsts + s * inner_strip);
+  });
+
   // The sums of all strips are kept from one part of the sum to the next, where there is more than one.
   auto* const packed = static_cast<float*>(scratch(Slot::call, panel * part_blocks * bytes));
   float* kept = nullptr;
@@ -96,9 +132,28 @@ bool product(const LinearCall& call) {
       const int64_t here = least(part_blocks, blocks - part), pieces = here * steps / kPiece;
       parallel_for(call.threads, pieces_of(rows, Unit::rows), [&](int64_t first, int64_t last) {
         pack<Unit>(x + row * depth + part * kBlock, depth, rows, depth - part * kBlock, pieces, first, last, packed);
+        if (!call.low_rank) return;
+        const DenormalsAreZero mode;
+        auto* const given = static_cast<X*>(low.inner) + row * low.rank;
+        const int64_t begin = first * Unit::rows, end = least(last * Unit::rows, rows);
+        Unit unit;
+        for (int64_t s = 0; s < inner_strips; ++s)
+          for (int64_t r = begin; r < end; r += Unit::rows) {
+            float* const sums = inner_sums + (s * panel + r) * kStrip;
+            const int count = static_cast<int>(least<int64_t>(Unit::rows, end - r));
+            const int64_t ranks = least<int64_t>(kStrip, low.rank - s * kStrip);
+            for (int64_t chunk = 0; chunk < here; chunk += chunk_blocks)
+              unit.multiply(packed + (r * pieces + chunk * steps / kPiece * Unit::rows) * kPiece,
+                            firsts + s * inner_strip + (part + chunk) * steps * kStrip,
+                            least(chunk_blocks, here - chunk) * steps / kPiece, sums, count, ranks, part + chunk > 0);
+            if (part + here == blocks)
+              finish<X>(sums, count, ranks, nullptr, given + r * low.rank + s * kStrip, low.rank);
+          }
+        if (part + here == blocks && inner_blocks) pack<Unit>(given, low.rank, rows, low.rank, inner_pieces, first, last, inner);
       });
       parallel_for(call.threads, strips, [&](int64_t first, int64_t last) {
-        auto* const strip = static_cast<float*>(scratch(Slot::strip, chunk_blocks * steps * kStrip * sizeof(float)));
+        const int64_t strip_blocks = inner_blocks > chunk_blocks ? inner_blocks : chunk_blocks;
+        auto* const strip = static_cast<float*>(scratch(Slot::strip, strip_blocks * steps * kStrip * sizeof(float)));
         auto* sums = kept ? kept : static_cast<float*>(scratch(Slot::sums, panel * kStrip * sizeof(float)));
         if (!strip || !sums) {
           __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
@@ -116,10 +171,17 @@ bool product(const LinearCall& call) {
               strip_over_k<Unit::is_bf16>(w, s * kStrip, start, length, strip);
             for (int64_t r = 0; r < rows; r += Unit::rows)
               unit.multiply(packed + (r * pieces + chunk * steps / kPiece * Unit::rows) * kPiece, strip,
-                            length * steps / kPiece, sums + r * kStrip, static_cast<int>(least<int64_t>(Unit::rows, rows - r)),
+                            length * steps / kPiece, sums + r * kStrip, static_cast<int>(least<int64_t>(Unit::rows, rows - r)), kStrip,
                             part + chunk > 0);
           }
           if (part + here < blocks) continue;
+          if (inner_blocks) {
+            dense_strip<Unit::is_bf16>([&](int64_t r, int64_t i) { return elements.second(r, s * kStrip + i); }, 0, inner_blocks,
+                                       low.rank, columns - s * kStrip, strip);
+            for (int64_t r = 0; r < rows; r += Unit::rows)
+              unit.multiply(inner + r * inner_pieces * kPiece, strip, inner_pieces, sums + r * kStrip,
+                            static_cast<int>(least<int64_t>(Unit::rows, rows - r)), kStrip, true);
+          }
           finish(sums, rows, least<int64_t>(kStrip, columns - s * kStrip), bias ? bias + s * kStrip : nullptr,
                  y + row * columns + s * kStrip, columns);
         }

@@ -4,7 +4,7 @@
 // A block of `rows` rows is [pieces][rows][16 dwords], so that each piece of all its rows lies together, at offsets known
 // when this is compiled, and as the tile unit wants its left operand.
 //
-// Each gives sums (rows, 32): += if `accumulate`, else =. A row's sum does not depend on the rows beside it.
+// Each gives sums (rows, 32), or only the first columns of them: += if `accumulate`, else =. A row's sum does not depend on the rows beside it.
 #pragma once
 #include "nf4_strip.hpp"
 #include "simd.hpp"
@@ -41,45 +41,56 @@ struct Dots {
 };
 #endif
 
-// R rows and two vectors of columns, held in registers over all steps. They are summed apart from what was there before:
-// sums of sums round less than one long sum.
+// The same products in blocks of R rows.
 template <class Products, int R>
+struct InRows : Products {
+  static constexpr int rows = R;
+};
+
+// R rows and V vectors of columns, held in registers over all steps. They are summed apart from what was there before:
+// sums of sums round less than one long sum.
+template <class Products, int R, int V>
 QLORA_INLINE void registers(const float* a, const float* strip, int64_t pieces, float* sums, bool accumulate) {
-  Vec sum[R][2];
+  Vec sum[R][V];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = zero();
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < V; ++j) sum[i][j] = zero();
   for (int64_t piece = 0; piece < pieces; ++piece, a += (Products::rows - 1) * kPiece)
 #pragma GCC unroll 4
     for (int s = 0; s < kPiece; ++s, ++a, strip += kStrip) {
-      const Vec b0 = load(strip), b1 = load(strip + Vec::width);
+      Vec b[V];
+      for (int j = 0; j < V; ++j) b[j] = load(strip + j * Vec::width);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        sum[i][0] = Products::step(a[i * kPiece], b0, sum[i][0]);
-        sum[i][1] = Products::step(a[i * kPiece], b1, sum[i][1]);
-      }
+      for (int i = 0; i < R; ++i)
+        for (int j = 0; j < V; ++j) sum[i][j] = Products::step(a[i * kPiece], b[j], sum[i][j]);
     }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < V; ++j) {
       float* const to = sums + i * kStrip + j * Vec::width;
       store(to, accumulate ? add(load(to), sum[i][j]) : sum[i][j]);
     }
 }
 
-// The first `rows` rows of a block, or one more: rows come in twos, so that there are half as many variants.
+// The first `rows` rows of a block, or one more: rows come in twos, so that there are half as many variants. Of the strip
+// the first `columns`, or some more.
 template <class Products, int R>
-inline void vector_block(const float* a, const float* strip, int64_t pieces, float* sums, int rows, bool accumulate) {
+inline void vector_block(const float* a, const float* strip, int64_t pieces, float* sums, int rows, int64_t columns,
+                         bool accumulate) {
   if constexpr (R > 2) {
-    if (rows <= R - 2) return vector_block<Products, R - 2>(a, strip, pieces, sums, rows, accumulate);
+    if (rows <= R - 2) return vector_block<Products, R - 2>(a, strip, pieces, sums, rows, columns, accumulate);
   }
-  for (int column = 0; column < kStrip; column += 2 * Vec::width)
-    registers<Products, R>(a, strip + column, pieces, sums + column, accumulate);
+  int64_t column = 0;
+  for (; column + Vec::width < columns; column += 2 * Vec::width)
+    registers<Products, R, 2>(a, strip + column, pieces, sums + column, accumulate);
+  if (column < columns) registers<Products, R, 1>(a, strip + column, pieces, sums + column, accumulate);
 }
 
 template <class Products>
 struct VectorUnit : Products {
-  QLORA_INLINE void multiply(const float* a, const float* strip, int64_t pieces, float* sums, int rows, bool accumulate) {
-    vector_block<Products, Products::rows>(a, strip, pieces, sums, rows, accumulate);
+  QLORA_INLINE void multiply(const float* a, const float* strip, int64_t pieces, float* sums, int rows, int64_t columns,
+                             bool accumulate) {
+    vector_block<Products, Products::rows>(a, strip, pieces, sums, rows, columns, accumulate);
   }
 };
 
@@ -93,14 +104,15 @@ struct TileUnit {
 
   Tiles tiles;
 
-  QLORA_INLINE void multiply(const float* a, const float* strip, int64_t pieces, float* sums, int rows_of, bool accumulate) {
+  QLORA_INLINE void multiply(const float* a, const float* strip, int64_t pieces, float* sums, int rows_of, int64_t columns,
+                             bool accumulate) {
     constexpr int64_t piece = 64, line = kStrip * sizeof(float), half = 16;  // bytes, bytes, rows or columns
-    const bool both = rows_of > half;
+    const bool both = rows_of > half, wide = columns > half;
     if (accumulate) {
       tiles.load<0>(sums, line);
-      tiles.load<1>(sums + half, line);
+      if (wide) tiles.load<1>(sums + half, line);
       if (both) tiles.load<2>(sums + half * kStrip, line);
-      if (both) tiles.load<3>(sums + half * kStrip + half, line);
+      if (both && wide) tiles.load<3>(sums + half * kStrip + half, line);
     } else {
       tiles.zero<0>();
       tiles.zero<1>();
@@ -110,18 +122,18 @@ struct TileUnit {
     for (; pieces; --pieces, a += rows * kPiece, strip += kPiece * kStrip) {
       tiles.stream<4>(a, piece);
       tiles.load<6>(strip, line);
-      tiles.load<7>(strip + half, line);
+      if (wide) tiles.load<7>(strip + half, line);
       tiles.multiply<0, 4, 6>();
-      tiles.multiply<1, 4, 7>();
+      if (wide) tiles.multiply<1, 4, 7>();
       if (!both) continue;
       tiles.stream<5>(a + half * kPiece, piece);
       tiles.multiply<2, 5, 6>();
-      tiles.multiply<3, 5, 7>();
+      if (wide) tiles.multiply<3, 5, 7>();
     }
     tiles.store<0>(sums, line);
-    tiles.store<1>(sums + half, line);
+    if (wide) tiles.store<1>(sums + half, line);
     if (both) tiles.store<2>(sums + half * kStrip, line);
-    if (both) tiles.store<3>(sums + half * kStrip + half, line);
+    if (both && wide) tiles.store<3>(sums + half * kStrip + half, line);
   }
 };
 #endif

@@ -22,7 +22,7 @@ __attribute__((always_inline)) inline void parallel_for(int threads, int64_t cou
 
 // Memory of the calling thread, kept for its next call with the same slot: at least `bytes`, at a multiple of 4,096,
 // of undefined content. nullptr when there is none.
-enum class Slot { call, strip, sums, scales, pass, count };
+enum class Slot { call, strip, sums, scales, pass, inner_strips, inner_sums, inner, count };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace qlora

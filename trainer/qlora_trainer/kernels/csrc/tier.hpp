@@ -22,10 +22,24 @@ struct Nf4Matrix {
   int64_t n, k;
 };
 
+// A product of low rank beside W's: with A (rank, k), B (n, rank) and a scale s,
+//   y += s (x A^T) B^T,  or  y += (s x B) A  when W is transposed, too.
+// What is in brackets, (rows, rank), is the inner product: written to `inner`, in y's type, unless it is given there.
+struct LowRank {
+  const float* a;
+  const float* b;
+  float scale;
+  int64_t rank;
+  void* inner;
+  bool inner_given;
+  bool added;  // false: the inner product alone is wanted, y is W's
+};
+
 // y = x W^T + bias, or y = x W when `transposed`. x (rows, k or n), bias (n or k,) or nullptr and y are row-major and of
 // one type.
 struct LinearCall {
   const Nf4Matrix* weight;
+  const LowRank* low_rank;  // or nullptr
   bool transposed;
   bool is_bf16;  // else float
   int64_t rows;
@@ -35,8 +49,22 @@ struct LinearCall {
   int threads;
 };
 
+// y = factor x^T u, the sum over rows: x (rows, columns) and u (rows, rank) of one type -> y (columns, rank), or
+// (rank, columns) when `transposed`.
+struct SumOfOuterCall {
+  bool is_bf16;  // else float
+  int64_t rows, columns, rank;
+  const void* x;
+  const void* u;
+  float factor;
+  bool transposed;
+  float* y;
+  int threads;
+};
+
 struct Tier {
   bool (*nf4_linear)(const LinearCall& call);  // false: no memory for scratch
+  bool (*sum_of_outer)(const SumOfOuterCall& call);  // false: no memory for scratch
   // The vector layer, a primitive each, for its tests: (n,) -> (n,).
   void (*to_bf16)(const float* x, bf16* y, int64_t n);
   void (*from_bf16)(const bf16* x, float* y, int64_t n);

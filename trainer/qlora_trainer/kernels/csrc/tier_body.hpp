@@ -3,6 +3,7 @@
 #include "tier.hpp"
 //
 #include "linear.hpp"
+#include "sum_of_outer.hpp"
 #include "passes_body.hpp"
 #include "vector_checks.hpp"
 
@@ -11,6 +12,7 @@ namespace qlora::QLORA_TIER {
 extern const Tier tier;
 const Tier tier = {
     .nf4_linear = nf4_linear,
+    .sum_of_outer = sum_of_outer,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .exp2 = exp2_of,

@@ -10,9 +10,10 @@ import logging
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from qlora_trainer.kernels import library
-from qlora_trainer.quantization.frozen_weight import FrozenWeight
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, LowRank
 from qlora_trainer.quantization.kernels import compiled, reference
 from qlora_trainer.quantization.nf4 import BLOCK, Nf4Matrix, quantize_nf4
 
@@ -71,10 +72,18 @@ def agree(one: library.Library, other: library.Library) -> bool:
     matrix = quantize_nf4(torch.randn(80, 192, generator=generator), double=True, name="a trial")
     x = torch.randn(70, 192, generator=generator).bfloat16()
     dy = torch.randn(70, 80, generator=generator).bfloat16()
-    weights = [compiled.CompiledNf4Weight(matrix, each) for each in (one, other)]
-    products = [torch.cat([w.linear(x, None), w.linear_grad_input(dy)], dim=1).float() for w in weights]
-    # A product whose sum is nearly 0 is mostly rounding: the whole is compared.
-    return float((products[0] - products[1]).norm()) < 0.01 * float(products[1].norm())
+    low_rank = LowRank(torch.randn(8, 192, generator=generator), torch.randn(80, 8, generator=generator), 0.5)
+
+    def products(tier: library.Library) -> Tensor:
+        weight = compiled.CompiledNf4Weight(matrix, tier)
+        results = [weight.linear(x, None), weight.linear_grad_input(dy)]
+        results += weight.linear_with(x, None, low_rank, None)
+        results += weight.linear_grad_input_with(dy, low_rank, added=True)
+        results.append(weight.sum_of_outer(x, results[3], 1.0, transposed=False))
+        # Each counts as much as the others, and as a whole: a product whose sum is nearly 0 is mostly rounding.
+        return torch.cat([(result.float() / result.float().norm()).flatten() for result in results])
+
+    return float((products(one) - products(other)).norm()) < 0.01
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.kernels.library import Library
+from qlora_trainer.quantization.frozen_weight import LowRank
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.nf4 import BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, NestedScales, Nf4Matrix
 
@@ -21,6 +22,20 @@ _TILE = 16
 """Rows, and pairs of columns, of a block of codes."""
 _ZEROS = 0x77
 """Two codes of the level 0."""
+
+
+class _LowRank(ctypes.Structure):
+    """LowRank of tier.hpp."""
+
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("rank", ctypes.c_int64),
+        ("inner", ctypes.c_void_p),
+        ("inner_given", ctypes.c_bool),
+        ("added", ctypes.c_bool),
+    )
 
 
 class _Matrix(ctypes.Structure):
@@ -43,7 +58,16 @@ class _Matrix(ctypes.Structure):
 def _linear(library: Library) -> Callable[..., None]:
     pointer, whole = ctypes.c_void_p, ctypes.c_int
     return library.function(
-        "nf4_linear", ctypes.POINTER(_Matrix), whole, whole, ctypes.c_int64, pointer, pointer, pointer
+        "nf4_linear", ctypes.POINTER(_Matrix), ctypes.POINTER(_LowRank), whole, whole, ctypes.c_int64, pointer, pointer,
+        pointer,
+    )  # fmt: skip
+
+
+@functools.cache
+def _sum_of_outer(library: Library) -> Callable[..., None]:
+    pointer, whole, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    return library.function(
+        "sum_of_outer", whole, size, size, size, pointer, pointer, ctypes.c_float, whole, pointer
     )
 
 
@@ -53,12 +77,13 @@ def fits(shape: tuple[int, int]) -> bool:
 
 
 class CompiledNf4Weight:
-    """A FrozenWeight of the kernel library. Takes the matrix over; its shape must fit."""
+    """A FrozenWeight of the kernel library that fuses low-rank products. Takes the matrix over; its shape must fit."""
 
     def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
         assert fits(matrix.shape), matrix.shape
         self._shape = matrix.shape
         self._call = _linear(library)
+        self._sum_of_outer = _sum_of_outer(library)
         rows = matrix.shape[0]
         self.codes = _codes_to_blocks(matrix.packed, matrix.shape)
         """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
@@ -117,7 +142,57 @@ class CompiledNf4Weight:
         """(rows, out) -> (rows, in), in float32 or bfloat16."""
         return self._product(dy, None, transposed=True)
 
-    def _product(self, x: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    def linear_with(
+        self, x: Tensor, bias: Tensor | None, low_rank: LowRank, inner: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """See FusesLowRank."""
+        rank = low_rank.a.shape[0]
+        given = inner is not None
+        inner = x.new_empty(x.shape[0], rank) if inner is None else inner.contiguous()
+        if inner.shape != (x.shape[0], rank) or inner.dtype != x.dtype:
+            raise ValueError(
+                f"the inner product is {inner.dtype} {list(inner.shape)}; it must be {x.dtype} [{x.shape[0]}, {rank}]"
+            )
+        beside = self._low_rank(low_rank, inner, given=given, added=True)
+        return self._product(x, bias, transposed=False, low_rank=beside), inner
+
+    def linear_grad_input_with(self, dy: Tensor, low_rank: LowRank, *, added: bool) -> tuple[Tensor, Tensor]:
+        """See FusesLowRank."""
+        inner = dy.new_empty(dy.shape[0], low_rank.a.shape[0])
+        beside = self._low_rank(low_rank, inner, given=False, added=added)
+        return self._product(dy, None, transposed=True, low_rank=beside), inner
+
+    def sum_of_outer(self, x: Tensor, u: Tensor, factor: float, *, transposed: bool) -> Tensor:
+        """See FusesLowRank."""
+        if x.dim() != 2 or u.dim() != 2 or x.shape[0] != u.shape[0] or x.dtype != u.dtype:
+            raise ValueError(
+                f"x is {x.dtype} {list(x.shape)}, u is {u.dtype} {list(u.shape)}; "
+                "they must have one dtype and equal rows"
+            )
+        x, u = x.contiguous(), u.contiguous()
+        (rows, columns), rank = x.shape, u.shape[1]
+        y = torch.empty((rank, columns) if transposed else (columns, rank), dtype=torch.float32)
+        self._sum_of_outer(
+            torch.get_num_threads(), x.dtype == torch.bfloat16, rows, columns, rank, x.data_ptr(), u.data_ptr(), factor,
+            transposed, y.data_ptr(),
+        )  # fmt: skip
+        return y
+
+    def _low_rank(self, low_rank: LowRank, inner: Tensor, *, given: bool, added: bool) -> _LowRank:
+        """As C takes it: its memory must outlive the call."""
+        out, in_ = self._shape
+        a, b, rank = low_rank.a, low_rank.b, low_rank.a.shape[0]
+        # What C cannot check: it would read or write past the end.
+        for name, tensor, shape in (("A", a, (rank, in_)), ("B", b, (out, rank))):
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be torch.float32 {list(shape)}, contiguous"
+                )
+        return _LowRank(a.data_ptr(), b.data_ptr(), low_rank.scale, rank, inner.data_ptr(), given, added)
+
+    def _product(
+        self, x: Tensor, bias: Tensor | None, *, transposed: bool, low_rank: _LowRank | None = None
+    ) -> Tensor:
         """(rows, depth) -> (rows, columns); memory of its own."""
         depth, columns = self._shape if transposed else self._shape[::-1]
         # What C cannot check: it would read past the end.
@@ -133,6 +208,7 @@ class CompiledNf4Weight:
         self._call(
             torch.get_num_threads(),
             ctypes.byref(self._matrix),
+            None if low_rank is None else ctypes.byref(low_rank),
             transposed,
             x.dtype == torch.bfloat16,
             x.shape[0],
