@@ -100,10 +100,14 @@ class _LoraLinear(torch.autograd.Function):
             return dx, None, None, None, None, None, None
         x, down, a, b = saved
         dx = None
-        if ctx.needs_input_grad[0] and _fuses(weight):
-            dx, up = weight.linear_grad_input_with(dy, LowRank(a, b, scale), added=mask is None)
-            if mask is not None:
-                mask.add_times(dx, up @ a.to(dy.dtype))
+        if _fuses(weight):
+            low_rank = LowRank(a, b, scale)
+            if ctx.needs_input_grad[0]:
+                dx, up = weight.linear_grad_input_with(dy, low_rank, added=mask is None)
+                if mask is not None:
+                    mask.add_times(dx, up @ a.to(dy.dtype))
+            else:
+                up = weight.grad_inner(dy, low_rank)
         else:
             up = (dy @ b.to(dy.dtype)).mul_(scale)  # (rows, rank)
             if ctx.needs_input_grad[0]:

@@ -90,6 +90,9 @@ class FusesLowRank(FrozenWeight, Protocol):
     def linear_grad_input_with(self, dy: Tensor, low_rank: LowRank, *, added: bool) -> tuple[Tensor, Tensor]:
         """`linear_grad_input`, with the low rank's product added if `added`."""
 
+    def grad_inner(self, dy: Tensor, low_rank: LowRank) -> Tensor:
+        """s dy B, with the bits that linear_grad_input_with has of it."""
+
     def sum_of_outer(self, x: Tensor, u: Tensor, factor: float, *, transposed: bool) -> Tensor:
         """factor x^T u, or its transpose, in fp32: what the gradients of A and B are.
 

@@ -168,6 +168,7 @@ def test_parts_of_a_product_with_low_rank(tier: str, dtype: torch.dtype, rows: i
     assert torch.equal(ours.linear(x, bias), nothing)
     assert torch.equal(ours.linear_grad_input(dy), dx)
     assert torch.equal(ours.linear_grad_input_with(dy, low, added=True)[1], up)
+    assert torch.equal(ours.grad_inner(dy, low), up)
     if not rows:
         assert not ours.sum_of_outer(x, down, 1.0, transposed=True).any()
 

@@ -151,6 +151,7 @@ bool product(const LinearCall& call) {
           }
         if (part + here == blocks && inner_blocks) pack<Unit>(given, low.rank, rows, low.rank, inner_pieces, first, last, inner);
       });
+      if (!y) continue;
       parallel_for(call.threads, strips, [&](int64_t first, int64_t last) {
         const int64_t strip_blocks = inner_blocks > chunk_blocks ? inner_blocks : chunk_blocks;
         auto* const strip = static_cast<float*>(scratch(Slot::strip, strip_blocks * steps * kStrip * sizeof(float)));

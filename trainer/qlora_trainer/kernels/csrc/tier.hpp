@@ -36,7 +36,7 @@ struct LowRank {
 };
 
 // y = x W^T + bias, or y = x W when `transposed`. x (rows, k or n), bias (n or k,) or nullptr and y are row-major and of
-// one type.
+// one type. Without y, the inner product of low rank alone is made.
 struct LinearCall {
   const Nf4Matrix* weight;
   const LowRank* low_rank;  // or nullptr

@@ -162,6 +162,13 @@ class CompiledNf4Weight:
         beside = self._low_rank(low_rank, inner, given=False, added=added)
         return self._product(dy, None, transposed=True, low_rank=beside), inner
 
+    def grad_inner(self, dy: Tensor, low_rank: LowRank) -> Tensor:
+        """See FusesLowRank."""
+        inner = dy.new_empty(dy.shape[0], low_rank.a.shape[0])
+        beside = self._low_rank(low_rank, inner, given=False, added=False)
+        self._run(dy, None, None, transposed=True, low_rank=beside)
+        return inner
+
     def sum_of_outer(self, x: Tensor, u: Tensor, factor: float, *, transposed: bool) -> Tensor:
         """See FusesLowRank."""
         if x.dim() != 2 or u.dim() != 2 or x.shape[0] != u.shape[0] or x.dtype != u.dtype:
@@ -194,6 +201,14 @@ class CompiledNf4Weight:
         self, x: Tensor, bias: Tensor | None, *, transposed: bool, low_rank: _LowRank | None = None
     ) -> Tensor:
         """(rows, depth) -> (rows, columns); memory of its own."""
+        y = torch.empty(x.shape[0], self._shape[1 if transposed else 0], dtype=x.dtype)
+        self._run(x, bias, y, transposed=transposed, low_rank=low_rank)
+        return y
+
+    def _run(
+        self, x: Tensor, bias: Tensor | None, y: Tensor | None, *, transposed: bool, low_rank: _LowRank | None
+    ) -> None:
+        """Call the library: see LinearCall of tier.hpp."""
         depth, columns = self._shape if transposed else self._shape[::-1]
         # What C cannot check: it would read past the end.
         if x.dim() != 2 or x.shape[1] != depth or x.dtype not in (torch.float32, torch.bfloat16):
@@ -204,7 +219,6 @@ class CompiledNf4Weight:
             raise ValueError(f"the bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} [{columns}]")
         x = x.contiguous()
         bias = None if bias is None else bias.contiguous()
-        y = torch.empty(x.shape[0], columns, dtype=x.dtype)
         self._call(
             torch.get_num_threads(),
             ctypes.byref(self._matrix),
@@ -214,9 +228,8 @@ class CompiledNf4Weight:
             x.shape[0],
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            y.data_ptr(),
+            None if y is None else y.data_ptr(),
         )
-        return y
 
 
 def _codes_to_blocks(packed: Tensor, shape: tuple[int, int]) -> Tensor:
