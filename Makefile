@@ -32,7 +32,7 @@ RANKS := -n 2 --dist loadfile
 WAITING := -n 6 --dist worksteal
 
 .PHONY: help demo demo-data test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
-.PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak scale images manifest audit
+.PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak sanitize scale images manifest audit
 
 help:  ## Show the commands
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -103,6 +103,10 @@ e2e: demo-data cluster-build  ## Run the tests on two real nodes (root; about 30
 soak: setup  ## Run the long random tests
 	$(CLUSTER) build --tier fleet
 	$(PYTEST) $(WAITING) -m soak
+
+sanitize: setup  ## The kernel library's tests under the sanitizers of addresses, undefined behaviour and threads (g++)
+	$(BIN)/python tests/support/sanitized_kernels.py address,undefined
+	$(BIN)/python tests/support/sanitized_kernels.py thread
 
 check: setup  ## Lint, types, import rules
 	$(BIN)/ruff check .
