@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -48,6 +49,40 @@ def test_stopped_peer_is_reported(backend: str, make_job: Callable[..., Any]) ->
     assert end.code == ExitCode.LOST_PEER, end.log
     assert re.search(r"rank 1 on host \S+ gave no sign of life for 8 s", end.report.cause)
     assert job.checkpoints()[-1] == 5
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["alone", "with a peer"])
+def test_a_rank_that_hangs_is_named(make_job: Callable[..., Any], ranks: int) -> None:
+    """A file never opens, as on storage that does not answer: the rank ends itself, and its peer says why it leaves."""
+    job = make_job()
+    job.settings["progressDeadlineSeconds"] = 20
+    job.folder.mkdir(parents=True)
+    os.mkfifo(job.folder / "base_losses.json")
+
+    with job.start(ranks, pods=ranks) as attempt:
+        ends = [attempt.wait_for_pod(pod) for pod in range(ranks)]
+
+    assert ends[0].code == ExitCode.STALLED, ends[0].log
+    assert re.match(r"nothing was done for 18 s, in \w+ of \w+\.py", ends[0].report.cause)
+    assert "base_losses.py" in ends[0].log
+    if ranks > 1:
+        assert ends[1].code == ExitCode.LOST_PEER, ends[1].log
+        assert "ended: STALLED: nothing was done for 18 s" in ends[1].report.cause
+
+
+def test_a_rank_that_stands_still_for_long_but_not_for_ever_goes_on(make_job: Callable[..., Any]) -> None:
+    """Stopped for longer than the limit of a hang, with its machine: nobody else is there to miss it."""
+    job = make_job()
+    job.settings["progressDeadlineSeconds"] = 10
+
+    with job.start() as attempt:
+        attempt.until_step(6)
+        attempt.ranks()[0].suspend()
+        time.sleep(12)
+        attempt.ranks()[0].resume()
+        (end,) = attempt.wait()
+
+    assert end.code == ExitCode.DONE, end.log
 
 
 def assert_rank_0_is_missed(job: Any, how: str, seen: str) -> None:

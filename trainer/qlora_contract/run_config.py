@@ -290,6 +290,8 @@ class RunConfig(ContractModel):
     """The tier every rank must have."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
     """Seconds between SIGTERM and SIGKILL."""
+    progress_deadline_seconds: int = Field(default=1800, ge=1, le=2_147_483_647)
+    """Seconds without anything done after which the ranks are restarted."""
 
     @property
     def model_uri(self) -> str:
@@ -332,6 +334,7 @@ SINCE: Mapping[str, int] = {
     "dataset.onBadRecord": 2,
     "dataset.train": 2,
     "evaluation.maxTokens": 2,
+    "progressDeadlineSeconds": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""

@@ -26,11 +26,19 @@ from qlora_contract.run_config import RunConfig
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.distributed.heartbeat import Heartbeat, leave
 from qlora_trainer.distributed.peers import LostPeer
-from qlora_trainer.errors import CollectiveError, ConfigurationError, PeerLost, TerminatedAlone, TrainerError
+from qlora_trainer.errors import (
+    CollectiveError,
+    ConfigurationError,
+    PeerLost,
+    Stalled,
+    TerminatedAlone,
+    TrainerError,
+)
 from qlora_trainer.host.affinity import on_service_cpus
 from qlora_trainer.run_file import RunFileError, load_run, with_rank_counts
 from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
+from qlora_trainer.telemetry.stall_watch import watch
 from qlora_trainer.telemetry.termination import write_rank_report
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import train
@@ -40,9 +48,13 @@ log = logging.getLogger("qlora_trainer")
 
 CULPRIT_SECONDS = 5.0
 """How long a rank whose collective failed waits for the heartbeat to name the lost peer."""
-STUCK_FACTOR = 12
-"""Limit of one collective, in units of distributed.timeoutSeconds. Dead and stopped peers are the heartbeat's business;
-one that is alive may be slow, as while it writes a checkpoint to slow storage."""
+STUCK_FACTOR = 2
+"""Limit of one collective, in units of progressDeadlineSeconds: of one that waits for nobody in particular. Dead and
+stopped peers are the heartbeat's business, one that hangs finds out by itself, and one that is slow may be so."""
+REPORT_SECONDS = 1.0
+"""How long the report of a rank that hangs may take to be written."""
+STALLED_SHARE = 0.9
+"""Of progressDeadlineSeconds, after which a rank ends itself: before the operator, which sees rank 0 wait."""
 
 
 def main() -> NoReturn:
@@ -67,6 +79,7 @@ def run_rank() -> int:
         with on_service_cpus():
             context = open_context()
             heartbeat = start_heartbeat(context)
+            watch_for_stalls(context, heartbeat)
         ending = train_unless_finished(context)
         leave_together(context, heartbeat)
     except BaseException as error:
@@ -91,7 +104,7 @@ def open_context() -> RankContext:
     group = Group.open(
         world,
         run.distributed.backend,
-        STUCK_FACTOR * run.distributed.timeout_seconds,
+        max(STUCK_FACTOR * run.progress_deadline_seconds, run.distributed.timeout_seconds),
         run.distributed.rendezvous_timeout_seconds,
     )
     context = RankContext(run, group, folder, volumes=volumes, stop=stop)
@@ -139,6 +152,26 @@ def start_heartbeat(context: RankContext) -> Heartbeat:
     heartbeat.start()
     heartbeat.stop_on_sigterm()
     return heartbeat
+
+
+def watch_for_stalls(context: RankContext, heartbeat: Heartbeat) -> None:
+    """From here on this process ends when its main thread hangs."""
+
+    def leave_stalled(error: Stalled) -> None:
+        ending = failure_report(error, context.world.rank, context)
+        log.error("%s: %s", ending.reason, ending.cause)
+        # In another thread: the report's storage may be what hangs.
+        threading.Thread(target=write_rank_report, args=(ending,), name="report", daemon=True).start()
+        heartbeat.farewell(ending.cause, ending.exit_code)
+        time.sleep(REPORT_SECONDS)
+        os._exit(ending.exit_code)
+
+    watch(
+        STALLED_SHARE * context.run.progress_deadline_seconds,
+        lambda: context.progress.activity,
+        lambda: context.group.waiting,
+        leave_stalled,
+    )
 
 
 def loss_of(lost: LostPeer, context: RankContext) -> TrainerError:

@@ -88,6 +88,12 @@ class TransferRefused(TrainerError):  # noqa: N818
     exit_code = ExitCode.TRANSFER_REFUSED
 
 
+class Stalled(TrainerError):  # noqa: N818
+    """This rank hung."""
+
+    exit_code = ExitCode.STALLED
+
+
 class TransferFailed(TrainerError):  # noqa: N818
     """A remote source or destination repeatedly did not answer, broke off, or sent something else."""
 

@@ -65,6 +65,7 @@ def to_run_config(
         layout=layout(spec.topology),
         isa=isa,
         termination_grace_period_seconds=spec.termination_grace_period_seconds,
+        progress_deadline_seconds=spec.progress_deadline_seconds,
     )
     return run.model_copy(update={"version": fixed if fixed in RUN_CONFIG_VERSIONS else oldest_version(run)})
 

@@ -34,6 +34,8 @@ class Group:
         self.world = world
         self.store = store
         """Keys and values that all ranks share."""
+        self.waiting = False
+        """Whether this rank is in a collective, and so waits for the others."""
 
     @classmethod
     def open(
@@ -87,7 +89,7 @@ class Group:
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         """Replace a tensor, in place, by its sum over all ranks (equal shape and dtype on each)."""
         if self.world.size > 1:
-            with _collective("all-reduce"):
+            with self._collective("all-reduce"):
                 dist.all_reduce(tensor)
 
     def all_gather_object(self, item: Any) -> list[Any]:
@@ -95,15 +97,25 @@ class Group:
         if self.world.size == 1:
             return [item]
         items: list[Any] = [None] * self.world.size
-        with _collective("all-gather"):
+        with self._collective("all-gather"):
             dist.all_gather_object(items, item)
         return items
 
     def barrier(self) -> None:
         """Return once every rank has called this."""
         if self.world.size > 1:
-            with _collective("barrier"):
+            with self._collective("barrier"):
                 dist.barrier()
+
+    @contextmanager
+    def _collective(self, operation: str) -> Iterator[None]:
+        self.waiting = True
+        try:
+            yield
+        except RuntimeError as error:
+            raise gloo.collective_error(operation, str(error)) from error
+        finally:
+            self.waiting = False
 
     def close(self) -> None:
         """Leave the group. Rank 0 takes the store with it, so a barrier comes first."""
@@ -117,11 +129,3 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@contextmanager
-def _collective(operation: str) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise gloo.collective_error(operation, str(error)) from error

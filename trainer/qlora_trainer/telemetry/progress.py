@@ -57,6 +57,7 @@ class Progress:
         self._work: Work | None = None
         self._work_done = 0
         self._advances: int | None = None
+        self._activity = 0
 
     def update(self, **changes: Any) -> None:
         """Change fields of the report, by their snake_case names, and set its time.
@@ -65,6 +66,7 @@ class Progress:
             pydantic.ValidationError: the report has no such field, or the value is of another type.
         """
         with self._lock:
+            self._activity += 1
             fields = {name: getattr(self._report, name) for name in ProgressReport.model_fields}
             # Reports are read leniently; what we write ourselves is not.
             self._report = ProgressReport.model_validate(
@@ -74,11 +76,13 @@ class Progress:
     def begin(self, work: Work | None) -> None:
         """Say what is being done from now on, besides steps; None: nothing that is counted."""
         with self._lock:
+            self._activity += 1
             self._work, self._work_done = work, 0
 
     def advance(self, amount: int) -> None:
         """Count what was just done, in the unit of the work at hand."""
         with self._lock:
+            self._activity += 1
             self._work_done += amount
             self._advances = (self._advances or 0) + amount
 
@@ -86,6 +90,12 @@ class Progress:
         """Add a step's tokens, over all ranks."""
         with self._lock:
             self._tokens += tokens
+
+    @property
+    def activity(self) -> int:
+        """Changes with everything that is told of."""
+        with self._lock:
+            return self._activity
 
     @property
     def report(self) -> ProgressReport:
