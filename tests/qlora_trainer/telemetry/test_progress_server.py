@@ -43,6 +43,20 @@ def server(live: Progress) -> Iterator[ProgressServer]:
     made.close()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_in_a_pod_it_answers_at_addresses_of_both_families(live: Progress, address: str) -> None:
+    """Whichever the cluster gives to pods."""
+    if address == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    made = ProgressServer(live, "", 0)
+    try:
+        with socket.create_connection((address, made.port), timeout=60) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert client.makefile("rb").readline().split()[1] == b"200"
+    finally:
+        made.close()
+
+
 def ask(server: ProgressServer, path: str, method: str = "GET") -> tuple[int, str, bytes]:
     """Status, content type and body."""
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", method=method)

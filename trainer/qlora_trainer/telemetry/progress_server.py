@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from qlora_contract.env import PROGRESS_PORT, PROGRESS_PORT_ENV
 from qlora_contract.progress import ProgressReport
 from qlora_trainer.errors import ConfigurationError
+from qlora_trainer.host.network import listen
 from qlora_trainer.telemetry.progress import Progress
 
 _REQUEST_SECONDS = 5.0
@@ -54,7 +55,10 @@ class ProgressServer:
     """
 
     def __init__(self, progress: Progress, host: str, port: int) -> None:
-        """Start to listen. Port 0 takes a free one. Raises OSError, naming the port, when it is taken."""
+        """Start to listen at a loopback address, or with `host` empty at all, of IPv4 and IPv6.
+
+        Port 0 takes a free one. Raises OSError, naming the port, when it is taken.
+        """
         try:
             self._server = _Server(progress, host, port)
         except OSError as error:
@@ -114,8 +118,10 @@ class _Server(socketserver.ThreadingTCPServer):
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_Collector(progress))
         self._open: dict[Any, float] = {}
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), _Handler)
+        super().__init__((host, port), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listen(host or "::", port)
+        self.server_address = self.socket.getsockname()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002 - socketserver's
         return len(self._open) < _MAX_CLIENTS
