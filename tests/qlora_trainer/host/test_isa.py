@@ -71,3 +71,21 @@ def test_the_probe_agrees_with_this_processor() -> None:
     assert tier == found.tier
     assert isa.TIER_FLAGS[tier] <= isa.cpu_flags(Path("/proc/cpuinfo").read_text())
     assert found.lacks(tier) == []
+
+
+def test_the_processor_is_named_by_maker_family_and_model(tmp_path: Path) -> None:
+    """As the first one's lines have them; what is not there is unknown."""
+    (tmp_path / "proc").mkdir()
+    info = tmp_path / "proc/cpuinfo"
+    lines = [
+        "vendor_id\t: GenuineIntel",
+        "cpu family\t: 6",
+        "model\t\t: 143",
+        "model name\t: Xeon",
+        "flags\t: fma",
+    ]
+    info.write_text("\n".join([*lines, "", *lines]) + "\n")
+    assert isa.processor(tmp_path) == "GenuineIntel 6/143"
+
+    info.write_text("flags\t: fma\n")
+    assert isa.processor(tmp_path) == "unknown unknown/unknown"

@@ -122,6 +122,25 @@ def test_a_resume_under_another_key_says_that_it_is_not_bit_exact(ready: Ready) 
     assert prepare(ready()).loop.not_bit_exact == "world_size 4 -> 1; threads 64 -> 1"
 
 
+@pytest.mark.parametrize("what", ["tier", "processor", "ranks_of_pods", "transformers"])
+def test_another_processor_layout_or_library_is_said(ready: Ready, what: str) -> None:
+    """Each may change bits; a checkpoint of a release that did not record it says nothing."""
+    context = ready()
+    state = prepare(context)
+    one_step(context, state)
+    now = state.loop.determinism_key[what]
+    state.loop.determinism_key[what] = "another"
+    save(context, state)
+
+    assert prepare(ready()).loop.not_bit_exact == f"{what} another -> {now}"
+
+    state.loop.step += 1
+    del state.loop.determinism_key[what]
+    save(context, state)
+
+    assert prepare(ready()).loop.not_bit_exact is None
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.1], ids=["no dropout", "dropout"])
 def test_masks_of_the_release_before_are_not_taken_for_these(ready: Ready, probability: float) -> None:
     """A checkpoint that names no generator is of masks that torch drew: where there were any, the resume says so."""
@@ -160,7 +179,7 @@ def test_the_least_of_all_ranks_processors_decides_the_compute_dtype(
     gather = context.group.all_gather_object
 
     def with_a_peer(mine: Any) -> list[Any]:
-        return [mine, (None, peer)] if isinstance(mine, tuple) else gather(mine)
+        return [mine, (None, peer, *mine[2:])] if isinstance(mine, tuple) else gather(mine)
 
     monkeypatch.setattr(context.group, "all_gather_object", with_a_peer)
 

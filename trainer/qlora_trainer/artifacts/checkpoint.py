@@ -150,11 +150,14 @@ def read_state(path: Path) -> LoopState:
     return LoopState(**{name: stored[key] for name, key in names.items() if key in stored})
 
 
+NOT_ALWAYS_KNOWN = {"tier", "processor", "ranks_of_pods", "transformers"}
+"""What release 0.1.0 did not record of a determinism key. There is nothing to compare with then."""
+
+
 def changes(then: dict[str, Any], now_: dict[str, Any]) -> str | None:
     """What differs between two determinism keys, `threads 2 -> 4, ...`; None when a resume is bit-exact."""
+    known = {*then, *now_} - (NOT_ALWAYS_KNOWN - then.keys())
     changed = [
-        f"{key} {then.get(key)} -> {now_.get(key)}"
-        for key in sorted({*then, *now_})
-        if then.get(key) != now_.get(key)
+        f"{key} {then.get(key)} -> {now_.get(key)}" for key in sorted(known) if then.get(key) != now_.get(key)
     ]
     return ", ".join(changed) or None

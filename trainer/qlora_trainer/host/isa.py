@@ -86,6 +86,16 @@ def probe(root: Path = ROOT) -> Isa:
     return Isa(flags, amx_permitted=TIER_FLAGS["amx_bf16"] <= flags and request_amx())
 
 
+def processor(root: Path = ROOT) -> str:
+    """Maker, family and model, as /proc/cpuinfo has them, such as `GenuineIntel 6/143`.
+
+    Libraries choose their code by these, and so may round otherwise on two processors of one tier.
+    """
+    first = dict(reversed(list(parse_fields((root / "proc/cpuinfo").read_text()))))
+    vendor, family, model = (first.get(name, "unknown") for name in ("vendor_id", "cpu family", "model"))
+    return f"{vendor} {family}/{model}"
+
+
 def probe_isa() -> IsaTier:
     """The best tier that this process can use. Raises UnsupportedCpuError below avx2."""
     return probe().tier

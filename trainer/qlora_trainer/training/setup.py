@@ -7,12 +7,14 @@ for all.
 import hashlib
 import json
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from qlora_contract import memory
@@ -26,6 +28,7 @@ from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.host.isa import processor
 from qlora_trainer.kernels import library
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
@@ -139,8 +142,10 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     tokens = digests_of_tokens(tokenizer, data)
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
-    of_ranks = context.group.all_gather_object((found.name if found else None, context.isa))
-    name, _ = of_ranks[0]
+    of_ranks = context.group.all_gather_object(
+        (found.name if found else None, context.isa, processor(), context.world.pod)
+    )
+    name = of_ranks[0][0]
     resumed = context.folder.checkpoints / name if name else None
     loop = checkpoint.read_state(resumed) if resumed else LoopState()
     if resumed and loop.dataset_sha256 != data.sha256:  # a data position means nothing in other data
@@ -152,7 +157,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
 
     # As asked for; else what the first completed step used, on whatever processor that was.
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
-    default = default_compute_dtype(run, {isa for _, isa in of_ranks})
+    default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
     chosen = memory.choose(shape, run, dtype)
     check_same_on_all_ranks(
@@ -174,7 +179,12 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
-    key = determinism_key(context, chosen, dtype)
+    _, isas, processors, pods = zip(*of_ranks, strict=True)
+    key = determinism_key(context, chosen, dtype) | {
+        "tier": " and ".join(sorted(set(isas))),
+        "processor": " and ".join(sorted(set(processors))),
+        "ranks_of_pods": sorted(Counter(pods).values()),
+    }
     log.info(
         "rank %d of %d: ISA %s, %s, %d thread(s), kernels %s, micro-batch %d tokens, checkpointing %s, %d steps, "
         "estimated memory %s",
@@ -260,7 +270,7 @@ def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None
 
 
 def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) -> dict[str, Any]:
-    """All that decides in which order numbers are added up (LoopState.determinism_key)."""
+    """All on this rank that decides in which order numbers are added up (LoopState.determinism_key)."""
     return {
         "world_size": context.world.size,
         "backend": context.run.distributed.backend,
@@ -276,6 +286,7 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
         "micro_batch_tokens": chosen.micro_batch_tokens,
         "checkpointing": chosen.checkpointing,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
