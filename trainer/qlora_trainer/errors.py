@@ -8,6 +8,8 @@ TrainerError
 ├── StorageFull            no space for checkpoints or the adapter
 ├── OutOfMemory            an allocation failed
 ├── NoImprovement          the adapter is not better than the base
+├── AdaptersDiffer         the ranks no longer train the same adapter
+├── Stalled                this rank hung
 ├── TransferRefused        a remote source or destination is missing, or denies access
 ├── TransferFailed         a remote source or destination does not answer properly
 ├── RendezvousError        the ranks did not find each other
@@ -86,6 +88,12 @@ class TransferRefused(TrainerError):  # noqa: N818
     """A remote source or destination is missing or denies access: the same request would fail again."""
 
     exit_code = ExitCode.TRANSFER_REFUSED
+
+
+class AdaptersDiffer(TrainerError):  # noqa: N818
+    """The ranks do not have the same adapter anymore."""
+
+    agreed = True
 
 
 class Stalled(TrainerError):  # noqa: N818

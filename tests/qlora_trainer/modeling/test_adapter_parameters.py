@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, flat_parameters
+from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, checksum, flat_parameters
 
 pytestmark = pytest.mark.process
 
@@ -40,3 +40,19 @@ def test_gradients_are_views_of_one_buffer() -> None:
     for parameter in parameters.named.values():
         assert parameter.grad is not None
         assert bool((parameter.grad == 2).all())
+
+
+def test_any_changed_bit_changes_the_checksum() -> None:
+    """Of the least number, and its sign, too; and it is exact as a double."""
+    parameters = flat_parameters(SHAPES)
+    flat = parameters.flat.data
+    flat.normal_(generator=torch.Generator().manual_seed(0))
+    before = checksum(parameters)
+    bits = flat.view(torch.int32)
+    for place, bit in ((0, 0), (17, 31), (len(flat) - 1, 12)):
+        bits[place] ^= -(2**31) if bit == 31 else 1 << bit
+        assert checksum(parameters) != before
+        bits[place] ^= -(2**31) if bit == 31 else 1 << bit
+
+    assert checksum(parameters) == before
+    assert int(float(before)) == before

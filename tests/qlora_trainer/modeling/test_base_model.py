@@ -174,7 +174,7 @@ def test_evaluation_leaves_training_alone(
         world=SimpleNamespace(rank=0, size=1),
         stop=threading.Event(),
         progress=Progress(starting_report(RunConfig.model_validate_json(json.dumps(run_fields())))),
-        all_reduce_scalars=lambda sums: ReducedScalars(stop_requested=False, sums=sums, per_rank=[]),
+        all_reduce_scalars=lambda sums: ReducedScalars(stop_requested=False, sums=sums, per_rank={}),
     )
     found = evaluate(context, SupervisedFineTuning(), model, samples, 30)
 
@@ -201,7 +201,7 @@ def test_evaluation_is_the_same_over_any_number_of_ranks(
 
         def all_reduce_scalars(mine: dict[str, float]) -> ReducedScalars:
             kept.append(mine)
-            return ReducedScalars(stop_requested=False, sums={"loss": 1.0, "count": 1.0}, per_rank=[])
+            return ReducedScalars(stop_requested=False, sums={"loss": 1.0, "count": 1.0}, per_rank={})
 
         context: Any = SimpleNamespace(
             run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),

@@ -16,10 +16,10 @@ pytestmark = pytest.mark.process
 
 def test_one_rank_gets_its_own_numbers_back(alone: RankContext) -> None:
     """Sums keep their names, and nobody stops."""
-    reduced = alone.all_reduce_scalars({"loss": 1.5, "tokens": 2.0**53}, local=7.0)
+    reduced = alone.all_reduce_scalars({"loss": 1.5, "tokens": 2.0**53}, local={"memory": 7.0})
 
     assert reduced == ReducedScalars(
-        stop_requested=False, sums={"loss": 1.5, "tokens": 2.0**53}, per_rank=[7.0]
+        stop_requested=False, sums={"loss": 1.5, "tokens": 2.0**53}, per_rank={"memory": [7.0]}
     )
 
 
@@ -41,7 +41,8 @@ run = load_run(pathlib.Path(sys.argv[1]))
 world = World.from_environ(os.environ)
 with Group.open(world, "gloo", 60, 60) as group:
     context = RankContext(run, group, JobFolder(pathlib.Path("unused"), run))
-    before = context.all_reduce_scalars({"loss": world.rank + 0.5, "tokens": 2.0**52}, local=10.0 + world.rank)
+    own = {"memory": 10.0 + world.rank, "adapter": 20.0 + world.rank}
+    before = context.all_reduce_scalars({"loss": world.rank + 0.5, "tokens": 2.0**52}, own)
     if world.rank == 1:
         context.stop.set()
     print([before, context.all_reduce_scalars({}).stop_requested, context.is_rank_zero])
@@ -70,7 +71,9 @@ def test_ranks_exchange_sums_own_numbers_and_requests_to_stop(alone: RankContext
             rank.kill()
             rank.wait()
     reduced = ReducedScalars(
-        stop_requested=False, sums={"loss": 2.0, "tokens": 2.0**53}, per_rank=[10.0, 11.0]
+        stop_requested=False,
+        sums={"loss": 2.0, "tokens": 2.0**53},
+        per_rank={"memory": [10.0, 11.0], "adapter": [20.0, 21.0]},
     )
 
     assert printed == [f"[{reduced}, True, True]", f"[{reduced}, True, False]"]

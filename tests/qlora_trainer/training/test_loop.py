@@ -15,10 +15,17 @@ from safetensors.torch import load_file
 from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.metrics_log import read_metrics
-from qlora_trainer.errors import Diverged, Fenced, ModelError, NoImprovement, Terminated
+from qlora_trainer.errors import AdaptersDiffer, Diverged, Fenced, ModelError, NoImprovement, Terminated
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext
-from qlora_trainer.training.loop import check_finite, check_improved, is_due, run_steps, train
+from qlora_trainer.training.loop import (
+    check_finite,
+    check_improved,
+    check_same_adapter,
+    is_due,
+    run_steps,
+    train,
+)
 from qlora_trainer.training.setup import prepare
 
 pytestmark = pytest.mark.process
@@ -321,3 +328,12 @@ def test_numbers_that_are_not_finite_end_training(
 def test_what_is_due_every_so_many_steps(every: int | None, step: int, due: bool) -> None:
     """Multiples of the number; without one nothing is due."""
     assert is_due(every, step) is due
+
+
+def test_ranks_whose_adapters_differ_are_named() -> None:
+    """All of them, beside rank 0's, which the others are compared with."""
+    check_same_adapter(7, [4503599627370495.0] * 3)
+    with pytest.raises(
+        AdaptersDiffer, match="after step 7, the adapter of rank 1 and 3 is not that of rank 0"
+    ):
+        check_same_adapter(7, [1.0, 2.0, 1.0, 3.0])

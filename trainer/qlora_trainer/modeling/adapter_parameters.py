@@ -30,6 +30,11 @@ class AdapterParameters:
         return self.flat.grad
 
 
+def checksum(parameters: AdapterParameters) -> int:
+    """A sum over the parameters' bits, below 2^52: exact as a double. Any one changed bit changes it."""
+    return int(parameters.flat.detach().view(torch.int32).sum(dtype=torch.int64)) % 2**52
+
+
 def flat_parameters(shapes: Mapping[str, tuple[int, ...]]) -> AdapterParameters:
     """Parameters of these names and shapes, all zero, with gradients that backward adds into in place."""
     starts, end = {}, 0

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ class ReducedScalars:
     """A rank was asked to stop."""
     sums: dict[str, float]
     """By name, over all ranks."""
-    per_rank: list[float]
-    """Each rank's `local` number, in rank order."""
+    per_rank: dict[str, list[float]]
+    """By name, each rank's own number, in rank order."""
 
 
 @dataclass
@@ -109,22 +110,25 @@ class RankContext:
             "cgroup_peak_bytes": cgroup_peak,
         }
 
-    def all_reduce_scalars(self, sums: Mapping[str, float], local: float = 0.0) -> ReducedScalars:
+    def all_reduce_scalars(
+        self, sums: Mapping[str, float], local: Mapping[str, float] = MappingProxyType({})
+    ) -> ReducedScalars:
         """Exchange a few numbers with all ranks, in one all-reduce in fp64: counts stay exact up to 2^53.
 
         Args:
             sums: numbers to add up over all ranks. Every rank has the same names in the same order.
-            local: a number of this rank's own, which all ranks learn.
+            local: numbers of this rank's own, which all ranks learn. Names as of `sums`.
         """
-        own = 1 + len(sums)  # where the ranks' own numbers begin
-        vector = torch.zeros(own + self.world.size, dtype=torch.float64)
+        size = self.world.size
+        own = 1 + len(sums)  # where the ranks' own numbers begin: all of a name, then of the next
+        vector = torch.zeros(own + size * len(local), dtype=torch.float64)
         vector[0] = float(self.stop.is_set())
         vector[1:own] = torch.tensor(list(sums.values()), dtype=torch.float64)
-        vector[own + self.world.rank] = local
+        vector[own + self.world.rank :: size] = torch.tensor(list(local.values()), dtype=torch.float64)
         self.group.all_reduce_sum(vector)
         numbers: list[float] = vector.tolist()
         return ReducedScalars(
             stop_requested=numbers[0] > 0,
             sums=dict(zip(sums, numbers[1:own], strict=True)),
-            per_rank=numbers[own:],
+            per_rank={name: numbers[own + n * size : own + (n + 1) * size] for n, name in enumerate(local)},
         )

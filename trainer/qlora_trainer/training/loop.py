@@ -16,9 +16,17 @@ from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
-from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated, TerminatedAlone
+from qlora_trainer.errors import (
+    AdaptersDiffer,
+    Diverged,
+    ModelError,
+    NoImprovement,
+    Terminated,
+    TerminatedAlone,
+)
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled
+from qlora_trainer.modeling.adapter_parameters import checksum
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
@@ -117,6 +125,7 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
 
     Raises:
         StopRequested: a rank was asked to stop and has left the step unfinished; nothing is applied on any.
+        AdaptersDiffer: the ranks are no longer training the same adapter.
         Diverged: loss or gradient is not finite; nothing is applied.
         ModelError: no gradient reaches the adapter.
     """
@@ -126,7 +135,9 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
     samples = [sample for bin_ in step.bins for sample in bin_]
     count = int(state.counts[samples].sum())
     local = accumulate(context, state, step, count)
-    reduced = context.all_reduce_scalars(local, float(context.memory.peak_needed))
+    own = {"memory": float(context.memory.peak_needed), "adapter": float(checksum(parameters))}
+    reduced = context.all_reduce_scalars(local, own)
+    check_same_adapter(loop.step, reduced.per_rank["adapter"])
     if reduced.sums["unfinished"]:
         raise StopRequested
     context.group.all_reduce_sum(parameters.gradient)
@@ -159,7 +170,7 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
         tokens=tokens,
         supervised_tokens=supervised,
         seconds=seconds,
-        memory_peak=int(max(reduced.per_rank)),
+        memory_peak=int(max(reduced.per_rank["memory"])),
         more={name: reduced.sums[name] / count for name in state.objective.metrics},
     )
     return metrics, reduced.stop_requested
@@ -201,6 +212,17 @@ def accumulate(context: RankContext, state: TrainState, step: Step, count: int) 
             sums[name] += loss.metrics[name]
     context.tokens_trained += int(sums["tokens"])
     return sums
+
+
+def check_same_adapter(step: int, checksums: list[float]) -> None:
+    """Raise AdaptersDiffer unless all ranks, given in order, have the same adapter after so many steps."""
+    other = [rank for rank, found in enumerate(checksums) if found != checksums[0]]
+    if other:
+        raise AdaptersDiffer(
+            f"after step {step}, the adapter of rank {' and '.join(map(str, other))} is not that of rank 0: memory or "
+            "the network of a node is faulty, or the backend adds up otherwise on each rank. Training goes back to the "
+            "last checkpoint; if it happens again, leave that node out"
+        )
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
