@@ -27,6 +27,7 @@ from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
+from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.host.isa import processor
 from qlora_trainer.kernels import library
@@ -143,7 +144,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
 
     found = checkpoint.newest_valid(context.folder) if context.is_rank_zero else None
     of_ranks = context.group.all_gather_object(
-        (found.name if found else None, context.isa, processor(), context.world.pod)
+        (found.name if found else None, context.isa, processor(), host_id())
     )
     name = of_ranks[0][0]
     resumed = context.folder.checkpoints / name if name else None
@@ -179,11 +180,12 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
-    _, isas, processors, pods = zip(*of_ranks, strict=True)
+    _, isas, processors, hosts = zip(*of_ranks, strict=True)
     key = determinism_key(context, chosen, dtype) | {
         "tier": " and ".join(sorted(set(isas))),
         "processor": " and ".join(sorted(set(processors))),
-        "ranks_of_pods": sorted(Counter(pods).values()),
+        # oneCCL and MPI add up otherwise within a host than between hosts.
+        "ranks_of_hosts": sorted(Counter(hosts).values()) if run.distributed.backend != "gloo" else None,
     }
     log.info(
         "rank %d of %d: ISA %s, %s, %d thread(s), kernels %s, micro-batch %d tokens, checkpointing %s, %d steps, "
