@@ -38,8 +38,8 @@ RUNNING_PHASES = (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING)
 class ProgressTracker(Protocol):
     """Polls the progress of running attempts."""
 
-    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
-        """Poll this attempt from now on; `pods` are those that are known, if any."""
+    def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
+        """Poll this attempt, of which this is the batch/v1 Job, from now on; `pods` are those that are known, if any."""
 
     def untrack(self, uid: str) -> None:
         """Stop polling a job."""
@@ -113,8 +113,9 @@ class Reconciler:
         finally:  # the status says it, whether or not it could be acted upon
             for event in decision.events:
                 await self._post(job, uid, event)
-        if decision.status.phase in RUNNING_PHASES and decision.status.attempt is not None:
-            self._tracker.track(key, uid, decision.status.attempt, seen.pods or ())
+        last = decision.status.attempts[-1] if decision.status.attempts else None
+        if decision.status.phase in RUNNING_PHASES and last is not None and last.job_uid is not None:
+            self._tracker.track(key, uid, last.attempt, last.job_uid, seen.pods or ())
         else:
             self._tracker.untrack(uid)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
