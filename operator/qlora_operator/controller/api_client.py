@@ -26,6 +26,8 @@ Raw = dict[str, Any]
 REQUEST_SECONDS = 30
 PAGE = 100
 """Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
+MAX_EVENTS = 200
+"""Events about one object that are read: the kubelet and the scheduler count repetitions instead of repeating them."""
 CONNECTIONS = 16
 """Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
 KUEUE_VERSIONS = ("v1beta2", "v1beta1")
@@ -119,9 +121,15 @@ class ApiClient:
         selector = f"{names.JOB_UID_LABEL}={job_uid}"
         return [raw async for raw in self._pages(BATCH_JOBS, namespace, selector)]
 
-    async def warning_events(self, namespace: str) -> list[Raw]:
-        """The Events of type Warning in a namespace, oldest first."""
-        return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
+    async def warning_events(self, namespace: str, uid: str) -> list[Raw]:
+        """Events of type Warning about one object, at most MAX_EVENTS: whoever may create Events may create any number
+        of them about anything."""
+        found = []
+        async for raw in self._pages(EVENTS, namespace, "", f"type=Warning,involvedObject.uid={uid}"):
+            found.append(raw)
+            if len(found) == MAX_EVENTS:
+                break
+        return found
 
     async def workloads(self, namespace: str, job_uid: str) -> list[Raw]:
         """Kueue's Workloads of a batch/v1 Job; none without Kueue, or without the permission to list them."""

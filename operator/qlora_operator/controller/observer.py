@@ -11,7 +11,6 @@ from qlora_operator.controller.api_client import ApiClient
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
-from qlora_operator.controller.ttl_cache import TtlCache
 from qlora_operator.desired.admission import policy_violation
 from qlora_operator.placement import nodes as placement
 from qlora_operator.settings import Settings, TransferSettings
@@ -28,9 +27,10 @@ from qlora_operator.status.observation import (
 )
 from qlora_operator.status.policies import startup_grace
 from qlora_operator.status.sanitize import sanitize
+from qlora_operator.status.view import current_job
 
-WARNINGS_SECONDS = 10.0
-"""How long one list of a namespace's warnings serves all of its jobs."""
+PODS_ASKED_ABOUT = 3
+"""Of how many pods that do not start the warnings are read: mostly they wait for the same."""
 
 
 class Observer:
@@ -39,7 +39,6 @@ class Observer:
     def __init__(self, client: ApiClient, cache: ObjectCache, facts: JobFacts, settings: Settings) -> None:
         self._client, self._cache, self._facts, self._settings = client, cache, facts, settings
         self._nodes = NodeCache(client)
-        self._warnings: dict[str, TtlCache[list[dict[str, Any]]]] = {}
 
     def known(self, job: QLoRAJob, uid: str) -> Observation:
         """What is known of a job without a request."""
@@ -66,19 +65,14 @@ class Observer:
                 # Orphans, or pods of a Job that the watch has not delivered yet: a list shows which.
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WORKLOAD in reads:
-            number = job.status.attempt if job.status else None
-            mine = next(
-                (each for each in seen.attempt_jobs if each.controlled and each.attempt == number), None
-            )
+            mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
             seen = replace(seen, deactivated=sanitize(deactivated(found)))
         if Read.WARNINGS in reads:
-            namespace = key[0]
-            known = self._warnings.setdefault(
-                namespace, TtlCache(lambda: self._client.warning_events(namespace), WARNINGS_SECONDS)
-            )
-            about = warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
-            seen = replace(seen, warnings=about)
+            mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
+            uids = asked_about(mine, seen.pods or ())
+            events = [raw for uid in uids for raw in await self._client.warning_events(key[0], uid)]
+            seen = replace(seen, warnings=newest_first(events))
         if reads & {Read.NODE_HEALTH, Read.FEASIBLE_TIERS}:
             occupied = {pod.node for pod in seen.pods or () if pod.node}
             nodes = await self._nodes.get(occupied)
@@ -148,18 +142,23 @@ def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str
     return frozenset(pod.node for pod in pods if pod.node is not None and pod.node not in nodes.ready)
 
 
-def warnings_about(
-    jobs: Sequence[AttemptJob], pods: Sequence[Pod], events: Sequence[dict[str, Any]]
-) -> tuple[WarningEvent, ...]:
-    """Those of a namespace's warnings that are about these Jobs and pods, newest first."""
-    uids = {job.uid for job in jobs} | {pod.uid for pod in pods}
-    found = []
-    for raw in events:
-        uid = str((raw.get("involvedObject") or {}).get("uid") or "")
-        if uid in uids:
-            warning = WarningEvent(raw.get("reason") or "", raw.get("message") or "", uid)
-            found.append((last_seen(raw), warning))
-    return tuple(warning for _, warning in sorted(found, key=lambda each: each[0], reverse=True))
+def asked_about(job: AttemptJob | None, pods: Sequence[Pod]) -> list[str]:
+    """The uids of what warnings may tell about: the Job, if it lacks pods, and the first pods that do not start and do
+    not say why. Each costs a request."""
+    if job is None:
+        return []
+    mine = sorted((pod for pod in pods if pod.owner_uid == job.uid), key=lambda pod: pod.index)
+    silent = [pod.uid for pod in mine if pod.phase == "Pending" and pod.unschedulable is None]
+    lacks_pods = [job.uid] if len(mine) < (job.parallelism or 1) else []
+    return [*lacks_pods, *silent[:PODS_ASKED_ABOUT]]
+
+
+def newest_first(events: Sequence[dict[str, Any]]) -> tuple[WarningEvent, ...]:
+    """What decisions need of these Events, the newest first."""
+    return tuple(
+        WarningEvent(raw.get("reason") or "", raw.get("message") or "", str(raw["involvedObject"]["uid"]))
+        for raw in sorted(events, key=last_seen, reverse=True)
+    )
 
 
 def last_seen(event: dict[str, Any]) -> str:

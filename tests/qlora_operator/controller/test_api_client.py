@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from qlora_operator.controller import api_client
-from qlora_operator.controller.api_client import SERVICES, ApiClient, ApiError
+from qlora_operator.controller.api_client import EVENTS, SERVICES, ApiClient, ApiError
 from qlora_operator.controller.clock import Clock
 from testcluster.cluster import Cluster as Server
 
@@ -61,6 +61,31 @@ def refusal(talk: Callable[..., Any], function: Callable[[ApiClient], Awaitable[
     with pytest.raises(ApiError) as caught:
         talk(function)
     return caught.value
+
+
+def test_warnings_are_read_of_one_object_and_not_without_end(
+    talk: Callable[..., Any], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A namespace full of Events, about other objects or about this one, costs no more than a few."""
+    monkeypatch.setattr(api_client, "MAX_EVENTS", 3)
+
+    def event(number: int, uid: str, kind: str = "Warning") -> dict[str, Any]:
+        about = {"kind": "Pod", "namespace": namespace, "name": "p", "uid": uid}
+        metadata = {"name": f"e{number}", "namespace": namespace}
+        return {"metadata": metadata, "involvedObject": about, "type": kind, "reason": f"R{number}"}
+
+    async def work(reached: ApiClient) -> list[list[str]]:
+        for number in range(5):
+            await reached.create(EVENTS, namespace, event(number, "mine" if number % 2 else "theirs"))
+        await reached.create(EVENTS, namespace, event(5, "mine", "Normal"))
+        for number in range(6, 11):
+            await reached.create(EVENTS, namespace, event(number, "many"))
+        found = [await reached.warning_events(namespace, uid) for uid in ("mine", "many", "none")]
+        return [[raw["reason"] for raw in each] for each in found]
+
+    mine, many, none = talk(work)
+
+    assert (mine, len(many), none) == (["R1", "R3"], 3, [])
 
 
 def test_lists_come_page_by_page(

@@ -1,6 +1,7 @@
 """What a decision asks for besides what the watches tell."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from qlora_contract.run_config import IsaTier
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot
-from qlora_operator.controller.observer import feasibility, lost_nodes, warnings_about
+from qlora_operator.controller.observer import asked_about, feasibility, lost_nodes, newest_first
 from qlora_operator.placement.nodes import node
 from qlora_operator.settings import TransferSettings
 from qlora_operator.status.observation import AttemptJob, Pod, WarningEvent
 
 JOB = AttemptJob("job-a0", "job-uid", 0, controlled=True)
-POD = Pod("p", "pod-uid", 0, 0, "Running", node="n")
+POD = Pod("p", "pod-uid", 0, 0, "Running", owner_uid="job-uid", node="n")
+PENDING = Pod("q", "pending", 0, 0, "Pending", owner_uid="job-uid")
 
 
 def snapshot(**ready: bool) -> NodeSnapshot:
@@ -46,16 +48,15 @@ def warning(reason: str, uid: str, **times: Any) -> dict[str, Any]:
 
 
 def test_warnings_are_sorted_by_whichever_time_they_have() -> None:
-    """Newest first, and only those about the job's own Jobs and pods."""
+    """Newest first."""
     events = [
         warning("Oldest", "pod-uid", created="2026-01-31T12:00:00Z"),
         warning("Series", "pod-uid", series={"lastObservedTime": "2026-01-31T12:00:03Z"}, eventTime="2026"),
-        warning("Foreign", "other-uid", lastTimestamp="2026-01-31T12:00:09Z"),
         warning("Last", "job-uid", lastTimestamp="2026-01-31T12:00:02Z", created="2026-01-31T13:00:00Z"),
         warning("Event", "pod-uid", eventTime="2026-01-31T12:00:01.000001Z"),
     ]
 
-    found = warnings_about([JOB], [POD], events)
+    found = newest_first(events)
 
     assert [(each.reason, each.about) for each in found] == [
         ("Series", "pod-uid"),
@@ -64,6 +65,32 @@ def test_warnings_are_sorted_by_whichever_time_they_have() -> None:
         ("Oldest", "pod-uid"),
     ]
     assert isinstance(found[0], WarningEvent)
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "uids"),
+    [
+        pytest.param(None, [POD], [], id="no Job"),
+        pytest.param(JOB, [], ["job-uid"], id="a Job without pods"),
+        pytest.param(JOB, [PENDING], ["pending"], id="a pod that does not say why"),
+        pytest.param(JOB, [replace(PENDING, unschedulable="no room")], [], id="a pod that does"),
+        pytest.param(JOB, [POD], [], id="a pod that runs"),
+        pytest.param(
+            JOB, [replace(PENDING, owner_uid="other")], ["job-uid"], id="a pod that somebody else has made"
+        ),
+        pytest.param(
+            replace(JOB, parallelism=512),
+            [replace(PENDING, uid=str(index), index=index) for index in range(512)],
+            ["0", "1", "2"],
+            id="many pods",
+        ),
+    ],
+)
+def test_warnings_are_read_of_what_says_nothing_itself(
+    job: AttemptJob | None, pods: list[Pod], uids: list[str]
+) -> None:
+    """Each costs a request, and a namespace may be full of Events about anything."""
+    assert asked_about(job, pods) == uids
 
 
 @pytest.mark.parametrize(
