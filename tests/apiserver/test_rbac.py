@@ -72,10 +72,18 @@ def conflict(client: Client, namespace: str) -> None:
 
 
 def lose_network(client: Client, job: Any) -> None:
-    """The Service goes, and comes back with the NetworkPolicy found in its place; and the other way round."""
-    for prefix, plural in (("/api/v1", "services"), ("/apis/networking.k8s.io/v1", "networkpolicies")):
-        client.delete(f"{prefix}/namespaces/{job.namespace}/{plural}/job-ranks")
+    """The Service goes, and comes back with the NetworkPolicy found in its place, and the other way round; both are
+    edited, and mended."""
+    for prefix, plural, edit in (
+        ("/api/v1", "services", {"publishNotReadyAddresses": False}),
+        ("/apis/networking.k8s.io/v1", "networkpolicies", {"ingress": [{}]}),
+    ):
+        path = f"{prefix}/namespaces/{job.namespace}/{plural}/job-ranks"
+        made = client.get(path)["spec"]
+        client.delete(path)
         wait_for(lambda plural=plural: job.children(plural))
+        client.patch(path, {"spec": edit})
+        wait_for(lambda path=path, made=made: client.get(path)["spec"] == made)
 
 
 def waits_for_volumes(make_job: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 Nothing is retried here: the work queue requeues the key of the caller, with backoff.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -83,13 +84,15 @@ async def load_configuration() -> kubernetes_client.Configuration:
 class ApiClient:
     """The requests that the operator makes. An async context manager."""
 
-    def __init__(self, observer: RequestObserver, namespaces: tuple[str, ...] = ()) -> None:
-        """Prepare a client for these namespaces; none: the whole cluster."""
+    def __init__(self, observer: RequestObserver) -> None:
         self._observer = observer
-        self._namespaces = namespaces
         self.clock = Clock()
         """The API server's time, by its answers."""
         self._client: kubernetes_client.ApiClient | None = None
+        self.went_back = asyncio.Event()
+        """Set once the API server's data are older than they were: it was restored from a copy."""
+        self._versions: dict[str, int] = {}
+        """Plural of a resource -> the newest version at which it was listed."""
         self._throttled_until: dict[str, float] = {}
         """Plural of a resource -> monotonic time until which the server asked not to be asked about it (HTTP 429)."""
 
@@ -101,15 +104,17 @@ class ApiClient:
         if self._client is not None:
             await self._client.close()
 
-    async def list_all(self, resource: Resource, selector: str = "") -> AsyncIterator[Raw]:
-        """Every object of the namespaces that the operator serves, page by page."""
-        for namespace in self._namespaces or (None,):
-            async for raw in self._pages(resource, namespace, selector):
-                yield raw
+    async def list_all(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[Raw]:
+        """Every object of a namespace, or of all, page by page."""
+        async for raw in self._pages(resource, namespace, selector):
+            yield raw
 
-    async def nodes(self) -> list[Raw]:
-        """The cluster's nodes."""
-        return [raw async for raw in self._pages(NODES, None, "")]
+    async def nodes(self) -> AsyncIterator[Raw]:
+        """The cluster's nodes, page by page."""
+        async for raw in self._pages(NODES, None, ""):
+            yield raw
 
     async def pods(self, namespace: str, job_uid: str) -> list[Raw]:
         """The pods of a job, of all its attempts."""
@@ -151,6 +156,11 @@ class ApiClient:
         """Create an object."""
         return await self._request("POST", resource, namespace, body=body)
 
+    async def replace(self, resource: Resource, body: Mapping[str, Any]) -> Raw:
+        """Replace an object. Raises ApiError with code 409 when it has changed since it was read."""
+        metadata = body["metadata"]
+        return await self._request("PUT", resource, metadata["namespace"], metadata["name"], body=body)
+
     async def save_status(self, raw: Mapping[str, Any]) -> Raw:
         """Replace a job's status. Raises ApiError with code 409 when the job has changed since it was read."""
         metadata = raw["metadata"]
@@ -173,8 +183,9 @@ class ApiClient:
     async def _pages(
         self, resource: Resource, namespace: str | None, labels: str, fields: str = ""
     ) -> AsyncIterator[Raw]:
-        proceed = ""
+        proceed, plural = "", resource[1]
         while True:
+            known = self._versions.get(plural, 0)
             query = {
                 "limit": str(PAGE),
                 "labelSelector": labels,
@@ -182,6 +193,12 @@ class ApiClient:
                 "continue": proceed,
             }
             page = await self._request("GET", resource, namespace, query=query)
+            if not proceed:  # later pages are of the version of the first
+                version = int(page["metadata"].get("resourceVersion") or 0)
+                self._versions[plural] = max(version, self._versions.get(plural, 0))
+                # What is listed is never older than what was listed before it was asked for.
+                if 0 < version < known:
+                    self.went_back.set()
             for raw in page["items"]:
                 yield raw
             proceed = page["metadata"].get("continue") or ""

@@ -138,6 +138,11 @@ class Metrics:
             "Unix time of the last complete resync of all jobs; 0: none yet",
             registry=registry,
         )
+        self.namespaces_refused = Gauge(
+            "qlora_namespaces_refused",
+            "Namespaces to serve whose lists the API server refused in the last resync",
+            registry=registry,
+        )
         Info("qlora_operator_build", "Build of the operator", registry=registry).info({"version": version})
 
     def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:

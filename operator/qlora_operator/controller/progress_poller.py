@@ -62,7 +62,7 @@ class ProgressPoller:
         self._timer = asyncio.create_task(self._run())
 
     def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
-        """Poll this attempt, of which this is the batch/v1 Job, from now on; `pods` are those that are known, if any."""
+        """Poll this attempt from now on: its batch/v1 Job, and those of its pods that are known."""
         known = self._tracked.get(uid)
         if known is None or (known.attempt, known.job_uid) != (attempt, job_uid):
             known = self._tracked[uid] = _Tracked(key, attempt, job_uid, None)

@@ -39,7 +39,7 @@ class ProgressTracker(Protocol):
     """Polls the progress of running attempts."""
 
     def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
-        """Poll this attempt, of which this is the batch/v1 Job, from now on; `pods` are those that are known, if any."""
+        """Poll this attempt from now on: its batch/v1 Job, and those of its pods that are known."""
 
     def untrack(self, uid: str) -> None:
         """Stop polling a job."""

@@ -76,7 +76,9 @@ def with_rank_zero(test: Callable[[RankZero], Awaitable[None]]) -> None:
 
 def here(rank: RankZero) -> Pod:
     """Rank 0's pod."""
-    return Pod(name="p", uid="p", phase="Running", attempt=0, index=0, owner_uid="job-uid-0", address=rank.address)
+    return Pod(
+        name="p", uid="p", phase="Running", attempt=0, index=0, owner_uid="job-uid-0", address=rank.address
+    )
 
 
 def test_an_answer_is_handed_on_and_the_next_asked_for() -> None:

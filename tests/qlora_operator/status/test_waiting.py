@@ -25,7 +25,9 @@ CONFIG = pod(1, node="n", waiting=ReasonMessage("CreateContainerConfigError", 's
 NO_ROOM = pod(1, unschedulable="0/3 nodes are available: 3 Insufficient cpu.")
 NO_CLAIM = pod(1, unschedulable='0/3 nodes are available: persistentvolumeclaim "w" not found.')
 UNBOUND = pod(1, unschedulable="0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.")
-QUOTA = WarningEvent("FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "job-uid-0")
+QUOTA = WarningEvent(
+    "FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "job-uid-0"
+)
 WEBHOOK = WarningEvent("FailedCreate", "admission webhook denied the request", "job-uid-0")
 MOUNT = WarningEvent("FailedMount", "MountVolume.SetUp failed", "u1")
 SANDBOX = WarningEvent("FailedCreatePodSandBox", "no network", "u1")
