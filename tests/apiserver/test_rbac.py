@@ -60,7 +60,7 @@ def tour(
         job.kubelet.succeeded(pod)
     jobs = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     wait_for(lambda: not client.items(jobs), or_else="the end of the job by its TTL")
-    waits_for_volumes(make_job)
+    is_refused(make_job)
     loses_its_quota(client, make_job)
 
 
@@ -86,10 +86,10 @@ def lose_network(client: Client, job: Any) -> None:
         wait_for(lambda path=path, made=made: client.get(path)["spec"] == made)
 
 
-def waits_for_volumes(make_job: Callable[..., Any]) -> None:
-    """A job whose claim is missing: the operator looks at the Events of its pods."""
-    job = make_job("waits")
-    job.until(lambda status: status.get("message", "").startswith("pod "))
+def is_refused(make_job: Callable[..., Any]) -> None:
+    """A job whose pods are refused: the operator looks at the Events of its Job."""
+    job = make_job("refused", scheduling={"priorityClassName": "none"})
+    job.until(lambda status: "are refused" in status.get("message", ""))
 
 
 def loses_its_quota(client: Client, make_job: Callable[..., Any]) -> None:

@@ -263,6 +263,9 @@ class Reason(StrEnum):
     """Not Initialized: the administrator does not allow a source, or the destination."""
     LIMIT_EXCEEDED = "LimitExceeded"
     """Not Initialized: the job asks for more than the administrator allows a single job."""
+    SCHEDULING_NOT_ALLOWED = "SchedulingNotAllowed"
+    """Not Initialized: the administrator does not allow a queue, priority class, node label or toleration that the job
+    names."""
     NAME_CONFLICT = "NameConflict"
     """Not Initialized: an object that does not belong to the job already has the name of one of its children."""
     REFUSED = "Refused"

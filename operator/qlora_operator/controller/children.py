@@ -80,8 +80,9 @@ class Children:
             attempt=action.attempt,
             isa=action.isa,
             image=action.image,
-            settings=self._settings,
+            settings=self._settings.of(job.metadata.namespace),
             avoid=action.avoid,
+            shun=action.shun,
             stage=action.stage,
             fetched=action.fetched,
         )

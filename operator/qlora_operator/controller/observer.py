@@ -6,14 +6,15 @@ from typing import Any
 
 from qlora_operator.api.names import Key
 from qlora_operator.api.status import QLoRAJobStatus
-from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling
 from qlora_operator.controller.api_client import ApiClient
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
 from qlora_operator.desired.admission import policy_violation
+from qlora_operator.desired.defaults import scheduling
 from qlora_operator.placement import nodes as placement
-from qlora_operator.settings import Settings, TransferSettings
+from qlora_operator.settings import Settings
 from qlora_operator.status import stages
 from qlora_operator.status.observation import (
     AttemptJob,
@@ -42,7 +43,7 @@ class Observer:
 
     def known(self, job: QLoRAJob, uid: str) -> Observation:
         """What is known of a job without a request."""
-        violation = policy_violation(job.spec, self._settings)
+        violation = policy_violation(job, self._settings.of(job.metadata.namespace))
         return Observation(
             attempt_jobs=self._cache.attempt_jobs(uid),
             progress=self._facts.take_report(uid),
@@ -79,7 +80,7 @@ class Observer:
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
-                room = feasibility(job, nodes, self._settings.transfer)
+                room = feasibility(job, nodes, self._settings.of(key[0]))
                 seen = replace(
                     seen,
                     feasible_tiers=room.tiers,
@@ -100,9 +101,7 @@ class Observer:
         return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 
-def feasibility(
-    job: QLoRAJob, nodes: NodeSnapshot | None, transfer: TransferSettings
-) -> placement.Feasibility:
+def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None, settings: Settings) -> placement.Feasibility:
     """Where the pods of a job's open or next attempt can run. If the operator may not list nodes, every tier that it
     allows: then the labels of the first are required, unseen.
 
@@ -111,23 +110,24 @@ def feasibility(
     """
     if nodes is None:
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
+    where = scheduling(job.spec.scheduling, settings)
     stage = stages.current_stage(job.spec, job.status or QLoRAJobStatus())
     if stage == "publish":
-        demand = placement.transfer_demand(job, transfer, stage)
+        demand = placement.transfer_demand(job, where, settings.transfer, stage)
         return nodes.feasible(demand, frozenset(), native_bf16_only=False)
-    found = _room_for_ranks(job, nodes)
+    found = _room_for_ranks(job, nodes, where)
     if stage == "fetch" and not found.tiers:
-        demand = placement.transfer_demand(job, transfer, stage)
+        demand = placement.transfer_demand(job, where, settings.transfer, stage)
         return nodes.feasible(demand, frozenset(), native_bf16_only=False)
     return found
 
 
-def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot) -> placement.Feasibility:
+def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot, where: Scheduling) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
     # Who asks for bf16 by name gets it on any processor, emulated where it must be.
     native = known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
-    found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
+    found = nodes.feasible(placement.demand(job, where), avoid, native_bf16_only=native)
     if not (avoid and found.why):
         return found
     names = ", ".join(sorted(avoid))

@@ -20,6 +20,7 @@ from qlora_operator.controller.children import Children
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.observer import Observer
+from qlora_operator.desired.defaults import with_defaults
 from qlora_operator.desired.events import event as event_body
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import Event
@@ -59,6 +60,7 @@ class Reconciler:
     ) -> None:
         self._client, self._cache, self._facts = client, cache, facts
         self._tracker, self._metrics = tracker, metrics
+        self._settings = settings
         self._observer = Observer(client, cache, facts, settings)
         self._children = Children(client, cache, facts, settings)
 
@@ -77,6 +79,7 @@ class Reconciler:
             status = invalid_spec_status(raw, faults, self._client.clock.now())
             saved = status is None or await self._save(raw, status)
             return INVALID_SPEC_SECONDS if saved else 0.0
+        job = with_defaults(job, self._settings.of(key[0]))
         if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
             log.warning(
                 "%s/%s: fields that this release does not know are ignored: %s", *key, ", ".join(ignored)
@@ -154,7 +157,7 @@ class Reconciler:
         raw = self._cache.job(key)
         if raw is None or raw["metadata"]["uid"] != uid:
             return
-        job, _ = parse_api_object(raw)
+        job = with_defaults(parse_api_object(raw)[0], self._settings.of(key[0]))
         if managed_elsewhere(job):
             return
         decision = api_failure(

@@ -13,7 +13,7 @@ from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.pod_resources import pod_cpus, pod_memory
 from qlora_operator.api.quantity import parse_memory, parse_quantity
-from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
+from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Toleration
 from qlora_operator.settings import TransferSettings
 
 REASONS_SHOWN = 8
@@ -134,27 +134,29 @@ def _floor(allocatable: Mapping[str, str], resource: str) -> int:
     return floor(parse_quantity(allocatable.get(resource, "0")))
 
 
-def demand(job: QLoRAJob) -> Demand:
-    """What the pods of a job require of their nodes."""
+def demand(job: QLoRAJob, scheduling: Scheduling) -> Demand:
+    """What the pods of a job, which may run where `scheduling` says, require of their nodes."""
     spec = job.spec
     return Demand(
         pods=spec.topology.pods,
         cpus=pod_cpus(spec.topology),
         memory=pod_memory(spec.topology),
-        node_selector=spec.scheduling.node_selector,
-        tolerations=tuple(spec.scheduling.tolerations),
+        node_selector=scheduling.node_selector,
+        tolerations=tuple(scheduling.tolerations),
         tiers=tuple(spec.isa.allowed),
     )
 
 
-def transfer_demand(job: QLoRAJob, transfer: TransferSettings, stage: RunStage) -> Demand:
+def transfer_demand(
+    job: QLoRAJob, scheduling: Scheduling, transfer: TransferSettings, stage: RunStage
+) -> Demand:
     """What the one pod of a transfer requires of its node.
 
     Sources are fetched where ranks may run, since a claim may be bound to the first node that uses it; it is bound when
     the adapter is sent.
     """
     return replace(
-        demand(job),
+        demand(job, scheduling),
         pods=1,
         cpus=ceil(parse_quantity(transfer.cpu)),
         memory=parse_memory(transfer.memory),

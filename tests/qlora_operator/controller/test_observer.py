@@ -13,7 +13,7 @@ from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot
 from qlora_operator.controller.observer import asked_about, feasibility, lost_nodes, newest_first
 from qlora_operator.placement.nodes import node
-from qlora_operator.settings import TransferSettings
+from qlora_operator.settings import Settings, TransferSettings
 from qlora_operator.status.observation import AttemptJob, Pod, WarningEvent
 
 JOB = AttemptJob("job-a0", "job-uid", 0, controlled=True)
@@ -109,7 +109,10 @@ def test_a_lost_node_is_not_ready_or_gone(nodes: NodeSnapshot | None, lost: set[
     assert lost_nodes([POD, Pod("q", "q", 0, 1, "Pending")], nodes) == lost
 
 
-SMALL_ROOM = TransferSettings(cpu="500m", memory="1Gi")
+SMALL_ROOM = Settings(
+    trainer_image="registry.example/trainer:1",
+    transfer=TransferSettings(cpu="500m", memory="1Gi"),
+)
 REMOTE = {"model": {"source": "hf://org/model"}, "output": {"destination": "s3://bucket/adapters"}}
 FETCHED = {"modelRevision": "c0ffee"}
 TRAINED = {"provenance": FETCHED, "adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
