@@ -126,6 +126,7 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         message=end.message,
         exit_codes=list(end.exit_codes),
         checkpoint_step=progress_status.checkpoint_step(view.status.checkpoint, view.pods),
+        node=end.node,
     )
     builder.set(placement=placement_after(view, end))
     if view.finished:
