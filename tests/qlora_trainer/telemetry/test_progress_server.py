@@ -160,6 +160,18 @@ def can_ask(server: ProgressServer) -> bool:
         return False
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_all_addresses_are_ipv4_and_ipv6(live: Progress, address: str) -> None:
+    """A cluster may have one of both alone."""
+    server = ProgressServer(live, "", 0)
+    try:
+        with socket.create_connection((address, server.port), timeout=5) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert b"200 OK" in client.recv(1000)
+    finally:
+        server.close()
+
+
 def test_a_taken_port_is_named(live: Progress, server: ProgressServer) -> None:
     """Which port could not be had is said."""
     with pytest.raises(OSError, match=rf"progress port {server.port} on 127.0.0.1: .*in use"):

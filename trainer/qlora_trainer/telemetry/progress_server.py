@@ -114,8 +114,15 @@ class _Server(socketserver.ThreadingTCPServer):
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_Collector(progress))
         self._open: dict[Any, float] = {}
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # Without a host, IPv4 and IPv6: a cluster may have either alone.
+        self._both = not host and socket.has_dualstack_ipv6()
+        self.address_family = socket.AF_INET6 if ":" in host or self._both else socket.AF_INET
         super().__init__((host, port), _Handler)
+
+    def server_bind(self) -> None:
+        if self._both:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002 - socketserver's
         return len(self._open) < _MAX_CLIENTS
