@@ -146,6 +146,12 @@ class Settings(ContractModel):
     """Labels for every pod, besides the operator's own."""
     pod_annotations: dict[str, str] = Field(default={})
     """Annotations for every pod, besides the operator's own."""
+    placement_gate: bool = True
+    """Create pods only once enough nodes have the processors and the room. Without it pods are created for the first
+    tier that a job allows even if no nodes fit: where an autoscaler makes nodes for pods that wait."""
+    scale_up_seconds: int = Field(default=0, ge=0, le=86_400)
+    """How long an autoscaler takes to bring up a node and its images: at least so long pods wait for nodes before
+    another tier is tried, or nodes are released."""
     scrapers: list[dict[str, Any]] = Field(default=[])
     """NetworkPolicyPeers that may read rank 0's progress and metrics: the operator's pods, Prometheus."""
     sweep_seconds: float = Field(default=300, ge=1, le=3600)

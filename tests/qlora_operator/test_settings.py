@@ -78,6 +78,8 @@ FULL = {
     "runAsGroup": 7,
     "fsGroup": None,
     "schedulerName": "other",
+    "placementGate": False,
+    "scaleUpSeconds": 900,
     "podLabels": {"team": "a"},
     "podAnnotations": {"note": "b"},
     "scrapers": [{"podSelector": {"matchLabels": {"app": "prometheus"}}}],

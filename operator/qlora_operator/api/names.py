@@ -36,6 +36,14 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """On an attempt's Job: the queue that admits it; on a QLoRAJob the same as spec.scheduling.queueName. The label is
 Kueue's own."""
 
+WORKLOAD_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+"""On a QLoRAJob, and so on its attempts' Jobs: Kueue's WorkloadPriorityClass."""
+
+TOPOLOGY_ANNOTATIONS = tuple(
+    f"kueue.x-k8s.io/podset-{kind}-topology" for kind in ("required", "preferred", "unconstrained")
+)
+"""On a QLoRAJob, and so on its pods: within which level of the topology Kueue places them."""
+
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 """On Kueue's Workload: the uid of the Job that it is about."""
 

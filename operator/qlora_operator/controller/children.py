@@ -86,7 +86,9 @@ class Children:
             stage=action.stage,
             fetched=action.fetched,
         )
-        await self._create_network(job, uid)
+        # A Job that is refused is tried again and again, and the rest need not be.
+        if not (self._facts.create_error(uid) and self._facts.children_complete(uid)):
+            await self._create_network(job, uid)
         self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))
 
     async def _create_network(self, job: QLoRAJob, uid: str) -> None:

@@ -25,6 +25,7 @@ from qlora_operator.status.observation import (
     WarningEvent,
     deactivated,
     pod,
+    queue_says,
 )
 from qlora_operator.status.policies import startup_grace
 from qlora_operator.status.sanitize import sanitize
@@ -68,7 +69,8 @@ class Observer:
         if Read.WORKLOAD in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
-            seen = replace(seen, deactivated=sanitize(deactivated(found)))
+            says = sanitize(queue_says(found))
+            seen = replace(seen, deactivated=sanitize(deactivated(found)), queue_says=says)
         if Read.WARNINGS in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             uids = asked_about(mine, seen.pods or ())
@@ -118,21 +120,31 @@ def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None, settings: Settings) -
     found = _room_for_ranks(job, nodes, where)
     if stage == "fetch" and not found.tiers:
         demand = placement.transfer_demand(job, where, settings.transfer, stage)
-        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+        found = nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    if not found.tiers and not settings.placement_gate:
+        # An autoscaler makes nodes for pods, not for jobs that wait to have some.
+        return placement.Feasibility(
+            placement.sought_tiers(job.spec.isa.allowed, native_bf16_only=_native(job)), ""
+        )
     return found
 
 
 def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot, where: Scheduling) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
-    # Who asks for bf16 by name gets it on any processor, emulated where it must be.
-    native = known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
-    found = nodes.feasible(placement.demand(job, where), avoid, native_bf16_only=native)
+    found = nodes.feasible(placement.demand(job, where), avoid, native_bf16_only=_native(job))
     if not (avoid and found.why):
         return found
     names = ", ".join(sorted(avoid))
     why = f"{found.why} (left out, since their ranks found less than the labels promise: {names})"
     return placement.Feasibility(found.tiers, why)
+
+
+def _native(job: QLoRAJob) -> bool:
+    """Whether the job has begun in bf16 that only some processors have. Who asks for it by name gets it on any,
+    emulated where it must be."""
+    known = job.status.placement if job.status else None
+    return known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
 
 
 def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str]:

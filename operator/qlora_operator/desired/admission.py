@@ -6,6 +6,7 @@ policy.
 
 import re
 
+from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
 from qlora_operator.api.quantity import parse_memory
@@ -44,6 +45,8 @@ def _scheduling_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, st
     own_class = [] if defaults.priority_class_name is None else [defaults.priority_class_name]
     queue = [] if job.queue_name is None else [job.queue_name]
     priority_class = [] if asked.priority_class_name is None else [asked.priority_class_name]
+    if workload_class := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
+        priority_class.append(workload_class)
     named = {
         "queueName": (queue, [*allowed.queues, *own_queue]),
         "priorityClassName": (priority_class, [*allowed.priority_classes, *own_class]),

@@ -68,6 +68,8 @@ def attempt_job(
         # Kueue sets suspend to false when there is quota; an unsuspended Job would run before.
         child["metadata"]["labels"][names.QUEUE_LABEL] = job.queue_name
         child["spec"]["suspend"] = True
+    if priority := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
+        child["metadata"]["labels"][names.WORKLOAD_PRIORITY_LABEL] = priority
     return child
 
 

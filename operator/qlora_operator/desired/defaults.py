@@ -22,6 +22,9 @@ def with_defaults(job: QLoRAJob, settings: Settings) -> QLoRAJob:
             spec.termination_grace_period_seconds, limits.termination_grace_period_seconds
         ),
     }
+    if settings.scale_up_seconds > spec.isa.step_down_seconds:
+        isa = spec.isa.model_copy(update={"step_down_seconds": settings.scale_up_seconds})
+        spec = spec.model_copy(update={"isa": isa})
     metadata = job.metadata
     if job.queue_name is None and defaults.queue_name is not None:
         labels = {**metadata.labels, names.QUEUE_LABEL: defaults.queue_name}

@@ -26,6 +26,12 @@ _MODULES: dict[RunStage, str] = {
     "publish": entry_points.TRANSFER,
 }
 
+_NOT_TO_BE_MOVED = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
+"""Keeps autoscalers from moving pods to save nodes: it would restart all of an attempt's ranks."""
+
 
 def pod_template(
     job: QLoRAJob,
@@ -48,14 +54,16 @@ def pod_template(
         shun: names of nodes that the pods go to if there are no others.
     """
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
-    annotations = {names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
+    given = job.metadata.annotations
+    topology = {name: given[name] for name in names.TOPOLOGY_ANNOTATIONS if name in given}
+    annotations = {**topology, names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
     pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
     account = settings.transfer.service_account_name
     where, tier = scheduling(job.spec.scheduling, settings), None if run.stage == "publish" else run.isa
     return {
         "metadata": {
             "labels": {**settings.pod_labels, **labels(job, uid, role, attempt)},
-            "annotations": {**settings.pod_annotations, **annotations},
+            "annotations": {**_NOT_TO_BE_MOVED, **settings.pod_annotations, **annotations},
         },
         "spec": {
             "restartPolicy": "Never",

@@ -174,10 +174,7 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
         native_bf16_only: the job's first steps were computed in bf16, so the later ones are too, and other
             tiers could only emulate it.
     """
-    tiers = [tier for tier in demand.tiers if tier in BF16_NATIVE or not native_bf16_only]
-    if not tiers:
-        # It ran on better nodes than the tiers it asks for, and there may be more of them.
-        tiers = [tier for tier in ISA_TIERS if tier in BF16_NATIVE][-1:]
+    tiers = sought_tiers(demand.tiers, native_bf16_only=native_bf16_only)
     enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
     if enough:
         fit = {
@@ -187,9 +184,16 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
         return Feasibility(enough, "", fit)
     # Nodes of a better tier have the labels of the lesser ones too, so this one has most of the nodes.
     why = _why(nodes, demand, max(tiers, key=ISA_TIERS.index))
-    if tiers != list(demand.tiers):
+    if tiers != demand.tiers:
         why += f"; only {' or '.join(tiers)} will do, since the job has begun in bf16"
     return Feasibility((), why)
+
+
+def sought_tiers(allowed: Sequence[IsaTier], *, native_bf16_only: bool) -> tuple[IsaTier, ...]:
+    """The tiers that will do, in the user's order of preference; arguments as of `feasible`."""
+    tiers = tuple(tier for tier in allowed if tier in BF16_NATIVE or not native_bf16_only)
+    # It may have run on better nodes than the tiers it asks for, and there may be more of them.
+    return tiers or tuple(tier for tier in ISA_TIERS if tier in BF16_NATIVE)[-1:]
 
 
 def _fitting(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> int:

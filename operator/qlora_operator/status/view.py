@@ -231,6 +231,12 @@ class JobView:
         return self.seen.deactivated or ""
 
     @property
+    def queue_says(self) -> str:
+        """Why the queue has not admitted the open attempt's Job. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.queue_says
+
+    @property
     def feasible_tiers(self) -> Sequence[IsaTier]:
         """Tiers that have enough nodes, in order of preference. Read.FEASIBLE_TIERS."""
         self.require(Read.FEASIBLE_TIERS)

@@ -195,3 +195,22 @@ def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
     assert found.tiers == ()
     assert found.why.endswith("(left out, since their ranks found less than the labels promise: a, b)")
     assert feasibility(job, snapshot(a=True, b=True, c=True), SMALL_ROOM).why == ""
+
+
+@pytest.mark.parametrize(
+    ("gate", "placement", "tiers"),
+    [
+        (True, {}, ()),
+        (False, {}, ("amx_bf16", "avx512")),
+        (False, {"isa": "amx_bf16", "dtype": "bf16"}, ("amx_bf16",)),
+    ],
+    ids=["jobs wait for nodes", "pods make nodes come", "of the processors that the job has begun on"],
+)
+def test_pools_that_are_empty_grow_for_pods(
+    gate: bool, placement: dict[str, Any], tiers: tuple[str, ...]
+) -> None:
+    """No autoscaler makes nodes for a job that creates no pods before they are there."""
+    job = builders.a_job(status={"placement": placement}, isa={"allowed": ["amx_bf16", "avx512"]})
+    settings = Settings(trainer_image="registry.example/trainer:1", placement_gate=gate)
+
+    assert feasibility(job, NodeSnapshot([]), settings).tiers == tiers

@@ -213,3 +213,10 @@ def test_the_label_of_a_queue_is_a_queue(settings: Callable[..., Settings]) -> N
     labelled = a_job(metadata={"labels": {names.QUEUE_LABEL: "others"}})
 
     assert policy_violation(labelled, settings(allowed={"queues": ["team-*"]})) is not None
+
+
+def test_a_workloads_priority_is_a_priority(settings: Callable[..., Settings]) -> None:
+    """Kueue's own classes are bounded like the scheduler's."""
+    labelled = a_job(metadata={"labels": {names.WORKLOAD_PRIORITY_LABEL: "urgent"}})
+
+    assert policy_violation(labelled, settings(allowed={"priorityClasses": ["batch-*"]})) is not None

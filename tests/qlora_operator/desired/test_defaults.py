@@ -100,3 +100,13 @@ def test_a_namespace_may_differ(settings: MakeSettings) -> None:
     assert (given.of("large").limits.pods, given.of("large").limits.cpus) == (64, None)
     assert given.of("large").defaults.queue_name == "team"
     assert given.of("other") is given
+
+
+@pytest.mark.parametrize(("asked", "scale_up", "found"), [(300, 0, 300), (300, 900, 900), (1200, 900, 1200)])
+def test_pods_wait_until_nodes_may_have_come_up(
+    settings: MakeSettings, asked: int, scale_up: int, found: int
+) -> None:
+    """An autoscaler's nodes are not given up before they are there."""
+    job = a_job(isa={"stepDownSeconds": asked})
+
+    assert with_defaults(job, settings(scaleUpSeconds=scale_up)).spec.isa.step_down_seconds == found

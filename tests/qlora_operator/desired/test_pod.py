@@ -211,7 +211,7 @@ def test_the_largest_run_config_fits_an_annotation(template: Make) -> None:
         "model": remote,
         "dataset": {**remote, "trainSplit": "s" * 64, "evalSplit": "s" * 64},
         "output": {"destination": remote["source"], "credentialsSecret": secret},
-        "adapter": {"targetModules": ["\x01" * 256] * 64},
+        "adapter": {"targetModules": ["\x01" * 254 + f"{number:02}" for number in range(64)]},
     }
     annotations = template(spec=spec)["metadata"]["annotations"]
     size = sum(len(text.encode()) for pair in annotations.items() for text in pair)
@@ -287,6 +287,15 @@ def test_only_nodes_of_the_tier_will_do(isa: IsaTier, template: Make) -> None:
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
         ]
     }
+
+
+def test_autoscalers_leave_pods_where_they_are(template: Make) -> None:
+    """To save a node they would restart a whole attempt; administrators may let them."""
+    name = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+
+    assert template("avx2")["metadata"]["annotations"][name] == "false"
+    assert template("avx2")["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
+    assert template("avx2", podAnnotations={name: "true"})["metadata"]["annotations"][name] == "true"
 
 
 def test_nodes_that_are_shunned_are_the_last_choice(
