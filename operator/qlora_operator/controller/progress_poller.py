@@ -58,7 +58,7 @@ class ProgressPoller:
 
     def start(self) -> None:
         """Start polling; needs a running event loop."""
-        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
         self._timer = asyncio.create_task(self._run())
 
     def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
