@@ -166,6 +166,11 @@ def _plain(node: Schema, whole: Schema) -> Schema:
         for key, item in _followed(node, whole).items()
         if key not in ("title", "description", "default")
     }
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            node[key] = _plain(node[key], whole)
+    if "properties" in node:
+        node["properties"] = {name: _plain(child, whole) for name, child in node["properties"].items()}
     if "anyOf" in node:
         (under,) = [option for option in node.pop("anyOf") if option != {"type": "null"}]
         under = _plain(under, whole)

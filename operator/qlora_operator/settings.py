@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from qlora_contract.base import ContractModel
 from qlora_operator.api.quantity import MEMORY_PATTERN
+from qlora_operator.api.v1alpha1 import MAX_SECONDS, Toleration
 from qlora_operator.errors import OperatorError
 
 
@@ -26,6 +27,61 @@ class Limits(ContractModel):
     """CPUs of all pods."""
     memory: str | None = Field(default=None, pattern=MEMORY_PATTERN)
     """Memory of all pods, such as 512Gi."""
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
+    """How long a finished job stays, whatever it asks for."""
+    active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
+    """How long a job may be active, whatever it asks for."""
+    termination_grace_period_seconds: int | None = Field(default=None, ge=1, le=86_400)
+    """How long its pods may take to stop, and so hold up a drain, whatever it asks for."""
+
+
+class Defaults(ContractModel):
+    """What jobs get that do not say otherwise, and where all of them run."""
+
+    node_selector: dict[str, str] = Field(default={})
+    """Labels of the nodes that jobs run on, besides those that they ask for. A job cannot ask for others of these
+    keys."""
+    tolerations: list[dict[str, Any]] = Field(default=[])
+    """Taints that all pods of jobs tolerate, besides those that a job names."""
+    priority_class_name: str | None = None
+    """PriorityClass of jobs that name none."""
+    queue_name: str | None = None
+    """LocalQueue, in the job's namespace, of jobs that name none."""
+    ttl_seconds_after_finished: int | None = Field(default=None, ge=0, le=MAX_SECONDS)
+    """How long a finished job stays that does not say."""
+
+    @field_validator("tolerations")
+    @classmethod
+    def _are_tolerations(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for toleration in value:
+            Toleration.model_validate(toleration)
+        return value
+
+
+class Allowed(ContractModel):
+    """What jobs may name; `*` stands for any characters. What the defaults name is allowed."""
+
+    priority_classes: list[str] = Field(default=["*"])
+    """PriorityClasses. Those that begin with `system-` are refused all the same."""
+    queues: list[str] = Field(default=["*"])
+    """LocalQueues."""
+    node_labels: list[str] = Field(default=["*"])
+    """Keys of scheduling.nodeSelector."""
+    tolerations: list[str] = Field(default=["*"])
+    """Keys of scheduling.tolerations. A toleration without a key, which is one of every taint, needs `*`."""
+    workspaces: list[str] = Field(default=["*"])
+    """Workspaces, such as `pvc://team-*`."""
+
+
+class NamespaceSettings(ContractModel):
+    """What differs in one namespace. What is set here replaces the whole of what holds elsewhere."""
+
+    limits: Limits | None = None
+    """The most that one job may ask for there."""
+    defaults: Defaults | None = None
+    """What jobs get there."""
+    allowed: Allowed | None = None
+    """What jobs may name there."""
 
 
 class TransferSettings(ContractModel):
@@ -66,6 +122,12 @@ class Settings(ContractModel):
     characters."""
     limits: Limits = Limits()
     """The most that one job may ask for."""
+    defaults: Defaults = Defaults()
+    """What jobs get that do not say otherwise."""
+    allowed: Allowed = Allowed()
+    """What jobs may name."""
+    namespaces: dict[str, NamespaceSettings] = Field(default={})
+    """By a namespace's name: what differs there."""
     transfer: TransferSettings = TransferSettings()
     """How remote sources are fetched, and adapters sent."""
     image_pull_policy: str = Field(default="IfNotPresent", pattern="^(Always|IfNotPresent|Never)$")
@@ -84,6 +146,12 @@ class Settings(ContractModel):
     """Labels for every pod, besides the operator's own."""
     pod_annotations: dict[str, str] = Field(default={})
     """Annotations for every pod, besides the operator's own."""
+    placement_gate: bool = True
+    """Create pods only once enough nodes have the processors and the room. Without it pods are created for the first
+    tier that a job allows even if no nodes fit: where an autoscaler makes nodes for pods that wait."""
+    scale_up_seconds: int = Field(default=0, ge=0, le=86_400)
+    """How long an autoscaler takes to bring up a node and its images: at least so long pods wait for nodes before
+    another tier is tried, or nodes are released."""
     scrapers: list[dict[str, Any]] = Field(default=[])
     """NetworkPolicyPeers that may read rank 0's progress and metrics: the operator's pods, Prometheus."""
     sweep_seconds: float = Field(default=300, ge=1, le=3600)
@@ -93,6 +161,13 @@ class Settings(ContractModel):
     minute."""
     stuck_seconds: float = Field(default=300, ge=1, le=3600)
     """Seconds that a job may be overdue before the operator counts as stuck and its liveness probe fails."""
+
+    def of(self, namespace: str | None) -> "Settings":
+        """The settings for jobs of a namespace."""
+        own = self.namespaces.get(namespace or "")
+        if own is None:
+            return self
+        return self.model_copy(update={name: value for name, value in own if value is not None})
 
 
 def load_settings(path: Path) -> Settings:

@@ -46,6 +46,14 @@ VALUES: Object = {
             "s3://back\\*slash",
         ],
         "limits": {"pods": 4, "ranks": 8, "cpus": 16, "memory": "64Gi"},
+        "defaults": {"priorityClassName": "batch", "queueName": "team"},
+        "allowed": {
+            "priorityClasses": ["batch-*"],
+            "queues": ["team-*"],
+            "nodeLabels": ["topology.kubernetes.io/*"],
+            "tolerations": ["example.org/*"],
+            "workspaces": ["pvc://work/*", "pvc://anything*"],
+        },
     },
 }
 HUB_MODEL = {"source": "hf://our.org/model", "credentialsSecret": "hub"}
@@ -305,6 +313,17 @@ ASKED: dict[str, Object] = {
     "memory: the most": {"topology": {"pods": 2, "memoryPerRank": "32Gi"}},
     "memory: one byte more": {"topology": {"memoryPerRank": "68719476737"}},
     "memory: in powers of 1000": {"topology": {"memoryPerRank": "68.7G"}},
+    "workspace: another claim": {"workspace": "pvc://payroll/x"},
+    "queue: the default": {"scheduling": {"queueName": "team"}},
+    "queue: an allowed one": {"scheduling": {"queueName": "team-a"}},
+    "queue: another": {"scheduling": {"queueName": "others"}},
+    "class: the default": {"scheduling": {"priorityClassName": "batch"}},
+    "class: another": {"scheduling": {"priorityClassName": "urgent"}},
+    "node label: allowed": {"scheduling": {"nodeSelector": {"topology.kubernetes.io/zone": "a"}}},
+    "node label: another": {"scheduling": {"nodeSelector": {"pool": "gold"}}},
+    "toleration: allowed": {"scheduling": {"tolerations": [{"key": "example.org/x", "operator": "Exists"}]}},
+    "toleration: another": {"scheduling": {"tolerations": [{"key": "cp", "operator": "Exists"}]}},
+    "toleration: every taint": {"scheduling": {"tolerations": [{"operator": "Exists"}]}},
 }
 
 
@@ -313,7 +332,7 @@ def test_the_operator_agrees(guarded: Guarded, asked: Object) -> None:
     """The policy refuses what the operator would let wait, naming the same field, and nothing else."""
     body = job(**asked)
     error = guarded.refused(body)
-    second = policy_violation(QLoRAJob.model_validate(body).spec, guarded.settings)
+    second = policy_violation(QLoRAJob.model_validate(body), guarded.settings)
 
     assert (error is None) == (second is None), (error, second)
     if error is not None and second is not None:

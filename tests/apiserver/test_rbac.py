@@ -60,7 +60,7 @@ def tour(
         job.kubelet.succeeded(pod)
     jobs = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     wait_for(lambda: not client.items(jobs), or_else="the end of the job by its TTL")
-    waits_for_volumes(make_job)
+    is_refused(make_job)
     loses_its_quota(client, make_job)
 
 
@@ -72,16 +72,24 @@ def conflict(client: Client, namespace: str) -> None:
 
 
 def lose_network(client: Client, job: Any) -> None:
-    """The Service goes, and comes back with the NetworkPolicy found in its place; and the other way round."""
-    for prefix, plural in (("/api/v1", "services"), ("/apis/networking.k8s.io/v1", "networkpolicies")):
-        client.delete(f"{prefix}/namespaces/{job.namespace}/{plural}/job-ranks")
+    """The Service goes, and comes back with the NetworkPolicy found in its place, and the other way round; both are
+    edited, and mended."""
+    for prefix, plural, edit in (
+        ("/api/v1", "services", {"publishNotReadyAddresses": False}),
+        ("/apis/networking.k8s.io/v1", "networkpolicies", {"ingress": [{}]}),
+    ):
+        path = f"{prefix}/namespaces/{job.namespace}/{plural}/job-ranks"
+        made = client.get(path)["spec"]
+        client.delete(path)
         wait_for(lambda plural=plural: job.children(plural))
+        client.patch(path, {"spec": edit})
+        wait_for(lambda path=path, made=made: client.get(path)["spec"] == made)
 
 
-def waits_for_volumes(make_job: Callable[..., Any]) -> None:
-    """A job whose claim is missing: the operator looks at the Events of its pods."""
-    job = make_job("waits")
-    job.until(lambda status: status.get("message", "").startswith("pod "))
+def is_refused(make_job: Callable[..., Any]) -> None:
+    """A job whose pods are refused: the operator looks at the Events of its Job."""
+    job = make_job("refused", scheduling={"priorityClassName": "none"})
+    job.until(lambda status: "are refused" in status.get("message", ""))
 
 
 def loses_its_quota(client: Client, make_job: Callable[..., Any]) -> None:

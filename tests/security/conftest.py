@@ -85,7 +85,7 @@ def children(administrator: Settings) -> Callable[[QLoRAJob], dict[str, list[Obj
     """children(job) -> by stage, all that the operator makes for it; nothing for a job that it refuses."""
 
     def make(job: QLoRAJob) -> dict[str, list[Object]]:
-        if policy_violation(job.spec, administrator) is not None:
+        if policy_violation(job, administrator) is not None:
             return {}
         image = job.spec.image or administrator.trainer_image
         return {

@@ -36,6 +36,14 @@ QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """On an attempt's Job: the queue that admits it; on a QLoRAJob the same as spec.scheduling.queueName. The label is
 Kueue's own."""
 
+WORKLOAD_PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+"""On a QLoRAJob, and so on its attempts' Jobs: Kueue's WorkloadPriorityClass."""
+
+TOPOLOGY_ANNOTATIONS = tuple(
+    f"kueue.x-k8s.io/podset-{kind}-topology" for kind in ("required", "preferred", "unconstrained")
+)
+"""On a QLoRAJob, and so on its pods: within which level of the topology Kueue places them."""
+
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 """On Kueue's Workload: the uid of the Job that it is about."""
 
@@ -263,6 +271,9 @@ class Reason(StrEnum):
     """Not Initialized: the administrator does not allow a source, or the destination."""
     LIMIT_EXCEEDED = "LimitExceeded"
     """Not Initialized: the job asks for more than the administrator allows a single job."""
+    SCHEDULING_NOT_ALLOWED = "SchedulingNotAllowed"
+    """Not Initialized: the administrator does not allow a queue, priority class, node label or toleration that the job
+    names."""
     NAME_CONFLICT = "NameConflict"
     """Not Initialized: an object that does not belong to the job already has the name of one of its children."""
     REFUSED = "Refused"

@@ -76,6 +76,9 @@ class Attempt(StatusModel):
     """Steps in the newest checkpoint, as far as it was known when the attempt ended."""
     job_uid: str | None = None
     """The uid of its batch/v1 Job, once seen: distinguishes a deleted Job from one that was never created."""
+    node: str | None = None
+    """The node of the pod that ended it, unless that was drained or preempted. The next attempts prefer others for an
+    hour, if its kubelet refused the pod or another attempt ended there, too."""
 
 
 class Placement(StatusModel):
@@ -90,7 +93,7 @@ class Placement(StatusModel):
     world_size: int | None = None
     """Number of ranks; with ranksPerPod auto, once rank 0 has reported it."""
     avoid: list[str] = Field(default=[], max_length=NODES_SHOWN)
-    """Nodes whose processor lacks instructions that their labels advertise."""
+    """Nodes whose processor lacks instructions that their labels advertise, the newest first."""
 
 
 class Progress(StatusModel):

@@ -3,6 +3,7 @@
 Nothing is retried here: the work queue requeues the key of the caller, with backoff.
 """
 
+import asyncio
 import contextlib
 import json
 import os
@@ -26,6 +27,8 @@ Raw = dict[str, Any]
 REQUEST_SECONDS = 30
 PAGE = 100
 """Objects of one page of a list: as Python objects a page of 500 jobs is as large as the rest of the operator."""
+MAX_EVENTS = 200
+"""Events about one object that are read: the kubelet and the scheduler count repetitions instead of repeating them."""
 CONNECTIONS = 16
 """Each holds a quarter of a MiB for TLS; more requests at a time only wait in the API server instead of here."""
 KUEUE_VERSIONS = ("v1beta2", "v1beta1")
@@ -81,13 +84,15 @@ async def load_configuration() -> kubernetes_client.Configuration:
 class ApiClient:
     """The requests that the operator makes. An async context manager."""
 
-    def __init__(self, observer: RequestObserver, namespaces: tuple[str, ...] = ()) -> None:
-        """Prepare a client for these namespaces; none: the whole cluster."""
+    def __init__(self, observer: RequestObserver) -> None:
         self._observer = observer
-        self._namespaces = namespaces
         self.clock = Clock()
         """The API server's time, by its answers."""
         self._client: kubernetes_client.ApiClient | None = None
+        self.went_back = asyncio.Event()
+        """Set once the API server's data are older than they were: it was restored from a copy."""
+        self._versions: dict[str, int] = {}
+        """Plural of a resource -> the newest version at which it was listed."""
         self._throttled_until: dict[str, float] = {}
         """Plural of a resource -> monotonic time until which the server asked not to be asked about it (HTTP 429)."""
 
@@ -99,15 +104,17 @@ class ApiClient:
         if self._client is not None:
             await self._client.close()
 
-    async def list_all(self, resource: Resource, selector: str = "") -> AsyncIterator[Raw]:
-        """Every object of the namespaces that the operator serves, page by page."""
-        for namespace in self._namespaces or (None,):
-            async for raw in self._pages(resource, namespace, selector):
-                yield raw
+    async def list_all(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[Raw]:
+        """Every object of a namespace, or of all, page by page."""
+        async for raw in self._pages(resource, namespace, selector):
+            yield raw
 
-    async def nodes(self) -> list[Raw]:
-        """The cluster's nodes."""
-        return [raw async for raw in self._pages(NODES, None, "")]
+    async def nodes(self) -> AsyncIterator[Raw]:
+        """The cluster's nodes, page by page."""
+        async for raw in self._pages(NODES, None, ""):
+            yield raw
 
     async def pods(self, namespace: str, job_uid: str) -> list[Raw]:
         """The pods of a job, of all its attempts."""
@@ -119,9 +126,15 @@ class ApiClient:
         selector = f"{names.JOB_UID_LABEL}={job_uid}"
         return [raw async for raw in self._pages(BATCH_JOBS, namespace, selector)]
 
-    async def warning_events(self, namespace: str) -> list[Raw]:
-        """The Events of type Warning in a namespace, oldest first."""
-        return [raw async for raw in self._pages(EVENTS, namespace, "", "type=Warning")]
+    async def warning_events(self, namespace: str, uid: str) -> list[Raw]:
+        """Events of type Warning about one object, at most MAX_EVENTS: whoever may create Events may create any number
+        of them about anything."""
+        found = []
+        async for raw in self._pages(EVENTS, namespace, "", f"type=Warning,involvedObject.uid={uid}"):
+            found.append(raw)
+            if len(found) == MAX_EVENTS:
+                break
+        return found
 
     async def workloads(self, namespace: str, job_uid: str) -> list[Raw]:
         """Kueue's Workloads of a batch/v1 Job; none without Kueue, or without the permission to list them."""
@@ -142,6 +155,11 @@ class ApiClient:
     async def create(self, resource: Resource, namespace: str, body: Mapping[str, Any]) -> Raw:
         """Create an object."""
         return await self._request("POST", resource, namespace, body=body)
+
+    async def replace(self, resource: Resource, body: Mapping[str, Any]) -> Raw:
+        """Replace an object. Raises ApiError with code 409 when it has changed since it was read."""
+        metadata = body["metadata"]
+        return await self._request("PUT", resource, metadata["namespace"], metadata["name"], body=body)
 
     async def save_status(self, raw: Mapping[str, Any]) -> Raw:
         """Replace a job's status. Raises ApiError with code 409 when the job has changed since it was read."""
@@ -165,8 +183,9 @@ class ApiClient:
     async def _pages(
         self, resource: Resource, namespace: str | None, labels: str, fields: str = ""
     ) -> AsyncIterator[Raw]:
-        proceed = ""
+        proceed, plural = "", resource[1]
         while True:
+            known = self._versions.get(plural, 0)
             query = {
                 "limit": str(PAGE),
                 "labelSelector": labels,
@@ -174,6 +193,12 @@ class ApiClient:
                 "continue": proceed,
             }
             page = await self._request("GET", resource, namespace, query=query)
+            if not proceed:  # later pages are of the version of the first
+                version = int(page["metadata"].get("resourceVersion") or 0)
+                self._versions[plural] = max(version, self._versions.get(plural, 0))
+                # What is listed is never older than what was listed before it was asked for.
+                if 0 < version < known:
+                    self.went_back.set()
             for raw in page["items"]:
                 yield raw
             proceed = page["metadata"].get("continue") or ""

@@ -21,6 +21,7 @@ class _CachedJob:
 @dataclass(frozen=True, slots=True)
 class _CachedAttemptJob:
     version: int
+    namespace: str
     attempt_job: AttemptJob
 
 
@@ -63,9 +64,9 @@ class ObjectCache:
         finally:
             self._dropped = None
 
-    def jobs(self) -> dict[Key, str]:
-        """Key -> uid of every job."""
-        return {key: known.uid for key, known in self._jobs.items()}
+    def jobs(self, namespace: str | None = None) -> dict[Key, str]:
+        """Key -> uid of every job of a namespace, or of all."""
+        return {key: known.uid for key, known in self._jobs.items() if namespace in (None, key[0])}
 
     def job(self, key: Key) -> dict[str, Any] | None:
         """The newest version of a job, a copy for the caller; None for one that is not cached."""
@@ -110,7 +111,7 @@ class ObjectCache:
         known = siblings.get(name)
         if known is not None and known.version > version:
             return False
-        siblings[name] = _CachedAttemptJob(version, attempt_job(raw, uid))
+        siblings[name] = _CachedAttemptJob(version, raw["metadata"]["namespace"], attempt_job(raw, uid))
         self._count(known, siblings[name])
         return known is None or known.attempt_job != siblings[name].attempt_job
 
@@ -132,10 +133,10 @@ class ObjectCache:
         if not siblings:
             del self._attempt_jobs[job_uid]
 
-    def attempt_job_uids(self) -> set[str]:
-        """The uids of all batch/v1 Jobs."""
-        of_jobs = self._attempt_jobs.values()
-        return {known.attempt_job.uid for siblings in of_jobs for known in siblings.values()}
+    def attempt_job_uids(self, namespace: str | None = None) -> set[str]:
+        """The uids of all batch/v1 Jobs of a namespace, or of all."""
+        known = (each for siblings in self._attempt_jobs.values() for each in siblings.values())
+        return {each.attempt_job.uid for each in known if namespace in (None, each.namespace)}
 
     def drop_attempt_jobs(self, uids: Collection[str]) -> None:
         """Drop the batch/v1 Jobs that have these uids."""

@@ -1,7 +1,7 @@
 """Act: create and delete a job's children."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from qlora_operator.api.names import Reason
@@ -19,8 +19,8 @@ from qlora_operator.controller.api_client import (
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.desired.attempt_job import attempt_job
-from qlora_operator.desired.network import network_policy
-from qlora_operator.desired.service import ranks_service
+from qlora_operator.desired.network import is_network_policy, network_policy
+from qlora_operator.desired.service import is_ranks_service, ranks_service
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import (
     Action,
@@ -80,22 +80,40 @@ class Children:
             attempt=action.attempt,
             isa=action.isa,
             image=action.image,
-            settings=self._settings,
+            settings=self._settings.of(job.metadata.namespace),
             avoid=action.avoid,
+            shun=action.shun,
             stage=action.stage,
             fetched=action.fetched,
         )
-        await self._create_network(job, uid)
+        # A Job that is refused is tried again and again, and the rest need not be.
+        if not (self._facts.create_error(uid) and self._facts.children_complete(uid)):
+            await self._create_network(job, uid)
         self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))
 
     async def _create_network(self, job: QLoRAJob, uid: str) -> None:
         """The Service and the NetworkPolicy, which all attempts share."""
         policy = network_policy(job, uid=uid, settings=self._settings)
         await asyncio.gather(
-            self._ensure(SERVICES, ranks_service(job, uid=uid), uid),
-            self._ensure(NETWORK_POLICIES, policy, uid),
+            self._restore(SERVICES, ranks_service(job, uid=uid), uid, is_ranks_service),
+            self._restore(NETWORK_POLICIES, policy, uid, is_network_policy),
         )
         self._facts.set_children_complete(uid)
+
+    async def _restore(
+        self,
+        resource: Resource,
+        body: dict[str, Any],
+        uid: str,
+        is_as_desired: Callable[[dict[str, Any], Settings], bool],
+    ) -> None:
+        """Create a child, or make one that exists what it should be: somebody may have edited it, or an operator with
+        other settings has made it. Labels first, by which the operator finds it again."""
+        found = await self._ensure(resource, body, uid)
+        metadata = {**found["metadata"], "labels": body["metadata"]["labels"]}
+        if not is_as_desired({**found, "metadata": metadata}, self._settings):
+            spec = {**found["spec"], **body["spec"]}
+            await self._client.replace(resource, {**body, "metadata": metadata, "spec": spec})
 
     async def _ensure(self, resource: Resource, body: dict[str, Any], uid: str) -> dict[str, Any]:
         """Create a child unless it exists. Raises ApiError with reason NameConflict if its name is taken."""

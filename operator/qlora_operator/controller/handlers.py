@@ -8,9 +8,12 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import logging
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +36,8 @@ from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.controller.reconciler import Reconciler
 from qlora_operator.controller.workqueue import WorkQueue
+from qlora_operator.desired.network import is_network_policy
+from qlora_operator.desired.service import is_ranks_service
 from qlora_operator.settings import load_settings
 
 log = logging.getLogger(__name__)
@@ -58,6 +63,14 @@ LOGIN_SECONDS = 2.0
 """Minimum interval between two logins."""
 
 
+class Backoffs:
+    """Seconds between kopf's tries of a request, without an end: when its tries are used up it ends the whole operator,
+    and what one namespace refuses must not stop the others."""
+
+    def __iter__(self) -> Iterator[float]:
+        return itertools.chain((1, 1, 2, 3, 5, 8, 13, 21), itertools.repeat(30.0))
+
+
 class NullDiffBase(kopf.DiffBaseStorage):
     """kopf copies every object twice, to compute diffs later. None is used here, and the copies took a third of the
     operator's CPU time."""
@@ -81,7 +94,7 @@ class Operator:
         self.namespaces = tuple(filter(None, os.environ.get(NAMESPACES_ENV, "").split(",")))
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.cache = ObjectCache()
-        self.client = ApiClient(self.metrics, self.namespaces)
+        self.client = ApiClient(self.metrics)
         self.facts = JobFacts()
         self.poller = ProgressPoller(self.client, self.facts, lambda key: self.queue.add(key))  # noqa: PLW0108 - made below
         self.reconciler = Reconciler(
@@ -104,9 +117,9 @@ class Operator:
         with contextlib.suppress(ApiError, TimeoutError):
             # Nothing is decided by this machine's clock: the server's first answer sets ours.
             async with asyncio.timeout(FIRST_ANSWER_SECONDS):
-                await anext(self.client.list_all(QLORAJOBS), None)
+                await anext(self.client.list_all(QLORAJOBS, (*self.namespaces, None)[0]), None)
         self.queue.start()
-        self._tasks = [asyncio.create_task(self._resync_forever())]
+        self._tasks = [asyncio.create_task(self._resync_forever()), asyncio.create_task(self._start_anew())]
 
     async def stop(self) -> None:
         """Stop: finish what is in progress, start nothing."""
@@ -117,6 +130,13 @@ class Operator:
         await self.poller.close()
         await self._server.cleanup()
         await self.client.__aexit__()
+
+    async def _start_anew(self) -> None:
+        """Exit, to be started again, if the API server's data go back in time. Versions no longer tell then what is
+        newer, neither here nor in the watches, and jobs would go unattended."""
+        await self.client.went_back.wait()
+        log.critical("the API server's data are older than before, as after a restore: exiting to start anew")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     # --- resync
 
@@ -138,31 +158,54 @@ class Operator:
     async def resync(self) -> None:
         """List everything: finds what the watches have missed, above all deletions.
 
+        A namespace whose lists are refused keeps what is known of it, and holds up no other: whoever administers it may
+        have deleted the operator's RoleBinding there.
+        """
+        refused: dict[str, ApiError] = {}
+        for namespace in self.namespaces or (None,):
+            try:
+                await self._resync(namespace)
+            except ApiError as error:
+                if namespace is None or error.code not in (403, 404):
+                    raise
+                refused[namespace] = error
+                log.warning("the namespace %s cannot be served: %s", namespace, error)
+        self.metrics.namespaces_refused.set(len(refused))
+        if refused and len(refused) == len(self.namespaces):
+            raise next(iter(refused.values()))
+
+    async def _resync(self, namespace: str | None) -> None:
+        """List a namespace, or all.
+
         A list is as old as its first page. What has been created since then stays, and what was deleted does not come
         back.
         """
         selector = names.JOB_UID_LABEL
         with self.cache.listing():
-            known_attempt_jobs, attempt_jobs = self.cache.attempt_job_uids(), set()
-            async for raw in self.client.list_all(BATCH_JOBS, selector):
+            known_attempt_jobs, attempt_jobs = self.cache.attempt_job_uids(namespace), set()
+            async for raw in self.client.list_all(BATCH_JOBS, namespace, selector):
                 self.cache.put_attempt_job(raw)
                 attempt_jobs.add(raw["metadata"]["uid"])
             self.cache.drop_attempt_jobs(known_attempt_jobs - attempt_jobs)
-            known, jobs = self.cache.jobs(), set()
-            async for raw in self.client.list_all(QLORAJOBS):
+            known, jobs = self.cache.jobs(namespace), set()
+            async for raw in self.client.list_all(QLORAJOBS, namespace):
                 self.cache.put_job(raw)
                 jobs.add(raw["metadata"]["uid"])
             for key, uid in known.items():
                 if uid not in jobs:
                     self.drop(key, uid)
-        # Services and NetworkPolicies are not watched: one that was deleted is restored after the next resync.
+        # Services and NetworkPolicies are not watched: one that was deleted or edited is restored after a resync.
         owners = [
-            {raw["metadata"]["labels"][selector] async for raw in self.client.list_all(resource, selector)}
-            for resource in (SERVICES, NETWORK_POLICIES)
+            {
+                raw["metadata"]["labels"][selector]
+                async for raw in self.client.list_all(resource, namespace, selector)
+                if as_desired(raw, self.settings)
+            }
+            for resource, as_desired in ((SERVICES, is_ranks_service), (NETWORK_POLICIES, is_network_policy))
         ]
         complete = set.intersection(*owners)
-        self.facts.set_children_missing(set(self.cache.jobs().values()) - complete)
-        for key in self.cache.jobs():
+        self.facts.set_children_missing(set(self.cache.jobs(namespace).values()) - complete)
+        for key in self.cache.jobs(namespace):
             self.queue.add(key)
 
     def drop(self, key: names.Key, uid: str) -> None:
@@ -176,8 +219,10 @@ class Operator:
 
     def liveness(self) -> str | None:
         """What is wrong with this process; an API server that does not answer does not count."""
-        if self.queue.oldest() > self.settings.stuck_seconds:
-            return f"a job has been waiting for {self.queue.oldest():.0f} s to be reconciled"
+        if self.queue.idle() > self.settings.stuck_seconds:
+            return f"jobs are due, and none has been reconciled for {self.queue.idle():.0f} s"
+        if self.queue.longest() > 2 * self.settings.stuck_seconds:
+            return f"a job has been in reconciliation for {self.queue.longest():.0f} s"
         if (
             time.monotonic() - self.resync_tried
             > 2 * self.settings.sweep_seconds + self.settings.stuck_seconds
@@ -206,6 +251,7 @@ async def _start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> 
     settings.watching.label_selectors["batch", "v1", "jobs"] = names.JOB_UID_LABEL
     settings.networking.request_timeout = 30
     settings.networking.connect_timeout = 10
+    settings.networking.error_backoffs = Backoffs()
     settings.process.ultimate_exiting_timeout = EXIT_SECONDS
     settings.posting.enabled = False
     settings.peering.standalone = True

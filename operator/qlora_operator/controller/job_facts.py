@@ -18,6 +18,7 @@ class JobFacts:
     def __init__(self) -> None:
         self._reports: dict[str, ProgressReport] = {}
         self._children_missing: set[str] = set()
+        self._children_complete: set[str] = set()
         self._create_errors: dict[str, ReasonMessage] = {}
         self._failures: dict[str, tuple[int, float]] = {}
         self._warned: dict[str, int | None] = {}
@@ -32,11 +33,18 @@ class JobFacts:
 
     def set_children_missing(self, uids: Iterable[str]) -> None:
         """A Service or a NetworkPolicy of these jobs does not exist."""
-        self._children_missing.update(uids)
+        missing = set(uids)
+        self._children_missing |= missing
+        self._children_complete -= missing
 
     def set_children_complete(self, uid: str) -> None:
         """The job's Service and NetworkPolicy exist."""
         self._children_missing.discard(uid)
+        self._children_complete.add(uid)
+
+    def children_complete(self, uid: str) -> bool:
+        """Whether the job's Service and NetworkPolicy were there when that was last looked at."""
+        return uid in self._children_complete
 
     def children_missing(self, uid: str) -> bool:
         """Whether the job's Service or NetworkPolicy is known not to exist."""
@@ -76,6 +84,7 @@ class JobFacts:
         """The job is gone."""
         self._reports.pop(uid, None)
         self._children_missing.discard(uid)
+        self._children_complete.discard(uid)
         self._create_errors.pop(uid, None)
         self._failures.pop(uid, None)
         self._warned.pop(uid, None)

@@ -4,6 +4,7 @@ Labels are bounded: namespaces, phases, documented reasons, verbs and resources 
 series of single jobs are limited to JOBS_SHOWN.
 """
 
+import time
 from collections import Counter as Count
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ JOBS_SHOWN = 1000
 """Jobs with series of their own."""
 OTHERS = "_others"
 """Name of the series that sums the jobs beyond JOBS_SHOWN; not a valid job name."""
+PAGE_SECONDS = 1.0
+"""How long one page of metrics serves all who ask."""
 CLOSE_SECONDS = 1.0
 """Grace of responses under way when the operator stops."""
 
@@ -138,6 +141,11 @@ class Metrics:
             "Unix time of the last complete resync of all jobs; 0: none yet",
             registry=registry,
         )
+        self.namespaces_refused = Gauge(
+            "qlora_namespaces_refused",
+            "Namespaces to serve whose lists the API server refused in the last resync",
+            registry=registry,
+        )
         Info("qlora_operator_build", "Build of the operator", registry=registry).info({"version": version})
 
     def api_request(self, verb: str, resource: str, code: int | None, seconds: float) -> None:
@@ -163,8 +171,14 @@ async def serve(
     """
     app = web.Application()
 
+    made, page = 0.0, b""
+
     async def metrics(_: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        # Whoever reaches the port may ask without end, and the page is made in the loop that reconciles.
+        nonlocal made, page
+        if not page or time.monotonic() - made >= PAGE_SECONDS:
+            made, page = time.monotonic(), generate_latest(registry)
+        return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/healthz", _probe(liveness))

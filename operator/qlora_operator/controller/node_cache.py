@@ -56,7 +56,8 @@ class NodeCache:
 
     async def _list(self) -> NodeSnapshot | None:
         try:
-            return NodeSnapshot([placement.node(raw) for raw in await self._client.nodes()])
+            # Page by page: as the API has them, thousands of nodes would take hundreds of megabytes.
+            return NodeSnapshot([placement.node(raw) async for raw in self._client.nodes()])
         except ApiError as error:
             if error.code != 403:
                 raise

@@ -6,15 +6,15 @@ from typing import Any
 
 from qlora_operator.api.names import Key
 from qlora_operator.api.status import QLoRAJobStatus
-from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling
 from qlora_operator.controller.api_client import ApiClient
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.node_cache import NodeCache, NodeSnapshot
-from qlora_operator.controller.ttl_cache import TtlCache
 from qlora_operator.desired.admission import policy_violation
+from qlora_operator.desired.defaults import scheduling
 from qlora_operator.placement import nodes as placement
-from qlora_operator.settings import Settings, TransferSettings
+from qlora_operator.settings import Settings
 from qlora_operator.status import stages
 from qlora_operator.status.observation import (
     AttemptJob,
@@ -25,12 +25,14 @@ from qlora_operator.status.observation import (
     WarningEvent,
     deactivated,
     pod,
+    queue_says,
 )
 from qlora_operator.status.policies import startup_grace
 from qlora_operator.status.sanitize import sanitize
+from qlora_operator.status.view import current_job
 
-WARNINGS_SECONDS = 10.0
-"""How long one list of a namespace's warnings serves all of its jobs."""
+PODS_ASKED_ABOUT = 3
+"""Of how many pods that do not start the warnings are read: mostly they wait for the same."""
 
 
 class Observer:
@@ -39,11 +41,10 @@ class Observer:
     def __init__(self, client: ApiClient, cache: ObjectCache, facts: JobFacts, settings: Settings) -> None:
         self._client, self._cache, self._facts, self._settings = client, cache, facts, settings
         self._nodes = NodeCache(client)
-        self._warnings: dict[str, TtlCache[list[dict[str, Any]]]] = {}
 
     def known(self, job: QLoRAJob, uid: str) -> Observation:
         """What is known of a job without a request."""
-        violation = policy_violation(job.spec, self._settings)
+        violation = policy_violation(job, self._settings.of(job.metadata.namespace))
         return Observation(
             attempt_jobs=self._cache.attempt_jobs(uid),
             progress=self._facts.take_report(uid),
@@ -66,26 +67,22 @@ class Observer:
                 # Orphans, or pods of a Job that the watch has not delivered yet: a list shows which.
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WORKLOAD in reads:
-            number = job.status.attempt if job.status else None
-            mine = next(
-                (each for each in seen.attempt_jobs if each.controlled and each.attempt == number), None
-            )
+            mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
-            seen = replace(seen, deactivated=sanitize(deactivated(found)))
+            says = sanitize(queue_says(found))
+            seen = replace(seen, deactivated=sanitize(deactivated(found)), queue_says=says)
         if Read.WARNINGS in reads:
-            namespace = key[0]
-            known = self._warnings.setdefault(
-                namespace, TtlCache(lambda: self._client.warning_events(namespace), WARNINGS_SECONDS)
-            )
-            about = warnings_about(seen.attempt_jobs, seen.pods or (), await known.get())
-            seen = replace(seen, warnings=about)
+            mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
+            uids = asked_about(mine, seen.pods or ())
+            events = [raw for uid in uids for raw in await self._client.warning_events(key[0], uid)]
+            seen = replace(seen, warnings=newest_first(events))
         if reads & {Read.NODE_HEALTH, Read.FEASIBLE_TIERS}:
             occupied = {pod.node for pod in seen.pods or () if pod.node}
             nodes = await self._nodes.get(occupied)
             if Read.NODE_HEALTH in reads:
                 seen = replace(seen, lost_nodes=lost_nodes(seen.pods or (), nodes))
             if Read.FEASIBLE_TIERS in reads:
-                room = feasibility(job, nodes, self._settings.transfer)
+                room = feasibility(job, nodes, self._settings.of(key[0]))
                 seen = replace(
                     seen,
                     feasible_tiers=room.tiers,
@@ -106,9 +103,7 @@ class Observer:
         return replace(seen, attempt_jobs=self._cache.attempt_jobs(uid), jobs_listed=True)
 
 
-def feasibility(
-    job: QLoRAJob, nodes: NodeSnapshot | None, transfer: TransferSettings
-) -> placement.Feasibility:
+def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None, settings: Settings) -> placement.Feasibility:
     """Where the pods of a job's open or next attempt can run. If the operator may not list nodes, every tier that it
     allows: then the labels of the first are required, unseen.
 
@@ -117,28 +112,39 @@ def feasibility(
     """
     if nodes is None:
         return placement.Feasibility(tuple(job.spec.isa.allowed), "")
+    where = scheduling(job.spec.scheduling, settings)
     stage = stages.current_stage(job.spec, job.status or QLoRAJobStatus())
     if stage == "publish":
-        demand = placement.transfer_demand(job, transfer, stage)
+        demand = placement.transfer_demand(job, where, settings.transfer, stage)
         return nodes.feasible(demand, frozenset(), native_bf16_only=False)
-    found = _room_for_ranks(job, nodes)
+    found = _room_for_ranks(job, nodes, where)
     if stage == "fetch" and not found.tiers:
-        demand = placement.transfer_demand(job, transfer, stage)
-        return nodes.feasible(demand, frozenset(), native_bf16_only=False)
+        demand = placement.transfer_demand(job, where, settings.transfer, stage)
+        found = nodes.feasible(demand, frozenset(), native_bf16_only=False)
+    if not found.tiers and not settings.placement_gate:
+        # An autoscaler makes nodes for pods, not for jobs that wait to have some.
+        return placement.Feasibility(
+            placement.sought_tiers(job.spec.isa.allowed, native_bf16_only=_native(job)), ""
+        )
     return found
 
 
-def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot) -> placement.Feasibility:
+def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot, where: Scheduling) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
-    # Who asks for bf16 by name gets it on any processor, emulated where it must be.
-    native = known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
-    found = nodes.feasible(placement.demand(job), avoid, native_bf16_only=native)
+    found = nodes.feasible(placement.demand(job, where), avoid, native_bf16_only=_native(job))
     if not (avoid and found.why):
         return found
     names = ", ".join(sorted(avoid))
     why = f"{found.why} (left out, since their ranks found less than the labels promise: {names})"
     return placement.Feasibility(found.tiers, why)
+
+
+def _native(job: QLoRAJob) -> bool:
+    """Whether the job has begun in bf16 that only some processors have. Who asks for it by name gets it on any,
+    emulated where it must be."""
+    known = job.status.placement if job.status else None
+    return known is not None and known.dtype == "bf16" and job.spec.training.compute_dtype == "auto"
 
 
 def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str]:
@@ -148,18 +154,23 @@ def lost_nodes(pods: Sequence[Pod], nodes: NodeSnapshot | None) -> frozenset[str
     return frozenset(pod.node for pod in pods if pod.node is not None and pod.node not in nodes.ready)
 
 
-def warnings_about(
-    jobs: Sequence[AttemptJob], pods: Sequence[Pod], events: Sequence[dict[str, Any]]
-) -> tuple[WarningEvent, ...]:
-    """Those of a namespace's warnings that are about these Jobs and pods, newest first."""
-    uids = {job.uid for job in jobs} | {pod.uid for pod in pods}
-    found = []
-    for raw in events:
-        uid = str((raw.get("involvedObject") or {}).get("uid") or "")
-        if uid in uids:
-            warning = WarningEvent(raw.get("reason") or "", raw.get("message") or "", uid)
-            found.append((last_seen(raw), warning))
-    return tuple(warning for _, warning in sorted(found, key=lambda each: each[0], reverse=True))
+def asked_about(job: AttemptJob | None, pods: Sequence[Pod]) -> list[str]:
+    """The uids of what warnings may tell about: the Job, if it lacks pods, and the first pods that do not start and do
+    not say why. Each costs a request."""
+    if job is None:
+        return []
+    mine = sorted((pod for pod in pods if pod.owner_uid == job.uid), key=lambda pod: pod.index)
+    silent = [pod.uid for pod in mine if pod.phase == "Pending" and pod.unschedulable is None]
+    lacks_pods = [job.uid] if len(mine) < (job.parallelism or 1) else []
+    return [*lacks_pods, *silent[:PODS_ASKED_ABOUT]]
+
+
+def newest_first(events: Sequence[dict[str, Any]]) -> tuple[WarningEvent, ...]:
+    """What decisions need of these Events, the newest first."""
+    return tuple(
+        WarningEvent(raw.get("reason") or "", raw.get("message") or "", str(raw["involvedObject"]["uid"]))
+        for raw in sorted(events, key=last_seen, reverse=True)
+    )
 
 
 def last_seen(event: dict[str, Any]) -> str:

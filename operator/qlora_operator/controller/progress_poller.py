@@ -31,6 +31,8 @@ MAX_CONCURRENT = 32
 class _Tracked:
     key: Key
     attempt: int
+    job_uid: str
+    """Uid of the attempt's batch/v1 Job."""
     address: str | None
     """Address of rank 0's pod; it stays the same for the whole attempt. None: not known yet."""
     due: float = 0.0
@@ -56,15 +58,15 @@ class ProgressPoller:
 
     def start(self) -> None:
         """Start polling; needs a running event loop."""
-        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
         self._timer = asyncio.create_task(self._run())
 
-    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
-        """Poll this attempt from now on; `pods` are those that are known, if any."""
+    def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
+        """Poll this attempt from now on: its batch/v1 Job, and those of its pods that are known."""
         known = self._tracked.get(uid)
-        if known is None or known.attempt != attempt:
-            known = self._tracked[uid] = _Tracked(key, attempt, None)
-        known.address = _address(pods, attempt) or known.address
+        if known is None or (known.attempt, known.job_uid) != (attempt, job_uid):
+            known = self._tracked[uid] = _Tracked(key, attempt, job_uid, None)
+        known.address = _address(pods, job_uid) or known.address
 
     def untrack(self, uid: str) -> None:
         """Stop polling a job."""
@@ -114,7 +116,7 @@ class ProgressPoller:
             except ApiError as error:
                 log.debug("the pods of %s/%s could not be listed: %s", *key, error)
                 return False
-            tracked.address = _address(pods, attempt)
+            tracked.address = _address(pods, tracked.job_uid)
         if tracked.address is None:
             return False
         report = await fetch_progress(self._session, tracked.address, PROGRESS_PORT, uid=uid, attempt=attempt)
@@ -125,5 +127,6 @@ class ProgressPoller:
         return True
 
 
-def _address(pods: Sequence[Pod], attempt: int) -> str | None:
-    return next((pod.address for pod in pods if pod.index == 0 and pod.attempt == attempt), None)
+def _address(pods: Sequence[Pod], job_uid: str) -> str | None:
+    """Rank 0's, among the pods that the attempt's Job has made: others may carry its labels."""
+    return next((pod.address for pod in pods if pod.index == 0 and pod.owner_uid == job_uid), None)

@@ -20,6 +20,7 @@ from qlora_operator.controller.children import Children
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.metrics import Metrics
 from qlora_operator.controller.observer import Observer
+from qlora_operator.desired.defaults import with_defaults
 from qlora_operator.desired.events import event as event_body
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import Event
@@ -38,8 +39,8 @@ RUNNING_PHASES = (Phase.FETCHING, Phase.RUNNING, Phase.PUBLISHING)
 class ProgressTracker(Protocol):
     """Polls the progress of running attempts."""
 
-    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
-        """Poll this attempt from now on; `pods` are those that are known, if any."""
+    def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
+        """Poll this attempt from now on: its batch/v1 Job, and those of its pods that are known."""
 
     def untrack(self, uid: str) -> None:
         """Stop polling a job."""
@@ -59,6 +60,7 @@ class Reconciler:
     ) -> None:
         self._client, self._cache, self._facts = client, cache, facts
         self._tracker, self._metrics = tracker, metrics
+        self._settings = settings
         self._observer = Observer(client, cache, facts, settings)
         self._children = Children(client, cache, facts, settings)
 
@@ -77,6 +79,7 @@ class Reconciler:
             status = invalid_spec_status(raw, faults, self._client.clock.now())
             saved = status is None or await self._save(raw, status)
             return INVALID_SPEC_SECONDS if saved else 0.0
+        job = with_defaults(job, self._settings.of(key[0]))
         if ignored and self._facts.set_ignored_fields(raw["metadata"]["uid"], job.metadata.generation):
             log.warning(
                 "%s/%s: fields that this release does not know are ignored: %s", *key, ", ".join(ignored)
@@ -113,8 +116,9 @@ class Reconciler:
         finally:  # the status says it, whether or not it could be acted upon
             for event in decision.events:
                 await self._post(job, uid, event)
-        if decision.status.phase in RUNNING_PHASES and decision.status.attempt is not None:
-            self._tracker.track(key, uid, decision.status.attempt, seen.pods or ())
+        last = decision.status.attempts[-1] if decision.status.attempts else None
+        if decision.status.phase in RUNNING_PHASES and last is not None and last.job_uid is not None:
+            self._tracker.track(key, uid, last.attempt, last.job_uid, seen.pods or ())
         else:
             self._tracker.untrack(uid)
         return None if decision.look_at is None else max((decision.look_at - now).total_seconds(), 0.0)
@@ -153,7 +157,7 @@ class Reconciler:
         raw = self._cache.job(key)
         if raw is None or raw["metadata"]["uid"] != uid:
             return
-        job, _ = parse_api_object(raw)
+        job = with_defaults(parse_api_object(raw)[0], self._settings.of(key[0]))
         if managed_elsewhere(job):
             return
         decision = api_failure(

@@ -28,7 +28,7 @@ class WorkQueue:
     """Keys to process. A key that is added while it is being processed is processed once more afterwards.
 
     Under load, fresh events go before delayed keys that are due: many a delayed look is no longer needed when its
-    turn comes.
+    turn comes. Namespaces take turns, so that one with thousands of jobs holds up no other.
     """
 
     def __init__(self, work: Work, workers: int = 16, failed: Callable[[], None] = lambda: None) -> None:
@@ -40,40 +40,56 @@ class WorkQueue:
             failed: called after each failure of `work`.
         """
         self._work, self._workers, self._failed = work, workers, failed
-        self._ready: dict[Key, float] = {}
-        """Keys to process as soon as possible, in the order in which they were added -> when that was."""
+        self._ready: dict[str, dict[Key, float]] = {}
+        """Keys to process as soon as possible, by namespace, in the order in which they were added -> when that was.
+        The namespace whose turn is next comes first."""
         self._delayed: dict[Key, float] = {}
         """Keys to process later -> when they are due; their order is the heap's."""
         self._heap: list[tuple[float, int, Key]] = []
         self._count = itertools.count()
         self._busy: dict[Key, float] = {}
+        self._finished = 0.0
+        """Monotonic time at which a key was last processed, be it with an error."""
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
 
     def __len__(self) -> int:
-        return len(self._ready) + sum(due <= time.monotonic() for due in self._delayed.values())
+        return sum(map(len, self._ready.values())) + sum(
+            due <= time.monotonic() for due in self._delayed.values()
+        )
 
     @property
     def busy(self) -> int:
         """Keys being processed."""
         return len(self._busy)
 
-    def oldest(self) -> float:
-        """Seconds for which the longest-waiting key has been due or in progress; 0 when there is none."""
+    def idle(self) -> float:
+        """Seconds for which nothing was finished although something was due; 0 when nothing is due.
+
+        How long a key waits says nothing: in a burst it waits for thousands of others, and while the API server does
+        not answer each try takes as long as a request may.
+        """
         now = time.monotonic()
-        begun = [
-            *self._busy.values(),
-            *self._ready.values(),
+        waiting = [
+            *(since for keys in self._ready.values() for since in keys.values()),
             *(due for due in self._delayed.values() if due <= now),
+            *self._busy.values(),
         ]
-        return now - min(begun, default=now)
+        return now - max(self._finished, min(waiting)) if waiting else 0.0
+
+    def longest(self) -> float:
+        """Seconds for which the longest of what is being processed has been."""
+        now = time.monotonic()
+        return now - min(self._busy.values(), default=now)
 
     def add(self, key: Key, delay: float = 0.0) -> None:
         """Process a key after `delay` seconds, or earlier if it was already queued for an earlier time."""
         due = time.monotonic() + delay
-        if self._stopping or key in self._ready or (delay and self._delayed.get(key, float("inf")) <= due):
+        if self._stopping or key in self._ready.get(key[0], ()):
+            return
+        if delay and self._delayed.get(key, float("inf")) <= due:
             return
         if delay:
             self._delayed[key] = due
@@ -83,7 +99,7 @@ class WorkQueue:
                 self._heap = [item for item in self._heap if self._delayed.get(item[2]) == item[0]]
                 heapq.heapify(self._heap)
         else:
-            self._ready[key] = min(due, self._delayed.pop(key, due))
+            self._ready.setdefault(key[0], {})[key] = min(due, self._delayed.pop(key, due))
         self._wake()
 
     def start(self) -> None:
@@ -121,6 +137,7 @@ class WorkQueue:
                     self.add(key, delay)
             finally:
                 del self._busy[key]
+                self._finished = time.monotonic()
                 self._wake()
 
     async def _next(self) -> Key:
@@ -138,12 +155,20 @@ class WorkQueue:
         """(a key that is due and not in progress, None), or (None, seconds until the next one is due)."""
         now = time.monotonic()
         key, wait = self._pop_due(now - STARVATION_LIMIT_SECONDS)
-        key = key or next((key for key in self._ready if key not in self._busy), None)
+        key = key or self._next_ready()
         if key is None:
             key, wait = self._pop_due(now)
-        if key is not None:
-            self._ready.pop(key, None)
+        if key is not None and key in (keys := self._ready.get(key[0], {})):
+            # To the end with its namespace: the others have their turns first.
+            del self._ready[key[0]]
+            del keys[key]
+            if keys:
+                self._ready[key[0]] = keys
         return key, wait
+
+    def _next_ready(self) -> Key | None:
+        ready = (key for keys in self._ready.values() for key in keys if key not in self._busy)
+        return next(ready, None)
 
     def _pop_due(self, now: float) -> tuple[Key | None, float | None]:
         """As `_take`, of the delayed keys that are due at `now`."""

@@ -6,15 +6,17 @@ policy.
 
 import re
 
+from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec
 from qlora_operator.settings import Settings
 
 
-def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
-    """Why a job may not start: the condition's reason and message; None when it may."""
+def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:
+    """Why a job may not start: the condition's reason and message; None when it may. `settings` are its namespace's."""
+    spec = job.spec
     if spec.image is not None and not image_allowed(spec.image, settings):
         return Reason.IMAGE_NOT_ALLOWED, (
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
@@ -29,6 +31,47 @@ def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, st
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
+    if not any(fits(spec.workspace, pattern) for pattern in settings.allowed.workspaces):
+        return Reason.SOURCE_NOT_ALLOWED, (
+            f"spec.workspace {spec.workspace} is not allowed here: "
+            "ask the administrator, or name another in another job"
+        )
+    return _scheduling_violation(job, settings) or _size_violation(spec, settings)
+
+
+def _scheduling_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:
+    asked, allowed, defaults = job.spec.scheduling, settings.allowed, settings.defaults
+    own_queue = [] if defaults.queue_name is None else [defaults.queue_name]
+    own_class = [] if defaults.priority_class_name is None else [defaults.priority_class_name]
+    queue = [] if job.queue_name is None else [job.queue_name]
+    priority_class = [] if asked.priority_class_name is None else [asked.priority_class_name]
+    if workload_class := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
+        priority_class.append(workload_class)
+    named = {
+        "queueName": (queue, [*allowed.queues, *own_queue]),
+        "priorityClassName": (priority_class, [*allowed.priority_classes, *own_class]),
+        "nodeSelector": (asked.node_selector, allowed.node_labels),
+        # Only `*` allows a toleration without a key, which is one of every taint.
+        "tolerations": ([each.key or "" for each in asked.tolerations], allowed.tolerations),
+    }
+    for field, (values, patterns) in named.items():
+        for value in values:
+            if not any(fits(value, pattern) for pattern in patterns):
+                what = value or "of every taint"
+                return Reason.SCHEDULING_NOT_ALLOWED, (
+                    f"spec.scheduling.{field} {what} is not allowed here; allowed: {', '.join(patterns) or 'none'}: "
+                    "suspend the job and change it, or ask the administrator"
+                )
+    for key, wanted in defaults.node_selector.items():
+        if asked.node_selector.get(key, wanted) != wanted:
+            return Reason.SCHEDULING_NOT_ALLOWED, (
+                f"spec.scheduling.nodeSelector {key}={asked.node_selector[key]} is not allowed here, where jobs run on "
+                f"nodes with {key}={wanted}: suspend the job and change it, or ask the administrator"
+            )
+    return None
+
+
+def _size_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str] | None:
     topology, limits = spec.topology, settings.limits
     ranks = topology.pods * resource_multiplier(topology)  # with ranksPerPod auto a pod counts as one
     memory = ranks * parse_memory(topology.memory_per_rank)

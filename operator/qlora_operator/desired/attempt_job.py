@@ -26,6 +26,7 @@ def attempt_job(
     image: str,
     settings: Settings,
     avoid: Sequence[str] = (),
+    shun: Sequence[str] = (),
     stage: RunStage = "train",
     fetched: ResolvedRevisions = NOTHING_FETCHED,
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def attempt_job(
         image: the trainer's, which must be one that is allowed.
         settings: the administrator's.
         avoid: names of nodes that the pods may not go to, although their labels fit.
+        shun: names of nodes that the pods go to if there are no others.
         stage: what the attempt is to do.
         fetched: what the remote sources stand for, as far as that is known.
     """
@@ -59,13 +61,15 @@ def attempt_job(
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": failure_rules()},
-            "template": pod_template(job, run, image, settings, avoid),
+            "template": pod_template(job, run, image, settings, avoid, shun),
         },
     }
     if job.queue_name is not None:
         # Kueue sets suspend to false when there is quota; an unsuspended Job would run before.
         child["metadata"]["labels"][names.QUEUE_LABEL] = job.queue_name
         child["spec"]["suspend"] = True
+    if priority := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
+        child["metadata"]["labels"][names.WORKLOAD_PRIORITY_LABEL] = priority
     return child
 
 

@@ -1,5 +1,6 @@
 """Which connections to a job's pods are allowed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from qlora_contract.env import PROGRESS_PORT
@@ -14,13 +15,22 @@ def network_policy(job: QLoRAJob, *, uid: str, settings: Settings) -> dict[str, 
 
     Between ranks every port is open, since gloo listens on ports that the kernel chooses.
     """
-    ingress: list[dict[str, Any]] = [{"from": [{"podSelector": pods_of(uid)}]}]
-    if settings.scrapers:  # an empty `from` would mean everyone
-        port = {"port": PROGRESS_PORT, "protocol": "TCP"}
-        ingress.append({"from": list(settings.scrapers), "ports": [port]})
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": metadata(job, uid, names.ranks_network_policy(job.metadata.name), names.Role.ISOLATION),
-        "spec": {"podSelector": pods_of(uid), "policyTypes": ["Ingress"], "ingress": ingress},
+        "spec": _spec(uid, settings),
     }
+
+
+def is_network_policy(raw: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a NetworkPolicy from the API is what these settings make: scrapers change, and somebody may open it."""
+    return bool(raw["spec"] == _spec(raw["metadata"]["labels"][names.JOB_UID_LABEL], settings))
+
+
+def _spec(uid: str, settings: Settings) -> dict[str, Any]:
+    ingress: list[dict[str, Any]] = [{"from": [{"podSelector": pods_of(uid)}]}]
+    if settings.scrapers:  # an empty `from` would mean everyone
+        port = {"port": PROGRESS_PORT, "protocol": "TCP"}
+        ingress.append({"from": list(settings.scrapers), "ports": [port]})
+    return {"podSelector": pods_of(uid), "policyTypes": ["Ingress"], "ingress": ingress}

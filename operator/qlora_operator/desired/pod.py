@@ -10,6 +10,7 @@ from qlora_contract.run_config import IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.pod_resources import pod_cpus, pod_memory
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
+from qlora_operator.desired.defaults import scheduling
 from qlora_operator.desired.metadata import labels, pods_of
 from qlora_operator.desired.volumes import CA_BUNDLE, TMP, volumes
 from qlora_operator.settings import Settings, TransferSettings
@@ -25,9 +26,20 @@ _MODULES: dict[RunStage, str] = {
     "publish": entry_points.TRANSFER,
 }
 
+_NOT_TO_BE_MOVED = {
+    "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+    "karpenter.sh/do-not-disrupt": "true",
+}
+"""Keeps autoscalers from moving pods to save nodes: it would restart all of an attempt's ranks."""
+
 
 def pod_template(
-    job: QLoRAJob, run: RunConfig, image: str, settings: Settings, avoid: Sequence[str] = ()
+    job: QLoRAJob,
+    run: RunConfig,
+    image: str,
+    settings: Settings,
+    avoid: Sequence[str] = (),
+    shun: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The pod template of an attempt, with its RunConfig as an annotation.
 
@@ -39,15 +51,19 @@ def pod_template(
         image: the trainer's.
         settings: the administrator's.
         avoid: names of nodes that the pods may not go to.
+        shun: names of nodes that the pods go to if there are no others.
     """
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
-    annotations = {names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
+    given = job.metadata.annotations
+    topology = {name: given[name] for name in names.TOPOLOGY_ANNOTATIONS if name in given}
+    annotations = {**topology, names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
     pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
     account = settings.transfer.service_account_name
+    where, tier = scheduling(job.spec.scheduling, settings), None if run.stage == "publish" else run.isa
     return {
         "metadata": {
             "labels": {**settings.pod_labels, **labels(job, uid, role, attempt)},
-            "annotations": {**settings.pod_annotations, **annotations},
+            "annotations": {**_NOT_TO_BE_MOVED, **settings.pod_annotations, **annotations},
         },
         "spec": {
             "restartPolicy": "Never",
@@ -58,9 +74,7 @@ def pod_template(
             "securityContext": _pod_security(settings),
             # Sources are fetched where ranks may run: a claim may be bound to the first node that uses it. When the
             # adapter is sent it is bound, and any processor will do.
-            **_placement(
-                job.spec.scheduling, uid, None if run.stage == "publish" else run.isa, avoid, settings
-            ),
+            **_placement(where, uid, None if tier is None else _affinity(tier, avoid, shun), settings),
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
@@ -84,9 +98,9 @@ def _pod_security(settings: Settings) -> dict[str, Any]:
 
 
 def _placement(
-    scheduling: Scheduling, uid: str, isa: IsaTier | None, avoid: Sequence[str], settings: Settings
+    asked: Scheduling, uid: str, affinity: dict[str, Any] | None, settings: Settings
 ) -> dict[str, Any]:
-    """Where the pods may go; unset fields are left out. Without a tier, any processor will do."""
+    """Where the pods may go; unset fields are left out."""
     # Prefers different nodes for the pods of a job, so that they do not share memory bandwidth. Anti-affinity would
     # make the scheduler look at the pods of all jobs; with neither, it would search the namespace's Services for
     # what to spread.
@@ -97,32 +111,39 @@ def _placement(
         "labelSelector": pods_of(uid),
     }
     fields = {
-        "affinity": None if isa is None else _tier_affinity(isa, avoid),
+        "affinity": affinity,
         "topologySpreadConstraints": [spread],
-        "nodeSelector": dict(scheduling.node_selector),
+        "nodeSelector": dict(asked.node_selector),
         "tolerations": [
-            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in scheduling.tolerations
+            toleration.model_dump(by_alias=True, exclude_none=True) for toleration in asked.tolerations
         ],
-        "priorityClassName": scheduling.priority_class_name,
+        "priorityClassName": asked.priority_class_name,
         "schedulerName": settings.scheduler_name,
     }
     return {key: value for key, value in fields.items() if value}
 
 
-def _tier_affinity(isa: IsaTier, avoid: Sequence[str]) -> dict[str, Any]:
-    """Requires nodes of the tier. A preference would be weighed pod by pod, and an attempt could mix tiers."""
+def _affinity(isa: IsaTier, avoid: Sequence[str], shun: Sequence[str]) -> dict[str, Any]:
+    """Requires nodes of the tier, and prefers some of them. A tier that was only preferred would be weighed pod by pod,
+    and an attempt could mix tiers."""
     term: dict[str, Any] = {
         "matchExpressions": [
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
         ]
     }
     if avoid:
-        # By name, not by the label kubernetes.io/hostname, which may differ; the API server allows one name for
-        # each requirement.
-        term["matchFields"] = [
-            {"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoid
-        ]
-    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}
+        term["matchFields"] = _not_in(avoid)
+    rules: dict[str, Any] = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
+    if shun:
+        preference = {"weight": 100, "preference": {"matchFields": _not_in(shun)}}
+        rules["preferredDuringSchedulingIgnoredDuringExecution"] = [preference]
+    return {"nodeAffinity": rules}
+
+
+def _not_in(nodes: Sequence[str]) -> list[dict[str, Any]]:
+    """By name, not by the label kubernetes.io/hostname, which may differ; the API server allows one name for each
+    requirement."""
+    return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
 
 
 def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:

@@ -13,7 +13,7 @@ from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.pod_resources import pod_cpus, pod_memory
 from qlora_operator.api.quantity import parse_memory, parse_quantity
-from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
+from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Toleration
 from qlora_operator.settings import TransferSettings
 
 REASONS_SHOWN = 8
@@ -134,27 +134,29 @@ def _floor(allocatable: Mapping[str, str], resource: str) -> int:
     return floor(parse_quantity(allocatable.get(resource, "0")))
 
 
-def demand(job: QLoRAJob) -> Demand:
-    """What the pods of a job require of their nodes."""
+def demand(job: QLoRAJob, scheduling: Scheduling) -> Demand:
+    """What the pods of a job, which may run where `scheduling` says, require of their nodes."""
     spec = job.spec
     return Demand(
         pods=spec.topology.pods,
         cpus=pod_cpus(spec.topology),
         memory=pod_memory(spec.topology),
-        node_selector=spec.scheduling.node_selector,
-        tolerations=tuple(spec.scheduling.tolerations),
+        node_selector=scheduling.node_selector,
+        tolerations=tuple(scheduling.tolerations),
         tiers=tuple(spec.isa.allowed),
     )
 
 
-def transfer_demand(job: QLoRAJob, transfer: TransferSettings, stage: RunStage) -> Demand:
+def transfer_demand(
+    job: QLoRAJob, scheduling: Scheduling, transfer: TransferSettings, stage: RunStage
+) -> Demand:
     """What the one pod of a transfer requires of its node.
 
     Sources are fetched where ranks may run, since a claim may be bound to the first node that uses it; it is bound when
     the adapter is sent.
     """
     return replace(
-        demand(job),
+        demand(job, scheduling),
         pods=1,
         cpus=ceil(parse_quantity(transfer.cpu)),
         memory=parse_memory(transfer.memory),
@@ -172,10 +174,7 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
         native_bf16_only: the job's first steps were computed in bf16, so the later ones are too, and other
             tiers could only emulate it.
     """
-    tiers = [tier for tier in demand.tiers if tier in BF16_NATIVE or not native_bf16_only]
-    if not tiers:
-        # It ran on better nodes than the tiers it asks for, and there may be more of them.
-        tiers = [tier for tier in ISA_TIERS if tier in BF16_NATIVE][-1:]
+    tiers = sought_tiers(demand.tiers, native_bf16_only=native_bf16_only)
     enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
     if enough:
         fit = {
@@ -185,9 +184,16 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
         return Feasibility(enough, "", fit)
     # Nodes of a better tier have the labels of the lesser ones too, so this one has most of the nodes.
     why = _why(nodes, demand, max(tiers, key=ISA_TIERS.index))
-    if tiers != list(demand.tiers):
+    if tiers != demand.tiers:
         why += f"; only {' or '.join(tiers)} will do, since the job has begun in bf16"
     return Feasibility((), why)
+
+
+def sought_tiers(allowed: Sequence[IsaTier], *, native_bf16_only: bool) -> tuple[IsaTier, ...]:
+    """The tiers that will do, in the user's order of preference; arguments as of `feasible`."""
+    tiers = tuple(tier for tier in allowed if tier in BF16_NATIVE or not native_bf16_only)
+    # It may have run on better nodes than the tiers it asks for, and there may be more of them.
+    return tiers or tuple(tier for tier in ISA_TIERS if tier in BF16_NATIVE)[-1:]
 
 
 def _fitting(nodes: Sequence[Node], demand: Demand, tier: IsaTier) -> int:

@@ -18,6 +18,7 @@ class StartAttempt:
     isa: IsaTier
     image: str
     avoid: tuple[str, ...] = ()
+    shun: tuple[str, ...] = ()
     stage: RunStage = "train"
     fetched: ResolvedRevisions = NOTHING_FETCHED
 

@@ -31,6 +31,8 @@ class AttemptEnd:
     message: str
     budget: Budget
     exit_codes: tuple[int, ...] = ()
+    node: str | None = None
+    """Of the pod that failed by itself, or that the kubelet refused."""
 
 
 @dataclass(frozen=True)

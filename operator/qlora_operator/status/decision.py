@@ -33,6 +33,8 @@ from qlora_operator.status.restarts import charge, placement_after
 from qlora_operator.status.starting import START_CHECKS
 from qlora_operator.status.view import ReadRequired
 
+REFUSED_LOOK_SECONDS = 120.0
+"""How often at least children are tried again that the API server refuses, for a quota say."""
 FIRST_RETRY_SECONDS = 0.5
 """When children that could not be created are first tried again."""
 
@@ -126,6 +128,7 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         message=end.message,
         exit_codes=list(end.exit_codes),
         checkpoint_step=progress_status.checkpoint_step(view.status.checkpoint, view.pods),
+        node=end.node,
     )
     builder.set(placement=placement_after(view, end))
     if view.finished:
@@ -162,7 +165,8 @@ def _create_children(builder: StatusBuilder) -> None:
     # just created is often one of the same name that is on its way out.
     started = view.open_attempt.start if view.open_attempt else None
     age = (view.now - parse_time(started)).total_seconds() if started else policies.LOOK_SECONDS
-    builder.requeue_at(view.after(min(max(age, FIRST_RETRY_SECONDS), policies.LOOK_SECONDS)))
+    most = REFUSED_LOOK_SECONDS if view.seen.create_error else policies.LOOK_SECONDS
+    builder.requeue_at(view.after(min(max(age, FIRST_RETRY_SECONDS), most)))
 
 
 def _tear_down(builder: StatusBuilder) -> None:

@@ -197,7 +197,7 @@ def _pods_without_nodes(view: JobView) -> tuple[AttemptJob, list[Pod], datetime]
     if job.ready >= view.desired_pods or not view.pods_are_worth_a_look:
         return None
     placed = [pod for pod in view.pods if pod.node is not None]
-    if len(placed) >= view.desired_pods:
+    if len(placed) >= view.desired_pods or any(pod.gated for pod in view.pods):
         return None
     started = parse_time(attempt.start) if attempt.start else view.now
     return job, placed, job.admitted_at or started

@@ -160,7 +160,7 @@ def rejected_by_kubelet(pod: Pod, _: Evidence) -> AttemptEnd | None:
         return None
     words = sanitize(": ".join(filter(None, (pod.status_reason.reason, pod.status_reason.message))))
     message = f"the kubelet of node {pod.node} refused pod {pod.name}: {words}"
-    return AttemptEnd(Reason.ADMISSION_REJECTED, message, Budget.INFRASTRUCTURE)
+    return AttemptEnd(Reason.ADMISSION_REJECTED, message, Budget.INFRASTRUCTURE, node=pod.node)
 
 
 def failed_by_itself(pod: Pod, evidence: Evidence) -> AttemptEnd | None:
@@ -233,7 +233,7 @@ def _exited(name: str, code: int, pod: Pod | None, stage: RunStage) -> AttemptEn
     unknown = (Reason.KILLED if code > 128 else Reason.UNEXPECTED_ERROR, Budget.USER)
     reason, budget = EXIT_REASONS.get(code, unknown)
     words = f"was killed by signal {code - 128}" if code > 128 else f"exited with code {code}"
-    return AttemptEnd(reason, f"{subject} {words}{_detail(pod)}", budget)
+    return AttemptEnd(reason, f"{subject} {words}{_detail(pod)}", budget, node=pod.node if pod else None)
 
 
 def _detail(pod: Pod | None) -> str:

@@ -101,6 +101,8 @@ class Pod:
     """Since when it runs, and is not ready."""
     unschedulable: str | None = None
     """The scheduler's message."""
+    gated: bool = False
+    """Held back from the scheduler: a queue places it, or has it wait."""
     waiting: ReasonMessage | None = None
     """Why its container does not run yet."""
     exit_code: int | None = None
@@ -161,6 +163,8 @@ class Observation:
     """Newest first. None: not read."""
     deactivated: str | None = None
     """Why the queue's administrator holds the open attempt's Job; empty: they do not. None: not read."""
+    queue_says: str = ""
+    """Why the queue has not admitted the open attempt's Job, as far as Kueue says; read with `deactivated`."""
     progress: ProgressReport | None = None
     """What rank 0 of the current attempt reports now."""
     image: str = ""
@@ -224,6 +228,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     scheduled = conditions.get("PodScheduled") or {}
+    gated = scheduled.get("reason") == "SchedulingGated"
     disrupted = conditions.get("DisruptionTarget") or {}
     return Pod(
         name=metadata["name"],
@@ -237,7 +242,10 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         deleting_since=parse_time(metadata["deletionTimestamp"]) if "deletionTimestamp" in metadata else None,
         disruption=_reason_message(disrupted) if disrupted.get("status") == "True" else None,
         unready_since=_unready_since(conditions.get("Ready")),
-        unschedulable=scheduled.get("message", "") if scheduled.get("status") == "False" else None,
+        unschedulable=scheduled.get("message", "")
+        if scheduled.get("status") == "False" and not gated
+        else None,
+        gated=gated,
         waiting=_reason_message(state.get("waiting")),
         exit_code=ended.get("exitCode"),
         termination_reason=ended.get("reason") or "",
@@ -254,6 +262,15 @@ def deactivated(workloads: Sequence[Mapping[str, Any]]) -> str:
             said = {each["type"]: each for each in (raw.get("status") or {}).get("conditions") or []}
             return (said.get("Evicted") or {}).get("message") or "the workload is deactivated"
     return ""
+
+
+def queue_says(workloads: Sequence[Mapping[str, Any]]) -> str:
+    """Why none of Kueue's Workloads of a Job has its quota, in Kueue's words."""
+    if not workloads:
+        return "Kueue has made no Workload of its Job, or none that the operator may list"
+    conditions = (each for raw in workloads for each in (raw.get("status") or {}).get("conditions") or [])
+    waits = (each for each in conditions if each["type"] == "QuotaReserved" and each["status"] == "False")
+    return next((each.get("message") or "" for each in waits), "")
 
 
 def _unready_since(ready: Mapping[str, Any] | None) -> datetime | None:

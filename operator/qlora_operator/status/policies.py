@@ -1,6 +1,7 @@
 """When: deadlines, back-off between attempts, and how long nodes, and pods that start, are waited for."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
@@ -24,8 +25,20 @@ MAX_BACKOFF_SECONDS = 360.0
 MIN_STARTUP_GRACE = timedelta(seconds=3)
 """How long pods may take to start before they are looked at, when hardly any other attempt starts."""
 MAX_STARTUP_GRACE = timedelta(seconds=60)
+SHUNNED = timedelta(hours=1)
+"""How long a node is left to others on which attempts of a job ended."""
 LOOKS_PER_SECOND = 10
 """How often pods that do not start yet are looked at, those of all jobs together, below MAX_STARTUP_GRACE."""
+
+
+def shunned(attempts: Sequence[Attempt], now: datetime) -> tuple[str, ...]:
+    """Nodes that the next attempt rather leaves to others: where the kubelet refused a pod of the job, or two attempts
+    ended by themselves, within the last hour. The labels say that they fit, and something else is wrong there."""
+    recent = [each for each in attempts if each.node and each.end and now < parse_time(each.end) + SHUNNED]
+    strikes: Counter[str] = Counter()
+    for each in recent:
+        strikes[each.node or ""] += 2 if each.reason == Reason.ADMISSION_REJECTED else 1
+    return tuple(sorted(node for node, count in strikes.items() if count > 1))
 
 
 def startup_grace(starting: int) -> timedelta:

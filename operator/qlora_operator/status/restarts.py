@@ -40,6 +40,6 @@ def placement_after(view: JobView, end: AttemptEnd) -> Placement:
     """What the attempt leaves to the next ones: nodes to avoid, and the data type of the first step. Read.PODS."""
     before = view.placement
     found = below_tier(view.pods) if end.reason == Reason.ISA_BELOW_TIER else []
-    avoid = sorted({*before.avoid, *found})[:NODES_SHOWN]
+    avoid = list(dict.fromkeys([*found, *before.avoid]))[:NODES_SHOWN]
     dtype = before.dtype or progress_status.dtype(view.pods)
     return before.model_copy(update={"avoid": avoid, "dtype": dtype})

@@ -19,6 +19,9 @@ QUIET = timedelta(seconds=20)
 HELD_LOOK_SECONDS = 30.0
 """How often it is looked whether a job that its queue's administrator has stopped may go on: nothing tells of that."""
 
+QUEUE_LOOK_SECONDS = 300.0
+"""How often at least a queue is asked why it has not admitted a job."""
+
 _REASONS = {
     "Starting": Reason.LOADING,
     "Fetching": Reason.FETCHING,
@@ -54,7 +57,7 @@ def follow(builder: StatusBuilder, job: AttemptJob) -> None:
         if view.is_true(ConditionType.QUOTA_RESERVED) or _is_held(view):
             _hold(builder)
         else:
-            wait_in_queue(builder, view.queue)
+            _wait_longer(builder)
         return
     if view.queue is not None or view.condition(ConditionType.QUOTA_RESERVED) is not None:
         message = f"the queue {view.queue} has admitted the job" if view.queue else "the job is admitted"
@@ -69,11 +72,24 @@ def follow(builder: StatusBuilder, job: AttemptJob) -> None:
     builder.requeue_at(_next_look(view))
 
 
-def wait_in_queue(builder: StatusBuilder, queue: str | None) -> None:
+def _wait_longer(builder: StatusBuilder) -> None:
+    """The queue has not admitted the job for a while, and may have said why: it does not exist, or has less quota than
+    the job wants. The longer the job waits the more rarely Kueue is asked, since most jobs in a queue just wait."""
+    view = builder.view
+    started = view.open_attempt.start if view.open_attempt else None
+    waited = (view.now - parse_time(started)).total_seconds() if started else 0.0
+    asked = waited >= policies.LOOK_SECONDS
+    wait_in_queue(builder, view.queue, view.queue_says if asked else "")
+    builder.requeue_at(view.after(min(max(waited, policies.LOOK_SECONDS), QUEUE_LOOK_SECONDS)))
+
+
+def wait_in_queue(builder: StatusBuilder, queue: str | None, why: str = "") -> None:
     """The queue has not admitted the job."""
     message = f"waits in the queue {queue}"
     if queue is None:
         message = "waits to be admitted: its Job was suspended when it was created, as queues do it"
+    if why:
+        message = f"{message}: {why}"
     builder.set_waiting(ConditionType.QUOTA_RESERVED, Reason.QUEUED, message, event=False)
 
 

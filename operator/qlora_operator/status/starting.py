@@ -55,8 +55,8 @@ def policy_violated(view: JobView) -> Blocked | None:
     violation = view.seen.policy_violation
     if violation is None:
         return None
-    size = violation.reason == Reason.LIMIT_EXCEEDED and view.status.adapter is None
-    if view.fixed_image is not None and not size:
+    can_change = violation.reason in (Reason.LIMIT_EXCEEDED, Reason.SCHEDULING_NOT_ALLOWED)
+    if view.fixed_image is not None and not (can_change and view.status.adapter is None):
         return None
     look_at = view.after(BLOCKED_LOOK_SECONDS)
     return Blocked(look_at, Reason(violation.reason), violation.message)
@@ -129,6 +129,7 @@ def create_children(view: JobView) -> StartAttempt:
         placement.isa,
         view.image,
         avoid=tuple(placement.avoid),
+        shun=policies.shunned(view.status.attempts, view.now),
         stage=attempt.stage,
         fetched=stages.fetched(view.status),
     )

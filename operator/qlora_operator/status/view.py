@@ -1,11 +1,12 @@
 """What a check may look at: the job, what was observed of it, and its status as far as it is decided. Read-only."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from qlora_contract.run_config import IsaTier, RunStage
 from qlora_contract.units import parse_time
+from qlora_operator.api import names
 from qlora_operator.api.names import ConditionType
 from qlora_operator.api.pod_resources import stage_pods
 from qlora_operator.api.status import Attempt, Condition, Placement, Provenance, QLoRAJobStatus, Restarts
@@ -20,6 +21,17 @@ class ReadRequired(Exception):  # noqa: N818 - not an error: the decision is mad
     def __init__(self, reads: frozenset[Read]) -> None:
         super().__init__(", ".join(sorted(reads)))
         self.reads = reads
+
+
+def current_job(job: QLoRAJob, status: QLoRAJobStatus, jobs: Iterable[AttemptJob]) -> AttemptJob | None:
+    """The Job of the newest attempt: by its name, and by its uid once that is in the status. Whoever may create Jobs in
+    the namespace may give them any label, and any owner."""
+    if not status.attempts:
+        return None
+    last = status.attempts[-1]
+    name = names.attempt_job(job.metadata.name, last.attempt)
+    found = (each for each in jobs if each.controlled and (each.name, each.attempt) == (name, last.attempt))
+    return next((each for each in found if last.job_uid in (None, each.uid)), None)
 
 
 @dataclass(frozen=True)
@@ -137,8 +149,7 @@ class JobView:
     @property
     def attempt_job(self) -> AttemptJob | None:
         """The current attempt's own Job, as far as the watch has shown."""
-        jobs = self.seen.attempt_jobs
-        return next((job for job in jobs if job.controlled and job.attempt == self.status.attempt), None)
+        return current_job(self.job, self.status, self.seen.attempt_jobs)
 
     @property
     def confirmed_job(self) -> AttemptJob | None:
@@ -171,8 +182,14 @@ class JobView:
 
     @property
     def pods(self) -> list[Pod]:
-        """The current attempt's pods. Read.PODS."""
-        return [pod for pod in self._all_pods() if pod.attempt == self.status.attempt]
+        """The current attempt's pods, which its Job has made: others may carry its labels. Read.PODS."""
+        last, job = self.last_attempt, self.attempt_job
+        owner = job.uid if job is not None else last.job_uid if last is not None else None
+        return [
+            pod
+            for pod in self._all_pods()
+            if pod.attempt == self.status.attempt and owner is not None and pod.owner_uid == owner
+        ]
 
     @property
     def active_pods(self) -> list[Pod]:
@@ -212,6 +229,12 @@ class JobView:
         """Why the queue's administrator holds the open attempt's Job; empty if they do not. Read.WORKLOAD."""
         self.require(Read.WORKLOAD)
         return self.seen.deactivated or ""
+
+    @property
+    def queue_says(self) -> str:
+        """Why the queue has not admitted the open attempt's Job. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.queue_says
 
     @property
     def feasible_tiers(self) -> Sequence[IsaTier]:

@@ -56,6 +56,8 @@ def _pod_condition(pod: Pod) -> ReasonMessage | None:
     if pod.unschedulable is not None:
         reason = Reason.VOLUME_NOT_READY if _CLAIM.search(pod.unschedulable) else Reason.UNSCHEDULABLE
         return ReasonMessage(reason, f"pod {pod.name}: {sanitize(pod.unschedulable)}")
+    if pod.gated:
+        return ReasonMessage(Reason.STARTING, f"pod {pod.name} is held back from the scheduler by its gates")
     if pod.waiting is None or pod.finished or pod.waiting.reason not in _CONTAINER_REASONS:
         return None
     words = sanitize(pod.waiting.message) or pod.waiting.reason

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from qlora_operator.controller import api_client
-from qlora_operator.controller.api_client import SERVICES, ApiClient, ApiError
+from qlora_operator.controller.api_client import EVENTS, SERVICES, ApiClient, ApiError
 from qlora_operator.controller.clock import Clock
 from testcluster.cluster import Cluster as Server
 
@@ -46,9 +46,9 @@ def talk(api_cluster: Server, asked: Requests, monkeypatch: pytest.MonkeyPatch) 
     """talk(function) -> what the coroutine function makes of a Cluster."""
     monkeypatch.setenv("KUBECONFIG", str(api_cluster.kubeconfig))
 
-    def run(function: Callable[[ApiClient], Awaitable[Any]], *namespaces: str) -> Any:
+    def run(function: Callable[[ApiClient], Awaitable[Any]]) -> Any:
         async def main() -> Any:
-            async with ApiClient(asked, namespaces) as reached:
+            async with ApiClient(asked) as reached:
                 return await function(reached)
 
         return asyncio.run(main())
@@ -63,6 +63,31 @@ def refusal(talk: Callable[..., Any], function: Callable[[ApiClient], Awaitable[
     return caught.value
 
 
+def test_warnings_are_read_of_one_object_and_not_without_end(
+    talk: Callable[..., Any], namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A namespace full of Events, about other objects or about this one, costs no more than a few."""
+    monkeypatch.setattr(api_client, "MAX_EVENTS", 3)
+
+    def event(number: int, uid: str, kind: str = "Warning") -> dict[str, Any]:
+        about = {"kind": "Pod", "namespace": namespace, "name": "p", "uid": uid}
+        metadata = {"name": f"e{number}", "namespace": namespace}
+        return {"metadata": metadata, "involvedObject": about, "type": kind, "reason": f"R{number}"}
+
+    async def work(reached: ApiClient) -> list[list[str]]:
+        for number in range(5):
+            await reached.create(EVENTS, namespace, event(number, "mine" if number % 2 else "theirs"))
+        await reached.create(EVENTS, namespace, event(5, "mine", "Normal"))
+        for number in range(6, 11):
+            await reached.create(EVENTS, namespace, event(number, "many"))
+        found = [await reached.warning_events(namespace, uid) for uid in ("mine", "many", "none")]
+        return [[raw["reason"] for raw in each] for each in found]
+
+    mine, many, none = talk(work)
+
+    assert (mine, len(many), none) == (["R1", "R3"], 3, [])
+
+
 def test_lists_come_page_by_page(
     talk: Callable[..., Any], namespace: str, monkeypatch: pytest.MonkeyPatch, asked: Requests
 ) -> None:
@@ -72,9 +97,9 @@ def test_lists_come_page_by_page(
     async def work(reached: ApiClient) -> list[str]:
         for number in range(5):
             await reached.create(SERVICES, namespace, service(f"s{number}", namespace))
-        return [raw["metadata"]["name"] async for raw in reached.list_all(SERVICES)]
+        return [raw["metadata"]["name"] async for raw in reached.list_all(SERVICES, namespace)]
 
-    assert sorted(talk(work, namespace)) == ["s0", "s1", "s2", "s3", "s4"]
+    assert sorted(talk(work)) == ["s0", "s1", "s2", "s3", "s4"]
     assert asked.seen.count(("get", "services", 200)) == 3
 
 
@@ -161,5 +186,38 @@ def test_no_answer_is_an_error_of_its_own(
     gone.write_text(yaml.safe_dump(content))
     monkeypatch.setenv("KUBECONFIG", str(gone))
 
-    assert refusal(talk, lambda reached: reached.nodes()).code == 0
-    assert asked.seen == [("get", "nodes", None)]
+    assert refusal(talk, lambda reached: reached.pods("team", "u")).code == 0
+    assert asked.seen == [("get", "pods", None)]
+
+
+@pytest.mark.parametrize(
+    ("versions", "back"),
+    [
+        ([[5], [5], [9]], False),
+        ([[5], [4]], True),
+        ([[5, 5], [9, 9], [8]], True),
+    ],
+    ids=["time goes on", "a restored copy", "and of more than one page"],
+)
+def test_data_that_go_back_in_time_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, asked: Requests, versions: list[list[int]], *, back: bool
+) -> None:
+    """A list is never older than the one before, unless the API server was restored from a copy. Later pages of a list
+    are of the version of its first."""
+
+    async def work() -> bool:
+        reached = ApiClient(asked)
+        for pages in versions:
+            answers = [
+                {"items": [], "metadata": {"resourceVersion": str(version), "continue": "x" * (left > 0)}}
+                for left, version in zip(reversed(range(len(pages))), pages, strict=True)
+            ]
+
+            async def answer(*_: Any, answers: list[Any] = answers, **__: Any) -> Any:
+                return answers.pop(0)
+
+            monkeypatch.setattr(reached, "_request", answer)
+            assert [raw async for raw in reached.list_all(SERVICES, None)] == []
+        return reached.went_back.is_set()
+
+    assert asyncio.run(work()) == back

@@ -1,6 +1,8 @@
 """What the watches' events and the sweep make of the store and the queue."""
 
 import asyncio
+import contextlib
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from builders import ON_ONE_CLAIM, batch_job, job_manifest
 from qlora_operator.controller import handlers
-from qlora_operator.controller.api_client import BATCH_JOBS, Resource
+from qlora_operator.controller.api_client import BATCH_JOBS, QLORAJOBS, ApiError, Resource
 from qlora_operator.controller.handlers import NullDiffBase, Operator
 from testcluster.cluster import Cluster as Server
 
@@ -125,7 +127,9 @@ class Lists:
     def __init__(self, listed: list[dict[str, Any]], happens: Callable[[], object]) -> None:
         self.listed, self.happens = listed, happens
 
-    async def list_all(self, resource: Resource, selector: str = "") -> AsyncIterator[dict[str, Any]]:
+    async def list_all(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[dict[str, Any]]:
         """The Jobs, and nothing of another kind."""
         if resource != BATCH_JOBS:
             return
@@ -164,6 +168,67 @@ def test_a_sweep_knows_that_its_lists_are_old(
     assert operator.cache.attempt_job_uids() == left
 
 
+class Tenants(Lists):
+    """An API server that refuses the lists of some namespaces."""
+
+    def __init__(self, refused: set[str], code: int = 403) -> None:
+        super().__init__([], lambda: None)
+        self.refused, self.code = refused, code
+
+    async def list_all(
+        self, resource: Resource, namespace: str | None, selector: str = ""
+    ) -> AsyncIterator[dict[str, Any]]:
+        """The namespace's job and nothing else."""
+        if namespace in self.refused:
+            raise ApiError(self.code, "Forbidden", "no")
+        if resource == QLORAJOBS:
+            yield job_manifest(metadata={"namespace": namespace, "uid": namespace, "resourceVersion": "2"})
+
+
+@pytest.mark.parametrize(
+    ("refused", "code", "queued", "fails"),
+    [
+        pytest.param(set(), 403, ["a", "b"], False, id="none"),
+        pytest.param({"a"}, 403, ["b"], False, id="a RoleBinding is gone"),
+        pytest.param({"a"}, 404, ["b"], False, id="a namespace is gone"),
+        pytest.param({"a", "b"}, 403, [], True, id="all"),
+        pytest.param({"a"}, 0, [], True, id="the API server does not answer"),
+    ],
+)
+def test_a_namespace_that_refuses_the_operator_stops_no_other(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: set[str],
+    code: int,
+    queued: list[str],
+    *,
+    fails: bool,
+) -> None:
+    """Who administers a namespace may take the operator's role from it. What was known there stays known."""
+
+    async def main() -> Operator:
+        operator = made(tmp_path, monkeypatch, **{handlers.NAMESPACES_ENV: "a,b"})
+        known = job_manifest(metadata={"namespace": "a", "uid": "a", "resourceVersion": "1"})
+        operator.cache.put_job(known)
+        operator.client = Tenants(refused, code)  # type: ignore[assignment]
+        with pytest.raises(ApiError) if fails else contextlib.nullcontext():
+            await operator.resync()
+        return operator
+
+    operator = asyncio.run(main())
+
+    assert [key[0] for key in waiting(operator)] == queued
+    assert ("a", "job") in operator.cache.jobs()
+
+
+def test_kopf_never_gives_up_a_request() -> None:
+    """It ends the whole operator when its tries are used up, for one namespace that refuses it."""
+    tries = list(itertools.islice(handlers.Backoffs(), 1000))
+
+    assert sum(tries) > 1000
+    assert max(tries) <= 30
+
+
 # --- the settings
 
 
@@ -198,9 +263,14 @@ def test_alive_while_it_reconciles(operator: Operator) -> None:
     """A job that waits for too long, or a resync that does not come, is what a restart may help against."""
     assert operator.liveness() is None
     late = time.monotonic() - operator.settings.stuck_seconds - 10
-    operator.queue._ready[KEY] = late
-    assert "a job has been waiting for" in str(operator.liveness())
+    operator.queue._ready["team"] = {KEY: late}
+    assert "none has been reconciled for" in str(operator.liveness())
+    operator.queue._finished = time.monotonic()
+    assert operator.liveness() is None, "others have been, and its turn will come"
     operator.queue._ready.clear()
+    operator.queue._busy[KEY] = late - operator.settings.stuck_seconds
+    assert "a job has been in reconciliation" in str(operator.liveness())
+    operator.queue._busy.clear()
     operator.resync_tried = late - 2 * operator.settings.sweep_seconds
     assert operator.liveness() == "the last resync was too long ago"
 
@@ -234,13 +304,13 @@ def test_the_sweep_sees_what_the_watches_missed(
     """A job that nobody told of is known afterwards, one that is gone is forgotten, and a missing Service shows."""
     path = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     uid = api_cluster.client.post(path, job_manifest(**ON_ONE_CLAIM))["metadata"]["uid"]
-    gone = job(1, uid="gone")
+    gone = job_manifest("gone", metadata={"namespace": namespace, "uid": "gone", "resourceVersion": "1"})
 
     async def test(operator: Operator) -> None:
         operator.cache.put_job(gone)
         await operator.resync()
         assert operator.cache.jobs() == {(namespace, "job"): uid}
-        assert sorted(waiting(operator)) == sorted([KEY, (namespace, "job")])
+        assert sorted(waiting(operator)) == sorted([(namespace, "gone"), (namespace, "job")])
         assert operator.facts.children_missing(uid)
         assert not operator.facts.children_missing("gone")
 

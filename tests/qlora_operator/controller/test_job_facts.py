@@ -38,6 +38,9 @@ def test_missing_children_are_known_until_they_are_created() -> None:
     facts.set_children_complete("u")
 
     assert [facts.children_missing(uid) for uid in ("u", "v", "w")] == [False, True, False]
+    assert [facts.children_complete(uid) for uid in ("u", "v", "w")] == [True, False, False]
+    facts.set_children_missing(["u"])
+    assert not facts.children_complete("u")
 
 
 def test_only_another_reason_is_news() -> None:

@@ -172,6 +172,26 @@ def with_server(
     return asyncio.run(run())
 
 
+def test_a_page_serves_all_who_ask_within_a_second(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reaches the port may ask without end, and making a page keeps reconciliation waiting."""
+    monkeypatch.setattr("qlora_operator.controller.metrics.PAGE_SECONDS", 0.5)
+
+    async def use(base: str) -> list[str]:
+        pages = []
+        async with aiohttp.ClientSession() as session:
+            for pause in (0.0, 0.0, 0.6):
+                await asyncio.sleep(pause)
+                metrics.attempts_started.inc()
+                async with session.get(f"{base}/metrics") as answer:
+                    pages.append(await answer.text())
+        return pages
+
+    first, second, third = with_server(metrics, use)
+
+    assert first == second
+    assert "qlora_attempts_started_total 3.0" in third
+
+
 def test_metrics_are_served(metrics: Metrics) -> None:
     """As Prometheus asks for them."""
     status, content_type, text = answered(metrics, "/metrics")

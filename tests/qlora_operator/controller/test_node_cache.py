@@ -1,6 +1,7 @@
 """The cluster's nodes, listed rarely for all jobs together."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, cast
 
 import pytest
@@ -36,12 +37,13 @@ class Lists:
     def __init__(self, *answers: list[str] | ApiError) -> None:
         self.answers = list(answers)
 
-    async def nodes(self) -> list[dict[str, Any]]:
+    async def nodes(self) -> AsyncIterator[dict[str, Any]]:
         """The next list."""
         answer = self.answers.pop(0)
         if isinstance(answer, ApiError):
             raise answer
-        return [raw_node(name) for name in answer]
+        for name in answer:
+            yield raw_node(name)
 
     def cache(self) -> NodeCache:
         """A cache of its nodes."""

@@ -1,6 +1,7 @@
 """What a decision asks for besides what the watches tell."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from qlora_contract.run_config import IsaTier
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.node_cache import NodeSnapshot
-from qlora_operator.controller.observer import feasibility, lost_nodes, warnings_about
+from qlora_operator.controller.observer import asked_about, feasibility, lost_nodes, newest_first
 from qlora_operator.placement.nodes import node
-from qlora_operator.settings import TransferSettings
+from qlora_operator.settings import Settings, TransferSettings
 from qlora_operator.status.observation import AttemptJob, Pod, WarningEvent
 
 JOB = AttemptJob("job-a0", "job-uid", 0, controlled=True)
-POD = Pod("p", "pod-uid", 0, 0, "Running", node="n")
+POD = Pod("p", "pod-uid", 0, 0, "Running", owner_uid="job-uid", node="n")
+PENDING = Pod("q", "pending", 0, 0, "Pending", owner_uid="job-uid")
 
 
 def snapshot(**ready: bool) -> NodeSnapshot:
@@ -46,16 +48,15 @@ def warning(reason: str, uid: str, **times: Any) -> dict[str, Any]:
 
 
 def test_warnings_are_sorted_by_whichever_time_they_have() -> None:
-    """Newest first, and only those about the job's own Jobs and pods."""
+    """Newest first."""
     events = [
         warning("Oldest", "pod-uid", created="2026-01-31T12:00:00Z"),
         warning("Series", "pod-uid", series={"lastObservedTime": "2026-01-31T12:00:03Z"}, eventTime="2026"),
-        warning("Foreign", "other-uid", lastTimestamp="2026-01-31T12:00:09Z"),
         warning("Last", "job-uid", lastTimestamp="2026-01-31T12:00:02Z", created="2026-01-31T13:00:00Z"),
         warning("Event", "pod-uid", eventTime="2026-01-31T12:00:01.000001Z"),
     ]
 
-    found = warnings_about([JOB], [POD], events)
+    found = newest_first(events)
 
     assert [(each.reason, each.about) for each in found] == [
         ("Series", "pod-uid"),
@@ -64,6 +65,32 @@ def test_warnings_are_sorted_by_whichever_time_they_have() -> None:
         ("Oldest", "pod-uid"),
     ]
     assert isinstance(found[0], WarningEvent)
+
+
+@pytest.mark.parametrize(
+    ("job", "pods", "uids"),
+    [
+        pytest.param(None, [POD], [], id="no Job"),
+        pytest.param(JOB, [], ["job-uid"], id="a Job without pods"),
+        pytest.param(JOB, [PENDING], ["pending"], id="a pod that does not say why"),
+        pytest.param(JOB, [replace(PENDING, unschedulable="no room")], [], id="a pod that does"),
+        pytest.param(JOB, [POD], [], id="a pod that runs"),
+        pytest.param(
+            JOB, [replace(PENDING, owner_uid="other")], ["job-uid"], id="a pod that somebody else has made"
+        ),
+        pytest.param(
+            replace(JOB, parallelism=512),
+            [replace(PENDING, uid=str(index), index=index) for index in range(512)],
+            ["0", "1", "2"],
+            id="many pods",
+        ),
+    ],
+)
+def test_warnings_are_read_of_what_says_nothing_itself(
+    job: AttemptJob | None, pods: list[Pod], uids: list[str]
+) -> None:
+    """Each costs a request, and a namespace may be full of Events about anything."""
+    assert asked_about(job, pods) == uids
 
 
 @pytest.mark.parametrize(
@@ -82,7 +109,10 @@ def test_a_lost_node_is_not_ready_or_gone(nodes: NodeSnapshot | None, lost: set[
     assert lost_nodes([POD, Pod("q", "q", 0, 1, "Pending")], nodes) == lost
 
 
-SMALL_ROOM = TransferSettings(cpu="500m", memory="1Gi")
+SMALL_ROOM = Settings(
+    trainer_image="registry.example/trainer:1",
+    transfer=TransferSettings(cpu="500m", memory="1Gi"),
+)
 REMOTE = {"model": {"source": "hf://org/model"}, "output": {"destination": "s3://bucket/adapters"}}
 FETCHED = {"modelRevision": "c0ffee"}
 TRAINED = {"provenance": FETCHED, "adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
@@ -165,3 +195,22 @@ def test_nodes_to_avoid_are_named_when_there_are_no_others() -> None:
     assert found.tiers == ()
     assert found.why.endswith("(left out, since their ranks found less than the labels promise: a, b)")
     assert feasibility(job, snapshot(a=True, b=True, c=True), SMALL_ROOM).why == ""
+
+
+@pytest.mark.parametrize(
+    ("gate", "placement", "tiers"),
+    [
+        (True, {}, ()),
+        (False, {}, ("amx_bf16", "avx512")),
+        (False, {"isa": "amx_bf16", "dtype": "bf16"}, ("amx_bf16",)),
+    ],
+    ids=["jobs wait for nodes", "pods make nodes come", "of the processors that the job has begun on"],
+)
+def test_pools_that_are_empty_grow_for_pods(
+    gate: bool, placement: dict[str, Any], tiers: tuple[str, ...]
+) -> None:
+    """No autoscaler makes nodes for a job that creates no pods before they are there."""
+    job = builders.a_job(status={"placement": placement}, isa={"allowed": ["amx_bf16", "avx512"]})
+    settings = Settings(trainer_image="registry.example/trainer:1", placement_gate=gate)
+
+    assert feasibility(job, NodeSnapshot([]), settings).tiers == tiers

@@ -76,7 +76,9 @@ def with_rank_zero(test: Callable[[RankZero], Awaitable[None]]) -> None:
 
 def here(rank: RankZero) -> Pod:
     """Rank 0's pod."""
-    return Pod(name="p", uid="p", phase="Running", attempt=0, index=0, owner_uid="g", address=rank.address)
+    return Pod(
+        name="p", uid="p", phase="Running", attempt=0, index=0, owner_uid="job-uid-0", address=rank.address
+    )
 
 
 def test_an_answer_is_handed_on_and_the_next_asked_for() -> None:
@@ -85,7 +87,7 @@ def test_an_answer_is_handed_on_and_the_next_asked_for() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid", step=3)
         async with polling(Pods()) as polled:
-            polled.poller.track(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, "job-uid-0", [here(rank)])
             await until(lambda: len(polled.woken) > 2)
             assert polled.reports["uid"].step == 3
             assert polled.pods.lists == 0
@@ -98,7 +100,7 @@ def test_the_address_is_looked_up_once() -> None:
 
     async def test(rank: RankZero) -> None:
         async with polling(Pods(rank.address)) as polled:
-            polled.poller.track(KEY, "uid", 0, [])
+            polled.poller.track(KEY, "uid", 0, "job-uid-0", [])
             await until(lambda: rank.asked > 2)
             assert (polled.pods.lists, polled.woken) == (1, [])
 
@@ -113,7 +115,7 @@ def test_an_api_server_that_is_down_is_asked_again() -> None:
         pods = Pods(rank.address)
         pods.broken = True
         async with polling(pods) as polled:
-            polled.poller.track(KEY, "uid", 0, [])
+            polled.poller.track(KEY, "uid", 0, "job-uid-0", [])
             await until(lambda: pods.lists > 1)
             pods.broken = False
             await until(lambda: polled.woken)
@@ -127,7 +129,7 @@ def test_who_is_forgotten_is_not_asked() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid")
         async with polling(Pods()) as polled:
-            polled.poller.track(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, "job-uid-0", [here(rank)])
             await until(lambda: polled.woken)
             polled.poller.untrack("uid")
             await asyncio.sleep(0.1)
@@ -144,12 +146,25 @@ def test_another_attempt_has_another_rank_zero() -> None:
     async def test(rank: RankZero) -> None:
         rank.tell("uid", attempt=0)
         async with polling(Pods()) as polled:
-            polled.poller.track(KEY, "uid", 0, [here(rank)])
+            polled.poller.track(KEY, "uid", 0, "job-uid-0", [here(rank)])
             await until(lambda: polled.woken)
-            polled.poller.track(KEY, "uid", 1, [])
+            polled.poller.track(KEY, "uid", 1, "job-uid-1", [])
             polled.woken.clear()
             await until(lambda: polled.pods.lists > 1)
             assert polled.woken == []
+
+    with_rank_zero(test)
+
+
+def test_pods_that_the_attempts_job_has_not_made_are_not_asked() -> None:
+    """Whoever may create pods may give them a job's labels, and would tell of another's progress."""
+
+    async def test(rank: RankZero) -> None:
+        rank.tell("uid")
+        async with polling(Pods(rank.address)) as polled:
+            polled.poller.track(KEY, "uid", 0, "another-job-uid", [here(rank)])
+            await until(lambda: polled.pods.lists > 1)
+            assert (rank.asked, polled.woken) == (0, [])
 
     with_rank_zero(test)
 
@@ -161,7 +176,7 @@ def test_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(rank: RankZero) -> None:
         async with polling(Pods()) as polled:
             for number in range(7):
-                polled.poller.track(("team", str(number)), str(number), 0, [here(rank)])
+                polled.poller.track(("team", str(number)), str(number), 0, "job-uid-0", [here(rank)])
             most = 0
             while rank.asked < 7:
                 most = max(most, len(polled.poller._requests))

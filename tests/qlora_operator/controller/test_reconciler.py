@@ -46,7 +46,7 @@ class Tracker:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def track(self, key: Key, uid: str, attempt: int, pods: Sequence[Pod]) -> None:
+    def track(self, key: Key, uid: str, attempt: int, job_uid: str, pods: Sequence[Pod]) -> None:
         """An attempt runs."""
         self.told.append((key, attempt, len(pods)))
 

@@ -281,17 +281,79 @@ def test_stop_insists() -> None:
 
 
 def test_what_it_tells_of_itself() -> None:
-    """Its length is what is due; its oldest is what has been due, or at work, the longest."""
+    """Its length is what is due; it idles while something is due and nothing gets done."""
 
     async def test() -> None:
         queue = WorkQueue(_note([]))
-        assert (len(queue), queue.oldest()) == (0, 0.0)
+        assert (len(queue), queue.idle()) == (0, 0.0)
         queue.add(A, 60)
-        assert (len(queue), queue.oldest()) == (0, 0.0)
+        assert (len(queue), queue.idle()) == (0, 0.0)
         queue.add(B)
         await asyncio.sleep(0.02)
         assert len(queue) == 1
-        assert queue.oldest() >= 0.02
+        assert queue.idle() >= 0.02
+
+    run(test)
+
+
+def test_a_long_queue_is_not_an_idle_one() -> None:
+    """However long the last key waits in a burst, or while each try fails slowly: what counts is that some end."""
+
+    async def test() -> None:
+        async def work(key: Key) -> None:
+            await asyncio.sleep(0.02)
+            if key == A:
+                raise ApiError(0, "NoAnswer", "no answer")
+
+        queue = WorkQueue(work, workers=1)
+        for number in range(20):
+            queue.add(("team", str(number)))
+        queue.add(A)
+        queue.start()
+        idle = []
+        while len(queue):
+            idle.append(queue.idle())
+            await asyncio.sleep(0.005)
+        assert max(idle) < 0.2, "less than the whole queue takes"
+        await queue.stop(drain_timeout=0)
+
+    run(test)
+
+
+def test_what_never_ends_is_noticed() -> None:
+    """One reconciliation that hangs shows, although others go on."""
+
+    async def test() -> None:
+        async def work(key: Key) -> None:
+            await asyncio.sleep(60 if key == A else 0)
+
+        queue = WorkQueue(work)
+        queue.start()
+        queue.add(A)
+        for number in range(5):
+            queue.add(("team", str(number)))
+            await asyncio.sleep(0.01)
+        assert queue.longest() >= 0.04
+        await queue.stop(drain_timeout=0)
+
+    run(test)
+
+
+def test_namespaces_take_turns() -> None:
+    """A burst in one namespace does not make the others wait for its end."""
+
+    async def test() -> None:
+        done: list[Key] = []
+        queue = WorkQueue(_note(done), workers=1)
+        for number in range(100):
+            queue.add(("burst", str(number)))
+        queue.add(("quiet", "a"))
+        queue.add(("quiet", "b"))
+        queue.start()
+        await until(lambda: len(done) == 102)
+        assert [key for key in done[:4] if key[0] == "quiet"] == [("quiet", "a"), ("quiet", "b")]
+        assert [key[1] for key in done if key[0] == "burst"] == [str(number) for number in range(100)]
+        await queue.stop()
 
     run(test)
 

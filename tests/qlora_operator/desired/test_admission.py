@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import a_job, merged
+from qlora_operator.api import names
 from qlora_operator.api.names import Reason
-from qlora_operator.api.v1alpha1 import QLoRAJobSpec
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.admission import image_allowed, policy_violation
 from qlora_operator.settings import Settings
 
@@ -58,14 +59,14 @@ def test_a_star_is_the_only_wildcard(image: str, pattern: str, settings: Callabl
 # --- sources, destinations, sizes
 
 
-def spec(**fields: Any) -> QLoRAJobSpec:
+def job(**fields: Any) -> QLoRAJob:
     """A job of two pods with two ranks each."""
     known = {
         "model": {"source": "hf://org/model"},
         "dataset": {"source": "s3://bucket/data.jsonl"},
         "topology": {"pods": 2, "ranksPerPod": 2, "cpusPerRank": 3},
     }
-    return a_job(**merged(known, fields)).spec
+    return a_job(**merged(known, fields))
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | None]] = {
@@ -126,6 +127,62 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {"limits": {"cpus": 12}},
         (Reason.LIMIT_EXCEEDED, "14 CPUs in all, and a job may have 12"),
     ),
+    "a workspace that is not allowed": (
+        {"workspace": "pvc://payroll/x"},
+        {"allowed": {"workspaces": ["pvc://team-*"]}},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.workspace pvc://payroll/x"),
+    ),
+    "a priority class that is not allowed": (
+        {"scheduling": {"priorityClassName": "urgent"}},
+        {"allowed": {"priorityClasses": ["batch-*"]}},
+        (
+            Reason.SCHEDULING_NOT_ALLOWED,
+            "spec.scheduling.priorityClassName urgent is not allowed here; allowed: batch-*",
+        ),
+    ),
+    "a priority class that is the default": (
+        {"scheduling": {"priorityClassName": "team"}},
+        {"allowed": {"priorityClasses": []}, "defaults": {"priorityClassName": "team"}},
+        None,
+    ),
+    "none is no class": ({}, {"allowed": {"priorityClasses": [], "queues": []}}, None),
+    "a queue that is not allowed": (
+        {"scheduling": {"queueName": "others"}},
+        {"allowed": {"queues": ["team-*"]}},
+        (Reason.SCHEDULING_NOT_ALLOWED, "spec.scheduling.queueName others"),
+    ),
+    "every taint tolerated": (
+        {"scheduling": {"tolerations": [{"operator": "Exists"}]}},
+        {"allowed": {"tolerations": ["example.org/*"]}},
+        (Reason.SCHEDULING_NOT_ALLOWED, "spec.scheduling.tolerations of every taint"),
+    ),
+    "the control plane's taint tolerated": (
+        {
+            "scheduling": {
+                "tolerations": [{"key": "node-role.kubernetes.io/control-plane", "operator": "Exists"}]
+            }
+        },
+        {"allowed": {"tolerations": ["example.org/*"]}},
+        (Reason.SCHEDULING_NOT_ALLOWED, "spec.scheduling.tolerations node-role.kubernetes.io/control-plane"),
+    ),
+    "a taint that may be tolerated": (
+        {"scheduling": {"tolerations": [{"key": "example.org/cpu", "operator": "Exists"}]}},
+        {"allowed": {"tolerations": ["example.org/*"]}},
+        None,
+    ),
+    "a node label that is not allowed": (
+        {"scheduling": {"nodeSelector": {"pool": "gold"}}},
+        {"allowed": {"nodeLabels": ["topology.kubernetes.io/*"]}},
+        (Reason.SCHEDULING_NOT_ALLOWED, "spec.scheduling.nodeSelector pool"),
+    ),
+    "another pool than the administrator's": (
+        {"scheduling": {"nodeSelector": {"pool": "gold"}}},
+        {"defaults": {"nodeSelector": {"pool": "cpu"}}},
+        (
+            Reason.SCHEDULING_NOT_ALLOWED,
+            "pool=gold is not allowed here, where jobs run on nodes with pool=cpu",
+        ),
+    ),
     "just as much as is allowed": (
         {},
         {"limits": {"pods": 2, "ranks": 4, "cpus": 12, "memory": "4Gi"}},
@@ -143,9 +200,23 @@ def test_which_jobs_may_start(
 ) -> None:
     """A job whose image, sources, destination and size are allowed may start; else it is told the field, the
     value and what is allowed."""
-    found = policy_violation(spec(**fields), settings(**given_settings))
+    found = policy_violation(job(**fields), settings(**given_settings))
 
     assert (found is None) == (said is None)
     if found is not None and said is not None:
         assert found[0] == said[0]
         assert said[1] in found[1]
+
+
+def test_the_label_of_a_queue_is_a_queue(settings: Callable[..., Settings]) -> None:
+    """A queue that the job's label names is looked at like one in its spec."""
+    labelled = a_job(metadata={"labels": {names.QUEUE_LABEL: "others"}})
+
+    assert policy_violation(labelled, settings(allowed={"queues": ["team-*"]})) is not None
+
+
+def test_a_workloads_priority_is_a_priority(settings: Callable[..., Settings]) -> None:
+    """Kueue's own classes are bounded like the scheduler's."""
+    labelled = a_job(metadata={"labels": {names.WORKLOAD_PRIORITY_LABEL: "urgent"}})
+
+    assert policy_violation(labelled, settings(allowed={"priorityClasses": ["batch-*"]})) is not None

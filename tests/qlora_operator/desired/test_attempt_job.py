@@ -196,6 +196,23 @@ def test_a_queue_gets_the_job_suspended(
     assert "kueue.x-k8s.io/queue-name" not in job["spec"]["template"]["metadata"]["labels"]
 
 
+def test_what_kueue_is_told_of_a_job_its_jobs_and_pods_say(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """Its WorkloadPriorityClass is on the Job, and where its topology is to be close, on the pods."""
+    priority, topology = "kueue.x-k8s.io/priority-class", "kueue.x-k8s.io/podset-required-topology"
+    qlora_job = a_job(scheduling={"queueName": "q"})
+    qlora_job.metadata.labels[priority] = "high"
+    qlora_job.metadata.annotations.update({topology: "rack", "other": "note"})
+
+    job = attempt_job(qlora_job, uid="u", attempt=0, isa="avx2", image="a", settings=settings())
+
+    assert job["metadata"]["labels"][priority] == "high"
+    annotations = job["spec"]["template"]["metadata"]["annotations"]
+    assert annotations[topology] == "rack"
+    assert "other" not in annotations
+
+
 def test_the_demo_renders_as_reviewed(settings: Callable[..., Settings]) -> None:
     """All children of the demo's first attempt, as golden/demo.yaml shows them."""
     (job,) = load_jobs(str(DEMO))

@@ -9,7 +9,7 @@ from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
 from qlora_operator.api import names
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.metadata import labels
-from qlora_operator.desired.network import network_policy
+from qlora_operator.desired.network import is_network_policy, network_policy
 from qlora_operator.settings import Settings
 
 Labels = dict[str, str]
@@ -94,3 +94,23 @@ def test_the_policy_is_about_ingress_to_all_the_jobs_pods(
     assert not _has(labels(a_job(), "v", names.Role.TRAINER, 4), spec["podSelector"])
     assert spec["policyTypes"] == ["Ingress"]
     assert misfits(policy, "V1NetworkPolicy") == []
+
+
+@pytest.mark.parametrize(
+    ("scrapers", "opened", "as_made"),
+    [
+        ([SCRAPER], [], True),
+        ([], [], False),
+        ([SCRAPER], [{}], False),
+    ],
+    ids=["as made", "other settings", "somebody has opened it"],
+)
+def test_a_policy_that_is_out_of_date_is_told(
+    a_job: Callable[..., QLoRAJob], scrapers: list[Any], opened: list[Any], *, as_made: bool
+) -> None:
+    """Scrapers change with the release, and whoever may edit policies may let everybody in."""
+    made = Settings(trainer_image="registry.example/trainer:1", scrapers=scrapers)
+    policy = network_policy(a_job(), uid="u", settings=made)
+    policy["spec"]["ingress"] += opened
+
+    assert is_network_policy(policy, made.model_copy(update={"scrapers": [SCRAPER]})) == as_made

@@ -33,11 +33,12 @@ def template(a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]) 
         spec: dict[str, Any] | None = None,
         stage: RunStage = "train",
         avoid: Sequence[str] = (),
+        shun: Sequence[str] = (),
         **fields: Any,
     ) -> dict[str, Any]:
         job = a_job(**(spec or {}))
         run = to_run_config(job, uid="u", attempt=3, isa=isa, stage=stage)
-        return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid)
+        return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid, shun)
 
     return make
 
@@ -210,7 +211,7 @@ def test_the_largest_run_config_fits_an_annotation(template: Make) -> None:
         "model": remote,
         "dataset": {**remote, "trainSplit": "s" * 64, "evalSplit": "s" * 64},
         "output": {"destination": remote["source"], "credentialsSecret": secret},
-        "adapter": {"targetModules": ["\x01" * 256] * 64},
+        "adapter": {"targetModules": ["\x01" * 254 + f"{number:02}" for number in range(64)]},
     }
     annotations = template(spec=spec)["metadata"]["annotations"]
     size = sum(len(text.encode()) for pair in annotations.items() for text in pair)
@@ -286,6 +287,28 @@ def test_only_nodes_of_the_tier_will_do(isa: IsaTier, template: Make) -> None:
             {"key": label, "operator": "In", "values": ["true"]} for label in names.TIER_LABELS[isa]
         ]
     }
+
+
+def test_autoscalers_leave_pods_where_they_are(template: Make) -> None:
+    """To save a node they would restart a whole attempt; administrators may let them."""
+    name = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+
+    assert template("avx2")["metadata"]["annotations"][name] == "false"
+    assert template("avx2")["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"] == "true"
+    assert template("avx2", podAnnotations={name: "true"})["metadata"]["annotations"][name] == "true"
+
+
+def test_nodes_that_are_shunned_are_the_last_choice(
+    template: Make, misfits: Callable[[Any, str], list[str]]
+) -> None:
+    """A preference: if there are no others, the pods go there all the same."""
+    affinity = template("avx2", shun=("node-a", "node-b"))["spec"]["affinity"]["nodeAffinity"]
+    required = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    (preferred,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+
+    assert "matchFields" not in required[0]
+    assert [each["values"] for each in preferred["preference"]["matchFields"]] == [["node-a"], ["node-b"]]
+    assert misfits(affinity, "V1NodeAffinity") == []
 
 
 def test_nodes_to_avoid_are_ruled_out_by_name(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -12,7 +13,10 @@ from qlora_operator.api import names
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.metadata import labels
-from qlora_operator.desired.service import ranks_service
+from qlora_operator.desired.service import is_ranks_service, ranks_service
+from qlora_operator.settings import Settings
+
+SETTINGS = Settings(trainer_image="registry.example/trainer:1")
 
 
 def test_ranks_are_found_before_they_are_ready(a_job: Callable[..., QLoRAJob]) -> None:
@@ -30,6 +34,29 @@ def test_only_trainers_of_this_very_job_are_selected(a_job: Callable[..., QLoRAJ
     assert not selector <= labels(a_job(), "other", names.Role.TRAINER, 7).items()
     for role in set(names.Role) - {names.Role.TRAINER}:
         assert not selector <= labels(a_job(), "u", role, 7).items()
+
+
+@pytest.mark.parametrize(
+    ("change", "as_made"),
+    [
+        ({}, True),
+        ({"clusterIPs": ["None"], "sessionAffinity": "None"}, True),
+        ({"selector": {"app": "other"}}, False),
+        ({"publishNotReadyAddresses": None}, False),
+        ({"ports": []}, False),
+    ],
+    ids=["as made", "what API servers add", "another selector", "unready ones left out", "no ports"],
+)
+def test_an_edited_service_is_told_from_its_own(
+    a_job: Callable[..., QLoRAJob], change: dict[str, Any], *, as_made: bool
+) -> None:
+    """Whatever an API server adds."""
+    service = ranks_service(a_job(), uid="u")
+    for port in service["spec"]["ports"]:
+        port["targetPort"] = port["port"]
+    service["spec"] |= change
+
+    assert is_ranks_service(service, SETTINGS) == as_made
 
 
 @hypothesis.settings(deadline=None)

@@ -101,7 +101,7 @@ def test_a_demand_is_what_a_pod_requests(a_job: Callable[..., QLoRAJob]) -> None
         scheduling={"nodeSelector": {"disk": "ssd"}, "tolerations": [{"operator": "Exists"}]},
     )
 
-    assert demand(job) == Demand(
+    assert demand(job, job.spec.scheduling) == Demand(
         pods=3,
         cpus=8,
         memory=32 * GIB + (256 + 2 * 64) * 2**20,

@@ -358,6 +358,21 @@ def test_a_check_says_when_to_look_again(
     assert found.at > now
 
 
+@pytest.mark.parametrize("check", [ending.half_placed, ending.unschedulable_tier])
+def test_gated_pods_are_not_taken_for_ones_without_room(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    check: EndCheck,
+) -> None:
+    """A queue that places pods lets the scheduler see them when it is their turn, one after the other."""
+    pods = [make_pod(0, node="n"), make_pod(1, gated=True)]
+
+    assert check(make_view(starting(999, now), [make_attempt_job(parallelism=2)], pods)) is None
+
+
 CHANGED_WHILE_FAILING = [
     ending.job_being_deleted,
     ending.job_suspended_again,

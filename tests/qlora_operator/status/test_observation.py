@@ -166,6 +166,32 @@ def test_a_workload_that_is_not_active_is_held(workloads: list[dict[str, Any]], 
     assert observation.deactivated(workloads) == why
 
 
+PENDING = {"type": "QuotaReserved", "status": "False", "message": "LocalQueue q doesn't exist"}
+
+
+@pytest.mark.parametrize(
+    ("workloads", "why"),
+    [
+        ([], "Kueue has made no Workload of its Job, or none that the operator may list"),
+        ([{"spec": {}}], ""),
+        ([{"spec": {}, "status": {"conditions": [PENDING]}}], "LocalQueue q doesn't exist"),
+        ([{"spec": {}, "status": {"conditions": [{**PENDING, "status": "True"}]}}], ""),
+    ],
+    ids=["no Kueue", "not looked at yet", "no such queue", "admitted"],
+)
+def test_a_queue_says_why_it_admits_nothing(workloads: list[Any], why: str) -> None:
+    """In Kueue's words."""
+    assert observation.queue_says(workloads) == why
+
+
+def test_a_gated_pod_does_not_wait_for_room() -> None:
+    """The scheduler has not seen it: nothing is known of the nodes."""
+    scheduled = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "gated"}
+    found = observation.pod(pod(status={"conditions": [scheduled]}))
+
+    assert (found.gated, found.unschedulable) == (True, None)
+
+
 @pytest.mark.parametrize(
     ("fields", "over"),
     [

@@ -204,3 +204,27 @@ def test_a_finished_job_expires_after_its_time_to_live(
     limit = {} if seconds is None else {"ttlSecondsAfterFinished": seconds}
 
     assert policies.expiry(a_job(**limit).spec, status) == due
+
+
+@pytest.mark.parametrize(
+    ("ends", "nodes"),
+    [
+        pytest.param([], (), id="none"),
+        pytest.param([("AdmissionRejected", "a", 10)], ("a",), id="a kubelet refused a pod"),
+        pytest.param([("Killed", "a", 10)], (), id="once by itself"),
+        pytest.param([("Killed", "a", 10), ("UnexpectedError", "a", 20)], ("a",), id="twice by itself"),
+        pytest.param([("Killed", "a", 10), ("Killed", "b", 20)], (), id="on two nodes"),
+        pytest.param([("AdmissionRejected", "a", 3601)], (), id="more than an hour ago"),
+        pytest.param([("Drained", None, 10), ("Drained", None, 20)], (), id="by nobody's fault"),
+    ],
+)
+def test_nodes_where_attempts_ended_are_left_to_others_for_an_hour(
+    ends: list[tuple[str, str | None, int]], nodes: tuple[str, ...]
+) -> None:
+    """Labels say that a node fits, and its kubelet, or its memory, that it does not."""
+    attempts = [
+        Attempt(attempt=number, reason=reason, node=node, end=rfc3339(NOON - timedelta(seconds=ago)))
+        for number, (reason, node, ago) in enumerate(ends)
+    ]
+
+    assert policies.shunned(attempts, NOON) == nodes

@@ -268,3 +268,35 @@ def test_a_secret_that_is_missing_is_waited_for(
     assert decision.status.attempts[0].reason is None
     assert words in decision.status.message
     assert [event.reason for event in decision.events] == ["VolumeNotReady"]
+
+
+@pytest.mark.parametrize(
+    ("age", "message", "looks_again"),
+    [
+        (5, "waits in the queue q", 10),
+        (60, "waits in the queue q: LocalQueue q doesn't exist", 60),
+        (9999, "waits in the queue q: LocalQueue q doesn't exist", 300),
+    ],
+    ids=["just queued", "for a minute", "for hours"],
+)
+def test_a_queue_that_admits_nothing_is_quoted(
+    starting: Callable[..., dict[str, Any]],
+    ask: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    age: int,
+    message: str,
+    looks_again: int,
+) -> None:
+    """A queue that does not exist would be waited for in silence; but most jobs just wait, and are rarely asked for."""
+    waits = {"type": "QuotaReserved", "status": "False", "reason": "Queued", "message": ""}
+    status = starting(age, now)
+    status["conditions"].append({**waits, "lastTransitionTime": status["startTime"]})
+    queued = {"scheduling": {"queueName": "q"}}
+
+    decision = ask(
+        status, [make_attempt_job(suspended=True)], spec=queued, queue_says="LocalQueue q doesn't exist"
+    )
+
+    assert decision.status.message == message
+    assert decision.look_at == now + timedelta(seconds=looks_again)

@@ -42,11 +42,12 @@ def test_a_finished_job_is_in_nobodys_way(
     assert any(isinstance(action, StartAttempt) and action.attempt == 1 for action in actions)
 
 
-@pytest.mark.parametrize(("age", "seconds"), [(0, 0.5), (1, 1), (4, 4), (60, 10)])
+@pytest.mark.parametrize(("age", "seconds"), [(0, 0.5), (1, 1), (4, 4), (60, 60), (999, 120)])
 def test_children_that_cannot_be_created_are_tried_again(
     starting: Status, ask: Callable[..., Decision], now: datetime, age: float, seconds: float
 ) -> None:
-    """Soon at first, since a job of the same name may be on its way out, then every ten seconds."""
+    """Soon at first, since a job of the same name may be on its way out, then more and more rarely: thousands of jobs
+    behind one quota would do nothing else."""
     decision = ask(
         starting(age, now, attempts=[began(age, now)]),
         [],

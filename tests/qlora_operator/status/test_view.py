@@ -39,15 +39,48 @@ def test_job_and_pods_are_the_current_attempts(
     jobs = [
         make_attempt_job(0),
         make_attempt_job(1, controlled=False),
-        make_attempt_job(1, name="mine", uid="mine"),
+        make_attempt_job(1, uid="mine"),
     ]
-    pods = [make_pod(0, 0), make_pod(0, 1), make_pod(1, 1, phase="Failed")]
+    own = [make_pod(index, 1, owner_uid="mine") for index in (0, 1)]
+    pods = [make_pod(0, 0), own[0], dataclasses.replace(own[1], phase="Failed")]
     view = make_view({"attempt": 1, "attempts": [{"attempt": 1}]}, jobs, pods)
 
     assert view.attempt_job is jobs[2]
     assert view.pods == pods[1:]
     assert view.active_pods == pods[:2]
     assert view.other_jobs == [jobs[0]]
+
+
+@pytest.mark.parametrize(
+    ("forged", "known"),
+    [
+        ({"name": "other"}, None),
+        ({"uid": "forged"}, "job-uid-1"),
+        ({"attempt": 0}, None),
+    ],
+    ids=["another name", "another uid than the one in the status", "another attempt"],
+)
+def test_a_forged_job_ends_no_attempt(
+    make_view: MakeView, make_attempt_job: Any, forged: dict[str, Any], known: str | None
+) -> None:
+    """Whoever may create Jobs may give them labels and an owner; a complete one would be a trained adapter."""
+    status = {"attempt": 1, "attempts": [{"attempt": 1, "jobUid": known}]}
+    real, fake = make_attempt_job(1), make_attempt_job(**{"attempt": 1, "complete": True, **forged})
+
+    assert make_view(status, [fake, real]).attempt_job is real
+    assert make_view(status, [fake]).attempt_job is None
+
+
+@pytest.mark.parametrize(("owner", "believed"), [("job-uid-0", True), ("other", False), (None, False)])
+def test_a_pod_is_believed_if_the_attempts_job_has_made_it(
+    make_view: MakeView, make_attempt_job: Any, make_pod: Any, owner: str | None, *, believed: bool
+) -> None:
+    """A pod that only carries the labels says nothing for the attempt; but it is one that may still run."""
+    pod = make_pod(0, 0, owner_uid=owner)
+    view = make_view({"attempt": 0, "attempts": [{"attempt": 0}]}, [make_attempt_job(0)], [pod])
+
+    assert view.pods == ([pod] if believed else [])
+    assert view.active_pods == [pod]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from qlora_operator.api.names import Reason
 from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage, WarningEvent
 from qlora_operator.status.waiting import is_quota_error, waiting_for
 
-JOB = AttemptJob("job-a0", "g", 0, controlled=True)
+JOB = AttemptJob("job-a0", "job-uid-0", 0, controlled=True)
 
 
 def pod(index: int, phase: str = "Pending", **facts: str | ReasonMessage | None) -> Pod:
     """A pod of attempt 0."""
-    return Pod(f"p{index}", f"u{index}", 0, index, phase, **facts)  # type: ignore[arg-type]
+    return Pod(f"p{index}", f"u{index}", 0, index, phase, owner_uid=JOB.uid, **facts)  # type: ignore[arg-type]
 
 
 UP = pod(0, "Running", node="n")
@@ -25,8 +25,10 @@ CONFIG = pod(1, node="n", waiting=ReasonMessage("CreateContainerConfigError", 's
 NO_ROOM = pod(1, unschedulable="0/3 nodes are available: 3 Insufficient cpu.")
 NO_CLAIM = pod(1, unschedulable='0/3 nodes are available: persistentvolumeclaim "w" not found.')
 UNBOUND = pod(1, unschedulable="0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims.")
-QUOTA = WarningEvent("FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "g")
-WEBHOOK = WarningEvent("FailedCreate", "admission webhook denied the request", "g")
+QUOTA = WarningEvent(
+    "FailedCreate", 'pods "p" is forbidden: exceeded quota: q, requested: pods=1', "job-uid-0"
+)
+WEBHOOK = WarningEvent("FailedCreate", "admission webhook denied the request", "job-uid-0")
 MOUNT = WarningEvent("FailedMount", "MountVolume.SetUp failed", "u1")
 SANDBOX = WarningEvent("FailedCreatePodSandBox", "no network", "u1")
 SCHEDULING = WarningEvent("FailedScheduling", "0/3 nodes are available", "u1")
@@ -130,6 +132,6 @@ def test_a_transfer_waits_for_one_pod(make_view: Callable[..., Any], stage: str)
     there = pod(0, node="n", waiting=ReasonMessage("ContainerCreating", ""))
     mount = WarningEvent("FailedMount", 'secret "hub" not found', "u0")
 
-    waiting = waiting_for(make_view(status, [], [there], warnings=(mount, QUOTA)), JOB)
+    waiting = waiting_for(make_view(status, [JOB], [there], warnings=(mount, QUOTA)), JOB)
 
     assert waiting == ReasonMessage(Reason.VOLUME_NOT_READY, 'pod p0 on node n: secret "hub" not found')
