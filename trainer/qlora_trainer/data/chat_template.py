@@ -161,13 +161,24 @@ class ChatTemplate:
         except (DataError, ModelError, ConfigurationError):
             return set()  # said of a record, with its place
         found = set()
+        framed = True
         for answer in answers:
             behind = text.find(answer) + len(answer)
             token = self.special.search(text, behind)
             if behind < len(answer) or token is None or text[behind : token.start()].strip():
                 return set()
             found.add(token.group())
-        if len(found) > 1 or text.startswith(tuple(found)) or any(token in header for token in found):
+            # A frame around answers: what ends the turn stands right behind it, and is known already.
+            after: re.Match[str] | None = token
+            while after and after.group() not in self._stops:
+                after = self.special.match(text, after.end())
+            framed = framed and after is not None
+        if (
+            framed
+            or len(found) > 1
+            or text.startswith(tuple(found))
+            or any(token in header for token in found)
+        ):
             return set()
         return found
 
