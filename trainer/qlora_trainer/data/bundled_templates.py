@@ -178,8 +178,8 @@ def _same_with_tools(own: ChatTemplate, other: ChatTemplate) -> bool:
         mine, theirs = (_written(template, chat, _TOOLS, prompt=True) for template in (own, other))
         if mine is None or mine != theirs:
             return False
-    calls = [_written(template, [_QUESTION, _CALL], _TOOLS) for template in (own, other)]
-    if not _same_turn(*calls, other, thinks=True):
+    mine, theirs = (_written(template, [_QUESTION, _CALL], _TOOLS) for template in (own, other))
+    if not _same_turn(mine, theirs, other, thinks=True):
         return False
     # Behind the call: what comes before it may have a thought that the own template drops.
     results = [

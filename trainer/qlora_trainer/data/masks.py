@@ -59,7 +59,6 @@ def supervised_turns(
     messages = chat.messages[: numbers[-1] + 1]
     text, marked = template.render(messages, location, tools=chat.tools)
     shown = Chat(messages, chat.tools)
-    _check_given(shown, text, location)
     if template.has_markers:
         spans = _marked_spans(shown, numbers, text, marked, template, location)
     else:
@@ -72,6 +71,7 @@ def supervised_turns(
         turn = Turn(start, _end(text, start, stop, template, where))
         _check_said(messages[number], text[start : turn.end[0]], template, where)
         turns.append(turn)
+    _check_given(shown, text, location)
     return text, tuple(turns)
 
 
