@@ -1,13 +1,15 @@
 """Chat templates for training."""
 
 import datetime
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from families import BUNDLED, Family, tokenizer_of
-from qlora_trainer.data.bundled_templates import TEMPLATES, bundled_template
+from qlora_trainer.data.bundled_templates import REPLACEMENTS, TEMPLATES, bundled_template
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
 from qlora_trainer.data.records import Chat, Message, Record
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions, render
@@ -458,3 +460,21 @@ def test_a_template_that_there_is_not_is_refused(byte_tokenizer: Make) -> None:
         ConfigurationError, match=r"no bundled template is called 'qwen9'; there are chatml, .*qwen3"
     ):
         bundled_template("qwen9", byte_tokenizer())
+
+
+def test_the_documentation_lists_every_template_and_what_it_can_do() -> None:
+    """Each with thoughts and tools where the table of conversations has them, and whether `auto` takes it."""
+    page = Path(__file__).parents[3] / "docs/conversations.md"
+    table = page.read_text().partition("| Bundled template |")[2].partition("\n\n")[0]
+    rows = [
+        [cell.strip() for cell in line.replace("\\|", "!").split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
+
+    assert sorted(row[0].strip("`") for row in rows) == sorted(TEMPLATES)
+    for name, _, thoughts, tools, replaces in rows:
+        family = FAMILIES[name.strip("`")]
+        assert bool(thoughts) == (family.thought is not None), name
+        assert bool(tools) == (family.calls is not None), name
+        assert bool(replaces) == (family.name in REPLACEMENTS), name

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 
-_REPLACEMENTS = (
+REPLACEMENTS = (
     "qwen3",
     "qwen3-thinking",
     "qwen3-5",
@@ -68,7 +68,7 @@ def bundled_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str | N
         return None if name == AUTO else TEMPLATES[name]
     if name != AUTO:
         return borrowed(TEMPLATES[name], own, tokenizer)
-    for candidate in _REPLACEMENTS:
+    for candidate in REPLACEMENTS:
         text = borrowed(TEMPLATES[candidate], own, tokenizer)
         if _writes_the_same(own, ChatTemplate(tokenizer, TemplateSettings(text))):
             return text
