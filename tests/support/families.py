@@ -166,7 +166,10 @@ def _json_calls(between: str) -> Callable[[Message, str], str]:
     """Calls as Qwen's and Hermes' templates write them."""
 
     def write(message: Message, answer: str) -> str:
-        calls = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in _functions(message)]
+        calls = [
+            f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+            for call in _functions(message)
+        ]
         return answer + between * bool(answer) + "\n".join(calls) + "<|im_end|>"
 
     return write
@@ -195,7 +198,10 @@ def _glm_calls(message: Message, answer: str) -> str:
 
 def _mistral_calls(space: str) -> Callable[[Message, str], str]:
     def write(message: Message, answer: str) -> str:
-        calls = [json.dumps(call["function"] | {"id": call["id"]}) for call in message.extra["tool_calls"]]
+        calls = [
+            json.dumps(call["function"] | {"id": call["id"]}, ensure_ascii=False)
+            for call in message.extra["tool_calls"]
+        ]
         return f"[TOOL_CALLS]{space}[{', '.join(calls)}]</s>"
 
     return write

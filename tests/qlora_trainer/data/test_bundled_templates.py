@@ -1,7 +1,6 @@
 """Chat templates for training."""
 
 import datetime
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
