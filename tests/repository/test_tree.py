@@ -38,6 +38,7 @@ WITHOUT_SOURCE = {
 }
 """Folders of tests of the whole, or of a package's parts together."""
 OF_SEVERAL_FILES = {
+    "tests/qlora_trainer/data/test_conversation_table.py",
     "tests/qlora_trainer/modeling/test_parity.py",
     "tests/qlora_operator/status/test_reads.py",
 }

@@ -1,21 +1,23 @@
 """Chat templates for training."""
 
+import datetime
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qlora_trainer.data.bundled_templates import TEMPLATES, bundled_template
+from families import BUNDLED, Family, tokenizer_of
+from qlora_trainer.data.bundled_templates import REPLACEMENTS, TEMPLATES, bundled_template
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
 from qlora_trainer.data.records import Chat, Message, Record
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions, render
-from qlora_trainer.errors import ConfigurationError
+from qlora_trainer.errors import ConfigurationError, DataError
 
 pytestmark = pytest.mark.process
 
 Make = Callable[..., Any]
-CHATML = ("<s>", "<|im_start|>", "<|im_end|>")
-GEMMA = ("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>")
+FAMILIES = {family.name: family for family in BUNDLED}
 SYSTEM, QUESTION, ANSWER = (
     Message("system", "Be brief."),
     Message("user", "Why?"),
@@ -23,135 +25,296 @@ SYSTEM, QUESTION, ANSWER = (
 )
 THOUGHT = Message("assistant", "So.", {"reasoning_content": "Hm."})
 INLINE = Message("assistant", "<think>\nHm.\n</think>\n\nSo.")
-
-
-def _of(name: str, byte_tokenizer: Make) -> Any:
-    """A tokenizer with the marks of a template."""
-    if name == "gemma":
-        return byte_tokenizer(None, marks=GEMMA, eos="<eos>")
-    if name == "plain":
-        return byte_tokenizer(None, marks=("<s>", "</s>"), eos="</s>")
-    return byte_tokenizer(None, marks=CHATML)
-
-
-# What the families' own templates write of these conversations.
-@pytest.mark.parametrize(
-    ("name", "messages", "prompt", "text"),
-    [
-        (
-            "chatml",
-            [SYSTEM, QUESTION, ANSWER, QUESTION],
-            True,
-            (
-                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-                "<|im_start|>assistant\nSo.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-            ),
-        ),
-        (
-            "qwen3",
-            [SYSTEM, QUESTION, ANSWER],
-            False,
-            (
-                "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-                "<|im_start|>assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n"
-            ),
-        ),
-        ("qwen3", [QUESTION], True, "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
-        (
-            "qwen3-thinking",
-            [QUESTION],
-            True,
-            "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\n",
-        ),
-        (
-            "gemma",
-            [SYSTEM, Message("user", " Why? "), ANSWER, QUESTION],
-            True,
-            (
-                "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\nSo.<end_of_turn>\n"
-                "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
-            ),
-        ),
-        (
-            "plain",
-            [SYSTEM, QUESTION, ANSWER],
-            False,
-            "<s>System: Be brief.\n\nUser: Why?\n\nAssistant: So.</s>\n\n",
-        ),
-        *(
-            (
-                name,
-                [QUESTION, said],
-                False,
-                "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>\nHm.\n</think>\n\nSo.<|im_end|>\n",
-            )
-            for name in ("qwen3", "qwen3-thinking")
-            for said in (THOUGHT, INLINE)
-        ),
-    ],
+CALL = Message(
+    "assistant",
+    "",
+    {
+        "tool_calls": [
+            {"type": "function", "id": "abcdefghi", "function": {"name": "find", "arguments": {"word": "a"}}}
+        ]
+    },
 )
-def test_a_conversation_is_written_as_the_family_writes_it(
-    byte_tokenizer: Make, name: str, messages: list[Message], prompt: bool, text: str
-) -> None:
-    """Where a family's own template is well defined the bundled one writes the same, byte for byte."""
-    template = ChatTemplate(_of(name, byte_tokenizer), TemplateSettings(TEMPLATES[name]))
-
-    assert template.render(messages, "", prompt=prompt)[0] == text
+RESULT = Message("tool", "Here.", {"name": "find", "tool_call_id": "abcdefghi"})
+TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+DAY = datetime.datetime(2026, 3, 4, tzinfo=datetime.UTC)
 
 
-def test_thinking_may_be_turned_off(byte_tokenizer: Make) -> None:
-    """With enable_thinking off the empty thought is part of what the model is asked with, so it is not learned."""
-    settings = TemplateSettings(TEMPLATES["qwen3"], {"enable_thinking": False})
-    chat = Chat((QUESTION, ANSWER))
-    [sample] = Tokenization(_of("qwen3", byte_tokenizer), 1000, TokenizationOptions(settings)).samples(
-        [Record("f", chat, b"")]
-    )
+def _rendering(name: str, text: str | None = None) -> ChatTemplate:
+    return ChatTemplate(tokenizer_of(FAMILIES[name]), TemplateSettings(text or TEMPLATES[name], clock=DAY))
 
-    runs = render(sample.ids, sample.mask, _of("qwen3", byte_tokenizer))
-    assert [text for text, supervised in runs if supervised] == ["So.<|im_end|>"]
+
+PAIRS = {
+    "chatml": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+        "So.<|im_end|>\n",
+    ),
+    "qwen3": (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\nHm.\n</think>\n\nSo.<|im_end|>\n",
+    ),
+    "qwen3-thinking": (
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n"
+        ),
+        "Hm.\n</think>\n\nSo.<|im_end|>\n",
+    ),
+    "qwen3-5": (
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n"
+        ),
+        "Hm.\n</think>\n\nSo.<|im_end|>\n",
+    ),
+    "qwen3-5-small": (
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+            "<think>\n\n</think>\n\n"
+        ),
+        "So.<|im_end|>\n",
+    ),
+    "deepseek-r1": (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Why?<｜Assistant｜><think>\n",
+        "Hm.\n</think>\n\nSo.<｜end▁of▁sentence｜>",
+    ),
+    "gemma": (
+        "<bos><start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+        "So.<end_of_turn>\n",
+    ),
+    "glm-4": (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nWhy?<|assistant|>\n",
+        "So.<|user|>",
+    ),
+    "glm-4-5": (
+        "[gMASK]<sop><|system|>\nBe brief.<|user|>\nWhy?<|assistant|>",
+        "\n<think>Hm.</think>\nSo.<|user|>",
+    ),
+    "gpt-oss": (
+        (
+            "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge "
+            "cutoff: 2024-06\nCurrent date: 2026-03-04\n\nReasoning: medium\n\n# Valid channels: analysis, "
+            "commentary, final. Channel must be included for every message.<|end|><|start|>developer<|message|># "
+            "Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Why?<|end|><|start|>assistant"
+        ),
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>So.<|return|>",
+    ),
+    "granite": (
+        (
+            "<|start_of_role|>system<|end_of_role|>Be brief.<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>"
+            "Why?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>"
+        ),
+        "So.<|end_of_text|>\n",
+    ),
+    "llama-3": (
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>"
+            "assistant<|end_header_id|>\n\n"
+        ),
+        "So.<|eot_id|>",
+    ),
+    "llama-3-1": (
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+            "2023\nToday Date: 26 Jul 2024\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        "So.<|eot_id|>",
+    ),
+    "llama-3-2": (
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+            "2023\nToday Date: 04 Mar 2026\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "Why?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        "So.<|eot_id|>",
+    ),
+    "mistral": (
+        "<s>[INST] Be brief.\n\nWhy?[/INST]",
+        " So.</s>",
+    ),
+    "mistral-nemo": (
+        "<s>[INST]Be brief.\n\nWhy?[/INST]",
+        "So.</s>",
+    ),
+    "mistral-large": (
+        "<s>[SYSTEM_PROMPT] Be brief.[/SYSTEM_PROMPT][INST] Why?[/INST]",
+        " So.</s>",
+    ),
+    "mistral-small": (
+        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Why?[/INST]",
+        "So.</s>",
+    ),
+    "olmo-2": (
+        "<|endoftext|><|system|>\nBe brief.\n<|user|>\nWhy?\n<|assistant|>\n",
+        "So.<|endoftext|>",
+    ),
+    "olmo-3": (
+        (
+            "<|im_start|>system\nBe brief. You do not currently have access to any functions. "
+            "<functions></functions><|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        "<think>Hm.</think>So.<|im_end|>",
+    ),
+    "olmo-3-think": (
+        (
+            "<|im_start|>system\nBe brief. You do not currently have access to any functions. "
+            "<functions></functions><|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n<think>"
+        ),
+        "Hm.</think>So.<|im_end|>",
+    ),
+    "phi-3": (
+        "<|system|>\nBe brief.<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n",
+        "So.<|end|>\n<|endoftext|>",
+    ),
+    "phi-4-mini": (
+        "<|system|>Be brief.<|end|><|user|>Why?<|end|><|assistant|>",
+        "So.<|end|><|endoftext|>",
+    ),
+    "phi-4": (
+        (
+            "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Why?<|im_end|><|im_start|>"
+            "assistant<|im_sep|>"
+        ),
+        "So.<|im_end|>",
+    ),
+    "plain": (
+        "<s>System: Be brief.\n\nUser: Why?\n\nAssistant: ",
+        "So.</s>\n\n",
+    ),
+    "smollm-3": (
+        (
+            "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: 04 March 2026\n"
+            "Reasoning Mode: /think\n\n## Custom Instructions\n\nBe brief.\n\n<|im_start|>user\nWhy?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        ),
+        "<think>\nHm.\n</think>\nSo.<|im_end|>\n",
+    ),
+}
+"""What the families' own templates write of a system's words and a question when the model is asked, and of an answer
+to it that is the last; with a thought where the family thinks. GLM's write no end; it is the mark that comes next."""
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_written_as_the_family_writes_it(name: str) -> None:
+    """Where a family's own template is well defined the bundled one writes the same, byte for byte."""
+    template = _rendering(name)
+    asked, said = PAIRS[name]
+    answer = THOUGHT if FAMILIES[name].thought else ANSWER
+
+    assert template.render([SYSTEM, QUESTION], "", prompt=True)[0] == asked
+    assert template.render([SYSTEM, QUESTION, answer], "")[0] == asked + said
+
+
 @pytest.mark.parametrize(
-    "messages",
+    ("name", "call", "result"),
     [
-        (QUESTION, ANSWER),
-        (SYSTEM, QUESTION, ANSWER, QUESTION, ANSWER),
-        (QUESTION, SYSTEM, QUESTION, ANSWER, ANSWER, QUESTION),
-        (ANSWER, QUESTION, Message("assistant", "\n  indented\n")),
-        (QUESTION, THOUGHT, QUESTION, THOUGHT),
-        (QUESTION, INLINE, QUESTION, ANSWER),
+        (
+            "qwen3",
+            (
+                '<think>\n\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"word": "a"}}\n</tool_call>'
+                "<|im_end|>\n"
+            ),
+            "<|im_start|>user\n<tool_response>\nHere.\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "qwen3-5",
+            (
+                "\n</think>\n\n<tool_call>\n<function=find>\n<parameter=word>\na\n</parameter>\n</function>\n"
+                "</tool_call><|im_end|>\n"
+            ),
+            "<|im_start|>user\n<tool_response>\nHere.\n</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\n",
+        ),
+        (
+            "glm-4-5",
+            (
+                "\n<think></think>\n<tool_call>find\n<arg_key>word</arg_key>\n<arg_value>a</arg_value>\n</tool_call>"
+                "<|observation|>"
+            ),
+            "\n<tool_response>\nHere.\n</tool_response><|assistant|>",
+        ),
+        (
+            "mistral",
+            '[TOOL_CALLS] [{"name": "find", "arguments": {"word": "a"}, "id": "abcdefghi"}]</s>',
+            '[TOOL_RESULTS] {"content": Here., "call_id": "abcdefghi"}[/TOOL_RESULTS]',
+        ),
+        (
+            "mistral-nemo",
+            '[TOOL_CALLS][{"name": "find", "arguments": {"word": "a"}, "id": "abcdefghi"}]</s>',
+            '[TOOL_RESULTS]{"content": Here., "call_id": "abcdefghi"}[/TOOL_RESULTS]',
+        ),
     ],
 )
-def test_every_turn_is_learned_with_its_end(
-    byte_tokenizer: Make, name: str, messages: tuple[Message, ...]
-) -> None:
-    """Whatever the order of turns, every bundled template can be masked; those without thoughts refuse them."""
-    tokenizer = _of(name, byte_tokenizer)
-    thoughts = name.startswith("qwen3")
-    if not thoughts:
-        messages = tuple(Message(message.role, message.content) for message in messages)
-    tokenization = Tokenization(tokenizer, 1000, TokenizationOptions(TemplateSettings(TEMPLATES[name])))
-    [sample] = tokenization.samples([Record("f", Chat(messages), b"")])
+def test_a_call_of_a_tool_is_written_as_the_family_writes_it(name: str, call: str, result: str) -> None:
+    """The call as the assistant says it, its result, and what the assistant is asked to go on with."""
+    template = _rendering(name)
+    asked = template.render([QUESTION], "", prompt=True)[0]
 
-    learned = [text for text, supervised in render(sample.ids, sample.mask, tokenizer) if supervised]
-    end = {"gemma": "<end_of_turn>", "plain": "</s>"}.get(name, "<|im_end|>")
-    answers = [
-        message.content.split("</think>")[-1].strip() for message in messages if message.role == "assistant"
-    ]
-    assert len(learned) == len(answers)
-    for text, answer in zip(learned, answers, strict=True):
-        assert text.endswith(end)
-        assert text.removesuffix(end).strip().endswith(answer)
+    assert template.render([QUESTION, CALL, RESULT], "", prompt=True)[0] == asked + call + result
+
+
+def test_mistral_declares_tools_before_the_question() -> None:
+    """As its own template does."""
+    assert _rendering("mistral").render([QUESTION], "", tools=[TOOL], prompt=True)[0] == (
+        '<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]'
+        "[/AVAILABLE_TOOLS][INST] Why?[/INST]"
+    )
+
+
+def test_smollm3_is_told_by_the_systems_words_whether_to_think() -> None:
+    """Its own template takes /no_think and /system_override out of them."""
+    template = _rendering("smollm-3")
+    quiet = template.render([Message("system", "Be brief. /no_think"), QUESTION], "", prompt=True)[0]
+    bare = template.render([Message("system", "Hello /system_override"), QUESTION], "", prompt=True)[0]
+
+    assert "Reasoning Mode: /no_think\n\n## Custom Instructions\n\nBe brief.\n\n" in quiet
+    assert quiet.endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
+    assert bare.startswith("<|im_start|>system\nHello<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("name", ["gemma", "mistral", "mistral-nemo"])
+def test_a_systems_words_are_not_lost_where_no_question_follows(name: str) -> None:
+    """Families without a turn of the system have its words in the user's; before an answer they make one."""
+    template = _rendering(name)
+    asked = template.render([SYSTEM], "", prompt=True)[0]
+
+    assert "Be brief." in asked
+    assert template.render([SYSTEM, ANSWER], "")[0].startswith(asked)
+
+
+def test_thinking_may_be_turned_off() -> None:
+    """With enable_thinking off the empty thought is part of what the model is asked with, so it is not learned."""
+    settings = TemplateSettings(TEMPLATES["qwen3"], {"enable_thinking": False})
+    tokenizer = tokenizer_of(FAMILIES["qwen3"])
+    [sample] = Tokenization(tokenizer, 1000, TokenizationOptions(settings)).samples(
+        [Record("f", Chat((QUESTION, ANSWER)), b"")]
+    )
+
+    runs = render(sample.ids, sample.mask, tokenizer)
+    assert [text for text, supervised in runs if supervised] == ["So.<|im_end|>"]
 
 
 @pytest.mark.parametrize(
-    ("marks", "name"), [(CHATML, "chatml"), (GEMMA, "gemma"), (("<s>", "<|im_end|>"), "plain")]
+    ("marks", "name"),
+    [
+        *(
+            (family.marks, name)
+            for name, family in FAMILIES.items()
+            if name in ("chatml", "gemma", "gpt-oss")
+        ),
+        *((family.marks, name) for name, family in FAMILIES.items() if name in ("llama-3", "phi-4", "glm-4")),
+        ((*FAMILIES["granite"].marks, "<|end_of_text|>"), "granite"),
+        (FAMILIES["mistral-small"].marks, "mistral-small"),
+        (("<s>", "[INST]", "[/INST]"), "mistral-nemo"),
+        (("<s>", "[INST]", "[/INST]", "▁the"), "mistral"),
+        (("<s>", "<|im_end|>"), "plain"),
+    ],
 )
 def test_a_base_model_gets_the_template_of_its_tokens(
     byte_tokenizer: Make, marks: tuple[str, ...], name: str
 ) -> None:
     """A tokenizer without a template shows by its tokens for which one it was made."""
+    marks = (*marks, FAMILIES[name].eos) if name == "gpt-oss" else marks
     tokenizer = byte_tokenizer(None, marks=marks, eos=marks[-1])
 
     assert bundled_template("auto", tokenizer) == TEMPLATES[name]
@@ -162,32 +325,155 @@ OWN_THINKING = (
     "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ALWAYS_THINKING = OWN_THINKING.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+OWN_R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif "
+    "m.role == 'system' %}"
+    "{{ m.content }}{% else %}<｜Assistant｜>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% "
+    "endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+)
+OWN_MISTRAL = (
+    "{% set s = namespace(text='') %}{% if messages[0].role == 'system' %}{% set s.text = "
+    "messages[0].content + '\n\n' %}"
+    "{% endif %}{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ s.text if loop.last }}"
+    "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% "
+    "endif %}{% endfor %}"
+)
+OWN_GLM = (
+    "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
-    ("own", "name"),
+    ("family", "own", "name"),
     [
-        pytest.param(OWN_THINKING, "qwen3", id="drops thoughts"),
+        pytest.param("qwen3", OWN_THINKING, "qwen3", id="drops thoughts"),
+        pytest.param("qwen3", ALWAYS_THINKING, "qwen3-thinking", id="begins them"),
         pytest.param(
-            OWN_THINKING.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"),
-            "qwen3-thinking",
-            id="begins them",
+            "qwen3",
+            ALWAYS_THINKING.replace("m.content", "m.content | trim"),
+            "qwen3-5",
+            id="begins them and trims",
         ),
-        pytest.param(TEMPLATES["chatml"], None, id="is good as it is"),
-        pytest.param("Hello. " + OWN_THINKING, None, id="of another family"),
-        pytest.param("{{ raise_exception('no') }}", None, id="refuses all"),
+        pytest.param("deepseek-r1", OWN_R1, "deepseek-r1", id="splits at thoughts"),
+        pytest.param("mistral", OWN_MISTRAL, "mistral", id="moves the system's words"),
+        pytest.param(
+            "mistral",
+            OWN_MISTRAL.replace("[INST] ", "[INST]").replace("%} {{ m.content | trim", "%}{{ m.content"),
+            "mistral-nemo",
+            id="moves them, and has no spaces",
+        ),
+        pytest.param("glm-4", OWN_GLM, "glm-4", id="ends no turn"),
+        pytest.param("chatml", TEMPLATES["chatml"], None, id="is good as it is"),
+        pytest.param("qwen3", "Hello. " + OWN_THINKING, None, id="of another family"),
+        pytest.param(
+            "qwen3",
+            OWN_THINKING.replace("assistant\n{% endif", "assistant\n\n{% endif"),
+            None,
+            id="asks otherwise",
+        ),
+        pytest.param("mistral", OWN_MISTRAL.replace("[/INST]", "[/INST] "), None, id="with other spaces"),
+        pytest.param("chatml", "{{ raise_exception('no') }}", None, id="refuses all"),
     ],
 )
-def test_auto_replaces_a_template_that_writes_the_same(
-    byte_tokenizer: Make, own: str, name: str | None
-) -> None:
+def test_auto_replaces_a_template_that_writes_the_same(family: str, own: str, name: str | None) -> None:
     """A model gets a bundled template only where that writes plain conversations as its own does."""
-    assert bundled_template("auto", byte_tokenizer(own)) == (TEMPLATES[name] if name else None)
+    tokenizer = tokenizer_of(FAMILIES[family])
+    tokenizer.chat_template = own
+
+    assert bundled_template("auto", tokenizer) == (TEMPLATES[name] if name else None)
+
+
+DECLARES = (
+    "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "You have \"tools\" - use them:{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '\n' }}As you like."
+    "<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response><|im_end|>\n{% elif not (tools and loop.first and m.role == 'system') %}<|im_start|>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls %}<tool_call>\n{{ c.function | tojson }}"
+    "\n</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _own_and_auto(family: Family, own: str) -> tuple[ChatTemplate, ChatTemplate]:
+    tokenizer = tokenizer_of(family)
+    tokenizer.chat_template = own
+    text = bundled_template("auto", tokenizer)
+    assert text is not None
+    return ChatTemplate(tokenizer, TemplateSettings(clock=DAY)), ChatTemplate(
+        tokenizer, TemplateSettings(text, clock=DAY)
+    )
+
+
+def test_what_a_model_says_around_tools_is_taken_from_its_own_template() -> None:
+    """The bundled template then declares tools word for word as the model's own does, whatever it says."""
+    own, auto = _own_and_auto(FAMILIES["qwen3"], DECLARES)
+
+    assert auto.source.endswith(TEMPLATES["qwen3"])
+    for chat in ([QUESTION], [SYSTEM, QUESTION]):
+        written = own.render(chat, "", tools=[TOOL], prompt=True)[0]
+        assert 'You have "tools" - use them' in written
+        assert auto.render(chat, "", tools=[TOOL], prompt=True)[0] == written
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param(DECLARES.replace("tool | tojson", "tool.function | tojson"), id="declared otherwise"),
+        pytest.param(DECLARES.replace("<tool_response>", "<result>"), id="other results"),
+        pytest.param(DECLARES.replace("<tool_call>", "<call>"), id="other calls"),
+    ],
+)
+def test_tools_that_a_model_has_written_otherwise_are_refused(own: str) -> None:
+    """A bundled template takes no words over from a template that does not write tools as it would."""
+    _, auto = _own_and_auto(FAMILIES["qwen3"], own)
+
+    with pytest.raises(
+        DataError, match="this bundled template has a place for tools only with a model whose own"
+    ):
+        auto.render([QUESTION], "f: line 1", tools=[TOOL])
+
+
+def test_what_a_model_says_in_place_of_a_systems_words_is_taken_from_its_own_template() -> None:
+    """Also where the template is named; the day in it is that of the job's first attempt."""
+    own = (
+        "[SYSTEM_PROMPT]{{ messages[0].content if messages[0].role == 'system' else 'Be \"kind\"\n' }}[/SYSTEM_PROMPT]"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
+        "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(FAMILIES["mistral-small"])
+    tokenizer.chat_template = "{{ bos_token }}" + own
+    text = bundled_template("mistral-small", tokenizer)
+
+    written = ChatTemplate(tokenizer, TemplateSettings(text)).render([QUESTION], "", prompt=True)[0]
+    assert written == '<s>[SYSTEM_PROMPT]Be "kind"\n[/SYSTEM_PROMPT][INST]Why?[/INST]'
 
 
 def test_a_template_that_there_is_not_is_refused(byte_tokenizer: Make) -> None:
     """The error lists those that there are."""
     with pytest.raises(
-        ConfigurationError, match=r"no bundled template is called 'qwen9'; there are chatml, qwen3"
+        ConfigurationError, match=r"no bundled template is called 'qwen9'; there are chatml, .*qwen3"
     ):
         bundled_template("qwen9", byte_tokenizer())
+
+
+def test_the_documentation_lists_every_template_and_what_it_can_do() -> None:
+    """Each with thoughts and tools where the table of conversations has them, and whether `auto` takes it."""
+    page = Path(__file__).parents[3] / "docs/conversations.md"
+    table = page.read_text().partition("| Bundled template |")[2].partition("\n\n")[0]
+    rows = [
+        [cell.strip() for cell in line.replace("\\|", "!").split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| `")
+    ]
+
+    assert sorted(row[0].strip("`") for row in rows) == sorted(TEMPLATES)
+    for name, _, thoughts, tools, replaces in rows:
+        family = FAMILIES[name.strip("`")]
+        assert bool(thoughts) == (family.thought is not None), name
+        assert bool(tools) == (family.calls is not None), name
+        assert bool(replaces) == (family.name in REPLACEMENTS), name

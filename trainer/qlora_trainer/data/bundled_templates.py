@@ -1,14 +1,11 @@
-"""Chat templates for training: for models whose own cannot be masked, and for base models that have none.
+"""Which of the trainer's own chat templates a job gets: the one that it names, or the one that fits its model."""
 
-Each writes what the family's own template writes of a question, of what precedes it and of an answer to it, where that
-is well defined. It differs where the own one writes a turn otherwise once others follow it (drops a thought, moves the
-system's words), or refuses a conversation without need: there a turn is written as it was when it was the last, so that
-every prompt is a beginning of the whole. None has a place for tools: what a family says around them is its own text.
-"""
-
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
+from qlora_trainer.data.family_templates import TEMPLATES as TEMPLATES
 from qlora_trainer.data.records import Message
 from qlora_trainer.errors import ConfigurationError, TrainerError
 
@@ -17,108 +14,35 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 
-_CHATML = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-# What a thinking model says: the thought is a key of the message, or stands in its content.
-_THOUGHT = """\
-{%- macro thought_and_answer(message) %}
-    {%- set thought = (message.reasoning_content or '') | string %}
-    {%- set answer = message.content %}
-    {%- if not thought and '</think>' in answer %}
-        {%- set thought = (answer.split('</think>') | first).split('<think>') | last %}
-        {%- set answer = answer.split('</think>') | last %}
-    {%- endif %}
-    {{- '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + answer.lstrip('\\n') }}
-{%- endmacro %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' + thought_and_answer(message) + '<|im_end|>\\n' }}
-    {%- elif message.role == 'tool' %}
-        {{- raise_exception('this template has no place for tools') }}
-    {%- else %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-"""
-
-_QWEN3 = (
-    _THOUGHT
-    + """\
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}
-"""
+REPLACEMENTS = (
+    "qwen3",
+    "qwen3-thinking",
+    "qwen3-5",
+    "qwen3-5-small",
+    "deepseek-r1",
+    "gemma",
+    "glm-4",
+    "glm-4-5",
+    "gpt-oss",
+    "mistral",
+    "mistral-nemo",
+    "olmo-3-think",
+    "smollm-3",
 )
-
-_QWEN3_THINKING = (
-    _THOUGHT
-    + """\
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n<think>\\n' }}
-{%- endif %}
-"""
-)
-
-# Gemma has no turn of the system: its words stand before those of the user.
-_GEMMA = """\
-{{- bos_token }}
-{%- set before = namespace(text='') %}
-{%- for message in messages %}
-    {%- if message.role == 'system' %}
-        {%- set before.text = before.text + message.content + '\\n\\n' %}
-    {%- elif message.role == 'assistant' %}
-        {{- '<start_of_turn>model\\n' + message.content | trim + '<end_of_turn>\\n' }}
-    {%- elif message.role == 'user' %}
-        {{- '<start_of_turn>user\\n' + before.text + message.content | trim + '<end_of_turn>\\n' }}
-        {%- set before.text = '' %}
-    {%- else %}
-        {{- raise_exception('this template has no place for tools') }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<start_of_turn>model\\n' }}
-{%- endif %}
-"""
-
-# For a tokenizer without marks for turns: words, which a base model can read, and its end of text behind answers.
-_PLAIN = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- 'Assistant: ' + message.content + eos_token + '\\n\\n' }}
-    {%- else %}
-        {{- message.role | capitalize + ': ' + message.content + '\\n\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- 'Assistant: ' }}
-{%- endif %}
-"""
-
-TEMPLATES = {
-    "chatml": _CHATML,
-    "qwen3": _QWEN3,
-    "qwen3-thinking": _QWEN3_THINKING,
-    "gemma": _GEMMA,
-    "plain": _PLAIN,
-}
-"""By the names that dataset.chatTemplate has for them."""
-
-_REPLACEMENTS = ("qwen3", "qwen3-thinking", "gemma")
-"""The templates that `auto` gives to models that have one of their own."""
-_MARKS = {
+"""The templates that `auto` gives to models that have one of their own: these families' own cannot be masked, refuse
+conversations without need, or leave things out of them."""
+_MARKS: dict[str, tuple[str, ...]] = {
+    "gpt-oss": ("<|start|>", "<|channel|>", "<|message|>", "<|return|>"),
+    "phi-4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+    "glm-4-5": ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<think>"),
+    "glm-4": ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
+    "mistral-small": ("[INST]", "[/INST]", "[SYSTEM_PROMPT]"),
+    "mistral": ("[INST]", "[/INST]", "▁the"),
+    "mistral-nemo": ("[INST]", "[/INST]"),
     "plain": (),
 }
 """The tokens by which a tokenizer without a template shows for which one it was made; the first that fits is taken."""
@@ -130,19 +54,23 @@ def bundled_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str | N
     Raises:
         ConfigurationError: there is none of this name.
     """
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name != AUTO:
+    if name != AUTO and name not in TEMPLATES:
         raise ConfigurationError(
             f"dataset.chatTemplate: no bundled template is called {name!r}; there are {', '.join(TEMPLATES)}, {AUTO}"
         )
     if tokenizer.chat_template is None:
         known = tokenizer.get_vocab()
-        return next(TEMPLATES[name] for name, marks in _MARKS.items() if known.keys() >= {*marks})
-    own = _specimens(ChatTemplate(tokenizer, TemplateSettings()))
-    for text in (TEMPLATES[name] for name in _REPLACEMENTS):
-        other = _specimens(ChatTemplate(tokenizer, TemplateSettings(text)))
-        if any(own) and all(mine in (None, theirs) for mine, theirs in zip(own, other, strict=True)):
+        fitting = (fit for fit, marks in _MARKS.items() if known.keys() >= {*marks})
+        return TEMPLATES[next(fitting) if name == AUTO else name]
+    try:
+        own = ChatTemplate(tokenizer, TemplateSettings())
+    except TrainerError:  # several, and none for conversations
+        return None if name == AUTO else TEMPLATES[name]
+    if name != AUTO:
+        return borrowed(TEMPLATES[name], own, tokenizer)
+    for candidate in REPLACEMENTS:
+        text = borrowed(TEMPLATES[candidate], own, tokenizer)
+        if _writes_the_same(own, ChatTemplate(tokenizer, TemplateSettings(text))):
             return text
     return None
 
@@ -152,18 +80,117 @@ _SYSTEM, _QUESTION, _ANSWER = (
     Message("user", "Is it?"),
     Message("assistant", "No."),
 )
+_CALL = Message(
+    "assistant",
+    "",
+    {
+        "tool_calls": [
+            {
+                "type": "function",
+                "id": "abcdefghi",
+                "function": {"name": "look_up", "arguments": {"word": "apple"}},
+            }
+        ]
+    },
+)
+_RESULT = Message("tool", "A fruit.", {"name": "look_up", "tool_call_id": "abcdefghi"})
+_PARAMETERS = {"type": "object", "properties": {"word": {"type": "string", "description": "a word"}}}
+_TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": name, "description": name, "parameters": _PARAMETERS}}
+    for name in ("look_up", "forget")
+]
 
 
-def _specimens(template: ChatTemplate) -> list[str | None]:
-    """What a template writes of plain conversations; None of one that it refuses."""
-    texts: list[str | None] = []
-    for messages, prompt in (
-        ([_QUESTION], True),
-        ([_SYSTEM, _QUESTION], True),
-        ([_QUESTION, _ANSWER], False),
-    ):
-        try:
-            texts.append(template.render(messages, "", prompt=prompt)[0])
-        except TrainerError:
-            texts.append(None)
-    return texts
+def _writes_the_same(own: ChatTemplate, other: ChatTemplate) -> bool:
+    """Whether two templates write the same wherever the first is well defined, but for what the second is there for."""
+    prompts = [(_written(own, chat, prompt=True), _written(other, chat, prompt=True)) for chat in _PROMPTS]
+    if not any(mine for mine, _ in prompts) or any(mine not in (None, theirs) for mine, theirs in prompts):
+        return False
+    asked = prompts[0][1] or ""
+    mine, theirs = (_written(template, [_QUESTION, _ANSWER]) for template in (own, other))
+    if not _same_turn(mine, theirs, other, thinks="<think>" in asked):
+        return False
+    # Of tools either both write the same, or the other one refuses them.
+    mine, theirs = (_written(template, [_QUESTION], _TOOLS, prompt=True) for template in (own, other))
+    return mine is None or theirs in (None, mine) or _TOOLS[0]["function"]["name"] not in mine
+
+
+_PROMPTS = ([_QUESTION], [_SYSTEM, _QUESTION], [Message("user", " Is it?\n ")])
+
+
+def _same_turn(mine: str | None, theirs: str | None, other: ChatTemplate, *, thinks: bool) -> bool:
+    """Whether two texts end with the same turn of the assistant.
+
+    An own template may leave out what ends the last turn, and an empty thought where the prompt has begun one.
+    """
+    if mine is None or theirs is None:
+        return mine is None
+    if thinks:
+        mine, theirs = (re.sub(r"<think>\s*</think>\s*", "", text) for text in (mine, theirs))
+    return mine == theirs or (
+        theirs.startswith(mine) and other.special.fullmatch(theirs[len(mine) :]) is not None
+    )
+
+
+def _written(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    prompt: bool = False,
+) -> str | None:
+    """What a template writes of a conversation; None of one that it refuses."""
+    try:
+        return template.render(messages, "", tools=tools, prompt=prompt)[0]
+    except TrainerError:
+        return None
+
+
+def borrowed(text: str, own: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A bundled template with the words that the model's own template says at the places that are open in it.
+
+    They are taken over only where the two then write the same. The result depends on the model's template no more.
+    """
+    for names, tools in ((("default_system",), []), (("tools_intro", "tools_outro"), _TOOLS[:1])):
+        if names[0] not in text:
+            continue
+        marks = {name: f"\x01{name}\x01" for name in names}
+        marked = ChatTemplate(tokenizer, TemplateSettings(_assignments(marks) + text))
+        theirs = _written(marked, [_QUESTION], tools, prompt=True)
+        mine = _written(own, [_QUESTION], tools, prompt=True)
+        if theirs is None or mine is None:
+            continue
+        pattern = re.escape(theirs)
+        for name, mark in marks.items():
+            pattern = pattern.replace(re.escape(mark), f"(?P<{name}>.*?)")
+        found = re.fullmatch(pattern, mine, re.DOTALL)
+        if found is None or not any(found.groupdict().values()):
+            continue
+        filled = _assignments(found.groupdict()) + text
+        if not tools or _same_with_tools(own, ChatTemplate(tokenizer, TemplateSettings(filled))):
+            text = filled
+    return text
+
+
+def _same_with_tools(own: ChatTemplate, other: ChatTemplate) -> bool:
+    """Whether two templates write tools, a call of one and its result alike."""
+    for chat in _PROMPTS:
+        mine, theirs = (_written(template, chat, _TOOLS, prompt=True) for template in (own, other))
+        if mine is None or mine != theirs:
+            return False
+    mine, theirs = (_written(template, [_QUESTION, _CALL], _TOOLS) for template in (own, other))
+    if not _same_turn(mine, theirs, other, thinks=True):
+        return False
+    # Behind the call: what comes before it may have a thought that the own template drops.
+    results = [
+        _written(template, [_QUESTION, _CALL, _RESULT], _TOOLS, prompt=True) for template in (own, other)
+    ]
+    if None in results:
+        return False
+    mine, theirs = (str(text).rpartition("apple")[2] for text in results)
+    return mine == theirs
+
+
+def _assignments(variables: Mapping[str, str]) -> str:
+    """The beginning of a template that sets variables. ASCII: Python and Jinja read such literals alike."""
+    return "".join(f"{{%- set {name} = {value!a} %}}\n" for name, value in variables.items())

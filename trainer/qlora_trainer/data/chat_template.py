@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
+from qlora_trainer.data import template_limits
 from qlora_trainer.data.records import Message
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 
@@ -99,32 +99,30 @@ class ChatTemplate:
                 "to one that writes them"
             )
         try:
-            # transformers keeps what it has compiled, and renders from there. It takes no function as a variable.
-            _compile_jinja_template(source).globals["strftime_now"] = self._clock.strftime
-            texts, spans = render_jinja_template(
-                [
-                    [
-                        {"role": message.role, "content": message.content, **message.extra}
-                        for message in messages
-                    ]
-                ],
+            template = template_limits.compiled(source)
+            template.globals["strftime_now"] = self._clock.strftime  # transformers' is of now
+            text, spans = template_limits.render(
+                template,
+                sum(len(message.content) for message in messages),
+                marked=self.has_markers,
+                messages=[_plain(message) for message in messages],
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=source,
                 add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.has_markers,
                 **self._variables,
             )
         except jinja2.TemplateSyntaxError as error:
             if self._given:
                 raise ConfigurationError(f"dataset.chatTemplate is not valid: {error}") from error
             raise ModelError(f"the model's chat template is not valid: {error}") from error
+        except template_limits.LimitError as error:
+            raise DataError(f"{location}: the chat template {error}, and was stopped") from error
         except Exception as error:  # a template is a program, and can fail in any way
             # In the template's own words alone: an error might repeat the conversation.
-            text = str(error)
-            own = isinstance(error, jinja2.TemplateError) and text and text in source
-            why = f": {text}" if own else f" with {type(error).__name__}"
+            said = str(error)
+            own = isinstance(error, jinja2.TemplateError) and said and said in source
+            why = f": {said}" if own else f" with {type(error).__name__}"
             raise DataError(f"{location}: the chat template refuses the conversation{why}") from error
-        return texts[0], tuple(spans[0]) if spans else ()
+        return text, tuple(spans)
 
     def header(
         self, before: Sequence[Message], location: str, tools: Sequence[Mapping[str, Any]] = ()
@@ -161,15 +159,33 @@ class ChatTemplate:
         except (DataError, ModelError, ConfigurationError):
             return set()  # said of a record, with its place
         found = set()
+        framed = True
         for answer in answers:
             behind = text.find(answer) + len(answer)
             token = self.special.search(text, behind)
             if behind < len(answer) or token is None or text[behind : token.start()].strip():
                 return set()
             found.add(token.group())
-        if len(found) > 1 or text.startswith(tuple(found)) or any(token in header for token in found):
+            # A frame around answers: what ends the turn stands right behind it, and is known already.
+            after: re.Match[str] | None = token
+            while after and after.group() not in self._stops:
+                after = self.special.match(text, after.end())
+            framed = framed and after is not None
+        if (
+            framed
+            or len(found) > 1
+            or text.startswith(tuple(found))
+            or any(token in header for token in found)
+        ):
             return set()
         return found
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates read it: transformers hands a thought to them under both of its names."""
+    thought = message.extra.get("reasoning_content")
+    also = {} if thought is None else {"thinking": thought}
+    return {"role": message.role, "content": message.content, **also, **message.extra}
 
 
 def _own_sources(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:

@@ -6,6 +6,7 @@ continue exactly from where it will be asked to. Either way the turn must hold a
 a token that the model stops at. What cannot be told apart with certainty is refused.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def supervised_turns(
         turn = Turn(start, _end(text, start, stop, template, where))
         _check_said(messages[number], text[start : turn.end[0]], template, where)
         turns.append(turn)
+    _check_given(shown, text, location)
     return text, tuple(turns)
 
 
@@ -93,11 +95,27 @@ def _prompted_spans(
     """(message, the end of the prompt that it answers, the end of the next prompt) of each of these messages."""
     prompts = []
     for number in numbers:
-        prompt, _ = template.render(chat.messages[:number], location, tools=chat.tools, prompt=True)
+        try:
+            prompt, _ = template.render(chat.messages[:number], location, tools=chat.tools, prompt=True)
+        except DataError as error:
+            if number > 0:
+                raise
+            raise DataError(
+                f"{location}: messages[0] is the assistant's, and the chat template cannot ask for it without a "
+                "message before it; put a turn of the user there, exclude the turn (weight: 0), or set "
+                "dataset.chatTemplate"
+            ) from error
         if not text.startswith(prompt):
+            thinks = (
+                "reasoning_content" in chat.messages[number].extra
+                or "<think>" in chat.messages[number].content
+            )
+            switch = "turn enable_thinking on in dataset.chatTemplateKwargs, or " * (
+                thinks and "enable_thinking" in template.source
+            )
             raise DataError(
                 f"{location}: the chat template writes what stands before messages[{number}] otherwise when the model "
-                f"is asked, so the tokens to learn cannot be determined; {REMEDY}"
+                f"is asked, so the tokens to learn cannot be determined; {switch}{REMEDY}"
             )
         prompts.append(len(prompt))
         if len(prompt) > limit:  # prompts only grow, and each costs as much as all before it
@@ -157,6 +175,38 @@ def _end(text: str, start: int, stop: int, template: ChatTemplate, where: str) -
     return found[-1]
 
 
+def _without_marks_at_end(text: str, template: ChatTemplate) -> str:
+    """A text without the special tokens and the white space that it ends with."""
+    marks = [match.span() for match in template.special.finditer(text)]
+    while True:
+        text = text.rstrip()
+        if not marks or marks[-1][1] < len(text):
+            return text
+        text = text[: marks.pop()[0]]
+
+
+def _check_given(chat: Chat, text: str, location: str) -> None:
+    """Raise DataError where a template passes over what the assistant is given: tools, or a turn of somebody else.
+
+    Told by a tool's name and a turn's longest word: templates trim and frame what they write, and escape it in JSON.
+    """
+    for i, tool in enumerate(chat.tools):
+        name = tool.get("function", tool).get("name")
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"{location}: the chat template leaves tools[{i}] out; set dataset.chatTemplate to one that writes them"
+            )
+    for i, message in enumerate(chat.messages):
+        if message.role == "assistant" or not (words := message.content.split()):
+            continue
+        word = max(words, key=len)
+        if word not in text and json.dumps(word, ensure_ascii=False)[1:-1] not in text:
+            raise DataError(
+                f"{location}: messages[{i}]: the chat template leaves this turn of the {message.role} out, so the "
+                f"model would learn to answer without it; {REMEDY}"
+            )
+
+
 def _check_said(message: Message, said: str, template: ChatTemplate, where: str) -> None:
     """Raise DataError unless a turn's text holds, and ends with, what the record has the assistant say."""
     if template.special.search(message.content):
@@ -176,7 +226,7 @@ def _check_said(message: Message, said: str, template: ChatTemplate, where: str)
     at = 0
     for words in (*thoughts, answer):
         at = said.find(words, at) + len(words) if words in said[at:] else len(said) + 1
-    if at > len(said) or not (calls or said.rstrip().endswith(answer)):
+    if at > len(said) or not (calls or _without_marks_at_end(said, template).endswith(answer)):
         raise DataError(
             f"{where}: the chat template changes what the assistant says, so the tokens to learn cannot be "
             f"determined; {REMEDY}"

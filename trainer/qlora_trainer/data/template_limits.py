@@ -1,0 +1,221 @@
+"""Chat templates run in a sandbox, and within limits.
+
+A template is a program that comes with a model, and its conversation comes from anywhere. transformers' environment
+keeps it from reaching beyond its data (jinja2's sandbox). This one keeps it, besides, from running or growing without
+end: every round of a loop and every call of a macro is counted, and every text that is put together is measured.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
+
+MAX_STEPS = 500_000
+"""Rounds of loops and calls of macros for one conversation. Templates of models take some per message; some look at
+every later message from each."""
+MAX_SECONDS = 120.0
+"""For what is slow otherwise: 100 times what the largest conversation takes on a slow machine."""
+MIN_CHARACTERS = 2**20
+"""Characters that any conversation may take to be put together, times COPIES."""
+COPIES = 128
+"""How often a text may be copied while it is put together: templates add a message at a time to what they have."""
+MAX_WIDTH = 100_000
+"""The largest number that a template may pad, indent or wrap with."""
+
+
+class LimitError(Exception):
+    """A template takes more than any conversation needs; says what."""
+
+
+class _Meter:
+    """What is left of the limits, while one conversation is written."""
+
+    def __init__(self) -> None:
+        self.begin(0)
+
+    def begin(self, given: int) -> None:
+        """Start anew, for a conversation of so many characters."""
+        self.steps = MAX_STEPS
+        self.characters = COPIES * max(MIN_CHARACTERS, given)
+        self.deadline = time.monotonic() + MAX_SECONDS
+
+    def step(self) -> None:
+        """One more round or call."""
+        self.steps -= 1
+        if self.steps < 0:
+            raise LimitError(f"takes more than {MAX_STEPS} steps")
+        if not self.steps % 64 and time.monotonic() > self.deadline:
+            raise LimitError(f"takes longer than {MAX_SECONDS:.0f} seconds")
+
+    def reserve(self, characters: int) -> None:
+        """A text, or a list, of so many is about to be made."""
+        self.characters -= characters
+        if self.characters < 0:
+            raise LimitError("puts together far more text than the conversation has")
+
+
+def _size(value: Sequence[Any]) -> int:
+    """Bytes, about."""
+    return len(value) if isinstance(value, str) else 8 * len(value)
+
+
+def _too_wide() -> NoReturn:
+    raise LimitError(f"pads, indents or wraps with a number above {MAX_WIDTH}")
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """transformers' environment for chat templates, with limits. Whatever exceeds them raises LimitError."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self, theirs: jinja2.Environment) -> None:
+        """With the extensions, filters and globals of another."""
+        super().__init__(
+            trim_blocks=theirs.trim_blocks,
+            lstrip_blocks=theirs.lstrip_blocks,
+            extensions=[type(extension) for extension in theirs.extensions.values()],
+        )
+        self.meter = _Meter()
+        self.filters.update({name: self._bounded(name, run) for name, run in theirs.filters.items()})
+        self.globals.update(theirs.globals)
+
+    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        return super()._generate(_Metered(self).visit(source), *args, **kwargs)
+
+    @property
+    def one_step(self) -> None:
+        """Counts a round of a loop, or a call of a macro: read there, since that costs less than a call."""
+        self.meter.step()
+
+    def join_texts(self, *parts: Any) -> str:
+        """The operator `~`."""
+        texts = [str(part) for part in parts]
+        self.meter.reserve(sum(map(len, texts)))
+        return "".join(texts)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operator, once it is known what it makes."""
+        match operator:
+            case "+" if isinstance(left, Sequence) and isinstance(right, Sequence):
+                self.meter.reserve(_size(left) + _size(right))
+            case "*":
+                for many, times in ((left, right), (right, left)):
+                    if isinstance(many, Sequence) and isinstance(times, int):
+                        self.meter.reserve(_size(many) * max(times, 0))
+            case "**" if not (isinstance(right, int | float) and abs(right) <= 64):
+                raise LimitError("raises a number to a power above 64")
+            case "%" if isinstance(left, str):
+                self._check_format(left)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """A call, once it is known what a method of a text makes."""
+        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own str.format around Python's
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, str):
+            __self._check(method.__name__, owner, args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def _bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        skipped = int(getattr(run, "jinja_pass_arg", None) is not None)
+
+        @wraps(run)
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            value, *more = args[skipped:]
+            self._check(name, value, more, kwargs)
+            return run(*args, **kwargs)
+
+        return bounded
+
+    def _check(self, name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Count what a filter, or a method of a text, is about to make."""
+        for argument in (*args, *kwargs.values()):
+            if (
+                isinstance(argument, int)
+                and argument > MAX_WIDTH
+                and name not in ("default", "d", "round", "int")
+            ):
+                _too_wide()
+        text = isinstance(value, str)
+        if text and name in ("format", "format_map"):
+            self._check_format(value)
+        texts = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, str)]
+        if text and name == "replace" and texts:
+            self.meter.reserve(len(value) + value.count(texts[0]) * len(texts[-1]))
+        elif name == "join":
+            # A text joins its argument, a filter joins its value.
+            glue, joined = (
+                (value, args[0])
+                if text and args and not isinstance(args[0], str)
+                else ("".join(texts), value)
+            )
+            count = len(joined) if hasattr(joined, "__len__") else 0
+            self.meter.reserve(len(glue) * count)
+        elif text:
+            self.meter.reserve(len(value))
+
+    @staticmethod
+    def _check_format(text: str) -> None:
+        if re.search(r"\d{6,}|\*", text):
+            _too_wide()
+
+
+class _Metered(NodeTransformer):
+    """Puts a count into every loop and macro, and measures what `~` joins."""
+
+    def __init__(self, environment: BoundedEnvironment) -> None:
+        self._environment = environment
+
+    def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:  # noqa: N802 - jinja2's name
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("one_step"), lineno=node.lineno))
+        return node
+
+    visit_Macro = visit_CallBlock = visit_For  # noqa: N815
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        join = nodes.EnvironmentAttribute("join_texts")
+        return nodes.Call(join, node.nodes, [], None, None, lineno=node.lineno, environment=self._environment)
+
+
+@lru_cache(maxsize=32)
+def compiled(source: str) -> jinja2.Template:
+    """A chat template within limits, as transformers would render it. Raises jinja2.TemplateSyntaxError."""
+    # Theirs is that of another template: even to compile this one there could take all memory.
+    return BoundedEnvironment(_compile_jinja_template("").environment).from_string(source)
+
+
+def render(
+    template: jinja2.Template, given: int, *, marked: bool, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the spans that generation markers are around.
+
+    Args:
+        template: of `compiled`.
+        given: characters of the conversation.
+        marked: whether it has generation markers.
+        variables: what the template may read; plain data.
+
+    Raises:
+        LimitError: it takes more than any conversation needs.
+        Exception: whatever else the template raises.
+    """
+    environment = template.environment
+    assert isinstance(environment, BoundedEnvironment)
+    environment.meter.begin(given)
+    if marked:
+        text, spans = _render_with_assistant_indices(template, documents=None, **variables)
+        return text, spans
+    pieces = []
+    for piece in template.generate(documents=None, **variables):
+        environment.meter.reserve(len(piece))
+        pieces.append(piece)
+    return "".join(pieces), []
