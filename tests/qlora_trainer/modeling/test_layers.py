@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_tiers import PASS_TIERS, running
-from qlora_trainer.modeling.layers import RmsNorm, _SwiGlu
+from qlora_trainer.modeling.layers import RmsNorm, Gated
 
 pytestmark = pytest.mark.process
 
@@ -43,7 +43,7 @@ def rms_norm_formula(x: Tensor, weight: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The layer's."""
-    result: Tensor = _SwiGlu.apply(gate, up)
+    result: Tensor = Gated.apply(gate, up)
     return result
 
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from model_folders import stock_model
 from qlora_contract.run_config import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.artifacts import adapter as adapter_module
 from qlora_trainer.data import packing
@@ -38,6 +39,7 @@ from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress import Progress, starting_report
 from qlora_trainer.training.loop import accumulate
 from qlora_trainer.training.objective import SupervisedFineTuning
+from small_models import SMALL_OF
 
 pytestmark = pytest.mark.process
 
@@ -125,8 +127,10 @@ def our_logits(model: BaseModel, samples: Samples, numbers: list[int]) -> list[T
     """Logits of each sample, all of them packed in one row."""
     batch = collate(samples, numbers)
     with torch.no_grad():
-        hidden = model.hidden_states(batch)
-        return list(torch.split(hidden @ model.head.float().t(), batch.lengths))
+        logits = model.hidden_states(batch) @ model.head.float().t()
+        if model.softcap is not None:
+            logits = torch.tanh(logits / model.softcap) * model.softcap
+        return list(torch.split(logits, batch.lengths))
 
 
 # --- theirs
@@ -143,9 +147,7 @@ def peft_model(folder: Path, scheme: Scheme, adapter: Path) -> Any:
         bnb_4bit_compute_dtype=torch.float32,
     )
     options: dict[str, Any] = {} if scheme == NONE else {"quantization_config": quantized}
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", **options
-    )
+    base = stock_model(folder, **options)
     return PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
 
 
@@ -265,6 +267,14 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, "partial_rotary_factor": 1.0,
+    "short_factor": [1.5] * 8, "long_factor": [4.0] * 8,
+}  # fmt: skip
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 CASES: dict[str, tuple[str, Scheme, str, list[str], dict[str, Any]]] = {
     "llama, double": ("llama", DOUBLE, "float32", ["all-linear"], {}),
     "llama, single": ("llama", NF4, "float32", ["all-linear"], {}),
@@ -285,6 +295,25 @@ CASES: dict[str, tuple[str, Scheme, str, list[str], dict[str, Any]]] = {
     "qwen3": ("qwen3", DOUBLE, "float32", ["all-linear"], {"head_dim": 32}),
     "mistral": ("mistral", DOUBLE, "float32", ["all-linear"], {"sliding_window": None}),
     "mistral, sliding": ("mistral", DOUBLE, "float32", ["all-linear"], SLIDING),
+    **{
+        f"{kind}, {'tied' if tied else 'untied'}": (kind, scheme, "float32", ["all-linear"], {"tie_word_embeddings": tied})
+        for kind in sorted(SMALL_OF.keys() - {"qwen3"})
+        for tied, scheme in ((True, DOUBLE), (False, NONE))
+    },
+    "gemma2, stored in bf16": ("gemma2", NF4, "bfloat16", ["all-linear"], {}),
+    "gemma3_text, stored in bf16": ("gemma3_text", NF4, "bfloat16", ["all-linear"], {}),
+    "gemma3, one whole path": (
+        "gemma3", NONE, "float32", ["model.language_model.layers.1.self_attn.q_proj", "down_proj"], {},
+    ),
+    "phi3, longrope": ("phi3", NONE, "float32", ["qkv_proj", "down_proj"], {"rope_parameters": LONGROPE}),
+    "phi3, partly rotated": (
+        "phi3", NONE, "float32", ["all-linear"],
+        {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "granitemoehybrid, without positions": (
+        "granitemoehybrid", NONE, "float32", ["all-linear"], {"position_embedding_type": None},
+    ),
+    "gemma3_text, linear": ("gemma3_text", NONE, "float32", ["q_proj"], {"rope_parameters": TWO_ROPES}),
 }  # fmt: skip
 
 
@@ -312,7 +341,7 @@ def pair(
     """A small model on both sides."""
     kind, scheme, dtype, targets, config = request.param
     root = tmp_path_factory.mktemp("pair")
-    folder = livelier(small_model(kind, dtype, **WIDE, **config), root / "model")
+    folder = livelier(small_model(kind, dtype, **{**WIDE, **config}), root / "model")
     return make_pair(folder, scheme, targets, random_samples(1000), root / "job")
 
 

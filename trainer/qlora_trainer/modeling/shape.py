@@ -13,7 +13,7 @@ from qlora_contract.run_config import Adapter
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.modeling.families import FAMILIES, read_config
+from qlora_trainer.modeling.families import read_model, rotary_parameters
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
@@ -23,8 +23,7 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
     Raises:
         ModelError: for a model or target modules that cannot be trained.
     """
-    config = read_config(folder)
-    head = FAMILIES[config.model_type].head
+    family, config = read_model(folder)
     try:
         with torch.device("meta"):
             graph = AutoModelForCausalLM.from_config(config)
@@ -33,14 +32,14 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
             f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)})"
         ) from error
     linears = {
-        name: (module.out_features, module.in_features)
+        family.public_name(name): (module.out_features, module.in_features)
         for name, module in graph.named_modules()
-        if isinstance(module, nn.Linear) and name != head
+        if isinstance(module, nn.Linear) and name != family.head
     }
     sizes = [prod(shape) for shape in linears.values()]
     return ModelShape(
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, family.intermediate),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -56,14 +55,20 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
 
 
 def positions(config: Any) -> int | None:
-    """The longest sequence, in tokens, by config.json; None where that does not say.
+    """The longest sample, in tokens, by config.json; None where that does not say.
 
     Scaled rotary embeddings reach `factor` times as far as the model was first trained to, whether or not
-    max_position_embeddings has been raised to that.
+    max_position_embeddings has been raised to that. With longrope, tokens of longer samples than those are rotated
+    otherwise, which samples beside them in a row must not be.
     """
     written = getattr(config, "max_position_embeddings", None)
     if written is None:
         return None
-    rope = getattr(config, "rope_parameters", None) or {}
+    return min(_reach(rope, int(written)) for rope in rotary_parameters(config))
+
+
+def _reach(rope: dict[str, Any], written: int) -> int:
     first = rope.get("original_max_position_embeddings") or written
-    return max(int(written), int(first * (rope.get("factor") or 1.0)))
+    if rope.get("rope_type") == "longrope":
+        return int(first)
+    return max(written, int(first * (rope.get("factor") or 1.0)))
