@@ -15,8 +15,8 @@ _VISION = {
     "patch_size": 4,
 }  # fmt: skip
 _YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 32, "beta_fast": 32.0,
-    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 32,
+    "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 _WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _GRANITE = {
@@ -31,6 +31,7 @@ SMALL_OF: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": _GEMMA3,
     "gemma3": {**_GEMMA3, "vision_config": _VISION},
+    "phi3": {},
     "glm": {"head_dim": 32, "attention_bias": True},
     "glm4": {"head_dim": 32, "attention_bias": True},
     "smollm3": {"no_rope_layers": [1, 0]},
@@ -39,6 +40,7 @@ SMALL_OF: dict[str, dict[str, Any]] = {
         **_GRANITE, "shared_intermediate_size": 128, "num_local_experts": 0, "num_experts_per_tok": 0,
         "layer_types": ["full_attention", "full_attention"], "position_embedding_type": "rope", "mamba_n_heads": 8,
     },
+    "olmo2": {},
     "olmo3": _WINDOW,
     "ministral": {**_WINDOW, "head_dim": 32},
     "ministral3": {"head_dim": 32, "rope_parameters": _YARN},

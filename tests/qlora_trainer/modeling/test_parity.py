@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
 from model_folders import stock_model
+from parity_cases import PARITY_CASES, WIDE
 from qlora_contract.run_config import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.artifacts import adapter as adapter_module
 from qlora_trainer.data import packing
@@ -39,11 +40,12 @@ from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress import Progress, starting_report
 from qlora_trainer.training.loop import accumulate
 from qlora_trainer.training.objective import SupervisedFineTuning
-from small_models import SMALL_OF
 
 pytestmark = pytest.mark.process
 
 NF4, DOUBLE, NONE = Nf4(double=False), Nf4(double=True), Unquantized()
+SCHEMES = {"nf4": NF4, "nf4, double": DOUBLE, "none": NONE}
+"""By the names in the table of cases."""
 LOSS_TOLERANCE = 1e-5
 """Difference of the mean losses."""
 GRADIENT_TOLERANCE = 1e-4
@@ -260,63 +262,6 @@ def livelier(folder: Path, to: Path) -> Path:
     return to
 
 
-WIDE = {"intermediate_size": 128, "initializer_range": 0.12}
-"""All widths multiples of 64 (bitsandbytes' AVX-512 dequantise needs it); weights large enough for lively attention."""
-SLIDING = {"sliding_window": 8}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40, "partial_rotary_factor": 1.0,
-    "short_factor": [1.5] * 8, "long_factor": [4.0] * 8,
-}  # fmt: skip
-TWO_ROPES = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-}
-CASES: dict[str, tuple[str, Scheme, str, list[str], dict[str, Any]]] = {
-    "llama, double": ("llama", DOUBLE, "float32", ["all-linear"], {}),
-    "llama, single": ("llama", NF4, "float32", ["all-linear"], {}),
-    "llama, unquantised": ("llama", NONE, "float32", ["all-linear"], {}),
-    "llama, stored in bf16": ("llama", DOUBLE, "bfloat16", ["all-linear"], {}),
-    "llama, untied": ("llama", DOUBLE, "float32", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, untied, bf16": ("llama", NF4, "bfloat16", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, scaled rope": ("llama", NONE, "float32", ["all-linear"], {"rope_parameters": LLAMA3}),
-    "llama, biases": ("llama", NF4, "float32", ["all-linear"], {"attention_bias": True, "mlp_bias": True}),
-    "llama, q and v": ("llama", DOUBLE, "float32", ["q_proj", "v_proj"], {}),
-    "llama, one whole path": ("llama", DOUBLE, "float32", ["model.layers.1.mlp.up_proj"], {}),
-    "llama, path and name": ("llama", NF4, "float32", ["model.layers.0.self_attn.o_proj", "down_proj"], {}),
-    "qwen2": ("qwen2", DOUBLE, "float32", ["all-linear"], {}),
-    "qwen2, sliding": (
-        "qwen2", NF4, "float32", ["all-linear"],
-        {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", DOUBLE, "float32", ["all-linear"], {"head_dim": 32}),
-    "mistral": ("mistral", DOUBLE, "float32", ["all-linear"], {"sliding_window": None}),
-    "mistral, sliding": ("mistral", DOUBLE, "float32", ["all-linear"], SLIDING),
-    **{
-        f"{kind}, {'tied' if tied else 'untied'}": (kind, scheme, "float32", ["all-linear"], {"tie_word_embeddings": tied})
-        for kind in sorted(SMALL_OF.keys() - {"qwen3"})
-        for tied, scheme in ((True, DOUBLE), (False, NONE))
-    },
-    "gemma2, stored in bf16": ("gemma2", NF4, "bfloat16", ["all-linear"], {}),
-    "gemma3_text, stored in bf16": ("gemma3_text", NF4, "bfloat16", ["all-linear"], {}),
-    "gemma3, one whole path": (
-        "gemma3", NONE, "float32", ["model.language_model.layers.1.self_attn.q_proj", "down_proj"], {},
-    ),
-    "phi3, longrope": ("phi3", NONE, "float32", ["qkv_proj", "down_proj"], {"rope_parameters": LONGROPE}),
-    "phi3, partly rotated": (
-        "phi3", NONE, "float32", ["all-linear"],
-        {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ),
-    "granitemoehybrid, without positions": (
-        "granitemoehybrid", NONE, "float32", ["all-linear"], {"position_embedding_type": None},
-    ),
-    "gemma3_text, linear": ("gemma3_text", NONE, "float32", ["q_proj"], {"rope_parameters": TWO_ROPES}),
-}  # fmt: skip
-
-
 @dataclass
 class Pair:
     """Both sides of a comparison, theirs already run."""
@@ -334,12 +279,13 @@ def make_pair(folder: Path, scheme: Scheme, targets: list[str], samples: Samples
     return Pair(ours, theirs, samples, run_theirs(theirs, samples))
 
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(scope="module", params=list(PARITY_CASES.values()), ids=list(PARITY_CASES))
 def pair(
     request: pytest.FixtureRequest, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Pair:
     """A small model on both sides."""
     kind, scheme, dtype, targets, config = request.param
+    scheme = SCHEMES[scheme]
     root = tmp_path_factory.mktemp("pair")
     folder = livelier(small_model(kind, dtype, **{**WIDE, **config}), root / "model")
     return make_pair(folder, scheme, targets, random_samples(1000), root / "job")

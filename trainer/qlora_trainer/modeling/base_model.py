@@ -25,7 +25,8 @@ class Embedding(nn.Module):
         rows = F.embedding(ids, self.weight).to(self.dtype)
         if self.factor == 1.0:
             return rows
-        return rows.mul_(torch.tensor(self.factor, dtype=self.dtype))  # rounded, as transformers' graph has it
+        # The factor is rounded, as in transformers' graph.
+        return rows.mul_(torch.tensor(self.factor, dtype=self.dtype))
 
 
 @dataclass

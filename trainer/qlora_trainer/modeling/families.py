@@ -9,7 +9,7 @@ class that holds the whole model, which is what its users load.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,6 @@ class Family:
     is one of passes.ACTIVATIONS; two where gate and up are one layer. Empty: the module is transformers' own."""
     intermediate: str = "intermediate_size"
     """The MLP's width in config.json."""
-    norms_of_layer: int = 2
-    """Norms over the hidden size in a decoder layer."""
     softcap: str | None = None
     """What in config.json bounds the logits, by a tanh; None: nothing does."""
     logits_divisor: str | None = None
@@ -145,7 +143,7 @@ _WRAPPED: dict[str, str | None] = {
     "multi_modal_projector.": None,
     "model.multi_modal_projector.": None,
 }
-"""Prefixes of tensors in multimodal checkpoints, as the Hub has them and as transformers saves them, and in the graph."""
+"""Prefixes of tensors in multimodal checkpoints, as files have them or as in transformers' classes -> in the graph."""
 
 _GEMMA = Norm(epsilon="eps", wide=True, offset=1.0)
 _FUSED = ("gate_up_proj", "down_proj")
@@ -155,18 +153,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral 7B, Nemo, Ministral 8B (2410), Mistral Small 3 (text of)"),
     "qwen2": Family("Qwen2.5, Qwen2.5-Coder, R1-Distill-Qwen"),
     "qwen3": Family("Qwen3 0.6B to 32B, Thinking and Instruct 2507"),
-    "gemma2": Family(
-        "Gemma 2 2B, 9B, 27B", norm=_GEMMA, norms_of_layer=4, softcap="final_logit_softcapping"
-    ),
+    "gemma2": Family("Gemma 2 2B, 9B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"),
     "gemma3_text": Family(
-        "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B",
-        norm=_GEMMA,
-        norms_of_layer=4,
-        softcap="final_logit_softcapping",
+        "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"
     ),
     "phi3": Family("Phi-3 mini, Phi-3.5 mini, Phi-4, Phi-4-mini", gated_mlp=_FUSED),
     "glm": Family("GLM-4 9B (chat-hf)", gated_mlp=_FUSED),
-    "glm4": Family("GLM-4 0414 9B and 32B, GLM-Z1", gated_mlp=_FUSED, norms_of_layer=4),
+    "glm4": Family("GLM-4 0414 9B and 32B, GLM-Z1", gated_mlp=_FUSED),
     "smollm3": Family("SmolLM3 3B"),
     "granite": Family("Granite 3.x 2B and 8B", logits_divisor="logits_scaling"),
     "granitemoehybrid": Family(
@@ -187,8 +180,6 @@ WRAPPERS = {"gemma3": "Gemma 3 4B, 12B, 27B", "mistral3": "Mistral Small 3.1 and
 
 INSTEAD = {"chatglm": "zai-org/glm-4-9b-chat-hf (model_type glm) or zai-org/GLM-4-9B-0414 (glm4)"}
 """Models that only code of their own repository can build, by model_type, and like ones that need none."""
-
-DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 def read_config(folder: Path) -> Any:
@@ -220,9 +211,9 @@ def read_model(folder: Path) -> tuple[Family, Any]:
         raise ModelError(f"{folder} {reason}")
     if (config.pad_token_id or 0) >= config.vocab_size:
         config.pad_token_id = None  # a row of the embedding that is not there; nothing here is padded with it
-    for name in DROPOUTS:
-        if getattr(config, name, 0.0):
-            log.warning("%s/config.json asks for %s %s: not applied", folder, name, getattr(config, name))
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and value:
+            log.warning("%s/config.json asks for %s %s: not applied", folder, name, value)
             setattr(config, name, 0.0)
     return family, config
 

@@ -87,7 +87,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden size) -> (..., hidden size)."""
-        out: Tensor = self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x), self.activation))
+        out: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.activation))
         return out
 
 
@@ -103,11 +103,11 @@ class FusedGatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden size) -> (..., hidden size)."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        out: Tensor = self.down_proj(Gated.apply(gate, up, self.activation))
+        out: Tensor = self.down_proj(_Gated.apply(gate, up, self.activation))
         return out
 
 
-class Gated(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     """activation(gate) * up, all (..., intermediate size). The activation is one of passes.ACTIVATIONS."""
 
     @staticmethod
@@ -153,7 +153,7 @@ def fuse_layers(decoder: nn.Module, family: Family) -> None:
         family: says which they are.
     """
     config = decoder.config
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    activation = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
     mlp_names = family.gated_mlp if activation in ACTIVATIONS else ()
     norm = family.norm
     for path, module in list(decoder.named_modules()):
@@ -161,6 +161,11 @@ def fuse_layers(decoder: nn.Module, family: Family) -> None:
             weight = module.weight.data.float() + norm.offset if norm.wide else module.weight.data
             decoder.set_submodule(path, RmsNorm(weight, getattr(module, norm.epsilon)))
         elif mlp_names and all(hasattr(module, name) for name in mlp_names):
-            kind = GatedMlp if len(mlp_names) == 3 else FusedGatedMlp
-            layers = [getattr(module, name) for name in mlp_names]
-            decoder.set_submodule(path, kind(*layers, activation=activation))
+            decoder.set_submodule(path, _mlp([getattr(module, name) for name in mlp_names], activation))
+
+
+def _mlp(layers: list[nn.Module], activation: str) -> nn.Module:
+    """Of gate, up and down, or of both in one and down."""
+    if len(layers) == 2:
+        return FusedGatedMlp(layers[0], layers[1], activation)
+    return GatedMlp(layers[0], layers[1], layers[2], activation)

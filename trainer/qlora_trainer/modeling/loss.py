@@ -100,9 +100,9 @@ def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cap(logits: Tensor, softcap: float) -> Tensor:
-    """Logits l become softcap * t, t = tanh(l / softcap), in place; the slope 1 - t^2 of that, as large, is returned."""
+    """Logits l become softcap * t, t = tanh(l / softcap), in place; returned is the slope 1 - t^2, as large."""
     tanh = logits.div_(softcap).tanh_()
-    slope = 1 - tanh.square()
+    slope = tanh.square().neg_().add_(1)
     tanh.mul_(softcap)
     return slope
 

@@ -87,8 +87,8 @@ class Passes:
         size = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         self._rms_norm(
-            torch.get_num_threads(), _TYPES[x.dtype], _TYPES[weight.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(),
-            scale.data_ptr(), scale.numel(), size, epsilon,
+            torch.get_num_threads(), _TYPES[x.dtype], _TYPES[weight.dtype], x.data_ptr(), weight.data_ptr(),
+            y.data_ptr(), scale.data_ptr(), scale.numel(), size, epsilon,
         )  # fmt: skip
         return y, scale
 

@@ -1,5 +1,6 @@
 """The numbers of a model that memory, time and the plan depend on, read from config.json alone."""
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,14 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         if isinstance(module, nn.Linear) and name != family.head
     }
     sizes = [prod(shape) for shape in linears.values()]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         hidden=config.hidden_size,
         intermediate=getattr(config, family.intermediate),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_size=head_size,
         vocabulary=config.vocab_size,
         positions=positions(config),
         tied=bool(config.tie_word_embeddings),
@@ -51,7 +53,28 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears),
+        further_kept=further_kept(
+            dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
+            config.hidden_size,
+            (config.num_attention_heads + config.num_key_value_heads) * head_size,
+        ),
     )
+
+
+def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries_and_keys: int) -> int:
+    """Numbers of a token that a decoder layer keeps for its backward pass, and a Llama layer does not.
+
+    The inputs of norms behind attention and MLP, where there are norms before them, too; queries and keys before their
+    norms; or the one projection that holds them beside the values.
+
+    Args:
+        layer: its modules by path.
+        hidden: the hidden size.
+        queries_and_keys: all heads of them, times their size.
+    """
+    names = {path.rpartition(".")[2] for path in layer}
+    norms = sum(name.endswith("norm") for name in names - {"q_norm", "k_norm"})
+    return max(0, norms - 2) * hidden + (queries_and_keys if names & {"q_norm", "qkv_proj"} else 0)
 
 
 def positions(config: Any) -> int | None:

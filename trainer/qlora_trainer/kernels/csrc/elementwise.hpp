@@ -119,19 +119,25 @@ struct Silu {
   }
 };
 
-// GELU's approximation gate (1 + tanh u) / 2 = gate * sigmoid(2 u), u = sqrt(2 / pi) (gate + 0.044715 gate^3).
+// GELU's approximation gate (1 + tanh u) / 2 = gate * q, q = sigmoid(2 u), u = sqrt(2 / pi) (gate + 0.044715 gate^3). Beyond
+// +-10, where q is 0 or 1 in fp32, that of 10 is taken: nothing overflows.
 struct GeluTanh {
-  static QLORA_INLINE Vec doubled(Vec gate) {  // 2 u
-    return mul(gate, fma(mul(gate, gate), set1(0.07135481627f), set1(1.595769122f)));
+  // e^(-2 u), of which q is 1 / (1 + e^(-2 u)).
+  static QLORA_INLINE Vec exponential(Vec gate) {
+    return exp(mul(gate, fma(mul(gate, gate), set1(-0.07135481627f), set1(-1.595769122f))));
   }
-  static QLORA_INLINE Vec of(Vec gate) { return mul(gate, sigmoid(doubled(gate))); }
-  // The activation and its derivative q + q (gate - gate q) du, q = sigmoid(2 u), du that of 2 u.
+  static QLORA_INLINE Vec at_most_10(Vec gate) {
+    return add(max(set1(-10.0f), min(set1(10.0f), gate)), sub(gate, gate));  // infinity becomes NaN: it is not hidden
+  }
+  static QLORA_INLINE Vec of(Vec gate) {
+    return div(max(set1(-10.0f), gate), add(set1(1.0f), exponential(at_most_10(gate))));
+  }
+  // The activation and its derivative q + gate q (1 - q) du, du that of 2 u; 1 - q is q e^(-2 u).
   static QLORA_INLINE Vec with_slope(Vec gate, Vec& slope) {
-    const Vec q = sigmoid(doubled(gate)), value = mul(gate, q);
-    const Vec square = min(set1(1e30f), mul(gate, gate));  // finite, as 0 times it is met
-    const Vec du = fma(square, set1(0.2140644488f), set1(1.595769122f));
-    slope = fma(q, mul(sub(gate, value), du), q);
-    return value;
+    const Vec near = at_most_10(gate), e = exponential(near), q = div(set1(1.0f), add(set1(1.0f), e));
+    const Vec du = fma(mul(near, near), set1(0.2140644488f), set1(1.595769122f));
+    slope = fma(mul(near, q), mul(mul(q, e), du), q);
+    return mul(max(set1(-10.0f), gate), q);
   }
 };
 
