@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from small_models import SMALL, SMALL_OF
+
 pytest_plugins = ["tiers", "testcluster.fixtures", "testcluster.node_fixtures"]
 
 ROOT = Path(__file__).parent.parent
@@ -32,21 +34,12 @@ def _made(folder: Path, mark: str) -> Path:
     return folder
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
 @pytest.fixture(scope="session")
 def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make(kind, dtype="float32", **config) -> a folder with a random model of that architecture.
 
-    `kind` is llama, qwen2, qwen3 or mistral; the tokenizer is the demo model's; equal calls give the same folder.
+    `kind` is a model_type; the tokenizer is the demo model's; equal calls give the same folder. Of a multimodal model
+    `config` is its language model's.
     """
     made: dict[str, Path] = {}
 
@@ -61,7 +54,7 @@ def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 def _write_small_model(folder: Path, tokenizer: Path, kind: str, dtype: str, config: dict[str, Any]) -> Path:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     source = json.loads((tokenizer / "config.json").read_text())
     kept = {
@@ -69,13 +62,20 @@ def _write_small_model(folder: Path, tokenizer: Path, kind: str, dtype: str, con
         for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
         if key in source
     }
-    values = {**SMALL, **kept, "tie_word_embeddings": True, **config}
-    if kind == "qwen3":
-        values.setdefault("head_dim", 16)
+    values: dict[str, Any] = {
+        **SMALL, **kept, "tie_word_embeddings": True, **SMALL_OF.get(kind, {}), **config
+    }  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(kind, **values), dtype=getattr(torch, dtype)
-    )
+    if "vision_config" in values:
+        tied, vision = values["tie_word_embeddings"], values.pop("vision_config")
+        values = {"text_config": values, "vision_config": vision, "tie_word_embeddings": tied}
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.for_model(kind, **values), dtype=getattr(torch, dtype)
+        )
+    else:
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **values), dtype=getattr(torch, dtype)
+        )
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (tokenizer / name).is_file():

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
+from qlora_trainer.modeling.families import WRAPPERS
 
 
 def configure(folder: Path, **values: Any) -> Path:
@@ -34,9 +35,18 @@ def shard(folder: Path) -> Path:
     return folder
 
 
+def stock_model(folder: Path, **options: Any) -> Any:
+    """The stock model in fp32, in the class that its users load: of a multimodal model the whole."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    if kind == "gemma2":
+        options["attn_implementation"] = "eager"  # the only one that caps scores
+    loader = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
+    return loader.from_pretrained(folder, dtype=torch.float32, **options)
+
+
 def by_transformers(folder: Path, samples: Samples) -> float:
     """Summed loss of the samples by the stock model in fp32, each alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = stock_model(folder)
     total = 0.0
     for number in range(len(samples)):
         batch = collate(samples, [number])

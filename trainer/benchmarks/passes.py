@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.kernels.library import KERNELS_ENV, REFERENCE, TIERS, find, loaded
 from qlora_trainer.modeling.attention import packed_attention
-from qlora_trainer.modeling.layers import RmsNorm, _SwiGlu
+from qlora_trainer.modeling.layers import RmsNorm, _Gated
 from qlora_trainer.modeling.lora_linear import Mask
 from qlora_trainer.modeling.loss import summed_cross_entropy
 from qlora_trainer.quantization.nf4 import quantize_nf4
@@ -56,7 +56,7 @@ def works(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "quantize 1536x576": lambda: quantize_nf4(weight, double=False, name="w"),
         "rms_norm 512x576": with_gradient(norm, randn(TOKENS, HIDDEN)),
         "swiglu 512x1536": with_gradient(
-            _SwiGlu.apply, randn(TOKENS, INTERMEDIATE), randn(TOKENS, INTERMEDIATE)
+            _Gated.apply, randn(TOKENS, INTERMEDIATE), randn(TOKENS, INTERMEDIATE)
         ),
         "attention, samples of 100": attention(SEGMENTS),
         "attention, one of 512": attention([TOKENS]),

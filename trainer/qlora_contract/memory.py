@@ -55,6 +55,8 @@ class ModelShape(ContractModel):
     """Weights of the largest of them."""
     adapter_weights: int
     """Weights of A and B over all adapted layers."""
+    further_kept: int = 0
+    """Numbers of a token in a layer that the backward pass needs beside those of a Llama layer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing
     e = BYTES[dtype]
     q, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     h, i = shape.hidden, shape.intermediate
-    layer = e * (4 * h + q + 3 * i) + 4 * (2 * q + 2 * kv)
+    layer = e * (4 * h + q + 3 * i + shape.further_kept) + 4 * (2 * q + 2 * kv)
     if checkpointing == "full":
         return tokens * (layer + shape.layers * e * h)
     return tokens * layer * shape.layers

@@ -58,8 +58,7 @@ def loss_of(samples: Samples) -> Callable[..., Tensor]:
 
     def loss(model: BaseModel, numbers: Sequence[int] = range(len(LENGTHS))) -> Tensor:
         batch = collate(samples, numbers)
-        return summed_cross_entropy(
-            model.hidden_states(batch)[batch.logit_positions], model.head, batch.targets
-        )
+        rows = model.hidden_states(batch)[batch.logit_positions]
+        return summed_cross_entropy(rows, model.head, batch.targets, model.softcap)
 
     return loss

@@ -45,7 +45,13 @@ def packed(qkv: list[Tensor], segments: list[int], **options: Any) -> Tensor:
     return packed_attention(nn.Identity(), q, k, v, None, segment_lengths=segments, **options)[0]
 
 
-def dense(qkv: list[Tensor], segments: list[int], window: int | None, scaling: float | None = None) -> Tensor:
+def dense(
+    qkv: list[Tensor],
+    segments: list[int],
+    window: int | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """The definition, with all scores and one mask over the whole row."""
     q, k, v = qkv
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -55,6 +61,8 @@ def dense(qkv: list[Tensor], segments: list[int], window: int | None, scaling: f
     if window is not None:
         seen &= distance < window
     scores = q @ k.transpose(2, 3) * (scaling or 1 / math.sqrt(q.shape[-1]))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
     return (weights @ v).transpose(1, 2)
 
@@ -126,6 +134,47 @@ def test_scaling_is_used() -> None:
     found = packed(qkv, [4, 5], scaling=0.7)
 
     torch.testing.assert_close(found, dense(qkv, [4, 5], None, 0.7), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+@pytest.mark.parametrize("window", [None, 3, 7])
+def test_scores_are_capped(window: int | None, softcap: float) -> None:
+    """With a cap c, scores s are c tanh(s / c), before a mask hides any; gradients follow."""
+    segments, qkv = [7, 1, 20], inputs(28, 6, 2)
+
+    found = with_gradients(lambda x: packed(x, segments, sliding_window=window, softcap=softcap), qkv)
+
+    assert_all_close(found, with_gradients(lambda x: dense(x, segments, window, None, softcap), qkv))
+
+
+@pytest.mark.parametrize("window", [5, 100, 128, 129, 250, 299, 300])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_samples_of_many_blocks(window: int, softcap: float | None) -> None:
+    """Windows within, across and beyond blocks of queries, the last block short."""
+    segments, qkv = [300, 131], inputs(431, 2, 1)
+
+    found = with_gradients(lambda x: packed(x, segments, sliding_window=window, softcap=softcap), qkv)
+
+    assert_all_close(found, with_gradients(lambda x: dense(x, segments, window, None, softcap), qkv))
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 64}, {"softcap": 5.0}], ids=str)
+def test_nothing_of_a_whole_sample_s_square_is_kept(options: dict[str, Any]) -> None:
+    """What autograd keeps of a long sample grows with its tokens: twice as many, about twice the bytes."""
+
+    def kept(tokens: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = packed(inputs(tokens, 2, 1), [tokens], **options)
+        assert output.requires_grad
+        return sum(sizes.values())
+
+    assert kept(2048) < 2.3 * kept(1024)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +271,22 @@ def test_errors_against_fp64(
     bounds = errors([x.to(dtype) for x in reference], exact)
     for mine, theirs in zip(errors(found, exact), bounds, strict=True):
         assert mine <= 3 * theirs + 1e-7
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("softcap", "bound"), [(50.0, 1e-5), (2.0, 1e-5), (0.1, 2e-5)])
+def test_capped_scores_against_fp64(tier: str, softcap: float, bound: float, window: int | None) -> None:
+    """Whether the cap is far above the scores, among them or far below, fp32 is exact to a few units."""
+    segments = [63, 120, 1, 29]
+    qkv = inputs(sum(segments), 6, 2, torch.float32, 40)
+    exact = with_gradients(
+        lambda x: dense(x, segments, window, None, softcap),
+        [x.detach().double().requires_grad_() for x in qkv],
+    )
+
+    found = with_gradients(lambda x: packed(x, segments, sliding_window=window, softcap=softcap), qkv)
+
+    assert max(errors(found, exact)) <= bound
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

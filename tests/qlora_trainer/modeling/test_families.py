@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_folders import by_transformers, configure
+from model_folders import by_transformers, configure, stock_model
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import families
-from qlora_trainer.modeling.families import FAMILIES, Family, read_config
-from qlora_trainer.modeling.layers import GatedMlp, RmsNorm
+from qlora_trainer.modeling.families import FAMILIES, WRAPPERS, Family, read_config, read_model
+from qlora_trainer.modeling.layers import FusedGatedMlp, GatedMlp, RmsNorm
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
@@ -32,7 +32,8 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "has no config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-    "other architecture": (lambda f: configure(f, model_type="gpt2"), "'gpt2' model; supported are llama, mistral"),
+    "other architecture": (lambda f: configure(f, model_type="gpt2"), "'gpt2' model; supported are gemma2, gemma3,"),
+    "experts that need other kernels": (lambda f: configure(f, model_type="gpt_oss"), "'gpt_oss' model; supported are"),
     "unknown architecture": (lambda f: configure(f, model_type="nonesuch"), "config.json cannot be read"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "config.json cannot be read.*hidden_size"),
     "quantized": (
@@ -40,6 +41,49 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "dynamic rope": (
         lambda f: configure(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "'dynamic'",
+    ),
+    "dynamic rope of one kind of layers": (
+        lambda f: configure(
+            f, model_type="gemma3_text",
+            rope_parameters={
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        "'dynamic'",
+    ),
+    "an embedding model": (
+        lambda f: configure(f, model_type="gemma3_text", use_bidirectional_attention=True),
+        r"tokens behind each token, too \(use_bidirectional_attention\)",
+    ),
+    "Mamba layers": (
+        lambda f: configure(f, model_type="granitemoehybrid", layer_types=["linear_attention", "full_attention"]),
+        "layers of 'linear_attention'",
+    ),
+    "experts": (
+        lambda f: configure(
+            f, model_type="granitemoehybrid", layer_types=["full_attention"] * 2, num_local_experts=4,
+        ),
+        r"mixture of experts \(num_local_experts is 4\)",
+    ),
+    "code of its own, with a native relative": (
+        lambda f: configure(f, model_type="chatglm", auto_map={"AutoConfig": "configuration_chatglm.ChatGLMConfig"}),
+        r"'chatglm' model, which only code of its own.*\(auto_map in config.json\).*zai-org/glm-4-9b-chat-hf",
+    ),
+    "code of its own": (
+        lambda f: configure(f, model_type="homemade", auto_map={"AutoConfig": "configuration_homemade.Config"}),
+        "'homemade' model, which only code of its own.*take a model that needs none$",
+    ),
+    "a multimodal model of another language model": (
+        lambda f: configure(f, model_type="gemma3", text_config={"model_type": "gpt2"}, vision_config={}),
+        "'gpt2' model",
+    ),
+    "a quantized multimodal model": (
+        lambda f: configure(
+            f, model_type="mistral3", text_config={"model_type": "mistral"},
+            quantization_config={"quant_method": "fp8"},
+        ),
+        "is already quantized",
     ),
     "old dynamic rope": (
         lambda f: configure(f, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'",
@@ -65,13 +109,19 @@ def test_refuses_what_it_cannot_train_exactly(
 # --- the graphs
 
 
-NORMS = {"llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9}
-"""Of two decoder layers; qwen3 has two more in each attention."""
+NORMS = {
+    "llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3_text": 13, "gemma3": 13, "phi3": 5, "glm": 5,
+    "glm4": 9, "smollm3": 5, "granite": 5, "granitemoehybrid": 5, "olmo2": 9, "olmo3": 9, "ministral": 5,
+    "ministral3": 5, "mistral3": 5,
+}  # fmt: skip
+"""Of two decoder layers and behind them; some have norms of queries and keys, or behind attention and MLP, too."""
+LINEARS = {"phi3": 4, "glm": 6, "glm4": 6, "granitemoehybrid": 6}
+"""Of a decoder layer, where they are not seven."""
 
 
 def test_every_family_is_tested() -> None:
     """A family of the table is one of those below."""
-    assert NORMS.keys() == FAMILIES.keys()
+    assert NORMS.keys() == FAMILIES.keys() | WRAPPERS.keys()
 
 
 @pytest.mark.parametrize(("kind", "norms"), NORMS.items(), ids=NORMS)
@@ -81,9 +131,24 @@ def test_every_layer_of_a_family_s_graph_is_ours(kind: str, norms: int, small_mo
     modules = list(model.graph.modules())
 
     assert sum(isinstance(module, RmsNorm) for module in modules) == norms
-    assert sum(isinstance(module, GatedMlp) for module in modules) == 2
-    assert sum(isinstance(module, LoraLinear) for module in modules) == 2 * 7
-    assert not any(isinstance(module, torch.nn.Linear) for module in modules)
+    assert sum(isinstance(module, GatedMlp | FusedGatedMlp) for module in modules) == 2
+    assert sum(isinstance(module, LoraLinear) for module in modules) == 2 * LINEARS.get(kind, 7)
+    assert not any(isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in modules)
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_multimodal_model_s_layers_are_named_as_in_the_class_its_users_load(
+    kind: str, small_model: Make
+) -> None:
+    """Every adapted layer is one of the stock class's language model, and none of its vision tower."""
+    folder = small_model(kind, **LIVELY)
+    model = load_model(folder, Unquantized(), torch.float32)
+
+    linears = {
+        name for name, part in stock_model(folder).named_modules() if isinstance(part, torch.nn.Linear)
+    }
+    assert set(model.linears) == {name for name in linears if name.startswith("model.language_model.")}
+    assert all(layer.name == name for name, layer in model.linears.items())
 
 
 def test_another_activation_keeps_transformers_mlp(
@@ -100,20 +165,17 @@ def test_another_activation_keeps_transformers_mlp(
 def test_a_new_family_is_one_entry(
     monkeypatch: pytest.MonkeyPatch, small_model: Make, samples: Samples, loss_of: Loss
 ) -> None:
-    """A family with fused projections, refused so far, is loaded and trained once it is in the table."""
-    folder = small_model("phi3", **LIVELY)
-    with pytest.raises(ModelError, match=r"is a 'phi3' model; supported are llama"):
+    """A family that was refused so far is loaded and trained once it is in the table."""
+    folder = small_model("seed_oss", **LIVELY, head_dim=16)
+    with pytest.raises(ModelError, match=r"is a 'seed_oss' model; supported are gemma2"):
         read_config(folder)
-    monkeypatch.setitem(families.FAMILIES, "phi3", Family(gated_mlp=None))
+    monkeypatch.setitem(families.FAMILIES, "seed_oss", Family("Seed-OSS"))
     model = load_model(folder, Unquantized(), torch.float32)
     model.graph.train()
     parameters = attach_adapters(model.linears, rank=3, alpha=6.0, dropout=None, seed=0)
     packed = loss_of(model)
     packed.backward()
 
-    assert {name.rpartition(".")[2] for name in model.linears} == {
-        "qkv_proj", "o_proj", "gate_up_proj", "down_proj",
-    }  # fmt: skip
     assert float(packed.detach()) == pytest.approx(by_transformers(folder, samples), rel=1e-6)
     assert bool(parameters.gradient.any())
 
@@ -121,8 +183,32 @@ def test_a_new_family_is_one_entry(
 def test_a_family_refuses_what_its_entry_says(monkeypatch: pytest.MonkeyPatch, small_model: Make) -> None:
     """A reason of an entry is read after the folder's name."""
     folder = small_model("llama", **LIVELY)
-    refusing = Family(refusals=(lambda config: f"has {config.num_hidden_layers} layers" if config else None,))
+    refusing = Family(
+        "Llama", refusals=(lambda config: f"has {config.num_hidden_layers} layers" if config else None,)
+    )
     monkeypatch.setitem(families.FAMILIES, "llama", refusing)
 
     with pytest.raises(ModelError, match=f"^{folder} has 2 layers$"):
         read_config(folder)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "phi3"])
+def test_dropout_of_the_base_is_not_applied(kind: str, copied: Make) -> None:
+    """What a frozen base would drop while it is trained is left in, wherever config.json asks for it."""
+    names = {"attention_dropout": 0.1} if kind == "gemma3_text" else {"resid_pdrop": 0.1, "embd_pdrop": 0.2}
+    config = read_config(configure(copied(kind), **names))
+
+    assert [getattr(config, name) for name in names] == [0.0] * len(names)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_multimodal_model_s_head_is_the_stored_one(
+    kind: str, says: bool, stored: bool, copied: Make
+) -> None:
+    """Whatever the whole model's configuration says, a stored head is used; without one it must be the embedding."""
+    folder = copied(kind, tie_word_embeddings=not stored)
+    configure(folder, tie_word_embeddings=says)
+
+    assert read_model(folder)[1].tie_word_embeddings == (says and not stored)

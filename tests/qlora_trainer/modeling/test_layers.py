@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_tiers import PASS_TIERS, running
-from qlora_trainer.modeling.layers import RmsNorm, _SwiGlu
+from qlora_trainer.modeling.layers import RmsNorm, _Gated
 
 pytestmark = pytest.mark.process
 
@@ -43,7 +43,7 @@ def rms_norm_formula(x: Tensor, weight: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """The layer's."""
-    result: Tensor = _SwiGlu.apply(gate, up)
+    result: Tensor = _Gated.apply(gate, up)
     return result
 
 
@@ -52,13 +52,37 @@ def swiglu_formula(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-LAYERS = {"rms_norm": (rms_norm, rms_norm_formula), "swiglu": (swiglu, swiglu_formula)}
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The layer's."""
+    result: Tensor = _Gated.apply(gate, up, "gelu_pytorch_tanh")
+    return result
+
+
+def geglu_formula(gate: Tensor, up: Tensor) -> Tensor:
+    """By its definition."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def wide_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's, its weight in fp32."""
+    return rms_norm(x, weight.float() if weight.dtype == torch.bfloat16 else weight)
+
+
+LAYERS = {
+    "rms_norm": (rms_norm, rms_norm_formula),
+    "wide_norm": (wide_norm, rms_norm_formula),
+    "swiglu": (swiglu, swiglu_formula),
+    "geglu": (geglu, geglu_formula),
+}
+GATED = pytest.mark.parametrize(
+    ("gate_layer", "formula"), [("swiglu", swiglu_formula), ("geglu", geglu_formula)]
+)
 EVERY_LAYER = pytest.mark.parametrize("layer", LAYERS)
 
 
 def inputs_of(layer: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """The layer's two inputs, and a gradient of its output."""
-    second = shape[-1:] if layer == "rms_norm" else shape
+    second = shape[-1:] if layer.endswith("norm") else shape
     x, y, dy = (2 * randn(*s, seed=n, dtype=dtype) for n, s in enumerate((shape, second, shape)))
     return [x, y, dy]
 
@@ -115,15 +139,26 @@ def test_the_norm_in_bf16_is_transformers_bit_for_bit(tier: str) -> None:
     assert int((rms_norm(x, weight) != expected).sum()) <= 5
 
 
-def test_swiglu_in_bf16_is_rounded_once(tier: str) -> None:
+def test_a_norm_with_a_wide_weight_is_rounded_once(tier: str) -> None:
+    """In bf16 its output is the nearest to the exact one, up to fp32's own error."""
+    inputs = inputs_of("wide_norm", (64, 100), torch.bfloat16)
+    exact = with_gradients(rms_norm_formula, inputs, wide=True)[0]
+
+    mine = with_gradients(wide_norm, inputs)[0]
+    assert float(((mine.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max()) < 2**-8 * 1.01
+
+
+@GATED
+def test_gates_in_bf16_are_rounded_once(tier: str, gate_layer: str, formula: Callable[..., Tensor]) -> None:
     """Every number of the compiled passes is the nearest to the exact one, up to fp32's own error."""
     if tier == "reference":
         pytest.skip("torch rounds after every operator")
-    inputs = inputs_of("swiglu", (64, 100), torch.bfloat16)
-    exact = with_gradients(swiglu_formula, inputs, wide=True)
+    inputs = inputs_of(gate_layer, (64, 100), torch.bfloat16)
+    exact = with_gradients(formula, inputs, wide=True)
 
-    for mine, right in zip(with_gradients(swiglu, inputs), exact, strict=True):
-        assert float(((mine.double() - right).abs() / right.abs().clamp(min=1e-30)).max()) < 2**-8 * 1.01
+    for mine, right in zip(with_gradients(LAYERS[gate_layer][0], inputs), exact, strict=True):
+        error = (mine.double() - right).abs() / right.abs().clamp(min=1e-6)  # a slope passes through 0
+        assert float(error.max()) < 2**-8 * 1.02
 
 
 def test_gradcheck_in_fp64() -> None:
@@ -131,6 +166,7 @@ def test_gradcheck_in_fp64() -> None:
     gate, up, _ = (t.double().requires_grad_() for t in inputs_of("swiglu", (3, 5), torch.float32))
 
     assert torch.autograd.gradcheck(swiglu, (gate, up))
+    assert torch.autograd.gradcheck(geglu, (gate, up))
 
 
 @EVERY_LAYER
@@ -183,14 +219,15 @@ def test_what_is_not_finite_is_never_hidden(layer: str, value: float) -> None:
         assert bool((mine.isfinite() <= right.isfinite()).all())
 
 
+@GATED
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_swiglu_far_from_zero(dtype: torch.dtype) -> None:
+def test_gates_far_from_zero(dtype: torch.dtype, gate_layer: str, formula: Callable[..., Tensor]) -> None:
     """A gate far below 0 closes, one far above passes what it holds: no exponential overflows into NaN."""
-    gate = torch.tensor([-1e4, -200.0, -89.0, -0.0, 0.0, 89.0, 200.0, 1e4], dtype=dtype)
+    gate = torch.tensor([-1e10, -1e4, -200.0, -89.0, -0.0, 0.0, 89.0, 200.0, 1e4, 1e10], dtype=dtype)
     ones = torch.ones_like(gate)
-    out, dgate, dup = with_gradients(swiglu, [gate, ones, ones])
+    out, dgate, dup = with_gradients(LAYERS[gate_layer][0], [gate, ones, ones])
 
-    expected = [0, 0, 0, 0, 0, *gate[5:].tolist()]
+    expected = [0, 0, 0, 0, 0, 0, *gate[6:].tolist()]
     assert out.tolist() == pytest.approx(expected, abs=1e-30)
     assert dup.tolist() == pytest.approx(expected, abs=1e-30)
-    assert dgate.tolist() == pytest.approx([0, 0, 0, 0.5, 0.5, 1, 1, 1], abs=1e-30)
+    assert dgate.tolist() == pytest.approx([0, 0, 0, 0, 0.5, 0.5, 1, 1, 1, 1], abs=1e-30)

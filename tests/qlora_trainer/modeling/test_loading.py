@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from model_folders import by_transformers, configure, shard
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.families import FAMILIES, WRAPPERS
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import weight_files
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
@@ -52,7 +53,7 @@ def rewrite(folder: Path, change: Callable[[Tensors], Any]) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() | WRAPPERS.keys()))
 def test_unquantized_model_is_transformers(
     kind: str, tied: bool, dtype: str, small_model: Make, samples: Samples, loss_of: Loss
 ) -> None:
@@ -156,11 +157,53 @@ def test_other_layouts_of_the_same_checkpoint(
     assert torch.equal(loss_of(load_model(change(folder), DOUBLE, torch.float32)), expected)
 
 
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() | WRAPPERS.keys()))
+def test_shards_of_every_family(kind: str, copied: Make, loss_of: Loss) -> None:
+    """Tensors that come in another order, from several files, make the same model, bit for bit."""
+    folder = copied(kind, **LIVELY)
+    expected = loss_of(load_model(folder, Unquantized(), torch.float32))
+
+    assert torch.equal(loss_of(load_model(shard(folder), Unquantized(), torch.float32)), expected)
+
+
+def as_in_the_class(tensors: Tensors) -> None:
+    """Name a multimodal model's tensors as transformers' classes do; it saves them as the Hub has them."""
+    for name in list(tensors):
+        inner = name.removeprefix("language_model.")
+        outer = f"model.language_model.{inner.removeprefix('model.')}" if inner != name else f"model.{name}"
+        tensors[inner if inner == "lm_head.weight" else outer] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_either_naming_of_a_multimodal_model(
+    kind: str, tied: bool, copied: Make, samples: Samples, loss_of: Loss
+) -> None:
+    """Named as on the Hub or as in the class, and then in shards, it is the same model, and the stock one."""
+    folder = copied(kind, **LIVELY, tie_word_embeddings=tied)
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
+    expected = loss_of(load_model(folder, DOUBLE, torch.float32))
+    shard(rewrite(folder, as_in_the_class))
+
+    assert torch.equal(loss_of(load_model(folder, DOUBLE, torch.float32)), expected)
+    found = float(loss_of(load_model(folder, Unquantized(), torch.float32)))
+    assert found == pytest.approx(by_transformers(folder, samples), rel=1e-6)
+
+
+def test_a_tensor_that_no_part_of_a_multimodal_model_has(copied: Make) -> None:
+    """What is neither the language model's nor of a part that is known to be left out is refused by name."""
+    folder = rewrite(copied("gemma3"), lambda t: t.update({"model.audio_tower.weight": torch.zeros(2)}))
+
+    with pytest.raises(ModelError, match=r"model\.audio_tower\.weight"):
+        load_model(folder, Unquantized(), torch.float32)
+
+
 MEASURE = """
 import json, sys, threading
 from pathlib import Path
 import torch
 from transformers.models.llama import modeling_llama
+from qlora_trainer.modeling.families import FAMILIES, WRAPPERS
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.quantization.nf4 import quantize_nf4
 from qlora_trainer.quantization.schemes import Nf4, Unquantized

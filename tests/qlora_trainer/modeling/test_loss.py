@@ -37,17 +37,24 @@ def case(rows: int = ROWS, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, T
     return hidden, head, targets
 
 
-def ours(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def ours(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The summed loss and a third of its gradient (so that the factor from above is seen)."""
     hidden = hidden.clone().requires_grad_()
-    total = summed_cross_entropy(hidden, head, targets)
+    total = summed_cross_entropy(hidden, head, targets, softcap)
     return total.detach(), torch.autograd.grad(total / 3, hidden)[0]
 
 
-def exact(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def exact(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The same by torch, in fp64, over the whole logits."""
     hidden = hidden.double().requires_grad_()
-    total = F.cross_entropy(hidden @ head.double().t(), targets, reduction="sum")
+    logits = hidden @ head.double().t()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    total = F.cross_entropy(logits, targets, reduction="sum")
     return total.detach(), torch.autograd.grad(total / 3, hidden)[0]
 
 
@@ -67,6 +74,26 @@ def test_chunked_equals_full(
 
     torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_capped_logits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype, softcap: float
+) -> None:
+    """Logits l are c tanh(l / c), in chunks of rows and slices of the head; in bf16 from logits that are rounded."""
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(loss, "SLICE_BYTES", 30 * 4 * HIDDEN)
+    hidden, head, targets = case(scale=4.0)
+    hidden, head = hidden.to(dtype), head.to(stored).to(dtype if dtype == torch.bfloat16 else stored)
+
+    found, expected = ours(hidden, head, targets, softcap), exact(hidden, head, targets, softcap)
+
+    rounding = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found[0], expected[0], rtol=rounding, atol=0)
+    error = (found[1].double() - expected[1]).norm() / expected[1].norm()
+    assert float(error) <= rounding
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from model_folders import stock_model
+from parity_cases import PARITY_CASES, WIDE
 from qlora_contract.run_config import Adapter, Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.artifacts import adapter as adapter_module
 from qlora_trainer.data import packing
@@ -42,6 +44,8 @@ from qlora_trainer.training.objective import SupervisedFineTuning
 pytestmark = pytest.mark.process
 
 NF4, DOUBLE, NONE = Nf4(double=False), Nf4(double=True), Unquantized()
+SCHEMES = {"nf4": NF4, "nf4, double": DOUBLE, "none": NONE}
+"""By the names in the table of cases."""
 LOSS_TOLERANCE = 1e-5
 """Difference of the mean losses."""
 GRADIENT_TOLERANCE = 1e-4
@@ -125,8 +129,10 @@ def our_logits(model: BaseModel, samples: Samples, numbers: list[int]) -> list[T
     """Logits of each sample, all of them packed in one row."""
     batch = collate(samples, numbers)
     with torch.no_grad():
-        hidden = model.hidden_states(batch)
-        return list(torch.split(hidden @ model.head.float().t(), batch.lengths))
+        logits = model.hidden_states(batch) @ model.head.float().t()
+        if model.softcap is not None:
+            logits = torch.tanh(logits / model.softcap) * model.softcap
+        return list(torch.split(logits, batch.lengths))
 
 
 # --- theirs
@@ -143,9 +149,7 @@ def peft_model(folder: Path, scheme: Scheme, adapter: Path) -> Any:
         bnb_4bit_compute_dtype=torch.float32,
     )
     options: dict[str, Any] = {} if scheme == NONE else {"quantization_config": quantized}
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", **options
-    )
+    base = stock_model(folder, **options)
     return PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
 
 
@@ -258,36 +262,6 @@ def livelier(folder: Path, to: Path) -> Path:
     return to
 
 
-WIDE = {"intermediate_size": 128, "initializer_range": 0.12}
-"""All widths multiples of 64 (bitsandbytes' AVX-512 dequantise needs it); weights large enough for lively attention."""
-SLIDING = {"sliding_window": 8}
-LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}  # fmt: skip
-CASES: dict[str, tuple[str, Scheme, str, list[str], dict[str, Any]]] = {
-    "llama, double": ("llama", DOUBLE, "float32", ["all-linear"], {}),
-    "llama, single": ("llama", NF4, "float32", ["all-linear"], {}),
-    "llama, unquantised": ("llama", NONE, "float32", ["all-linear"], {}),
-    "llama, stored in bf16": ("llama", DOUBLE, "bfloat16", ["all-linear"], {}),
-    "llama, untied": ("llama", DOUBLE, "float32", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, untied, bf16": ("llama", NF4, "bfloat16", ["all-linear"], {"tie_word_embeddings": False}),
-    "llama, scaled rope": ("llama", NONE, "float32", ["all-linear"], {"rope_parameters": LLAMA3}),
-    "llama, biases": ("llama", NF4, "float32", ["all-linear"], {"attention_bias": True, "mlp_bias": True}),
-    "llama, q and v": ("llama", DOUBLE, "float32", ["q_proj", "v_proj"], {}),
-    "llama, one whole path": ("llama", DOUBLE, "float32", ["model.layers.1.mlp.up_proj"], {}),
-    "llama, path and name": ("llama", NF4, "float32", ["model.layers.0.self_attn.o_proj", "down_proj"], {}),
-    "qwen2": ("qwen2", DOUBLE, "float32", ["all-linear"], {}),
-    "qwen2, sliding": (
-        "qwen2", NF4, "float32", ["all-linear"],
-        {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
-    ),
-    "qwen3": ("qwen3", DOUBLE, "float32", ["all-linear"], {"head_dim": 32}),
-    "mistral": ("mistral", DOUBLE, "float32", ["all-linear"], {"sliding_window": None}),
-    "mistral, sliding": ("mistral", DOUBLE, "float32", ["all-linear"], SLIDING),
-}  # fmt: skip
-
-
 @dataclass
 class Pair:
     """Both sides of a comparison, theirs already run."""
@@ -305,14 +279,15 @@ def make_pair(folder: Path, scheme: Scheme, targets: list[str], samples: Samples
     return Pair(ours, theirs, samples, run_theirs(theirs, samples))
 
 
-@pytest.fixture(scope="module", params=list(CASES.values()), ids=list(CASES))
+@pytest.fixture(scope="module", params=list(PARITY_CASES.values()), ids=list(PARITY_CASES))
 def pair(
     request: pytest.FixtureRequest, small_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Pair:
     """A small model on both sides."""
     kind, scheme, dtype, targets, config = request.param
+    scheme = SCHEMES[scheme]
     root = tmp_path_factory.mktemp("pair")
-    folder = livelier(small_model(kind, dtype, **WIDE, **config), root / "model")
+    folder = livelier(small_model(kind, dtype, **{**WIDE, **config}), root / "model")
     return make_pair(folder, scheme, targets, random_samples(1000), root / "job")
 
 

@@ -13,14 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_folders import configure
-from qlora_contract.memory import ModelShape
+from qlora_contract.memory import ModelShape, activation_bytes
 from qlora_contract.run_config import Adapter
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.modeling.families import read_config
+from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.families import FAMILIES, LANGUAGE_MODEL, WRAPPERS, read_config
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.shape import model_shape, positions
 from qlora_trainer.quantization.schemes import Unquantized
+from small_models import SMALL_OF
 
 pytestmark = pytest.mark.process
 
@@ -39,6 +43,19 @@ WORDS = {"vocab_size": 300}
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512, id="raised"
         ),
         pytest.param({"rope_type": "linear", "factor": 2.0}, 1024, id="linear"),
+        pytest.param(
+            {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 8.0},
+            64,
+            id="longrope",
+        ),
+        pytest.param(
+            {
+                "full_attention": {"rope_type": "linear", "factor": 8.0},
+                "sliding_attention": {"rope_type": "default"},
+            },
+            512,
+            id="by kind",
+        ),
     ],
 )
 def test_scaled_positions_reach_further(rope: dict[str, Any] | None, expected: int) -> None:
@@ -73,16 +90,17 @@ def test_what_training_does_not_use_does_no_harm(copied: Make, values: dict[str,
 
 
 @pytest.mark.parametrize(
-    "targets", [["all-linear"], ["q_proj", "down_proj"], ["model.layers.1.mlp.up_proj"]], ids=str
+    "targets", [["all-linear"], ["o_proj"], ["{decoder}.layers.1.self_attn.o_proj"]], ids=str
 )
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() | WRAPPERS.keys()))
 def test_counts_are_those_of_the_loaded_model(
     kind: str, tied: bool, targets: list[str], small_model: Make
 ) -> None:
     """Weights of linears, of the largest, and of the adapter are what loading and attaching really make."""
     folder = small_model(kind, **WORDS, tie_word_embeddings=tied)
-    adapter = Adapter(rank=5, target_modules=targets)
+    decoder = LANGUAGE_MODEL if kind in WRAPPERS else "model"
+    adapter = Adapter(rank=5, target_modules=[target.format(decoder=decoder) for target in targets])
     shape = model_shape(folder, adapter)
     model = load_model(folder, Unquantized(), torch.float32)
     sizes = [math.prod(layer.shape) for layer in model.linears.values()]
@@ -101,6 +119,8 @@ def test_counts_are_those_of_the_loaded_model(
         pytest.param("llama", {}, (4, 2, 16), id="hidden size over heads"),
         pytest.param("llama", {"head_dim": 32}, (4, 2, 32), id="head size given"),
         pytest.param("qwen3", {"head_dim": 24}, (4, 2, 24), id="qwen3"),
+        pytest.param("gemma2", {"head_dim": 64}, (4, 2, 64), id="gemma2"),
+        pytest.param("olmo2", {"num_key_value_heads": 4}, (4, 4, 16), id="olmo2"),
         pytest.param("llama", {"num_key_value_heads": 4}, (4, 4, 16), id="one key head a head"),
     ],
 )
@@ -114,6 +134,52 @@ def test_heads(kind: str, config: dict[str, Any], expected: tuple[int, int, int]
     assert len(weights["model.layers.0.self_attn.q_proj.weight"]) == shape.heads * shape.head_size
     assert len(weights["model.layers.0.self_attn.k_proj.weight"]) == shape.kv_heads * shape.head_size
     assert len(weights["model.layers.0.mlp.up_proj.weight"]) == shape.intermediate
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_a_layer_keeps_is_what_the_estimate_says(
+    kind: str, dtype: torch.dtype, small_model: Make, samples: Samples
+) -> None:
+    """What autograd keeps of a token, layer for layer, is never more than estimated, and at least two thirds.
+
+    In bf16 the estimate is of plain torch's attention, which keeps fp32; the kernel library's keeps bf16.
+    """
+    found = []
+    for layers in (2, 4):
+        kinds = (
+            {"layer_types": ["full_attention"] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
+        )
+        folder = small_model(kind, **WORDS, num_hidden_layers=layers, **kinds)
+        model = load_model(folder, Unquantized(), dtype)
+        model.graph.train()
+        method_for(Adapter(rank=1)).attach(model, seed=0, dropout=None)
+        found.append(kept_bytes(model, samples))
+    shape = model_shape(folder, Adapter(rank=1))
+    estimated = activation_bytes(
+        shape, len(samples.ids), "fp32" if dtype == torch.float32 else "bf16", "none"
+    )
+
+    assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
+
+
+def kept_bytes(model: BaseModel, samples: Samples) -> int:
+    """Storage that autograd keeps after a forward pass of all samples, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.graph.parameters(), *model.graph.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        states = model.hidden_states(collate(samples, range(len(samples))))
+    assert states.requires_grad  # and with it, what was noted lives until here
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])

@@ -8,7 +8,9 @@ the sums of grouped queries' gradients too.
 
 Its twin in plain torch splits the row into its samples, and each runs torch's own
 causal attention. Slicing would give every sample a full-sized zero gradient in
-the backward pass; `split` gives one concatenation instead.
+the backward pass; `split` gives one concatenation instead. Where torch's has not
+the formula (a window, capped scores), queries run a block at a time against the
+keys that they see, so that no mask or scores of a whole sample exist either.
 """
 
 import math
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own custom
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from qlora_trainer.modeling.passes import AttentionSettings, Passes, passes_for
@@ -26,6 +29,9 @@ NAME = "qlora_packed"
 SHORT = 256
 """Tokens up to which a bf16 sample's attention runs in fp32: torch's bf16 backward pass has a fixed cost that makes it
 three times slower at 128 tokens (trainer/benchmarks/LOG.md), and fp32 is more exact."""
+
+BLOCK = 128
+"""Queries that plain torch runs at once against the keys that they see."""
 
 
 def packed_attention(
@@ -38,6 +44,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     segment_lengths: list[int] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -52,6 +59,7 @@ def packed_attention(
         scaling: factor of the scores; None for 1/sqrt(head size).
         dropout: must be 0.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all before it.
+        softcap: scores s become softcap * tanh(s / softcap); None: they stay.
         segment_lengths: tokens of each sample in order; they sum to tokens.
 
     Returns:
@@ -66,13 +74,13 @@ def packed_attention(
         raise ValueError("packed attention takes neither a mask nor dropout")
     if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
         raise ValueError(f"segments of {sum(segment_lengths)} tokens do not cover {tuple(query.shape)}")
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    settings = AttentionSettings(segment_lengths, sliding_window, scale, softcap)
     passes = passes_for(query, key, value)
     if passes is not None:
-        scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        settings = AttentionSettings(segment_lengths, sliding_window, scale)
         output: Tensor = _PackedAttention.apply(query, key, value, settings, passes)
         return output, None
-    return _reference(query, key, value, segment_lengths, scaling, sliding_window), None
+    return _reference(query, key, value, settings), None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -93,40 +101,57 @@ class _PackedAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segment_lengths: list[int],
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
+def _reference(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
     """The same in plain torch."""
-    grouped = query.shape[1] != key.shape[1]
+    lengths = list(settings.lengths)
     outputs = [
-        _causal(q, k, v, scaling, window, grouped)
-        for q, k, v in zip(
-            torch.split(query, segment_lengths, dim=2),
-            torch.split(key, segment_lengths, dim=2),
-            torch.split(value, segment_lengths, dim=2),
-            strict=True,
-        )
+        _causal(q, k, v, settings)
+        for q, k, v in zip(*(torch.split(x, lengths, dim=2) for x in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _causal(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, grouped: bool
-) -> Tensor:
-    """Attention of one sample: q (1, heads, length, head size); k and v as q, or with fewer heads when grouped."""
-    length = q.shape[2]
+def _causal(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
+    """Attention of one sample: q (1, heads, length, head size); k and v as q, or with fewer heads."""
+    length, window = q.shape[2], settings.window
     if q.dtype == torch.bfloat16 and length <= SHORT:
-        return _causal(q.float(), k.float(), v.float(), scaling, window, grouped).to(q.dtype)
-    if window is None or length <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    band = (distance >= 0) & (distance < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=band, scale=scaling, enable_gqa=grouped)
+        return _causal(q.float(), k.float(), v.float(), settings).to(q.dtype)
+    grouped = q.shape[1] != k.shape[1]
+    if settings.softcap is None and (window is None or length <= window):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=settings.scale, enable_gqa=grouped
+        )
+    reach = length if window is None else min(window, length)
+    # Row r of a block sees the `reach` keys up to its own, which is column reach - 1 + r. Every block's mask is a view.
+    column = torch.arange(reach - 1 + BLOCK)
+    behind = torch.arange(BLOCK)[:, None] + reach - 1 - column
+    mask = torch.zeros(BLOCK, len(column), dtype=q.dtype)
+    mask.masked_fill_((behind < 0) | (behind >= reach), -math.inf)
+    outputs = []
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        first = max(0, start - reach + 1)
+        seen = mask[: stop - start, first - (start - reach + 1) : reach - 1 + stop - start]
+        block = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        if settings.softcap is None:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    *block, attn_mask=seen, scale=settings.scale, enable_gqa=grouped
+                )
+            )
+        else:  # recomputed, as nothing else keeps the scores from being kept
+            outputs.append(checkpoint(_capped, *block, seen, settings, use_reentrant=False))
+    return torch.cat(outputs, dim=2)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
+    """Attention with capped scores: q (1, heads, rows, head size), k and v (1, key heads, columns, head size)."""
+    assert settings.softcap is not None
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)) * settings.scale
+    capped = torch.tanh(scores / settings.softcap) * settings.softcap + mask
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return capped.softmax(dim=-1, dtype=dtype).to(q.dtype) @ v
 
 
 def register() -> None:

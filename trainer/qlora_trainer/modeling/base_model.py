@@ -12,16 +12,21 @@ from qlora_trainer.modeling.lora_linear import LoraLinear
 
 
 class Embedding(nn.Module):
-    """The frozen token embedding, kept in the checkpoint's dtype, given out in the compute dtype."""
+    """The frozen token embedding, kept in the checkpoint's dtype, given out in the compute dtype, times a factor."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
         self.dtype = dtype
+        self.factor = factor
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) int64 -> (..., hidden size)."""
-        return F.embedding(ids, self.weight).to(self.dtype)
+        rows = F.embedding(ids, self.weight).to(self.dtype)
+        if self.factor == 1.0:
+            return rows
+        # The factor is rounded, as in transformers' graph.
+        return rows.mul_(torch.tensor(self.factor, dtype=self.dtype))
 
 
 @dataclass
@@ -36,16 +41,23 @@ class BaseModel:
     """Every linear layer but the head, by its path in the checkpoint (`model.layers.0.mlp.up_proj`)."""
     dtype: torch.dtype
     """What is computed in."""
+    logits_divisor: float = 1.0
+    """What the logits are divided by; hidden_states has done it."""
+    softcap: float | None = None
+    """Logits l become softcap * tanh(l / softcap); None: they stay."""
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another."""
+        """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another.
+
+        Its product with the head is the logits, but for `softcap`.
+        """
         states: Tensor = self.graph(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
             segment_lengths=batch.lengths,
         ).last_hidden_state[0]
-        return states
+        return states if self.logits_divisor == 1.0 else states / self.logits_divisor
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each layer in the backward pass instead of keeping what it needs."""

@@ -2,26 +2,31 @@
 
 A family is a `model_type` of config.json. transformers builds its graph; an entry says where our layers go in it, and
 which variants would not be computed exactly. A new family is an entry, and tests that compare it with transformers.
+
+A multimodal checkpoint is trained as its language model, on text alone. Its tensors and adapters keep the names of the
+class that holds the whole model, which is what its users load.
 """
 
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.weight_files import tensor_names
 
 log = logging.getLogger(__name__)
 
 Refusal = Callable[[Any], str | None]
 """transformers' configuration -> why such a model is refused, to be read after its folder's name; None: it is not."""
 
-LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-"""Rotary embeddings that depend on a row's length: in a packed row, samples would be rotated differently."""
+LANGUAGE_MODEL = "model.language_model"
+"""Path of the decoder in transformers' classes of multimodal models."""
 
 
 def quantized_before(config: Any) -> str | None:
@@ -31,33 +36,80 @@ def quantized_before(config: Any) -> str | None:
     return "is already quantized; use the unquantized model, which is quantized when it is loaded"
 
 
+def rotary_parameters(config: Any) -> list[dict[str, Any]]:
+    """Of each kind of layers that has its own, or one for all."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [kind for kind in rope.values() if kind] if _by_kind(rope) else [rope]
+
+
+def _by_kind(rope: dict[str, Any]) -> bool:
+    return bool(rope) and all(kind is None or isinstance(kind, dict) for kind in rope.values())
+
+
 def length_dependent_rope(config: Any) -> str | None:
-    """A packed sample must be rotated as it would be alone."""
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    return (
-        f"uses {rope!r} rotary embeddings, which packing cannot keep exact"
-        if rope in LENGTH_DEPENDENT_ROPE
-        else None
-    )
+    """A packed sample must be rotated as it would be alone.
+
+    With longrope it is, up to the length from which another rotation is used: see shape.positions.
+    """
+    if any(rope.get("rope_type") == "dynamic" for rope in rotary_parameters(config)):
+        return "uses 'dynamic' rotary embeddings, which packing cannot keep exact"
+    return None
+
+
+def bidirectional_attention(config: Any) -> str | None:
+    """A causal language model sees only what stands before."""
+    if getattr(config, "use_bidirectional_attention", False):
+        return "sees the tokens behind each token, too (use_bidirectional_attention): it is no causal language model"
+    return None
+
+
+def mixture_of_experts(config: Any) -> str | None:
+    """Experts are matrices in one tensor, which are neither quantized nor adapted yet."""
+    if experts := getattr(config, "num_local_experts", 0):
+        return f"is a mixture of experts (num_local_experts is {experts}); its dense variants can be trained"
+    return None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which modules compute layers.RmsNorm's formula, and how."""
+
+    epsilon: str = "variance_epsilon"
+    """The attribute that holds eps of these modules, and of no others."""
+    wide: bool = False
+    """The product with the weight is rounded, not what is multiplied with it."""
+    offset: float = 0.0
+    """Added to the stored weight."""
 
 
 @dataclass(frozen=True)
 class Family:
     """What the loader has to know of a family's graph. The defaults are Llama's, which most others follow."""
 
+    members: str
+    """Which models it has, for docs/models.md."""
     decoder: str = "model"
     """Path of the decoder in transformers' causal language model; a decoder saved alone leaves it out of its names."""
     head: str = "lm_head"
     """Path of the output head, which is neither quantized nor adapted."""
-    norm_epsilon: str | None = "variance_epsilon"
-    """Attribute that holds the epsilon of the modules that compute layers.RmsNorm's formula, and of no others.
-    None: the norms are transformers' own."""
-    gated_mlp: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
-    """Names of the three linear layers of the modules that compute layers.GatedMlp's formula, where config.json's
-    hidden_act is silu. None: another formula, or gate and up are one layer; then the module is transformers' own."""
+    norm: Norm | None = field(default_factory=Norm)
+    """None: the norms are transformers' own."""
+    gated_mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers of the modules that compute layers.GatedMlp's formula, where config.json's activation
+    is one of passes.ACTIVATIONS; two where gate and up are one layer. Empty: the module is transformers' own."""
+    intermediate: str = "intermediate_size"
+    """The MLP's width in config.json."""
+    softcap: str | None = None
+    """What in config.json bounds the logits, by a tanh; None: nothing does."""
+    logits_divisor: str | None = None
+    """What in config.json the logits are divided by; None: they are not."""
     attention: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     """The kinds of config.json's layer_types whose layers hand segments through to modeling.attention."""
-    refusals: tuple[Refusal, ...] = (quantized_before, length_dependent_rope)
+    refusals: tuple[Refusal, ...] = (
+        quantized_before, length_dependent_rope, bidirectional_attention, mixture_of_experts
+    )  # fmt: skip
+    wrapped: bool = False
+    """The checkpoint is a multimodal model's, whose language model this is."""
 
     def refusal(self, config: Any) -> str | None:
         """The first reason for which a model of this family is refused; None if there is none."""
@@ -66,38 +118,130 @@ class Family:
                 return f"has layers of {kind!r}, which packing cannot keep exact"
         return next(filter(None, (refuse(config) for refuse in self.refusals)), None)
 
+    def name_in_graph(self, stored: str) -> str | None:
+        """A stored tensor's name in transformers' causal language model; None: it is of a part that is not trained."""
+        if not self.wrapped:
+            return stored
+        for prefix, path in _WRAPPED.items():
+            if stored.startswith(prefix):
+                return None if path is None else path + stored.removeprefix(prefix)
+        return stored
+
+    def public_name(self, path: str) -> str:
+        """The path of a layer of the graph in the class that its users load: what adapters and targets are named by."""
+        if self.wrapped and path.startswith(f"{self.decoder}."):
+            return LANGUAGE_MODEL + path.removeprefix(self.decoder)
+        return path
+
+
+_WRAPPED: dict[str, str | None] = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    f"{LANGUAGE_MODEL}.": "model.",
+    "vision_tower.": None,
+    "model.vision_tower.": None,
+    "multi_modal_projector.": None,
+    "model.multi_modal_projector.": None,
+}
+"""Prefixes of tensors in multimodal checkpoints, as files have them or as in transformers' classes -> in the graph."""
+
+_GEMMA = Norm(epsilon="eps", wide=True, offset=1.0)
+_FUSED = ("gate_up_proj", "down_proj")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "llama": Family("Llama 2, 3.x, SmolLM2, TinyLlama, R1-Distill-Llama"),
+    "mistral": Family("Mistral 7B, Nemo, Ministral 8B (2410), Mistral Small 3 (text of)"),
+    "qwen2": Family("Qwen2.5, Qwen2.5-Coder, R1-Distill-Qwen"),
+    "qwen3": Family("Qwen3 0.6B to 32B, Thinking and Instruct 2507"),
+    "gemma2": Family("Gemma 2 2B, 9B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"),
+    "gemma3_text": Family(
+        "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"
+    ),
+    "phi3": Family("Phi-3 mini, Phi-3.5 mini, Phi-4, Phi-4-mini", gated_mlp=_FUSED),
+    "glm": Family("GLM-4 9B (chat-hf)", gated_mlp=_FUSED),
+    "glm4": Family("GLM-4 0414 9B and 32B, GLM-Z1", gated_mlp=_FUSED),
+    "smollm3": Family("SmolLM3 3B"),
+    "granite": Family("Granite 3.x 2B and 8B", logits_divisor="logits_scaling"),
+    "granitemoehybrid": Family(
+        "Granite 4 350M and 1B (dense, without Mamba layers)",
+        gated_mlp=("input_linear", "output_linear"),
+        intermediate="shared_intermediate_size",
+        logits_divisor="logits_scaling",
+    ),
+    "olmo2": Family("OLMo 2 1B to 32B", norm=Norm(wide=True)),
+    "olmo3": Family("OLMo 3 7B and 32B", norm=Norm(wide=True)),
+    "ministral": Family("Ministral, with sliding and full layers"),
+    "ministral3": Family("Ministral 3 3B, 8B, 14B (text of)"),
 }
 """By config.json's model_type."""
 
+WRAPPERS = {"gemma3": "Gemma 3 4B, 12B, 27B", "mistral3": "Mistral Small 3.1 and later, Ministral 3"}
+"""Multimodal models whose language model is of one of the FAMILIES, by config.json's model_type."""
+
+INSTEAD = {"chatglm": "zai-org/glm-4-9b-chat-hf (model_type glm) or zai-org/GLM-4-9B-0414 (glm4)"}
+"""Models that only code of their own repository can build, by model_type, and like ones that need none."""
+
 
 def read_config(folder: Path) -> Any:
-    """transformers' configuration of a model folder.
+    """The second part of read_model."""
+    return read_model(folder)[1]
+
+
+def read_model(folder: Path) -> tuple[Family, Any]:
+    """The family of a model folder, and transformers' configuration of its language model.
 
     Raises:
         ModelError: there is none, it cannot be read, its family is not in FAMILIES, or the family refuses it.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
+    check_own_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers has no errors of its own for a file that makes no sense
         raise ModelError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
+    wrapped = config.model_type in WRAPPERS
+    if wrapped:
+        config = language_model_config(folder, config)
     if config.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(sorted(FAMILIES.keys() | WRAPPERS.keys()))
         raise ModelError(f"{folder} is a {config.model_type!r} model; supported are {known}")
-    if reason := FAMILIES[config.model_type].refusal(config):
+    family = replace(FAMILIES[config.model_type], wrapped=wrapped)
+    if reason := family.refusal(config):
         raise ModelError(f"{folder} {reason}")
     if (config.pad_token_id or 0) >= config.vocab_size:
         config.pad_token_id = None  # a row of the embedding that is not there; nothing here is padded with it
-    if getattr(config, "attention_dropout", 0.0):
-        log.warning(
-            "%s/config.json asks for attention_dropout %s: not applied", folder, config.attention_dropout
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and value:
+            log.warning("%s/config.json asks for %s %s: not applied", folder, name, value)
+            setattr(config, name, 0.0)
+    return family, config
+
+
+def check_own_code(folder: Path) -> None:
+    """Raise ModelError for a model that only Python files of its repository can build. They are never run."""
+    try:
+        written = json.loads((folder / "config.json").read_text())
+        kind, code = written.get("model_type"), written.get("auto_map")
+    except (ValueError, AttributeError):
+        return  # transformers says what is wrong
+    if code and kind not in CONFIG_MAPPING:
+        named = f", such as {INSTEAD[kind]}" if kind in INSTEAD else ""
+        raise ModelError(
+            f"{folder} is a {kind!r} model, which only code of its own repository can build (auto_map in config.json), "
+            f"and that is never run: take a model that needs none{named}"
         )
-        config.attention_dropout = 0.0
-    return config
+
+
+def language_model_config(folder: Path, config: Any) -> Any:
+    """The configuration of a multimodal model's language model, with what the whole model says of it.
+
+    Whether the head is the embedding is told by whether a head is stored: published configurations say it in either
+    part, and not always rightly.
+    """
+    text = config.text_config
+    heads = {name for name in tensor_names(folder) if name.endswith("lm_head.weight")}
+    text.tie_word_embeddings = bool(config.tie_word_embeddings) and not heads
+    if getattr(config, "quantization_config", None) is not None:
+        text.quantization_config = config.quantization_config
+    return text

@@ -5,7 +5,8 @@ full-sized tensors for the backward pass; these keep their inputs, which others
 keep anyway, and compute the rest again. In fp32 and bf16 the kernel library
 computes them in one pass each; plain torch is its twin, and the rule for other
 types. In bf16 the library rounds once where torch rounds after every operator,
-but for the norm's output, which transformers' graph rounds before the weight.
+but for the output of a norm with a narrow weight, which transformers' graph
+rounds before the weight.
 """
 
 from typing import Any
@@ -15,14 +16,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_trainer.modeling.families import Family
-from qlora_trainer.modeling.passes import passes_for
+from qlora_trainer.modeling.passes import ACTIVATIONS, passes_for
 
 
 class RmsNorm(nn.Module):
-    """w * x / sqrt(mean(x^2) + eps), over the last dimension, in fp32; rounded before w as transformers does it.
+    """w * x / sqrt(mean(x^2) + eps), over the last dimension, in fp32.
 
     Args:
-        weight: (size,), in the compute dtype; frozen.
+        weight: (size,), frozen. In the compute dtype: x is rounded to it before it is multiplied with the weight. In
+            fp32: the product is rounded.
         epsilon: eps.
     """
 
@@ -42,7 +44,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        passes = passes_for(x, weight)
+        passes = passes_for(x) if weight.dtype in (x.dtype, torch.float32) else None
         out, scale = rms_norm(x, weight, epsilon) if passes is None else passes.rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, scale, weight)
         return out
@@ -51,7 +53,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
         dy = grad_outputs[0]
-        passes = passes_for(x, weight, dy)
+        passes = passes_for(x, dy) if weight.dtype in (x.dtype, torch.float32) else None
         grad = rms_norm_grad if passes is None else passes.rms_norm_grad
         return grad(x, weight, scale, dy), None, None
 
@@ -60,7 +62,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     """The norm in plain torch: y (..., size), and what x is multiplied by, (..., 1)."""
     wide = x.float()
     scale = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight), scale
+    return (wide * scale).to(weight.dtype).mul_(weight).to(x.dtype), scale
 
 
 def rms_norm_grad(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tensor:
@@ -72,45 +74,75 @@ def rms_norm_grad(x: Tensor, weight: Tensor, scale: Tensor, dy: Tensor) -> Tenso
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020). `activation`: of passes.ACTIVATIONS."""
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+    def __init__(
+        self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str = "silu"
+    ) -> None:
         super().__init__()
         self.gate_proj = gate_proj
         self.up_proj = up_proj
         self.down_proj = down_proj
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden size) -> (..., hidden size)."""
-        out: Tensor = self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+        out: Tensor = self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.activation))
         return out
 
 
-class _SwiGlu(torch.autograd.Function):
-    """silu(gate) * up, all (..., intermediate size)."""
+class FusedGatedMlp(nn.Module):
+    """The same, where one linear layer gives gate and up, one after the other."""
+
+    def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, activation: str = "silu") -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden size) -> (..., hidden size)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        out: Tensor = self.down_proj(_Gated.apply(gate, up, self.activation))
+        return out
+
+
+class _Gated(torch.autograd.Function):
+    """activation(gate) * up, all (..., intermediate size). The activation is one of passes.ACTIVATIONS."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.activation = activation
         passes = passes_for(gate, up)
-        return swiglu(gate, up) if passes is None else passes.swiglu(gate, up)
+        return gated(gate, up, activation) if passes is None else passes.gated(gate, up, activation)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         dy = grad_outputs[0]
         passes = passes_for(gate, up, dy)
-        return swiglu_grad(gate, up, dy) if passes is None else passes.swiglu_grad(gate, up, dy)
+        grad = gated_grad if passes is None else passes.gated_grad
+        return *grad(gate, up, dy, ctx.activation), None
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up in plain torch."""
-    return F.silu(gate).mul_(up)
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up in plain torch."""
+    return _activated(gate, activation).mul_(up)
 
 
-def swiglu_grad(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def gated_grad(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up, in plain torch."""
-    return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+    dgate = (
+        torch.ops.aten.silu_backward(dy * up, gate)
+        if activation == "silu"
+        else torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
+    )
+    return dgate, _activated(gate, activation).mul_(dy)
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def fuse_layers(decoder: nn.Module, family: Family) -> None:
@@ -120,10 +152,20 @@ def fuse_layers(decoder: nn.Module, family: Family) -> None:
         decoder: transformers' graph, its weights loaded.
         family: says which they are.
     """
-    mlp_names = family.gated_mlp if getattr(decoder.config, "hidden_act", None) == "silu" else None
+    config = decoder.config
+    activation = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
+    mlp_names = family.gated_mlp if activation in ACTIVATIONS else ()
+    norm = family.norm
     for path, module in list(decoder.named_modules()):
-        if family.norm_epsilon is not None and hasattr(module, family.norm_epsilon):
-            epsilon = getattr(module, family.norm_epsilon)
-            decoder.set_submodule(path, RmsNorm(module.weight.data, epsilon))
-        elif mlp_names is not None and all(hasattr(module, name) for name in mlp_names):
-            decoder.set_submodule(path, GatedMlp(*(getattr(module, name) for name in mlp_names)))
+        if norm is not None and hasattr(module, norm.epsilon):
+            weight = module.weight.data.float() + norm.offset if norm.wide else module.weight.data
+            decoder.set_submodule(path, RmsNorm(weight, getattr(module, norm.epsilon)))
+        elif mlp_names and all(hasattr(module, name) for name in mlp_names):
+            decoder.set_submodule(path, _mlp([getattr(module, name) for name in mlp_names], activation))
+
+
+def _mlp(layers: list[nn.Module], activation: str) -> nn.Module:
+    """Of gate, up and down, or of both in one and down."""
+    if len(layers) == 2:
+        return FusedGatedMlp(layers[0], layers[1], activation)
+    return GatedMlp(layers[0], layers[1], layers[2], activation)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import attention
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
-from qlora_trainer.modeling.families import FAMILIES, Family, read_config
+from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.weight_files import WeightsHash, stored_tensors
@@ -44,10 +44,10 @@ def load_model(
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
     """
     attention.register()
-    config = read_config(folder)
+    family, config = read_model(folder)
     with torch.device("meta"):
         graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
-    loader = _WeightLoader(graph, FAMILIES[config.model_type], scheme, dtype)
+    loader = _WeightLoader(graph, family, scheme, dtype)
     for name, tensor in stored_tensors(folder):
         if weights_hash is not None:
             weights_hash.add(name, tensor)
@@ -77,6 +77,10 @@ class _WeightLoader:
         Raises:
             ModelError: it is not one of those still missing, of another shape, not of floats, or not finite.
         """
+        known = self.family.name_in_graph(name)
+        if known is None:
+            return
+        name = known
         if name not in self.missing and f"{self.family.decoder}.{name}" in self.missing:
             name = f"{self.family.decoder}.{name}"  # saved from the decoder alone
         if name.endswith("rotary_emb.inv_freq"):
@@ -91,7 +95,8 @@ class _WeightLoader:
             self.head = finite(name, tensor).clone()
         elif isinstance(module, nn.Embedding):
             weight = finite(name, tensor).clone()
-            self.graph.set_submodule(path, Embedding(weight, self.dtype))
+            factor = getattr(module, "scalar_embed_scale", 1.0)
+            self.graph.set_submodule(path, Embedding(weight, self.dtype, factor))
             if self.tied:
                 self.head = weight
         elif isinstance(module, nn.Linear) and leaf == "weight":
@@ -128,11 +133,24 @@ class _WeightLoader:
                 f"{self.head_name} differs from the embedding, to which config.json ties it (tie_word_embeddings)"
             )
         in_order = [path for path, _ in self.graph.named_modules() if path in self.weights]
-        linears = {path: LoraLinear(path, self.weights[path], self.biases.get(path)) for path in in_order}
-        for path, layer in linears.items():
-            self.graph.set_submodule(path, layer)
+        linears: dict[str, LoraLinear] = {}
+        for path in in_order:
+            name = self.family.public_name(path)
+            linears[name] = LoraLinear(name, self.weights[path], self.biases.get(path))
+            self.graph.set_submodule(path, linears[name])
         decoder: Any = self.graph.get_submodule(self.family.decoder)
-        # Its buffers are computed, not loaded.
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+        if decoder.rotary_emb is not None:  # its buffers are computed, not loaded
+            decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
         fuse_layers(decoder, self.family)
-        return BaseModel(decoder, self.head, linears, self.dtype)
+        return BaseModel(
+            decoder,
+            self.head,
+            linears,
+            self.dtype,
+            logits_divisor=self._setting(self.family.logits_divisor) or 1.0,
+            softcap=self._setting(self.family.softcap),
+        )
+
+    def _setting(self, name: str | None) -> float | None:
+        """A number of config.json, None where the family has none."""
+        return None if name is None else getattr(self.graph.config, name, None)

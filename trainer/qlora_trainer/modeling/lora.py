@@ -1,6 +1,7 @@
 """LoRA (Hu et al. 2021) as an adapter method: which layers get adapters, how these start, what PEFT calls them."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
 from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.families import LANGUAGE_MODEL
 from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
 
 Layer = TypeVar("Layer")
@@ -42,16 +44,22 @@ class Lora:
         return sum(math.prod(shape) for shape in self.parameter_shapes(linears).values())
 
     def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
-        """LoRA's part of adapter_config.json; `all-linear` is spelled out as the names of the adapted layers."""
+        """LoRA's part of adapter_config.json; `all-linear` is spelled out as the names of the adapted layers.
+
+        In a multimodal model layers of other parts have the same names: PEFT is told to leave them alone.
+        """
         layers = [name.removesuffix(f".{A}") for name in parameters.named if name.endswith(f".{A}")]
         targets = self.adapter.target_modules
         names = {n.rpartition(".")[2] for n in layers} if "all-linear" in targets else targets
+        part = f"{LANGUAGE_MODEL}."
+        excluded = rf"(?!{re.escape(part)}).*" if all(n.startswith(part) for n in layers) else None
         return {
             "peft_type": "LORA",
             "r": self.adapter.rank,
             "lora_alpha": self.adapter.alpha,
             "lora_dropout": self.adapter.dropout,
             "target_modules": sorted(names),
+            **({} if excluded is None else {"exclude_modules": excluded}),
             "bias": "none",
         }
 

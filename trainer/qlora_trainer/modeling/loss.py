@@ -28,24 +28,27 @@ SLICE_BYTES = 32 * 2**20
 """Size of one widened slice of the head, at most."""
 
 
-def summed_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None
+) -> Tensor:
     """Sum over rows of -log softmax(hidden @ head.T)[target].
 
     Args:
         hidden: (rows, hidden size), in the compute dtype.
         head: (vocabulary, hidden size), frozen, in any float dtype.
         targets: (rows,) int64.
+        softcap: logits l become softcap * tanh(l / softcap), in fp32; None: they stay.
 
     Returns:
         A scalar in fp64; 0 for no rows.
     """
-    result: Tensor = _SummedCrossEntropy.apply(hidden, head, targets)
+    result: Tensor = _SummedCrossEntropy.apply(hidden, head, targets, softcap)
     return result
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
         supervised, multiple = len(targets), pad_multiple(hidden.dtype)
         padding = -supervised % multiple
         hidden = F.pad(hidden, (0, 0, 0, padding))
@@ -56,21 +59,25 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             passes = passes_for(hidden)
-            logits = _logits(hidden[chunk], head, torch.float32 if passes is None else hidden.dtype)
+            wide = passes is None or softcap is not None
+            logits = _logits(hidden[chunk], head, torch.float32 if wide else hidden.dtype)
+            slope = None if softcap is None else _cap(logits, softcap)
             if passes is None:
                 losses[chunk] = _losses_then_gradient(logits, targets[chunk])
             else:
                 losses[chunk] = passes.cross_entropy(logits, targets[chunk], gradient is not None)
             if gradient is not None:
+                if slope is not None:
+                    logits.mul_(slope)
                 _times_head(logits.to(hidden.dtype), head, gradient[chunk])
         ctx.gradient = None if gradient is None else gradient[:supervised]
         return losses[:supervised].sum(dtype=torch.float64)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        return gradient.mul_(grad_outputs[0].to(gradient.dtype)), None, None
+        return gradient.mul_(grad_outputs[0].to(gradient.dtype)), None, None, None
 
 
 def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -90,6 +97,14 @@ def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     for part, weight in _slices(head, hidden.dtype):
         logits[:, part] = hidden @ weight.t()
     return logits
+
+
+def _cap(logits: Tensor, softcap: float) -> Tensor:
+    """Logits l become softcap * t, t = tanh(l / softcap), in place; returned is the slope 1 - t^2, as large."""
+    tanh = logits.div_(softcap).tanh_()
+    slope = tanh.square().neg_().add_(1)
+    tanh.mul_(softcap)
+    return slope
 
 
 def _losses_then_gradient(logits: Tensor, targets: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from qlora_trainer.kernels import library
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What activations may be stored as, by the library's number."""
 
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1}
+"""What gates may go through, by transformers' name and the library's number."""
+
 _pointer, _integer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -41,7 +44,7 @@ class _Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, _int) for name in ("type", "heads", "key_heads", "head_size")),
-        ("tokens", _integer), ("window", _integer), ("scale", _float),
+        ("tokens", _integer), ("window", _integer), ("scale", _float), ("softcap", _float),
         *((name, _Rows) for name in ("query", "key", "value", "gradient")),
         *((name, _pointer) for name in ("output", "statistics", "dquery", "dkey", "dvalue")),
     )  # fmt: skip
@@ -57,6 +60,8 @@ class AttentionSettings:
     """Tokens that a token sees, itself included; None: all before it in its sample."""
     scale: float
     """Factor of the scores."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap); None: they stay."""
 
 
 class Passes:
@@ -64,23 +69,26 @@ class Passes:
 
     def __init__(self, kernels: library.Library) -> None:
         p, n, i, f = _pointer, _integer, _int, _float
-        self._rms_norm = kernels.function("rms_norm", i, p, p, p, p, n, n, f)
-        self._rms_norm_grad = kernels.function("rms_norm_grad", i, p, p, p, p, p, n, n)
-        self._swiglu = kernels.function("swiglu", i, p, p, p, n)
-        self._swiglu_grad = kernels.function("swiglu_grad", i, p, p, p, p, p, n)
+        self._rms_norm = kernels.function("rms_norm", i, i, p, p, p, p, n, n, f)
+        self._rms_norm_grad = kernels.function("rms_norm_grad", i, i, p, p, p, p, p, n, n)
+        self._gated = kernels.function("gated", i, i, p, p, p, n)
+        self._gated_grad = kernels.function("gated_grad", i, i, p, p, p, p, p, n)
         self._attention = kernels.function("attention", p, p, n)
         self._attention_grad = kernels.function("attention_grad", p, p, n)
         self._cross_entropy = kernels.function("cross_entropy", i, p, p, p, p, n, n, i)
         self._dropout = kernels.function("dropout", i, p, p, ctypes.c_uint64, ctypes.c_uint32, f, n, n, i)
 
     def rms_norm(self, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """(..., size), (size,) -> y (..., size), and what x is multiplied by, fp32 (..., 1)."""
+        """(..., size), (size,) -> y (..., size), and what x is multiplied by, fp32 (..., 1).
+
+        The weight is of x's dtype or fp32.
+        """
         x, weight = x.contiguous(), weight.contiguous()
         size = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         self._rms_norm(
-            torch.get_num_threads(), _TYPES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), scale.data_ptr(),
-            scale.numel(), size, epsilon,
+            torch.get_num_threads(), _TYPES[x.dtype], _TYPES[weight.dtype], x.data_ptr(), weight.data_ptr(),
+            y.data_ptr(), scale.data_ptr(), scale.numel(), size, epsilon,
         )  # fmt: skip
         return y, scale
 
@@ -89,27 +97,28 @@ class Passes:
         x, weight, dy = x.contiguous(), weight.contiguous(), dy.contiguous()
         dx = torch.empty_like(x)
         self._rms_norm_grad(
-            torch.get_num_threads(), _TYPES[x.dtype], x.data_ptr(), weight.data_ptr(), scale.data_ptr(), dy.data_ptr(),
-            dx.data_ptr(), scale.numel(), x.shape[-1],
+            torch.get_num_threads(), _TYPES[x.dtype], _TYPES[weight.dtype], x.data_ptr(), weight.data_ptr(),
+            scale.data_ptr(), dy.data_ptr(), dx.data_ptr(), scale.numel(), x.shape[-1],
         )  # fmt: skip
         return dx
 
-    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Two of one shape -> one of it."""
+    def gated(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """Two of one shape -> one of it. `activation`: of ACTIVATIONS."""
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        self._swiglu(
-            torch.get_num_threads(), _TYPES[y.dtype], gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel()
-        )
+        self._gated(
+            torch.get_num_threads(), _TYPES[y.dtype], ACTIVATIONS[activation], gate.data_ptr(), up.data_ptr(),
+            y.data_ptr(), y.numel(),
+        )  # fmt: skip
         return y
 
-    def swiglu_grad(self, gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    def gated_grad(self, gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> tuple[Tensor, Tensor]:
         """The gradients of gate and up."""
         gate, up, dy = gate.contiguous(), up.contiguous(), dy.contiguous()
         dgate, dup = torch.empty_like(gate), torch.empty_like(gate)
-        self._swiglu_grad(
-            torch.get_num_threads(), _TYPES[dy.dtype], gate.data_ptr(), up.data_ptr(), dy.data_ptr(), dgate.data_ptr(),
-            dup.data_ptr(), dy.numel(),
+        self._gated_grad(
+            torch.get_num_threads(), _TYPES[dy.dtype], ACTIVATIONS[activation], gate.data_ptr(), up.data_ptr(),
+            dy.data_ptr(), dgate.data_ptr(), dup.data_ptr(), dy.numel(),
         )  # fmt: skip
         return dgate, dup
 
@@ -224,6 +233,7 @@ def _call(
         tokens=tokens,
         window=settings.window or 0,
         scale=settings.scale,
+        softcap=settings.softcap or 0.0,
         query=_rows(query),
         key=_rows(key),
         value=_rows(value),

@@ -1,5 +1,6 @@
 """The numbers of a model that memory, time and the plan depend on, read from config.json alone."""
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qlora_contract.run_config import Adapter
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.modeling.families import FAMILIES, read_config
+from qlora_trainer.modeling.families import read_model, rotary_parameters
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
@@ -23,8 +24,7 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
     Raises:
         ModelError: for a model or target modules that cannot be trained.
     """
-    config = read_config(folder)
-    head = FAMILIES[config.model_type].head
+    family, config = read_model(folder)
     try:
         with torch.device("meta"):
             graph = AutoModelForCausalLM.from_config(config)
@@ -33,18 +33,19 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
             f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)})"
         ) from error
     linears = {
-        name: (module.out_features, module.in_features)
+        family.public_name(name): (module.out_features, module.in_features)
         for name, module in graph.named_modules()
-        if isinstance(module, nn.Linear) and name != head
+        if isinstance(module, nn.Linear) and name != family.head
     }
     sizes = [prod(shape) for shape in linears.values()]
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, family.intermediate),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_size=head_size,
         vocabulary=config.vocab_size,
         positions=positions(config),
         tied=bool(config.tie_word_embeddings),
@@ -52,18 +53,45 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears),
+        further_kept=further_kept(
+            dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
+            config.hidden_size,
+            (config.num_attention_heads + config.num_key_value_heads) * head_size,
+        ),
     )
 
 
+def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries_and_keys: int) -> int:
+    """Numbers of a token that a decoder layer keeps for its backward pass, and a Llama layer does not.
+
+    The inputs of norms behind attention and MLP, where there are norms before them, too; queries and keys before their
+    norms; or the one projection that holds them beside the values.
+
+    Args:
+        layer: its modules by path.
+        hidden: the hidden size.
+        queries_and_keys: all heads of them, times their size.
+    """
+    names = {path.rpartition(".")[2] for path in layer}
+    norms = sum(name.endswith("norm") for name in names - {"q_norm", "k_norm"})
+    return max(0, norms - 2) * hidden + (queries_and_keys if names & {"q_norm", "qkv_proj"} else 0)
+
+
 def positions(config: Any) -> int | None:
-    """The longest sequence, in tokens, by config.json; None where that does not say.
+    """The longest sample, in tokens, by config.json; None where that does not say.
 
     Scaled rotary embeddings reach `factor` times as far as the model was first trained to, whether or not
-    max_position_embeddings has been raised to that.
+    max_position_embeddings has been raised to that. With longrope, tokens of longer samples than those are rotated
+    otherwise, which samples beside them in a row must not be.
     """
     written = getattr(config, "max_position_embeddings", None)
     if written is None:
         return None
-    rope = getattr(config, "rope_parameters", None) or {}
+    return min(_reach(rope, int(written)) for rope in rotary_parameters(config))
+
+
+def _reach(rope: dict[str, Any], written: int) -> int:
     first = rope.get("original_max_position_embeddings") or written
-    return max(int(written), int(first * (rope.get("factor") or 1.0)))
+    if rope.get("rope_type") == "longrope":
+        return int(first)
+    return max(written, int(first * (rope.get("factor") or 1.0)))

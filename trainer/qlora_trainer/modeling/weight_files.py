@@ -58,6 +58,13 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, handle.get_tensor(name)
 
 
+def tensor_names(folder: Path) -> Iterator[str]:
+    """The names of a checkpoint's tensors, none of which is read. Raises as the functions above."""
+    for file in weight_files(folder):
+        with open_safetensors(file) as handle:
+            yield from handle.keys()
+
+
 def bytes_per_weight(folder: Path) -> int:
     """Bytes of one number of the checkpoint, by its first matrix. Raises as the functions above."""
     with open_safetensors(weight_files(folder)[0]) as handle:

@@ -53,7 +53,8 @@ def load_inputs(
     if shape.positions is not None and longest > shape.positions:
         raise ModelError(
             f"training.maxSequenceLength is {longest}, but {folder} has only {shape.positions} positions "
-            "(max_position_embeddings): lower it, or take a model for longer texts"
+            "(max_position_embeddings, or original_max_position_embeddings of longrope): lower it to "
+            f"{shape.positions} or less, or take a model for longer texts"
         )
     source = resolve(run.dataset_uri, volumes)
     try:

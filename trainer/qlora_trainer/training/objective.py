@@ -58,4 +58,5 @@ class SupervisedFineTuning:
     def loss(self, model: BaseModel, batch: Batch) -> BatchLoss:
         """Summed cross-entropy; the logits of other tokens are never computed."""
         hidden = model.hidden_states(batch)
-        return BatchLoss(summed_cross_entropy(hidden[batch.logit_positions], model.head, batch.targets))
+        rows = hidden[batch.logit_positions]
+        return BatchLoss(summed_cross_entropy(rows, model.head, batch.targets, model.softcap))

@@ -109,6 +109,13 @@ inline void hide(float* scores, int64_t position, int64_t start, int64_t columns
   if (last < columns) fill(scores + last, columns - last, -__builtin_inff());
 }
 
+// Scores s become softcap tanh(s / softcap), `wide` of each of kKeys.
+inline void cap(float* scores, int64_t rows, int64_t wide, float softcap) {
+  for (int64_t r = 0; r < rows; ++r, scores += kKeys)
+    for (int64_t c = 0; c < wide; c += Vec::width)
+      store(scores + c, mul(set1(softcap), tanh(mul(load(scores + c), set1(1.0f / softcap)))));
+}
+
 // The start of the first block of keys that the query at `position` sees.
 QLORA_INLINE int64_t first_block(int64_t position, int64_t window) {
   const int64_t first = window ? position - window + 1 : 0;
@@ -178,6 +185,7 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
       for (int64_t j = first_block(i, a.window); j < i + rows; j += kKeys) {
         const int64_t columns = least<int64_t>(kKeys, i + rows - j), wide = rounded_up(columns, Vec::width);
         multiply(s.query, padded, 1, s.keys + j * size, kKeys, s.scores, kKeys, rows, wide, size, false);
+        if (a.softcap != 0.0f) cap(s.scores, rows, wide, a.softcap);
         for (int64_t r = 0; r < rows; ++r) {
           float* const scores = s.scores + r * kKeys;
           hide(scores, i + r, j, wide, a.window);
@@ -247,18 +255,28 @@ inline bool attention_grad(const Attention& a, const AttentionTask& task) {
       const float* const most = a.statistics + head * a.tokens + first;
       const float* const factor = most + a.heads * a.tokens;
       const int64_t start = first_block(i, a.window);
+      float slopes[kKeys];
       for (int64_t j = start; j < i + rows; j += kKeys) {
         const int64_t columns = least<int64_t>(kKeys, i + rows - j), wide = rounded_up(columns, Vec::width);
         multiply(s.query, padded, 1, s.keys + j * size, kKeys, s.probabilities, kKeys, rows, wide, size, false);
         multiply(s.doutput, padded, 1, s.values + j * size, kKeys, s.dscores, kKeys, rows, wide, size, false);
         for (int64_t r = 0; r < rows; ++r) {
           float *const probabilities = s.probabilities + r * kKeys, *const dscores = s.dscores + r * kKeys;
+          if (a.softcap != 0.0f) {  // dS = dL (1 - (L / softcap)^2), L = softcap tanh(S / softcap)
+            cap(probabilities, 1, wide, a.softcap);
+            for (int64_t c = 0; c < wide; c += Vec::width) {
+              const Vec t = mul(load(probabilities + c), set1(1.0f / a.softcap));
+              store(slopes + c, sub(set1(1.0f), mul(t, t)));
+            }
+          }
           hide(probabilities, i + r, j, wide, a.window);
           for (int64_t c = 0; c < wide; c += Vec::width) {
             const Vec p = mul(exp(sub(load(probabilities + c), set1(most[r]))), set1(factor[r]));
             store(probabilities + c, p);
             store(dscores + c, mul(p, sub(load(dscores + c), set1(s.products[r]))));
           }
+          if (a.softcap != 0.0f)
+            for (int64_t c = 0; c < wide; c += Vec::width) store(dscores + c, mul(load(dscores + c), load(slopes + c)));
         }
         multiply(s.probabilities, 1, kKeys, s.doutput, padded, s.dvalues + j * padded, padded, columns, padded, rows, true);
         multiply(s.dscores, 1, kKeys, s.query, padded, s.dkeys + j * padded, padded, columns, padded, rows, true);

@@ -7,6 +7,9 @@ namespace qlora {
 // What activations are stored as; all arithmetic is fp32.
 enum Type { kF32 = 0, kBf16 = 1 };
 
+// What a gate's numbers go through.
+enum Activation { kSilu = 0, kGeluTanh = 1 };
+
 // Packed causal attention: what its calls have in common. Strides are in elements; heads of a token's output and of
 // gradients lie one after another, tokens after that.
 struct Attention {
@@ -15,6 +18,7 @@ struct Attention {
   int64_t tokens;
   int64_t window;  // tokens that a token sees, itself included; 0: all before it
   float scale;
+  float softcap;  // scores s become softcap tanh(s / softcap); 0: they stay
   struct Rows {
     const void* data;
     int64_t head, token;
@@ -34,11 +38,12 @@ struct Passes {
   // Blocks [begin, end) of `count` weights; false where one is not finite.
   bool (*quantize_nf4)(int type, const void* weights, int64_t count, int64_t begin, int64_t end, uint8_t* packed, float* absmax);
   // Rows of `size`.
-  void (*rms_norm)(int type, const void* x, const void* weight, void* y, float* scale, int64_t rows, int64_t size, float epsilon);
-  void (*rms_norm_grad)(int type, const void* x, const void* weight, const float* scale, const void* dy, void* dx, int64_t rows,
-                        int64_t size);
-  void (*swiglu)(int type, const void* gate, const void* up, void* y, int64_t n);
-  void (*swiglu_grad)(int type, const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n);
+  void (*rms_norm)(int type, int weight_type, const void* x, const void* weight, void* y, float* scale, int64_t rows, int64_t size,
+                   float epsilon);
+  void (*rms_norm_grad)(int type, int weight_type, const void* x, const void* weight, const float* scale, const void* dy, void* dx,
+                        int64_t rows, int64_t size);
+  void (*gated)(int type, int activation, const void* gate, const void* up, void* y, int64_t n);
+  void (*gated_grad)(int type, int activation, const void* gate, const void* up, const void* dy, void* dgate, void* dup, int64_t n);
   // One task; false without memory for scratch.
   bool (*attention)(const Attention& attention, const AttentionTask& task);
   bool (*attention_grad)(const Attention& attention, const AttentionTask& task);

@@ -80,42 +80,44 @@ QLORA_API int qlora_quantize_nf4(int tier, int threads, int type, const void* we
   return ok;
 }
 
-QLORA_API int qlora_rms_norm(int tier, int threads, int type, const void* x, const void* weight, void* y, float* scale, int64_t rows,
-                             int64_t size, float epsilon) {
+QLORA_API int qlora_rms_norm(int tier, int threads, int type, int weight_type, const void* x, const void* weight, void* y,
+                             float* scale, int64_t rows, int64_t size, float epsilon) {
   const Passes* passes = table_of(tier);
   if (!passes) return no_such_tier;
   parallel_for(worthwhile(threads, rows * size), rows, [&](int64_t begin, int64_t end) {
-    passes->rms_norm(type, at(type, x, begin * size), weight, at(type, y, begin * size), scale + begin, end - begin, size, epsilon);
+    passes->rms_norm(type, weight_type, at(type, x, begin * size), weight, at(type, y, begin * size), scale + begin, end - begin, size,
+                     epsilon);
   });
   return ok;
 }
 
-QLORA_API int qlora_rms_norm_grad(int tier, int threads, int type, const void* x, const void* weight, const float* scale,
-                                  const void* dy, void* dx, int64_t rows, int64_t size) {
+QLORA_API int qlora_rms_norm_grad(int tier, int threads, int type, int weight_type, const void* x, const void* weight,
+                                  const float* scale, const void* dy, void* dx, int64_t rows, int64_t size) {
   const Passes* passes = table_of(tier);
   if (!passes) return no_such_tier;
   parallel_for(worthwhile(threads, rows * size), rows, [&](int64_t begin, int64_t end) {
-    passes->rms_norm_grad(type, at(type, x, begin * size), weight, scale + begin, at(type, dy, begin * size),
+    passes->rms_norm_grad(type, weight_type, at(type, x, begin * size), weight, scale + begin, at(type, dy, begin * size),
                           at(type, dx, begin * size), end - begin, size);
   });
   return ok;
 }
 
-QLORA_API int qlora_swiglu(int tier, int threads, int type, const void* gate, const void* up, void* y, int64_t n) {
+QLORA_API int qlora_gated(int tier, int threads, int type, int activation, const void* gate, const void* up, void* y, int64_t n) {
   const Passes* passes = table_of(tier);
   if (!passes) return no_such_tier;
   over_elements(threads, n, [&](int64_t i, int64_t count) {
-    passes->swiglu(type, at(type, gate, i), at(type, up, i), at(type, y, i), count);
+    passes->gated(type, activation, at(type, gate, i), at(type, up, i), at(type, y, i), count);
   });
   return ok;
 }
 
-QLORA_API int qlora_swiglu_grad(int tier, int threads, int type, const void* gate, const void* up, const void* dy, void* dgate,
-                                void* dup, int64_t n) {
+QLORA_API int qlora_gated_grad(int tier, int threads, int type, int activation, const void* gate, const void* up, const void* dy,
+                               void* dgate, void* dup, int64_t n) {
   const Passes* passes = table_of(tier);
   if (!passes) return no_such_tier;
   over_elements(threads, n, [&](int64_t i, int64_t count) {
-    passes->swiglu_grad(type, at(type, gate, i), at(type, up, i), at(type, dy, i), at(type, dgate, i), at(type, dup, i), count);
+    passes->gated_grad(type, activation, at(type, gate, i), at(type, up, i), at(type, dy, i), at(type, dgate, i), at(type, dup, i),
+                       count);
   });
   return ok;
 }
