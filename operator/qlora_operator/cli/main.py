@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     validating = subcommands.add_parser("validate", help="check job files for errors")
     validating.add_argument("files", nargs="+", metavar="FILE", help="YAML or JSON; - is standard input")
     planning = subcommands.add_parser(
-        "plan", help="show what a job would do on this machine: memory, steps and a sample"
+        "plan", help="show what a job would do on this machine: memory, steps, time and a sample"
     )
     planning.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
     fetching = subcommands.add_parser("fetch", help="fetch a job's remote model and data into its workspace")
@@ -98,14 +98,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    _price(options)
+    price = _price(options)
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     sources = (job.spec.model.source, job.spec.dataset.source)
     # What is remote is fetched into the workspace.
     needed = [job.spec.workspace if is_remote(uri) else uri for uri in sources]
     missing = sorted(claims(*needed) - volumes.keys())
-    planned = plan.job_plan(job, volumes, missing)
+    planned = plan.job_plan(job, volumes, missing, price)
     if options.output == "json":
         print(planned.model_dump_json(by_alias=True, indent=2))
     else:
