@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from qlora_contract.base import ContractModel
+from qlora_contract.cost import Price
 from qlora_operator.api.quantity import MEMORY_PATTERN
 from qlora_operator.errors import OperatorError
 
@@ -26,6 +27,22 @@ class Limits(ContractModel):
     """CPUs of all pods."""
     memory: str | None = Field(default=None, pattern=MEMORY_PATTERN)
     """Memory of all pods, such as 512Gi."""
+
+
+class CostSettings(ContractModel):
+    """What CPUs cost, for the status and reports of jobs."""
+
+    price_per_core_hour: float | None = Field(default=None, ge=0, le=1e6)
+    """Price of one CPU for one hour. Unset: no money is reported."""
+    currency: str = Field(default="", max_length=8, pattern=r"^[^\s\x00-\x1f\x7f]*$")
+    """Currency of the price, such as EUR."""
+
+    @property
+    def price(self) -> Price | None:
+        """The price, if there is one."""
+        if self.price_per_core_hour is None:
+            return None
+        return Price(amount=self.price_per_core_hour, currency=self.currency)
 
 
 class TransferSettings(ContractModel):
@@ -68,6 +85,8 @@ class Settings(ContractModel):
     """The most that one job may ask for."""
     transfer: TransferSettings = TransferSettings()
     """How remote sources are fetched, and adapters sent."""
+    costs: CostSettings = CostSettings()
+    """What CPUs cost."""
     image_pull_policy: str = Field(default="IfNotPresent", pattern="^(Always|IfNotPresent|Never)$")
     """When nodes fetch the trainer image."""
     image_pull_secrets: list[str] = Field(default=[])

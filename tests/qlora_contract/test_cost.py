@@ -21,6 +21,10 @@ def attempt(number: int = 0, **fields: Any) -> AttemptRecord:
         pytest.param("0.04 EUR", Price(amount=0.04, currency="EUR"), id="with its currency"),
         pytest.param(" 2 € ", Price(amount=2, currency="€"), id="a sign"),
         pytest.param("0", Price(amount=0), id="nothing"),
+        pytest.param(
+            "123456789.123456789 x", Price(amount=123456789.123456789, currency="x"), id="many digits"
+        ),
+        pytest.param("0.000000001", Price(amount=1e-9), id="very little"),
     ],
 )
 def test_a_price_is_an_amount_and_perhaps_a_currency(text: str, expected: Price) -> None:

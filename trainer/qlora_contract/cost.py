@@ -14,11 +14,12 @@ JOULES_PER_KWH = 3.6e6
 class Price(ContractModel):
     """What one CPU costs for one hour."""
 
-    amount: float = Field(ge=0)
+    amount: float = Field(ge=0, lt=1e9)
     currency: str = ""
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.currency}".strip()
+        amount = f"{self.amount:.9f}".rstrip("0").rstrip(".")
+        return f"{amount} {self.currency}".strip()
 
 
 def parse_price(text: str) -> Price:

@@ -84,6 +84,7 @@ class Children:
             avoid=action.avoid,
             stage=action.stage,
             fetched=action.fetched,
+            requested=action.requested,
         )
         await self._create_network(job, uid)
         self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))

@@ -131,4 +131,5 @@ def create_children(view: JobView) -> StartAttempt:
         avoid=tuple(placement.avoid),
         stage=attempt.stage,
         fetched=stages.fetched(view.status),
+        requested=attempt.start,
     )
