@@ -81,6 +81,9 @@ class Settings(ContractModel):
     allowed_sources: list[str] = Field(default=["*"])
     """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
     characters."""
+    allowed_tracking: list[str] = Field(default=[])
+    """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
+    characters."""
     limits: Limits = Limits()
     """The most that one job may ask for."""
     transfer: TransferSettings = TransferSettings()

@@ -43,6 +43,7 @@ FULL = {
     **LEAST,
     "allowedImages": ["registry.example/*"],
     "allowedSources": ["pvc://*", "hf://our-org/*"],
+    "allowedTracking": ["http://mlflow.tracking.svc:*"],
     "limits": {"pods": 4, "ranks": 8, "cpus": 64, "memory": "512Gi"},
     "transfer": {
         "serviceAccountName": "transfers",

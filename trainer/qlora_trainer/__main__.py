@@ -80,6 +80,8 @@ def run_rank() -> int:
     if context is not None:
         with contextlib.suppress(TrainerError):  # Fenced: the page is another attempt's by now
             context.books.write(ended=ending.cause)
+        if context.tracking is not None:
+            context.tracking.close(ending.exit_code)
     return ending.exit_code
 
 

@@ -29,6 +29,12 @@ def policy_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, st
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
+    mlflow = spec.tracking.mlflow
+    if mlflow is not None and not any(fits(mlflow.uri, pattern) for pattern in settings.allowed_tracking):
+        return Reason.SOURCE_NOT_ALLOWED, (
+            f"spec.tracking.mlflow.uri {mlflow.uri} is not allowed here: ask the administrator, or leave it out in "
+            "another job"
+        )
     topology, limits = spec.topology, settings.limits
     ranks = topology.pods * resource_multiplier(topology)  # with ranksPerPod auto a pod counts as one
     memory = ranks * parse_memory(topology.memory_per_rank)

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from qlora_trainer.training import schedule
 from qlora_trainer.training.context import RankContext, StopHere, StopRequested
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.setup import DTYPES, TrainState, prepare
+from qlora_trainer.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     run, loop, total_steps = context.run, state.loop, state.schedule.total_steps
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
-        metrics_log.write(evaluation_line(0, loop.base_eval_loss_quantized))
+        record(context, metrics_log, evaluation_line(0, loop.base_eval_loss_quantized))
     saved_at = time.monotonic()
     while loop.step < total_steps:
         context.progress.update(stage="Training")
@@ -92,7 +94,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
                 stop = True
         if metrics_log:
             context.folder.check_fence()
-            metrics_log.write(metrics.line())
+            record(context, metrics_log, metrics.line())
             context.books.count_step(loop.step)
         if stop:
             raise StopRequested
@@ -106,7 +108,15 @@ def open_metrics(context: RankContext, step: int) -> MetricsLog | None:
     if not context.is_rank_zero:
         return None
     context.books.begin_steps(step)
+    context.tracking = Tracking(context.run, context.folder.path, step)
     return MetricsLog(context.folder.path / METRICS, step)
+
+
+def record(context: RankContext, metrics_log: MetricsLog, line: Mapping[str, Any]) -> None:
+    """Add a line to metrics.jsonl, and tell its other readers."""
+    metrics_log.write(line)
+    if context.tracking is not None:
+        context.tracking.write(line)
 
 
 def save_is_due(context: RankContext, state: TrainState, seconds: float) -> bool:
@@ -269,7 +279,7 @@ def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLo
     if context.is_rank_zero:
         base_losses.write(context.folder, state.base_losses)
     if metrics_log:
-        metrics_log.write(evaluation_line(0, loss))
+        record(context, metrics_log, evaluation_line(0, loss))
 
 
 def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
@@ -320,7 +330,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         folder.check_fence()
         report["cost"] = context.books.cost()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)
-        metrics_log.write(evaluation_line(loop.step, loss))
+        record(context, metrics_log, evaluation_line(loop.step, loss))
         adapter.publish(folder, staged, report, read_metrics(metrics_log.path))
     context.group.barrier()
     return report
