@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.cost import Price, cost_of
-from qlora_contract.job_folder import METRICS, REPORT_FACTS, REPORT_PAGE, TRAINING_REPORT
+from qlora_contract.job_folder import ANSWERS, METRICS, REPORT_FACTS, REPORT_PAGE, TRAINING_REPORT
 from qlora_trainer.artifacts.metrics_log import read_metrics
 from qlora_trainer.report.page import render
 from qlora_trainer.storage.atomic import write_atomically
@@ -21,6 +21,7 @@ def page_of(folder: Path, price: Price | None) -> str | None:
     metrics, attempts = read_metrics(folder / METRICS), read_attempts(folder)
     if not report and not metrics:
         return None
+    report |= {"answers": _read(folder / ANSWERS)}
     name = report.get("job")
     cost = cost_of(attempts, price) if attempts else None
     return render(report, metrics, attempts, cost, name if isinstance(name, str) else folder.name)

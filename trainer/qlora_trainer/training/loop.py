@@ -24,6 +24,7 @@ from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
+from qlora_trainer.training.answers import answer_held_out
 from qlora_trainer.training.context import RankContext, StopHere, StopRequested
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.setup import DTYPES, TrainState, prepare
@@ -304,6 +305,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         loss = evaluate_adapter(context, state)
         if loss is not None and loop.base_eval_loss_quantized is None:
             measure_base(context, state, None)
+        answer_held_out(context, state)
     except StopRequested:
         raise Terminated(STOPPED_AT_THE_END) from None
     context.progress.update(eval_loss=loss)
