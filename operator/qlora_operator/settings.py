@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from qlora_contract.base import ContractModel
+from qlora_contract.cost import Price
 from qlora_operator.api.quantity import MEMORY_PATTERN
 from qlora_operator.api.v1alpha1 import MAX_SECONDS, Toleration
 from qlora_operator.errors import OperatorError
@@ -84,6 +85,22 @@ class NamespaceSettings(ContractModel):
     """What jobs may name there."""
 
 
+class CostSettings(ContractModel):
+    """What CPUs cost, for the status and reports of jobs."""
+
+    price_per_core_hour: float | None = Field(default=None, ge=0, le=1e6)
+    """Price of one CPU for one hour. Unset: no money is reported."""
+    currency: str = Field(default="", max_length=8, pattern=r"^[^\s\x00-\x1f\x7f]*$")
+    """Currency of the price, such as EUR."""
+
+    @property
+    def price(self) -> Price | None:
+        """The price, if there is one."""
+        if self.price_per_core_hour is None:
+            return None
+        return Price(amount=self.price_per_core_hour, currency=self.currency)
+
+
 class TransferSettings(ContractModel):
     """How pods fetch remote sources, and send adapters to remote destinations."""
 
@@ -120,6 +137,9 @@ class Settings(ContractModel):
     allowed_sources: list[str] = Field(default=["*"])
     """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
     characters."""
+    allowed_tracking: list[str] = Field(default=[])
+    """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
+    characters."""
     limits: Limits = Limits()
     """The most that one job may ask for."""
     defaults: Defaults = Defaults()
@@ -130,6 +150,8 @@ class Settings(ContractModel):
     """By a namespace's name: what differs there."""
     transfer: TransferSettings = TransferSettings()
     """How remote sources are fetched, and adapters sent."""
+    costs: CostSettings = CostSettings()
+    """What CPUs cost."""
     image_pull_policy: str = Field(default="IfNotPresent", pattern="^(Always|IfNotPresent|Never)$")
     """When nodes fetch the trainer image."""
     image_pull_secrets: list[str] = Field(default=[])

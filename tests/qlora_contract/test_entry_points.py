@@ -15,6 +15,7 @@ from qlora_contract import entry_points
         entry_points.FORK_SERVER,
         entry_points.TRANSFER,
         entry_points.PLAN,
+        entry_points.REPORT,
     ],
 )
 def test_every_entry_point_can_be_started(module: str) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
-from qlora_operator.settings import Limits, Settings, SettingsError, TransferSettings, load_settings
+from qlora_operator.settings import (
+    CostSettings,
+    Limits,
+    Settings,
+    SettingsError,
+    TransferSettings,
+    load_settings,
+)
 
 LEAST = {"trainerImage": "registry.example/trainer:1"}
 
@@ -36,6 +43,7 @@ FULL = {
     **LEAST,
     "allowedImages": ["registry.example/*"],
     "allowedSources": ["pvc://*", "hf://our-org/*"],
+    "allowedTracking": ["http://mlflow.tracking.svc:*"],
     "limits": {
         "pods": 4,
         "ranks": 8,
@@ -72,6 +80,7 @@ FULL = {
         "s3Endpoint": "https://s3.example",
         "s3Region": "eu-1",
     },
+    "costs": {"pricePerCoreHour": 0.04, "currency": "EUR"},
     "imagePullPolicy": "Always",
     "imagePullSecrets": ["pull"],
     "runAsUser": None,
@@ -97,6 +106,7 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     assert settings.model_fields_set == set(Settings.model_fields)
     assert settings.limits.model_fields_set == set(Limits.model_fields)
     assert settings.transfer.model_fields_set == set(TransferSettings.model_fields)
+    assert settings.costs.model_fields_set == set(CostSettings.model_fields)
 
 
 FAULTS = {
@@ -106,6 +116,14 @@ FAULTS = {
     "an unknown setting": ({**LEAST, "image": "a"}, "image: Extra inputs are not permitted"),
     "a setting in another spelling": ({**LEAST, "allowed-sources": []}, "allowed-sources: Extra inputs"),
     "an unknown limit": ({**LEAST, "limits": {"gpus": 1}}, "limits.gpus: Extra inputs are not permitted"),
+    "a price below zero": (
+        {**LEAST, "costs": {"pricePerCoreHour": -1}},
+        "costs.pricePerCoreHour: Input should be greater than or equal to 0",
+    ),
+    "a currency of two words": (
+        {**LEAST, "costs": {"currency": "US $"}},
+        "costs.currency: String should match",
+    ),
     "no pods at all": (
         {**LEAST, "limits": {"pods": 0}},
         "limits.pods: Input should be greater than or equal to 1",

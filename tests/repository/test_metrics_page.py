@@ -26,6 +26,9 @@ def test_every_metric_of_the_operator_is_documented() -> None:
     metrics.jobs.set("team", "job", JobSample(Phase.RUNNING, 1.0, 1.0))
     metrics.api_request("get", "jobs", 200, 0.1)
     metrics.restarts.labels("Killed", "user").inc()
+    for counter in (metrics.core_hours, metrics.queue_seconds, metrics.lost_steps, metrics.energy):
+        counter.labels("team").inc()
+    metrics.cost.labels("team", "EUR").inc()
     text = generate_latest(metrics.registry).decode()
     names = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
 

@@ -19,6 +19,10 @@ PARENT_DEATH_ENV = "QLORA_PARENT_DEATH"
 CREDENTIALS_ENV = "QLORA_CREDENTIALS"
 """Directory with the credentials of a fetch or an upload: a directory for each of `model`, `dataset` and `output`
 that has a Secret, with a file for each key. Unset with `qlora run`: the libraries look in their usual places."""
+PRICE_ENV = "QLORA_PRICE"
+"""What a CPU costs for an hour (cost.parse_price), for the report. Unset: no money is reported."""
+REQUESTED_ENV = "QLORA_REQUESTED"
+"""When the attempt's pods were requested, RFC 3339. Unset with `qlora run`, where nothing waits."""
 
 PROGRESS_PORT = 8470
 RENDEZVOUS_PORT = 29500

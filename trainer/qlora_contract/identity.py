@@ -42,7 +42,7 @@ NOT_SHAPING: dict[str, set[str]] = {
     "model": {"credentialsSecret"},
     "dataset": {"credentialsSecret"},
     "training": {"microBatchTokens", "gradientCheckpointing"},
-    "evaluation": {"maxTokens"},
+    "evaluation": {"maxTokens", "prompts"},
 }
 """Fields of these sections that never change the adapter, up to rounding."""
 

@@ -115,6 +115,8 @@ class TerminationReport(_Report):
     eval_loss: float | None = None
     adapter_uri: str | None = None
     adapter_sha256: str | None = None
+    energy_kwh: float | None = None
+    """What the processors took over all attempts; None: not known."""
     fetched: ResolvedRevisions | None = None
     """Of a fetch: what the remote sources stood for."""
     published_uri: str | None = None

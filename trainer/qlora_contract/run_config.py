@@ -42,6 +42,11 @@ MAX_EVAL_FRACTION = 0.5
 COLUMN_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 """A column of the data: any name without control characters."""
 
+TRACKING_URI_PATTERN = (
+    r"^https?://[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{1,5})?(/[-A-Za-z0-9._~/]*)?$"
+)
+"""A server's address, without user, query or fragment."""
+
 BUNDLED = "bundled:"
 """What dataset.chatTemplate begins with when it names one of the trainer's own templates."""
 CHAT_TEMPLATE_PATTERN = rf"^({BUNDLED}[a-z0-9-]+|[\s\S]*\{{[\s\S]*)$"
@@ -171,6 +176,7 @@ class Evaluation(ContractModel):
     every_steps: Steps | None = None
     require_improvement: bool = True
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
+    prompts: int = Field(default=3, ge=0, le=1000)
 
 
 class Checkpoint(ContractModel):
@@ -186,6 +192,19 @@ class Output(ContractModel):
 
     destination: DestinationUri | None = None
     credentials_secret: SecretName | None = None
+
+
+class Mlflow(ContractModel):
+    """The MLflow tracking server that gets the metrics."""
+
+    uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
+    experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
+
+
+class Tracking(ContractModel):
+    """Where metrics go besides the workspace."""
+
+    mlflow: Mlflow | None = None
 
 
 class Distributed(ContractModel):
@@ -284,6 +303,7 @@ class RunConfig(ContractModel):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     output: Output = Output()
+    tracking: Tracking = Tracking()
     distributed: Distributed = Distributed()
     layout: Layout
     isa: IsaTier
@@ -335,6 +355,11 @@ SINCE: Mapping[str, int] = {
     "dataset.train": 2,
     "evaluation.maxTokens": 2,
     "progressDeadlineSeconds": 2,
+    "evaluation.prompts": 2,
+    "tracking": 2,
+    "tracking.mlflow": 2,
+    "tracking.mlflow.experiment": 2,
+    "tracking.mlflow.uri": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""

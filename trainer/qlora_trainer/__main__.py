@@ -90,6 +90,11 @@ def run_rank() -> int:
         if context is not None and heartbeat is not None:
             leave_after(error, ending, context, heartbeat)
     write_rank_report(ending)
+    if context is not None:
+        with contextlib.suppress(TrainerError):  # Fenced: the page is another attempt's by now
+            context.books.write(ended=ending.cause)
+        if context.tracking is not None:
+            context.tracking.close(ending.exit_code)
     return ending.exit_code
 
 
@@ -188,6 +193,8 @@ def train_unless_finished(context: RankContext) -> TerminationReport:
     if context.group.all_gather_object(context.is_rank_zero and context.folder.finished())[0]:
         log.info("already finished: %s", context.folder.adapter)
         return success_report(context, context.folder.report())
+    if context.is_rank_zero:
+        context.books.open()
     context.progress.update(ranks=context.group.all_gather_object(context.rank_info()))
     return success_report(context, train(context))
 

@@ -8,7 +8,7 @@ from qlora_contract import run_config as wire
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than, oldest_version
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.v1alpha1 import QLoRAJob, Topology
+from qlora_operator.api.v1alpha1 import QLoRAJob, Topology, Tracking
 
 DEFAULT_NAMESPACE = "default"
 NOTHING_FETCHED = wire.ResolvedRevisions()
@@ -61,6 +61,7 @@ def to_run_config(
         evaluation=carry_over(wire.Evaluation, spec.evaluation),
         checkpoint=carry_over(wire.Checkpoint, spec.checkpoint),
         output=carry_over(wire.Output, spec.output),
+        tracking=tracking(spec.tracking),
         distributed=carry_over(wire.Distributed, spec.distributed),
         layout=layout(spec.topology),
         isa=isa,
@@ -68,6 +69,12 @@ def to_run_config(
         progress_deadline_seconds=spec.progress_deadline_seconds,
     )
     return run.model_copy(update={"version": fixed if fixed in RUN_CONFIG_VERSIONS else oldest_version(run)})
+
+
+def tracking(written: Tracking) -> wire.Tracking:
+    """Where metrics go."""
+    mlflow = written.mlflow
+    return wire.Tracking(mlflow=None if mlflow is None else carry_over(wire.Mlflow, mlflow))
 
 
 def layout(topology: Topology) -> wire.Layout:

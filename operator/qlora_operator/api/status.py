@@ -64,6 +64,8 @@ class Attempt(StatusModel):
     """What it does: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
     start: Time | None = None
     """When its ranks were requested."""
+    running: Time | None = None
+    """When all of its ranks were up for the first time; unset until then."""
     end: Time | None = None
     """When its last pod was gone; unset until then."""
     reason: str | None = None
@@ -174,6 +176,25 @@ class AdapterStatus(StatusModel):
     """Where its copy at output.destination is, with the revision if there is one."""
 
 
+class Cost(StatusModel):
+    """What the training attempts that have ended cost; what transfers cost is not counted."""
+
+    core_hours: float | None = None
+    """CPUs of all ranks times hours, from when all ranks were up to when the last pod was gone."""
+    queue_seconds: int | None = None
+    """Seconds that attempts waited, in a queue and for nodes, until all of their ranks were up."""
+    lost_steps: int | None = None
+    """Optimizer steps that were done since the last checkpoint when an attempt ended early, as far as they were
+    seen: they are made again."""
+    energy_kwh: float | None = None
+    """Energy of the processors, in kWh, other work on the same machine included. Unset: unknown, as wherever the
+    processors' counters cannot be read, and with more than one pod."""
+    money: float | None = None
+    """coreHours times the administrator's price. Unset: there is none."""
+    currency: str | None = None
+    """Currency of money, as the administrator has set it."""
+
+
 class Provenance(StatusModel):
     """What the adapter was made from."""
 
@@ -247,6 +268,8 @@ class QLoRAJobStatus(StatusModel):
     """The finished adapter."""
     provenance: Provenance | None = None
     """What the adapter was made from."""
+    cost: Cost | None = None
+    """What the job has cost."""
     columns: Columns | None = None
     """Text for `kubectl get`, derived from the other fields."""
     start_time: Time | None = None

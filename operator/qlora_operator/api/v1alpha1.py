@@ -31,6 +31,7 @@ from qlora_contract.run_config import (
     ISA_TIERS,
     MAX_EVAL_FRACTION,
     MAX_RANKS,
+    TRACKING_URI_PATTERN,
     IsaTier,
 )
 from qlora_operator.api import names, quantity
@@ -271,6 +272,9 @@ class Evaluation(ApiModel):
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
     """Evaluate on at most so many tokens: samples are chosen by a hash of their tokens, the same ones each time, and at
     least one. The default takes about as long as three steps of the default size."""
+    prompts: int = Field(default=3, ge=0, le=1000)
+    """Prompts of the held-out data that the base and the finished adapter answer at the end, side by side in the
+    report in the workspace, which is never uploaded. Ten seconds are spent on each at most. 0: none."""
 
 
 class Checkpoint(ApiModel):
@@ -294,6 +298,24 @@ class Output(ApiModel):
     workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
+
+
+class Mlflow(ApiModel):
+    """The MLflow tracking server that gets the metrics: one run for all attempts of the job. Training goes on when the
+    server is down."""
+
+    uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
+    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it.
+    Without credentials: the server must take metrics from the job's pods."""
+    experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
+    """Name of the experiment, which is created if there is none."""
+
+
+class Tracking(ApiModel):
+    """Where metrics go besides the workspace, which always holds them for `qlora report` and for TensorBoard."""
+
+    mlflow: Mlflow | None = None
+    """MLflow tracking server. Unset: none."""
 
 
 class Distributed(ApiModel):
@@ -493,6 +515,7 @@ class QLoRAJobSpec(ApiModel):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     output: Output = Output()
+    tracking: Tracking = Tracking()
     topology: Topology
     isa: Isa = Isa()
     distributed: Distributed = Distributed()

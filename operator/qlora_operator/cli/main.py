@@ -6,16 +6,18 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from qlora_contract.cost import Price, parse_price
+from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
 from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli import plan, run
+from qlora_operator.cli import plan, report, run
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     validating = subcommands.add_parser("validate", help="check job files for errors")
     validating.add_argument("files", nargs="+", metavar="FILE", help="YAML or JSON; - is standard input")
     planning = subcommands.add_parser(
-        "plan", help="show what a job would do on this machine: memory, steps and a sample"
+        "plan", help="show what a job would do on this machine: memory, steps, time and a sample"
     )
     planning.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
     fetching = subcommands.add_parser("fetch", help="fetch a job's remote model and data into its workspace")
@@ -71,10 +73,19 @@ def parser() -> argparse.ArgumentParser:
         subcommand.add_argument(
             "--verbose", action="store_true", help="also show the output of every process"
         )
+    reporting = subcommands.add_parser("report", help="write a job's report.html anew, and say where it is")
+    reporting.add_argument(
+        "file", metavar="JOB", help="YAML or JSON with a QLoRAJob, or the job's folder in its workspace"
+    )
     for subcommand in (planning, fetching, training):
         subcommand.add_argument(
             "file", metavar="FILE", help="YAML or JSON with a QLoRAJob; - is standard input"
         )
+    for subcommand in (planning, training, reporting):
+        subcommand.add_argument(
+            "--price", metavar="PRICE", help="what a CPU costs for an hour, such as '0.04 EUR'"
+        )
+    for subcommand in (planning, fetching, training, reporting):
         subcommand.add_argument("--name", help="which job, if the file has several")
         subcommand.add_argument(
             "--volume",
@@ -87,13 +98,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    price = _price(options)
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     sources = (job.spec.model.source, job.spec.dataset.source)
     # What is remote is fetched into the workspace.
     needed = [job.spec.workspace if is_remote(uri) else uri for uri in sources]
     missing = sorted(claims(*needed) - volumes.keys())
-    planned = plan.job_plan(job, volumes, missing)
+    planned = plan.job_plan(job, volumes, missing, price)
     if options.output == "json":
         print(planned.model_dump_json(by_alias=True, indent=2))
     else:
@@ -103,21 +115,47 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _execute(options: argparse.Namespace) -> int:
     """`fetch` or `run`."""
+    price = _price(options) if options.command == "run" else None
     job, volumes = _job_and_volumes(options)
-    execute = run.fetch_only if options.command == "fetch" else run.run
-    return execute(job, volumes, Console(highlight=False), verbose=options.verbose)
+    console = Console(highlight=False)
+    if options.command == "fetch":
+        return run.fetch_only(job, volumes, console, verbose=options.verbose)
+    return run.run(job, volumes, console, verbose=options.verbose, price=price)
+
+
+def _report(options: argparse.Namespace) -> int:
+    price = _price(options)
+    folder = Path(options.file)
+    if not folder.is_dir():
+        job, volumes = one_job(options.file, options.name), parse_volumes(options.volume)
+        _require_volumes(volumes, job.spec.workspace)
+        folder = job_path(job.spec.workspace, job.metadata.name, volumes)
+    print(report.write(folder, price))
+    return 0
+
+
+def _price(options: argparse.Namespace) -> Price | None:
+    """What --price says. Raises CommandError where that is none."""
+    try:
+        return None if options.price is None else parse_price(options.price)
+    except ValueError as error:
+        raise CommandError(f"--price {error}", USAGE) from None
 
 
 def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, Path]]:
     """The job, and a directory for each of its claims. Raises CommandError when one has none."""
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
-    spec = job.spec
-    if missing := sorted(claims(spec.workspace, spec.model.source, spec.dataset.source) - volumes.keys()):
-        wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
-        raise CommandError(f"the job uses claims that have no directory here; add {wanted}", USAGE)
+    _require_volumes(volumes, job.spec.workspace, job.spec.model.source, job.spec.dataset.source)
     require_trainer()
     return job, volumes
+
+
+def _require_volumes(volumes: Mapping[str, Path], *uris: str) -> None:
+    """Raise CommandError when a claim of these URIs has no directory."""
+    if missing := sorted(claims(*uris) - volumes.keys()):
+        wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
+        raise CommandError(f"the job uses claims that have no directory here; add {wanted}", USAGE)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -125,6 +163,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "fetch": _execute,
     "run": _execute,
+    "report": _report,
 }
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_contract.base import ContractModel
+from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.plan import (
     Machine,
@@ -21,7 +22,8 @@ from qlora_contract.plan import (
     TextSpan,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig, Training
-from qlora_contract.units import format_bytes
+from qlora_contract.speed import TimeEstimate, time_of
+from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.display import printable
@@ -62,9 +64,17 @@ class JobPlan(ContractModel):
     missing_volumes: list[str]
     """Claims without a directory here; `details` is left out if there are any."""
     details: PlanReport | None
+    time: TimeEstimate | None
+    """How long it would take on a machine like this; None without details."""
+    price_per_core_hour: float | None
+    currency: str
+    money: float | None
+    """What the time would cost; None without a price."""
 
 
-def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[str]) -> JobPlan:
+def job_plan(
+    job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[str], price: Price | None = None
+) -> JobPlan:
     """Plan the job for this machine, and, if its model and data can be read here, measure them.
 
     Raises:
@@ -86,6 +96,7 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
     if details is not None:
         sharing = max(counts) if auto else 1
         problems += memory_problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
+    time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(
         name=job.metadata.name,
@@ -98,6 +109,10 @@ def job_plan(job: QLoRAJob, volumes: Mapping[str, Path], missing_volumes: list[s
         problems=problems,
         missing_volumes=missing_volumes,
         details=details,
+        time=time,
+        price_per_core_hour=None if price is None else price.amount,
+        currency="" if price is None else price.currency,
+        money=None if time is None or price is None else time.core_hours * price.amount,
     )
 
 
@@ -194,7 +209,7 @@ def show(plan: JobPlan, console: Console) -> None:
     for note in plan.notes:
         _print(console, note)
     if plan.details is not None:
-        show_details(plan.details, plan.memory_per_rank, console)
+        show_details(plan, plan.details, console)
     for problem in plan.problems:
         _print(console, f"problem: {problem}", "bold red")
     if plan.missing_volumes:
@@ -218,9 +233,9 @@ def ranks_table(ranks: list[RankPlace]) -> Table:
     return table
 
 
-def show_details(details: PlanReport, memory_per_rank: int, console: Console) -> None:
-    """Print memory, data, steps and a sample."""
-    memory, steps = details.memory, details.steps
+def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
+    """Print memory, data, steps, time and a sample."""
+    memory, steps, memory_per_rank = details.memory, details.steps, plan.memory_per_rank
     parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in memory.parts.items())
     evaluation = split_text(details.evaluation, "evaluated") if details.evaluation else "none"
     console.print()
@@ -240,6 +255,7 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
             f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
             f"{steps.tokens_per_step:,.0f} tokens per step, bins {100 * steps.fill:.0f} % full"
         ),
+        *time_lines(plan),
     ):
         _print(console, line)
     console.print()
@@ -247,6 +263,26 @@ def show_details(details: PlanReport, memory_per_rank: int, console: Console) ->
     _print(console, f"first sample; what is trained on is {how}:")
     console.print(sample_text(details.sample, marked=not console.color_system), soft_wrap=True)
     console.print()
+
+
+def time_lines(plan: JobPlan) -> list[str]:
+    """How long the job would take, what that would cost, and what the figure rests on."""
+    time = plan.time
+    if time is None:
+        return []
+    parts = {
+        "steps": time.training_seconds,
+        "evaluation": time.evaluation_seconds,
+        "start": time.start_seconds,
+    }
+    shares = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts.items())
+    cost = f"{time.core_hours:,.3g} core-hours"
+    if plan.money is not None:
+        cost += f", {plan.money:,.3g} {plan.currency}".rstrip()
+    return [
+        f"time      about {format_duration(time.seconds)} ({shares}): {cost}",
+        f"          at {time.tokens_per_second:,.0f} tokens/s; rests on {time.basis}",
+    ]
 
 
 def split_text(split: SplitStats, use: str = "trained") -> str:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_contract import entry_points
+from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.env import (
     COMPLETION_INDEX_ENV,
     CPUS_ENV,
     PARENT_DEATH_ENV,
+    PRICE_ENV,
     PROGRESS_PORT_ENV,
     RUN_CONFIG_ENV,
     TERMINATION_LOG_ENV,
@@ -64,6 +66,7 @@ def start(
     lock: int,
     progress_port: int,
     command: Sequence[str] = LAUNCHER,
+    price: Price | None = None,
 ) -> list[Launcher]:
     """Write run.json and start one launcher for each pod.
 
@@ -77,6 +80,7 @@ def start(
         lock: descriptor of the folder's lock, which the launchers inherit.
         progress_port: where rank 0 serves its progress.
         command: the launcher's command line.
+        price: of a CPU's hour.
 
     Raises:
         ProcessError: one of them could not be started; none is left running.
@@ -88,6 +92,7 @@ def start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port(besides=progress_port)),
         PARENT_DEATH_ENV: str(os.getpid()),
+        PRICE_ENV: "" if price is None else str(price),
     }
     launchers: list[Launcher] = []
     try:

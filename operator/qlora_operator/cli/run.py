@@ -11,8 +11,9 @@ from typing import IO
 
 from rich.console import Console
 
+from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
-from qlora_contract.job_folder import ADAPTER, finished_report, job_path
+from qlora_contract.job_folder import ADAPTER, REPORT_PAGE, finished_report, job_path
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api.run_config import to_run_config
@@ -47,6 +48,7 @@ def run(
     console: Console,
     *,
     verbose: bool = False,
+    price: Price | None = None,
     launcher: Sequence[str] = processes.LAUNCHER,
 ) -> int:
     """Fetch what is remote, train, and upload the adapter to its destination. Returns 0, or 128 + a signal's number.
@@ -56,6 +58,7 @@ def run(
         volumes: claim -> directory, for every claim of the job.
         console: where progress goes.
         verbose: show the ranks' own output, too.
+        price: of a CPU's hour, for the report.
         launcher: command line of the process to start for each pod.
 
     Raises:
@@ -65,7 +68,7 @@ def run(
     assert machine is not None, "without arguments, the planner answers with the machine"
     isa = choose_tier(job.spec.isa.allowed, machine)
     cpus = launcher_cpus(job.spec.topology, machine)
-    with _local_run(job, volumes, console, isa, verbose=verbose) as local:
+    with _local_run(job, volumes, console, isa, verbose=verbose, price=price) as local:
         if ignored := ignored_by_run(job):
             local.display.print(f"ignored, because only the operator acts on it: {', '.join(ignored)}")
         if local.is_finished():
@@ -89,14 +92,21 @@ def fetch_only(job: QLoRAJob, volumes: Mapping[str, Path], console: Console, *, 
 
 @contextmanager
 def _local_run(
-    job: QLoRAJob, volumes: Mapping[str, Path], console: Console, isa: IsaTier, *, verbose: bool
+    job: QLoRAJob,
+    volumes: Mapping[str, Path],
+    console: Console,
+    isa: IsaTier,
+    *,
+    verbose: bool,
+    price: Price | None = None,
 ) -> Iterator["LocalRun"]:
     """The job with its folder, which is locked meanwhile, and signals handled."""
     folder = job_path(job.spec.workspace, job.metadata.name, volumes).absolute()
     stop = StopRequest()
     stop.listen()
     with job_folder.locked(folder) as lock:
-        yield LocalRun(job, isa, folder, volumes, lock, stop, Display(console, job.metadata.name), verbose)
+        display = Display(console, job.metadata.name)
+        yield LocalRun(job, isa, folder, volumes, lock, stop, display, verbose, price)
 
 
 @dataclass
@@ -111,6 +121,7 @@ class LocalRun:
     stop: StopRequest
     display: Display
     verbose: bool
+    price: Price | None = None
     fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
 
     def next_config(self, stage: RunStage) -> RunConfig:
@@ -164,6 +175,8 @@ class LocalRun:
         assert report is not None, "asked only of a finished job"
         for line in result_lines(report, self.folder / ADAPTER):
             self.display.print(line)
+        if (page := self.folder / REPORT_PAGE).exists():
+            self.display.print(f"report     {page}")
 
     def _stopped_before(self, stage: RunStage) -> int:
         """The code to exit with when a signal came too late for the stage before; else 0."""
@@ -176,7 +189,7 @@ class LocalRun:
         """Start a stage's processes, and show progress until all have ended."""
         port = processes.free_port()
         launchers = processes.start(
-            config, self.folder, cpus, self.volumes, self.lock.fileno(), port, command
+            config, self.folder, cpus, self.volumes, self.lock.fileno(), port, command, self.price
         )
         limits = limits_of(config)
         tails = [LogTail(launcher.log) for launcher in launchers] if self.verbose else []

@@ -85,6 +85,7 @@ class Children:
             shun=action.shun,
             stage=action.stage,
             fetched=action.fetched,
+            requested=action.requested,
         )
         # A Job that is refused is tried again and again, and the rest need not be.
         if not (self._facts.create_error(uid) and self._facts.children_complete(uid)):

@@ -1,7 +1,7 @@
 """Tell: the metrics of a job whose decision is saved."""
 
 from qlora_operator.api.names import Key, Phase
-from qlora_operator.api.status import QLoRAJobStatus
+from qlora_operator.api.status import Cost, QLoRAJobStatus
 from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_operator.status.policies import DONE
 
@@ -19,6 +19,7 @@ def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLo
             loss=progress.loss if progress else None,
         ),
     )
+    _count_cost(metrics, key[0], before.cost or Cost(), after.cost or Cost())
     if after.phase in FINAL_PHASES and before.phase not in FINAL_PHASES:
         metrics.jobs_finished.labels(key[0], after.phase).inc()
     if after.attempt is not None and before.attempt != after.attempt:
@@ -34,3 +35,19 @@ def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLo
             if getattr(after.restarts, name, 0) > getattr(before.restarts, name, 0)
         )
         metrics.restarts.labels(last[0].reason, next(paid, "none")).inc()
+
+
+def _count_cost(metrics: Metrics, namespace: str, before: Cost, after: Cost) -> None:
+    """What an attempt has added to the cost of its job."""
+    for counter, name in (
+        (metrics.core_hours, "core_hours"),
+        (metrics.queue_seconds, "queue_seconds"),
+        (metrics.lost_steps, "lost_steps"),
+        (metrics.energy, "energy_kwh"),
+    ):
+        added = (getattr(after, name) or 0) - (getattr(before, name) or 0)
+        if added > 0:
+            counter.labels(namespace).inc(added)
+    # With another price the job's whole cost is another; what counts here is never negative.
+    if after.money is not None and (added := after.money - (before.money or 0)) > 0:
+        metrics.cost.labels(namespace, after.currency or "").inc(added)

@@ -116,6 +116,36 @@ class Metrics:
             ["reason", "budget"],
             registry=registry,
         )
+        self.core_hours = Counter(
+            "qlora_core_hours",
+            "CPUs times hours of training attempts that ended since the operator started",
+            ["namespace"],
+            registry=registry,
+        )
+        self.cost = Counter(
+            "qlora_cost",
+            "Core-hours of these attempts times the price in the operator's settings",
+            ["namespace", "currency"],
+            registry=registry,
+        )
+        self.queue_seconds = Counter(
+            "qlora_queue_seconds",
+            "Seconds that these attempts waited until all of their ranks were up",
+            ["namespace"],
+            registry=registry,
+        )
+        self.lost_steps = Counter(
+            "qlora_lost_steps",
+            "Optimizer steps since the last checkpoint when these attempts ended early",
+            ["namespace"],
+            registry=registry,
+        )
+        self.energy = Counter(
+            "qlora_energy_kwh",
+            "Energy of jobs that were trained since the operator started, of those whose processors tell",
+            ["namespace"],
+            registry=registry,
+        )
         self.reconcile_seconds = Histogram(
             "qlora_reconcile_duration_seconds", "Duration of one reconciliation of one job", registry=registry
         )

@@ -49,6 +49,7 @@ class Observer:
             attempt_jobs=self._cache.attempt_jobs(uid),
             progress=self._facts.take_report(uid),
             image=job.spec.image or self._settings.trainer_image,
+            price=self._settings.costs.price,
             policy_violation=None if violation is None else ReasonMessage(*violation),
             create_error=self._facts.create_error(uid),
             children_missing=self._facts.children_missing(uid),

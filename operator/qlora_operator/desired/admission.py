@@ -36,6 +36,12 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             f"spec.workspace {spec.workspace} is not allowed here: "
             "ask the administrator, or name another in another job"
         )
+    mlflow = spec.tracking.mlflow
+    if mlflow is not None and not any(fits(mlflow.uri, pattern) for pattern in settings.allowed_tracking):
+        return Reason.SOURCE_NOT_ALLOWED, (
+            f"spec.tracking.mlflow.uri {mlflow.uri} is not allowed here: ask the administrator, or leave it out in "
+            "another job"
+        )
     return _scheduling_violation(job, settings) or _size_violation(spec, settings)
 
 

@@ -29,6 +29,7 @@ def attempt_job(
     shun: Sequence[str] = (),
     stage: RunStage = "train",
     fetched: ResolvedRevisions = NOTHING_FETCHED,
+    requested: str | None = None,
 ) -> dict[str, Any]:
     """The batch/v1 Job of one attempt. It is created once and never changed; its first failed pod ends it.
 
@@ -43,6 +44,7 @@ def attempt_job(
         shun: names of nodes that the pods go to if there are no others.
         stage: what the attempt is to do.
         fetched: what the remote sources stand for, as far as that is known.
+        requested: when the attempt was decided upon, RFC 3339; None where that is not known.
     """
     pods = stage_pods(job.spec.topology, stage)
     run = to_run_config(job, uid=uid, attempt=attempt, isa=isa, stage=stage, fetched=fetched)
@@ -61,7 +63,7 @@ def attempt_job(
             "backoffLimit": 0,
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {"rules": failure_rules()},
-            "template": pod_template(job, run, image, settings, avoid, shun),
+            "template": pod_template(job, run, image, settings, avoid, shun, requested),
         },
     }
     if job.queue_name is not None:

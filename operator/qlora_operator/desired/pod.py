@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_contract import entry_points
-from qlora_contract.env import PROGRESS_PORT, RENDEZVOUS_PORT
+from qlora_contract.env import PRICE_ENV, PROGRESS_PORT, RENDEZVOUS_PORT, REQUESTED_ENV
 from qlora_contract.paths import TERMINATION_LOG
 from qlora_contract.run_config import IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
@@ -40,6 +40,7 @@ def pod_template(
     settings: Settings,
     avoid: Sequence[str] = (),
     shun: Sequence[str] = (),
+    requested: str | None = None,
 ) -> dict[str, Any]:
     """The pod template of an attempt, with its RunConfig as an annotation.
 
@@ -52,6 +53,7 @@ def pod_template(
         settings: the administrator's.
         avoid: names of nodes that the pods may not go to.
         shun: names of nodes that the pods go to if there are no others.
+        requested: when the attempt was decided upon, RFC 3339.
     """
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
     given = job.metadata.annotations
@@ -78,7 +80,7 @@ def pod_template(
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
-            "containers": [_container(job, run, image, settings)],
+            "containers": [_container(job, run, image, settings, requested)],
             "volumes": [volume for volume, _ in volumes(job.spec, run.stage, settings)],
         },
     }
@@ -146,13 +148,17 @@ def _not_in(nodes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
 
 
-def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> dict[str, str]:
-    """The container's environment: where rank 0 is, or how transfers reach the network."""
+def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: str | None) -> dict[str, str]:
+    """The container's environment: where rank 0 is and what its report tells of cost, or how transfers reach the
+    network."""
+    transfer, price = settings.transfer, settings.costs.price
     # The root is read-only, and the user has no home.
     common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
     if run.stage == "train":
         host = names.rank_zero_host(job.metadata.name, run.job.attempt)
-        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **common}
+        costs = {PRICE_ENV: None if price is None else str(price), REQUESTED_ENV: requested}
+        known = {name: value for name, value in costs.items() if value is not None}
+        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **common}
     ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
     network = {
         "HTTP_PROXY": transfer.http_proxy,
@@ -168,8 +174,10 @@ def _environment(job: QLoRAJob, run: RunConfig, transfer: TransferSettings) -> d
     return {**common, **{name: value for name, value in network.items() if value is not None}}
 
 
-def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) -> dict[str, Any]:
-    environment = _environment(job, run, settings.transfer)
+def _container(
+    job: QLoRAJob, run: RunConfig, image: str, settings: Settings, requested: str | None
+) -> dict[str, Any]:
+    environment = _environment(job, run, settings, requested)
     return {
         "name": names.TRAINER_CONTAINER,
         "image": image,

@@ -21,6 +21,8 @@ class StartAttempt:
     shun: tuple[str, ...] = ()
     stage: RunStage = "train"
     fetched: ResolvedRevisions = NOTHING_FETCHED
+    requested: str | None = None
+    """When it was decided upon, RFC 3339: from then on it waits."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_contract.run_config import ResolvedRevisions
 from qlora_operator.api.names import Reason
-from qlora_operator.api.status import AdapterStatus
+from qlora_operator.api.status import AdapterStatus, Cost
 from qlora_operator.status import progress_status, stages
 from qlora_operator.status.checks import AttemptEnd, Budget
 from qlora_operator.status.view import JobView
@@ -64,11 +64,13 @@ def _trained(view: JobView) -> StageResult:
     adapter = progress_status.adapter(view.pods) or AdapterStatus(uri=uri)
     # Ranks of a short job may not have reported how many they are before they are done.
     world_size = placement.world_size or progress_status.world_size(view.pods)
-    fields = {
+    fields: dict[str, Any] = {
         "adapter": adapter,
         "progress": progress_status.finished(view.status.progress),
         "placement": placement.model_copy(update={"world_size": world_size}),
     }
+    if energy := progress_status.energy_kwh(view.pods):
+        fields["cost"] = (view.status.cost or Cost()).model_copy(update={"energy_kwh": energy})
     if spec.output.destination is not None:
         message = f"the adapter is in {adapter.uri}; it is sent to {spec.output.destination} next"
         return StageResult(AttemptEnd(Reason.TRAINED, message, Budget.NONE, (0,)), fields)

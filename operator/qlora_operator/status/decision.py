@@ -14,6 +14,7 @@ from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import (
     completion,
     conditions,
+    cost,
     policies,
     progress_status,
     running,
@@ -179,6 +180,15 @@ def _tear_down(builder: StatusBuilder) -> None:
         builder.set(message=state.stuck.message)
     if state.done and view.open_attempt is not None:
         codes = exit_codes(view.pods, view.open_attempt.exit_codes)
+        spent = cost.with_attempt(
+            view.status.cost,
+            view.open_attempt,
+            view.spec.topology,
+            view.status.progress,
+            view.seen.price,
+            view.now,
+        )
+        builder.set(cost=spent)
         builder.set_attempt(end=rfc3339(view.now), exit_codes=list(codes))
     else:
         builder.requeue_at(view.after(policies.LOOK_SECONDS))

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from qlora_contract.cost import Price
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time
@@ -169,6 +170,8 @@ class Observation:
     """What rank 0 of the current attempt reports now."""
     image: str = ""
     """The image that a first attempt would get."""
+    price: Price | None = None
+    """Of a CPU's hour, by the administrator's settings."""
     policy_violation: ReasonMessage | None = None
     """Why the administrator's settings do not let the job start."""
     create_error: ReasonMessage | None = None

@@ -125,6 +125,11 @@ def world_size(pods: Sequence[Pod]) -> int | None:
     return next((report.world_size for report in _rank_zero_reports(pods) if report.world_size), None)
 
 
+def energy_kwh(pods: Sequence[Pod]) -> float | None:
+    """What the processors took over all attempts, by rank 0's report; None where that is not known."""
+    return next((report.energy_kwh for report in _rank_zero_reports(pods) if report.energy_kwh), None)
+
+
 def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:
     """The adapter that rank 0 has stored, by its report."""
     for report in _rank_zero_reports(pods):

@@ -111,6 +111,8 @@ def _is_held(view: JobView) -> bool:
 def _run(builder: StatusBuilder, job: AttemptJob) -> None:
     """Every rank is up. Nothing more is due then: rank 0's reports and the Job's changes come by themselves."""
     view = builder.view
+    if view.open_attempt is not None and view.open_attempt.running is None:
+        builder.set_attempt(running=_up_since(view))
     report = view.seen.progress
     pods = view.pods if view.pods_are_worth_a_look else []
     reason = _REASONS[report.stage] if report and view.stage == "train" else stages.RUNNING[view.stage]
@@ -159,6 +161,14 @@ def _facts(view: JobView, pods: Sequence[Pod]) -> dict[str, Any]:
         if report.ranks and per_pod == "auto":
             placement = placement.model_copy(update={"world_size": len(report.ranks)})
     return {**fields, "ranks": ranks, "placement": placement}
+
+
+def _up_since(view: JobView) -> str:
+    """Since when all ranks run; an earlier release kept that in the condition alone."""
+    running = view.condition(ConditionType.RUNNING)
+    if running is not None and running.status == "True":
+        return running.last_transition_time
+    return rfc3339(view.now)
 
 
 def _is_up(view: JobView, job: AttemptJob) -> bool:

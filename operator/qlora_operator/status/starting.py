@@ -132,4 +132,5 @@ def create_children(view: JobView) -> StartAttempt:
         shun=policies.shunned(view.status.attempts, view.now),
         stage=attempt.stage,
         fetched=stages.fetched(view.status),
+        requested=attempt.start,
     )

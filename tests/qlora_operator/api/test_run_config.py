@@ -30,6 +30,7 @@ FORMS: dict[str, tuple[type[ApiModel], type[BaseModel]]] = {
     "evaluation": (v1alpha1.Evaluation, wire.Evaluation),
     "checkpoint": (v1alpha1.Checkpoint, wire.Checkpoint),
     "output": (v1alpha1.Output, wire.Output),
+    "tracking": (v1alpha1.Tracking, wire.Tracking),
     "distributed": (v1alpha1.Distributed, wire.Distributed),
     "topology": (v1alpha1.Topology, wire.Layout),
 }

@@ -49,7 +49,7 @@ DEFAULTS = {
         "gradientCheckpointing": "auto",
         "seed": 0,
     },
-    "evaluation": {"everySteps": None, "maxTokens": 65536, "requireImprovement": True},
+    "evaluation": {"everySteps": None, "maxTokens": 65536, "prompts": 3, "requireImprovement": True},
     "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
     "topology": {
         "pods": 1,
@@ -79,6 +79,7 @@ DEFAULTS = {
         "credentialsSecret": None,
     },
     "output": {"destination": None, "credentialsSecret": None},
+    "tracking": {"mlflow": None},
     "dataset": {
         "source": "pvc://team-data/docs.jsonl",
         "revision": "main",

@@ -77,6 +77,30 @@ def test_validate_tells_of_files(job_file: Callable[..., str], capsys: pytest.Ca
     assert capsys.readouterr().out == f"{path}: small: valid\n"
 
 
+@pytest.mark.parametrize("of_the_file", [True, False], ids=["by its file", "by its folder"])
+def test_the_report_of_a_job_is_written(
+    of_the_file: bool, job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job is named by its file, with a directory for its workspace's claim, or by its folder."""
+    folder = tmp_path / "here" / "jobs" / "small"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    path = job_file(workspace="pvc://work/here")
+    arguments = [path, "--volume", f"work={tmp_path}"] if of_the_file else [str(folder)]
+
+    assert main(["report", *arguments, "--price", "0.04 EUR"]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "report"])
+def test_what_is_no_price_ends_with_2(
+    command: str, job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is done."""
+    assert main([command, job_file(), "--price", "cheap"]) == 2
+    assert "error: --price 'cheap' is not a price" in capsys.readouterr().err
+
+
 def test_claims_without_a_folder_are_all_named(
     job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
 from qlora_contract.plan import Machine, MemoryFigures, PlanReport, SplitStats, Steps, TextSpan
 from qlora_contract.run_config import Training
+from qlora_contract.speed import TimeEstimate
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.plan import (
@@ -94,6 +95,10 @@ def a_plan(**fields: Any) -> JobPlan:
         "problems": [],
         "missing_volumes": [],
         "details": None,
+        "time": None,
+        "price_per_core_hour": None,
+        "currency": "",
+        "money": None,
     }
     return JobPlan.model_validate(known | fields)
 
@@ -103,6 +108,39 @@ def shown(plan: JobPlan, **console: Any) -> str:
     out = io.StringIO()
     show(plan, Console(file=out, width=200, highlight=False, **console))
     return out.getvalue()
+
+
+TIME = TimeEstimate(
+    seconds=7385.0,
+    training_seconds=7200.0,
+    evaluation_seconds=165.0,
+    start_seconds=20.0,
+    core_hours=8.2,
+    flops_per_token=1.0,
+    tokens_per_second=433.4,
+    basis="a measurement",
+)
+
+
+@pytest.mark.parametrize(
+    ("money", "expected"),
+    [
+        pytest.param({}, "8.2 core-hours\n", id="without a price"),
+        pytest.param({"money": 0.328, "currency": "EUR"}, "8.2 core-hours, 0.328 EUR\n", id="with one"),
+        pytest.param({"money": 0.328}, "8.2 core-hours, 0.328\n", id="in no currency"),
+    ],
+)
+def test_the_time_is_shown_with_what_it_rests_on(money: dict[str, Any], expected: str) -> None:
+    """In hours, by what takes it, with core-hours and, if there is a price, money."""
+    text = shown(a_plan(details=details(figures(512)), time=TIME, **money))
+
+    assert f"time      about 2h 03m (steps 2h 00m, evaluation 2m 45s, start 20s): {expected}" in text
+    assert "          at 433 tokens/s; rests on a measurement\n" in text
+
+
+def test_without_a_model_there_is_no_time() -> None:
+    """It follows from the model's shape and the data."""
+    assert "time" not in shown(a_plan())
 
 
 def test_ranks_that_share_memory_are_counted() -> None:

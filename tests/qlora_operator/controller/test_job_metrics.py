@@ -17,13 +17,27 @@ def attempt(number: int = 0, reason: str | None = None) -> dict[str, Any]:
     return {"attempt": number, "attempts": [{"attempt": number, "reason": reason}]}
 
 
+def cost(**fields: Any) -> dict[str, Any]:
+    """A status with what the job has cost."""
+    return {"cost": fields}
+
+
 def counted(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[tuple[str, ...], float]:
     """What counters stand at after the change, by their name and labels; those that stand at 0 left out."""
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1")
     status = None if before is None else QLoRAJobStatus.model_validate(before)
     job_metrics.record(metrics, KEY, status, QLoRAJobStatus.model_validate(after))
-    counters = (metrics.jobs_finished, metrics.attempts_started, metrics.restarts)
+    counters = (
+        metrics.jobs_finished,
+        metrics.attempts_started,
+        metrics.restarts,
+        metrics.core_hours,
+        metrics.cost,
+        metrics.queue_seconds,
+        metrics.lost_steps,
+        metrics.energy,
+    )
     samples = [sample for counter in counters for sample in next(iter(counter.collect())).samples]
     return {
         (
@@ -64,3 +78,31 @@ def test_what_happened_is_counted_once(before: Any, after: dict[str, Any], label
 
     assert [names[1:] for names in found] == labels
     assert set(found.values()) <= {1.0}
+
+
+COSTS: dict[str, tuple[dict[str, Any] | None, dict[str, Any], dict[tuple[str, ...], float]]] = {
+    "the first attempt": (
+        None,
+        cost(coreHours=2.5, queueSeconds=30, lostSteps=4, energyKwh=0.5, money=1.0, currency="EUR"),
+        {
+            ("core_hours_total", "team"): 2.5,
+            ("cost_total", "team", "EUR"): 1.0,
+            ("queue_seconds_total", "team"): 30,
+            ("lost_steps_total", "team"): 4,
+            ("energy_kwh_total", "team"): 0.5,
+        },
+    ),
+    "what another adds": (cost(coreHours=2.5), cost(coreHours=4.0), {("core_hours_total", "team"): 1.5}),
+    "nothing": (cost(coreHours=2.5, money=1.0), cost(coreHours=2.5, money=1.0), {}),
+    "a lower price than before": (cost(money=2.0), cost(money=1.0), {}),
+    "no price": (None, cost(coreHours=1.0), {("core_hours_total", "team"): 1.0}),
+    "a price in no currency": (None, cost(money=1.0), {("cost_total", "team", ""): 1.0}),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "expected"), COSTS.values(), ids=COSTS)
+def test_what_an_attempt_cost_is_counted_once(
+    before: Any, after: dict[str, Any], expected: dict[tuple[str, ...], float]
+) -> None:
+    """By namespace: it is the difference of two saved statuses."""
+    assert counted(before, after) == expected

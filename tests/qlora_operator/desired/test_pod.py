@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from qlora_contract.env import PRICE_ENV, REQUESTED_ENV
 from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.run_config import to_run_config
@@ -34,11 +35,12 @@ def template(a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]) 
         stage: RunStage = "train",
         avoid: Sequence[str] = (),
         shun: Sequence[str] = (),
+        requested: str | None = None,
         **fields: Any,
     ) -> dict[str, Any]:
         job = a_job(**(spec or {}))
         run = to_run_config(job, uid="u", attempt=3, isa=isa, stage=stage)
-        return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid, shun)
+        return pod_template(job, run, "registry.example/t:1", settings(**fields), avoid, shun, requested)
 
     return make
 
@@ -182,6 +184,37 @@ def test_pods_run_as_whom_the_administrator_says(
 
     assert {key: security[key] for key in ("runAsUser", "runAsGroup", "fsGroup") if key in security} == ids
     assert ("fsGroupChangePolicy" in security) == ("fsGroup" in ids)
+
+
+# --- what the report tells of cost
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "expected"),
+    [
+        pytest.param("train", {}, {}, id="nothing is known"),
+        pytest.param(
+            "train",
+            {"requested": "2026-01-31T12:00:00Z", "costs": {"pricePerCoreHour": 0.04, "currency": "EUR"}},
+            {REQUESTED_ENV: "2026-01-31T12:00:00Z", PRICE_ENV: "0.04 EUR"},
+            id="both",
+        ),
+        pytest.param(
+            "fetch",
+            {"requested": "2026-01-31T12:00:00Z", "costs": {"pricePerCoreHour": 1.0}},
+            {},
+            id="transfers write no report",
+        ),
+    ],
+)
+def test_ranks_are_told_the_price_and_since_when_they_were_waited_for(
+    stage: RunStage, fields: dict[str, Any], expected: dict[str, str], template: Make
+) -> None:
+    """Neither is the job's own business, so neither is in its RunConfig."""
+    (container,) = template(stage=stage, **fields)["spec"]["containers"]
+    environment = {each["name"]: each["value"] for each in container["env"]}
+
+    assert {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if name in environment} == expected
 
 
 # --- RunConfig

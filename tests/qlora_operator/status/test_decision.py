@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_contract.cost import Price
 from qlora_contract.units import rfc3339
 from qlora_operator.api.names import Phase, Reason
 from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
@@ -185,13 +186,13 @@ def between(*reasons: str, isa: str = "avx512", **status: Any) -> dict[str, Any]
     ],
 )
 def test_an_attempt_gets_the_first_tier_that_has_nodes(
-    ask: Callable[..., Decision], status: dict[str, Any] | None, tiers: list[Any], tier: str
+    ask: Callable[..., Decision], status: dict[str, Any] | None, tiers: list[Any], tier: str, now: datetime
 ) -> None:
     """An attempt gets the first tier that has nodes; after one without room, the next."""
     decision = ask(status, [], None if status is None else [], tiers=tiers)
 
     number = 0 if status is None else 1
-    assert decision.actions == (StartAttempt(number, tier, IMAGE),)
+    assert decision.actions == (StartAttempt(number, tier, IMAGE, requested=rfc3339(now)),)
     assert (decision.status.attempt, decision.status.placement.isa) == (number, tier)
 
 
@@ -243,14 +244,31 @@ def test_what_blocks_the_next_attempt_is_said_once(
     assert decision.look_at is not None
 
 
+def test_an_attempt_s_cost_is_added_with_its_end(
+    ask: Callable[..., Decision], running: Callable[..., dict[str, Any]], now: datetime
+) -> None:
+    """Once its last pod is gone, with the end that is told: two pods of one CPU for an hour."""
+    hour_ago = rfc3339(now - timedelta(hours=1))
+    status = running(reason="Killed", running=hour_ago, checkpointStep=5)
+    status |= {"progress": {"step": 8, "attempt": 0}, "cost": {"coreHours": 1.5, "lostSteps": 1}}
+    decision = ask(status, [], [], price=Price(amount=2.0, currency="EUR"))
+    cost = decision.status.cost
+
+    assert decision.status.attempts[0].end == rfc3339(now)
+    assert cost is not None
+    assert (cost.core_hours, cost.lost_steps, cost.money, cost.currency) == (3.5, 4, 7.0, "EUR")
+
+
 @pytest.mark.parametrize("reason", [Reason.IMAGE_NOT_ALLOWED, Reason.SOURCE_NOT_ALLOWED])
-def test_a_begun_job_keeps_what_it_began_with(ask: Callable[..., Decision], reason: Reason) -> None:
+def test_a_begun_job_keeps_what_it_began_with(
+    ask: Callable[..., Decision], reason: Reason, now: datetime
+) -> None:
     """An image or source that is no longer allowed is still the one of a job that has begun with it."""
     status = between("Terminated", provenance={"image": "old", "runConfigVersion": 1})
 
     decision = ask(status, [], [], policy_violation=ReasonMessage(reason, "is not allowed here any more"))
 
-    assert decision.actions == (StartAttempt(1, "avx512", "old"),)
+    assert decision.actions == (StartAttempt(1, "avx512", "old", requested=rfc3339(now)),)
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,21 @@ def test_rank_0_reports_the_adapter(
     assert progress_status.adapter([make_pod(1, termination_message=ended(**report))]) is None
 
 
+@pytest.mark.parametrize(
+    ("index", "report", "expected"),
+    [
+        pytest.param(0, {"energyKwh": 0.25}, 0.25, id="it is known"),
+        pytest.param(0, {}, None, id="it is not"),
+        pytest.param(1, {"energyKwh": 0.25}, None, id="of another pod"),
+    ],
+)
+def test_rank_0_reports_the_energy(
+    make_pod: Callable[..., Pod], index: int, report: dict[str, Any], expected: float | None
+) -> None:
+    """Over all attempts, where the processors tell."""
+    assert progress_status.energy_kwh([make_pod(index, termination_message=ended(**report))]) == expected
+
+
 FETCHED = {"fetched": {"model": "c0ffee", "dataset": None}}
 
 

@@ -24,6 +24,20 @@ def test_the_network_is_restored_alone(
     assert decision.actions == (RestoreNetwork(),)
 
 
+def test_it_is_kept_since_when_all_ranks_are_up(
+    running: Status, starting: Status, ask: Callable[..., Decision], make_attempt_job: Any, now: datetime
+) -> None:
+    """Once, for the cost; of a job that an earlier release has seen running, since then."""
+    up = [make_attempt_job(ready=2, parallelism=2)]
+    begun = ask(starting(30, now), up, [])
+    seen_before = ask(running(), up, [])
+    kept = ask(running(running=rfc3339(now - timedelta(seconds=7))), up, [])
+
+    assert [decision.status.attempts[-1].running for decision in (begun, seen_before, kept)] == [
+        rfc3339(now), START, rfc3339(now - timedelta(seconds=7))
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("age", "patience", "due", "said"),
     [

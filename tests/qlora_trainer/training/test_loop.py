@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS
+from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS, REPORT_PAGE
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.metrics_log import read_metrics
 from qlora_trainer.errors import AdaptersDiffer, Diverged, Fenced, ModelError, NoImprovement, Terminated
@@ -51,6 +52,28 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
     assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
+
+
+def test_a_job_leaves_a_page_as_far_as_it_got(ready: Ready) -> None:
+    """From its first checkpoint on; at the end with the adapter's loss, the plan, the settings and what it cost."""
+    context = ready(checkpoint={"everySteps": 2})
+    context.books.open()
+    page = context.folder.path / REPORT_PAGE
+    pages: list[str] = []
+    write = context.books.write
+    context.books.write = lambda *args, **fields: (write(*args, **fields), pages.append(page.read_text()))  # type: ignore[method-assign]
+    report = train(context)
+    context.books.write(ended="adapter published")
+
+    assert [re.findall("not finished|2 of 3|3 of 3", text) for text in pages] == [
+        ["not finished", "2 of 3"], ["not finished", "3 of 3"], ["3 of 3"]
+    ]  # fmt: skip
+    assert f"{report['eval_loss']:.4f}" in pages[-1]
+    assert "planned for base" in pages[-1]
+    assert report["configuration"]["adapter"]["rank"] == context.run.adapter.rank
+    assert report["plan"]["memory_bytes"] == context.progress.report.memory_estimate
+    assert report["cost"]["core_hours"] > 0
+    assert report["cost"]["attempts"] == 1
 
 
 def test_evaluation_is_bounded_and_the_report_says_so(ready: Ready) -> None:

@@ -35,10 +35,12 @@ def training_report(
     """
     seconds = max(state.seconds, 1e-9)
     return {
+        "job": run.job.name,
         "base_eval_loss": state.base_eval_loss,
         "base_eval_loss_quantized": state.base_eval_loss_quantized,
         "eval_loss": eval_loss,
         "steps": state.step,
+        "total_steps": schedule.total_steps,
         "epochs": schedule.epochs_done(state.step),
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
@@ -55,7 +57,17 @@ def training_report(
         "not_bit_exact": state.not_bit_exact,
         "finished": now(),
         "provenance": provenance(run, state),
+        "configuration": configuration(run),
     }
+
+
+def configuration(run: RunConfig) -> dict[str, Any]:
+    """All settings of the job, defaults too, as run.json spells them. Names of Secrets are nobody's business."""
+    fields = run.model_dump(mode="json", by_alias=True, exclude={"version", "stage", "job", "fetched"})
+    for section in fields.values():
+        if isinstance(section, dict):
+            section.pop("credentialsSecret", None)
+    return fields
 
 
 def base_model(run: RunConfig) -> str | None:

@@ -14,6 +14,7 @@ keys that they see, so that no mask or scores of a whole sample exist either.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.passes import AttentionSettings, Passes, passes_for
 
 NAME = "qlora_packed"
@@ -35,7 +37,7 @@ BLOCK = 128
 
 
 def packed_attention(
-    module: torch.nn.Module,  # noqa: ARG001 - transformers passes it
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -46,12 +48,13 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     segment_lengths: list[int] | None = None,
+    cached: Sequence[CachedSequence | None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
 
     Args:
-        module: the attention layer; not used.
+        module: the attention layer.
         query: (1, heads, tokens, head size).
         key: (1, key heads, tokens, head size); heads is a multiple of key heads.
         value: as key.
@@ -61,6 +64,8 @@ def packed_attention(
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all before it.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay.
         segment_lengths: tokens of each sample in order; they sum to tokens.
+        cached: of each segment the sequence that it continues, whose earlier tokens it sees, too, and which keeps its
+            keys and values; None for a segment by itself. Without gradients.
 
     Returns:
         (1, tokens, heads, head size), and None for the weights.
@@ -76,11 +81,34 @@ def packed_attention(
         raise ValueError(f"segments of {sum(segment_lengths)} tokens do not cover {tuple(query.shape)}")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     settings = AttentionSettings(segment_lengths, sliding_window, scale, softcap)
+    if cached is not None:
+        keys, values = _with_cached(module, key, value, segment_lengths, cached)
+        if any(sequence is not None and sequence.length for sequence in cached):
+            outputs = [
+                _causal(q, k, v, settings)
+                for q, k, v in zip(torch.split(query, segment_lengths, dim=2), keys, values, strict=True)
+            ]
+            return torch.cat(outputs, dim=2).transpose(1, 2), None
     passes = passes_for(query, key, value)
     if passes is not None:
         output: Tensor = _PackedAttention.apply(query, key, value, settings, passes)
         return output, None
     return _reference(query, key, value, settings), None
+
+
+def _with_cached(
+    module: Any,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: list[int],
+    cached: Sequence[CachedSequence | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values that each segment sees: its own, after those that its sequence has kept; these are kept, too."""
+    keys, values = list(torch.split(key, segment_lengths, 2)), list(torch.split(value, segment_lengths, 2))
+    for number, sequence in enumerate(cached):
+        if sequence is not None:
+            keys[number], values[number] = sequence.append(module.layer_idx, keys[number], values[number])
+    return keys, values
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -112,16 +140,19 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSet
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Tensor:
-    """Attention of one sample: q (1, heads, length, head size); k and v as q, or with fewer heads."""
-    length, window = q.shape[2], settings.window
-    if q.dtype == torch.bfloat16 and length <= SHORT:
+    """Attention of one sample: q (1, heads, length, head size); k and v as q, or with fewer heads.
+
+    k and v may hold more tokens than q: q's are then the last of them.
+    """
+    length, seen, window = q.shape[2], k.shape[2], settings.window
+    if q.dtype == torch.bfloat16 and seen <= SHORT:
         return _causal(q.float(), k.float(), v.float(), settings).to(q.dtype)
-    grouped = q.shape[1] != k.shape[1]
-    if settings.softcap is None and (window is None or length <= window):
+    grouped, before = q.shape[1] != k.shape[1], seen - length
+    if settings.softcap is None and before == 0 and (window is None or length <= window):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=settings.scale, enable_gqa=grouped
         )
-    reach = length if window is None else min(window, length)
+    reach = seen if window is None else min(window, seen)
     # Row r of a block sees the `reach` keys up to its own, which is column reach - 1 + r. Every block's mask is a view.
     column = torch.arange(reach - 1 + BLOCK)
     behind = torch.arange(BLOCK)[:, None] + reach - 1 - column
@@ -130,17 +161,18 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Ten
     outputs = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        first = max(0, start - reach + 1)
-        seen = mask[: stop - start, first - (start - reach + 1) : reach - 1 + stop - start]
-        block = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        reached, last = before + start - reach + 1, before + stop
+        first = max(0, reached)
+        visible = mask[: stop - start, first - reached : reach - 1 + stop - start]
+        block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
         if settings.softcap is None:
             outputs.append(
                 F.scaled_dot_product_attention(
-                    *block, attn_mask=seen, scale=settings.scale, enable_gqa=grouped
+                    *block, attn_mask=visible, scale=settings.scale, enable_gqa=grouped
                 )
             )
         else:  # recomputed, as nothing else keeps the scores from being kept
-            outputs.append(checkpoint(_capped, *block, seen, settings, use_reentrant=False))
+            outputs.append(checkpoint(_capped, *block, visible, settings, use_reentrant=False))
     return torch.cat(outputs, dim=2)
 
 

@@ -60,7 +60,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             passes = passes_for(hidden)
             wide = passes is None or softcap is not None
-            logits = _logits(hidden[chunk], head, torch.float32 if wide else hidden.dtype)
+            logits = head_logits(hidden[chunk], head, torch.float32 if wide else hidden.dtype)
             slope = None if softcap is None else _cap(logits, softcap)
             if passes is None:
                 losses[chunk] = _losses_then_gradient(logits, targets[chunk])
@@ -89,7 +89,7 @@ def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield part, head[part].to(dtype)
 
 
-def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, hidden size), (vocabulary, hidden size) -> (rows, vocabulary), stored as `dtype`."""
     if head.dtype == hidden.dtype == dtype:
         return hidden @ head.t()

@@ -21,6 +21,8 @@ from qlora_trainer.host.memory_sampler import MemorySampler
 from qlora_trainer.host.numa import read_machine
 from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress import Progress, Rate, starting_report
+from qlora_trainer.training.books import Books
+from qlora_trainer.training.tracking import Tracking
 
 
 class StopRequested(Exception):  # noqa: N818 - a request, not an error
@@ -63,9 +65,14 @@ class RankContext:
     """By this rank, in this attempt."""
     progress: Progress = field(init=False)
     """The live report; rank 0 serves it."""
+    tracking: Tracking | None = None
+    """Of rank 0, from its first step on."""
+    books: Books = field(init=False)
+    """What this attempt takes; rank 0 writes it."""
 
     def __post_init__(self) -> None:
         self.progress = Progress(starting_report(self.run))
+        self.books = Books(self.folder)
 
     @property
     def world(self) -> World:

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +32,11 @@ from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
+from qlora_trainer.training.answers import answer_held_out
 from qlora_trainer.training.context import RankContext, StopHere, StopRequested
 from qlora_trainer.training.evaluation import evaluate
 from qlora_trainer.training.setup import DTYPES, TrainState, prepare
+from qlora_trainer.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +75,9 @@ def run_steps(context: RankContext, state: TrainState) -> None:
         Diverged: before a bad step is applied.
     """
     run, loop, total_steps = context.run, state.loop, state.schedule.total_steps
-    metrics_log = MetricsLog(context.folder.path / METRICS, loop.step) if context.is_rank_zero else None
+    metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
-        metrics_log.write(evaluation_line(0, loop.base_eval_loss_quantized))
+        record(context, metrics_log, evaluation_line(0, loop.base_eval_loss_quantized))
     saved_at = time.monotonic()
     while loop.step < total_steps:
         context.progress.update(stage="Training")
@@ -100,12 +103,29 @@ def run_steps(context: RankContext, state: TrainState) -> None:
                 stop = True
         if metrics_log:
             context.folder.check_fence()
-            metrics_log.write(metrics.line())
+            record(context, metrics_log, metrics.line())
+            context.books.count_step(loop.step)
         if stop:
             raise StopRequested
         if save_is_due(context, state, time.monotonic() - saved_at):
             save(context, state)
             saved_at = time.monotonic()
+
+
+def open_metrics(context: RankContext, step: int) -> MetricsLog | None:
+    """Rank 0's metrics.jsonl up to this step; what was beyond is lost."""
+    if not context.is_rank_zero:
+        return None
+    context.books.begin_steps(step)
+    context.tracking = Tracking(context.run, context.folder.path, step)
+    return MetricsLog(context.folder.path / METRICS, step)
+
+
+def record(context: RankContext, metrics_log: MetricsLog, line: Mapping[str, Any]) -> None:
+    """Add a line to metrics.jsonl, and tell its other readers."""
+    metrics_log.write(line)
+    if context.tracking is not None:
+        context.tracking.write(line)
 
 
 def save_is_due(context: RankContext, state: TrainState, seconds: float) -> bool:
@@ -253,6 +273,7 @@ def save(context: RankContext, state: TrainState) -> None:
     uri = job_uri(context.run, CHECKPOINTS, path.name)
     context.progress.update(checkpoint=CheckpointRef(step=state.loop.step, time=now(), uri=uri))
     log.info("checkpoint after step %d", state.loop.step)
+    context.books.write(facts_so_far(context, state))
 
 
 def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLog | None) -> None:
@@ -281,7 +302,7 @@ def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLo
     if context.is_rank_zero:
         base_losses.write(context.folder, state.base_losses)
     if metrics_log:
-        metrics_log.write(evaluation_line(0, loss))
+        record(context, metrics_log, evaluation_line(0, loss))
 
 
 def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
@@ -306,6 +327,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         loss = evaluate_adapter(context, state)
         if loss is not None and loop.base_eval_loss_quantized is None:
             measure_base(context, state, None)
+        answer_held_out(context, state)
     except StopRequested:
         raise Terminated(STOPPED_AT_THE_END) from None
     context.progress.update(eval_loss=loss)
@@ -326,21 +348,46 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
             raise TerminatedAlone(STOPPED_AT_THE_END) from None
     context.progress.update(stage="Publishing")
     ranks = context.group.all_gather_object(context.rank_stats())
-    report = training_report(run, state.schedule, loop, state.dtype, loss, ranks)
-    report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
+    report = facts_of(context, state, loss, ranks)
     report["adapter_sha256"] = digest
-    report["evaluated"] = evaluated(state)
-    report["provenance"] |= {
-        "base_model": base,
-        "weights_sha256": loop.weights_sha256,
-        "model_fingerprint": fingerprint(state.model_folder),
-    }
     if context.is_rank_zero:
         folder.check_fence()
+        report["cost"] = context.books.cost()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)
-        metrics_log.write(evaluation_line(loop.step, loss))
+        record(context, metrics_log, evaluation_line(loop.step, loss))
         adapter.publish(folder, staged, report, read_metrics(metrics_log.path))
     context.group.barrier()
+    return report
+
+
+def facts_of(
+    context: RankContext, state: TrainState, loss: float | None, ranks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What training_report.json says of the job as it stands. `loss`, `ranks`: as of training_report."""
+    report = training_report(context.run, state.schedule, state.loop, state.dtype, loss, ranks)
+    report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
+    report["evaluated"] = evaluated(state)
+    report["plan"] = {
+        "memory_bytes": state.memory.total,
+        "memory_per_rank_bytes": context.run.layout.memory_per_rank,
+        "parts": state.memory.parts(),
+        "micro_batch_tokens": state.memory.micro_batch_tokens,
+        "checkpointing": state.memory.checkpointing,
+    }
+    report["provenance"] |= {
+        "base_model": base_model(context.run),
+        "weights_sha256": state.loop.weights_sha256,
+        "model_fingerprint": fingerprint(state.model_folder),
+    }
+    return report
+
+
+def facts_so_far(context: RankContext, state: TrainState) -> dict[str, Any]:
+    """What rank 0 knows of a job that is not finished, without asking the others."""
+    known = context.progress.report
+    report = facts_of(context, state, None, [context.rank_stats()])
+    report["ranks"] = [fact.model_dump(by_alias=False) for fact in known.ranks] or report["ranks"]
+    report["peak_memory_bytes"] = known.memory_peak
     return report
 
 

@@ -59,6 +59,7 @@ class Inputs:
     """What all ranks have agreed on, before any weight is loaded."""
 
     model_folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
     data: LoadedData
     tokens: dict[str, str]
     """LoopState.token_digests of the data."""
@@ -77,6 +78,7 @@ class TrainState:
     """Everything the loop works on."""
 
     model_folder: Path
+    tokenizer: "PreTrainedTokenizerBase"
     objective: Objective
     model: BaseModel
     parameters: AdapterParameters
@@ -193,7 +195,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
-    return Inputs(model_folder, data, tokens, schedule, chosen, dtype, key, resumed, loop)
+    return Inputs(model_folder, tokenizer, data, tokens, schedule, chosen, dtype, key, resumed, loop)
 
 
 def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:
@@ -342,6 +344,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
     )
     state = TrainState(
         model_folder=inputs.model_folder,
+        tokenizer=inputs.tokenizer,
         objective=objective,
         model=model,
         parameters=parameters,

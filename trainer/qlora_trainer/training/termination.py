@@ -38,6 +38,7 @@ def success_report(context: RankContext, report: dict[str, Any]) -> TerminationR
         eval_loss=loss,
         adapter_uri=adapter_uri(context.run),
         adapter_sha256=report["adapter_sha256"],
+        energy_kwh=report.get("cost", {}).get("energy_kwh"),
     )
 
 

@@ -1,0 +1,122 @@
+"""How long a job takes, by its plan."""
+
+from typing import Any, get_args
+
+import pytest
+
+from builders import a_run
+from qlora_contract.memory import Dtype, ModelShape
+from qlora_contract.plan import MemoryFigures, PlanReport, SplitStats, Steps
+from qlora_contract.run_config import ISA_TIERS, RunConfig
+from qlora_contract.speed import RATES, TimeEstimate, flops_per_token, time_of
+
+SMOLLM2 = ModelShape(
+    hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, tied=True,
+    stored_bytes=2, linear_weights=106_168_320, largest_linear=884_736, adapter_weights=4_884_480,
+)  # fmt: skip
+DEMO = SplitStats(
+    records=3989, truncated=0, dropped=0, samples=3989, tokens=211_000, supervised_tokens=111_000
+)
+HELD_OUT = SplitStats(
+    records=180, truncated=0, dropped=0, samples=180, tokens=20_000, supervised_tokens=10_000
+)
+
+
+def a_plan(evaluation: SplitStats | None = None, steps: int = 25, **fields: Any) -> PlanReport:
+    """The plan of the demo, or of so many of its steps."""
+    known: dict[str, Any] = {
+        "compute_dtype": "bf16",
+        "shape": SMOLLM2,
+        "memory": MemoryFigures(parts={}, total=1, micro_batch_tokens=256, checkpointing="none"),
+        "training": DEMO,
+        "evaluation": evaluation,
+        "steps": Steps(per_epoch=228, total=steps, epochs=0.1, tokens_per_step=936.0, fill=0.9),
+        "sample": [],
+    }
+    return PlanReport(**{**known, **fields})
+
+
+def a_job(isa: str = "avx512_bf16", ranks: int = 2, cpus: int = 1, **fields: Any) -> RunConfig:
+    """A job of so many ranks."""
+    layout = {"ranksPerPod": ranks, "cpusPerRank": cpus, "memoryPerRank": 2**30}
+    return a_run(isa=isa, layout=layout, **fields)
+
+
+def the_time(run: RunConfig | None = None, **fields: Any) -> TimeEstimate:
+    """Of the demo unless told otherwise."""
+    return time_of(run or a_job(), a_plan(**fields))
+
+
+def test_the_demo_is_as_fast_as_it_was_measured() -> None:
+    """433 tokens a second on two Zen 4 cores: what the rate was taken from comes out again."""
+    assert the_time().tokens_per_second == pytest.approx(433, rel=0.03)
+    assert the_time().training_seconds == pytest.approx(25 * 936 / 433, rel=0.03)
+
+
+def test_every_processor_has_a_rate_that_says_what_it_rests_on() -> None:
+    """A better tier is never slower, and its numbers are of a processor's order."""
+    assert set(RATES) == {(tier, dtype) for tier in ISA_TIERS for dtype in get_args(Dtype)}
+    for dtype in get_args(Dtype):
+        rates = [RATES[tier, dtype].flops for tier in ISA_TIERS]
+        assert rates == sorted(rates, reverse=True)
+    assert all(1e9 < rate.flops < 3e12 and rate.basis for rate in RATES.values())
+    assert the_time(a_job("avx2"), compute_dtype="fp32").basis == RATES["avx2", "fp32"].basis
+
+
+def test_time_follows_steps_cores_and_recomputation() -> None:
+    """Twice the steps take twice as long, twice the cores half; recomputing the layers costs up to half more."""
+    one = the_time().training_seconds
+
+    assert the_time(steps=50).training_seconds == pytest.approx(2 * one)
+    assert the_time(a_job(ranks=4)).training_seconds == pytest.approx(one / 2)
+    assert the_time(a_job(cpus=2)).training_seconds == pytest.approx(one / 2)
+    full = MemoryFigures(parts={}, total=1, micro_batch_tokens=256, checkpointing="full")
+    assert 1.3 < the_time(memory=full).training_seconds / one < 1.5
+
+
+def test_core_hours_are_those_of_the_whole_time() -> None:
+    """Starting and evaluating hold the CPUs, too."""
+    time = the_time(a_job(ranks=3, cpus=4), evaluation=HELD_OUT)
+
+    assert time.seconds == time.start_seconds + time.training_seconds + time.evaluation_seconds
+    assert time.core_hours == pytest.approx(time.seconds * 12 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("every", "times"),
+    [
+        pytest.param(None, 3, id="both bases and the adapter"),
+        pytest.param(10, 5, id="and twice on the way"),
+        pytest.param(5, 7, id="the last step is followed by the final one"),
+        pytest.param(100, 3, id="later than the end"),
+    ],
+)
+def test_evaluations_are_counted(every: int | None, times: int) -> None:
+    """Each is a forward pass over what is held out: less than half of training on as much."""
+    time = the_time(a_job(evaluation={"everySteps": every}), evaluation=HELD_OUT)
+    one = (
+        HELD_OUT.tokens * flops_per_token(SMOLLM2, HELD_OUT, None) / (2 * RATES["avx512_bf16", "bf16"].flops)
+    )
+
+    assert time.evaluation_seconds == pytest.approx(times * one)
+    assert the_time().evaluation_seconds == 0.0
+    assert flops_per_token(SMOLLM2, HELD_OUT, None) < flops_per_token(SMOLLM2, HELD_OUT, "none") / 2
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """By hand, for a model of two layers' worth of weights: 4 for a frozen weight, 6 for one of the adapter, 4 for a
+    supervised token's weight of the head, and 6 for what attention sees."""
+    shape = SMOLLM2.model_copy(
+        update={"linear_weights": 1000, "adapter_weights": 10, "hidden": 8, "vocabulary": 100, "layers": 2,
+                "heads": 2, "head_size": 4}
+    )  # fmt: skip
+    split = SplitStats(records=2, truncated=0, dropped=0, samples=2, tokens=20, supervised_tokens=5)
+
+    assert flops_per_token(shape, split, "none") == 4 * 1000 + 6 * 10 + 4 * 800 * 0.25 + 6 * 10 * 8 * 2
+
+
+def test_no_tokens_are_no_fault() -> None:
+    """A split of which nothing is used."""
+    empty = SplitStats(records=0, truncated=0, dropped=0, samples=0, tokens=0, supervised_tokens=0)
+
+    assert flops_per_token(SMOLLM2, empty, "none") > 0

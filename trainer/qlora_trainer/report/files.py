@@ -1,0 +1,45 @@
+"""report.html from what a job's folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_contract.cost import Price, cost_of
+from qlora_contract.job_folder import ANSWERS, METRICS, REPORT_FACTS, REPORT_PAGE, TRAINING_REPORT
+from qlora_trainer.artifacts.metrics_log import read_metrics
+from qlora_trainer.report.page import render
+from qlora_trainer.storage.atomic import write_atomically
+from qlora_trainer.storage.attempts import read_attempts
+
+
+def page_of(folder: Path, price: Price | None) -> str | None:
+    """The page of a job's folder; None where nothing is known of a job.
+
+    A job of an earlier release has less to tell: whatever was not recorded is left out.
+    """
+    report = _read(folder / TRAINING_REPORT) or _read(folder / REPORT_FACTS)
+    metrics, attempts = read_metrics(folder / METRICS), read_attempts(folder)
+    if not report and not metrics:
+        return None
+    report |= {"answers": _read(folder / ANSWERS)}
+    name = report.get("job")
+    cost = cost_of(attempts, price) if attempts else None
+    return render(report, metrics, attempts, cost, name if isinstance(name, str) else folder.name)
+
+
+def write_page(folder: Path, price: Price | None) -> Path | None:
+    """Write report.html into a job's folder; its path, or None where nothing is known. Raises StorageFull."""
+    page = page_of(folder, price)
+    if page is None:
+        return None
+    path = folder / REPORT_PAGE
+    write_atomically(path, page)
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
