@@ -14,7 +14,6 @@ from qlora_trainer.data.collate import Batch, pad_multiple
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import seeded_generator
-from qlora_trainer.modeling.loss import head_logits
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def _read_prompt(model: BaseModel, prompt: Sequence[int], sequence: CachedSequen
     lengths = [length, padding] if padding else [length]
     states = model.hidden_states(_row(ids, positions, lengths, padding), [sequence, None][: len(lengths)])
     sequence.advance(length)
-    return head_logits(states[length - 1 : length], model.head, torch.float32)[0]
+    return model.logits(states[length - 1 : length])[0]
 
 
 def _read_last(model: BaseModel, answers: Sequence[_Answer]) -> Tensor:
@@ -149,7 +148,7 @@ def _read_last(model: BaseModel, answers: Sequence[_Answer]) -> Tensor:
     )
     for answer in answers:
         answer.sequence.advance(1)
-    return head_logits(states, model.head, torch.float32)
+    return model.logits(states)
 
 
 def _row(ids: Tensor, positions: Tensor, lengths: list[int], padding: int) -> Batch:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qlora_trainer.data.collate import Batch
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.modeling.loss import cap, head_logits
 
 
 class Embedding(nn.Module):
@@ -62,6 +63,13 @@ class BaseModel:
             **({} if cached is None else {"cached": cached}),
         ).last_hidden_state[0]
         return states if self.logits_divisor == 1.0 else states / self.logits_divisor
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden size) of hidden_states -> (rows, vocabulary) fp32, without gradients."""
+        logits = head_logits(hidden, self.head, torch.float32)
+        if self.softcap is not None:
+            cap(logits, self.softcap)
+        return logits
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each layer in the backward pass instead of keeping what it needs."""

@@ -61,7 +61,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             passes = passes_for(hidden)
             wide = passes is None or softcap is not None
             logits = head_logits(hidden[chunk], head, torch.float32 if wide else hidden.dtype)
-            slope = None if softcap is None else _cap(logits, softcap)
+            slope = None if softcap is None else cap(logits, softcap)
             if passes is None:
                 losses[chunk] = _losses_then_gradient(logits, targets[chunk])
             else:
@@ -99,7 +99,7 @@ def head_logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     return logits
 
 
-def _cap(logits: Tensor, softcap: float) -> Tensor:
+def cap(logits: Tensor, softcap: float) -> Tensor:
     """Logits l become softcap * t, t = tanh(l / softcap), in place; returned is the slope 1 - t^2, as large."""
     tanh = logits.div_(softcap).tanh_()
     slope = tanh.square().neg_().add_(1)
