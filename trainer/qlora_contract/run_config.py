@@ -49,7 +49,11 @@ TRACKING_URI_PATTERN = (
 
 BUNDLED = "bundled:"
 """What dataset.chatTemplate begins with when it names one of the trainer's own templates."""
-CHAT_TEMPLATE_PATTERN = rf"^({BUNDLED}[a-z0-9-]+|[\s\S]*\{{[\s\S]*)$"
+TEMPLATE_FILE = "file:"
+"""What it begins with when it names a file of the data's folder, or of the model's."""
+CHAT_TEMPLATE_PATTERN = (
+    rf"^({BUNDLED}[a-z0-9-]+|{TEMPLATE_FILE}[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja|[\s\S]*\{{[\s\S]*)$"
+)
 
 MAX_RANKS = 1024
 """Ranks of a job. Every rank holds a connection to every other."""

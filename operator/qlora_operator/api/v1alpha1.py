@@ -162,8 +162,9 @@ class Dataset(ApiModel):
         default=None, min_length=1, max_length=65_536, pattern=CHAT_TEMPLATE_PATTERN
     )
     """What writes conversations in place of the model's own chat template, and goes along with the adapter: the text of
-    a template (Jinja); `bundled:NAME`, one of the trainer's; or `bundled:auto`, the one of these that fits the model,
-    if its own cannot do as well."""
+    a template (Jinja); `file:NAME.jinja`, a file in the folder of the data or, if it is not there, in the model's;
+    `bundled:NAME`, one of the trainer's; or `bundled:auto`, the one of these that fits the model, if its own cannot do
+    as well."""
     chat_template_kwargs: dict[str, Annotated[str, Field(max_length=1024)]] = Field(default={}, max_length=32)
     """Variables of the chat template, such as `enable_thinking: "false"`. `true` and `false` are handed to it as
     booleans, whole numbers as numbers, all else as text."""

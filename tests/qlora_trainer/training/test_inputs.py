@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_trainer.data.bundled_templates import TEMPLATES
 from qlora_trainer.data.dataset import Samples
-from qlora_trainer.errors import ModelError
+from qlora_trainer.errors import ConfigurationError, ModelError
 from qlora_trainer.training.inputs import (
     bounded,
     default_compute_dtype,
@@ -183,3 +184,33 @@ def test_a_job_chooses_its_template(byte_tokenizer: Any, given: str, source: str
     dataset = Dataset(source="pvc://c/d", chat_template=given)
 
     assert template_settings(dataset, byte_tokenizer(), BEGAN, ()).source == source
+
+
+def test_a_template_may_be_a_file_of_the_data_or_of_the_model(byte_tokenizer: Any, tmp_path: Path) -> None:
+    """The data's folder comes first. What is in neither, or is no text, is refused by name."""
+    data, model = tmp_path / "data", tmp_path / "model"
+    for folder, names in ((data, ("both",)), (model, ("both", "own"))):
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.jinja").write_text(f"{folder.name} {{{{ messages }}}} é", encoding="utf-8")
+    (data / "latin.jinja").write_bytes("é".encode("latin-1"))
+
+    def source(name: str) -> str | None:
+        dataset = Dataset(source="pvc://c/d", chat_template=f"file:{name}.jinja")
+        return template_settings(dataset, byte_tokenizer(), BEGAN, (), (data, model)).source
+
+    assert source("both") == "data {{ messages }} é"
+    assert source("own") == "model {{ messages }} é"
+    for name, why in (
+        ("none", "no file none.jinja in .*data nor .*model"),
+        ("latin", "UTF-8"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"dataset.chatTemplate: .*{why}"):
+            source(name)
+
+
+@pytest.mark.parametrize("name", ["file:../x.jinja", "file:a/b.jinja", "file:x.txt", "file:.jinja", "file:"])
+def test_a_templates_file_is_a_name_alone(name: str) -> None:
+    """Without folders; nothing of the sort passes for a template's text."""
+    with pytest.raises(ValidationError):
+        Dataset(source="pvc://c/d", chat_template=name)

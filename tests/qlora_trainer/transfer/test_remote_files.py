@@ -51,15 +51,20 @@ def test_copies_of_the_weights_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        pytest.param("hf://datasets/org/name", ["README.md", "a.jsonl", "b.jsonl", "x.parquet"], id="whole"),
+        pytest.param(
+            "hf://datasets/org/name",
+            ["README.md", "a.jsonl", "b.jsonl", "chat.jinja", "x.parquet"],
+            id="whole",
+        ),
         pytest.param("hf://datasets/org/name/a.jsonl", ["a.jsonl"], id="file"),
         pytest.param("hf://datasets/org/name/sub", ["sub/c.jsonl", "sub/y.csv.gz"], id="folder"),
         pytest.param("s3://team/sub/", ["sub/c.jsonl", "sub/y.csv.gz"], id="prefix"),
     ],
 )
 def test_a_dataset_is_a_file_or_a_folder(uri: str, expected: list[str]) -> None:
-    """What readers read and what lies directly in the folder, if anything does; with the card."""
+    """What readers read and what lies directly in the folder, if anything does; with the card and chat templates."""
     there = [
+        "chat.jinja",
         "b.jsonl",
         "a.jsonl",
         "x.parquet",

@@ -3,7 +3,7 @@
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
-from qlora_contract.run_config import BF16_NATIVE, BUNDLED, Dataset, RunConfig
+from qlora_contract.run_config import BF16_NATIVE, BUNDLED, TEMPLATE_FILE, Dataset, RunConfig
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
@@ -23,6 +23,9 @@ from qlora_trainer.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MAX_TEMPLATE_BYTES = 1 << 20
+"""The largest file of a chat template; those of models have some tens of thousands."""
 
 
 def load_inputs(
@@ -62,7 +65,13 @@ def load_inputs(
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
     options = TokenizationOptions(
-        template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
+        template=template_settings(
+            run.dataset,
+            tokenizer,
+            began,
+            stop_ids(folder),
+            folders=(source if source.is_dir() else source.parent, folder),
+        ),
         train=run.dataset.train,
         advance=advance,
     )
@@ -118,13 +127,35 @@ def template_settings(
     tokenizer: "PreTrainedTokenizerBase",
     began: datetime.datetime,
     stop_ids: tuple[int, ...],
+    folders: Sequence[Path] = (),
 ) -> TemplateSettings:
-    """What a job says of its chat template. Raises ConfigurationError for a bundled one that there is not."""
+    """What a job says of its chat template; `folders`: where it may be a file, the first that has it.
+
+    Raises ConfigurationError for a bundled one, or a file, that there is not.
+    """
     source = dataset.chat_template
     if source is not None and source.startswith(BUNDLED):
         source = bundled_template(source.removeprefix(BUNDLED), tokenizer)
+    elif source is not None and source.startswith(TEMPLATE_FILE):
+        source = _template_file(source.removeprefix(TEMPLATE_FILE), folders)
     variables = {name: _variable(text) for name, text in dataset.chat_template_kwargs.items()}
     return TemplateSettings(source, variables, began, stop_ids)
+
+
+def _template_file(name: str, folders: Sequence[Path]) -> str:
+    """The text of a template. Raises ConfigurationError."""
+    path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+    if path is None:
+        places = " nor ".join(map(str, folders))
+        raise ConfigurationError(f"dataset.chatTemplate: there is no file {name} in {places}")
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise ConfigurationError(f"dataset.chatTemplate: {path} is larger than {MAX_TEMPLATE_BYTES} bytes")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"dataset.chatTemplate: {path} cannot be read as UTF-8 text: {error}"
+        ) from error
 
 
 def _variable(text: str) -> bool | int | str:

@@ -17,6 +17,8 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """Weights, configuration, tokenizer, chat template. Pickles and code are never fetched."""
 MODEL_WEIGHTS = "model*.safetensors"
 """Where a repository has these, its other safetensors are copies in another form."""
+TEMPLATE_FILES = "*.jinja"
+"""Beside records: what dataset.chatTemplate may name."""
 DATASET_DEPTH = 2
 """Folders below the one that a dataset's source names in which its files may be: `data/train-00000-of-00004.parquet`,
 `default/train/0000.parquet`. The nearest with any is meant."""
@@ -95,7 +97,11 @@ def _dataset_files(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFi
     """The file that the path names; or those with records in its folder, or else in the nearest folders below it, with
     what says how they are laid out."""
     within = {f.name: PurePosixPath(f.name).relative_to(remote.path) for f in files if _is_in(f, remote.path)}
-    described = [f for f in files if f.name in within and within[f.name].name in METADATA]
+    described = [
+        f
+        for f in files
+        if f.name in within and (within[f.name].name in METADATA or within[f.name].match(TEMPLATE_FILES))
+    ]
     for depth in range(DATASET_DEPTH + 1):
         there = [f for f in files if f.name in within and len(within[f.name].parent.parts) == depth]
         if has_records(there):
