@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_contract.containers import CONTAINERS
-from qlora_contract.plan import BadRecords
+from qlora_contract.plan import BadRecords, LengthBin
 from qlora_contract.run_config import Columns, Dataset
 from qlora_trainer.data import bad_records
 from qlora_trainer.data.dataset import Facts, LoadedData, Samples, load
@@ -217,7 +217,10 @@ def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> 
 
     loaded = load(_dataset(eval_fraction=0.0), path, tokenizer, 8)
 
-    assert loaded.train_facts == Facts(records=3, truncated=2, dropped=1, format="prompt-completion")
+    lengths = (LengthBin(up_to=4, count=1), LengthBin(up_to=8, count=1))
+    assert loaded.train_facts == Facts(
+        records=3, truncated=2, dropped=1, format="prompt-completion", lengths=lengths
+    )
     assert _texts(loaded.train, tokenizer) == ["abcdefgh", "ab<|im_end|>"]
     assert loaded.train.supervised_counts().min() > 0
 

@@ -38,12 +38,12 @@ class BadTally:
         elif self._fails:
             raise DataError(_refusal(self._first, more=True))
         # A number in a reason is a place within its record.
-        reason = re.sub(r"\d+", "N", bad.reason)
-        if reason not in self._reasons and len(self._reasons) >= MAX_REASONS:
-            reason = OTHER
-        known = self._reasons.get(reason) or BadRecords(reason=reason, count=0, places=[])
-        self._reasons[reason] = BadRecords(
-            reason=reason,
+        kind = re.sub(r"\d+", "N", bad.reason)
+        if kind not in self._reasons and len(self._reasons) >= MAX_REASONS:
+            kind = OTHER
+        known = self._reasons.get(kind) or BadRecords(reason=bad.reason, count=0, places=[])
+        self._reasons[kind] = BadRecords(
+            reason=bad.reason if bad.reason == known.reason else kind,
             count=known.count + 1,
             places=[*known.places, bad.location][:MAX_BAD_PLACES],
         )
@@ -77,11 +77,9 @@ class BadTally:
             raise DataError(_refusal(self._first, more=False))
         total = self._count + good
         if not good or self._count > self._max_share * total:
-            listed = "; ".join(str(bad) for bad in map(told, self.by_reason()))
-            raise DataError(
-                f"{self._count:,} of {total:,} records cannot be trained on, more than dataset.maxBadShare "
-                f"{self._max_share:g} allows: {listed}"
-            )
+            allowed = f", more than dataset.maxBadShare {self._max_share:g} allows" if good else ""
+            listed = "; ".join(map(told, self.by_reason()))
+            raise DataError(f"{self._count:,} of {total:,} records cannot be trained on{allowed}: {listed}")
         return self.by_reason()
 
 

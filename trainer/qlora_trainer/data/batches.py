@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from qlora_trainer.data.readers import BadRow, Row
 from qlora_trainer.data.records import Chat, Record
+from qlora_trainer.data.sources import Interpret
 from qlora_trainer.data.tokenization import Sample, Tokenization
 from qlora_trainer.errors import OutOfMemory
 from qlora_trainer.host.process import die_with_parent
@@ -69,14 +70,11 @@ class Workers:
     """Where they may run. Empty: where this process may."""
 
 
-Interpret = Callable[[Iterable[Row | BadRow]], Iterator[Record | BadRow]]
-
-
 def tokenize(
     rows: Iterable[Row | BadRow],
     interpret: Interpret,
     tokenization: Tokenization,
-    workers: Workers = Workers(),  # noqa: B008 - immutable
+    workers: Workers = Workers(),
 ) -> Iterator[TokenBatch]:
     """The rows' tokens, in their order. Memory holds a few batches.
 
@@ -165,7 +163,7 @@ _task: _Task | None = None
 def _in_processes(
     task: _Task, batches: Iterator[list[bytes]], workers: Workers, advance: Callable[[int], None]
 ) -> Iterator[TokenBatch]:
-    global _task  # noqa: PLW0603 - handed to forked processes, and to nobody else
+    global _task
     _task = task
     pool = ProcessPoolExecutor(
         workers.count,

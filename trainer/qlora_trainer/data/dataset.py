@@ -1,38 +1,28 @@
 """The training and evaluation samples of a dataset, the same on every rank."""
 
-import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_contract.containers import CONTAINERS
-from qlora_contract.files import sha256
-from qlora_contract.plan import BadRecords
+from qlora_contract.plan import BadRecords, LengthBin
 from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally, told
-from qlora_trainer.data.batches import Interpret, Workers, tokenize
+from qlora_trainer.data.batches import Workers, tokenize
 from qlora_trainer.data.chat_template import ChatTemplate
-from qlora_trainer.data.layout import split_files
-from qlora_trainer.data.readers import BadRow, Row, Rows, container_of, read_rows
-from qlora_trainer.data.records import Format, detect_format, interpret, renamed
+from qlora_trainer.data.readers import container_of
 from qlora_trainer.data.samples import Samples as Samples
 from qlora_trainer.data.samples import SampleWriter
+from qlora_trainer.data.sources import dataset_sha256, find_files, histogram, read_split, split_keys
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_DEPTH = 3
-"""Folders that a split's files may be below the dataset's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +42,8 @@ class Facts:
     """Records that say the same as an earlier one."""
     overlap: int = 0
     """Of the evaluation records, those that are trained on as well."""
+    lengths: tuple[LengthBin, ...] = ()
+    """Of the samples, in tokens."""
 
     def report(self) -> dict[str, Any]:
         """As training_report.json has it."""
@@ -62,6 +54,7 @@ class Facts:
             "dropped": self.dropped,
             "duplicates": self.duplicates,
             "overlap": self.overlap,
+            "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
         }
 
@@ -169,44 +162,6 @@ def load(
     )
 
 
-def find_files(dataset: Dataset, root: Path) -> tuple[list[Path], list[Path]]:
-    """The files to train on, and those to evaluate on where dataset.evalSplit names some."""
-    if root.is_dir():
-        splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
-        if len(set(splits)) < len(splits):
-            raise ConfigurationError(
-                f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
-            )
-        names, readme = list_folder(root)
-        train, *evaluation = (
-            [root / name for name in split_files(names, split, str(root), readme)] for split in splits
-        )
-        return train, evaluation[0] if evaluation else []
-    if not root.exists():
-        kinds = ", ".join(dict.fromkeys(c.name.removesuffix(" file") for c in CONTAINERS.values()))
-        raise DataError(f"{root}: no such file; dataset.source is a file ({kinds}), or a folder of them")
-    if dataset.eval_split:
-        raise ConfigurationError(
-            f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
-            "source, or leave evalSplit out and set evalFraction"
-        )
-    return [root], []
-
-
-def list_folder(root: Path) -> tuple[list[str], str]:
-    """The files of a folder and of those below it, as paths relative to it; and the text of its README.md."""
-    names: list[str] = []
-    for folder, folders, files in os.walk(root):
-        within = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not name.startswith(".") and len(within.parts) < MAX_DEPTH]
-        names += [(within / name).as_posix() for name in files if not name.startswith(".")]
-    readme = root / "README.md"
-    try:
-        return sorted(names), readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    except OSError:
-        return sorted(names), ""
-
-
 @dataclass(frozen=True, eq=False)
 class _Records:
     """What became of the good records of a split, in their order."""
@@ -234,11 +189,6 @@ class _Records:
             lengths=self.lengths[chosen],
             truncated=self.truncated[chosen],
         )
-
-
-def split_keys(digests: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Record.split_key of each record."""
-    return (digests >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 def _tokenize(
@@ -280,25 +230,6 @@ def _tokenize(
     held = split_keys(digests) < fraction
     # Which side a bad record would be on is not known.
     return records.where(~held), replace(records.where(held), bad=())
-
-
-def read_split(dataset: Dataset, files: Sequence[Path]) -> tuple[Rows, str, Interpret]:
-    """The rows of a split's files, the format that they are in, and what makes records of them.
-
-    Raises DataError when no format fits the first row, which names it and what would be right.
-    """
-    rows = chain.from_iterable(map(read_rows, files))
-    columns = dataset.columns.model_dump(exclude_none=True)
-    if dataset.format != "auto":
-        return rows, dataset.format, partial(interpret, format=dataset.format, columns=columns)
-    first: list[Row | BadRow] = []
-    detected: Format | None = None
-    for row in rows:
-        first.append(row)
-        if isinstance(row, Row):
-            detected = detect_format(renamed(row.fields, columns), row.location)
-            break
-    return chain(first, rows), detected or "", partial(interpret, columns=columns, detected=detected)
 
 
 def _split_anyhow(
@@ -361,12 +292,5 @@ def _facts(
         bad=records.bad,
         duplicates=len(records) - len(np.unique(records.digests)),
         overlap=0 if trained is None else int(np.isin(records.digests, trained).sum()),
+        lengths=histogram(samples.lengths()),
     )
-
-
-def dataset_sha256(root: Path, files: Sequence[Path]) -> str:
-    """sha256 of one file, or of what `sha256sum` prints for several by their names within the dataset's folder."""
-    if len(files) == 1:
-        return sha256(files[0])
-    listing = "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
-    return hashlib.sha256(listing.encode()).hexdigest()

@@ -55,11 +55,15 @@ class Samples:
         hashed = hashlib.sha256()
         for array in (self.ids, self.mask, self.offsets, self.group_offsets):
             if array is not None:
-                hashed.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+                hashed.update(np.ascontiguousarray(array).data)
         return hashed.hexdigest()
 
 
-ARRAYS = {"ids": np.dtype(np.int32), "mask": np.dtype(np.uint8), "offsets": np.dtype(np.int64)}
+ARRAYS: dict[str, np.dtype[Any]] = {
+    "ids": np.dtype(np.int32),
+    "mask": np.dtype(np.uint8),
+    "offsets": np.dtype(np.int64),
+}
 """What samples are stored as: little-endian on every machine that this runs on."""
 
 
@@ -109,7 +113,7 @@ class SampleWriter:
                 stream.close()
 
     def _write(self, name: str, array: NDArray[Any]) -> None:
-        self._streams[name].write(memoryview(np.ascontiguousarray(array, ARRAYS[name])).cast("B"))
+        self._streams[name].write(np.ascontiguousarray(array, ARRAYS[name]).data)
 
 
 def mapped(folder: Path) -> Samples:

@@ -255,10 +255,7 @@ class Tokenization:
             return_token_type_ids=False,
             verbose=False,
         )
-        for anchor, ids, offsets in zip(
-            anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            yield anchor, ids, offsets
+        yield from zip(anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _part(self, part: _Part, encoded: _Encoded, location: str) -> tuple[list[int], list[int]]:
         """Ids and mask of a part. Raises DataError."""

@@ -56,15 +56,8 @@ def load_inputs(
             "(max_position_embeddings): lower it, or take a model for longer texts"
         )
     source = resolve(run.dataset_uri, volumes)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    options = TokenizationOptions(
-        template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
-        train=run.dataset.train,
-        advance=advance,
-    )
+    tokenizer = read_tokenizer(folder)
+    options = tokenization_options(run.dataset, tokenizer, folder, began, advance)
     data = load(run.dataset, source, tokenizer, longest, options)
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
@@ -75,6 +68,36 @@ def load_inputs(
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+
+
+def tokenization_options(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    began: datetime.datetime,
+    advance: Callable[[int], None] = lambda _: None,
+) -> TokenizationOptions:
+    """How a job's records become tokens. Raises ConfigurationError for a bundled template that there is not.
+
+    Args:
+        dataset: the job's.
+        tokenizer: the model's.
+        folder: the model's.
+        began, advance: as load_inputs has them.
+    """
+    return TokenizationOptions(
+        template=template_settings(dataset, tokenizer, began, stop_ids(folder)),
+        train=dataset.train,
+        advance=advance,
+    )
 
 
 def check_tokens(data: LoadedData, tokenizer: Any, shape: ModelShape, folder: Path) -> None:
