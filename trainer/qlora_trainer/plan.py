@@ -157,7 +157,7 @@ def plan(run: RunConfig) -> PlanReport:
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
-    estimate = memory.choose(shape, run, dtype)
+    estimate = memory.choose(shape, run, dtype, len(data.train))
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]
     evaluation = None

@@ -10,9 +10,10 @@ import os
 import pickle
 import signal
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -70,11 +71,14 @@ class Workers:
     """Where they may run. Empty: where this process may."""
 
 
+ALONE = Workers()
+
+
 def tokenize(
     rows: Iterable[Row | BadRow],
     interpret: Interpret,
     tokenization: Tokenization,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
 ) -> Iterator[TokenBatch]:
     """The rows' tokens, in their order. Memory holds a few batches.
 
@@ -89,16 +93,21 @@ def tokenize(
         OutOfMemory: a process was killed.
     """
     batches = _pickled(rows)
+    task = _Task(interpret, tokenization)
     first = list(islice(batches, BATCHES_ALONE if workers.count > 1 else 0))
     work = chain(first, batches)
-    task = _Task(interpret, tokenization)
-    if workers.count > 1 and len(first) == BATCHES_ALONE:
-        results = _in_processes(task, work, workers, tokenization.options.advance)
-    else:
-        results = map(task, work)
-    for batch in results:
-        tokenization.options.advance(batch.rows)
-        yield batch
+    advance = tokenization.options.advance
+    alone = len(first) < BATCHES_ALONE
+    with closing(
+        _one_by_one(task, work) if alone else _in_processes(task, work, workers, advance)
+    ) as results:
+        for batch in results:
+            advance(batch.rows)
+            yield batch
+
+
+def _one_by_one(task: "_Task", batches: Iterator[list[bytes]]) -> Generator[TokenBatch, None, None]:
+    yield from map(task, batches)
 
 
 def _pickled(rows: Iterable[Row | BadRow]) -> Iterator[list[bytes]]:
@@ -162,7 +171,7 @@ _task: _Task | None = None
 
 def _in_processes(
     task: _Task, batches: Iterator[list[bytes]], workers: Workers, advance: Callable[[int], None]
-) -> Iterator[TokenBatch]:
+) -> Generator[TokenBatch, None, None]:
     global _task
     _task = task
     pool = ProcessPoolExecutor(

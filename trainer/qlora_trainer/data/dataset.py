@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qlora_contract.plan import BadRecords, LengthBin
 from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally, told
-from qlora_trainer.data.batches import Workers, tokenize
+from qlora_trainer.data.batches import ALONE, Workers, tokenize
 from qlora_trainer.data.chat_template import ChatTemplate
 from qlora_trainer.data.readers import container_of
 from qlora_trainer.data.samples import Samples as Samples
@@ -57,6 +57,14 @@ class Facts:
             "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
         }
+
+    @classmethod
+    def of_report(cls, report: dict[str, Any]) -> "Facts":
+        """What `report` was made from."""
+        bad = tuple(map(BadRecords.model_validate, report["bad"]))
+        return cls(
+            **report | {"bad": bad, "lengths": tuple(map(LengthBin.model_validate, report["lengths"]))}
+        )
 
     def summary(self) -> str:
         """In one line."""
@@ -108,7 +116,8 @@ def load(
     options: TokenizationOptions | None = None,
     *,
     folder: Path | None = None,
-    workers: Workers = Workers(),  # noqa: B008 - immutable
+    sha256: str | None = None,
+    workers: Workers = ALONE,
 ) -> LoadedData:
     """Read, split and tokenize what `dataset` names. Memory holds a few numbers of each record, and no text.
 
@@ -119,6 +128,7 @@ def load(
         max_length: tokens of a sample, at most.
         options: how records become tokens besides.
         folder: where the tokens are written, to be mapped; None: they stay in memory.
+        sha256: of the files, where it is known.
         workers: which processes tokenize.
 
     Raises:
@@ -151,7 +161,7 @@ def load(
     if len(held_out):
         evaluation_facts = _facts(held_out, evaluation, tokenization, "evaluation", training.digests)
     facts = _facts(training, samples, tokenization, "training")
-    digest = dataset_sha256(root, [*training_files, *evaluation_files])
+    digest = sha256 or dataset_sha256(root, [*training_files, *evaluation_files])
     return LoadedData(
         samples,
         evaluation if evaluation_facts else None,

@@ -63,16 +63,21 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
 def _with_model(
     run: RunConfig, lenient: Dataset, root: Path, volumes: Mapping[str, Path]
 ) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool]:
-    from qlora_trainer.data.dataset import load
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
-    from qlora_trainer.training.inputs import read_tokenizer, tokenization_options
+    from qlora_trainer.training.inputs import (
+        TokenSource,
+        into_passing_files,
+        read_tokenizer,
+        tokenization_options,
+    )
 
     folder = resolve(run.model_uri, volumes)
     tokenizer = read_tokenizer(folder)
     began = datetime.datetime.now().astimezone()
     options = tokenization_options(run.dataset, tokenizer, folder, began)
-    data = load(lenient, root, tokenizer, run.training.max_sequence_length, options)
+    longest = run.training.max_sequence_length
+    data = into_passing_files(TokenSource(lenient, root, tokenizer, longest, options))
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     numbers = sorted({0, len(data.train) // 2, len(data.train) - 1})[:SHOWN]
     samples = [

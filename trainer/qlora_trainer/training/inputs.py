@@ -3,8 +3,10 @@
 import datetime
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +17,69 @@ from transformers import AutoTokenizer
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import BF16_NATIVE, BUNDLED, Dataset, RunConfig
+from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
+from qlora_trainer.data.sources import dataset_sha256, find_files
+from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """What tokens are made from."""
+
+    dataset: Dataset
+    root: Path
+    """The dataset's source."""
+    tokenizer: Any
+    max_length: int
+    options: TokenizationOptions
+
+    def load(self, folder: Path | None = None, workers: Workers = ALONE) -> LoadedData:
+        """The tokens, made now: in files of a folder, or in memory. Raises as dataset.load does."""
+        return load(
+            self.dataset,
+            self.root,
+            self.tokenizer,
+            self.max_length,
+            self.options,
+            folder=folder,
+            sha256=self.sha256,
+            workers=workers,
+        )
+
+    def key(self) -> str:
+        """What the token cache calls them. Reads all files, and raises as find_files does."""
+        names = [[path.name for path in paths] for paths in self._files]
+        return cache_key(self.dataset, names, self.sha256, self.tokenizer, self.max_length, self.options)
+
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for paths in self._files for path in paths)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files."""
+        return dataset_sha256(self.root, [path for paths in self._files for path in paths])
+
+    @cached_property
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        return find_files(self.dataset, self.root)
+
+
+Load = Callable[[TokenSource], LoadedData]
+
+
+def into_passing_files(source: TokenSource) -> LoadedData:
+    """Tokens that are mapped from files without a name, so that they need no memory."""
+    with tempfile.TemporaryDirectory(prefix="qlora-tokens-") as folder:
+        return source.load(Path(folder))
 
 
 def load_inputs(
@@ -31,6 +88,7 @@ def load_inputs(
     volumes: Mapping[str, Path],
     began: datetime.datetime,
     advance: Callable[[int], None] = lambda _: None,
+    by: "Load | None" = None,
 ) -> tuple[Any, LoadedData]:
     """The model's own tokenizer, and the data tokenized with it, the evaluation samples bounded.
 
@@ -40,6 +98,7 @@ def load_inputs(
         volumes: claim -> directory; empty in a pod.
         began: when the first attempt began: what a chat template is told that asks for the date.
         advance: called with the number of records that were just tokenized; it may raise.
+        by: loads the data, from a cache, say; None: they are tokenized into files that are gone afterwards.
 
     Raises:
         ModelError: the tokenizer is missing, cannot be read or makes tokens that the model does not have; or the
@@ -58,7 +117,7 @@ def load_inputs(
     source = resolve(run.dataset_uri, volumes)
     tokenizer = read_tokenizer(folder)
     options = tokenization_options(run.dataset, tokenizer, folder, began, advance)
-    data = load(run.dataset, source, tokenizer, longest, options)
+    data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, longest, options))
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
