@@ -379,7 +379,7 @@ def test_the_other_ranks_of_a_pod_wait_for_the_first(ready: Ready, monkeypatch: 
         assert theirs.result(10).train.digest() == mine.train.digest()
     assert isinstance(theirs.result().train.ids.base, np.memmap)
 
-    first.group.store.set("tokens of pod 0", "")
+    first.group.tell("tokens of pod 0", "")
     assert once_per_pod(second)(source).train.digest() == mine.train.digest()
 
 

@@ -183,6 +183,9 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(
+        data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
+    )
+    context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
     key = determinism_key(context, chosen, dtype)
@@ -197,17 +200,16 @@ def agree_on_inputs(context: RankContext) -> Inputs:
 
 def once_per_pod(context: RankContext) -> Load:
     """Loads data by the workspace's cache: the first rank of each pod fills it, the others of the pod wait for that."""
-    run, world, store = context.run, context.world, context.group.store
+    run, world, group = context.run, context.world, context.group
     cache = TokenCache(resolve(run.workspace, context.volumes), (run.job.uid, run.job.attempt, world.pod))
     done = f"tokens of pod {world.pod}"
 
     def load(source: TokenSource) -> LoadedData:
         tokenization = partial(Tokenization, source.tokenizer, source.max_length, source.options)
         if world.local_rank > 0:
-            while not store.check([done]):
+            while (key := group.told(done)) is None:
                 context.advance(0)
                 time.sleep(WAITING_SECONDS)
-            key = store.get(done).decode()
             return (cache.read(key, tokenization) if key else None) or source.load()
         key = source.key()
         data = cache.read(key, tokenization)
@@ -215,7 +217,7 @@ def once_per_pod(context: RankContext) -> Load:
             workers = Workers(memory.tokenizing_processes(run.layout), pod_cpus(os.environ))
             wrote = cache.write(key, source.size(), partial(source.load, workers=workers))
             data = cache.read(key, tokenization) if wrote else None
-        store.set(done, key if data is not None else "")
+        group.tell(done, key if data is not None else "")
         return data if data is not None else source.load()
 
     return load
