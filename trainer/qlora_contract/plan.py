@@ -58,7 +58,7 @@ class SplitStats(ContractModel):
     truncated: int
     """Samples whose end was cut off."""
     dropped: int
-    """Samples in which nothing is left to learn."""
+    """Samples that are left out: in which nothing is left to learn, or that are overlong."""
     left_out: int = 0
     """Samples beyond evaluation.maxTokens, which are not evaluated."""
     samples: int
@@ -70,6 +70,8 @@ class SplitStats(ContractModel):
     """Records that say the same as an earlier one."""
     overlap: int = 0
     """Records of an evaluation split that are trained on as well."""
+    overlong: int = 0
+    """Samples that training.overlong leaves out."""
     lengths: list[LengthBin] = Field(default=[])
     """Of the samples."""
 

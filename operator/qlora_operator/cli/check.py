@@ -182,7 +182,8 @@ def _show_split(split: SplitStats, use: str, unit: str, console: Console) -> Non
     _print(console, text)
     losses = [
         (split.truncated, "lose their end to maxSequenceLength"),
-        (split.dropped, "are left out: nothing to learn is left of them"),
+        (split.overlong, "are left out: they are longer than maxSequenceLength"),
+        (split.dropped - split.overlong, "are left out: nothing to learn is left of them"),
         (split.duplicates, "say the same as an earlier one"),
         (split.overlap, "are trained on as well"),
         *((bad.count, f"cannot be trained on: {bad.reason} ({', '.join(bad.places)})") for bad in split.bad),

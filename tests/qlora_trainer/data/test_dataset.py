@@ -18,6 +18,7 @@ from qlora_contract.run_config import Columns, Dataset
 from qlora_trainer.data import bad_records
 from qlora_trainer.data.dataset import Facts, LoadedData, Samples, load
 from qlora_trainer.data.records import PromptCompletion, Record, content_digest
+from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, DataError
 
 pytestmark = pytest.mark.process
@@ -223,6 +224,34 @@ def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> 
     )
     assert _texts(loaded.train, tokenizer) == ["abcdefgh", "ab<|im_end|>"]
     assert loaded.train.supervised_counts().min() > 0
+
+
+def test_samples_that_are_too_long_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    """All of them, not only those in which nothing is left to learn; they are counted."""
+    path = _write(tmp_path / "d.jsonl", ("abcdefghij", "k"), ("ab", "cdefghijkl"), ("a", "b"))
+
+    options = TokenizationOptions(overlong="drop")
+    loaded = load(_dataset(eval_fraction=0.0), path, tokenizer, 8, options)
+
+    facts = loaded.train_facts
+    assert (facts.records, facts.truncated, facts.dropped, facts.overlong) == (3, 0, 2, 2)
+    assert _texts(loaded.train, tokenizer) == ["ab<|im_end|>"]
+    assert facts.summary().endswith("; 2 left out, because they are longer than maxSequenceLength")
+    with pytest.raises(DataError, match="all 3 records are left out"):
+        load(_dataset(eval_fraction=0.0), path, tokenizer, 2, options)
+
+
+def test_a_sample_that_is_too_long_may_be_a_bad_record(tmp_path: Path, tokenizer: Any) -> None:
+    """Which ends the job, or is left out as others are."""
+    path = _write(tmp_path / "d.jsonl", ("a", "b"), ("ab", "cdefghijkl"))
+    options = TokenizationOptions(overlong="error")
+
+    with pytest.raises(
+        DataError, match=r"^d\.jsonl: line 2: is longer than training\.maxSequenceLength, 8 tokens"
+    ):
+        load(_dataset(eval_fraction=0.0), path, tokenizer, 8, options)
+    skip = _dataset(eval_fraction=0.0, on_bad_record="skip", max_bad_share=0.5)
+    assert load(skip, path, tokenizer, 8, options).train_facts.bad[0].places == ["d.jsonl: line 2"]
 
 
 def test_what_is_lost_is_told(tmp_path: Path, tokenizer: Any) -> None:

@@ -200,6 +200,7 @@ def _options(source: str | None = None, clock: datetime.datetime = CLOCK, **more
         {"max_length": 65},
         {"options": _options("{{ messages }}")},
         {"options": _options(train="lastTurn")},
+        {"options": _options(overlong="drop")},
         {"options": _options(template={"variables": {"a": True}})},
         {"options": _options(template={"stop_ids": (7,)})},
     ],

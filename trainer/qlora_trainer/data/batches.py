@@ -50,7 +50,7 @@ class TokenBatch:
     digests: NDArray[np.uint64]
     """(good records,): the first 64 bits of Record.digest."""
     truncated: NDArray[np.bool_]
-    """(good records,): whether its end was cut off."""
+    """(good records,): whether it was too long."""
     bad: tuple[BadRow, ...]
     chats: bool
     """Whether there is a conversation among the records."""
@@ -144,7 +144,10 @@ class _Task:
             for item, result in zip(items, results, strict=True)
             if isinstance(item, Record) and isinstance(result, Sample)
         ]
-        kept = [sample if sample.mask.any() else None for _, sample in pairs]
+        drops = self.tokenization.options.overlong == "drop"
+        kept = [
+            sample if sample.mask.any() and not (drops and sample.truncated) else None for _, sample in pairs
+        ]
         return TokenBatch(
             _joined([sample.ids for sample in kept if sample], np.int32),
             _joined([sample.mask for sample in kept if sample], np.uint8),

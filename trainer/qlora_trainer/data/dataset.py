@@ -33,7 +33,7 @@ class Facts:
     truncated: int
     """Samples whose end was cut off, dropped ones among them."""
     dropped: int
-    """Samples without a supervised token."""
+    """Samples that are left out: those without a supervised token, and the overlong ones."""
     format: str = ""
     """What the records are, as dataset.format has it."""
     bad: tuple[BadRecords, ...] = ()
@@ -42,6 +42,8 @@ class Facts:
     """Records that say the same as an earlier one."""
     overlap: int = 0
     """Of the evaluation records, those that are trained on as well."""
+    overlong: int = 0
+    """Samples that training.overlong leaves out."""
     lengths: tuple[LengthBin, ...] = ()
     """Of the samples, in tokens."""
 
@@ -54,6 +56,7 @@ class Facts:
             "dropped": self.dropped,
             "duplicates": self.duplicates,
             "overlap": self.overlap,
+            "overlong": self.overlong,
             "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
         }
@@ -71,8 +74,10 @@ class Facts:
         text = f"{self.records:,} records in the {self.format} format"
         if self.truncated:
             text += f"; {self.truncated:,} truncated to maxSequenceLength"
-        if self.dropped:
-            text += f", {self.dropped:,} of them dropped, because that left nothing to train on"
+        if cut := self.dropped - self.overlong:
+            text += f", {cut:,} of them dropped, because that left nothing to train on"
+        if self.overlong:
+            text += f"; {self.overlong:,} left out, because they are longer than maxSequenceLength"
         if self.duplicates:
             text += f"; {self.duplicates:,} say the same as an earlier one"
         if self.overlap:
@@ -290,13 +295,21 @@ def _facts(
     `trained`: digests of what is trained on, where that is another split.
     """
     if not len(samples):
-        raise DataError(
-            f"no supervised token in the {use} data: all {len(records)} records lose their supervised tokens "
-            f"when cut to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
+        lose = (
+            "are left out"
+            if tokenization.options.overlong == "drop"
+            else "lose their supervised tokens when cut"
         )
+        raise DataError(
+            f"no supervised token in the {use} data: all {len(records)} records {lose} "
+            f"to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
+        )
+    too_long = int(records.truncated.sum())
+    drops = tokenization.options.overlong == "drop"
     return Facts(
         records=len(records),
-        truncated=int(records.truncated.sum()),
+        truncated=0 if drops else too_long,
+        overlong=too_long if drops else 0,
         dropped=len(records) - len(samples),
         format=records.format,
         bad=records.bad,

@@ -191,6 +191,7 @@ def cache_key(
         "sha256": sha256,
         "max_length": max_length,
         "train": options.train,
+        "overlong": options.overlong,
         "tokenizer": {
             "class": type(tokenizer).__name__,
             "core": tokenizer.backend_tokenizer.to_str(),

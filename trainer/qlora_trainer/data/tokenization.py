@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_contract.run_config import Overlong
 from qlora_trainer.data.chat_template import ChatTemplate, Span, TemplateSettings
 from qlora_trainer.data.masks import REMEDY, TrainedTurns, supervised_turns
 from qlora_trainer.data.readers import BadRow
@@ -57,6 +58,8 @@ class TokenizationOptions:
 
     template: TemplateSettings = field(default_factory=TemplateSettings)
     train: TrainedTurns = "all"
+    overlong: Overlong = "truncate"
+    """What becomes of a sample that is longer than the longest length."""
     advance: Callable[[int], None] = lambda _: None
     """Called with the number of records that were just tokenized, and with 0 before each batch. What it raises ends the
     work."""
@@ -237,6 +240,11 @@ class Tokenization:
             ids, mask = SpecialTokens(text.special.begin, None).wrap(ids, mask)
         else:
             ids, mask = text.special.wrap(ids, mask)
+        if len(ids) > max_length and self.options.overlong == "error":
+            raise DataError(
+                f"{text.record.location}: is longer than training.maxSequenceLength, {max_length} tokens; shorten it, "
+                "raise that, or let training.overlong be truncate or drop"
+            )
         targets = np.array(mask[:max_length], dtype=np.uint8)
         targets[:1] = 0  # nothing stands before it to predict it from
         return Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)

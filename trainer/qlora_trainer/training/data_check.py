@@ -75,7 +75,7 @@ def _with_model(
     folder = resolve(run.model_uri, volumes)
     tokenizer = read_tokenizer(folder)
     began = datetime.datetime.now().astimezone()
-    options = tokenization_options(run.dataset, tokenizer, folder, began)
+    options = tokenization_options(run, tokenizer, folder, began)
     longest = run.training.max_sequence_length
     data = into_passing_files(TokenSource(lenient, root, tokenizer, longest, options))
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
@@ -144,9 +144,9 @@ def warnings(
             f"{training.truncated:,} of {records:,} training samples are longer than training.maxSequenceLength and "
             "lose their ends; raise it if the ends matter"
         )
-    if training.dropped:
+    if cut := training.dropped - training.overlong:
         found.append(
-            f"{training.dropped:,} training samples are left out, because what is to be learned lies beyond "
+            f"{cut:,} training samples are left out, because what is to be learned lies beyond "
             "training.maxSequenceLength"
         )
     if training.format == "prompt-completion" and has_template:
@@ -176,6 +176,7 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         supervised_tokens=int(samples.mask.sum(dtype="int64")),
         duplicates=facts.duplicates,
         overlap=facts.overlap,
+        overlong=facts.overlong,
         lengths=list(facts.lengths),
     )
 

@@ -116,7 +116,7 @@ def load_inputs(
         )
     source = resolve(run.dataset_uri, volumes)
     tokenizer = read_tokenizer(folder)
-    options = tokenization_options(run.dataset, tokenizer, folder, began, advance)
+    options = tokenization_options(run, tokenizer, folder, began, advance)
     data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, longest, options))
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
@@ -138,7 +138,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def tokenization_options(
-    dataset: Dataset,
+    run: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     began: datetime.datetime,
@@ -147,14 +147,15 @@ def tokenization_options(
     """How a job's records become tokens. Raises ConfigurationError for a bundled template that there is not.
 
     Args:
-        dataset: the job's.
+        run: the job.
         tokenizer: the model's.
         folder: the model's.
         began, advance: as load_inputs has them.
     """
     return TokenizationOptions(
-        template=template_settings(dataset, tokenizer, began, stop_ids(folder)),
-        train=dataset.train,
+        template=template_settings(run.dataset, tokenizer, began, stop_ids(folder)),
+        train=run.dataset.train,
+        overlong=run.training.overlong,
         advance=advance,
     )
 
