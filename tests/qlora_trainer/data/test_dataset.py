@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -564,6 +566,56 @@ def test_samples_without_groups_have_the_digest_of_every_version() -> None:
     assert plain == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     assert plain.startswith("ac1edfaf8c547189")
     assert Samples(*arrays, group_offsets=np.array([0, 2])).digest() != plain
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from qlora_contract.run_config import Dataset
+from qlora_trainer.data.batches import Workers
+from qlora_trainer.data.dataset import load
+
+data, warm, model, folder = map(Path, sys.argv[1:5])
+dataset, tokenizer = Dataset(source="pvc://a/b", eval_fraction=0.1), AutoTokenizer.from_pretrained(model)
+load(dataset, warm, tokenizer, 1000, folder=folder / "warm", workers=Workers(2))
+[used] = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData")]
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[5]),) * 2)
+where = folder / "cold" if sys.argv[6] == "files" else None
+loaded = load(dataset, data, tokenizer, 1000, folder=where, workers=Workers(2))
+print(len(loaded.train.ids) + len(loaded.evaluation.ids))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["files", "memory"])
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, byte_tokenizer: Callable[..., Any], where: str
+) -> None:
+    """With 64 MiB to spare a process makes 150 MB of tokens in files; in memory, as a check, it cannot."""
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = "".join(chr(97 + number % 26) for number in range(900))
+    for name, count in (("warm", 3000), ("data", 33_000)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(count))
+    (tmp_path / "out").mkdir()
+
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-c", LIMITED, tmp_path / "data.jsonl", tmp_path / "warm.jsonl"),
+            *(tmp_path / "model", tmp_path / "out", str(64 * 2**20), where),
+        ],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    if where == "files":
+        assert ended.returncode == 0, ended.stderr
+        assert int(ended.stdout) > 29_000_000
+    else:
+        assert "MemoryError" in ended.stderr
 
 
 @pytest.mark.model
