@@ -12,7 +12,7 @@ from typing import Literal
 
 from qlora_contract.base import ContractModel
 from qlora_contract.quantization import weight_bytes
-from qlora_contract.run_config import RunConfig
+from qlora_contract.run_config import Layout, RunConfig
 
 Dtype = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "full"]
@@ -20,6 +20,12 @@ Checkpointing = Literal["none", "full"]
 BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 490 * 2**20
 """Python, torch, transformers, the tokenizer and a small dataset: what a rank holds before the model, measured."""
+SAMPLE_BYTES = 160
+"""Of each training sample: its length, its place in an epoch's order, and in a bin. Tokens are mapped from files."""
+SAMPLES_OF_RUNTIME = 50_000
+"""A dataset that is small: what its samples need is among RUNTIME_BYTES."""
+TOKENIZING_BYTES = 128 * 2**20
+"""Of a process that tokenizes: a batch's text, tokens and offsets, and what it touches of what it inherits."""
 LOGITS_BYTES = 3 * 64 * 2**20
 """A chunk of logits, its probabilities' narrow copy and slices of the head (qlora_trainer.modeling.loss)."""
 ALLOCATOR_SLACK = 1.5
@@ -64,6 +70,7 @@ class MemoryEstimate:
     """Bytes of a rank, by what they are for."""
 
     runtime: int
+    """Python, the libraries, and the numbers of the samples."""
     base: int
     """Frozen weights, with embedding and head."""
     adapter: int
@@ -104,16 +111,21 @@ def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing
 
 
 def estimate(
-    shape: ModelShape, run: RunConfig, dtype: Dtype, tokens: int, checkpointing: Checkpointing
+    shape: ModelShape,
+    run: RunConfig,
+    dtype: Dtype,
+    tokens: int,
+    checkpointing: Checkpointing,
+    samples: int = 0,
 ) -> MemoryEstimate:
-    """What a rank needs at most when it runs `tokens` tokens at once."""
+    """What a rank needs at most when it runs `tokens` tokens at once. `samples`: those that are trained on."""
     e = BYTES[dtype]
     embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
     in_flight = 6 * tokens * widest * e  # gradients of the layer that is at work
     activations = activation_bytes(shape, tokens, dtype, checkpointing)
     return MemoryEstimate(
-        runtime=RUNTIME_BYTES,
+        runtime=RUNTIME_BYTES + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
         base=weight_bytes(shape.linear_weights, run.quantization, e) + embedding,
         adapter=shape.adapter_weights * 4 * 4,
         activations=int(activations * ALLOCATOR_SLACK),
@@ -123,7 +135,17 @@ def estimate(
     )
 
 
-def choose(shape: ModelShape, run: RunConfig, dtype: Dtype) -> MemoryEstimate:
+def tokenizing_processes(layout: Layout) -> int:
+    """How many processes of a pod tokenize: as many as it has CPUs, while its memory holds them.
+
+    Its ranks hold nothing but their libraries meanwhile.
+    """
+    ranks = 1 if layout.ranks_per_pod == "auto" else layout.ranks_per_pod
+    room = ranks * (layout.memory_per_rank - RUNTIME_BYTES) // TOKENIZING_BYTES
+    return max(1, min(layout.pod_cpus, room))
+
+
+def choose(shape: ModelShape, run: RunConfig, dtype: Dtype, samples: int = 0) -> MemoryEstimate:
     """The micro-batch and checkpointing that a job's ranks use: of what fits memoryPerRank, the fastest.
 
     Either as asked for. Else `auto` takes what `step_seconds` says is faster, and the micro-batch is as large as fits,
@@ -136,7 +158,7 @@ def choose(shape: ModelShape, run: RunConfig, dtype: Dtype) -> MemoryEstimate:
     modes: list[Checkpointing] = ["none", "full"] if asked == "auto" else [asked]
 
     def at(tokens: int, mode: Checkpointing) -> MemoryEstimate:
-        return estimate(shape, run, dtype, tokens, mode)
+        return estimate(shape, run, dtype, tokens, mode, samples)
 
     if training.micro_batch_tokens is not None:
         candidates = [at(max(training.micro_batch_tokens, one_bin), mode) for mode in modes]

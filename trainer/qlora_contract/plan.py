@@ -3,6 +3,8 @@
 The operator's side cannot read a model or data itself: that takes the trainer's packages.
 """
 
+from typing import Literal
+
 from pydantic import Field
 
 from qlora_contract.base import ContractModel
@@ -37,6 +39,14 @@ class BadRecords(ContractModel):
     """Where the first few of them are."""
 
 
+class LengthBin(ContractModel):
+    """How many of a split are so long."""
+
+    up_to: int
+    """At most so long, and longer than the bin before: half as long, at most."""
+    count: int
+
+
 class SplitStats(ContractModel):
     """The records of a split, and what became of them."""
 
@@ -48,7 +58,7 @@ class SplitStats(ContractModel):
     truncated: int
     """Samples whose end was cut off."""
     dropped: int
-    """Samples in which nothing is left to learn."""
+    """Samples that are left out: in which nothing is left to learn, or that are overlong."""
     left_out: int = 0
     """Samples beyond evaluation.maxTokens, which are not evaluated."""
     samples: int
@@ -56,6 +66,14 @@ class SplitStats(ContractModel):
     tokens: int
     """Of the samples that are used, as are the supervised ones."""
     supervised_tokens: int
+    duplicates: int = 0
+    """Records that say the same as an earlier one."""
+    overlap: int = 0
+    """Records of an evaluation split that are trained on as well."""
+    overlong: int = 0
+    """Samples that training.overlong leaves out."""
+    lengths: list[LengthBin] = Field(default=[])
+    """Of the samples."""
 
 
 class Steps(ContractModel):
@@ -103,6 +121,33 @@ class PlanReport(ContractModel):
     """The first sample that is trained on."""
 
 
+class DataFile(ContractModel):
+    """A file of the data."""
+
+    name: str
+    content: str
+    """What it is, such as `a JSON array`."""
+
+
+class CheckReport(ContractModel):
+    """What `qlora check` tells of data."""
+
+    files: list[DataFile]
+    """Those that are trained on."""
+    unit: Literal["tokens", "characters"]
+    """Of lengths; characters, and no tokens, where no model is known."""
+    training: SplitStats
+    evaluation: SplitStats | None = None
+    steps: Steps | None = None
+    """None: no model is known."""
+    samples: list[list[TextSpan]]
+    """A few of them."""
+    problems: list[str]
+    """Why a job would refuse the data."""
+    warnings: list[str]
+    """What may not be as it was meant."""
+
+
 class RankPlan(ContractModel):
     """Where a rank runs. CPUs and nodes are lists such as 0-3,8; empty: none."""
 
@@ -142,4 +187,5 @@ class PlanResponse(ContractModel):
     machine: Machine | None = None
     plan: PlanReport | None = None
     pods: list[PodPlan] | None = None
+    check: CheckReport | None = None
     error: PlanError | None = None

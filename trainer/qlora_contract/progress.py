@@ -81,6 +81,8 @@ class ProgressReport(_Report):
     bytes_done: int | None = None
     """Of what is fetched or uploaded."""
     bytes_total: int | None = None
+    data: str | None = None
+    """What the data are, and what of them is not trained on, in a sentence; None until it is known."""
     work: Work | None = None
     """None while steps are made, and of a trainer that does not report it."""
     advances: int | None = None

@@ -67,6 +67,7 @@ BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
 RunStage = Literal["fetch", "train", "publish"]
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
+Overlong = Literal["truncate", "drop", "error"]
 RanksPerPod = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 
 PvcUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)]
@@ -155,7 +156,7 @@ class Training(ContractModel):
     micro_batch_tokens: Tokens | None = None
     max_sequence_length: int = Field(default=1024, ge=8, le=1_048_576)
     packing: bool = True
-    overlong: Literal["truncate"] = "truncate"
+    overlong: Overlong = "truncate"
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0.0, le=1.0)
@@ -364,6 +365,8 @@ SINCE: Mapping[str, int] = {
     "tracking.mlflow": 2,
     "tracking.mlflow.experiment": 2,
     "tracking.mlflow.uri": 2,
+    "training.overlong=drop": 2,
+    "training.overlong=error": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""

@@ -5,6 +5,8 @@
     python -m qlora_trainer.plan layout RUN_JSON CPUS [CPUS ...]
                                              where the ranks run of pods on this machine whose launchers may use
                                              these CPU lists each; needs no torch
+    python -m qlora_trainer.plan check RUN_JSON      all that can be said of the data of a job
+    python -m qlora_trainer.plan survey RUN_JSON     what can be said of them without its model; needs no torch
 
 Prints one line of JSON (qlora_contract.plan). The exit status is 0 also when that holds an error of the user's.
 """
@@ -13,7 +15,6 @@ import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qlora_contract import memory
 from qlora_contract.cpus import format_cpu_list
@@ -28,8 +29,6 @@ from qlora_contract.plan import (
     PlanResponse,
     PodPlan,
     RankPlan,
-    SplitStats,
-    Steps,
     TextSpan,
 )
 from qlora_contract.run_config import ISA_TIERS, RunConfig
@@ -40,12 +39,10 @@ from qlora_trainer.host.numa import read_machine
 from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.run_file import RunFileError, load_run
 
-if TYPE_CHECKING:
-    from qlora_trainer.data.dataset import Facts, Samples
-    from qlora_trainer.data.packing import StepSchedule
-
-
-USAGE = "usage: python -m qlora_trainer.plan [RUN_JSON | layout RUN_JSON CPUS [CPUS ...]]"
+USAGE = (
+    "usage: python -m qlora_trainer.plan "
+    "[RUN_JSON | layout RUN_JSON CPUS [CPUS ...] | check RUN_JSON | survey RUN_JSON]"
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
             response = answer(Path(path))
         case ["layout", path, *cpu_lists] if cpu_lists:
             response = layouts(Path(path), cpu_lists)
+        case ["check" | "survey" as how, path]:
+            response = checked(Path(path), with_model=how == "check")
         case _:
             print(USAGE, file=sys.stderr)
             return 2
@@ -81,6 +80,19 @@ def answer(path: Path) -> PlanResponse:
     """The plan of the job that a run.json describes, or why it would fail."""
     try:
         return PlanResponse(plan=plan(load_run(path)))
+    except (RunFileError, TrainerError, InvalidUriError) as error:
+        return _failure(error)
+
+
+def checked(path: Path, *, with_model: bool) -> PlanResponse:
+    """What there is to say of the data of a run.json's job, or why it would fail."""
+    from qlora_trainer.training.data_check import check
+    from qlora_trainer.transfer.revisions import with_pinned_revisions
+
+    try:
+        volumes = volume_map()
+        run = with_pinned_revisions(load_run(path), volumes)
+        return PlanResponse(check=check(run, volumes, with_model=with_model))
     except (RunFileError, TrainerError, InvalidUriError) as error:
         return _failure(error)
 
@@ -136,6 +148,7 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.training.data_check import split_stats, steps_of
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
@@ -144,7 +157,7 @@ def plan(run: RunConfig) -> PlanReport:
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
-    estimate = memory.choose(shape, run, dtype)
+    estimate = memory.choose(shape, run, dtype, len(data.train))
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]
     evaluation = None
@@ -161,41 +174,8 @@ def plan(run: RunConfig) -> PlanReport:
         ),
         training=split_stats(data.train, data.train_facts),
         evaluation=evaluation,
-        steps=steps(data.train, run, schedule),
+        steps=steps_of(data.train, run, schedule),
         sample=[TextSpan(text=t, supervised=s) for t, s in render(*data.train.sample(first), tokenizer)],
-    )
-
-
-def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
-    """The counts of a split."""
-    return SplitStats(
-        format=facts.format,
-        records=facts.records,
-        bad=list(facts.bad),
-        truncated=facts.truncated,
-        dropped=facts.dropped,
-        left_out=facts.records - facts.dropped - len(samples),
-        samples=len(samples),
-        tokens=len(samples.ids),
-        supervised_tokens=int(samples.mask.sum(dtype="int64")),
-    )
-
-
-def steps(samples: "Samples", run: RunConfig, schedule: "StepSchedule") -> Steps:
-    """The steps of the first epoch and of the whole training."""
-    from qlora_trainer.data import packing
-
-    training, lengths, groups = run.training, samples.lengths(), samples.group_offsets
-    order = packing.epoch_permutation(len(samples) if groups is None else len(groups) - 1, training.seed, 0)
-    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing, groups)
-    tokens = packing.bin_lengths(bins, lengths)
-    per_epoch = len(packing.steps(tokens, training.global_batch_tokens))
-    return Steps(
-        per_epoch=per_epoch,
-        total=schedule.total_steps,
-        epochs=schedule.epochs_done(schedule.total_steps),
-        tokens_per_step=sum(tokens) / per_epoch,
-        fill=sum(tokens) / (len(bins) * training.max_sequence_length),
     )
 
 

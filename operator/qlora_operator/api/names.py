@@ -159,6 +159,8 @@ class ConditionType(StrEnum):
     """Everything that the ranks need in order to start exists."""
     QUOTA_RESERVED = "QuotaReserved"
     """A queue has admitted the job."""
+    DATA_CHECKED = "DataChecked"
+    """The training data were read and tokenized; the message says what they are, and what of them is left out."""
     RUNNING = "Running"
     """Every rank is training, sources are being fetched, or the adapter is being uploaded: the reason says which."""
     RESTARTING = "Restarting"
@@ -186,11 +188,14 @@ class Reason(StrEnum):
     INFRASTRUCTURE_BACKOFF_LIMIT_EXCEEDED = "InfrastructureBackoffLimitExceeded"
     """Failed: the cluster caused more than infrastructureBackoffLimit restarts."""
 
+    DATA_READ = "DataRead"
+    """DataChecked: every record was read; those that cannot be trained on are counted in the message."""
+
     # Ends of an attempt that fail the job at once: the same input fails the same way.
     INVALID_CONFIGURATION = "InvalidConfiguration"
     """Failed: the settings contradict each other, the model or the data (exit code 10)."""
     INVALID_DATA = "InvalidData"
-    """Failed: the dataset cannot be trained on (exit code 11)."""
+    """Failed: the dataset cannot be trained on (exit code 11). DataChecked: the same."""
     MODEL_UNUSABLE = "ModelUnusable"
     """Failed: the base model cannot be read or adapted (exit code 12)."""
     DIVERGED = "Diverged"

@@ -30,7 +30,7 @@ class Condition(StatusModel):
     """One aspect of the job's state, in the usual form of Kubernetes."""
 
     type: str
-    """What the condition is about: Suspended, Initialized, QuotaReserved, Running, Restarting, Complete,
+    """What the condition is about: Suspended, Initialized, QuotaReserved, DataChecked, Running, Restarting, Complete,
     Failed, or Finished, which is true when Complete or Failed is."""
     status: Literal["True", "False", "Unknown"]
     """True, False or Unknown."""

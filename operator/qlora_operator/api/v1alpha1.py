@@ -230,8 +230,9 @@ class Training(ApiModel):
     """Length of the longest sample, and of a bin of packed samples, in tokens."""
     packing: bool = True
     """Pack several samples into one bin; they do not attend to each other."""
-    overlong: Literal["truncate"] = "truncate"
-    """What to do with a sample longer than maxSequenceLength: `truncate` cuts off its end."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with a sample longer than maxSequenceLength: `truncate` cuts off its end; `drop` leaves it out, and
+    counts it; `error` makes it a bad record, of which dataset.onBadRecord says what happens."""
     learning_rate: float = Field(default=2e-4, gt=0.0, le=1.0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "cosine"

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,8 +17,9 @@ from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
 from qlora_operator.api.loader import load_jobs
+from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli import plan, report, run
+from qlora_operator.cli import check, plan, report, run
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -67,6 +69,33 @@ def parser() -> argparse.ArgumentParser:
         "plan", help="show what a job would do on this machine: memory, steps, time and a sample"
     )
     planning.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
+    checking = subcommands.add_parser(
+        "check", help="show what is in data: format, counts, lengths, faults, and what would be learned"
+    )
+    checking.add_argument(
+        "data", metavar="DATA", help="a file of records or a folder of splits; or a job file"
+    )
+    checking.add_argument(
+        "--model", metavar="PATH", help="a model's folder: its tokenizer and chat template are used"
+    )
+    checking.add_argument("--format", help="as dataset.format; default: auto")
+    checking.add_argument(
+        "--columns", action="append", default=[], metavar="NAME=COLUMN,...", help="as dataset.columns"
+    )
+    checking.add_argument(
+        "--split", metavar="NAME", help="of a folder, the split to train on; default: train"
+    )
+    checking.add_argument("--eval-split", metavar="NAME", help="of a folder, the split to evaluate on")
+    checking.add_argument("--max-length", type=int, metavar="TOKENS", help="as training.maxSequenceLength")
+    checking.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
+    checking.add_argument("--name", help="which job, if a job file has several")
+    checking.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="CLAIM=PATH",
+        help="for a job file, as of `qlora plan`",
+    )
     fetching = subcommands.add_parser("fetch", help="fetch a job's remote model and data into its workspace")
     training = subcommands.add_parser("run", help="train a job on this machine")
     for subcommand in (fetching, training):
@@ -111,6 +140,45 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         plan.show(planned, Console(highlight=False))
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    if check.is_job_file(options.data):
+        question = _question_of_job(options)
+    else:
+        dataset = {"format": options.format, "train_split": options.split, "eval_split": options.eval_split}
+        if options.columns:
+            dataset["columns"] = check.columns(options.columns)
+        training = {"max_sequence_length": options.max_length}
+        question = check.of_paths(options.data, options.model, _given(dataset), _given(training))
+    report = check.check(question)
+    if options.output == "json":
+        print(check.as_json(report))
+    else:
+        check.show(report, Console(highlight=False))
+    return check.exit_code(report)
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _question_of_job(options: argparse.Namespace) -> check.Question:
+    """The question about a job's data. Without a folder for its model's claim, tokens are not counted."""
+    of_job = ("model", "format", "columns", "split", "eval_split", "max_length")
+    if given := [f"--{name.replace('_', '-')}" for name in of_job if getattr(options, name)]:
+        raise CommandError(f"{', '.join(given)}: a job file says that itself; change it there", USAGE)
+    job = one_job(options.data, options.name)
+    volumes = parse_volumes(options.volume)
+    spec = job.spec
+    needed = claims(spec.workspace if is_remote(spec.dataset.source) else spec.dataset.source)
+    if missing := sorted(needed - volumes.keys()):
+        wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
+        raise CommandError(f"the job's data are on claims that have no directory here; add {wanted}", USAGE)
+    with_model = (
+        claims(spec.workspace if is_remote(spec.model.source) else spec.model.source) <= volumes.keys()
+    )
+    return check.Question(to_run_config(job, uid="check", attempt=0, isa="avx2"), volumes, with_model)
 
 
 def _execute(options: argparse.Namespace) -> int:
@@ -161,6 +229,7 @@ def _require_volumes(volumes: Mapping[str, Path], *uris: str) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": lambda options: validate(options.files, sys.stdout),
     "plan": _plan,
+    "check": _check,
     "fetch": _execute,
     "run": _execute,
     "report": _report,

@@ -295,8 +295,14 @@ def split_text(split: SplitStats, use: str = "trained") -> str:
         text += f"; {split.left_out:,} more are left out, beyond evaluation.maxTokens"
     if split.truncated:
         text += f"; {split.truncated:,} truncated"
-    if split.dropped:
-        text += f"; {split.dropped:,} dropped, because truncation left nothing to train on"
+    if split.overlong:
+        text += f"; {split.overlong:,} left out, because they are longer than maxSequenceLength"
+    if cut := split.dropped - split.overlong:
+        text += f"; {cut:,} dropped, because truncation left nothing to train on"
+    if split.duplicates:
+        text += f"; {split.duplicates:,} records say the same as an earlier one"
+    if split.overlap:
+        text += f"; {split.overlap:,} records are trained on as well, so the evaluation flatters"
     for bad in split.bad:
         text += f"; {bad.count:,} left out: {bad.reason} ({', '.join(bad.places)})"
     return text

@@ -134,6 +134,8 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
     builder.set(placement=placement_after(view, end))
     if view.finished:
         return
+    if end.reason == Reason.INVALID_DATA:
+        builder.set_false(ConditionType.DATA_CHECKED, Reason.INVALID_DATA, end.message)
     if end.budget == Budget.PERMANENT:
         builder.finish(ConditionType.FAILED, end.reason, end.message)
         return

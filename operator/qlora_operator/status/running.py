@@ -137,6 +137,8 @@ def _run(builder: StatusBuilder, job: AttemptJob) -> None:
         builder.set_false(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
     if view.stage == "train":
         builder.set(**_facts(view, pods))
+        if report and report.data:
+            builder.set_true(ConditionType.DATA_CHECKED, Reason.DATA_READ, report.data)
     if job.ready < view.desired_pods:
         builder.requeue_at(view.after(policies.LOOK_SECONDS))
 

@@ -397,7 +397,11 @@ BAD = {
         "linear, cosine, constant",
     ),
     "negative seed": ({"spec.training.seed": -1}, "spec.training.seed", "from 0 to 4294967295"),
-    "dropping long samples": ({"spec.training.overlong": "drop"}, "spec.training.overlong", "truncate"),
+    "splitting long samples": (
+        {"spec.training.overlong": "split"},
+        "spec.training.overlong",
+        "truncate, drop, error",
+    ),
     "keepBest, which does not exist yet": (
         {"spec.evaluation.keepBest": True},
         "spec.evaluation.keepBest",

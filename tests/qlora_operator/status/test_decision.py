@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_contract.cost import Price
 from qlora_contract.units import rfc3339
-from qlora_operator.api.names import Phase, Reason
+from qlora_operator.api.names import ConditionType, Phase, Reason
+from qlora_operator.status import conditions
 from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
 from qlora_operator.status.observation import AttemptJob, ReasonMessage
 
@@ -797,6 +798,22 @@ def test_a_transfer_that_cannot_work_fails_the_job(
     assert (status.phase, status.attempt, status.restarts.user) == (Phase.FAILED, before, 0)
     assert (status.adapter is not None) == (stage == "publish"), "what was trained is not lost"
     assert stage in [attempt.stage for attempt in status.attempts]
+
+
+def test_data_that_cannot_be_trained_on_are_a_condition(cluster: Callable[..., Any]) -> None:
+    """In the words of the rank that read them."""
+    played = cluster("all of them")
+    reach(played, "train")
+    end_pods(played, 11, "train.jsonl: line 3: is not JSON")
+    for _ in range(3):
+        look(played, 60)
+
+    checked = conditions.find(played.job.status.conditions, ConditionType.DATA_CHECKED)
+
+    assert played.finished
+    assert checked is not None
+    assert (checked.status, checked.reason) == ("False", "InvalidData")
+    assert "train.jsonl: line 3: is not JSON" in checked.message
 
 
 @pytest.mark.parametrize("stage", ["fetch", "publish"])

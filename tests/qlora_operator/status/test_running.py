@@ -181,6 +181,24 @@ def test_dtype_is_fixed_by_the_first_step(
     assert found.placement.dtype == after
 
 
+def test_what_the_data_are_is_a_condition(
+    running: Status, ask: Callable[..., Decision], make_attempt_job: Any
+) -> None:
+    """As soon as the ranks know, in their words; a report that does not tell leaves it."""
+    known = {"job_uid": "u", "attempt": 0, "stage": "Starting", "step": 0, "total_steps": 9, "epoch": 0.0}
+    jobs = [make_attempt_job(ready=2, parallelism=2)]
+    status: Any = running()
+    for said in (None, "training: 9 records in the chat format", None):
+        report = ProgressReport.model_validate({**known, "data": said, "updated_time": START})
+        status = ask(status, jobs, progress=report).status.model_dump(by_alias=True, exclude_none=True)
+        found = [each for each in status["conditions"] if each["type"] == "DataChecked"]
+        if said:
+            assert [(each["status"], each["reason"], each["message"]) for each in found] == [
+                ("True", "DataRead", said)
+            ]
+    assert len(found) == 1
+
+
 REMOTE = {
     "model": {"source": "hf://org/model"},
     "dataset": {"source": "s3://bucket/data.jsonl"},

@@ -2,22 +2,25 @@
 
 import hashlib
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_contract.containers import CONTAINERS
-from qlora_contract.plan import BadRecords
+from qlora_contract.plan import BadRecords, LengthBin
 from qlora_contract.run_config import Columns, Dataset
-from qlora_trainer.data import dataset
-from qlora_trainer.data.dataset import Facts, LoadedData, Samples, hold_out, load
-from qlora_trainer.data.records import Record
+from qlora_trainer.data import bad_records
+from qlora_trainer.data.dataset import Facts, LoadedData, Samples, load
+from qlora_trainer.data.records import PromptCompletion, Record, content_digest
+from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, DataError
 
 pytestmark = pytest.mark.process
@@ -29,9 +32,11 @@ def _dataset(**fields: Any) -> Dataset:
     return Dataset(source="pvc://claim/data", **fields)
 
 
-def read_records(path: Path, **fields: Any) -> list[Record]:
-    """The records of one file."""
-    return dataset.read_records(_dataset(**fields), [path]).records
+def _refuse(path: Path, tokenizer: Any, **fields: Any) -> str:
+    """Why a file is refused."""
+    with pytest.raises(DataError) as caught:
+        load(_dataset(**{"eval_fraction": 0.0} | fields), path, tokenizer, 100)
+    return str(caught.value)
 
 
 def _write(path: Path, *records: tuple[str, str]) -> Path:
@@ -78,17 +83,18 @@ def test_a_fraction_is_held_out(tmp_path: Path, tokenizer: Any) -> None:
     assert 70 <= len(held_out) <= 130
 
 
-def test_what_is_held_out_does_not_depend_on_the_file(tmp_path: Path) -> None:
+def test_what_is_held_out_does_not_depend_on_the_file(tmp_path: Path, tokenizer: Any) -> None:
     """Order and other records never move a record to the other side, and copies stay together."""
     records = _numbered(200)
-    first = read_records(_write(tmp_path / "a.jsonl", *records))
-    second = read_records(_write(tmp_path / "b.jsonl", *reversed(records), ("new", "one"), *records[:50]))
+    files = [
+        _write(tmp_path / "a.jsonl", *records),
+        _write(tmp_path / "b.jsonl", *reversed(records), ("new", "one"), *records[:50]),
+    ]
 
-    held_out = {record.digest for record in hold_out(first, 0.3)[1]}
-    trained, held_out_again = ({record.digest for record in side} for side in hold_out(second, 0.3))
+    first, second = (load(_dataset(eval_fraction=0.3), path, tokenizer, 100) for path in files)
 
-    assert held_out <= held_out_again
-    assert not trained & held_out_again
+    assert set(_texts(first.evaluation, tokenizer)) <= set(_texts(second.evaluation, tokenizer))
+    assert not set(_texts(second.train, tokenizer)) & set(_texts(second.evaluation, tokenizer))
 
 
 def test_without_a_fraction_nothing_is_evaluated(tmp_path: Path, tokenizer: Any) -> None:
@@ -166,20 +172,36 @@ def test_a_missing_source_is_named(tmp_path: Path, tokenizer: Any) -> None:
         load(_dataset(), tmp_path / "gone", tokenizer, 100)
 
 
+@pytest.mark.parametrize("in_files", [False, True], ids=["memory", "files"])
 @pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5])
-def test_each_side_has_a_record_where_there_are_two(tmp_path: Path, fraction: float) -> None:
+def test_each_side_has_a_record_where_there_are_two(
+    tmp_path: Path, tokenizer: Any, fraction: float, in_files: bool
+) -> None:
     """However few there are: the lowest key is held out, or the highest trained on. Copies stay together."""
-    for seed in range(40):
-        records = read_records(
-            _write(tmp_path / "d.jsonl", *[(f"{seed}", str(i)) for i in range(2 + seed % 4)])
-        )
-        train, held_out = hold_out(records * 2, fraction)
+    for seed in range(20):
+        records = [(f"{seed}", str(i)) for i in range(2 + seed % 4)]
+        path = _write(tmp_path / "d.jsonl", *records * 2)
+        keys = {
+            f"{prompt}{text}<|im_end|>": Record(
+                "", (c := PromptCompletion(prompt, text)), content_digest(c)
+            ).split_key
+            for prompt, text in records
+        }
 
-        assert train
-        assert held_out
-        assert len(train) + len(held_out) == 2 * len(records)
-        assert not {record.digest for record in train} & {record.digest for record in held_out}
-        assert max(record.split_key for record in held_out) < min(record.split_key for record in train)
+        loaded = load(
+            _dataset(eval_fraction=fraction),
+            path,
+            tokenizer,
+            100,
+            folder=tmp_path / f"{seed}" if in_files else None,
+        )
+        train, held_out = _texts(loaded.train, tokenizer), _texts(loaded.evaluation, tokenizer)
+
+        assert sorted(train + held_out) == sorted([*keys] * 2)
+        assert not set(train) & set(held_out)
+        assert max(keys[text] for text in held_out) < min(keys[text] for text in train)
+        assert loaded.evaluation_facts is not None
+        assert (loaded.train_facts.records, loaded.evaluation_facts.records) == (len(train), len(held_out))
 
 
 def test_copies_of_one_record_cannot_be_on_both_sides(tmp_path: Path, tokenizer: Any) -> None:
@@ -198,9 +220,40 @@ def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> 
 
     loaded = load(_dataset(eval_fraction=0.0), path, tokenizer, 8)
 
-    assert loaded.train_facts == Facts(records=3, truncated=2, dropped=1, format="prompt-completion")
+    lengths = (LengthBin(up_to=4, count=1), LengthBin(up_to=8, count=1))
+    assert loaded.train_facts == Facts(
+        records=3, truncated=2, dropped=1, format="prompt-completion", lengths=lengths
+    )
     assert _texts(loaded.train, tokenizer) == ["abcdefgh", "ab<|im_end|>"]
     assert loaded.train.supervised_counts().min() > 0
+
+
+def test_samples_that_are_too_long_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    """All of them, not only those in which nothing is left to learn; they are counted."""
+    path = _write(tmp_path / "d.jsonl", ("abcdefghij", "k"), ("ab", "cdefghijkl"), ("a", "b"))
+
+    options = TokenizationOptions(overlong="drop")
+    loaded = load(_dataset(eval_fraction=0.0), path, tokenizer, 8, options)
+
+    facts = loaded.train_facts
+    assert (facts.records, facts.truncated, facts.dropped, facts.overlong) == (3, 0, 2, 2)
+    assert _texts(loaded.train, tokenizer) == ["ab<|im_end|>"]
+    assert facts.summary().endswith("; 2 left out, because they are longer than maxSequenceLength")
+    with pytest.raises(DataError, match="all 3 records are left out"):
+        load(_dataset(eval_fraction=0.0), path, tokenizer, 2, options)
+
+
+def test_a_sample_that_is_too_long_may_be_a_bad_record(tmp_path: Path, tokenizer: Any) -> None:
+    """Which ends the job, or is left out as others are."""
+    path = _write(tmp_path / "d.jsonl", ("a", "b"), ("ab", "cdefghijkl"))
+    options = TokenizationOptions(overlong="error")
+
+    with pytest.raises(
+        DataError, match=r"^d\.jsonl: line 2: is longer than training\.maxSequenceLength, 8 tokens"
+    ):
+        load(_dataset(eval_fraction=0.0), path, tokenizer, 8, options)
+    skip = _dataset(eval_fraction=0.0, on_bad_record="skip", max_bad_share=0.5)
+    assert load(skip, path, tokenizer, 8, options).train_facts.bad[0].places == ["d.jsonl: line 2"]
 
 
 def test_what_is_lost_is_told(tmp_path: Path, tokenizer: Any) -> None:
@@ -394,14 +447,12 @@ def _with_bad(path: Path, good: int, *bad: str) -> Path:
     return path
 
 
-def test_bad_records_are_told_together(tmp_path: Path) -> None:
+def test_bad_records_are_told_together(tmp_path: Path, tokenizer: Any) -> None:
     """The first ten at once, each with its place and why; and how to go on without them."""
     path = _with_bad(tmp_path / "d.jsonl", 3, BAD, "nonsense", '{"prompt": "a"}', *[BAD] * 20)
 
-    with pytest.raises(DataError) as caught:
-        read_records(path)
+    said = _refuse(path, tokenizer)
 
-    said = str(caught.value)
     assert said.startswith("10 and more records cannot be trained on")
     assert "(1) d.jsonl: line 1: prompt must be a string (2) d.jsonl: line 2: is not JSON" in said
     assert "(10) d.jsonl: line 10: " in said
@@ -410,10 +461,40 @@ def test_bad_records_are_told_together(tmp_path: Path) -> None:
     assert "hunter2" not in said
 
 
-def test_one_bad_record_is_one_sentence(tmp_path: Path) -> None:
+def test_one_bad_record_is_one_sentence(tmp_path: Path, tokenizer: Any) -> None:
     """Its place and why."""
-    with pytest.raises(DataError, match=r"^d\.jsonl: line 1: prompt must be a string$"):
-        read_records(_with_bad(tmp_path / "d.jsonl", 3, BAD))
+    said = _refuse(_with_bad(tmp_path / "d.jsonl", 3, BAD), tokenizer)
+
+    assert said == "d.jsonl: line 1: prompt must be a string"
+
+
+def test_what_the_template_refuses_is_a_bad_record_as_well(tmp_path: Path, tokenizer: Any) -> None:
+    """It ends the job, together with the others in their order, or is left out and counted."""
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    ended = good.replace('"b"', '"b<|im_end|>"')
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n".join([good, ended, "nonsense", *[good] * 20, ended]))
+
+    said = _refuse(path, tokenizer)
+    loaded = load(_dataset(eval_fraction=0.0, on_bad_record="skip", max_bad_share=0.5), path, tokenizer, 100)
+
+    assert said.startswith(
+        "3 records cannot be trained on; mend them, or leave them out with dataset.onBadRecord: skip: "
+        "(1) d.jsonl: line 2: messages[1]: what the assistant says holds a special token"
+    )
+    assert "(2) d.jsonl: line 3: is not JSON" in said
+    assert "(3) d.jsonl: line 24: messages[1]: " in said
+    assert (len(loaded.train), loaded.train_facts.records) == (21, 21)
+    assert [bad.count for bad in loaded.train_facts.bad] == [2, 1]
+    assert loaded.train_facts.bad[0].places == ["d.jsonl: line 2", "d.jsonl: line 24"]
+
+
+def test_a_bad_record_ends_a_job_without_reading_all_others(tmp_path: Path, tokenizer: Any) -> None:
+    """Of ten million records only so many behind the first bad one are looked at."""
+    path = _with_bad(tmp_path / "d.jsonl", bad_records.LOOKED_AT_BEHIND + 1000, BAD)
+    path.write_text(path.read_text() + "\n" + BAD)
+
+    assert _refuse(path, tokenizer) == "d.jsonl: line 1: prompt must be a string"
 
 
 def test_bad_records_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -429,49 +510,51 @@ def test_bad_records_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
     assert all(bad.places and "is not JSON" in bad.reason for bad in loaded.train_facts.bad[1:])
 
 
-def test_too_many_bad_records_are_an_error(tmp_path: Path) -> None:
+def test_too_many_bad_records_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
     """More than maxBadShare of the split, by reason; and there must be one that is good."""
     path = _with_bad(tmp_path / "d.jsonl", 98, BAD, BAD)
 
-    assert len(read_records(path, on_bad_record="skip", max_bad_share=0.02)) == 98
-    with pytest.raises(
-        DataError,
-        match=r"^2 of 100 records cannot be trained on, more than dataset\.maxBadShare 0\.01 allows: 2 prompt ",
-    ):
-        read_records(path, on_bad_record="skip")
-    with pytest.raises(DataError, match=r"^2 of 2 records cannot be trained on"):
-        read_records(
-            _with_bad(tmp_path / "e.jsonl", 0, "nonsense", "{}}"), on_bad_record="skip", max_bad_share=1.0
-        )
+    skip = _dataset(on_bad_record="skip", max_bad_share=0.02, eval_fraction=0.0)
+    assert len(load(skip, path, tokenizer, 100).train) == 98
+    assert _refuse(path, tokenizer, on_bad_record="skip").startswith(
+        "2 of 100 records cannot be trained on, more than dataset.maxBadShare 0.01 allows: 2 prompt "
+    )
+    none = _with_bad(tmp_path / "e.jsonl", 0, "nonsense", "{}}")
+    assert _refuse(none, tokenizer, on_bad_record="skip", max_bad_share=1.0).startswith(
+        "2 of 2 records cannot be trained on"
+    )
 
 
-def test_columns_are_those_of_the_dataset(tmp_path: Path) -> None:
+def test_columns_are_those_of_the_dataset(tmp_path: Path, tokenizer: Any) -> None:
     """dataset.columns reaches the records."""
     path = tmp_path / "d.csv"
     path.write_text("q,completion\n2+2=,4\n")
 
-    assert len(read_records(path, columns=Columns(prompt="q"))) == 1
+    loaded = load(_dataset(columns=Columns(prompt="q"), eval_fraction=0.0), path, tokenizer, 100)
+
+    assert _texts(loaded.train, tokenizer) == ["2+2=4<|im_end|>"]
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"], ids=["empty", "blank", "mark"])
-def test_a_file_without_records_is_named(tmp_path: Path, text: str) -> None:
+def test_a_file_without_records_is_named(tmp_path: Path, tokenizer: Any, text: str) -> None:
     """An empty file is an error that names it."""
     (tmp_path / "d.jsonl").write_text(text)
 
-    with pytest.raises(DataError, match=r"d\.jsonl: holds no record; one JSON object per line, or an array"):
-        read_records(tmp_path / "d.jsonl")
+    assert "d.jsonl: holds no record; one JSON object per line, or an array" in _refuse(
+        tmp_path / "d.jsonl", tokenizer
+    )
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_an_error_with_the_file_s_name(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, content: bytes
 ) -> None:
     """Whatever a file holds that is not records, it is refused with its name."""
     path = tmp_path_factory.mktemp("any") / "file.jsonl"
     path.write_bytes(content)
 
-    with pytest.raises(DataError, match=r"file\.jsonl"):
-        read_records(path)
+    assert "file.jsonl" in _refuse(path, tokenizer)
 
 
 def test_samples_without_groups_have_the_digest_of_every_version() -> None:
@@ -483,6 +566,56 @@ def test_samples_without_groups_have_the_digest_of_every_version() -> None:
     assert plain == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     assert plain.startswith("ac1edfaf8c547189")
     assert Samples(*arrays, group_offsets=np.array([0, 2])).digest() != plain
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from qlora_contract.run_config import Dataset
+from qlora_trainer.data.batches import Workers
+from qlora_trainer.data.dataset import load
+
+data, warm, model, folder = map(Path, sys.argv[1:5])
+dataset, tokenizer = Dataset(source="pvc://a/b", eval_fraction=0.1), AutoTokenizer.from_pretrained(model)
+load(dataset, warm, tokenizer, 1000, folder=folder / "warm", workers=Workers(2))
+[used] = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData")]
+resource.setrlimit(resource.RLIMIT_DATA, (used + int(sys.argv[5]),) * 2)
+where = folder / "cold" if sys.argv[6] == "files" else None
+loaded = load(dataset, data, tokenizer, 1000, folder=where, workers=Workers(2))
+print(len(loaded.train.ids) + len(loaded.evaluation.ids))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["files", "memory"])
+def test_memory_does_not_grow_with_the_data(
+    tmp_path: Path, byte_tokenizer: Callable[..., Any], where: str
+) -> None:
+    """With 64 MiB to spare a process makes 150 MB of tokens in files; in memory, as a check, it cannot."""
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    text = "".join(chr(97 + number % 26) for number in range(900))
+    for name, count in (("warm", 3000), ("data", 33_000)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(count))
+    (tmp_path / "out").mkdir()
+
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-c", LIMITED, tmp_path / "data.jsonl", tmp_path / "warm.jsonl"),
+            *(tmp_path / "model", tmp_path / "out", str(64 * 2**20), where),
+        ],
+        env={**os.environ, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    if where == "files":
+        assert ended.returncode == 0, ended.stderr
+        assert int(ended.stdout) > 29_000_000
+    else:
+        assert "MemoryError" in ended.stderr
 
 
 @pytest.mark.model

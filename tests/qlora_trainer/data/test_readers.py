@@ -242,8 +242,8 @@ def test_an_array_is_read_in_pieces_of_any_size(
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("d.json", b'[{"a": 1}, {"a": }]', r"d\.json: line 1: is not JSON \(Expecting value\)"),
-        ("d.json", b'[{"a": 1},\n {"a": "x', r"d\.json: line 2: is not JSON \(Unterminated string starting at\)"),
+        ("d.json", b'[{"a": 1}, {"a": }]', r"d\.json: line 1, column 17: is not JSON \(Expecting value\)"),
+        ("d.json", b'[{"a": 1},\n {"a": "x', r"d\.json: line 2, column 8: is not JSON \(Unterminated string"),
         ("d.json", b'[{"a": 1}\n {"a": 2}]', r"d\.json: line 2: the JSON array is not whole: after record 1 a comma"),
         ("d.json", b'[{"a": 1}', r"d\.json: line 1: the JSON array is not whole"),
         ("d.json", b'[{"a": 1}] x', r"d\.json: line 1: something follows the JSON array"),

@@ -67,12 +67,14 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture
-def ready(a_context: Callable[..., RankContext], smoke_folder: Path) -> Callable[..., RankContext]:
+def ready(
+    a_context: Callable[..., RankContext], smoke_folder: Path, tmp_path: Path
+) -> Callable[..., RankContext]:
     """make(**sections) -> the context of a small job that is ready to train; `sections` are merged into SMALL's."""
 
     def make(**sections: Any) -> RankContext:
         merged = {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in {*SMALL, *sections}}
-        context = a_context({"smoke": smoke_folder}, **merged)
+        context = a_context({"smoke": smoke_folder, "team": tmp_path}, **merged)
         context.folder.acquire()
         return context
 

@@ -1,22 +1,40 @@
 """What happens before the first step: agreement, the base's losses, a resume."""
 
+import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from qlora_contract.env import CPUS_ENV
+from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.data.dataset import LoadedData
+from qlora_trainer.data.tokenization import Tokenization
+from qlora_trainer.distributed import Group, World
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext, StopHere
+from qlora_trainer.training.inputs import TokenSource, load_inputs
 from qlora_trainer.training.loop import one_step, save
-from qlora_trainer.training.setup import agree_on_inputs, check_same_on_all_ranks, check_weights, prepare
+from qlora_trainer.training.setup import (
+    agree_on_inputs,
+    check_same_on_all_ranks,
+    check_weights,
+    once_per_pod,
+    pod_cpus,
+    prepare,
+)
 
 pytestmark = pytest.mark.process
 
@@ -234,7 +252,7 @@ def _with_template(ready: Ready, tmp_path: Path, template: str) -> RankContext:
     if not (tmp_path / "smoke").exists():
         shutil.copytree(context.volumes["smoke"], tmp_path / "smoke")
     (tmp_path / "smoke" / "model" / "chat_template.jinja").write_text(template)
-    context.volumes = {"smoke": tmp_path / "smoke"}
+    context.volumes = {**context.volumes, "smoke": tmp_path / "smoke"}
     return context
 
 
@@ -302,6 +320,102 @@ def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     with pytest.raises(StopHere):
         prepare(context)
     assert checkpoint.newest_valid(context.folder) is None
+
+
+def _fail(*_: Any) -> None:
+    raise AssertionError("nothing is to be tokenized")
+
+
+def test_a_second_start_tokenizes_nothing(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens of the first one are mapped."""
+    first = prepare(ready())
+    monkeypatch.setattr(Tokenization, "outcomes", _fail)
+
+    again = prepare(ready())
+
+    assert again.loop.token_digests == first.loop.token_digests
+    assert again.data.facts() == first.data.facts()
+    assert isinstance(again.data.train.ids.base, np.memmap)
+
+
+def test_a_damaged_cache_is_made_anew(ready: Ready, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The job trains on the same tokens."""
+    first = prepare(ready())
+    digests = first.loop.token_digests
+    [path] = (tmp_path / "w" / "cache" / "tokens").glob("*/training/ids")
+    path.write_bytes(bytes(path.stat().st_size))
+
+    assert prepare(ready()).loop.token_digests == digests
+    assert "is damaged (training), and is made anew" in caplog.text
+
+
+def test_without_room_for_a_cache_a_job_trains_all_the_same(
+    ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the same tokens, from memory."""
+    digests = prepare(ready()).loop.token_digests
+    shutil.rmtree(tmp_path / "w" / "cache")
+    (tmp_path / "w" / "cache").touch()
+
+    state = prepare(ready())
+
+    assert state.loop.token_digests == digests
+    assert not isinstance(state.data.train.ids.base, np.memmap)
+
+
+def _second_of_pod(context: RankContext) -> RankContext:
+    world = World(rank=1, size=2, local_rank=1, master_addr="127.0.0.1", master_port=1)
+    return RankContext(
+        context.run, Group(world, context.group.store), context.folder, volumes=context.volumes
+    )
+
+
+def _source(context: RankContext) -> TokenSource:
+    """What `context` tokenizes."""
+    seen: list[TokenSource] = []
+
+    def load(source: TokenSource) -> LoadedData:
+        seen.append(source)
+        return source.load()
+
+    run = context.run
+    shape = model_shape(resolve(run.model_uri, context.volumes), run.adapter)
+    load_inputs(run, shape, context.volumes, context.folder.began(), context.advance, load)
+    return seen[0]
+
+
+def test_the_other_ranks_of_a_pod_wait_for_the_first(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then they map what it has made; where it has nothing to map, each makes its own."""
+    first = ready()
+    second = _second_of_pod(first)
+    source, waited = _source(second), threading.Event()
+    monkeypatch.setattr(second, "advance", lambda _: waited.set())
+    with ThreadPoolExecutor() as pool:
+        theirs = pool.submit(once_per_pod(second), source)
+        assert waited.wait(10)
+        assert not theirs.done()
+        mine = once_per_pod(first)(source)
+        assert theirs.result(10).train.digest() == mine.train.digest()
+    assert isinstance(theirs.result().train.ids.base, np.memmap)
+
+    first.group.tell("tokens of pod 0", "")
+    assert once_per_pod(second)(source).train.digest() == mine.train.digest()
+
+
+def test_a_rank_that_waits_for_tokens_heeds_a_request_to_stop(ready: Ready) -> None:
+    """It need not wait for the first."""
+    second = _second_of_pod(ready())
+    source = _source(second)
+    second.stop.set()
+
+    with pytest.raises(StopHere):
+        once_per_pod(second)(source)
+
+
+def test_tokens_are_made_on_all_cpus_of_the_pod() -> None:
+    """Those of its launcher, or whatever the kernel allows."""
+    assert pod_cpus({CPUS_ENV: "0-2,5"}) == [0, 1, 2, 5]
+    assert {*os.sched_getaffinity(0)} <= {*pod_cpus({})}
 
 
 def test_ranks_that_read_different_files_do_not_train_together(

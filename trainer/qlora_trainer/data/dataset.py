@@ -1,78 +1,28 @@
 """The training and evaluation samples of a dataset, the same on every rank."""
 
-import hashlib
-import math
-import os
-import re
-from collections.abc import Iterable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_contract.containers import CONTAINERS
-from qlora_contract.files import sha256
-from qlora_contract.plan import BadRecords
+from qlora_contract.plan import BadRecords, LengthBin
 from qlora_contract.run_config import Dataset
+from qlora_trainer.data.bad_records import BadTally, told
+from qlora_trainer.data.batches import ALONE, Workers, tokenize
 from qlora_trainer.data.chat_template import ChatTemplate
-from qlora_trainer.data.layout import split_files
-from qlora_trainer.data.readers import BadRow, container_of, read_rows
-from qlora_trainer.data.records import Format, Record, interpret
-from qlora_trainer.data.tokenization import Sample, Tokenization, TokenizationOptions
-from qlora_trainer.errors import ConfigurationError, DataError
+from qlora_trainer.data.readers import container_of
+from qlora_trainer.data.samples import Samples as Samples
+from qlora_trainer.data.samples import SampleWriter
+from qlora_trainer.data.sources import dataset_sha256, find_files, histogram, read_split, split_keys
+from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions
+from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_BAD_LISTED = 10
-"""Bad records that the error names which ends a job."""
-MAX_BAD_PLACES = 5
-"""Places that are kept of each reason for which records are left out."""
-MAX_DEPTH = 3
-"""Folders that a split's files may be below the dataset's."""
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Tokenized samples, end to end."""
-
-    ids: NDArray[np.int32]
-    """(tokens of all samples,)"""
-    mask: NDArray[np.uint8]
-    """As ids: 1 where token t is supervised, predicted from those before it; never a sample's first token."""
-    offsets: NDArray[np.int64]
-    """(samples + 1,): sample i is ids[offsets[i]:offsets[i + 1]]."""
-    group_offsets: NDArray[np.int64] | None = None
-    """(groups + 1,): group g is samples group_offsets[g] to group_offsets[g + 1], at least one. Packing
-    keeps them in one bin, and so in one micro-batch of one rank (a preferred answer and the other one, say). None: each
-    sample stands by itself."""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def lengths(self) -> NDArray[np.int64]:
-        """(samples,): tokens of each sample."""
-        return np.diff(self.offsets)
-
-    def supervised_counts(self) -> NDArray[np.int64]:
-        """(samples,): supervised tokens of each sample; at least one."""
-        return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)
-
-    def sample(self, i: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Ids and mask of sample i, as views."""
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return self.ids[span], self.mask[span]
-
-    def digest(self) -> str:
-        """sha256 of everything here: equal on two ranks exactly if they train on the same tokens."""
-        hashed = hashlib.sha256()
-        for array in (self.ids, self.mask, self.offsets, self.group_offsets):
-            if array is not None:
-                hashed.update(array.tobytes())
-        return hashed.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,11 +33,19 @@ class Facts:
     truncated: int
     """Samples whose end was cut off, dropped ones among them."""
     dropped: int
-    """Samples without a supervised token."""
+    """Samples that are left out: those without a supervised token, and the overlong ones."""
     format: str = ""
     """What the records are, as dataset.format has it."""
     bad: tuple[BadRecords, ...] = ()
     """Records beside these that were left out, by reason, the most frequent first."""
+    duplicates: int = 0
+    """Records that say the same as an earlier one."""
+    overlap: int = 0
+    """Of the evaluation records, those that are trained on as well."""
+    overlong: int = 0
+    """Samples that training.overlong leaves out."""
+    lengths: tuple[LengthBin, ...] = ()
+    """Of the samples, in tokens."""
 
     def report(self) -> dict[str, Any]:
         """As training_report.json has it."""
@@ -96,25 +54,43 @@ class Facts:
             "records": self.records,
             "truncated": self.truncated,
             "dropped": self.dropped,
+            "duplicates": self.duplicates,
+            "overlap": self.overlap,
+            "overlong": self.overlong,
+            "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
         }
+
+    @classmethod
+    def of_report(cls, report: dict[str, Any]) -> "Facts":
+        """What `report` was made from."""
+        bad = tuple(map(BadRecords.model_validate, report["bad"]))
+        return cls(
+            **report | {"bad": bad, "lengths": tuple(map(LengthBin.model_validate, report["lengths"]))}
+        )
 
     def summary(self) -> str:
         """In one line."""
         text = f"{self.records:,} records in the {self.format} format"
         if self.truncated:
             text += f"; {self.truncated:,} truncated to maxSequenceLength"
-        if self.dropped:
-            text += f", {self.dropped:,} of them dropped, because that left nothing to train on"
+        if cut := self.dropped - self.overlong:
+            text += f", {cut:,} of them dropped, because that left nothing to train on"
+        if self.overlong:
+            text += f"; {self.overlong:,} left out, because they are longer than maxSequenceLength"
+        if self.duplicates:
+            text += f"; {self.duplicates:,} say the same as an earlier one"
+        if self.overlap:
+            text += f"; {self.overlap:,} of them are trained on as well, so the evaluation flatters"
         if self.bad:
-            reasons = "; ".join(f"{bad.count:,} {bad.reason} ({', '.join(bad.places)})" for bad in self.bad)
+            reasons = "; ".join(map(told, self.bad))
             text += f"; {sum(bad.count for bad in self.bad):,} bad records left out: {reasons}"
         return text
 
     @property
     def lost(self) -> bool:
         """Whether less is trained on than there is."""
-        return bool(self.truncated or self.dropped or self.bad)
+        return bool(self.truncated or self.dropped or self.bad or self.overlap)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,201 +119,201 @@ def load(
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     options: TokenizationOptions | None = None,
+    *,
+    folder: Path | None = None,
+    sha256: str | None = None,
+    workers: Workers = ALONE,
 ) -> LoadedData:
-    """Read, split and tokenize what `dataset` names; `root` is its source as a path.
+    """Read, split and tokenize what `dataset` names. Memory holds a few numbers of each record, and no text.
 
-    Raises DataError (the data), ConfigurationError (a dataset field that does
-    not fit them) or ModelError (the tokenizer).
+    Args:
+        dataset: the job's.
+        root: its source as a path.
+        tokenizer: the model's.
+        max_length: tokens of a sample, at most.
+        options: how records become tokens besides.
+        folder: where the tokens are written, to be mapped; None: they stay in memory.
+        sha256: of the files, where it is known.
+        workers: which processes tokenize.
+
+    Raises:
+        DataError: the data.
+        ConfigurationError: a dataset field that does not fit them.
+        ModelError: the tokenizer.
+        OSError: the folder cannot be written to.
     """
     training_files, evaluation_files = find_files(dataset, root)
-    training = read_records(dataset, training_files)
-    if evaluation_files:
-        train, held_out = training.records, read_records(dataset, evaluation_files)
-    else:
-        train, records = split_records(dataset, training_files[0], training.records)
-        held_out = Records(records, training.format)
     tokenization = Tokenization(tokenizer, max_length, options)
-    samples, facts = make_samples(train, tokenization, "training")
-    evaluation, evaluation_facts = None, None
-    if held_out.records:
-        evaluation, evaluation_facts = make_samples(held_out.records, tokenization, "evaluation")
-        evaluation_facts = replace(evaluation_facts, format=held_out.format, bad=held_out.bad)
-    digest = dataset_sha256(root, [*training_files, *evaluation_files])
-    facts = replace(facts, format=training.format, bad=training.bad)
-    return LoadedData(samples, evaluation, digest, facts, evaluation_facts, tokenization.template_used)
-
-
-def find_files(dataset: Dataset, root: Path) -> tuple[list[Path], list[Path]]:
-    """The files to train on, and those to evaluate on where dataset.evalSplit names some."""
-    if root.is_dir():
-        splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
-        if len(set(splits)) < len(splits):
-            raise ConfigurationError(
-                f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
+    places = (None, None) if folder is None else (folder / "training", folder / "evaluation")
+    with SampleWriter(places[0]) as trained, SampleWriter(places[1]) as evaluated:
+        fraction = 0.0 if evaluation_files else dataset.eval_fraction
+        training, held_out = _tokenize(
+            dataset, training_files, tokenization, (trained, evaluated), fraction, workers
+        )
+        if evaluation_files:
+            held_out, _ = _tokenize(
+                dataset, evaluation_files, tokenization, (evaluated, evaluated), 0.0, workers
             )
-        names, readme = list_folder(root)
-        train, *evaluation = (
-            [root / name for name in split_files(names, split, str(root), readme)] for split in splits
+        samples, evaluation = trained.finish(), evaluated.finish()
+    if fraction and not (len(training) and len(held_out)):
+        for place in places:
+            if place is not None:
+                shutil.rmtree(place)  # what is mapped stays
+        training, held_out, samples, evaluation = _split_anyhow(
+            dataset, training_files[0], training, held_out, samples, evaluation, places
         )
-        return train, evaluation[0] if evaluation else []
-    if not root.exists():
-        kinds = ", ".join(dict.fromkeys(c.name.removesuffix(" file") for c in CONTAINERS.values()))
-        raise DataError(f"{root}: no such file; dataset.source is a file ({kinds}), or a folder of them")
-    if dataset.eval_split:
-        raise ConfigurationError(
-            f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
-            "source, or leave evalSplit out and set evalFraction"
-        )
-    return [root], []
-
-
-def list_folder(root: Path) -> tuple[list[str], str]:
-    """The files of a folder and of those below it, as paths relative to it; and the text of its README.md."""
-    names: list[str] = []
-    for folder, folders, files in os.walk(root):
-        within = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not name.startswith(".") and len(within.parts) < MAX_DEPTH]
-        names += [(within / name).as_posix() for name in files if not name.startswith(".")]
-    readme = root / "README.md"
-    try:
-        return sorted(names), readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    except OSError:
-        return sorted(names), ""
-
-
-@dataclass(frozen=True)
-class Records:
-    """The records of a split."""
-
-    records: list[Record]
-    format: str
-    """What they are, as dataset.format has it."""
-    bad: tuple[BadRecords, ...] = ()
-    """Those beside them that were left out, by reason, the most frequent first."""
-
-
-def read_records(dataset: Dataset, files: Sequence[Path]) -> Records:
-    """All records of a split's files, in their order; format `auto` goes by the first of them.
-
-    Raises DataError, which names the file, where in it, and what would be right.
-    """
-    formats: list[Format] = []
-    rows = chain.from_iterable(map(read_rows, files))
-    items = interpret(rows, dataset.format, dataset.columns.model_dump(exclude_none=True), formats.append)
-    records, bad = without_bad(items, dataset)
-    if not records and not bad:
-        raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
-    return Records(records, formats[0], bad)
-
-
-def without_bad(
-    items: Iterable[Record | BadRow], dataset: Dataset
-) -> tuple[list[Record], tuple[BadRecords, ...]]:
-    """The records that can be trained on, and the others by reason.
-
-    Raises DataError when dataset.onBadRecord is `fail` and there is a bad one, which names the first ten; and when more
-    than dataset.maxBadShare are bad.
-    """
-    records: list[Record] = []
-    first: list[BadRow] = []
-    count = 0
-    reasons: dict[str, BadRecords] = {}
-    for item in items:
-        if isinstance(item, Record):
-            records.append(item)
-            continue
-        count += 1
-        if len(first) < MAX_BAD_LISTED:
-            first.append(item)
-        elif dataset.on_bad_record == "fail":
-            break
-        reason = re.sub(r"\d+", "N", item.reason)
-        known = reasons.get(reason) or BadRecords(reason=reason, count=0, places=[])
-        reasons[reason] = BadRecords(
-            reason=reason,
-            count=known.count + 1,
-            places=[*known.places, item.location][:MAX_BAD_PLACES],
-        )
-    by_reason = tuple(sorted(reasons.values(), key=lambda bad: -bad.count))
-    if not first:
-        return records, ()
-    if dataset.on_bad_record == "fail":
-        raise DataError(_refusal(first, more=count > len(first)))
-    total = count + len(records)
-    if not records or count > dataset.max_bad_share * total:
-        listed = "; ".join(f"{bad.count:,} {bad.reason} ({', '.join(bad.places)})" for bad in by_reason)
-        raise DataError(
-            f"{count:,} of {total:,} records cannot be trained on, more than dataset.maxBadShare "
-            f"{dataset.max_bad_share:g} allows: {listed}"
-        )
-    return records, by_reason
-
-
-def _refusal(bad: Sequence[BadRow], *, more: bool) -> str:
-    """The sentence about the first bad records."""
-    if len(bad) == 1:
-        return str(bad[0])
-    listed = " ".join(f"({number}) {row}" for number, row in enumerate(bad, start=1))
-    return (
-        f"{len(bad)}{' and more' if more else ''} records cannot be trained on; mend them, or leave them out with "
-        f"dataset.onBadRecord: skip: {listed}"
+    evaluation_facts = None
+    if len(held_out):
+        evaluation_facts = _facts(held_out, evaluation, tokenization, "evaluation", training.digests)
+    facts = _facts(training, samples, tokenization, "training")
+    digest = sha256 or dataset_sha256(root, [*training_files, *evaluation_files])
+    return LoadedData(
+        samples,
+        evaluation if evaluation_facts else None,
+        digest,
+        facts,
+        evaluation_facts,
+        tokenization.template if training.chats or held_out.chats else None,
     )
 
 
-def split_records(dataset: Dataset, file: Path, records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """Records to train on and to evaluate on; the second is empty when no evaluation is asked for.
+@dataclass(frozen=True, eq=False)
+class _Records:
+    """What became of the good records of a split, in their order."""
+
+    digests: NDArray[np.uint64]
+    """The first 64 bits of Record.digest."""
+    lengths: NDArray[np.int64]
+    """Tokens of each; 0: nothing is left to learn."""
+    truncated: NDArray[np.bool_]
+    format: str
+    """What they are, as dataset.format has it."""
+    chats: bool
+    """Whether there is a conversation among them, or a record that was made one."""
+    bad: tuple[BadRecords, ...] = ()
+    """Those beside them that were left out, by reason, the most frequent first."""
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def where(self, chosen: NDArray[np.bool_]) -> "_Records":
+        """Those that are chosen."""
+        return replace(
+            self,
+            digests=self.digests[chosen],
+            lengths=self.lengths[chosen],
+            truncated=self.truncated[chosen],
+        )
+
+
+def _tokenize(
+    dataset: Dataset,
+    files: Sequence[Path],
+    tokenization: Tokenization,
+    writers: tuple[SampleWriter, SampleWriter],
+    fraction: float,
+    workers: Workers,
+) -> tuple[_Records, _Records]:
+    """Write the samples of a split's files: the records with a split key of `fraction` or more, and the others.
+
+    Raises DataError, which names the file, where in it, and what would be right.
+    """
+    rows, found, interpretation = read_split(dataset, files)
+    tally = BadTally(dataset)
+    numbers: list[list[NDArray[Any]]] = [[], [], []]
+    good, seen, chats = 0, 0, False
+    for batch in tokenize(rows, interpretation, tokenization, workers):
+        for bad in batch.bad:
+            tally.add(bad)
+        good += len(batch.lengths)
+        seen += batch.rows
+        chats |= batch.chats
+        tally.check(seen)
+        numbers[0].append(batch.digests)
+        numbers[1].append(batch.lengths)
+        numbers[2].append(batch.truncated)
+        held = split_keys(batch.digests) < fraction
+        for writer, side in zip(writers, (~held, held), strict=True):
+            tokens = np.repeat(side, batch.lengths)
+            lengths = batch.lengths[side]
+            writer.add(batch.ids[tokens], batch.mask[tokens], lengths[lengths > 0])
+    by_reason = tally.finish(good)
+    if not good:
+        raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
+    digests, lengths, truncated = map(np.concatenate, numbers)
+    records = _Records(digests, lengths, truncated, found, chats, by_reason)
+    held = split_keys(digests) < fraction
+    # Which side a bad record would be on is not known.
+    return records.where(~held), replace(records.where(held), bad=())
+
+
+def _split_anyhow(
+    dataset: Dataset,
+    file: Path,
+    training: _Records,
+    held_out: _Records,
+    samples: Samples,
+    evaluation: Samples,
+    places: tuple[Path | None, Path | None],
+) -> tuple[_Records, _Records, Samples, Samples]:
+    """Two sides, neither empty, where the fraction leaves one of them empty.
+
+    Then the records with the lowest key are held out, or those with the highest trained on.
 
     Raises DataError when there are not two different records for the two.
     """
-    train, held_out = hold_out(records, dataset.eval_fraction)
-    if dataset.eval_fraction and not (train and held_out):
+    records = training if len(training) else replace(held_out, bad=training.bad)
+    pool = samples if len(training) else evaluation
+    keys = split_keys(records.digests)
+    limit = np.nextafter(keys.min(), 1) if len(training) else keys.max()
+    held = keys < limit
+    if held.all() or not held.any():
         copies = "1 record" if len(records) == 1 else f"{len(records)} records, all the same"
         raise DataError(
             f"{file}: has {copies}, so evalFraction {dataset.eval_fraction} can hold out none: give more, name an "
             "evalSplit, or set 0 for no evaluation"
         )
-    return train, held_out
+    kept = held[records.lengths > 0]
+    with SampleWriter(places[0]) as trained, SampleWriter(places[1]) as evaluated:
+        for number in range(len(pool)):
+            ids, mask = pool.sample(number)
+            writer = evaluated if kept[number] else trained
+            writer.add(ids, mask, np.array([len(ids)]))
+        sides = trained.finish(), evaluated.finish()
+    return records.where(~held), replace(records.where(held), bad=()), *sides
 
 
-def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """Records to train on, and those held out: the ones whose split key is below `fraction`.
+def _facts(
+    records: _Records,
+    samples: Samples,
+    tokenization: Tokenization,
+    use: str,
+    trained: NDArray[np.uint64] | None = None,
+) -> Facts:
+    """What became of a split's records. Raises DataError when none is left.
 
-    Neither the file's order nor its other records matter, and copies of one record stay on one side. But where that
-    leaves a side empty, the record with the lowest key is held out, or the one with the highest trained on.
+    `trained`: digests of what is trained on, where that is another split.
     """
-    keys = [record.split_key for record in records]
-    limit = fraction
-    if fraction and keys and min(keys) >= fraction:
-        limit = math.nextafter(min(keys), 1)
-    elif fraction and keys and max(keys) < fraction:
-        limit = max(keys)
-    held_out = [record for record, key in zip(records, keys, strict=True) if key < limit]
-    return [record for record, key in zip(records, keys, strict=True) if key >= limit], held_out
-
-
-def make_samples(records: list[Record], tokenization: Tokenization, use: str) -> tuple[Samples, Facts]:
-    """The samples of records, without those that have no supervised token. Raises DataError when none is left."""
-    kept: list[Sample] = []
-    truncated = 0
-    for sample in tokenization.samples(records):
-        tokenization.options.advance(1)
-        truncated += sample.truncated
-        if sample.mask.any():
-            kept.append(sample)
-    if not kept:
-        raise DataError(
-            f"no supervised token in the {use} data: all {len(records)} records lose their supervised tokens "
-            f"when cut to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
+    if not len(samples):
+        lose = (
+            "are left out"
+            if tokenization.options.overlong == "drop"
+            else "lose their supervised tokens when cut"
         )
-    offsets = np.cumsum([0] + [len(sample.ids) for sample in kept], dtype=np.int64)
-    ids = np.concatenate([sample.ids for sample in kept])
-    mask = np.concatenate([sample.mask for sample in kept])
-    return Samples(ids, mask, offsets), Facts(len(records), truncated, len(records) - len(kept))
-
-
-def dataset_sha256(root: Path, files: Sequence[Path]) -> str:
-    """sha256 of one file, or of what `sha256sum` prints for several by their names within the dataset's folder."""
-    if len(files) == 1:
-        return sha256(files[0])
-    listing = "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+        raise DataError(
+            f"no supervised token in the {use} data: all {len(records)} records {lose} "
+            f"to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
+        )
+    too_long = int(records.truncated.sum())
+    drops = tokenization.options.overlong == "drop"
+    return Facts(
+        records=len(records),
+        truncated=0 if drops else too_long,
+        overlong=too_long if drops else 0,
+        dropped=len(records) - len(samples),
+        format=records.format,
+        bad=records.bad,
+        duplicates=len(records) - len(np.unique(records.digests)),
+        overlap=0 if trained is None else int(np.isin(records.digests, trained).sum()),
+        lengths=histogram(samples.lengths()),
+    )

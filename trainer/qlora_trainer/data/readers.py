@@ -130,14 +130,29 @@ def _opened(path: Path, compression: str) -> Iterator[Bytes]:
             yield plain
 
 
+def content_of(path: Path) -> str:
+    """What is in a file, such as `a JSON array, compressed`: for people, who may have lost track."""
+    _, _, compression = split_name(path.name) or ("", "", "")
+    what = container_of(path).name
+    if what.startswith("JSON") and path.is_file():
+        with _opened(path, compression) as stream:
+            what = JSON_CONTENTS[_json_reader(stream)]
+    article = "" if what.endswith("s") else "an " if what.startswith("Arrow") else "a "
+    return f"{article}{what}{', compressed' if compression else ''}"
+
+
 def json_rows(stream: Bytes, name: str) -> Rows:
     """Objects: one a line, in one array, or over several lines each. Blank lines, a BOM and CRLF are fine."""
+    return _json_reader(stream)(stream, name)
+
+
+def _json_reader(stream: Bytes) -> Callable[[Bytes, str], Rows]:
     start = bytes(stream.peek(CHUNK)).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
-        return _array_rows(stream, name)
+        return _array_rows
     if start.split(b"\n", 1)[0].strip() == b"{":  # indented
-        return _object_rows(stream, name)
-    return _line_rows(stream, name)
+        return _object_rows
+    return _line_rows
 
 
 def _line_rows(stream: Bytes, name: str) -> Rows:
@@ -176,6 +191,8 @@ class _JsonText:
         self._stream, self._name, self.line = stream, name, 1
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text, self._at, self._whole = "", 0, False
+        self._cut, self._cut_line = 0, 1
+        """Characters of the line that the text begins in which are not in it any more, and which line that is."""
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
@@ -208,7 +225,9 @@ class _JsonText:
                 )
                 if self._whole or not cut:
                     line = self.line + self._text.count("\n", self._at, error.pos)
-                    raise DataError(f"{self._name}: line {line}: is not JSON ({error.msg})") from None
+                    column = error.pos - self._text.rfind("\n", 0, error.pos)
+                    where = f"line {line}, column {column + self._cut * (line == self._cut_line)}"
+                    raise DataError(f"{self._name}: {where}: is not JSON ({error.msg})") from None
             except (ValueError, RecursionError):
                 raise DataError(
                     f"{self._name}: line {self.line}: is JSON that is too large to read: a number or its nesting"
@@ -227,6 +246,9 @@ class _JsonText:
     def _more(self, size: int) -> None:
         data = self._stream.read(size)
         self._whole = not data
+        line_begins = self._text.rfind("\n", 0, self._at) + 1
+        self._cut = self._at - line_begins + (self._cut if not line_begins else 0)
+        self._cut_line = self.line
         self._text, self._at = self._text[self._at :] + self._decode(data, not data), 0
 
 
@@ -270,6 +292,14 @@ def _row(value: Any, location: str, expected: str) -> Row | BadRow:
     if isinstance(value, dict):
         return Row(location, value)
     return BadRow(location, f"is not a JSON object; {expected}")
+
+
+JSON_CONTENTS: dict[Callable[[Bytes, str], Rows], str] = {
+    _line_rows: "JSONL file",
+    _array_rows: "JSON array",
+    _object_rows: "JSON file with one object after the other",
+}
+"""What a file is by how it is read."""
 
 
 def csv_rows(stream: Bytes, name: str) -> Rows:

@@ -200,6 +200,7 @@ def interpret(
     format: Literal["auto"] | Format = "auto",  # noqa: A002 - the API's word
     columns: Mapping[str, str] | None = None,
     found: Callable[[Format], object] = lambda _: None,
+    detected: Format | None = None,
 ) -> Iterator[Record | BadRow]:
     """The records of rows, in their order, and what is wrong with each of the others; `auto` goes by the first row.
 
@@ -208,11 +209,12 @@ def interpret(
         format: what they are.
         columns: name that a format has for a key -> name that the rows have for it.
         found: called once with the format of the rows.
+        detected: what `auto` has found in a row before these.
 
     Raises DataError when no format fits the first row, which names it and what would be right.
     """
-    chosen: Format | None = None if format == "auto" else format
-    why = ""
+    chosen: Format | None = detected if format == "auto" else format
+    why = f"as the first record is in the {detected} format, " if detected else ""
     if chosen:
         found(chosen)
     for row in rows:

@@ -21,13 +21,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_contract.run_config import Overlong
 from qlora_trainer.data.chat_template import ChatTemplate, Span, TemplateSettings
 from qlora_trainer.data.masks import REMEDY, TrainedTurns, supervised_turns
+from qlora_trainer.data.readers import BadRow
 from qlora_trainer.data.records import Chat, Document, PromptCompletion, Record
 from qlora_trainer.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_Encoded = tuple[tuple[str, list[int]], list[int], list[tuple[int, int]]]
+"""The anchor before a part and its ids; ids and offsets of the two together."""
 
 BATCH_RECORDS = 512
 """Records tokenized at once, at most: enough to keep a fast tokenizer busy."""
@@ -53,6 +58,8 @@ class TokenizationOptions:
 
     template: TemplateSettings = field(default_factory=TemplateSettings)
     train: TrainedTurns = "all"
+    overlong: Overlong = "truncate"
+    """What becomes of a sample that is longer than the longest length."""
     advance: Callable[[int], None] = lambda _: None
     """Called with the number of records that were just tokenized, and with 0 before each batch. What it raises ends the
     work."""
@@ -121,7 +128,6 @@ class Tokenization:
         self._tokenizer = tokenizer
         self.max_length = max_length
         self.options = options or TokenizationOptions()
-        self._chat_template: ChatTemplate | None = None
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         # A token never spans more characters than the longest one has; and one more token tells that there are more.
         self._max_characters = (max_length + 2) * longest
@@ -133,11 +139,21 @@ class Tokenization:
             DataError: what is to be learned cannot be told with certainty; names the record.
             ModelError, ConfigurationError: tokenizer, template or options cannot serve at all.
         """
-        batch: list[_Text] = []
+        for outcome in self.outcomes(records):
+            if isinstance(outcome, BadRow):
+                raise DataError(str(outcome))
+            yield outcome
+
+    def outcomes(self, records: Iterable[Record]) -> Iterator[Sample | BadRow]:
+        """For each record, in order, its sample, or why what is to be learned cannot be told with certainty.
+
+        Raises DataError, ModelError or ConfigurationError when tokenizer, template or options cannot serve at all.
+        """
+        batch: list[_Text | BadRow] = []
         characters = 0
         for record in records:
-            text = self._text(record, self._max_characters)
-            size = sum(len(part.text) for part in text.parts)
+            text = self._text_or_refusal(record, self._max_characters)
+            size = 0 if isinstance(text, BadRow) else sum(len(part.text) for part in text.parts)
             if batch and (characters + size > BATCH_CHARACTERS or len(batch) == BATCH_RECORDS):
                 yield from self._encode(batch)
                 batch, characters = [], 0
@@ -146,26 +162,30 @@ class Tokenization:
         if batch:
             yield from self._encode(batch)
 
-    @property
-    def template_used(self) -> ChatTemplate | None:
-        """The chat template, where there was a conversation to write."""
-        return self._chat_template
-
     @cached_property
-    def _template(self) -> ChatTemplate:
-        self._chat_template = ChatTemplate(self._tokenizer, self.options.template)
-        return self._chat_template
+    def template(self) -> ChatTemplate:
+        """What writes conversations. Raises DataError, ModelError or ConfigurationError when there is none."""
+        return ChatTemplate(self._tokenizer, self.options.template)
 
     @cached_property
     def _special(self) -> SpecialTokens:
         return SpecialTokens.of(self._tokenizer)
+
+    def _text_or_refusal(self, record: Record, limit: int) -> _Text | BadRow:
+        """As _text, with the record's own refusal as a value. One that is about all records is raised."""
+        if isinstance(record.content, Chat):
+            _ = self.template
+        try:
+            return self._text(record, limit)
+        except DataError as error:
+            return _refusal(record, error)
 
     def _text(self, record: Record, limit: int) -> _Text:
         """The record's text, cut to so many characters."""
         match record.content:
             case Chat():
                 text, turns = supervised_turns(
-                    record.content, self._template, record.location, limit, self.options.train
+                    record.content, self.template, record.location, limit, self.options.train
                 )
                 shown = text[:limit]
                 starts = [0, *(turn.start for turn in turns if turn.start < len(shown))]
@@ -186,51 +206,76 @@ class Tokenization:
         parts = (_Part(text[:limit], supervised=(begin, len(text))),)
         return _Text(record, parts, len(text) > limit, self._special)
 
-    def _encode(self, texts: Sequence[_Text]) -> Iterator[Sample]:
+    def _encode(self, batch: Sequence[_Text | BadRow]) -> Iterator[Sample | BadRow]:
         self.options.advance(0)
-        encoded = self._encode_parts(texts)
-        max_length = self.max_length
-        for text in texts:
-            ids: list[int] = []
-            mask: list[int] = []
-            for part_ids, part_mask in islice(encoded, len(text.parts)):
-                ids += part_ids
-                mask += part_mask
-            if text.cut and len(ids) <= max_length:
-                # Some tokens span more than their own text: white space around them, or what a normalizer drops.
-                yield from self._encode([self._text(text.record, sys.maxsize)])
+        encoded = self._encode_parts([text for text in batch if isinstance(text, _Text)])
+        for text in batch:
+            if isinstance(text, BadRow):
+                yield text
                 continue
-            if text.cut:
-                ids, mask = SpecialTokens(text.special.begin, None).wrap(ids, mask)
+            parts = list(islice(encoded, len(text.parts)))
+            try:
+                sample = self._sample(text, parts)
+            except DataError as error:
+                yield _refusal(text.record, error)
+                continue
+            if sample is None:
+                yield from self._encode([self._text_or_refusal(text.record, sys.maxsize)])
             else:
-                ids, mask = text.special.wrap(ids, mask)
-            targets = np.array(mask[:max_length], dtype=np.uint8)
-            targets[:1] = 0  # nothing stands before it to predict it from
-            yield Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)
+                yield sample
 
-    def _encode_parts(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int]]]:
-        """Ids and mask of each part."""
-        located = [(part, text.record.location) for text in texts for part in text.parts]
-        anchors = [self._anchor if part.begins_turn else ("", []) for part, _ in located]
+    def _sample(self, text: _Text, parts: Sequence[_Encoded]) -> Sample | None:
+        """The sample of a text; None when more of it must be tokenized to know. Raises DataError."""
+        ids: list[int] = []
+        mask: list[int] = []
+        for part, encoded in zip(text.parts, parts, strict=True):
+            part_ids, part_mask = self._part(part, encoded, text.record.location)
+            ids += part_ids
+            mask += part_mask
+        max_length = self.max_length
+        if text.cut and len(ids) <= max_length:
+            # Some tokens span more than their own text: white space around them, or what a normalizer drops.
+            return None
+        if text.cut:
+            ids, mask = SpecialTokens(text.special.begin, None).wrap(ids, mask)
+        else:
+            ids, mask = text.special.wrap(ids, mask)
+        if len(ids) > max_length and self.options.overlong == "error":
+            raise DataError(
+                f"{text.record.location}: is longer than training.maxSequenceLength, {max_length} tokens; shorten it, "
+                "raise that, or let training.overlong be truncate or drop"
+            )
+        targets = np.array(mask[:max_length], dtype=np.uint8)
+        targets[:1] = 0  # nothing stands before it to predict it from
+        return Sample(np.array(ids[:max_length], dtype=np.int32), targets, len(ids) > max_length)
+
+    def _encode_parts(self, texts: Sequence[_Text]) -> Iterator[_Encoded]:
+        """Ids and offsets of each part behind its anchor."""
+        parts = [part for text in texts for part in text.parts]
+        if not parts:
+            return
+        anchors = [self._anchor if part.begins_turn else ("", []) for part in parts]
         encoded = self._tokenizer(
-            [anchor + part.text for (anchor, _), (part, _) in zip(anchors, located, strict=True)],
+            [anchor + part.text for (anchor, _), part in zip(anchors, parts, strict=True)],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        for (part, location), (anchor, anchor_ids), ids, offsets in zip(
-            located, anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            count = len(anchor_ids)
-            if ids[:count] != anchor_ids:
-                raise DataError(
-                    f"{location}: the tokenizer joins the first characters of an answer with whatever stands before "
-                    f"them; {REMEDY}"
-                )
-            ends = np.fromiter((end for _, end in offsets[count:]), np.int64, len(ids) - count) - len(anchor)
-            yield ids[count:], self._mask(part, ids[count:], ends, location)
+        yield from zip(anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+    def _part(self, part: _Part, encoded: _Encoded, location: str) -> tuple[list[int], list[int]]:
+        """Ids and mask of a part. Raises DataError."""
+        (anchor, anchor_ids), ids, offsets = encoded
+        count = len(anchor_ids)
+        if ids[:count] != anchor_ids:
+            raise DataError(
+                f"{location}: the tokenizer joins the first characters of an answer with whatever stands before "
+                f"them; {REMEDY}"
+            )
+        ends = np.fromiter((end for _, end in offsets[count:]), np.int64, len(ids) - count) - len(anchor)
+        return ids[count:], self._mask(part, ids[count:], ends, location)
 
     def _mask(self, part: _Part, ids: list[int], ends: NDArray[np.int64], location: str) -> list[int]:
         """1 for each supervised token. `ends`: (tokens,), the character after each."""
@@ -277,6 +322,11 @@ class Tokenization:
             "the model's tokenizer does not give back the text that it was given, so prompts and answers cannot be "
             "put together; take another model"
         )
+
+
+def _refusal(record: Record, error: DataError) -> BadRow:
+    """A record's refusal, without its location, which the row has."""
+    return BadRow(record.location, str(error).removeprefix(record.location).removeprefix(":").strip())
 
 
 def render(

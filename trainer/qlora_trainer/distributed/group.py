@@ -117,6 +117,16 @@ class Group:
         finally:
             self.waiting = False
 
+    def tell(self, key: str, text: str) -> None:
+        """Leave a text for the other ranks."""
+        with self._collective("telling the other ranks"):
+            self.store.set(key, text)
+
+    def told(self, key: str) -> str | None:
+        """What a rank has left under a key by now; None: nothing yet. It waits for nobody."""
+        with self._collective("asking rank 0"):
+            return self.store.get(key).decode() if self.store.check([key]) else None
+
     def close(self) -> None:
         """Leave the group. Rank 0 takes the store with it, so a barrier comes first."""
         if self.world.size > 1 and dist.is_initialized():

@@ -3,8 +3,10 @@
 import datetime
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +17,12 @@ from transformers import AutoTokenizer
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import BF16_NATIVE, BUNDLED, TEMPLATE_FILE, Dataset, RunConfig
+from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
+from qlora_trainer.data.sources import dataset_sha256, find_files
+from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
 
@@ -28,12 +33,65 @@ MAX_TEMPLATE_BYTES = 1 << 20
 """The largest file of a chat template; those of models have some tens of thousands."""
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """What tokens are made from."""
+
+    dataset: Dataset
+    root: Path
+    """The dataset's source."""
+    tokenizer: Any
+    max_length: int
+    options: TokenizationOptions
+
+    def load(self, folder: Path | None = None, workers: Workers = ALONE) -> LoadedData:
+        """The tokens, made now: in files of a folder, or in memory. Raises as dataset.load does."""
+        return load(
+            self.dataset,
+            self.root,
+            self.tokenizer,
+            self.max_length,
+            self.options,
+            folder=folder,
+            sha256=self.sha256,
+            workers=workers,
+        )
+
+    def key(self) -> str:
+        """What the token cache calls them. Reads all files, and raises as find_files does."""
+        names = [[path.name for path in paths] for paths in self._files]
+        return cache_key(self.dataset, names, self.sha256, self.tokenizer, self.max_length, self.options)
+
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for paths in self._files for path in paths)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the files."""
+        return dataset_sha256(self.root, [path for paths in self._files for path in paths])
+
+    @cached_property
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        return find_files(self.dataset, self.root)
+
+
+Load = Callable[[TokenSource], LoadedData]
+
+
+def into_passing_files(source: TokenSource) -> LoadedData:
+    """Tokens that are mapped from files without a name, so that they need no memory."""
+    with tempfile.TemporaryDirectory(prefix="qlora-tokens-") as folder:
+        return source.load(Path(folder))
+
+
 def load_inputs(
     run: RunConfig,
     shape: ModelShape,
     volumes: Mapping[str, Path],
     began: datetime.datetime,
     advance: Callable[[int], None] = lambda _: None,
+    by: "Load | None" = None,
 ) -> tuple[Any, LoadedData]:
     """The model's own tokenizer, and the data tokenized with it, the evaluation samples bounded.
 
@@ -43,6 +101,7 @@ def load_inputs(
         volumes: claim -> directory; empty in a pod.
         began: when the first attempt began: what a chat template is told that asks for the date.
         advance: called with the number of records that were just tokenized; it may raise.
+        by: loads the data, from a cache, say; None: they are tokenized into files that are gone afterwards.
 
     Raises:
         ModelError: the tokenizer is missing, cannot be read or makes tokens that the model does not have; or the
@@ -60,22 +119,9 @@ def load_inputs(
             f"{shape.positions} or less, or take a model for longer texts"
         )
     source = resolve(run.dataset_uri, volumes)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
-    options = TokenizationOptions(
-        template=template_settings(
-            run.dataset,
-            tokenizer,
-            began,
-            stop_ids(folder),
-            folders=(source if source.is_dir() else source.parent, folder),
-        ),
-        train=run.dataset.train,
-        advance=advance,
-    )
-    data = load(run.dataset, source, tokenizer, longest, options)
+    tokenizer = read_tokenizer(folder)
+    options = tokenization_options(run, tokenizer, folder, source, began, advance)
+    data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, longest, options))
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
@@ -85,6 +131,45 @@ def load_inputs(
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder. Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+
+
+def tokenization_options(
+    run: RunConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    source: Path,
+    began: datetime.datetime,
+    advance: Callable[[int], None] = lambda _: None,
+) -> TokenizationOptions:
+    """How a job's records become tokens. Raises ConfigurationError for a bundled template that there is not.
+
+    Args:
+        run: the job.
+        tokenizer: the model's.
+        folder: the model's.
+        source: the dataset's; a template may be a file beside the data, or of the model.
+        began, advance: as load_inputs has them.
+    """
+    return TokenizationOptions(
+        template=template_settings(
+            run.dataset,
+            tokenizer,
+            began,
+            stop_ids(folder),
+            folders=(source if source.is_dir() else source.parent, folder),
+        ),
+        train=run.dataset.train,
+        overlong=run.training.overlong,
+        advance=advance,
+    )
 
 
 def check_tokens(data: LoadedData, tokenizer: Any, shape: ModelShape, folder: Path) -> None:

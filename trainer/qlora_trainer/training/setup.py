@@ -7,8 +7,12 @@ for all.
 import hashlib
 import json
 import logging
+import os
+import time
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +22,8 @@ import transformers
 from numpy.typing import NDArray
 
 from qlora_contract import memory
+from qlora_contract.cpus import parse_cpu_list
+from qlora_contract.env import CPUS_ENV
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
@@ -25,8 +31,11 @@ from qlora_contract.units import format_bytes
 from qlora_trainer.artifacts import base_losses, checkpoint
 from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
+from qlora_trainer.data.batches import Workers
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
+from qlora_trainer.data.token_cache import TokenCache
+from qlora_trainer.data.tokenization import Tokenization
 from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.host.isa import processor
@@ -41,7 +50,7 @@ from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training.context import RankContext, StopRequested
-from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 
 if TYPE_CHECKING:
@@ -49,6 +58,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WAITING_SECONDS = 0.2
+"""Between two looks for the tokens that another rank makes."""
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_BYTES = 12
 """Per adapter weight: fp32, and AdamW's two moments."""
@@ -140,7 +151,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     shape = model_shape(model_folder, run.adapter)
     began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
-    tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance)
+    tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance, once_per_pod(context))
     context.progress.begin(None)
     tokens = digests_of_tokens(tokenizer, data)
 
@@ -162,7 +173,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
-    chosen = memory.choose(shape, run, dtype)
+    chosen = memory.choose(shape, run, dtype, len(data.train))
     check_same_on_all_ranks(
         context,
         {
@@ -180,6 +191,9 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(
+        data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
+    )
+    context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
     _, isas, processors, hosts = zip(*of_ranks, strict=True)
@@ -196,6 +210,37 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
     return Inputs(model_folder, tokenizer, data, tokens, schedule, chosen, dtype, key, resumed, loop)
+
+
+def once_per_pod(context: RankContext) -> Load:
+    """Loads data by the workspace's cache: the first rank of each pod fills it, the others of the pod wait for that."""
+    run, world, group = context.run, context.world, context.group
+    cache = TokenCache(resolve(run.workspace, context.volumes), (run.job.uid, run.job.attempt, world.pod))
+    done = f"tokens of pod {world.pod}"
+
+    def load(source: TokenSource) -> LoadedData:
+        tokenization = partial(Tokenization, source.tokenizer, source.max_length, source.options)
+        if world.local_rank > 0:
+            while (key := group.told(done)) is None:
+                context.advance(0)
+                time.sleep(WAITING_SECONDS)
+            return (cache.read(key, tokenization) if key else None) or source.load()
+        key = source.key()
+        data = cache.read(key, tokenization)
+        if data is None:
+            workers = Workers(memory.tokenizing_processes(run.layout), pod_cpus(os.environ))
+            wrote = cache.write(key, source.size(), partial(source.load, workers=workers))
+            data = cache.read(key, tokenization) if wrote else None
+        group.tell(done, key if data is not None else "")
+        return data if data is not None else source.load()
+
+    return load
+
+
+def pod_cpus(environ: Mapping[str, str]) -> Collection[int]:
+    """The CPUs of this pod: what its launcher may use; of all that there are the kernel takes those that it allows."""
+    listed = environ.get(CPUS_ENV)
+    return parse_cpu_list(listed) if listed else range(os.cpu_count() or 1)
 
 
 def digests_of_tokens(tokenizer: "PreTrainedTokenizerBase", data: LoadedData) -> dict[str, str]:

@@ -1,0 +1,104 @@
+"""A dataset's files, the rows in them, and which are held out; without a model, so it needs no torch."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_contract.containers import CONTAINERS
+from qlora_contract.files import sha256
+from qlora_contract.plan import LengthBin
+from qlora_contract.run_config import Dataset
+from qlora_trainer.data.layout import split_files
+from qlora_trainer.data.readers import BadRow, Row, Rows, read_rows
+from qlora_trainer.data.records import Format, Record, detect_format, interpret, renamed
+from qlora_trainer.errors import ConfigurationError, DataError
+
+MAX_DEPTH = 3
+"""Folders that a split's files may be below the dataset's."""
+
+Interpret = Callable[[Iterable[Row | BadRow]], Iterator[Record | BadRow]]
+"""Rows -> what they mean, or what is wrong with them."""
+
+
+def find_files(dataset: Dataset, root: Path) -> tuple[list[Path], list[Path]]:
+    """The files to train on, and those to evaluate on where dataset.evalSplit names some."""
+    if root.is_dir():
+        splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
+        if len(set(splits)) < len(splits):
+            raise ConfigurationError(
+                f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
+            )
+        names, readme = list_folder(root)
+        train, *evaluation = (
+            [root / name for name in split_files(names, split, str(root), readme)] for split in splits
+        )
+        return train, evaluation[0] if evaluation else []
+    if not root.exists():
+        kinds = ", ".join(dict.fromkeys(c.name.removesuffix(" file") for c in CONTAINERS.values()))
+        raise DataError(f"{root}: no such file; dataset.source is a file ({kinds}), or a folder of them")
+    if dataset.eval_split:
+        raise ConfigurationError(
+            f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
+            "source, or leave evalSplit out and set evalFraction"
+        )
+    return [root], []
+
+
+def list_folder(root: Path) -> tuple[list[str], str]:
+    """The files of a folder and of those below it, as paths relative to it; and the text of its README.md."""
+    names: list[str] = []
+    for folder, folders, files in os.walk(root):
+        within = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not name.startswith(".") and len(within.parts) < MAX_DEPTH]
+        names += [(within / name).as_posix() for name in files if not name.startswith(".")]
+    readme = root / "README.md"
+    try:
+        return sorted(names), readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    except OSError:
+        return sorted(names), ""
+
+
+def read_split(dataset: Dataset, files: Sequence[Path]) -> tuple[Rows, str, Interpret]:
+    """The rows of a split's files, the format that they are in, and what makes records of them.
+
+    Raises DataError when no format fits the first row, which names it and what would be right.
+    """
+    rows = chain.from_iterable(map(read_rows, files))
+    columns = dataset.columns.model_dump(exclude_none=True)
+    if dataset.format != "auto":
+        return rows, dataset.format, partial(interpret, format=dataset.format, columns=columns)
+    first: list[Row | BadRow] = []
+    detected: Format | None = None
+    for row in rows:
+        first.append(row)
+        if isinstance(row, Row):
+            detected = detect_format(renamed(row.fields, columns), row.location)
+            break
+    return chain(first, rows), detected or "", partial(interpret, columns=columns, detected=detected)
+
+
+def split_keys(digests: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Record.split_key of each record."""
+    return (digests >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def dataset_sha256(root: Path, files: Sequence[Path]) -> str:
+    """sha256 of one file, or of what `sha256sum` prints for several by their names within the dataset's folder."""
+    if len(files) == 1:
+        return sha256(files[0])
+    listing = "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def histogram(lengths: NDArray[np.int64]) -> tuple[LengthBin, ...]:
+    """How many lengths are up to each power of two, and above the one before it."""
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    counts = np.bincount(powers).tolist()
+    first = next((power for power, count in enumerate(counts) if count), 0)
+    return tuple(LengthBin(up_to=2**power, count=counts[power]) for power in range(first, len(counts)))

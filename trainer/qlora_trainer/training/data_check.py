@@ -1,0 +1,199 @@
+"""What `qlora check` tells: what is in a job's data, what becomes of it, and what may not be as it was meant."""
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_contract.paths import resolve
+from qlora_contract.plan import CheckReport, DataFile, SplitStats, Steps, TextSpan
+from qlora_contract.run_config import Dataset, RunConfig
+from qlora_trainer.data.readers import content_of
+from qlora_trainer.data.sources import find_files
+from qlora_trainer.data.survey import SHOWN, survey
+
+if TYPE_CHECKING:
+    from qlora_trainer.data.dataset import Facts, Samples
+    from qlora_trainer.data.packing import StepSchedule
+
+FEW_RECORDS = 50
+"""Fewer teach a style at best."""
+FEW_STEPS = 10
+MUCH = 0.05
+"""Share of the records above which a loss is worth a warning."""
+
+
+def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> CheckReport:
+    """Look at all of a job's data.
+
+    Args:
+        run: the job.
+        volumes: claim -> directory.
+        with_model: whether to tokenize them, which needs the model's tokenizer.
+
+    Raises:
+        TrainerError: what would end the job, but for single bad records: those are told in the report.
+        InvalidUriError: a source is on a claim that has no directory here.
+    """
+    root = resolve(run.dataset_uri, volumes)
+    training_files, evaluation_files = find_files(run.dataset, root)
+    # All bad records are told, whatever the job would make of them.
+    lenient = run.dataset.model_copy(update={"on_bad_record": "skip", "max_bad_share": 1.0})
+    steps: Steps | None = None
+    template = False
+    if with_model:
+        training, evaluation, samples, steps, template = _with_model(run, lenient, root, volumes)
+    else:
+        training, evaluation, samples = survey(lenient, training_files, evaluation_files)
+    return CheckReport(
+        files=[DataFile(name=path.name, content=content_of(path)) for path in training_files],
+        unit="tokens" if with_model else "characters",
+        training=training,
+        evaluation=evaluation,
+        steps=steps,
+        samples=samples,
+        problems=[
+            *problems(run.dataset, training, "training"),
+            *(problems(run.dataset, evaluation, "evaluation") if evaluation else []),
+        ],
+        warnings=warnings(training, evaluation, steps, has_template=template),
+    )
+
+
+def _with_model(
+    run: RunConfig, lenient: Dataset, root: Path, volumes: Mapping[str, Path]
+) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool]:
+    from qlora_trainer.data.packing import StepSchedule
+    from qlora_trainer.data.tokenization import render
+    from qlora_trainer.training.inputs import (
+        TokenSource,
+        into_passing_files,
+        read_tokenizer,
+        tokenization_options,
+    )
+
+    folder = resolve(run.model_uri, volumes)
+    tokenizer = read_tokenizer(folder)
+    began = datetime.datetime.now().astimezone()
+    options = tokenization_options(run, tokenizer, folder, root, began)
+    longest = run.training.max_sequence_length
+    data = into_passing_files(TokenSource(lenient, root, tokenizer, longest, options))
+    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    numbers = sorted({0, len(data.train) // 2, len(data.train) - 1})[:SHOWN]
+    samples = [
+        [
+            TextSpan(text=text, supervised=learned)
+            for text, learned in render(*data.train.sample(n), tokenizer)
+        ]
+        for n in numbers
+    ]
+    evaluation = None
+    if data.evaluation is not None and data.evaluation_facts is not None:
+        evaluation = split_stats(data.evaluation, data.evaluation_facts)
+    training = split_stats(data.train, data.train_facts)
+    return (
+        training,
+        evaluation,
+        samples,
+        steps_of(data.train, run, schedule),
+        bool(tokenizer.chat_template),
+    )
+
+
+def problems(dataset: Dataset, split: SplitStats, use: str) -> list[str]:
+    """Why a job would refuse a split that was looked at leniently."""
+    count = sum(bad.count for bad in split.bad)
+    total = count + split.records
+    if not count or (dataset.on_bad_record == "skip" and count <= dataset.max_bad_share * total):
+        return []
+    remedy = (
+        "mend them, or set dataset.onBadRecord: skip (and dataset.maxBadShare, if they are many)"
+        if dataset.on_bad_record == "fail"
+        else f"more than dataset.maxBadShare {dataset.max_bad_share:g} allows"
+    )
+    return [f"{count:,} {use} record(s) cannot be trained on; {remedy}"]
+
+
+def warnings(
+    training: SplitStats, evaluation: SplitStats | None, steps: Steps | None, *, has_template: bool
+) -> list[str]:
+    """What may not be as it was meant.
+
+    Args:
+        training: what is trained on.
+        evaluation: what is held out.
+        steps: of the training, if they are known.
+        has_template: whether the model has a chat template.
+    """
+    records = training.records
+    found = []
+    if records < FEW_RECORDS:
+        found.append(f"{records:,} record(s) to train on: enough to try things, hardly to learn from")
+    if training.duplicates > MUCH * records:
+        found.append(
+            f"{training.duplicates:,} of {records:,} training records say the same as an earlier one, and count as "
+            "often as they stand there"
+        )
+    if evaluation is not None and evaluation.overlap:
+        found.append(
+            f"{evaluation.overlap:,} of {evaluation.records:,} evaluation records are trained on as well, so the "
+            "evaluation flatters; take them out of one of the two"
+        )
+    if training.truncated > MUCH * records:
+        found.append(
+            f"{training.truncated:,} of {records:,} training samples are longer than training.maxSequenceLength and "
+            "lose their ends; raise it if the ends matter"
+        )
+    if cut := training.dropped - training.overlong:
+        found.append(
+            f"{cut:,} training samples are left out, because what is to be learned lies beyond "
+            "training.maxSequenceLength"
+        )
+    if training.format == "prompt-completion" and has_template:
+        found.append(
+            "prompts and completions that are texts are trained on as raw text, but the model has a chat template: if "
+            "it is asked through that one later, give messages, or name the columns instruction and output"
+        )
+    if steps is not None and steps.total < FEW_STEPS:
+        found.append(
+            f"the training is {steps.total:,} step(s) long; for more, lower training.globalBatchTokens or raise "
+            "training.epochs"
+        )
+    return found
+
+
+def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
+    """The counts of a split."""
+    return SplitStats(
+        format=facts.format,
+        records=facts.records,
+        bad=list(facts.bad),
+        truncated=facts.truncated,
+        dropped=facts.dropped,
+        left_out=facts.records - facts.dropped - len(samples),
+        samples=len(samples),
+        tokens=len(samples.ids),
+        supervised_tokens=int(samples.mask.sum(dtype="int64")),
+        duplicates=facts.duplicates,
+        overlap=facts.overlap,
+        overlong=facts.overlong,
+        lengths=list(facts.lengths),
+    )
+
+
+def steps_of(samples: "Samples", run: RunConfig, schedule: "StepSchedule") -> Steps:
+    """The steps of the first epoch and of the whole training."""
+    from qlora_trainer.data import packing
+
+    training, lengths, groups = run.training, samples.lengths(), samples.group_offsets
+    order = packing.epoch_permutation(len(samples) if groups is None else len(groups) - 1, training.seed, 0)
+    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing, groups)
+    tokens = packing.bin_lengths(bins, lengths)
+    per_epoch = len(packing.steps(tokens, training.global_batch_tokens))
+    return Steps(
+        per_epoch=per_epoch,
+        total=schedule.total_steps,
+        epochs=schedule.epochs_done(schedule.total_steps),
+        tokens_per_step=sum(tokens) / per_epoch,
+        fill=sum(tokens) / (len(bins) * training.max_sequence_length),
+    )
