@@ -8,14 +8,18 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 
+from qlora_contract.export import forms_of
+from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
+from qlora_contract.run_config import GgufType, Output
 from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli import plan, run
+from qlora_operator.cli import export, plan, run
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -71,10 +75,33 @@ def parser() -> argparse.ArgumentParser:
         subcommand.add_argument(
             "--verbose", action="store_true", help="also show the output of every process"
         )
-    for subcommand in (planning, fetching, training):
-        subcommand.add_argument(
-            "file", metavar="FILE", help="YAML or JSON with a QLoRAJob; - is standard input"
-        )
+    exporting = subcommands.add_parser(
+        "export", help="make a merged model or GGUF files of a finished job's adapter"
+    )
+    exporting.add_argument(
+        "--format", action="append", choices=["merged", "gguf"], required=True, help="repeat for both"
+    )
+    exporting.add_argument(
+        "--gguf-type",
+        action="append",
+        choices=get_args(GgufType),
+        help="default: q8_0; repeat for several; lora is the adapter alone",
+    )
+    exporting.add_argument(
+        "--model", type=Path, metavar="PATH", help="the base model's folder, where it is not found otherwise"
+    )
+    exporting.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="folder that gets a folder of each form; default: exports, in the job's folder",
+    )
+    for subcommand in (planning, fetching, training, exporting):
+        what = "YAML or JSON with a QLoRAJob; - is standard input"
+        if subcommand is exporting:
+            what = "the job's folder, jobs/NAME of its workspace; or YAML or JSON with the QLoRAJob"
+        subcommand.add_argument("file", metavar="FILE", help=what)
         subcommand.add_argument("--name", help="which job, if the file has several")
         subcommand.add_argument(
             "--volume",
@@ -120,11 +147,27 @@ def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, P
     return job, volumes
 
 
+def _export(options: argparse.Namespace) -> int:
+    volumes = parse_volumes(options.volume)
+    folder = Path(options.file)
+    if not folder.is_dir():
+        job = one_job(options.file, options.name)
+        if missing := sorted(claims(job.spec.workspace) - volumes.keys()):
+            raise CommandError(f"add --volume {missing[0]}=PATH, the directory that has the workspace", USAGE)
+        folder = job_path(job.spec.workspace, job.metadata.name, volumes)
+    require_trainer()
+    forms = forms_of(Output(formats=options.format, gguf_types=options.gguf_type or ["q8_0"]))
+    return export.export(
+        folder.absolute(), forms, volumes, Console(highlight=False), model=options.model, output=options.output
+    )
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": lambda options: validate(options.files, sys.stdout),
     "plan": _plan,
     "fetch": _execute,
     "run": _execute,
+    "export": _export,
 }
 
 

@@ -240,7 +240,9 @@ def write_model(
         numpy_type = {Type.F32: np.float32, Type.F16: np.float16}.get(tensor.kind)
         shape = tensor.shape if numpy_type else stored_bytes(tensor.kind, tensor.shape)
         writer.add_tensor_info(tensor.name, shape, np.dtype(numpy_type or np.uint8), tensor.nbytes, tensor.kind)
-    _begin(writer, path)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
     try:
         for tensor in tensors:
             value = tensor.value
@@ -268,15 +270,10 @@ def write_lora(path: Path, adapter: AdapterWeights, config: Any, name: str) -> N
         weight = f"{layer}.weight"
         writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy())
         writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, added.b).contiguous().numpy())
-    _begin(writer, path)
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _begin(writer: gguf.GGUFWriter, path: Path) -> None:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @dataclass(frozen=True)
