@@ -76,7 +76,9 @@ def export(
     if failure is not None:
         raise CommandError(error_message(failure.code, failure.cause), failure.code)
     for form in forms:
-        print_line(console, f"exported   {Path(request.output) / form}{_distance(Path(request.output) / form)}")
+        print_line(
+            console, f"exported   {Path(request.output) / form}{_distance(Path(request.output) / form)}"
+        )
     return 0
 
 
@@ -110,7 +112,9 @@ def base_model(folder: Path, report: Mapping[str, Any], volumes: Mapping[str, Pa
         if is_remote(source):
             uri = fetched_uri("pvc://workspace", parse_remote(source), revision)
             return resolve(uri, {"workspace": folder.parent.parent})
-        return resolve(source, volumes or {"": folder})
+        if not volumes:
+            raise InvalidUriError(f"it is {source}")
+        return resolve(source, volumes)
     except (KeyError, TypeError, InvalidUriError) as error:
         raise CommandError(
             f"the base model of {folder} is not found ({error}): give its folder with --model, or the directory of "
@@ -172,15 +176,16 @@ class _Told:
 
     def listen(self, lines: IO[str]) -> None:
         """Read its events to the end."""
-        for line in lines:
-            try:
-                event = ExportEvent.model_validate_json(line)
-            except ValidationError:
-                continue  # a library's
-            if event.work is not None:
-                self._work, self._done = event.work, 0
-            self._done += event.advanced or 0
-            self.error = event.error or self.error
+        with lines:
+            for line in lines:
+                try:
+                    event = ExportEvent.model_validate_json(line)
+                except ValidationError:
+                    continue  # a library's
+                if event.work is not None:
+                    self._work, self._done = event.work, 0
+                self._done += event.advanced or 0
+                self.error = event.error or self.error
 
     def progress(self) -> ProgressReport | None:
         """For the display; None before anything is begun."""
@@ -188,7 +193,14 @@ class _Told:
             return None
         work = self._work.model_copy(update={"done": self._done})
         return ProgressReport(
-            job_uid="", attempt=0, stage="Publishing", step=0, total_steps=0, epoch=0.0, updated_time=now(), work=work
+            job_uid="",
+            attempt=0,
+            stage="Publishing",
+            step=0,
+            total_steps=0,
+            epoch=0.0,
+            updated_time=now(),
+            work=work,
         )
 
 

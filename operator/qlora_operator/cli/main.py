@@ -158,7 +158,12 @@ def _export(options: argparse.Namespace) -> int:
     require_trainer()
     forms = forms_of(Output(formats=options.format, gguf_types=options.gguf_type or ["q8_0"]))
     return export.export(
-        folder.absolute(), forms, volumes, Console(highlight=False), model=options.model, output=options.output
+        folder.absolute(),
+        forms,
+        volumes,
+        Console(highlight=False),
+        model=options.model,
+        output=options.output,
     )
 
 

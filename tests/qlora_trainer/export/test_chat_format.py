@@ -11,7 +11,9 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WITH_DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+WITH_DEFAULT = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + CHATML
+)
 INSTRUCTIONS = (
     "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% else %}{{ raise_exception('no system') }}{% endif %}"
@@ -24,7 +26,12 @@ class Renderer:
     """What of a tokenizer runs templates."""
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, chat_template: str, tokenize: bool, add_generation_prompt: bool
+        self,
+        messages: list[dict[str, str]],
+        *,
+        chat_template: str,
+        tokenize: bool,
+        add_generation_prompt: bool,
     ) -> str:
         """The text of a conversation."""
         environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
@@ -68,14 +75,17 @@ def test_the_format_writes_what_the_template_writes(template: str, *, system: bo
 
 
 @pytest.mark.parametrize(
-    "template", [pytest.param(NUMBERED, id="each turn differs"), pytest.param("{{ nothing.at.all }}", id="broken")]
+    "template",
+    [pytest.param(NUMBERED, id="each turn differs"), pytest.param("{{ nothing.at.all }}", id="broken")],
 )
 def test_a_template_that_is_no_plain_text_around_turns_has_no_format(template: str) -> None:
     """Better none than one that is nearly right."""
     assert chat_format(Renderer(), template) is None
 
 
-@pytest.mark.parametrize("mark", ["{% generation %}|{% endgeneration %}", "{%- generation -%}|{%- endgeneration -%}"])
+@pytest.mark.parametrize(
+    "mark", ["{% generation %}|{% endgeneration %}", "{%- generation -%}|{%- endgeneration -%}"]
+)
 def test_marks_of_what_is_learned_are_taken_out_and_nothing_else(mark: str) -> None:
     """Only transformers knows them; blanks around them stay or go as they did."""
     before, after = mark.split("|")

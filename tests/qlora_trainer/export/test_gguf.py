@@ -11,7 +11,14 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
 from qlora_trainer.errors import ModelError
-from qlora_trainer.export.gguf import GgufNames, context_length, family_of, quantized, rope_factors, tensor_type
+from qlora_trainer.export.gguf import (
+    GgufNames,
+    context_length,
+    family_of,
+    quantized,
+    rope_factors,
+    tensor_type,
+)
 
 pytestmark = pytest.mark.process
 
@@ -30,7 +37,10 @@ def test_rows_of_queries_and_keys_are_reordered_and_back() -> None:
     names = GgufNames(a_config())
     rows = torch.arange(512.0)[:, None].expand(512, 3)
 
-    for path, count in (("model.layers.0.self_attn.q_proj.weight", 512), ("model.layers.0.self_attn.k_proj.weight", 128)):
+    for path, count in (
+        ("model.layers.0.self_attn.q_proj.weight", 512),
+        ("model.layers.0.self_attn.k_proj.weight", 128),
+    ):
         moved = names.to_gguf(path, rows[:count])
         assert moved[:4, 0].tolist() == [0, 32, 1, 33]
         assert torch.equal(names.from_gguf(path, moved), rows[:count])
@@ -64,10 +74,14 @@ def test_a_tensor_without_a_name_is_refused() -> None:
     [
         pytest.param(SimpleNamespace(model_type="other"), "a 'other' model cannot be exported", id="family"),
         pytest.param(
-            SimpleNamespace(model_type="llama", rope_parameters={"rope_type": "dynamic"}), "'dynamic' rotary", id="rope"
+            SimpleNamespace(model_type="llama", rope_parameters={"rope_type": "dynamic"}),
+            "'dynamic' rotary",
+            id="rope",
         ),
         pytest.param(
-            SimpleNamespace(model_type="llama", rope_parameters={}, hidden_act="gelu"), "hidden_act 'gelu'", id="act"
+            SimpleNamespace(model_type="llama", rope_parameters={}, hidden_act="gelu"),
+            "hidden_act 'gelu'",
+            id="act",
         ),
     ],
 )

@@ -27,13 +27,17 @@ WEIGHTS = {
     "zero": torch.zeros(3, 256),
     "constant": torch.full((3, 256), -3.0),
     "tiny": torch.randn(8, 512, generator=torch.Generator().manual_seed(3)) * 1e-6,
-    "outlier": torch.randn(4, 256, generator=torch.Generator().manual_seed(4)).index_fill_(1, torch.tensor([7]), 100.0),
+    "outlier": torch.randn(4, 256, generator=torch.Generator().manual_seed(4)).index_fill_(
+        1, torch.tensor([7]), 100.0
+    ),
 }
 
 
 def relative_error(weight: Tensor, back: Any) -> float:
     """Root of the mean squared error, in units of the weight's own."""
-    return float(np.sqrt(((back - weight.numpy()) ** 2).mean()) / (float(weight.square().mean().sqrt()) or 1.0))
+    return float(
+        np.sqrt(((back - weight.numpy()) ** 2).mean()) / (float(weight.square().mean().sqrt()) or 1.0)
+    )
 
 
 @pytest.mark.parametrize(("make", "kind"), KINDS)

@@ -17,7 +17,14 @@ from qlora_trainer.artifacts.adapter import PEFT_PREFIX
 from qlora_trainer.errors import ModelError
 
 _MATRIX = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<layer>.+)\.lora_(?P<which>[AB])\.weight")
-_CHANGES_THE_FORMULA = ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "rank_pattern", "alpha_pattern")
+_CHANGES_THE_FORMULA = (
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+)
 """Settings of PEFT's under which a layer adds something else than scale B A, or other layers change."""
 
 

@@ -191,14 +191,25 @@ class _Exporter:
         stops = _stop_ids(self.config, generation, self.tokenizer)
         texts = stop_texts(self.tokenizer, chat, stops)
         metadata = gguf.Metadata(
-            self.name, self.config, kind, vocabulary, self.chat_template, _special(self.tokenizer, stops, texts)
+            self.name,
+            self.config,
+            kind,
+            vocabulary,
+            self.chat_template,
+            _special(self.tokenizer, stops, texts),
         )
         types = gguf.write_model(file, planned, metadata, self.listener.advance)
         bos = self.tokenizer.bos_token if vocabulary.add_bos else None
-        (staged / "Modelfile").write_text(modelfile(file.name, chat, bos, texts, generation), encoding="utf-8")
+        (staged / "Modelfile").write_text(
+            modelfile(file.name, chat, bos, texts, generation), encoding="utf-8"
+        )
         expected = self.proof
         self.listener.begin(f"comparing GGUF {kind}", 0)
-        facts = {"file": file.name, "tensor_types": dict(types), "context_length": gguf.context_length(self.config)}
+        facts = {
+            "file": file.name,
+            "tensor_types": dict(types),
+            "context_length": gguf.context_length(self.config),
+        }
         return _Made(facts, expected.of_gguf(file, self.tensors, self.config))
 
 

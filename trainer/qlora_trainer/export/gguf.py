@@ -57,7 +57,9 @@ def family_of(config: Any) -> GgufFamily:
     if rope not in ROPE_TYPES:
         raise ModelError(f"a model with {rope!r} rotary embeddings cannot be exported to GGUF")
     if config.hidden_act != "silu":
-        raise ModelError(f"a model with hidden_act {config.hidden_act!r} cannot be exported to GGUF; only silu can")
+        raise ModelError(
+            f"a model with hidden_act {config.hidden_act!r} cannot be exported to GGUF; only silu can"
+        )
     return family
 
 
@@ -74,7 +76,9 @@ class GgufNames:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._family = family_of(config)
-        architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.architecture)
+        architecture = next(
+            a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.architecture
+        )
         self._map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
 
     def name(self, path: str) -> str:
@@ -210,7 +214,9 @@ def plan_model(stored: Sequence[StoredTensor], config: Any, form: GgufType) -> l
     names = GgufNames(config)
     tensors = []
     for each in stored:
-        if each.path.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and each.layer == "lm_head"):
+        if each.path.endswith("rotary_emb.inv_freq") or (
+            config.tie_word_embeddings and each.layer == "lm_head"
+        ):
             continue  # computed; the embedding
         name = names.name(each.path)
         tensors.append(PlannedTensor(name, tensor_type(form, name, each.shape, config), each.shape, each))
@@ -239,7 +245,9 @@ def write_model(
     for tensor in tensors:
         numpy_type = {Type.F32: np.float32, Type.F16: np.float16}.get(tensor.kind)
         shape = tensor.shape if numpy_type else stored_bytes(tensor.kind, tensor.shape)
-        writer.add_tensor_info(tensor.name, shape, np.dtype(numpy_type or np.uint8), tensor.nbytes, tensor.kind)
+        writer.add_tensor_info(
+            tensor.name, shape, np.dtype(numpy_type or np.uint8), tensor.nbytes, tensor.kind
+        )
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -132,7 +132,9 @@ def _symmetric(blocks: Tensor) -> Tensor:
     q = torch.where(step != 0, parts / step, 0.0).round_().clamp_(-32, 31).add_(32).to(torch.uint8)
     # Halves of 128 numbers; in each, numbers l, l + 32, l + 64 and l + 96 share bytes.
     q = q.view(-1, 2, 4, 32)
-    low = torch.cat([(q[:, :, 0] & 15) | ((q[:, :, 2] & 15) << 4), (q[:, :, 1] & 15) | ((q[:, :, 3] & 15) << 4)], 2)
+    low = torch.cat(
+        [(q[:, :, 0] & 15) | ((q[:, :, 2] & 15) << 4), (q[:, :, 1] & 15) | ((q[:, :, 3] & 15) << 4)], 2
+    )
     high = (q[:, :, 0] >> 4) | (q[:, :, 1] >> 4 << 2) | (q[:, :, 2] >> 4 << 4) | (q[:, :, 3] >> 4 << 6)
     return torch.cat(
         [low.view(-1, 128), high.view(-1, 64), s.to(torch.int8).view(torch.uint8), _fp16_bytes(d)], dim=1
@@ -151,7 +153,10 @@ def _fit_scale(parts: Tensor) -> Tensor:
         # With the best scale, sqx / sqq, the error is that of zeros less this.
         gain = sqx * sqx / sqq
         better = gain > best_gain
-        best_scale, best_gain = torch.where(better, sqx / sqq, best_scale), torch.where(better, gain, best_gain)
+        best_scale, best_gain = (
+            torch.where(better, sqx / sqq, best_scale),
+            torch.where(better, gain, best_gain),
+        )
     return best_scale
 
 

@@ -45,7 +45,9 @@ def write_merged(
     groups = list(shards(tensors, shard_bytes))
     places: dict[str, str] = {}
     for number, group in enumerate(groups, start=1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        file = (
+            "model.safetensors" if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        )
         values: dict[str, Tensor] = {}
         for tensor in group:
             values[tensor.name] = as_stored(tensor)
@@ -79,7 +81,9 @@ def as_stored(tensor: StoredTensor) -> Tensor:
         return value
     rounded = value.to(tensor.dtype)
     if not bool(torch.isfinite(rounded).all()):
-        raise ModelError(f"{tensor.name} with the adapter merged holds numbers that {tensor.dtype} cannot hold")
+        raise ModelError(
+            f"{tensor.name} with the adapter merged holds numbers that {tensor.dtype} cannot hold"
+        )
     return rounded
 
 

@@ -76,9 +76,13 @@ def plan_tensors(folder: Path, decoder: str, adapter: AdapterWeights) -> list[St
         path = f"{prefix}{name}" if bare and not name.startswith("lm_head.") else name
         added = waiting.pop(path.removesuffix(".weight"), None) if path.endswith(".weight") else None
         if added is not None and shape != (added.b.shape[0], added.a.shape[1]):
-            raise ModelError(f"{name} has shape {list(shape)}, and the adapter is made for another: wrong base model")
+            raise ModelError(
+                f"{name} has shape {list(shape)}, and the adapter is made for another: wrong base model"
+            )
         if dtype not in _DTYPES:
-            raise ModelError(f"{name} is stored as {dtype}; only unquantized floating-point weights can be exported")
+            raise ModelError(
+                f"{name} is stored as {dtype}; only unquantized floating-point weights can be exported"
+            )
         tensors.append(StoredTensor(name, path, file, shape, _DTYPES[dtype], added))
     if waiting:
         raise ModelError(

@@ -32,7 +32,9 @@ def modelfile(
     lines = [f"FROM ./{gguf}"]
     template = None if chat is None else go_template(chat, bos)
     if template is None:
-        lines.append("# The chat template cannot be written in Ollama's language; the one in the GGUF file counts.")
+        lines.append(
+            "# The chat template cannot be written in Ollama's language; the one in the GGUF file counts."
+        )
     else:
         lines.append(f'TEMPLATE """{template}"""')
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
@@ -57,8 +59,9 @@ def go_template(chat: ChatFormat, bos: str | None) -> str | None:
         for role, turn in chat.turns.items()
     ]
     opening = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{start}{{{{ end }}}}' if start else ""
-    return f"{{{{ if .Messages }}}}{opening}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}" + (
-        chat.answer
+    return (
+        f"{{{{ if .Messages }}}}{opening}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}"
+        + (chat.answer)
     )
 
 

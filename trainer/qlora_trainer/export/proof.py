@@ -34,7 +34,7 @@ from qlora_trainer.quantization.schemes import AsStored
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is Rome.",
-    "def add(a, b):\n    \"\"\"Return the sum of two numbers.\"\"\"\n    return a + b\n",
+    'def add(a, b):\n    """Return the sum of two numbers."""\n    return a + b\n',
     "Question: what is 17 times 3?\nAnswer: 17 times 3 is 51.",
     "Once upon a time there was a small village by the sea, where everybody knew everybody else.",
     '{"name": "Ada", "age": 36, "languages": ["English", "French"]}',
@@ -78,7 +78,7 @@ def check(form: ExportForm, found: Comparison) -> None:
     """Raise ModelError for an export that is not the adapter's model."""
     if not abs(found.adapter_share - 1) <= 1 - SMALLEST_SHARE:
         raise ModelError(
-            f"the export {form} was opened again, and {found.adapter_share:.0%} of the adapter's effect is in it: it "
+            f"the export {form} was opened again, and {round(found.adapter_share, 2) + 0.0:.0%} of the adapter's effect is in it: it "
             "would be served as if it had not been trained; nothing is kept of it"
         )
     if not found.kl_divergence <= LARGEST_DIVERGENCE[form]:
@@ -109,7 +109,9 @@ class Proof:
         attach(model, adapter.layers)
         self.adapted = logits(model, self.batch)
         if torch.equal(self.base, self.adapted):
-            raise ModelError("the adapter changes nothing: the model gives the same logits with and without it")
+            raise ModelError(
+                "the adapter changes nothing: the model gives the same logits with and without it"
+            )
         if not bool(torch.isfinite(self.adapted).all()):
             raise ModelError("the model with the adapter gives logits that are not finite")
 
@@ -146,7 +148,9 @@ def compare(base: Tensor, adapted: Tensor, export: Tensor) -> Comparison:
         tokens=len(adapted),
         kl_divergence=_divergence(adapted, export),
         greedy_agreement=float((adapted.argmax(-1) == export.argmax(-1)).float().mean()),
-        adapter_share=float((effect * found).sum(dtype=torch.float64) / effect.square().sum(dtype=torch.float64)),
+        adapter_share=float(
+            (effect * found).sum(dtype=torch.float64) / effect.square().sum(dtype=torch.float64)
+        ),
         base_kl_divergence=_divergence(adapted, base),
     )
 
@@ -302,5 +306,3 @@ def read_lora(file: Path, layers: Sequence[str], names: GgufNames) -> dict[str, 
     if tensors:
         raise ModelError(f"{file.name} holds {min(tensors)}, which no layer of the adapter is called")
     return found
-
-

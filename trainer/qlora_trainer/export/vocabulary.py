@@ -111,7 +111,9 @@ def _tokens(
     types = [UNUSED] * rows
     for text, id_ in vocab.items():
         if id_ < rows:
-            is_byte = sentencepiece and len(text) == len("<0x00>") and text.startswith("<0x") and text.endswith(">")
+            is_byte = (
+                sentencepiece and len(text) == len("<0x00>") and text.startswith("<0x") and text.endswith(">")
+            )
             tokens[id_], types[id_] = text, BYTE if is_byte else NORMAL
     for token in added:
         if token["id"] < rows:
@@ -136,5 +138,6 @@ def _adds_space(core: Mapping[str, Any]) -> bool:
     normalizers = normalizer.get("normalizers", [normalizer])
     pre_tokenizers = pre.get("pretokenizers", [pre])
     return any(each.get("type") == "Prepend" for each in normalizers) or any(
-        each.get("type") == "Metaspace" and each.get("prepend_scheme", "always") != "never" for each in pre_tokenizers
+        each.get("type") == "Metaspace" and each.get("prepend_scheme", "always") != "never"
+        for each in pre_tokenizers
     )

@@ -71,7 +71,9 @@ def export(context: RankContext, command: Sequence[str] = EXPORTER) -> None:
             reduced = context.all_reduce_scalars({"running": float(running)})
             done = not reduced.sums["running"]
             if reduced.stop_requested and not done:
-                raise Terminated("asked to stop while exporting; the adapter is finished, and what was exported is kept")
+                raise Terminated(
+                    "asked to stop while exporting; the adapter is finished, and what was exported is kept"
+                )
     finally:
         if process is not None:
             process.stop()
@@ -109,7 +111,9 @@ def _request(context: RankContext, forms: Sequence[ExportForm]) -> ExportRequest
 def report(context: RankContext) -> None:
     """Tell in training_report.json how each export compares with the trained model."""
     folder = context.folder.path / EXPORTS
-    reports = {form: json.loads((folder / form / EXPORT_REPORT).read_text()) for form in forms_of(context.run.output)}
+    reports = {
+        form: json.loads((folder / form / EXPORT_REPORT).read_text()) for form in forms_of(context.run.output)
+    }
     whole = {**context.folder.report(), "exports": reports}
     context.folder.check_fence()
     write_atomically(context.folder.path / TRAINING_REPORT, json.dumps(whole, indent=1))
@@ -132,21 +136,24 @@ class Exporter:
         self._process.stdin.write(request.model_dump_json(by_alias=True))
         self._process.stdin.close()
         self._error: PlanError | None = None
-        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout, progress), daemon=True)
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._process.stdout, progress), daemon=True
+        )
         self._listener.start()
 
     def _listen(self, lines: IO[str], progress: Progress) -> None:
-        for line in lines:
-            try:
-                event = ExportEvent.model_validate_json(line)
-            except ValidationError:
-                continue  # a library's
-            if event.work is not None:
-                progress.begin(event.work)
-            if event.advanced is not None:
-                progress.advance(event.advanced)
-            if event.error is not None:
-                self._error = event.error
+        with lines:
+            for line in lines:
+                try:
+                    event = ExportEvent.model_validate_json(line)
+                except ValidationError:
+                    continue  # a library's
+                if event.work is not None:
+                    progress.begin(event.work)
+                if event.advanced is not None:
+                    progress.advance(event.advanced)
+                if event.error is not None:
+                    self._error = event.error
 
     def runs(self, seconds: float) -> bool:
         """Whether it still runs after so many seconds."""
@@ -171,4 +178,6 @@ class Exporter:
         if self._error is not None and self._error.code in set(ExitCode):
             return self._error
         hint = "; the machine, or the pod, may have run out of memory" if code == -9 else ""
-        return PlanError(code=int(ExitCode.UNEXPECTED), cause=f"the exporting process ended with code {code}{hint}")
+        return PlanError(
+            code=int(ExitCode.UNEXPECTED), cause=f"the exporting process ended with code {code}{hint}"
+        )
