@@ -112,9 +112,8 @@ def base_model(folder: Path, report: Mapping[str, Any], volumes: Mapping[str, Pa
         if is_remote(source):
             uri = fetched_uri("pvc://workspace", parse_remote(source), revision)
             return resolve(uri, {"workspace": folder.parent.parent})
-        if not volumes:
-            raise InvalidUriError(f"it is {source}")
-        return resolve(source, volumes)
+        # Without any, `resolve` would look where pods have them.
+        return resolve(source, volumes or {"no claim": folder})
     except (KeyError, TypeError, InvalidUriError) as error:
         raise CommandError(
             f"the base model of {folder} is not found ({error}): give its folder with --model, or the directory of "
@@ -142,7 +141,8 @@ def _run(
         )
     except OSError as error:
         raise ProcessError(f"{command[0]} could not be started: {error.strerror}") from error
-    assert process.stdin is not None and process.stdout is not None, "both are pipes"
+    assert process.stdin is not None
+    assert process.stdout is not None
     told = _Told()
     listener = threading.Thread(target=told.listen, args=(process.stdout,), daemon=True)
     listener.start()

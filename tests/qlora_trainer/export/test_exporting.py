@@ -198,7 +198,7 @@ def test_forms_are_checked_before_anything_is_trained(
     tokenizer["pre_tokenizer"]["use_regex"] = False
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
 
-    with pytest.raises(ModelError, match="output.formats has gguf, but the tokenizer splits texts"):
+    with pytest.raises(ModelError, match=r"output\.formats has gguf, but the tokenizer splits texts"):
         check_forms(["gguf-q8_0"], model)
     check_forms(["merged"], model)
     assert bytes_needed(["merged"], model) > (model / "model.safetensors").stat().st_size

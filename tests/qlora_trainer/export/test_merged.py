@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_folders import shard
 from safetensors.torch import load_file, save_file
 
+from model_folders import shard
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.adapter_weights import read_adapter
 from qlora_trainer.export.merged import INDEX, write_merged

@@ -39,7 +39,7 @@ def program(text: str) -> tuple[str, ...]:
 def test_a_job_ends_with_what_it_asks_for_and_again_makes_only_what_is_new(
     ready: Callable[..., RankContext],
 ) -> None:
-    """Trained, then exported; the report says how far each is the trained model. More formats later need no training."""
+    """Trained, then exported; the report says how far each is the trained model. More need no training."""
     from qlora_trainer.training.loop import train
 
     context = ready(output=WANTED)

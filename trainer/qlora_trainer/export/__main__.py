@@ -16,8 +16,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qlora_contract.export import ExportEvent, ExportForm, ExportRequest
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.export import ExportEvent, ExportForm, ExportRequest
 from qlora_contract.plan import PlanError
 from qlora_contract.progress import Work
 from qlora_contract.units import first_line

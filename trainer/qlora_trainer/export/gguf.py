@@ -48,7 +48,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
 
 
 def family_of(config: Any) -> GgufFamily:
-    """The family of a model, by transformers' configuration. Raises ModelError where no GGUF file would be the model."""
+    """The family of a model, by its configuration. Raises ModelError where no GGUF file would be the model."""
     family = GGUF_FAMILIES.get(config.model_type)
     if family is None:
         known = ", ".join(sorted(GGUF_FAMILIES))
@@ -388,4 +388,5 @@ def rope_factors(config: Any) -> Tensor | None:
     turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** steps)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / (share + (1 - share) / rope["factor"])).float()
+    factors: Tensor = (1 / (share + (1 - share) / rope["factor"])).float()
+    return factors

@@ -76,9 +76,10 @@ SMALLEST_SHARE = 0.5
 
 def check(form: ExportForm, found: Comparison) -> None:
     """Raise ModelError for an export that is not the adapter's model."""
-    if not abs(found.adapter_share - 1) <= 1 - SMALLEST_SHARE:
+    share = round(found.adapter_share, 2) + 0.0  # not -0
+    if not abs(share - 1) <= 1 - SMALLEST_SHARE:
         raise ModelError(
-            f"the export {form} was opened again, and {round(found.adapter_share, 2) + 0.0:.0%} of the adapter's effect is in it: it "
+            f"the export {form} was opened again, and {share:.0%} of the adapter's effect is in it: it "
             "would be served as if it had not been trained; nothing is kept of it"
         )
     if not found.kl_divergence <= LARGEST_DIVERGENCE[form]:

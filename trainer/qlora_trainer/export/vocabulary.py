@@ -10,13 +10,11 @@ from qlora_trainer.errors import ModelError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """gguf.TokenType."""
 
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS: Mapping[str, str] = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "llama-bpe"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "qwen2"
-    ),
+    _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
     (
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
@@ -119,7 +117,7 @@ def _tokens(
         if token["id"] < rows:
             tokens[token["id"]] = token["content"]
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
-    if sentencepiece and unknown in vocab:
+    if sentencepiece and unknown is not None and unknown in vocab:
         types[vocab[unknown]] = UNKNOWN
     return tokens, types
 

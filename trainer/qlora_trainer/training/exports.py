@@ -132,7 +132,8 @@ class Exporter:
 
     def __init__(self, command: Sequence[str], request: ExportRequest, progress: Progress) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(request.model_dump_json(by_alias=True))
         self._process.stdin.close()
         self._error: PlanError | None = None
