@@ -81,6 +81,9 @@ def test_every_form_of_every_family_is_the_adapters_model(
     assert [line for line in told.lines if line in EXPORT_FORMS] == list(EXPORT_FORMS)
     assert told.done > 0
     assert not list((tmp_path / "out").glob(".*"))
+    files = [path for path in (tmp_path / "out").glob("*/*") if path.is_file()]
+    (tmp_path / "like any").touch()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "like any").stat().st_mode}
 
 
 def test_what_is_there_already_is_not_made_again(

@@ -155,3 +155,84 @@ def test_llama3_stretches_waves_as_transformers_does(small_model: Callable[..., 
     assert found is not None
     torch.testing.assert_close(plain / found, scaled)
     assert rope_factors(a_config()) is None
+
+
+PROMPT = "<|im_start|>user\nWhat does a list do?<|im_end|>\n<|im_start|>assistant\n"
+TOKENS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+def test_llama_cpp_says_what_transformers_and_peft_say(
+    demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file; q4_k_m answers."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="needs llama-cpp-python: a package that compiles llama.cpp"
+    )
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_contract.export import ExportRequest
+    from qlora_trainer.export.exporting import export
+
+    class Silent:
+        def begin(self, *_: object) -> None: ...
+        def advance(self, *_: object) -> None: ...
+        def exported(self, *_: object) -> None: ...
+
+    adapter = an_adapter(demo_model, scale=0.3)
+    forms: Any = ["gguf-f16", "gguf-q4_k_m", "gguf-lora"]
+    out = tmp_path / "out"
+    request = ExportRequest(
+        name="demo", model=str(demo_model), adapter=str(adapter), output=str(out), forms=forms
+    )
+    export(request, Silent(), lambda: None)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+
+    def by_peft() -> list[int]:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(TOKENS):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    def by_llama_cpp(file: Path, **more: Any) -> list[int]:
+        loaded = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, **more)
+        assert loaded.tokenize(PROMPT.encode(), add_bos=True, special=True) == prompt
+        drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        return [next(drawn) for _ in range(TOKENS)]
+
+    expected = by_peft()
+    with model.disable_adapter():
+        assert by_peft() != expected
+    assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
+    assert by_llama_cpp(
+        _base_as_gguf(demo_model, tmp_path), lora_path=str(out / "gguf-lora" / "demo-lora.gguf")
+    ) == (expected)
+    small = llama_cpp.Llama(str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), n_ctx=256, verbose=False)
+    answer = small.create_chat_completion(
+        [{"role": "user", "content": "Hello"}], max_tokens=12, temperature=0.0
+    )
+    assert answer["choices"][0]["message"]["content"].strip()
+
+
+def _base_as_gguf(folder: Path, tmp_path: Path) -> Path:
+    """The base without an adapter, as f16."""
+    from transformers import AutoTokenizer
+
+    from qlora_trainer.export.adapter_weights import AdapterWeights
+    from qlora_trainer.export.gguf import Metadata, plan_model, write_model
+    from qlora_trainer.export.merged_weights import plan_tensors
+    from qlora_trainer.export.vocabulary import read_vocabulary
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tensors = plan_model(plan_tensors(folder, "model", AdapterWeights({}, None)), config, "f16")
+    metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, {})
+    file = tmp_path / "base.gguf"
+    write_model(file, tensors, metadata, lambda _: None)
+    return file
