@@ -27,6 +27,10 @@ LOCK = "lock"
 LOGS = "logs"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+EXPORTS = "exports"
+"""Holds a folder of each form that was made of the adapter (qlora_contract.export)."""
+EXPORT_REPORT = "export_report.json"
+"""In each of them: what it is, and how far it is the adapter's model."""
 METRICS = "metrics.jsonl"
 BASE_LOSSES = "base_losses.json"
 """What the base model scores without an adapter; internal to the trainer."""
@@ -122,3 +126,14 @@ def finished_report(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) and read_manifest(folder / ADAPTER) is not None else None
+
+
+def is_exported(folder: Path, adapter_sha256: str) -> bool:
+    """Whether the folder of a form is complete, and of this adapter.
+
+    Args:
+        folder: of one form.
+        adapter_sha256: over the adapter's weights.
+    """
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.get("adapter_sha256") == adapter_sha256

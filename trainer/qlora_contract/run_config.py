@@ -68,6 +68,8 @@ RunStage = Literal["fetch", "train", "publish"]
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
 Overlong = Literal["truncate", "drop", "error"]
+OutputFormat = Literal["adapter", "merged", "gguf"]
+GgufType = Literal["f16", "q8_0", "q4_k_m", "lora"]
 RanksPerPod = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
 
 PvcUri = Annotated[str, Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)]
@@ -193,10 +195,12 @@ class Checkpoint(ContractModel):
 
 
 class Output(ContractModel):
-    """Where the finished adapter goes, besides the workspace."""
+    """Where the finished adapter goes, besides the workspace, and what else is made of it."""
 
     destination: DestinationUri | None = None
     credentials_secret: SecretName | None = None
+    formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
+    gguf_types: list[GgufType] = Field(default=["q8_0"], min_length=1, max_length=4)
 
 
 class Mlflow(ContractModel):
@@ -367,6 +371,8 @@ SINCE: Mapping[str, int] = {
     "tracking.mlflow.uri": 2,
     "training.overlong=drop": 2,
     "training.overlong=error": 2,
+    "output.formats": 2,
+    "output.ggufTypes": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""

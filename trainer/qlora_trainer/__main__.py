@@ -41,6 +41,7 @@ from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_en
 from qlora_trainer.telemetry.stall_watch import watch
 from qlora_trainer.telemetry.termination import write_rank_report
 from qlora_trainer.training.context import RankContext
+from qlora_trainer.training.exports import export
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.termination import failure_report, success_report
 
@@ -187,16 +188,19 @@ def loss_of(lost: LostPeer, context: RankContext) -> TrainerError:
 
 
 def train_unless_finished(context: RankContext) -> TerminationReport:
-    """Train, unless an earlier attempt has finished this very job."""
+    """Train, unless an earlier attempt has finished this very job, and export what is not exported yet."""
     if context.is_rank_zero:
         context.folder.acquire()
     if context.group.all_gather_object(context.is_rank_zero and context.folder.finished())[0]:
         log.info("already finished: %s", context.folder.adapter)
-        return success_report(context, context.folder.report())
-    if context.is_rank_zero:
-        context.books.open()
-    context.progress.update(ranks=context.group.all_gather_object(context.rank_info()))
-    return success_report(context, train(context))
+        report = context.folder.report()
+    else:
+        if context.is_rank_zero:
+            context.books.open()
+        context.progress.update(ranks=context.group.all_gather_object(context.rank_info()))
+        report = train(context)
+    export(context)
+    return success_report(context, report)
 
 
 def name_lost_peer(

@@ -32,7 +32,9 @@ from qlora_contract.run_config import (
     MAX_EVAL_FRACTION,
     MAX_RANKS,
     TRACKING_URI_PATTERN,
+    GgufType,
     IsaTier,
+    OutputFormat,
 )
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
@@ -291,7 +293,7 @@ class Checkpoint(ApiModel):
 
 
 class Output(ApiModel):
-    """Where the finished adapter goes, besides the workspace."""
+    """Where the finished adapter goes, besides the workspace, and what else is made of it."""
 
     destination: str | None = Field(
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
@@ -300,6 +302,15 @@ class Output(ApiModel):
     workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
+    formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
+    """What is made once training is done: `adapter`, in PEFT's format, always; `merged`, the original weights with the
+    adapter in them, which every program loads that loads the base; `gguf`, files for llama.cpp and Ollama. They are in
+    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. They are made
+    by the first rank, and take its time and disk space, but hardly more memory than it has."""
+    gguf_types: list[GgufType] = Field(default=["q8_0"], min_length=1, max_length=4)
+    """Which GGUF files `gguf` makes: `f16`, `q8_0` and `q4_k_m` are the whole model, of 2, 1.1 and 0.6 bytes a weight;
+    `lora` is the adapter alone, for a base that is in GGUF already. The default is half the size of `f16`, and hardly
+    differs from it."""
 
 
 class Mlflow(ApiModel):

@@ -8,18 +8,20 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from qlora_contract.cost import Price, parse_price
+from qlora_contract.export import forms_of
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
+from qlora_contract.run_config import GgufType, Output
 from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli import check, plan, report, run
+from qlora_operator.cli import check, export, plan, report, run
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -114,7 +116,34 @@ def parser() -> argparse.ArgumentParser:
         subcommand.add_argument(
             "--price", metavar="PRICE", help="what a CPU costs for an hour, such as '0.04 EUR'"
         )
-    for subcommand in (planning, fetching, training, reporting):
+    exporting = subcommands.add_parser(
+        "export", help="make a merged model or GGUF files of a finished job's adapter"
+    )
+    exporting.add_argument(
+        "file",
+        metavar="JOB",
+        help="YAML or JSON with a QLoRAJob, or the job's folder, jobs/NAME of its workspace",
+    )
+    exporting.add_argument(
+        "--format", action="append", choices=["merged", "gguf"], required=True, help="repeat for both"
+    )
+    exporting.add_argument(
+        "--gguf-type",
+        action="append",
+        choices=get_args(GgufType),
+        help="default: q8_0; repeat for several; lora is the adapter alone",
+    )
+    exporting.add_argument(
+        "--model", type=Path, metavar="PATH", help="the base model's folder, where it is not found otherwise"
+    )
+    exporting.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="folder that gets a folder of each form; default: exports, in the job's folder",
+    )
+    for subcommand in (planning, fetching, training, reporting, exporting):
         subcommand.add_argument("--name", help="which job, if the file has several")
         subcommand.add_argument(
             "--volume",
@@ -226,6 +255,26 @@ def _require_volumes(volumes: Mapping[str, Path], *uris: str) -> None:
         raise CommandError(f"the job uses claims that have no directory here; add {wanted}", USAGE)
 
 
+def _export(options: argparse.Namespace) -> int:
+    volumes = parse_volumes(options.volume)
+    folder = Path(options.file)
+    if not folder.is_dir():
+        job = one_job(options.file, options.name)
+        if missing := sorted(claims(job.spec.workspace) - volumes.keys()):
+            raise CommandError(f"add --volume {missing[0]}=PATH, the directory that has the workspace", USAGE)
+        folder = job_path(job.spec.workspace, job.metadata.name, volumes)
+    require_trainer()
+    forms = forms_of(Output(formats=options.format, gguf_types=options.gguf_type or ["q8_0"]))
+    return export.export(
+        folder.absolute(),
+        forms,
+        volumes,
+        Console(highlight=False),
+        model=options.model,
+        output=options.output,
+    )
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "validate": lambda options: validate(options.files, sys.stdout),
     "plan": _plan,
@@ -233,6 +282,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "fetch": _execute,
     "run": _execute,
     "report": _report,
+    "export": _export,
 }
 
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
-from qlora_contract.job_folder import ADAPTER, REPORT_PAGE, finished_report, job_path
+from qlora_contract.export import forms_of
+from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_report, is_exported, job_path
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api.run_config import to_run_config
@@ -73,6 +74,8 @@ def run(
             local.display.print(f"ignored, because only the operator acts on it: {', '.join(ignored)}")
         if local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
+            if local.lacks_exports() and (code := local.fetch() or local.train(launcher, cpus)):
+                return code
         elif code := local.fetch() or local.train(launcher, cpus):
             return code
         if code := local.publish():
@@ -136,6 +139,14 @@ class LocalRun:
         ours = job_folder.belongs_to(self.folder, self.next_config("train"))
         return ours and finished_report(self.folder) is not None
 
+    def lacks_exports(self) -> bool:
+        """Whether something that output.formats asks for was not made of the finished adapter yet."""
+        report = finished_report(self.folder) or {}
+        forms = forms_of(self.next_config("train").output)
+        return not all(
+            is_exported(self.folder / EXPORTS / form, str(report.get("adapter_sha256"))) for form in forms
+        )
+
     def fetch(self) -> int:
         """Fetch remote sources into the workspace."""
         if not any(is_remote(uri) for uri in (self.job.spec.model.source, self.job.spec.dataset.source)):
@@ -177,6 +188,8 @@ class LocalRun:
             self.display.print(line)
         if (page := self.folder / REPORT_PAGE).exists():
             self.display.print(f"report     {page}")
+        for form in forms_of(self.next_config("train").output):
+            self.display.print(f"exported   {self.folder / EXPORTS / form}")
 
     def _stopped_before(self, stage: RunStage) -> int:
         """The code to exit with when a signal came too late for the stage before; else 0."""

@@ -13,7 +13,16 @@ from qlora_contract.plan import PlanResponse
 from qlora_operator.cli.processes import ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
-TRAINER_PACKAGES = ("boto3", "huggingface_hub", "jinja2", "numpy", "safetensors", "torch", "transformers")
+TRAINER_PACKAGES = (
+    "boto3",
+    "gguf",
+    "huggingface_hub",
+    "jinja2",
+    "numpy",
+    "safetensors",
+    "torch",
+    "transformers",
+)
 """What the extra `trainer` installs and a job needs; looked for, never imported here."""
 
 

@@ -5,7 +5,7 @@ read from its file, quantized if it belongs to a linear layer, and put in its
 place, one at a time: a whole model in full precision never exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def load_model(
     dtype: torch.dtype,
     advance: Callable[[int], None] = lambda _: None,
     weights_hash: WeightsHash | None = None,
+    stored: Iterable[tuple[str, Tensor]] | None = None,
 ) -> BaseModel:
     """Stream a model from its safetensors files.
 
@@ -39,6 +40,7 @@ def load_model(
         dtype: what is computed in.
         advance: called with the number of bytes that were just loaded. What it raises ends the load.
         weights_hash: gets every tensor as it is stored.
+        stored: name and value of each tensor, where they come from elsewhere than the folder's files.
 
     Raises:
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
@@ -48,7 +50,7 @@ def load_model(
     with torch.device("meta"):
         graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
     loader = _WeightLoader(graph, family, scheme, dtype)
-    for name, tensor in stored_tensors(folder):
+    for name, tensor in stored_tensors(folder) if stored is None else stored:
         if weights_hash is not None:
             weights_hash.add(name, tensor)
         loader.load(name, tensor)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from qlora_contract import memory
 from qlora_contract.cpus import parse_cpu_list
 from qlora_contract.env import CPUS_ENV
+from qlora_contract.export import forms_of
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
@@ -49,6 +50,7 @@ from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
+from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
@@ -149,6 +151,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     run = context.run
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
+    forms = forms_of(run.output)
+    exports.check(forms, model_folder)
     began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
     tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance, once_per_pod(context))
@@ -187,7 +191,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         for use, facts in data.facts().items():
             log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
-        context.folder.check_space(checkpoints + 2**20)
+        context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
         warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     context.progress.update(

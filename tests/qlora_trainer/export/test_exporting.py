@@ -1,0 +1,207 @@
+"""Each form of a small model's adapter, made, opened again and compared; and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_contract.export import EXPORT_FORMS, ExportForm, ExportRequest
+from qlora_contract.job_folder import is_exported
+from qlora_trainer.errors import Fenced, ModelError, StorageFull
+from qlora_trainer.export import exporting, gguf, merged_weights
+from qlora_trainer.export.exporting import bytes_needed, check_forms, export
+
+pytestmark = pytest.mark.process
+
+SIZES = {"hidden_size": 256, "intermediate_size": 256}
+"""Of which k-quants' blocks are made."""
+
+
+class Told:
+    """A Listener."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done = 0
+
+    def begin(self, name: str, total: int) -> None:
+        """Note it."""
+        self.lines.append(name)
+
+    def advance(self, done: int) -> None:
+        """Count it."""
+        self.done += done
+
+    def exported(self, form: ExportForm) -> None:
+        """Note it."""
+        self.lines.append(form)
+
+
+def a_request(model: Path, adapter: Path, output: Path, *forms: ExportForm) -> ExportRequest:
+    """Of these forms; all of them by default."""
+    return ExportRequest(
+        name="mine",
+        model=str(model),
+        adapter=str(adapter),
+        output=str(output),
+        forms=list(forms or EXPORT_FORMS),
+    )
+
+
+def no_fence() -> None:
+    """Nobody else has taken the folder."""
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_every_form_of_every_family_is_the_adapters_model(
+    kind: str, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Read back, each gives the adapter's logits up to the rounding of its type, and not the base's."""
+    model, told = small_model(kind, **SIZES), Told()
+
+    export(a_request(model, an_adapter(model), tmp_path / "out"), told, no_fence)
+
+    reports = {
+        form: json.loads((tmp_path / "out" / form / "export_report.json").read_text())
+        for form in EXPORT_FORMS
+    }
+    proofs = {form: report["proof"] for form, report in reports.items()}
+    base = proofs["merged"]["base_kl_divergence"]
+    assert base > 1e-3
+    assert proofs["merged"]["kl_divergence"] < 1e-6
+    assert proofs["gguf-lora"]["kl_divergence"] < 1e-9
+    assert proofs["gguf-f16"]["kl_divergence"] < 1e-5
+    assert proofs["gguf-f16"]["kl_divergence"] < proofs["gguf-q8_0"]["kl_divergence"] < base / 10
+    assert proofs["gguf-q8_0"]["kl_divergence"] < proofs["gguf-q4_k_m"]["kl_divergence"] < base
+    assert all(proof["adapter_share"] == pytest.approx(1, abs=0.1) for proof in proofs.values())
+    assert {"Q4_K", "Q6_K"} <= reports["gguf-q4_k_m"]["tensor_types"].keys()
+    assert [line for line in told.lines if line in EXPORT_FORMS] == list(EXPORT_FORMS)
+    assert told.done > 0
+    assert not list((tmp_path / "out").glob(".*"))
+    files = [path for path in (tmp_path / "out").glob("*/*") if path.is_file()]
+    (tmp_path / "like any").touch()
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "like any").stat().st_mode}
+
+
+def test_what_is_there_already_is_not_made_again(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Unless it is of another adapter, or not complete."""
+    model = small_model()
+    first, second, output = an_adapter(model), an_adapter(model, scale=2.0), tmp_path / "out"
+    made, again, other = Told(), Told(), Told()
+
+    export(a_request(model, first, output, "merged"), made, no_fence)
+    export(a_request(model, first, output, "merged"), again, no_fence)
+    export(a_request(model, second, output, "merged"), other, no_fence)
+
+    assert (made.lines[-1], again.lines, other.lines[-1]) == ("merged", [], "merged")
+    (output / "merged" / "config.json").write_text("{}")
+    manifest = json.loads((output / "merged" / "manifest.json").read_text())
+    assert not is_exported(output / "merged", manifest["adapter_sha256"])
+
+
+@pytest.mark.parametrize("form", ["merged", "gguf-f16"])
+def test_an_export_without_the_adapters_effect_fails(
+    form: ExportForm,
+    small_model: Callable[..., Path],
+    an_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A merge that does nothing gives files that load and answer; they are not kept."""
+    model = small_model()
+
+    def do_nothing(tensor: merged_weights.StoredTensor) -> Any:
+        with merged_weights.open_safetensors(tensor.file) as handle:
+            return handle.get_tensor(tensor.name)
+
+    monkeypatch.setattr(merged_weights.StoredTensor, "value", do_nothing)
+    with pytest.raises(
+        ModelError, match=rf"{form} was opened again, and 0% of the adapter's effect is in it"
+    ):
+        export(a_request(model, an_adapter(model), tmp_path / "out", form), Told(), no_fence)
+
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_file_of_wrong_numbers_fails(
+    small_model: Callable[..., Path],
+    an_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such as one whose weights lost their scale on the way."""
+    model = small_model()
+    right = gguf.quantized
+
+    def wrong(name: str, tensor: torch.Tensor, kind: Any) -> Any:
+        return right(name, tensor * (100.0 if "attn_v" in name else 1.0), kind)
+
+    monkeypatch.setattr(gguf, "quantized", wrong)
+    with pytest.raises(ModelError, match="gguf-q8_0 was opened again, and"):
+        export(a_request(model, an_adapter(model), tmp_path / "out", "gguf-q8_0"), Told(), no_fence)
+
+
+def test_an_adapter_that_changes_nothing_is_refused(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As one that was never trained."""
+    model = small_model()
+
+    with pytest.raises(ModelError, match="the adapter changes nothing"):
+        export(a_request(model, an_adapter(model, scale=0.0), tmp_path / "out", "merged"), Told(), no_fence)
+
+
+def test_an_attempt_that_was_overtaken_publishes_nothing(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The form gets its name only while the folder is ours."""
+    model = small_model()
+
+    def overtaken() -> None:
+        raise Fenced("attempt 2 has taken over")
+
+    with pytest.raises(Fenced):
+        export(a_request(model, an_adapter(model), tmp_path / "out", "merged"), Told(), overtaken)
+
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_too_little_space_is_seen_before_anything_is_written(
+    small_model: Callable[..., Path],
+    an_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the names of the forms, and what they need."""
+    model, told = small_model(), Told()
+    monkeypatch.setattr(
+        exporting.shutil, "disk_usage", lambda _: exporting.shutil._ntuple_diskusage(10, 5, 5)
+    )
+
+    with pytest.raises(StorageFull, match="5 bytes free; merged, gguf-q8_0 need"):
+        export(a_request(model, an_adapter(model), tmp_path / "out", "merged", "gguf-q8_0"), told, no_fence)
+
+    assert told.lines == []
+
+
+def test_forms_are_checked_before_anything_is_trained(
+    small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A tokenizer that llama.cpp has no name for would be found out after hours."""
+    import shutil
+
+    model = Path(shutil.copytree(small_model(), tmp_path / "model"))
+    check_forms(EXPORT_FORMS, model)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["use_regex"] = False
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    with pytest.raises(ModelError, match=r"output\.formats has gguf, but the tokenizer splits texts"):
+        check_forms(["gguf-q8_0"], model)
+    check_forms(["merged"], model)
+    assert bytes_needed(["merged"], model) > (model / "model.safetensors").stat().st_size

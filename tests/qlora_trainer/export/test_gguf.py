@@ -1,0 +1,238 @@
+"""GGUF's names, order and types."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoConfig
+
+from qlora_trainer.errors import ModelError
+from qlora_trainer.export.gguf import (
+    GgufNames,
+    context_length,
+    family_of,
+    quantized,
+    rope_factors,
+    tensor_type,
+)
+
+pytestmark = pytest.mark.process
+
+
+def a_config(kind: str = "llama", **values: Any) -> Any:
+    """A configuration of a small model."""
+    known = {
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **{**known, **values})
+
+
+def test_rows_of_queries_and_keys_are_reordered_and_back() -> None:
+    """llama.cpp rotates neighbors, transformers numbers half a head apart; of other layers, nothing moves."""
+    names = GgufNames(a_config())
+    rows = torch.arange(512.0)[:, None].expand(512, 3)
+
+    for path, count in (
+        ("model.layers.0.self_attn.q_proj.weight", 512),
+        ("model.layers.0.self_attn.k_proj.weight", 128),
+    ):
+        moved = names.to_gguf(path, rows[:count])
+        assert moved[:4, 0].tolist() == [0, 32, 1, 33]
+        assert torch.equal(names.from_gguf(path, moved), rows[:count])
+    assert names.to_gguf("model.layers.0.self_attn.v_proj.weight", rows) is rows
+    assert GgufNames(a_config("qwen2")).to_gguf("model.layers.0.self_attn.q_proj.weight", rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", "blk.0.attn_q.bias"),
+        ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
+        ("lm_head.weight", "output.weight"),
+    ],
+)
+def test_names_are_those_of_llama_cpp(path: str, name: str) -> None:
+    """From gguf's own table."""
+    assert GgufNames(a_config("qwen3")).name(path) == name
+
+
+def test_a_tensor_without_a_name_is_refused() -> None:
+    """It would be lost."""
+    with pytest.raises(ModelError, match=r"GGUF has no name for model\.layers\.0\.extra\.weight"):
+        GgufNames(a_config()).name("model.layers.0.extra.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        pytest.param(SimpleNamespace(model_type="other"), "a 'other' model cannot be exported", id="family"),
+        pytest.param(
+            SimpleNamespace(model_type="llama", rope_parameters={"rope_type": "dynamic"}),
+            "'dynamic' rotary",
+            id="rope",
+        ),
+        pytest.param(
+            SimpleNamespace(model_type="llama", rope_parameters={}, hidden_act="gelu"),
+            "hidden_act 'gelu'",
+            id="act",
+        ),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(config: Any, said: str) -> None:
+    """With a sentence."""
+    with pytest.raises(ModelError, match=said):
+        family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "shape", "kind"),
+    [
+        ("f16", "blk.0.ffn_up.weight", (8, 512), Type.F16),
+        ("f16", "blk.0.attn_norm.weight", (512,), Type.F32),
+        ("q8_0", "token_embd.weight", (8, 512), Type.Q8_0),
+        ("q8_0", "blk.0.ffn_up.weight", (8, 24), Type.F16),
+        ("q4_k_m", "token_embd.weight", (8, 512), Type.Q6_K),
+        ("q4_k_m", "blk.0.ffn_down.weight", (8, 512), Type.Q6_K),
+        ("q4_k_m", "blk.1.ffn_down.weight", (8, 512), Type.Q4_K),
+        ("q4_k_m", "blk.3.attn_v.weight", (8, 512), Type.Q6_K),
+        ("q4_k_m", "blk.7.attn_v.weight", (8, 512), Type.Q6_K),
+        ("q4_k_m", "blk.0.attn_q.weight", (8, 512), Type.Q4_K),
+        ("q4_k_m", "blk.0.attn_q.weight", (8, 576), Type.Q5_0),
+        ("q4_k_m", "token_embd.weight", (8, 576), Type.Q8_0),
+        ("q4_k_m", "blk.0.attn_qkv.weight", (8, 512), Type.Q5_K),
+    ],
+)
+def test_types_are_llama_cpps_mixture(form: Any, name: str, shape: tuple[int, ...], kind: Type) -> None:
+    """More bits for the head and some layers; rows that blocks do not divide get smaller blocks."""
+    assert tensor_type(form, name, shape, a_config()) == kind
+
+
+def test_a_head_of_its_own_and_a_tied_embedding_are_told_apart() -> None:
+    """The embedding alone may lose bits."""
+    config = a_config(tie_word_embeddings=False)
+
+    assert tensor_type("q4_k_m", "output.weight", (8, 512), config) == Type.Q6_K
+    assert tensor_type("q4_k_m", "token_embd.weight", (8, 512), config) == Type.Q4_K
+
+
+@pytest.mark.parametrize("value", [float("nan"), 70_000.0])
+def test_numbers_that_a_type_cannot_hold_are_refused(value: float) -> None:
+    """fp16 ends at 65,504."""
+    with pytest.raises(ModelError, match=r"output\.weight holds numbers of up to"):
+        quantized("output.weight", torch.tensor([[value]]), Type.F16)
+
+
+def test_the_context_ends_where_a_window_begins_to_matter() -> None:
+    """llama.cpp has no window for these families: beyond it would be another model."""
+    values = {"max_position_embeddings": 1000}
+
+    assert context_length(a_config("mistral", sliding_window=100, **values)) == 100
+    assert context_length(a_config("mistral", sliding_window=None, **values)) == 1000
+    assert context_length(a_config("qwen2", use_sliding_window=False, **values)) == 1000
+
+
+def test_llama3_stretches_waves_as_transformers_does(small_model: Callable[..., Path]) -> None:
+    """The factors are the ratio of transformers' own frequencies without and with the scaling."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = a_config(rope_parameters=rope)
+    plain = 1.0 / (500_000.0 ** (torch.arange(0, 64, 2) / 64))
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+
+    found = rope_factors(config)
+    assert found is not None
+    torch.testing.assert_close(plain / found, scaled)
+    assert rope_factors(a_config()) is None
+
+
+PROMPT = "<|im_start|>user\nWhat does a list do?<|im_end|>\n<|im_start|>assistant\n"
+TOKENS = 20
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+def test_llama_cpp_says_what_transformers_and_peft_say(
+    demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file; q4_k_m answers."""
+    llama_cpp = pytest.importorskip(
+        "llama_cpp", reason="needs llama-cpp-python: a package that compiles llama.cpp"
+    )
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_contract.export import ExportRequest
+    from qlora_trainer.export.exporting import export
+
+    class Silent:
+        def begin(self, *_: object) -> None: ...
+        def advance(self, *_: object) -> None: ...
+        def exported(self, *_: object) -> None: ...
+
+    adapter = an_adapter(demo_model, scale=0.3)
+    forms: Any = ["gguf-f16", "gguf-q4_k_m", "gguf-lora"]
+    out = tmp_path / "out"
+    request = ExportRequest(
+        name="demo", model=str(demo_model), adapter=str(adapter), output=str(out), forms=forms
+    )
+    export(request, Silent(), lambda: None)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+
+    def by_peft() -> list[int]:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(TOKENS):
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    def by_llama_cpp(file: Path, **more: Any) -> list[int]:
+        loaded = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, **more)
+        assert loaded.tokenize(PROMPT.encode(), add_bos=True, special=True) == prompt
+        drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        return [next(drawn) for _ in range(TOKENS)]
+
+    expected = by_peft()
+    with model.disable_adapter():
+        assert by_peft() != expected
+    assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
+    assert by_llama_cpp(
+        _base_as_gguf(demo_model, tmp_path), lora_path=str(out / "gguf-lora" / "demo-lora.gguf")
+    ) == (expected)
+    small = llama_cpp.Llama(str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), n_ctx=256, verbose=False)
+    answer = small.create_chat_completion(
+        [{"role": "user", "content": "Hello"}], max_tokens=12, temperature=0.0
+    )
+    assert answer["choices"][0]["message"]["content"].strip()
+
+
+def _base_as_gguf(folder: Path, tmp_path: Path) -> Path:
+    """The base without an adapter, as f16."""
+    from transformers import AutoTokenizer
+
+    from qlora_trainer.export.adapter_weights import AdapterWeights
+    from qlora_trainer.export.gguf import Metadata, plan_model, write_model
+    from qlora_trainer.export.merged_weights import plan_tensors
+    from qlora_trainer.export.vocabulary import read_vocabulary
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tensors = plan_model(plan_tensors(folder, "model", AdapterWeights({}, None)), config, "f16")
+    metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, {})
+    file = tmp_path / "base.gguf"
+    write_model(file, tensors, metadata, lambda _: None)
+    return file

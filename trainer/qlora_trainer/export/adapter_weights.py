@@ -1,0 +1,89 @@
+"""A finished adapter, read back from its folder: what it adds to each layer."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE
+from qlora_trainer.artifacts.adapter import PEFT_PREFIX
+from qlora_trainer.errors import ModelError
+
+_MATRIX = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<layer>.+)\.lora_(?P<which>[AB])\.weight")
+_CHANGES_THE_FORMULA = (
+    "use_dora",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings of PEFT's under which a layer adds something else than scale B A, or other layers change."""
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What is added to the weight of a linear layer: scale B A."""
+
+    a: Tensor
+    """(rank, in), fp32."""
+    b: Tensor
+    """(out, rank), fp32."""
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Columns of b."""
+        return self.a.shape[0]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """weight + scale B A: (out, in) in fp32, added up in fp32."""
+        return torch.addmm(weight.float(), self.b, self.a, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """An adapter of PEFT's format."""
+
+    layers: Mapping[str, LayerAdapter]
+    """By the layer's path in transformers' causal language model (`model.layers.0.mlp.up_proj`)."""
+    chat_template: str | None
+    """What it was trained with, if the adapter says so."""
+
+
+def read_adapter(folder: Path) -> AdapterWeights:
+    """The adapter in a folder.
+
+    Raises:
+        ModelError: it is no LoRA adapter, or one that is more than scale B A on linear layers.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} is not a LoRA adapter in PEFT's format: {error}") from error
+    if others := [name for name in _CHANGES_THE_FORMULA if config.get(name)]:
+        raise ModelError(f"{folder}/{ADAPTER_CONFIG} sets {', '.join(others)}, which cannot be exported")
+    # As PEFT scales: LoRA by alpha / r; rsLoRA (Kalajdzievski 2023) by alpha / sqrt(r).
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _MATRIX.fullmatch(name)
+        if match is None:
+            raise ModelError(f"{folder} holds {name}, which is no LoRA matrix of a linear layer")
+        halves.setdefault(match["layer"], {})[match["which"]] = tensor.float()
+    if lonely := [layer for layer, pair in halves.items() if len(pair) < len("AB")]:
+        raise ModelError(f"{folder} holds one of the two LoRA matrices of {lonely[0]}")
+    template = folder / CHAT_TEMPLATE
+    return AdapterWeights(
+        {layer: LayerAdapter(pair["A"], pair["B"], scale) for layer, pair in halves.items()},
+        template.read_text(encoding="utf-8") if template.is_file() else None,
+    )

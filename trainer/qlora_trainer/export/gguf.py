@@ -1,0 +1,392 @@
+"""GGUF files for llama.cpp and what is built on it: the whole model with the adapter merged, or the adapter alone.
+
+Tensors are read, merged, quantized and written one at a time. Names and metadata are those that llama.cpp's own
+converter gives; gguf's package knows the names.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qlora_contract.run_config import GgufType
+from qlora_trainer.errors import ModelError
+from qlora_trainer.export import k_quants
+from qlora_trainer.export.adapter_weights import AdapterWeights
+from qlora_trainer.export.merged_weights import StoredTensor
+from qlora_trainer.export.vocabulary import Vocabulary
+
+ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings that llama.cpp computes as transformers does."""
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """What llama.cpp calls a model family, and in which order it keeps the rows of queries and keys."""
+
+    architecture: str
+    interleaved: bool
+    """Rotary pairs are neighbors there, and half a head apart in transformers."""
+
+
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    "llama": GgufFamily("llama", interleaved=True),
+    "mistral": GgufFamily("llama", interleaved=True),
+    "qwen2": GgufFamily("qwen2", interleaved=False),
+    "qwen3": GgufFamily("qwen3", interleaved=False),
+}
+"""By config.json's model_type."""
+
+
+def family_of(config: Any) -> GgufFamily:
+    """The family of a model, by its configuration. Raises ModelError where no GGUF file would be the model."""
+    family = GGUF_FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(sorted(GGUF_FAMILIES))
+        raise ModelError(f"a {config.model_type!r} model cannot be exported to GGUF; these can: {known}")
+    rope = config.rope_parameters.get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise ModelError(f"a model with {rope!r} rotary embeddings cannot be exported to GGUF")
+    if config.hidden_act != "silu":
+        raise ModelError(
+            f"a model with hidden_act {config.hidden_act!r} cannot be exported to GGUF; only silu can"
+        )
+    return family
+
+
+# --- names and order
+
+
+class GgufNames:
+    """How GGUF calls and orders the tensors of a model.
+
+    Args:
+        config: transformers' configuration of the model.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._family = family_of(config)
+        architecture = next(
+            a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.architecture
+        )
+        self._map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    def name(self, path: str) -> str:
+        """GGUF's name of a tensor of transformers' causal language model. Raises ModelError where it has none."""
+        found = self._map.get_name(path, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise ModelError(f"GGUF has no name for {path} of a {self._config.model_type!r} model")
+        return str(found)
+
+    def to_gguf(self, path: str, rows: Tensor) -> Tensor:
+        """The rows of a tensor of transformers in llama.cpp's order."""
+        heads = self._heads(path)
+        return rows if heads is None else _swap(rows, heads, 2)
+
+    def from_gguf(self, path: str, rows: Tensor) -> Tensor:
+        """The inverse of to_gguf."""
+        heads = self._heads(path)
+        return rows if heads is None else _swap(rows, heads, rows.shape[0] // heads // 2)
+
+    def _heads(self, path: str) -> int | None:
+        """Heads within which rows are reordered; None: they are not."""
+        if not self._family.interleaved:
+            return None
+        layer = path.rpartition(".")[0].rpartition(".")[2]
+        return {
+            "q_proj": self._config.num_attention_heads,
+            "k_proj": self._config.num_key_value_heads,
+        }.get(layer)
+
+
+def _swap(rows: Tensor, heads: int, first: int) -> Tensor:
+    """Rows (i, j) of each head, i below `first`, become rows (j, i)."""
+    return rows.reshape(heads, first, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+# --- types
+
+
+def tensor_type(form: GgufType, name: str, shape: Sequence[int], config: Any) -> Type:
+    """What a tensor is stored as, by llama.cpp's mixture for that form.
+
+    Args:
+        form: f16, q8_0 or q4_k_m.
+        name: GGUF's.
+        shape: (rows, columns), or (n,), which stays in fp32.
+        config: transformers' configuration of the model.
+    """
+    if len(shape) < 2:
+        return Type.F32
+    wanted = Type.F16 if form == "f16" else Type.Q8_0 if form == "q8_0" else _mixture(name, config)
+    return _that_fits(wanted, shape[-1])
+
+
+def _mixture(name: str, config: Any) -> Type:
+    """Of q4_k_m: more bits for the head, and for what quantization harms most in some of the layers."""
+    layers = config.num_hidden_layers
+    if name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings):
+        return Type.Q6_K
+    kind = name.split(".")[-2]
+    if kind in ("attn_v", "ffn_down"):
+        layer = int(name.split(".")[1])
+        if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
+            return Type.Q6_K
+    shares_values = config.num_attention_heads != config.num_key_value_heads
+    if kind == "attn_v" and config.model_type == "llama" and layers == 80 and shares_values:
+        return Type.Q5_K  # 70B: 8 heads share these, which thus are few
+    return Type.Q5_K if kind == "attn_qkv" else Type.Q4_K
+
+
+_SMALLER_BLOCKS = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
+
+
+def _that_fits(wanted: Type, columns: int) -> Type:
+    """The type itself, or one whose blocks divide a row."""
+    for kind in (wanted, _SMALLER_BLOCKS.get(wanted, wanted)):
+        if columns % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            return kind
+    return Type.F16
+
+
+def stored_bytes(kind: Type, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a tensor in bytes: its columns as bytes."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return (*shape[:-1], shape[-1] // block * size)
+
+
+_K_QUANTS: Mapping[Type, Callable[[Tensor], NDArray[np.uint8]]] = {
+    Type.Q4_K: k_quants.quantize_q4_k,
+    Type.Q5_K: k_quants.quantize_q5_k,
+    Type.Q6_K: k_quants.quantize_q6_k,
+}
+
+
+def quantized(name: str, tensor: Tensor, kind: Type) -> NDArray[Any]:
+    """A tensor in a type of GGUF's. Raises ModelError for numbers that the type cannot hold."""
+    values = tensor.float().contiguous()
+    largest = float(values.abs().max())
+    if not math.isfinite(largest) or (kind == Type.F16 and largest > k_quants.LARGEST_FP16):
+        raise ModelError(f"{name} holds numbers of up to {largest:g}, which {kind.name} cannot hold")
+    if kind in _K_QUANTS:
+        return _K_QUANTS[kind](values)
+    if kind == Type.F32:
+        return values.numpy()
+    if kind == Type.F16:
+        return values.half().numpy()
+    written: NDArray[Any] = gguf.quants.quantize(values.numpy(), kind)
+    return written
+
+
+# --- files
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the file, not yet made."""
+
+    name: str
+    """GGUF's."""
+    kind: Type
+    shape: tuple[int, ...]
+    source: StoredTensor | None
+    """None: `value` is it."""
+    value: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(stored_bytes(self.kind, self.shape))
+
+
+def plan_model(stored: Sequence[StoredTensor], config: Any, form: GgufType) -> list[PlannedTensor]:
+    """The tensors of a model's file. Raises ModelError for one that GGUF does not know."""
+    names = GgufNames(config)
+    tensors = []
+    for each in stored:
+        if each.path.endswith("rotary_emb.inv_freq") or (
+            config.tie_word_embeddings and each.layer == "lm_head"
+        ):
+            continue  # computed; the embedding
+        name = names.name(each.path)
+        tensors.append(PlannedTensor(name, tensor_type(form, name, each.shape, config), each.shape, each))
+    factors = rope_factors(config)
+    if factors is not None:
+        tensors.append(PlannedTensor("rope_freqs.weight", Type.F32, tuple(factors.shape), None, factors))
+    return tensors
+
+
+def write_model(
+    path: Path, tensors: Sequence[PlannedTensor], metadata: "Metadata", advance: Callable[[int], None]
+) -> Counter[str]:
+    """Write a model's GGUF file; how many tensors are of each type.
+
+    Args:
+        path: the file.
+        tensors: what plan_model returned.
+        metadata: what else the file says.
+        advance: called with the bytes that were just read; what it raises ends the writing.
+
+    Raises:
+        ModelError: a tensor has numbers that its type cannot hold.
+    """
+    names = GgufNames(metadata.config)
+    writer = metadata.writer()
+    for tensor in tensors:
+        numpy_type = {Type.F32: np.float32, Type.F16: np.float16}.get(tensor.kind)
+        shape = tensor.shape if numpy_type else stored_bytes(tensor.kind, tensor.shape)
+        writer.add_tensor_info(
+            tensor.name, shape, np.dtype(numpy_type or np.uint8), tensor.nbytes, tensor.kind
+        )
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for tensor in tensors:
+            value = tensor.value
+            if tensor.source is not None:
+                value = names.to_gguf(tensor.source.path, tensor.source.value())
+            assert value is not None, "a tensor is read or given"
+            writer.write_tensor_data(quantized(tensor.name, value, tensor.kind))
+            advance(0 if tensor.source is None else tensor.source.nbytes)
+    finally:
+        writer.close()
+    return Counter(tensor.kind.name for tensor in tensors)
+
+
+def write_lora(path: Path, adapter: AdapterWeights, config: Any, name: str) -> None:
+    """Write the adapter alone, in fp32, for `--lora` of llama.cpp. Raises ModelError for a layer that GGUF lacks."""
+    names = GgufNames(config)
+    writer = gguf.GGUFWriter(None, family_of(config).architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_name(name)
+    first = next(iter(adapter.layers.values()))
+    # llama.cpp multiplies by alpha / rank, whatever the adapter was scaled by.
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+    for layer, added in adapter.layers.items():
+        weight = f"{layer}.weight"
+        writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy())
+        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, added.b).contiguous().numpy())
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a model's file says of the model, besides its tensors."""
+
+    name: str
+    config: Any
+    """transformers' configuration."""
+    form: GgufType
+    vocabulary: Vocabulary
+    chat_template: str | None
+    special: Mapping[str, int]
+    """`bos`, `eos`, `eot`, `unk`, `pad` -> id, as far as there are any."""
+
+    def writer(self) -> gguf.GGUFWriter:
+        """A writer that has taken all of it."""
+        config, writer = self.config, gguf.GGUFWriter(None, family_of(self.config).architecture)
+        head = head_size(config)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(self.name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_file_type(
+            {
+                "f16": gguf.LlamaFileType.MOSTLY_F16,
+                "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+                "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+            }[self.form]
+        )
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(context_length(config))
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head)
+        writer.add_value_length(head)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(head)
+        self._add_rope(writer)
+        self._add_vocabulary(writer)
+        return writer
+
+    def _add_rope(self, writer: gguf.GGUFWriter) -> None:
+        rope = self.config.rope_parameters
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope.get("rope_type") not in ("linear", "yarn"):
+            return  # llama3's is a tensor
+        linear = rope["rope_type"] == "linear"
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if linear else gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        if not linear:
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+    def _add_vocabulary(self, writer: gguf.GGUFWriter) -> None:
+        vocabulary = self.vocabulary
+        writer.add_tokenizer_model(vocabulary.model)
+        writer.add_tokenizer_pre(vocabulary.pre)
+        writer.add_token_list(vocabulary.tokens)
+        writer.add_token_types(vocabulary.types)
+        if vocabulary.scores:
+            writer.add_token_scores(vocabulary.scores)
+        if vocabulary.merges:
+            writer.add_token_merges(vocabulary.merges)
+        writer.add_add_bos_token(vocabulary.add_bos)
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+        add = {
+            "bos": writer.add_bos_token_id,
+            "eos": writer.add_eos_token_id,
+            "eot": writer.add_eot_token_id,
+            "unk": writer.add_unk_token_id,
+            "pad": writer.add_pad_token_id,
+        }
+        for role, id_ in self.special.items():
+            add[role](id_)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def head_size(config: Any) -> int:
+    """Numbers of a head's query."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def context_length(config: Any) -> int:
+    """Tokens up to which the file computes what the model does: llama.cpp has no sliding window for these families."""
+    longest = int(config.max_position_embeddings)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
+    window = getattr(config, "sliding_window", None)
+    return min(longest, int(window)) if slides and window else longest
+
+
+def rope_factors(config: Any) -> Tensor | None:
+    """What llama3's rotary embeddings divide each frequency by: (head size / 2,) fp32. None for other kinds.
+
+    Long waves are stretched by the factor, short ones not at all, those between by a mean of both.
+    """
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "llama3":
+        return None
+    steps = torch.arange(0, head_size(config), 2, dtype=torch.float64) / head_size(config)
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi * rope["rope_theta"] ** steps)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = (1 / (share + (1 - share) / rope["factor"])).float()
+    return factors

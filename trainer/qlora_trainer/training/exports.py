@@ -1,0 +1,184 @@
+"""What a job's output.formats asks for, made once its adapter is finished: by a process that the first rank starts."""
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from pydantic import ValidationError
+
+from qlora_contract import entry_points
+from qlora_contract.exit_codes import ExitCode
+from qlora_contract.export import ExportEvent, ExportForm, ExportRequest, forms_of
+from qlora_contract.job_folder import EXPORT_REPORT, EXPORTS, TRAINING_REPORT, is_exported
+from qlora_contract.paths import resolve
+from qlora_contract.plan import PlanError
+from qlora_trainer.errors import Terminated, TrainerError
+from qlora_trainer.host.process_memory import malloc_trim
+from qlora_trainer.storage.atomic import write_atomically
+from qlora_trainer.telemetry.progress import Progress
+from qlora_trainer.training.context import RankContext
+
+log = logging.getLogger(__name__)
+
+EXPORTER = (sys.executable, "-m", entry_points.EXPORT)
+POLL_SECONDS = 1.0
+"""Between two times that the ranks ask one another whether the export is done, or they are to stop."""
+
+
+def check(forms: Sequence[ExportForm], model: Path) -> None:
+    """Raise ModelError, before anything is trained, when the model cannot take one of the forms."""
+    if forms:
+        from qlora_trainer.export.exporting import check_forms
+
+        check_forms(forms, model)
+
+
+def space(forms: Sequence[ExportForm], model: Path) -> int:
+    """About how many bytes of the workspace the forms will take."""
+    if not forms:
+        return 0
+    from qlora_trainer.export.exporting import bytes_needed
+
+    return bytes_needed(forms, model)
+
+
+def export(context: RankContext, command: Sequence[str] = EXPORTER) -> None:
+    """Make of the finished adapter what is not made of it yet. All ranks call this, and wait for the first.
+
+    Args:
+        context: this rank's; its job is finished.
+        command: the exporter's command line.
+
+    Raises:
+        Terminated: a rank was asked to stop; what is finished stays.
+        TrainerError: an export failed; the same on every rank. The adapter stays.
+    """
+    forms = context.group.all_gather_object(_missing(context) if context.is_rank_zero else [])[0]
+    if not forms:
+        return
+    malloc_trim()  # the process needs what the trained model has given back
+    context.progress.update(stage="Publishing")
+    process = Exporter(command, _request(context, forms), context.progress) if context.is_rank_zero else None
+    try:
+        done = False
+        while not done:
+            running = process is not None and process.runs(POLL_SECONDS)
+            reduced = context.all_reduce_scalars({"running": float(running)})
+            done = not reduced.sums["running"]
+            if reduced.stop_requested and not done:
+                raise Terminated(
+                    "asked to stop while exporting; the adapter is finished, and what was exported is kept"
+                )
+    finally:
+        if process is not None:
+            process.stop()
+    context.progress.begin(None)
+    failure: PlanError | None = context.group.all_gather_object(process and process.failure())[0]
+    if failure is not None:
+        error = TrainerError(failure.cause)
+        error.exit_code, error.agreed = ExitCode(failure.code), True
+        raise error
+    if context.is_rank_zero:
+        report(context)
+
+
+def _missing(context: RankContext) -> list[ExportForm]:
+    """The forms that the job asks for and does not have."""
+    forms = forms_of(context.run.output)
+    if not forms:
+        return []
+    digest, folder = context.folder.report()["adapter_sha256"], context.folder.path / EXPORTS
+    return [form for form in forms if not is_exported(folder / form, digest)]
+
+
+def _request(context: RankContext, forms: Sequence[ExportForm]) -> ExportRequest:
+    return ExportRequest(
+        name=context.run.job.name,
+        model=str(resolve(context.run.model_uri, context.volumes)),
+        adapter=str(context.folder.adapter),
+        output=str(context.folder.path / EXPORTS),
+        forms=list(forms),
+        run=context.run,
+        job_folder=str(context.folder.path),
+    )
+
+
+def report(context: RankContext) -> None:
+    """Tell in training_report.json how each export compares with the trained model."""
+    folder = context.folder.path / EXPORTS
+    reports = {
+        form: json.loads((folder / form / EXPORT_REPORT).read_text()) for form in forms_of(context.run.output)
+    }
+    whole = {**context.folder.report(), "exports": reports}
+    context.folder.check_fence()
+    write_atomically(context.folder.path / TRAINING_REPORT, json.dumps(whole, indent=1))
+    for form, made in reports.items():
+        log.info("exported %s: KL divergence %.2g nats", folder / form, made["proof"]["kl_divergence"])
+
+
+class Exporter:
+    """The exporting process, and a thread that carries what it tells into the live report.
+
+    Args:
+        command: its command line.
+        request: what it is asked.
+        progress: of the live report.
+    """
+
+    def __init__(self, command: Sequence[str], request: ExportRequest, progress: Progress) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(request.model_dump_json(by_alias=True))
+        self._process.stdin.close()
+        self._error: PlanError | None = None
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._process.stdout, progress), daemon=True
+        )
+        self._listener.start()
+
+    def _listen(self, lines: IO[str], progress: Progress) -> None:
+        with lines:
+            for line in lines:
+                try:
+                    event = ExportEvent.model_validate_json(line)
+                except ValidationError:
+                    continue  # a library's
+                if event.work is not None:
+                    progress.begin(event.work)
+                if event.advanced is not None:
+                    progress.advance(event.advanced)
+                if event.error is not None:
+                    self._error = event.error
+
+    def runs(self, seconds: float) -> bool:
+        """Whether it still runs after so many seconds."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End it, if it still runs: it removes what is not finished."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        self._process.wait()
+        self._listener.join()
+
+    def failure(self) -> PlanError | None:
+        """Why it ended early; None if it did not."""
+        code = self._process.returncode
+        if code == 0:
+            return None
+        if self._error is not None and self._error.code in set(ExitCode):
+            return self._error
+        hint = "; the machine, or the pod, may have run out of memory" if code == -9 else ""
+        return PlanError(
+            code=int(ExitCode.UNEXPECTED), cause=f"the exporting process ended with code {code}{hint}"
+        )
