@@ -242,7 +242,7 @@ def test_an_array_is_read_in_pieces_of_any_size(
 @pytest.mark.parametrize(
     ("name", "content", "error"),
     [
-        ("d.json", b'[{"a": 1}, {"a": }]', r"d\.json: line 1, column 17: is not JSON \(Expecting value\)"),
+        ("d.json", b'[{"a": 1}, {"a": }]', r"d\.json: line 1, column 18: is not JSON \(Expecting value\)"),
         ("d.json", b'[{"a": 1},\n {"a": "x', r"d\.json: line 2, column 8: is not JSON \(Unterminated string"),
         ("d.json", b'[{"a": 1}\n {"a": 2}]', r"d\.json: line 2: the JSON array is not whole: after record 1 a comma"),
         ("d.json", b'[{"a": 1}', r"d\.json: line 1: the JSON array is not whole"),
@@ -336,3 +336,22 @@ def test_an_error_never_quotes_the_file(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             read(tmp_path / "file.jsonl")
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 16])
+@pytest.mark.parametrize("wrong", ['{"a": }', '{"a": 1,, }', "x", '{"a" 1}'])
+def test_the_column_is_that_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, wrong: str
+) -> None:
+    """However many characters are read at once, and wherever in a line a record begins."""
+    monkeypatch.setattr(readers, "CHUNK", chunk)
+    text = f'[{{"a": 1}}, {{"b": "é"}},\n  {{"c":\n 2}},{{"d": [3]}}, {wrong}, {{"e": "{"f" * 100}"}}]'
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    with pytest.raises(json.JSONDecodeError) as expected:
+        json.loads(text)
+
+    with pytest.raises(
+        DataError, match=f"line {expected.value.lineno}, column {expected.value.colno}: is not JSON"
+    ):
+        list(read_rows(path))
