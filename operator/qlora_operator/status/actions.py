@@ -29,6 +29,11 @@ class RestoreNetwork:
 
 
 @dataclass(frozen=True)
+class DeleteNetwork:
+    """Delete the Service and the NetworkPolicy: no attempt follows."""
+
+
+@dataclass(frozen=True)
 class DeleteAttemptJob:
     """Delete an attempt's batch/v1 Job with its pods."""
 
@@ -49,7 +54,7 @@ class DeleteJob:
     """Delete the QLoRAJob itself."""
 
 
-Action = StartAttempt | RestoreNetwork | DeleteAttemptJob | DeletePod | DeleteJob
+Action = StartAttempt | RestoreNetwork | DeleteNetwork | DeleteAttemptJob | DeletePod | DeleteJob
 
 
 @dataclass(frozen=True)
