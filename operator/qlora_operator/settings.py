@@ -176,6 +176,8 @@ class Settings(ContractModel):
     another tier is tried, or nodes are released."""
     scrapers: list[dict[str, Any]] = Field(default=[])
     """NetworkPolicyPeers that may read rank 0's progress and metrics: the operator's pods, Prometheus."""
+    egress: list[dict[str, Any]] | None = None
+    """NetworkPolicyEgressRules for the pods of jobs, besides DNS and each other; unset: they may reach everything."""
     sweep_seconds: float = Field(default=300, ge=1, le=3600)
     """Seconds between two resynchronizations, in which every object is listed whatever the watches delivered."""
     watch_inactivity_seconds: float = Field(default=70, ge=1, le=300)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from builders import OMIT, job_manifest
+from builders import OMIT, changed, job_manifest, merged
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.admission import policy_violation
+from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.settings import Settings
 from testcluster.chart import find, render
 from testcluster.client import ApiError, Client
@@ -497,3 +498,59 @@ def test_the_types_are_right(guarded: Guarded) -> None:
             or_else=f"the check of {name}",
         )
         assert status["typeChecking"].get("expressionWarnings", []) == []
+
+
+# --- the operator's own account
+
+OPERATOR = "guarded-qlora-operator"
+FOREIGN_POD = {"spec": {"restartPolicy": "Never", "containers": [{"name": "main", "image": "other:1"}]}}
+HOST_FILES = {"name": "tmp", "hostPath": {"path": "/"}}
+
+
+TAKEN: dict[str, tuple[Object, str | None]] = {
+    "an attempt's Job": ({}, None),
+    "nobody's": ({"metadata.ownerReferences": OMIT}, "only Jobs of QLoRAJobs"),
+    "with a token": ({"spec.template.spec.automountServiceAccountToken": True}, "have no token"),
+    "another account's": ({"spec.template.spec.serviceAccountName": "admin"}, "no service account but"),
+    "in the node's network": ({"spec.template.spec.hostNetwork": True}, "restricted"),
+    "as root": ({"spec.template.spec.securityContext.runAsNonRoot": False}, "restricted"),
+    "with the node's files": ({"spec.template.spec.volumes": [HOST_FILES]}, "nothing of the node"),
+}
+
+
+@pytest.fixture(scope="module")
+def as_operator(api_cluster: Cluster, guarded: Guarded) -> Iterator[Client]:
+    """Whoever has the operator's token."""
+    client = make_user(api_cluster, guarded.namespace, OPERATOR, [may("batch", "jobs", ["create"])])
+    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs{DRY}"
+
+    def holds() -> bool:
+        try:
+            client.post(path, {"metadata": {"name": "other"}, "spec": {"template": FOREIGN_POD}})
+        except ApiError as error:
+            return "only Jobs of QLoRAJobs" in error.message
+        return False
+
+    wait_for(holds, or_else="the policy about the operator")
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize(("change", "said"), TAKEN.values(), ids=TAKEN)
+def test_the_operators_token_is_worth_no_more_than_its_jobs(
+    guarded: Guarded, as_operator: Client, change: Object, said: str | None
+) -> None:
+    """Its account may create Jobs in every namespace; with a token that was stolen nobody gets onto a node."""
+    made = QLoRAJob.model_validate(merged(job(), {"metadata": {"namespace": guarded.namespace}}))
+    body = attempt_job(made, uid="u", attempt=0, isa="avx2", image="a:1", settings=guarded.settings)
+    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs{DRY}"
+
+    for container in body["spec"]["template"]["spec"]["containers"]:
+        if "spec.template.spec.volumes" in change:  # what is mounted must be there
+            container["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
+
+    if said is None:
+        as_operator.post(path, body)
+        return
+    with pytest.raises(ApiError, match=said):
+        as_operator.post(path, changed(body, change))

@@ -60,6 +60,10 @@ def tour(
         job.kubelet.succeeded(pod)
     jobs = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     wait_for(lambda: not client.items(jobs), or_else="the end of the job by its TTL")
+    job = make_job("stays")
+    for pod in job.run():
+        job.kubelet.succeeded(pod)
+    wait_for(lambda: job.status["phase"] == "Succeeded" and not job.children("services", "networkpolicies"))
     is_refused(make_job)
     loses_its_quota(client, make_job)
 

@@ -17,7 +17,7 @@ from qlora_operator.settings import Settings
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts" / "qlora-operator"
 CASES = Path(__file__).parent / "cases.yaml"
-OPEN = {"affinity", "resources", "imagePullSecrets", "tolerations", "scrapers", "global"}
+OPEN = {"affinity", "resources", "imagePullSecrets", "tolerations", "scrapers", "egress", "global"}
 """Values that are Kubernetes' own types, which the API server checks."""
 
 

@@ -88,6 +88,7 @@ FULL = {
     "fsGroup": None,
     "schedulerName": "other",
     "placementGate": False,
+    "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
     "scaleUpSeconds": 900,
     "podLabels": {"team": "a"},
     "podAnnotations": {"note": "b"},

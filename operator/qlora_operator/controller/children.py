@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.controller.api_client import (
@@ -26,6 +27,7 @@ from qlora_operator.status.actions import (
     Action,
     DeleteAttemptJob,
     DeleteJob,
+    DeleteNetwork,
     DeletePod,
     RestoreNetwork,
     StartAttempt,
@@ -53,6 +55,8 @@ class Children:
                 if not await self._client.delete(BATCH_JOBS, namespace, name, job_uid):
                     self._cache.drop_attempt_job(uid, name, job_uid)
                     return False
+            case DeleteNetwork():
+                await self._delete_network(job, uid)
             case DeletePod(name, pod_uid):
                 await self._client.delete(PODS, namespace, name, pod_uid)
             case DeleteJob():
@@ -101,6 +105,22 @@ class Children:
         )
         self._facts.set_children_complete(uid)
 
+    async def _delete_network(self, job: QLoRAJob, uid: str) -> None:
+        namespace, name = str(job.metadata.namespace), job.metadata.name
+        for resource, child in (
+            (SERVICES, names.ranks_service(name)),
+            (NETWORK_POLICIES, names.ranks_network_policy(name)),
+        ):
+            try:
+                found = await self._client.get(resource, namespace, child)
+            except ApiError as error:
+                if error.code != 404:
+                    raise
+            else:
+                if _is_owned(found, uid):
+                    await self._client.delete(resource, namespace, child, found["metadata"]["uid"])
+        self._facts.set_network_gone(uid)
+
     async def _restore(
         self,
         resource: Resource,
@@ -125,13 +145,17 @@ class Children:
             if error.reason != "AlreadyExists":
                 raise
         existing = await self._client.get(resource, namespace, name)
-        owners = existing["metadata"].get("ownerReferences") or []
-        if not any(owner["uid"] == uid and owner.get("controller") for owner in owners):
+        if not _is_owned(existing, uid):
             message = (
                 f"a {body['kind']} named {name} is there that is not this job's: delete or rename either"
             )
             raise ApiError(409, Reason.NAME_CONFLICT, message)
         return existing
+
+
+def _is_owned(raw: dict[str, Any], uid: str) -> bool:
+    owners = raw["metadata"].get("ownerReferences") or []
+    return any(owner["uid"] == uid and owner.get("controller") for owner in owners)
 
 
 def create_error(error: ApiError) -> ReasonMessage | None:

@@ -195,15 +195,15 @@ class Operator:
                 if uid not in jobs:
                     self.drop(key, uid)
         # Services and NetworkPolicies are not watched: one that was deleted or edited is restored after a resync.
-        owners = [
-            {
-                raw["metadata"]["labels"][selector]
-                async for raw in self.client.list_all(resource, namespace, selector)
-                if as_desired(raw, self.settings)
-            }
-            for resource, as_desired in ((SERVICES, is_ranks_service), (NETWORK_POLICIES, is_network_policy))
-        ]
-        complete = set.intersection(*owners)
+        as_desired: list[set[str]] = []
+        for resource, is_as_desired in ((SERVICES, is_ranks_service), (NETWORK_POLICIES, is_network_policy)):
+            as_desired.append(set())
+            async for raw in self.client.list_all(resource, namespace, selector):
+                uid = raw["metadata"]["labels"][selector]
+                self.facts.set_network_exists([uid])
+                if is_as_desired(raw, self.settings):
+                    as_desired[-1].add(uid)
+        complete = set.intersection(*as_desired)
         self.facts.set_children_missing(set(self.cache.jobs(namespace).values()) - complete)
         for key in self.cache.jobs(namespace):
             self.queue.add(key)

@@ -19,6 +19,7 @@ class JobFacts:
         self._reports: dict[str, ProgressReport] = {}
         self._children_missing: set[str] = set()
         self._children_complete: set[str] = set()
+        self._networks: set[str] = set()
         self._create_errors: dict[str, ReasonMessage] = {}
         self._failures: dict[str, tuple[int, float]] = {}
         self._warned: dict[str, int | None] = {}
@@ -41,6 +42,7 @@ class JobFacts:
         """The job's Service and NetworkPolicy exist."""
         self._children_missing.discard(uid)
         self._children_complete.add(uid)
+        self._networks.add(uid)
 
     def children_complete(self, uid: str) -> bool:
         """Whether the job's Service and NetworkPolicy were there when that was last looked at."""
@@ -49,6 +51,19 @@ class JobFacts:
     def children_missing(self, uid: str) -> bool:
         """Whether the job's Service or NetworkPolicy is known not to exist."""
         return uid in self._children_missing
+
+    def set_network_exists(self, uids: Iterable[str]) -> None:
+        """A Service or a NetworkPolicy of these jobs exists."""
+        self._networks.update(uids)
+
+    def set_network_gone(self, uid: str) -> None:
+        """Neither exists any more."""
+        self._networks.discard(uid)
+        self._children_complete.discard(uid)
+
+    def network_exists(self, uid: str) -> bool:
+        """Whether the job's Service or NetworkPolicy is known to exist."""
+        return uid in self._networks
 
     def set_create_error(self, uid: str, error: ReasonMessage | None) -> bool:
         """Why the job's children could not be created, or None if they were. Returns whether that is news: an error
@@ -84,7 +99,7 @@ class JobFacts:
         """The job is gone."""
         self._reports.pop(uid, None)
         self._children_missing.discard(uid)
-        self._children_complete.discard(uid)
+        self.set_network_gone(uid)
         self._create_errors.pop(uid, None)
         self._failures.pop(uid, None)
         self._warned.pop(uid, None)

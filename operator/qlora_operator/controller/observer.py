@@ -53,6 +53,7 @@ class Observer:
             policy_violation=None if violation is None else ReasonMessage(*violation),
             create_error=self._facts.create_error(uid),
             children_missing=self._facts.children_missing(uid),
+            network_exists=self._facts.network_exists(uid),
             startup_grace=startup_grace(self._cache.starting),
         )
 

@@ -9,11 +9,14 @@ from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.metadata import metadata, pods_of
 from qlora_operator.settings import Settings
 
+DNS_PORT = 53
+
 
 def network_policy(job: QLoRAJob, *, uid: str, settings: Settings) -> dict[str, Any]:
     """A NetworkPolicy: the job's pods accept connections from each other, and from scrapers to the progress port.
 
-    Between ranks every port is open, since gloo listens on ports that the kernel chooses.
+    Between ranks every port is open, since gloo listens on ports that the kernel chooses. Where the administrator
+    restricts it, they reach each other, DNS and what the settings name.
     """
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -33,4 +36,9 @@ def _spec(uid: str, settings: Settings) -> dict[str, Any]:
     if settings.scrapers:  # an empty `from` would mean everyone
         port = {"port": PROGRESS_PORT, "protocol": "TCP"}
         ingress.append({"from": list(settings.scrapers), "ports": [port]})
-    return {"podSelector": pods_of(uid), "policyTypes": ["Ingress"], "ingress": ingress}
+    spec: dict[str, Any] = {"podSelector": pods_of(uid), "policyTypes": ["Ingress"], "ingress": ingress}
+    if settings.egress is not None:
+        dns = {"ports": [{"port": DNS_PORT, "protocol": protocol} for protocol in ("UDP", "TCP")]}
+        spec["policyTypes"] = ["Ingress", "Egress"]
+        spec["egress"] = [{"to": [{"podSelector": pods_of(uid)}]}, dns, *settings.egress]
+    return spec

@@ -31,6 +31,11 @@ class RestoreNetwork:
 
 
 @dataclass(frozen=True)
+class DeleteNetwork:
+    """Delete the Service and the NetworkPolicy: no attempt follows."""
+
+
+@dataclass(frozen=True)
 class DeleteAttemptJob:
     """Delete an attempt's batch/v1 Job with its pods."""
 
@@ -51,7 +56,7 @@ class DeleteJob:
     """Delete the QLoRAJob itself."""
 
 
-Action = StartAttempt | RestoreNetwork | DeleteAttemptJob | DeletePod | DeleteJob
+Action = StartAttempt | RestoreNetwork | DeleteNetwork | DeleteAttemptJob | DeletePod | DeleteJob
 
 
 @dataclass(frozen=True)

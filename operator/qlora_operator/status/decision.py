@@ -61,6 +61,8 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
             builder.act(DeleteJob())
         elif expiry is not None:
             builder.requeue_at(expiry)
+        if DeleteJob() not in builder.actions:
+            builder.act(*teardown.delete_network(builder.view))
         _summarize(builder)
     except ReadRequired as required:
         return Decision(job.status or QLoRAJobStatus(), reads=required.reads)

@@ -178,6 +178,8 @@ class Observation:
     """Why the children could not be created when that was last tried."""
     children_missing: bool = False
     """The Service or the NetworkPolicy is known to be missing."""
+    network_exists: bool = False
+    """The Service or the NetworkPolicy is known to exist."""
     startup_grace: timedelta = MIN_STARTUP_GRACE
     """How long pods may take to start before they are looked at, and how long between two looks."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.status.actions import Action, DeleteAttemptJob, DeletePod
+from qlora_operator.status.actions import Action, DeleteAttemptJob, DeleteNetwork, DeletePod
 from qlora_operator.status.failure import disruption
 from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 from qlora_operator.status.view import JobView
@@ -91,6 +91,13 @@ def delete_leftover_jobs(view: JobView) -> list[Action]:
         and job != kept
         and (job.attempt != view.status.attempt or (over and not job.finished and job.failing is None))
     ]
+
+
+def delete_network(view: JobView) -> list[Action]:
+    """Deletes what only ranks need, once the job is over and its pods, too: thousands of old jobs would each keep a
+    NetworkPolicy in the network plugin, and a Service that every change of a pod is compared with."""
+    over = view.finished and view.open_attempt is None and view.seen.network_exists
+    return [DeleteNetwork()] if over else []
 
 
 def _kept_for_its_logs(view: JobView) -> AttemptJob | None:

@@ -79,3 +79,16 @@ def test_a_job_that_is_gone_is_forgotten() -> None:
         False,
         None,
     )
+
+
+def test_a_network_is_known_from_its_creation_or_a_list_until_it_is_deleted() -> None:
+    """Of each job on its own."""
+    facts = JobFacts()
+    facts.set_children_complete("u")
+    facts.set_network_exists(["v"])
+
+    assert [facts.network_exists(uid) for uid in ("u", "v", "w")] == [True, True, False]
+    facts.set_network_gone("u")
+    facts.forget("v")
+    assert not any(facts.network_exists(uid) for uid in ("u", "v"))
+    assert not facts.children_complete("u")

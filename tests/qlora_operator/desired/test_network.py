@@ -114,3 +114,31 @@ def test_a_policy_that_is_out_of_date_is_told(
     policy["spec"]["ingress"] += opened
 
     assert is_network_policy(policy, made.model_copy(update={"scrapers": [SCRAPER]})) == as_made
+
+
+@pytest.mark.parametrize(
+    ("named", "to"),
+    [
+        (None, None),
+        ([], [{"podSelector": {"matchLabels": RANK}}]),
+        (
+            [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
+            [{"podSelector": {"matchLabels": RANK}}, {"ipBlock": {"cidr": "10.0.0.0/8"}}],
+        ),
+    ],
+    ids=["everything", "nothing besides", "a network"],
+)
+def test_egress_is_what_the_administrator_names(
+    a_job: Callable[..., QLoRAJob], named: list[Any] | None, to: list[Any] | None
+) -> None:
+    """Pods always reach each other, and DNS, without which they would not find each other."""
+    given = Settings(trainer_image="registry.example/trainer:1", egress=named)
+    policy = network_policy(a_job(), uid="u", settings=given)
+    spec = policy["spec"]
+
+    assert ("Egress" in spec["policyTypes"]) == ("egress" in spec) == (named is not None)
+    if to is not None:
+        assert [peer for rule in spec["egress"] for peer in rule.get("to", [])] == to
+        (dns,) = (rule for rule in spec["egress"] if "to" not in rule)
+        assert {port["port"] for port in dns["ports"]} == {53}
+    assert is_network_policy(policy, given)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qlora_operator.api.names import Reason
-from qlora_operator.status.actions import Decision, DeletePod, StartAttempt
+from qlora_operator.status.actions import Decision, DeleteNetwork, DeletePod, StartAttempt
 from qlora_operator.status.observation import Pod, ReasonMessage
-from qlora_operator.status.teardown import OVERDUE, blocking_pods, delete_leftover_jobs
+from qlora_operator.status.teardown import OVERDUE, blocking_pods, delete_leftover_jobs, delete_network
 from qlora_operator.status.view import JobView
 
 Status = Callable[..., dict[str, Any]]
@@ -174,3 +174,26 @@ def test_a_transfers_node_is_lost(
     assert decision.status.attempts[0].end is None
     assert not any(isinstance(action, StartAttempt) for action in decision.actions)
     assert decision.status.restarts.infrastructure == 1
+
+
+@pytest.mark.parametrize(
+    ("finished", "end", "exists", "goes"),
+    [
+        (True, "2026-01-31T11:30:00Z", True, True),
+        (True, "2026-01-31T11:30:00Z", False, False),
+        (True, None, True, False),
+        (False, "2026-01-31T11:30:00Z", True, False),
+    ],
+    ids=["over", "gone already", "its pods may still run", "another attempt follows"],
+)
+def test_what_ranks_needed_goes_with_the_last_of_them(
+    make_view: Callable[..., JobView], *, finished: bool, end: str | None, exists: bool, goes: bool
+) -> None:
+    """Finished jobs may stay for months, and each would keep a Service and a NetworkPolicy."""
+    said = {"reason": "Succeeded", "message": "", "lastTransitionTime": "2026-01-31T11:30:00Z"}
+    conditions = [{"type": kind, "status": str(finished), **said} for kind in ("Complete", "Finished")]
+    status = {"attempt": 0, "attempts": [{"attempt": 0, "end": end}], "conditions": conditions}
+
+    found = delete_network(make_view(status, [], [], network_exists=exists))
+
+    assert found == ([DeleteNetwork()] if goes else [])
