@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.stored import formats, gguf
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +23,6 @@ Refusal = Callable[[Any], str | None]
 
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 """Rotary embeddings that depend on a row's length: in a packed row, samples would be rotated differently."""
-
-
-def quantized_before(config: Any) -> str | None:
-    """Weights that are quantized twice carry both errors."""
-    if getattr(config, "quantization_config", None) is None:
-        return None
-    return "is already quantized; use the unquantized model, which is quantized when it is loaded"
 
 
 def length_dependent_rope(config: Any) -> str | None:
@@ -57,7 +51,7 @@ class Family:
     hidden_act is silu. None: another formula, or gate and up are one layer; then the module is transformers' own."""
     attention: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     """The kinds of config.json's layer_types whose layers hand segments through to modeling.attention."""
-    refusals: tuple[Refusal, ...] = (quantized_before, length_dependent_rope)
+    refusals: tuple[Refusal, ...] = (formats.refusal, length_dependent_rope)
 
     def refusal(self, config: Any) -> str | None:
         """The first reason for which a model of this family is refused; None if there is none."""
@@ -82,12 +76,16 @@ def read_config(folder: Path) -> Any:
     Raises:
         ModelError: there is none, it cannot be read, its family is not in FAMILIES, or the family refuses it.
     """
-    if not (folder / "config.json").is_file():
+    source = gguf.from_pretrained_arguments(folder, better="config.json")
+    if not source and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
+    if reason := gguf.refusal(folder):
+        raise ModelError(f"{folder} {reason}")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
     except Exception as error:  # transformers has no errors of its own for a file that makes no sense
-        raise ModelError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
+        file = source.get("gguf_file", "config.json")
+        raise ModelError(f"{folder}/{file} cannot be read: {first_line(error)}") from error
     if config.model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{folder} is a {config.model_type!r} model; supported are {known}")

@@ -20,6 +20,7 @@ from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
+from qlora_trainer.modeling.stored import gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,10 @@ def load_inputs(
         )
     source = resolve(run.dataset_uri, volumes)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        of_gguf = gguf.from_pretrained_arguments(folder, better="tokenizer.json")
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **of_gguf
+        )
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
     options = TokenizationOptions(

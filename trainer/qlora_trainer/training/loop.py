@@ -19,7 +19,9 @@ from qlora_trainer.data.packing import Step
 from qlora_trainer.errors import Diverged, ModelError, NoImprovement, Terminated, TerminatedAlone
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled
+from qlora_trainer.modeling.families import read_config
 from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.stored.formats import description
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
@@ -311,6 +313,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     report["provenance"] |= {
         "base_model": base,
         "weights_sha256": loop.weights_sha256,
+        "stored_in": description(state.model_folder, read_config(state.model_folder)),
         "model_fingerprint": fingerprint(state.model_folder),
     }
     if context.is_rank_zero:
