@@ -70,6 +70,7 @@ ResolvedRevision = Annotated[str, Field(max_length=128, pattern="^[A-Za-z0-9][-A
 """Also the name of a folder."""
 Split = Annotated[str, Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
 ColumnName = Annotated[str, Field(min_length=1, max_length=128, pattern=COLUMN_PATTERN)]
+LayerName = Annotated[str, Field(min_length=1, max_length=256, pattern="^[A-Za-z0-9_.]+$")]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Tokens = Annotated[int, Field(ge=1, le=16_777_216)]
 
@@ -127,13 +128,17 @@ class Adapter(ContractModel):
     target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default=["all-linear"], min_length=1, max_length=64
     )
+    rslora: bool = False
+    rank_pattern: dict[LayerName, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
+    alpha_pattern: dict[LayerName, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
+    lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
 
 
 class Quantization(ContractModel):
     """How the frozen base weights are stored."""
 
     scheme: SchemeName = "nf4"
-    block_size: Literal[64] = 64
+    block_size: Literal[64, 128] = 64
     double_quantization: bool = True
 
 
@@ -323,6 +328,10 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 
 
 SINCE: Mapping[str, int] = {
+    "adapter.alphaPattern": 2,
+    "adapter.loraPlusRatio": 2,
+    "adapter.rankPattern": 2,
+    "adapter.rslora": 2,
     **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
     "dataset.chatTemplate": 2,
     "dataset.chatTemplateKwargs": 2,
@@ -332,6 +341,9 @@ SINCE: Mapping[str, int] = {
     "dataset.onBadRecord": 2,
     "dataset.train": 2,
     "evaluation.maxTokens": 2,
+    "quantization.blockSize=128": 2,
+    "quantization.scheme=fp4": 2,
+    "quantization.scheme=int8": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
