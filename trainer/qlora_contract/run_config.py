@@ -70,7 +70,6 @@ ResolvedRevision = Annotated[str, Field(max_length=128, pattern="^[A-Za-z0-9][-A
 """Also the name of a folder."""
 Split = Annotated[str, Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
 ColumnName = Annotated[str, Field(min_length=1, max_length=128, pattern=COLUMN_PATTERN)]
-LayerName = Annotated[str, Field(min_length=1, max_length=256, pattern="^[A-Za-z0-9_.]+$")]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
 Tokens = Annotated[int, Field(ge=1, le=16_777_216)]
 
@@ -129,8 +128,8 @@ class Adapter(ContractModel):
         default=["all-linear"], min_length=1, max_length=64
     )
     rslora: bool = False
-    rank_pattern: dict[LayerName, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
-    alpha_pattern: dict[LayerName, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
 
 

@@ -32,7 +32,6 @@ from qlora_contract.run_config import (
     MAX_EVAL_FRACTION,
     MAX_RANKS,
     IsaTier,
-    LayerName,
 )
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
@@ -196,9 +195,9 @@ class Adapter(ApiModel):
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023): what an adapter adds then does not
     shrink as its rank grows. Off, as in PEFT."""
-    rank_pattern: dict[LayerName, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
     """Layers with a rank of their own, named as in targetModules: `{down_proj: 32}`. No layer may be named twice."""
-    alpha_pattern: dict[LayerName, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
     """Layers with an alpha of their own, as in rankPattern."""
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
     """How many times learningRate the B matrices learn at: LoRA+ (Hayou et al. 2024), which recommends 16. 1: no

@@ -30,6 +30,10 @@ DEFAULTS = {
         "alpha": 32,
         "dropout": 0,
         "targetModules": ["all-linear"],
+        "rslora": False,
+        "rankPattern": {},
+        "alphaPattern": {},
+        "loraPlusRatio": 1,
     },
     "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
     "training": {
