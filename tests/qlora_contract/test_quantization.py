@@ -15,6 +15,11 @@ from qlora_contract.run_config import Quantization
         pytest.param(Quantization(scheme="none"), 2, 2 * 6400, id="none, bf16"),
         pytest.param(Quantization(double_quantization=False), 4, 3200 + 400, id="nf4"),
         pytest.param(Quantization(), 4, int(3200 + 100 * (1 + 4 / 256)), id="nf4, double"),
+        pytest.param(
+            Quantization(block_size=128), 4, int(3200 + 50 * (1 + 4 / 256)), id="nf4, blocks of 128"
+        ),
+        pytest.param(Quantization(scheme="fp4", double_quantization=False), 4, 3200 + 400, id="fp4"),
+        pytest.param(Quantization(scheme="int8"), 4, int(6400 * (1 + 4 / 576)), id="int8"),
         pytest.param(Quantization(), 2, int(3200 + 100 * (1 + 4 / 256)), id="nf4, double, bf16"),
     ],
 )

@@ -111,6 +111,8 @@ class PlanReport(ContractModel):
     """What a job will do."""
 
     compute_dtype: Dtype
+    stored_in: str = ""
+    """What the model's weights are stored in, for people."""
     shape: ModelShape
     memory: MemoryFigures
     training: SplitStats

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-SchemeName = Literal["nf4", "none"]
+SchemeName = Literal["nf4", "fp4", "int8", "none"]
 """The names in the API: the keys of SCHEMES, spelled out for type checkers and for the schema of the CRD."""
 
 
@@ -38,14 +38,19 @@ class SchemeFacts:
     """(weights, the job's settings, bytes of the compute dtype) -> bytes of anonymous memory that the weights take."""
 
 
+def _four_bits(weights: int, settings: QuantizationSettings, _compute_bytes: int) -> float:
+    """Half a byte a weight, and a scale per block: 4 bytes, or 1 byte and 4 bytes per 256 blocks when nested."""
+    scale = 1 + 4 / 256 if settings.double_quantization else 4
+    return weights / 2 + -(-weights // settings.block_size) * scale
+
+
 SCHEMES: dict[str, SchemeFacts] = {
-    "nf4": SchemeFacts(
-        "4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'",
-        # Half a byte a weight, and a scale per block: 4 bytes, or 1 byte and 4 bytes per 256 blocks when nested.
-        lambda weights, settings, _compute_bytes: (
-            weights / 2
-            + -(-weights // settings.block_size) * (1 + 4 / 256 if settings.double_quantization else 4)
-        ),
+    "nf4": SchemeFacts("4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'", _four_bits),
+    "fp4": SchemeFacts("4-bit floats, bytes equal to bitsandbytes'", _four_bits),
+    "int8": SchemeFacts(
+        "8 bits and a scale for each row, multiplied with in plain torch",
+        # 4 bytes of scale for each row; a row of the smallest models has 576 weights, so that it is less elsewhere.
+        lambda weights, _settings, _compute_bytes: weights * (1 + 4 / 576),
     ),
     "none": SchemeFacts(
         "plain LoRA",

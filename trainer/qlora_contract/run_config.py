@@ -139,13 +139,17 @@ class Adapter(ContractModel):
     target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
         default=["all-linear"], min_length=1, max_length=64
     )
+    rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
+    lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
 
 
 class Quantization(ContractModel):
     """How the frozen base weights are stored."""
 
     scheme: SchemeName = "nf4"
-    block_size: Literal[64] = 64
+    block_size: Literal[64, 128] = 64
     double_quantization: bool = True
 
 
@@ -354,6 +358,10 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 
 
 SINCE: Mapping[str, int] = {
+    "adapter.alphaPattern": 2,
+    "adapter.loraPlusRatio": 2,
+    "adapter.rankPattern": 2,
+    "adapter.rslora": 2,
     **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
     "dataset.chatTemplate": 2,
     "dataset.chatTemplateKwargs": 2,
@@ -373,6 +381,9 @@ SINCE: Mapping[str, int] = {
     "training.overlong=error": 2,
     "output.formats": 2,
     "output.ggufTypes": 2,
+    "quantization.blockSize=128": 2,
+    "quantization.scheme=fp4": 2,
+    "quantization.scheme=int8": 2,
 }
 """The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
 value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""

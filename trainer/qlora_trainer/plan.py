@@ -147,14 +147,17 @@ def plan(run: RunConfig) -> PlanReport:
     """
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
+    from qlora_trainer.modeling.families import read_config
     from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training.data_check import split_stats, steps_of
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
-    shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
+    model_folder = resolve(run.model_uri, volumes)
+    shape = model_shape(model_folder, run.adapter)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype, len(data.train))
@@ -165,6 +168,7 @@ def plan(run: RunConfig) -> PlanReport:
         evaluation = split_stats(data.evaluation, data.evaluation_facts)
     return PlanReport(
         compute_dtype=dtype,
+        stored_in=description(model_folder, read_config(model_folder)),
         shape=shape,
         memory=MemoryFigures(
             parts=estimate.parts(),

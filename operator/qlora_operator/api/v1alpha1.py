@@ -201,6 +201,16 @@ class Adapter(ApiModel):
     ] = Field(default=["all-linear"], min_length=1, max_length=64)
     """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
     `all-linear`: every linear layer but the output head."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023): what an adapter adds then does not
+    shrink as its rank grows. Off, as in PEFT."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
+    """Layers with a rank of their own, named as in targetModules: `{down_proj: 32}`. No layer may be named twice."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
+    """Layers with an alpha of their own, as in rankPattern."""
+    lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
+    """How many times learningRate the B matrices learn at: LoRA+ (Hayou et al. 2024), which recommends 16. 1: no
+    difference, as in PEFT."""
 
 
 class Quantization(ApiModel):
@@ -210,10 +220,10 @@ class Quantization(ApiModel):
         default="nf4",
         description="; ".join(f"`{name}`: {facts.description}" for name, facts in SCHEMES.items()) + ".",
     )
-    block_size: Literal[64] = 64
-    """Weights that share one scale."""
+    block_size: Literal[64, 128] = 64
+    """Weights that share one scale, of nf4 and fp4: the smaller, the nearer to the model."""
     double_quantization: bool = True
-    """Quantize the scales, too: saves 0.37 bit per weight."""
+    """Quantize the scales of nf4 and fp4, too: saves 0.37 bit per weight with blocks of 64."""
 
 
 class Training(ApiModel):

@@ -202,6 +202,8 @@ def show(plan: JobPlan, console: Console) -> None:
     """Print the plan for people."""
     ranks = "one rank per NUMA cluster" if plan.world_size is None else f"{plan.world_size} rank(s)"
     _print(console, f"{plan.name}: {ranks}, {plan.isa}, computing in {plan.compute_dtype}")
+    if plan.details is not None and plan.details.stored_in:
+        _print(console, f"weights stored in {plan.details.stored_in}")
     if plan.ranks:
         console.print(ranks_table(plan.ranks))
         if len(plan.ranks) > RANKS_SHOWN:

@@ -145,6 +145,10 @@ class RenamedAdapter(ApiModel):
     scale: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] = ["all-linear"]  # noqa: RUF012 - pydantic copies it
+    rslora: bool = False
+    rank_pattern: dict[str, int] = {}  # noqa: RUF012
+    alpha_pattern: dict[str, float] = {}  # noqa: RUF012
+    lora_plus_ratio: float = 1.0
 
 
 def test_a_renamed_field_of_the_api_changes_neither_run_json_nor_the_identity(

@@ -30,6 +30,10 @@ DEFAULTS = {
         "alpha": 32,
         "dropout": 0,
         "targetModules": ["all-linear"],
+        "rslora": False,
+        "rankPattern": {},
+        "alphaPattern": {},
+        "loraPlusRatio": 1,
     },
     "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
     "training": {
@@ -359,8 +363,8 @@ BAD = {
         "spec.adapter.targetModules[1]",
         "of 1 to 256 characters",
     ),
-    "unknown scheme": ({"spec.quantization.scheme": "fp4"}, "spec.quantization.scheme", "one of nf4, none"),
-    "block size 128": ({"spec.quantization.blockSize": 128}, "spec.quantization.blockSize", "must be 64"),
+    "unknown scheme": ({"spec.quantization.scheme": "nf3"}, "spec.quantization.scheme", "one of nf4, fp4"),
+    "block size 96": ({"spec.quantization.blockSize": 96}, "spec.quantization.blockSize", "64"),
     "neither epochs nor steps": (
         {"spec.training": {}},
         "spec.training",

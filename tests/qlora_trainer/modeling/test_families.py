@@ -37,7 +37,7 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: configure(f, model_type="nonesuch"), "config.json cannot be read"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "config.json cannot be read.*hidden_size"),
     "quantized": (
-        lambda f: configure(f, quantization_config={"quant_method": "gptq", "bits": 4}), "is already quantized",
+        lambda f: configure(f, quantization_config={"quant_method": "quanto"}), "is quantized by 'quanto'",
     ),
     "dynamic rope": (
         lambda f: configure(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "'dynamic'",

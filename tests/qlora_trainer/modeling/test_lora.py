@@ -4,11 +4,16 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from builders import a_run
 from qlora_contract.run_config import Adapter
+from qlora_trainer.artifacts.adapter import write_adapter
+from qlora_trainer.data.collate import collate
+from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
 from qlora_trainer.modeling.loading import load_model
@@ -16,6 +21,7 @@ from qlora_trainer.modeling.lora import Lora, attach_adapters, target_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.quantization.schemes import Unquantized
+from qlora_trainer.storage.job_folder import JobFolder
 
 pytestmark = pytest.mark.process
 
@@ -197,3 +203,74 @@ def test_peft_is_told_what_rebuilds_the_adapter(targets: list[str], expected: li
         "target_modules": expected,
         "bias": "none",
     }
+
+
+# --- rsLoRA, and ranks and alphas of layers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rslora": True},
+        {"rank_pattern": {"down_proj": 9, "model.layers.1.self_attn.q_proj": 2}},
+        {"alpha_pattern": {"mlp.up_proj": 1.5}, "rank_pattern": {"up_proj": 3}, "rslora": True},
+    ],
+    ids=str,
+)
+def test_variants_are_those_of_stock_peft(
+    settings: dict[str, Any], small_model: Make, samples: Samples, loss_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The adapter that is exported gives stock peft our loss and our gradients of every matrix."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = small_model("llama", vocab_size=300, initializer_range=0.12)
+    adapter = {"rank": 5, "alpha": 7.0} | settings
+    model = load_model(folder, Unquantized(), torch.float32)
+    parameters = Lora(Adapter.model_validate(adapter)).attach(model, seed=0, dropout=None)
+    parameters.flat.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    ours = loss_of(model)
+    ours.backward()
+    job = JobFolder(tmp_path, a_run(adapter=Adapter.model_validate(adapter).model_dump(by_alias=True)))
+    job.acquire()
+    staged = write_adapter(job, parameters, None)
+
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), staged, is_trainable=True)
+    theirs = torch.zeros(())
+    for number in range(len(samples)):
+        batch = collate(samples, [number])
+        logits = stock(input_ids=batch.ids[None]).logits[0]
+        theirs = theirs - logits.log_softmax(-1)[batch.logit_positions, batch.targets].sum()
+    theirs.backward()
+    gradients = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+    assert len(gradients) == len(parameters.named)
+    for name, parameter in parameters.named.items():
+        found = gradients[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
+        torch.testing.assert_close(parameter.grad, found, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_patterns_count_what_they_train() -> None:
+    """A layer with a rank of its own has that many rows in what is told before anything is loaded."""
+    shapes = Lora(Adapter(rank=2, rank_pattern={"up_proj": 3})).parameter_shapes(SHAPES)
+
+    assert {shape[0] for name, shape in shapes.items() if name.endswith("up_proj.lora_A.weight")} == {3}
+    assert {shape[0] for name, shape in shapes.items() if name.endswith("q_proj.lora_A.weight")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (
+            {"k_proj": 3},
+            "adapter.rankPattern: no adapted layer is called 'k_proj'; adapted are q_proj, up_proj",
+        ),
+        ({"q_proj": 3, "model.layers.1.q_proj": 4}, "both name model.layers.1.q_proj; one of them must go"),
+    ],
+    ids=["no layer", "twice"],
+)
+def test_patterns_that_mean_nothing_are_refused(pattern: dict[str, int], message: str) -> None:
+    """Maps have no order in Kubernetes, so that the first of two could not win, as it does in PEFT."""
+    with pytest.raises(ModelError, match=message):
+        Lora(Adapter(rank_pattern=pattern)).parameter_count(SHAPES)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from model_folders import configure, shard
-from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, stored_tensors, weight_files
+from qlora_trainer.modeling.families import read_config
+from qlora_trainer.modeling.stored.reading import stored_weights
+from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 
 pytestmark = pytest.mark.process
 
@@ -26,8 +28,9 @@ def test_the_single_file_goes_before_a_stale_index(copied: Make, text: str) -> N
 def hash_of(folder: Path) -> str:
     """The hash of all weights."""
     taken = WeightsHash(2)
-    for name, tensor in stored_tensors(folder):
-        taken.add(name, tensor)
+    for weight in stored_weights(folder, read_config(folder)):
+        for name, tensor in weight.stored.items():
+            taken.add(name, tensor)
     return taken.hexdigest()
 
 

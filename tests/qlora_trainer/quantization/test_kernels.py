@@ -74,7 +74,7 @@ def test_shapes_that_do_not_fit_are_left_to_the_reference(
         assert {type(kernels.nf4_weight(other)) for other in others} == {reference.Nf4Weight}
 
     assert [line for line in caplog.messages if "reference for" in line] == [
-        "kernels: reference for nf4 weights of 5 x 96: the kernel library needs rows that are a multiple of 64 long"
+        "kernels: reference for 4-bit weights of 5 x 96: the kernel library needs rows that are a multiple of 64 long"
     ]
 
 

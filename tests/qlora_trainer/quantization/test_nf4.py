@@ -17,6 +17,7 @@ from qlora_trainer.quantization import nf4
 from qlora_trainer.quantization.nf4 import (
     BLOCK,
     DYNAMIC_LEVELS,
+    FP4_LEVELS,
     NF4_LEVELS,
     NestedScales,
     Nf4Matrix,
@@ -63,9 +64,9 @@ def assert_same(expected: Nf4Matrix, actual: Nf4Matrix) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def by_bitsandbytes(weight: Tensor, *, double: bool) -> Nf4Matrix:
+def by_bitsandbytes(weight: Tensor, *, double: bool, kind: str = "nf4", block: int = BLOCK) -> Nf4Matrix:
     """What bitsandbytes makes of the weight."""
-    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=BLOCK, compress_statistics=double)
+    packed, state = bnb.quantize_4bit(weight, quant_type=kind, blocksize=block, compress_statistics=double)
     scales = NestedScales(state.absmax, state.state2.absmax, state.offset) if double else state.absmax
     return Nf4Matrix(packed.view(-1), scales, (weight.shape[0], weight.shape[1]))
 
@@ -104,6 +105,18 @@ def test_equals_bitsandbytes(case: str, dtype: torch.dtype, double: bool) -> Non
     weight = CASES[case].clamp(-largest, largest).to(dtype)
 
     assert_same(by_bitsandbytes(weight, double=double), quantize_nf4(weight, double=double, name="w"))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize(("kind", "block"), [("nf4", 128), ("fp4", 64), ("fp4", 128)])
+@pytest.mark.parametrize("case", CASES)
+def test_other_levels_and_blocks_equal_bitsandbytes(case: str, kind: str, block: int, double: bool) -> None:
+    """FP4, and blocks of 128, have bitsandbytes' bytes and scales, too."""
+    weight, levels = CASES[case], {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}[kind]
+    found = quantize_nf4(weight, double=double, name="w", block=block, levels=levels)
+
+    assert torch.equal(levels, bnb.get_4bit_type(kind, device="cpu"))
+    assert_same(by_bitsandbytes(weight, double=double, kind=kind, block=block), found)
 
 
 @given(

@@ -31,7 +31,7 @@ from qlora_trainer.modeling.loss import summed_cross_entropy
 from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.quantization import kernels, schemes
 from qlora_trainer.quantization.frozen_weight import FrozenWeight
-from qlora_trainer.quantization.schemes import AsStored, Nf4, Unquantized, scheme_of
+from qlora_trainer.quantization.schemes import AsStored, Fp4, Int8, Nf4, Unquantized, scheme_of
 
 pytestmark = pytest.mark.process
 
@@ -46,6 +46,9 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     [
         pytest.param(Quantization(), Nf4(double=True), id="default"),
         pytest.param(Quantization(double_quantization=False), Nf4(double=False), id="nf4, fp32 scales"),
+        pytest.param(Quantization(block_size=128), Nf4(double=True, block=128), id="nf4, blocks of 128"),
+        pytest.param(Quantization(scheme="fp4", block_size=128), Fp4(double=True, block=128), id="fp4"),
+        pytest.param(Quantization(scheme="int8"), Int8(), id="int8"),
         pytest.param(Quantization(scheme="none"), Unquantized(), id="none"),
         pytest.param(
             Quantization(scheme="none", double_quantization=False), Unquantized(), id="none, no scales"
@@ -64,10 +67,11 @@ def test_every_scheme_of_the_api_can_be_loaded() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("double", [False, True], ids=["fp32 scales", "nested scales"])
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("name", contract.SCHEMES)
-def test_weights_take_what_the_table_says(name: str, double: bool, dtype: torch.dtype) -> None:
+def test_weights_take_what_the_table_says(name: str, block: int, double: bool, dtype: torch.dtype) -> None:
     """The memory estimate's bytes are those of the weights that are loaded, to a thousandth."""
-    settings = Quantization.model_validate({"scheme": name, "doubleQuantization": double})
+    settings = Quantization.model_validate({"scheme": name, "doubleQuantization": double, "blockSize": block})
     weight = scheme_of(settings).freeze("w", randn(576, 576), dtype)
 
     assert weight.nbytes == pytest.approx(
@@ -76,7 +80,7 @@ def test_weights_take_what_the_table_says(name: str, double: bool, dtype: torch.
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("scheme", [Nf4(double=True), Unquantized()], ids=["nf4", "none"])
+@pytest.mark.parametrize("scheme", [Nf4(double=True), Fp4(double=True), Int8(), Unquantized()], ids=str)
 def test_what_is_not_finite_is_refused(scheme: schemes.Scheme, value: float) -> None:
     """A NaN or an infinity in a weight is a ModelError that names the tensor."""
     weight = randn(4, 64)

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.stored import formats, gguf
 from qlora_trainer.modeling.weight_files import tensor_names
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,6 @@ Refusal = Callable[[Any], str | None]
 
 LANGUAGE_MODEL = "model.language_model"
 """Path of the decoder in transformers' classes of multimodal models."""
-
-
-def quantized_before(config: Any) -> str | None:
-    """Weights that are quantized twice carry both errors."""
-    if getattr(config, "quantization_config", None) is None:
-        return None
-    return "is already quantized; use the unquantized model, which is quantized when it is loaded"
 
 
 def rotary_parameters(config: Any) -> list[dict[str, Any]]:
@@ -106,7 +100,7 @@ class Family:
     attention: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
     """The kinds of config.json's layer_types whose layers hand segments through to modeling.attention."""
     refusals: tuple[Refusal, ...] = (
-        quantized_before, length_dependent_rope, bidirectional_attention, mixture_of_experts
+        formats.refusal, length_dependent_rope, bidirectional_attention, mixture_of_experts
     )  # fmt: skip
     wrapped: bool = False
     """The checkpoint is a multimodal model's, whose language model this is."""
@@ -193,13 +187,17 @@ def read_model(folder: Path) -> tuple[Family, Any]:
     Raises:
         ModelError: there is none, it cannot be read, its family is not in FAMILIES, or the family refuses it.
     """
-    if not (folder / "config.json").is_file():
+    source = gguf.from_pretrained_arguments(folder, better="config.json")
+    if not source and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
     check_own_code(folder)
+    if reason := gguf.refusal(folder):
+        raise ModelError(f"{folder} {reason}")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
     except Exception as error:  # transformers has no errors of its own for a file that makes no sense
-        raise ModelError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
+        file = source.get("gguf_file", "config.json")
+        raise ModelError(f"{folder}/{file} cannot be read: {first_line(error)}") from error
     wrapped = config.model_type in WRAPPERS
     if wrapped:
         config = language_model_config(folder, config)
@@ -223,8 +221,8 @@ def check_own_code(folder: Path) -> None:
     try:
         written = json.loads((folder / "config.json").read_text())
         kind, code = written.get("model_type"), written.get("auto_map")
-    except (ValueError, AttributeError):
-        return  # transformers says what is wrong
+    except (OSError, ValueError, AttributeError):
+        return  # a GGUF file has none; of others transformers says what is wrong
     if code and kind not in CONFIG_MAPPING:
         named = f", such as {INSTEAD[kind]}" if kind in INSTEAD else ""
         raise ModelError(

@@ -1,7 +1,7 @@
-"""Loading the base model: transformers' graph, our layers, weights streamed from safetensors.
+"""Loading the base model: transformers' graph, our layers, weights streamed from their files.
 
-The graph is built without memory (on the meta device), then each tensor is
-read from its file, quantized if it belongs to a linear layer, and put in its
+The graph is built without memory (on the meta device), then each weight is
+read from its file, dequantized if it is stored so, quantized if it belongs to a linear layer, and put in its
 place, one at a time: a whole model in full precision never exists.
 """
 
@@ -19,9 +19,10 @@ from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
-from qlora_trainer.modeling.weight_files import WeightsHash, stored_tensors
-from qlora_trainer.quantization.frozen_weight import FrozenWeight
-from qlora_trainer.quantization.schemes import Scheme, finite
+from qlora_trainer.modeling.stored.reading import StoredWeight, stored_weights
+from qlora_trainer.modeling.weight_files import WeightsHash
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnreadWeight
+from qlora_trainer.quantization.schemes import AsStored, Scheme, finite
 
 
 def load_model(
@@ -32,10 +33,10 @@ def load_model(
     weights_hash: WeightsHash | None = None,
     stored: Iterable[tuple[str, Tensor]] | None = None,
 ) -> BaseModel:
-    """Stream a model from its safetensors files.
+    """Stream a model from its files.
 
     Args:
-        folder: with config.json and model.safetensors, or shards and their index.
+        folder: with config.json and model.safetensors, or shards and their index, or a GGUF file.
         scheme: how linear weights are kept: `scheme_of` a job's settings, or AsStored().
         dtype: what is computed in.
         advance: called with the number of bytes that were just loaded. What it raises ends the load.
@@ -50,12 +51,19 @@ def load_model(
     with torch.device("meta"):
         graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
     loader = _WeightLoader(graph, family, scheme, dtype)
-    for name, tensor in stored_tensors(folder) if stored is None else stored:
+    weights = stored_weights(folder, config) if stored is None else map(_as_stored, stored)
+    for weight in weights:
         if weights_hash is not None:
-            weights_hash.add(name, tensor)
-        loader.load(name, tensor)
-        advance(tensor.nbytes)
+            for name, tensor in weight.stored.items():
+                weights_hash.add(name, tensor)
+        loader.load(weight)
+        advance(weight.nbytes)
     return loader.finish(folder)
+
+
+def _as_stored(named: tuple[str, Tensor]) -> StoredWeight:
+    name, tensor = named
+    return StoredWeight(name, {name: tensor}, lambda: tensor)
 
 
 class _WeightLoader:
@@ -73,16 +81,16 @@ class _WeightLoader:
         self.weights: dict[str, FrozenWeight] = {}
         self.biases: dict[str, Tensor] = {}
 
-    def load(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor. It is mapped from its file: what is kept is a copy, unless the scheme keeps it as it is.
+    def load(self, stored: StoredWeight) -> None:
+        """Take one weight. It is mapped from its file: what is kept is a copy, unless the scheme keeps it as it is.
 
         Raises:
             ModelError: it is not one of those still missing, of another shape, not of floats, or not finite.
         """
-        known = self.family.name_in_graph(name)
-        if known is None:
+        name = self.family.name_in_graph(stored.name)
+        if name is None:
             return
-        name = known
+        tensor = stored.read()
         if name not in self.missing and f"{self.family.decoder}.{name}" in self.missing:
             name = f"{self.family.decoder}.{name}"  # saved from the decoder alone
         if name.endswith("rotary_emb.inv_freq"):
@@ -102,12 +110,19 @@ class _WeightLoader:
             if self.tied:
                 self.head = weight
         elif isinstance(module, nn.Linear) and leaf == "weight":
-            self.weights[path] = self.scheme.freeze(name, tensor, self.dtype)
+            self.weights[path] = self._frozen(stored, name, tensor)
         elif isinstance(module, nn.Linear):
             self.biases[path] = finite(name, tensor).to(self.dtype, copy=True)
         else:
             value = finite(name, tensor).to(self.dtype, copy=True)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _frozen(self, stored: StoredWeight, name: str, tensor: Tensor) -> FrozenWeight:
+        """A linear layer's weight (out, in), as the scheme keeps it."""
+        if stored.dequantized and isinstance(self.scheme, AsStored):
+            out, in_ = tensor.shape
+            return UnreadWeight(stored.read, (out, in_), stored.nbytes)
+        return self.scheme.freeze(name, tensor, self.dtype)
 
     def _check(self, name: str, tensor: Tensor) -> None:
         """Cross a tensor off the missing ones. Raises ModelError."""
@@ -117,9 +132,7 @@ class _WeightLoader:
             )
         expected = self.missing.pop(name)
         if not tensor.is_floating_point():
-            raise ModelError(
-                f"{name} holds {tensor.dtype}; only unquantized floating-point weights can be read"
-            )
+            raise ModelError(f"{name} holds {tensor.dtype}; only floating-point weights can be read")
         if tuple(tensor.shape) != expected:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json says {expected}")
 

@@ -16,6 +16,7 @@ from qlora_trainer.modeling.families import LANGUAGE_MODEL
 from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
 
 Layer = TypeVar("Layer")
+Number = TypeVar("Number", int, float)
 
 A, B = "lora_A.weight", "lora_B.weight"
 """Names of a layer's matrices, after its path: PEFT's."""
@@ -23,21 +24,33 @@ A, B = "lora_A.weight", "lora_B.weight"
 
 @dataclass(frozen=True)
 class Lora:
-    """The AdapterMethod `lora`: W x + (alpha / rank) B A x on the layers that targetModules names."""
+    """The AdapterMethod `lora`: W x + s B A x on the layers that targetModules names.
+
+    s is alpha / rank, or alpha / sqrt(rank) with rslora (Kalajdzievski 2023), by each layer's own alpha and rank.
+    """
 
     adapter: Adapter
     """The job's settings."""
 
     def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
         """Give the targeted layers their adapters."""
-        layers = target_layers(model.linears, self.adapter.target_modules)
-        return attach_adapters(
-            layers, rank=self.adapter.rank, alpha=self.adapter.alpha, dropout=dropout, seed=seed
-        )
+        adapter = self.adapter
+        layers = target_layers(model.linears, adapter.target_modules)
+        alphas = by_pattern(layers, adapter.alpha_pattern, adapter.alpha, "adapter.alphaPattern")
+        ranks = self._ranks(layers)
+        scales = {
+            name: alphas[name] / (math.sqrt(rank) if adapter.rslora else rank) for name, rank in ranks.items()
+        }
+        return attach_ranked(layers, ranks, scales, dropout=dropout, seed=seed)
 
     def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
-        return lora_shapes(target_layers(linears, self.adapter.target_modules), self.adapter.rank)
+        layers = target_layers(linears, self.adapter.target_modules)
+        by_pattern(layers, self.adapter.alpha_pattern, self.adapter.alpha, "adapter.alphaPattern")
+        return lora_shapes(layers, self._ranks(layers))
+
+    def _ranks(self, layers: Mapping[str, Any]) -> dict[str, int]:
+        return by_pattern(layers, self.adapter.rank_pattern, self.adapter.rank, "adapter.rankPattern")
 
     def parameter_count(self, linears: Mapping[str, tuple[int, int]]) -> int:
         """Numbers that are trained."""
@@ -53,6 +66,11 @@ class Lora:
         names = {n.rpartition(".")[2] for n in layers} if "all-linear" in targets else targets
         part = f"{LANGUAGE_MODEL}."
         excluded = rf"(?!{re.escape(part)}).*" if all(n.startswith(part) for n in layers) else None
+        later = {
+            "use_rslora": self.adapter.rslora,
+            "rank_pattern": self.adapter.rank_pattern,
+            "alpha_pattern": self.adapter.alpha_pattern,
+        }
         return {
             "peft_type": "LORA",
             "r": self.adapter.rank,
@@ -61,15 +79,18 @@ class Lora:
             "target_modules": sorted(names),
             **({} if excluded is None else {"exclude_modules": excluded}),
             "bias": "none",
+            **{field: value for field, value in later.items() if value},
         }
 
 
-def lora_shapes(linears: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:
+def lora_shapes(
+    linears: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the matrices of these layers: A (rank, in) and B (out, rank) of each."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (out, in_) in linears.items():
-        shapes[f"{name}.{A}"] = (rank, in_)
-        shapes[f"{name}.{B}"] = (out, rank)
+        shapes[f"{name}.{A}"] = (ranks[name], in_)
+        shapes[f"{name}.{B}"] = (out, ranks[name])
     return shapes
 
 
@@ -80,13 +101,27 @@ def attach_adapters(
 
     What a layer starts with depends on the seed and its name alone.
     """
-    parameters = flat_parameters(lora_shapes({name: layer.shape for name, layer in layers.items()}, rank))
+    return attach_ranked(
+        layers, dict.fromkeys(layers, rank), dict.fromkeys(layers, alpha / rank), dropout=dropout, seed=seed
+    )
+
+
+def attach_ranked(
+    layers: Mapping[str, LoraLinear],
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    *,
+    dropout: Dropout | None,
+    seed: int,
+) -> AdapterParameters:
+    """As attach_adapters, with a rank and a scale for each layer."""
+    parameters = flat_parameters(lora_shapes({name: layer.shape for name, layer in layers.items()}, ranks))
     for name, layer in layers.items():
         a, b = parameters.named[f"{name}.{A}"], parameters.named[f"{name}.{B}"]
         bound = 1.0 / math.sqrt(a.shape[1])
         with torch.no_grad():
             a.uniform_(-bound, bound, generator=seeded_generator(f"lora/{seed}/{name}"))
-        layer.attach(a, b, alpha / rank, dropout)
+        layer.attach(a, b, scales[name], dropout)
     return parameters
 
 
@@ -111,3 +146,27 @@ def target_layers(linears: Mapping[str, Layer], targets: list[str]) -> dict[str,
                 f"this model has: {', '.join(kinds)} (or all-linear)"
             )
     return {name: layer for name, layer in linears.items() if any(name in names for names in named.values())}
+
+
+def by_pattern(
+    layers: Mapping[str, Any], pattern: Mapping[str, Number], otherwise: Number, field: str
+) -> dict[str, Number]:
+    """Layer -> its value: that of the key that is its name's last part or whole path, as in PEFT; else `otherwise`.
+
+    Raises:
+        ModelError: a key names no adapted layer, or two keys name one; the maps of Kubernetes have no order.
+    """
+    values = dict.fromkeys(layers, otherwise)
+    taken: dict[str, str] = {}
+    for key, value in pattern.items():
+        named = [name for name in layers if name == key or name.endswith(f".{key}")]
+        if not named:
+            kinds = sorted({name.rpartition(".")[2] for name in layers})
+            raise ModelError(f"{field}: no adapted layer is called {key!r}; adapted are {', '.join(kinds)}")
+        for name in named:
+            if name in taken:
+                raise ModelError(
+                    f"{field}: {taken[name]!r} and {key!r} both name {name}; one of them must go"
+                )
+            taken[name], values[name] = key, value
+    return values

@@ -1,10 +1,11 @@
-"""The safetensors files of a model folder."""
+"""The files of a model folder that hold its weights."""
 
 import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,27 @@ from torch import Tensor
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.stored.gguf import embedding_bytes, gguf_file
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or without it the shards that the index names, by name.
+    """model.safetensors, or without it the shards that the index names, by name, or without both a GGUF file.
 
     The order is transformers': an index may have been left behind when shards were joined.
 
     Raises:
-        ModelError: there is neither, the index cannot be read, or a shard is missing.
+        ModelError: there is none, the index cannot be read, a shard is missing, or there are several GGUF files.
     """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ModelError(f"{folder} has neither model.safetensors nor {index.name}; only safetensors is read")
+        if (file := gguf_file(folder)) is not None:
+            return [file]
+        raise ModelError(
+            f"{folder} has neither model.safetensors nor {index.name}, nor a GGUF file; nothing else is read"
+        )
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -50,12 +56,26 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         raise ModelError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of a checkpoint, mapped from its file. Raises as the functions above."""
+def bytes_per_weight(folder: Path) -> int:
+    """Bytes of one number of the embedding, which is kept as it is stored: of the largest matrix of plain numbers.
+
+    Raises as the functions above.
+    """
+    if (gguf := gguf_file(folder)) is not None:
+        return embedding_bytes(gguf)
+    largest, size = 0, 2
     for file in weight_files(folder):
         with open_safetensors(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
-                yield name, handle.get_tensor(name)
+                part = handle.get_slice(name)
+                shape, kind = part.get_shape(), part.get_dtype()
+                if len(shape) == 2 and kind in _SIZES and prod(shape) > largest:
+                    largest, size = prod(shape), _SIZES[kind]
+    return size
+
+
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of safetensors' plain numbers."""
 
 
 def tensor_names(folder: Path) -> Iterator[str]:
@@ -63,16 +83,6 @@ def tensor_names(folder: Path) -> Iterator[str]:
     for file in weight_files(folder):
         with open_safetensors(file) as handle:
             yield from handle.keys()
-
-
-def bytes_per_weight(folder: Path) -> int:
-    """Bytes of one number of the checkpoint, by its first matrix. Raises as the functions above."""
-    with open_safetensors(weight_files(folder)[0]) as handle:
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(name)
-            if len(part.get_shape()) == 2:
-                return {"F32": 4, "F64": 8}.get(part.get_dtype(), 2)
-    return 2
 
 
 class WeightsHash:
@@ -105,14 +115,16 @@ def _tensor_digest(tensor: Tensor) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over config.json and each weight file's size and header: not of the weights, but known before any is read.
+    """sha256 over config.json and each weight file's size and header: not of the weights, but known before that.
 
     Raises as weight_files.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    config = folder / "config.json"
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for file in weight_files(folder):
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            # GGUF does not say how long its header is.
+            length = 10_000_000 if file.suffix == ".gguf" else int.from_bytes(stream.read(8), "little")
             header = stream.read(min(length, 100_000_000))
         digest.update(f"{file.name} {file.stat().st_size}".encode() + header)
     return digest.hexdigest()

@@ -4,6 +4,7 @@ They never ask for the matrix. An implementation may dequantize it for every pro
 and never make it; it may keep its numbers in whatever form its arithmetic likes best.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,6 +136,30 @@ class UnquantizedWeight:
     def linear_grad_input(self, dy: Tensor) -> Tensor:
         """(rows, out) -> (rows, in)."""
         return dy @ self.tensor.to(dy.dtype)
+
+
+class UnreadWeight:
+    """A weight that stays in its file, quantized there in some form, and is dequantized for each product."""
+
+    def __init__(self, read: Callable[[], Tensor], shape: tuple[int, int], nbytes: int) -> None:
+        self.read = read
+        self.shape = shape
+        self.nbytes = nbytes
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """What `read` makes, in `dtype`."""
+        if out is None:
+            return self.read().to(dtype)
+        check_out(out, dtype, self.shape)
+        return out.copy_(self.read())
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(rows, in) -> (rows, out)."""
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+    def linear_grad_input(self, dy: Tensor) -> Tensor:
+        """(rows, out) -> (rows, in)."""
+        return dy @ self.dequantize(dy.dtype)
 
 
 def check_out(out: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:

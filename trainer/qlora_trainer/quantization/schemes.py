@@ -12,7 +12,8 @@ from qlora_contract.quantization import QuantizationSettings
 from qlora_trainer.errors import ModelError
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
-from qlora_trainer.quantization.nf4 import quantize_nf4
+from qlora_trainer.quantization.int8 import quantize_int8
+from qlora_trainer.quantization.nf4 import BLOCK, FP4_LEVELS, quantize_nf4
 
 
 class Scheme(Protocol):
@@ -37,10 +38,36 @@ class Nf4:
 
     double: bool
     """The scales are quantized, too."""
+    block: int = BLOCK
+    """Weights that share a scale."""
 
     def freeze(self, name: str, tensor: Tensor, _dtype: torch.dtype) -> FrozenWeight:
         """(out, in) -> 4 bits a number and the scales."""
-        return kernels.nf4_weight(quantize_nf4(tensor, double=self.double, name=name))
+        return kernels.nf4_weight(quantize_nf4(tensor, double=self.double, name=name, block=self.block))
+
+
+@dataclass(frozen=True)
+class Fp4:
+    """4-bit floats."""
+
+    double: bool
+    """The scales are quantized, too."""
+    block: int = BLOCK
+    """Weights that share a scale."""
+
+    def freeze(self, name: str, tensor: Tensor, _dtype: torch.dtype) -> FrozenWeight:
+        """(out, in) -> 4 bits a number and the scales."""
+        matrix = quantize_nf4(tensor, double=self.double, name=name, block=self.block, levels=FP4_LEVELS)
+        return kernels.nf4_weight(matrix)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """8 bits, a scale for each row."""
+
+    def freeze(self, name: str, tensor: Tensor, _dtype: torch.dtype) -> FrozenWeight:
+        """(out, in) -> 8 bits a number and a scale for each row."""
+        return quantize_int8(tensor, name=name)
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,9 @@ class AsStored:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[QuantizationSettings], Scheme]] = {
-    "nf4": lambda settings: Nf4(double=settings.double_quantization),
+    "nf4": lambda settings: Nf4(settings.double_quantization, settings.block_size),
+    "fp4": lambda settings: Fp4(settings.double_quantization, settings.block_size),
+    "int8": lambda _settings: Int8(),
     "none": lambda _settings: Unquantized(),
 }
 """By the names of qlora_contract.quantization.SCHEMES: what makes the scheme of a job's settings."""

@@ -25,6 +25,7 @@ from qlora_trainer.data.sources import dataset_sha256, find_files
 from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
+from qlora_trainer.modeling.stored import gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,7 +137,10 @@ def load_inputs(
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder. Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        of_gguf = gguf.from_pretrained_arguments(folder, better="tokenizer.json")
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **of_gguf
+        )
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
 

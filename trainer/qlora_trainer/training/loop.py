@@ -28,7 +28,9 @@ from qlora_trainer.errors import (
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled
 from qlora_trainer.modeling.adapter_parameters import checksum
+from qlora_trainer.modeling.families import read_config
 from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.stored.formats import description
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
@@ -377,6 +379,7 @@ def facts_of(
     report["provenance"] |= {
         "base_model": base_model(context.run),
         "weights_sha256": state.loop.weights_sha256,
+        "stored_in": description(state.model_folder, read_config(state.model_folder)),
         "model_fingerprint": fingerprint(state.model_folder),
     }
     return report

@@ -54,6 +54,7 @@ from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
+from qlora_trainer.training.optimizer import AdapterAdamW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -388,8 +389,11 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         model.enable_gradient_checkpointing()
     dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
     parameters = method_for(run.adapter).attach(model, seed=run.training.seed, dropout=dropout)
-    optimizer = torch.optim.AdamW(
-        [parameters.flat], lr=run.training.learning_rate, weight_decay=run.training.weight_decay, fused=True
+    optimizer = AdapterAdamW(
+        parameters,
+        lr=run.training.learning_rate,
+        weight_decay=run.training.weight_decay,
+        ratio=run.adapter.lora_plus_ratio,
     )
     state = TrainState(
         model_folder=inputs.model_folder,

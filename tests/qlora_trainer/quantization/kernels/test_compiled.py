@@ -11,7 +11,14 @@ from qlora_trainer.quantization.frozen_weight import LowRank
 from qlora_trainer.quantization.kernels import compiled
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
-from qlora_trainer.quantization.nf4 import BLOCK, NestedScales, Nf4Matrix, quantize_nf4
+from qlora_trainer.quantization.nf4 import (
+    BLOCK,
+    FP4_LEVELS,
+    NF4_LEVELS,
+    NestedScales,
+    Nf4Matrix,
+    quantize_nf4,
+)
 
 pytestmark = pytest.mark.process
 
@@ -61,6 +68,26 @@ def test_what_is_multiplied_with_has_the_reference_s_bits(
 
     assert torch.equal(bits(expected), bits(ours.linear_grad_input(torch.eye(shape[0], dtype=dtype))))
     assert torch.equal(bits(expected), bits(ours.linear(torch.eye(shape[1], dtype=dtype), None).t()))
+
+
+@EVERY_TIER
+@DTYPES
+@DOUBLE
+@pytest.mark.parametrize("shape", [(31, 384), (70, 2176)], ids=str)
+@pytest.mark.parametrize(("levels", "block"), [(NF4_LEVELS, 128), (FP4_LEVELS, 64), (FP4_LEVELS, 128)])
+def test_other_levels_and_blocks_have_the_reference_s_bits(
+    tier: str, dtype: torch.dtype, double: bool, shape: tuple[int, int], levels: Tensor, block: int
+) -> None:
+    """FP4, and blocks of 128, go through the same kernel, both ways, and come back as the quantizer's numbers."""
+    matrix = quantize_nf4(randn(*shape) * 0.02, double=double, name="w", block=block, levels=levels)
+    ours, expected = CompiledNf4Weight(matrix, library_of(tier)), Nf4Weight(matrix).dequantize(dtype)
+
+    # FP4 has a level -0, of which a sum with +0 makes +0.
+    assert torch.equal(expected, ours.linear_grad_input(torch.eye(shape[0], dtype=dtype)))
+    assert torch.equal(expected, ours.linear(torch.eye(shape[1], dtype=dtype), None).t())
+    assert torch.equal(ours.matrix.packed, matrix.packed)
+    assert ours.matrix.block == block
+    assert ours.matrix.levels is levels
 
 
 @EVERY_TIER

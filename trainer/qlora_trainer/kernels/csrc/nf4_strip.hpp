@@ -12,11 +12,10 @@ namespace qlora::QLORA_TIER {
 constexpr int kStrip = 32;   // columns
 constexpr int kBlock = 32;   // indices of the sum that are dequantized together: steps of floats, or twice those of bf16
 constexpr int kTile = 16;    // n, or pairs of k, of a block of codes
-constexpr int kScaled = 64;  // k that share a scale
 
-// Scales of `count` n from n0 on for the kth 64 k: in place, or written to `room`.
+// Scales of `count` n from n0 on for the kth block of k: in place, or written to `room`.
 QLORA_INLINE const float* scales_of(const Nf4Matrix& w, int64_t kth, int64_t n0, int64_t count, float* room) {
-  const int64_t np = pieces_of(w.n, kStrip) * kStrip, per_row = w.k / kScaled;
+  const int64_t np = pieces_of(w.n, kStrip) * kStrip, per_row = w.k / w.block;
   if (w.scales) return w.scales + kth * np + n0;
   const uint8_t* codes = w.scale_codes + kth * np + n0;
   for (int64_t i = 0; i < count; ++i) {
@@ -52,7 +51,7 @@ QLORA_INLINE void strip_over_k(const Nf4Matrix& w, int64_t n0, int64_t k0, int64
   alignas(64) float room[kStrip];
   for (int64_t b = 0; b < blocks; ++b, strip += kTile * kDwordsOfTwo<is_bf16>) {
     const int64_t k = k0 + b * kBlock;
-    const float* scales = scales_of(w, k / kScaled, n0, kStrip, room);
+    const float* scales = scales_of(w, k / w.block, n0, kStrip, room);
     const uint8_t* codes = w.codes + (k / kBlock * (np / kTile) + n0 / kTile) * kTile * kTile;
     for (int half = 0; half < kStrip; half += kTile, codes += kTile * kTile)
       for (int pair = 0; pair < kTile; ++pair) {
@@ -90,7 +89,7 @@ QLORA_INLINE void strip_over_n(const Nf4Matrix& w, int64_t k0, int64_t n0, int64
   alignas(64) float room[kBlock];
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t n = n0 + b * kBlock;
-    const float* scales = scales_of(w, k0 / kScaled, n, kBlock, room);
+    const float* scales = scales_of(w, k0 / w.block, n, kBlock, room);
     const uint8_t* codes = w.codes + (k0 / kBlock * (np / kTile) + n / kTile) * kTile * kTile;
     for (int half = 0; half < kBlock; half += kTile, codes += kTile * kTile) {
       __m128i rows[kTile];  // of 16 pairs of k; after the transposition, one for each n

@@ -6,20 +6,22 @@ namespace qlora {
 
 struct bf16;
 
-// A weight W (n, k) in NF4, k a multiple of 64, its rows filled up with zeros to a multiple of 32, np. Blocks of 32 k x
-// 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
+// A weight W (n, k) in 4 bits (NF4 or FP4, by its levels), k a multiple of `block`, its rows filled up with zeros to a
+// multiple of 32, np. Blocks of 32 k x 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
 //   codes[k / 32][np / 16][16 pairs of k][16 n]   a byte: the code of the even k in its high half, of the odd k below
-// and the scale of 64 weights along k, either as it is or in 8 bits:
-//   scale[k / 64][np]  =  scales   or   scale_levels[scale_codes] * scale_absmax[(n * k / 64 + k' / 64) / 256] + scale_offset
+// and the scale of `block` weights along k, either as it is or in 8 bits:
+//   scale[k / block][np]  =  scales   or
+//     scale_levels[scale_codes] * scale_absmax[(n * k / block + k' / block) / 256] + scale_offset
 struct Nf4Matrix {
   const uint8_t* codes;
   const float* levels;  // (16,)
-  const float* scales;  // (k / 64, np), or nullptr
-  const uint8_t* scale_codes;  // (k / 64, np)
+  const float* scales;  // (k / block, np), or nullptr
+  const uint8_t* scale_codes;  // (k / block, np)
   const float* scale_levels;   // (256,)
   const float* scale_absmax;
   float scale_offset;
   int64_t n, k;
+  int64_t block;  // k that share a scale, a multiple of 32
 };
 
 // A product of low rank beside W's: with A (rank, k), B (n, rank) and a scale s,

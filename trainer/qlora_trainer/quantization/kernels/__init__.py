@@ -15,11 +15,11 @@ from torch import Tensor
 from qlora_trainer.kernels import library
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, LowRank
 from qlora_trainer.quantization.kernels import compiled, reference
-from qlora_trainer.quantization.nf4 import BLOCK, Nf4Matrix, quantize_nf4
+from qlora_trainer.quantization.nf4 import Nf4Matrix, quantize_nf4
 
 log = logging.getLogger(__name__)
 
-COMPILED_SCHEMES = {"nf4"}
+COMPILED_SCHEMES = {"nf4", "fp4"}
 """Schemes whose weights the kernel library multiplies with."""
 
 
@@ -44,8 +44,8 @@ def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     found = library.loaded()
     if found is None or not is_right(found):
         return reference.Nf4Weight(matrix)
-    if not compiled.fits(matrix.shape):
-        _log_misfit(matrix.shape)
+    if not compiled.fits(matrix):
+        _log_misfit(matrix.shape, matrix.block)
         return reference.Nf4Weight(matrix)
     return compiled.CompiledNf4Weight(matrix, found)
 
@@ -87,8 +87,8 @@ def agree(one: library.Library, other: library.Library) -> bool:
 
 
 @functools.cache
-def _log_misfit(shape: tuple[int, int]) -> None:
+def _log_misfit(shape: tuple[int, int], block: int) -> None:
     log.info(
-        "kernels: reference for nf4 weights of %d x %d: the kernel library needs rows that are a multiple of %d long",
-        *shape, BLOCK,
+        "kernels: reference for 4-bit weights of %d x %d: the kernel library needs rows that are a multiple of %d long",
+        *shape, block,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""NF4 by the kernel library: the weight is multiplied with in strips, and is never whole in memory.
+"""NF4 and FP4 by the kernel library: the weight is multiplied with in strips, and is never whole in memory.
 
 The quantizer's bytes are put into the order that the library multiplies in, once, when a model is loaded; nothing is
 added to them but what fills the rows up to a multiple of 32. One order serves x W^T and dy W.
@@ -14,14 +14,12 @@ from torch import Tensor
 from qlora_trainer.kernels.library import Library
 from qlora_trainer.quantization.frozen_weight import LowRank
 from qlora_trainer.quantization.kernels import reference
-from qlora_trainer.quantization.nf4 import BLOCK, DYNAMIC_LEVELS, NF4_LEVELS, NestedScales, Nf4Matrix
+from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NestedScales, Nf4Matrix
 
 _STRIP = 32
 """Rows are filled up to a multiple of this."""
 _TILE = 16
 """Rows, and pairs of columns, of a block of codes."""
-_ZEROS = 0x77
-"""Two codes of the level 0."""
 
 
 class _LowRank(ctypes.Structure):
@@ -51,6 +49,7 @@ class _Matrix(ctypes.Structure):
         ("scale_offset", ctypes.c_float),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("block", ctypes.c_int64),
     )
 
 
@@ -71,21 +70,21 @@ def _sum_of_outer(library: Library) -> Callable[..., None]:
     )
 
 
-def fits(shape: tuple[int, int]) -> bool:
-    """Whether the library multiplies with a matrix (out, in): each row must begin with a block of its own."""
-    return shape[1] % BLOCK == 0
+def fits(matrix: Nf4Matrix) -> bool:
+    """Whether the library multiplies with a matrix: each row must begin with a block of its own."""
+    return matrix.shape[1] % matrix.block == 0
 
 
 class CompiledNf4Weight:
     """A FrozenWeight of the kernel library that fuses low-rank products. Takes the matrix over; its shape must fit."""
 
     def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
-        assert fits(matrix.shape), matrix.shape
-        self._shape = matrix.shape
+        assert fits(matrix), matrix.shape
+        self._shape, self._block, self._levels = matrix.shape, matrix.block, matrix.levels
         self._call = _linear(library)
         self._sum_of_outer = _sum_of_outer(library)
         rows = matrix.shape[0]
-        self.codes = _codes_to_blocks(matrix.packed, matrix.shape)
+        self.codes = _codes_to_blocks(matrix)
         """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
         if isinstance(matrix.scales, NestedScales):
             nested = matrix.scales
@@ -100,7 +99,7 @@ class CompiledNf4Weight:
         nested = self.scales if isinstance(self.scales, NestedScales) else None
         return _Matrix(
             codes=self.codes.data_ptr(),
-            levels=NF4_LEVELS.data_ptr(),
+            levels=self._levels.data_ptr(),
             scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
             scale_codes=nested.codes.data_ptr() if nested else None,
             scale_levels=DYNAMIC_LEVELS.data_ptr(),
@@ -108,6 +107,7 @@ class CompiledNf4Weight:
             scale_offset=float(nested.offset) if nested else 0.0,
             n=self._shape[0],
             k=self._shape[1],
+            block=self._block,
         )
 
     @property
@@ -127,8 +127,10 @@ class CompiledNf4Weight:
         packed = self.codes.permute(1, 3, 0, 2).reshape(-1, columns // 2)[:rows].reshape(-1)
         if isinstance(self.scales, NestedScales):
             codes = self.scales.codes.t()[:rows].reshape(-1)
-            return Nf4Matrix(packed, NestedScales(codes, self.scales.absmax, self.scales.offset), self._shape)
-        return Nf4Matrix(packed, self.scales.t()[:rows].reshape(-1), self._shape)
+            scales: Tensor | NestedScales = NestedScales(codes, self.scales.absmax, self.scales.offset)
+        else:
+            scales = self.scales.t()[:rows].reshape(-1)
+        return Nf4Matrix(packed, scales, self._shape, self._block, self._levels)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (out, in), by the reference."""
@@ -232,14 +234,16 @@ class CompiledNf4Weight:
         )
 
 
-def _codes_to_blocks(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+def _codes_to_blocks(matrix: Nf4Matrix) -> Tensor:
     """Bytes row after row (out * in / 2,) -> (in / 32, out / 16, 16 pairs of columns, 16 rows)."""
-    rows = packed.view(shape[0], -1)
-    filled = torch.nn.functional.pad(rows, (0, 0, 0, -shape[0] % _STRIP), value=_ZEROS)
+    shape = matrix.shape
+    rows = matrix.packed.view(shape[0], -1)
+    zero = int(matrix.levels.abs().argmin())  # code of the level 0
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, -shape[0] % _STRIP), value=zero << 4 | zero)
     return filled.view(-1, _TILE, shape[1] // 32, _TILE).permute(2, 0, 3, 1).contiguous()
 
 
 def _scales_to_columns(scales: Tensor, rows: int) -> Tensor:
-    """Scales, or their codes, row after row (out * in / 64,) -> (in / 64, out filled up)."""
+    """Scales, or their codes, row after row (out * in / block,) -> (in / block, out filled up)."""
     of_rows = scales.view(rows, -1)
     return torch.nn.functional.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()

@@ -1,4 +1,4 @@
-"""NF4 in plain torch: right for every shape, and the twin that faster kernels are tested against.
+"""NF4 and FP4 in plain torch: right for every shape, and the twin that faster kernels are tested against.
 
 For each product the whole matrix is dequantized into a buffer that all layers share, and thrown away.
 
@@ -18,6 +18,7 @@ from qlora_trainer.quantization.frozen_weight import check_out
 from qlora_trainer.quantization.nf4 import (
     BLOCK,
     DYNAMIC_LEVELS,
+    FP4_LEVELS,
     NESTED_BLOCK,
     NF4_LEVELS,
     NestedScales,
@@ -27,11 +28,11 @@ from qlora_trainer.quantization.nf4 import (
 _CHUNK = 2048 * BLOCK
 """Weights dequantized at once: 512 KiB in float32 and 256 KiB of indices."""
 
-_PAIRS = torch.stack([NF4_LEVELS.repeat_interleave(16), NF4_LEVELS.repeat(16)], dim=1)
-"""float32 (256, 2): the two levels of each byte, the high nibble's first."""
-_PAIRS_AS_DOUBLES = _PAIRS.view(torch.float64).view(-1)
-"""The same bits, one element a byte: only ever copied, never computed with."""
-
+_PAIRS = {
+    id(levels): torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+    for levels in (NF4_LEVELS, FP4_LEVELS)
+}
+"""float32 (256, 2): the two levels of each byte, the high nibble's first; by the table of levels."""
 
 _scratch: dict[torch.dtype, Tensor] = {}
 """One buffer per dtype, as large as the largest layer so far, that every layer is dequantized into: fresh memory for
@@ -88,19 +89,21 @@ def dequantize(matrix: Nf4Matrix, dtype: torch.dtype, out: Tensor | None = None)
     else:
         check_out(out, dtype, matrix.shape)
     scales = matrix.scales if isinstance(matrix.scales, Tensor) else dequantize_scales(matrix.scales)
-    flat = out.view(-1)
-    full = flat.numel() // BLOCK * BLOCK
+    flat, block, pairs_of = out.view(-1), matrix.block, _PAIRS[id(matrix.levels)]
+    # The same bits, one element a byte: only ever copied, never computed with.
+    as_doubles = pairs_of.view(torch.float64).view(-1)
+    full = flat.numel() // block * block
     scratch = None if dtype == torch.float32 else torch.empty(min(_CHUNK, full), dtype=torch.float32)
     for start in range(0, full, _CHUNK):
         part = flat[start : min(start + _CHUNK, full)]
         values = part if scratch is None else scratch[: part.numel()]
         pairs = matrix.packed[start // 2 : (start + part.numel()) // 2].to(torch.int32)
-        torch.index_select(_PAIRS_AS_DOUBLES, 0, pairs, out=values.view(torch.float64))
-        values.view(-1, BLOCK).mul_(scales[start // BLOCK : (start + part.numel()) // BLOCK, None])
+        torch.index_select(as_doubles, 0, pairs, out=values.view(torch.float64))
+        values.view(-1, block).mul_(scales[start // block : (start + part.numel()) // block, None])
         if scratch is not None:
             part.copy_(values)
     if full < flat.numel():
-        tail = _PAIRS[matrix.packed[full // 2 :].long()].view(-1)[: flat.numel() - full]
+        tail = pairs_of[matrix.packed[full // 2 :].long()].view(-1)[: flat.numel() - full]
         flat[full:] = tail.mul_(scales[-1])
     return out
 
