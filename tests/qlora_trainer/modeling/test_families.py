@@ -78,12 +78,12 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: configure(f, model_type="gemma3", text_config={"model_type": "gpt2"}, vision_config={}),
         "'gpt2' model",
     ),
-    "a quantized multimodal model": (
+    "a multimodal model in an unknown form": (
         lambda f: configure(
             f, model_type="mistral3", text_config={"model_type": "mistral"},
-            quantization_config={"quant_method": "fp8"},
+            quantization_config={"quant_method": "quip"},
         ),
-        "is already quantized",
+        "is quantized by .quip., which is not read",
     ),
     "old dynamic rope": (
         lambda f: configure(f, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'",
