@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from kernel_tiers import PASS_TIERS, running
 from qlora_trainer.modeling import attention
 from qlora_trainer.modeling.attention import packed_attention
+from qlora_trainer.modeling.key_value_cache import CachedSequence
 
 pytestmark = pytest.mark.process
 
@@ -287,6 +288,44 @@ def test_any_place_in_memory(tier: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(mine, theirs)
         else:
             assert torch.equal(mine, theirs)
+
+
+class Layer(nn.Module):
+    """An attention layer, as far as packed attention asks."""
+
+    layer_idx = 0
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "steps", [[[4, 3, 2], [1, 1, 1], [1, 1, 1]], [[2, 1, 1], [5, 1, 3]]], ids=["one", "many"]
+)
+def test_a_cached_sequence_goes_on_as_if_it_were_whole(
+    tier: str, steps: list[list[int]], window: int | None
+) -> None:
+    """Sequences side by side that grow by one token or several give what each gives whole; the last is not cached."""
+    q, k, v = (x.detach() for x in inputs(40, 6, 2, torch.float32))
+    sequences = [CachedSequence(20), CachedSequence(20)]
+    found: list[list[Tensor]] = [[], []]
+    for lengths in steps:
+        spans = [slice(20 * number + s.length, 20 * number + s.length + n)
+                 for number, (s, n) in enumerate(zip(sequences, lengths, strict=False))]  # fmt: skip
+        spans.append(slice(0, lengths[2]))
+        row = [torch.cat([x[:, :, span] for span in spans], dim=2) for x in (q, k, v)]
+        output = packed_attention(
+            Layer(), *row, None, segment_lengths=lengths, sliding_window=window, cached=[*sequences, None]
+        )[0]
+        *own, alone = torch.split(output, lengths, dim=1)
+        for number, part in enumerate(own):
+            found[number].append(part)
+            sequences[number].advance(lengths[number])
+        expected = dense([x[:, :, : lengths[2]] for x in (q, k, v)], [lengths[2]], window)
+        torch.testing.assert_close(alone, expected)
+
+    for number, sequence in enumerate(sequences):
+        whole = slice(20 * number, 20 * number + sequence.length)
+        expected = dense([x[:, :, whole] for x in (q, k, v)], [sequence.length], window)
+        torch.testing.assert_close(torch.cat(found[number], dim=1), expected)
 
 
 def test_samples_are_apart_in_every_tier(tier: str) -> None:

@@ -1,5 +1,6 @@
 """The base model, loaded: a transformers graph of our layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_trainer.data.collate import Batch
+from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
 
 
@@ -37,13 +39,17 @@ class BaseModel:
     dtype: torch.dtype
     """What is computed in."""
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another."""
+    def hidden_states(self, batch: Batch, cached: Sequence[CachedSequence | None] | None = None) -> Tensor:
+        """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another.
+
+        `cached`: of each sample in the row the sequence that it continues (modeling.attention), without gradients.
+        """
         states: Tensor = self.graph(
             input_ids=batch.ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
             segment_lengths=batch.lengths,
+            **({} if cached is None else {"cached": cached}),
         ).last_hidden_state[0]
         return states
 

@@ -56,7 +56,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             passes = passes_for(hidden)
-            logits = _logits(hidden[chunk], head, torch.float32 if passes is None else hidden.dtype)
+            logits = head_logits(hidden[chunk], head, torch.float32 if passes is None else hidden.dtype)
             if passes is None:
                 losses[chunk] = _losses_then_gradient(logits, targets[chunk])
             else:
@@ -82,7 +82,7 @@ def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield part, head[part].to(dtype)
 
 
-def _logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
+def head_logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, hidden size), (vocabulary, hidden size) -> (rows, vocabulary), stored as `dtype`."""
     if head.dtype == hidden.dtype == dtype:
         return hidden @ head.t()
