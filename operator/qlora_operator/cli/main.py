@@ -35,13 +35,22 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+
+    def run() -> int:
+        options = parser().parse_args(arguments)
+        return COMMANDS[options.command](options)
+
+    return guarded(run)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """A command's exit code, its expected errors told on standard error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A character that the terminal lacks is shown as its number.
             stream.reconfigure(errors="backslashreplace")
-    options = parser().parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
+        return command()
     except (InvalidFileError, InvalidUriError) as error:
         return _fail(str(error), USAGE)
     except CommandError as error:
