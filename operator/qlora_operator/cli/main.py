@@ -17,11 +17,15 @@ from qlora_contract.export import forms_of
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import GgufType, Output
+from qlora_contract.run_config import GgufType, Output, RunConfig
 from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import check, export, plan, report, run
+from qlora_operator.cli.chat import chat
+from qlora_operator.cli.chat_arguments import add_chat, add_compare, chat_settings
+from qlora_operator.cli.chat_exchange import local_model, local_run, workspace_root
+from qlora_operator.cli.compare import compare, read_prompts
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -35,13 +39,22 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+
+    def run() -> int:
+        options = parser().parse_args(arguments)
+        return COMMANDS[options.command](options)
+
+    return guarded(run)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """A command's exit code, its expected errors told on standard error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A character that the terminal lacks is shown as its number.
             stream.reconfigure(errors="backslashreplace")
-    options = parser().parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
+        return command()
     except (InvalidFileError, InvalidUriError) as error:
         return _fail(str(error), USAGE)
     except CommandError as error:
@@ -152,7 +165,46 @@ def parser() -> argparse.ArgumentParser:
             metavar="CLAIM=PATH",
             help="the directory that stands for a PersistentVolumeClaim here; repeat for each claim",
         )
+    for subcommand in (add_chat(subcommands), add_compare(subcommands)):
+        subcommand.add_argument(
+            "job", metavar="JOB", help="a job's file, or its folder in a workspace on this machine"
+        )
+        subcommand.add_argument("--name", help="which job, if the file has several")
+        subcommand.add_argument(
+            "--volume",
+            action="append",
+            default=[],
+            metavar="CLAIM=PATH",
+            help="the directory that stands for a claim here; a job's folder tells that of its workspace",
+        )
     return command
+
+
+def _chat(options: argparse.Namespace) -> int:
+    """`chat` or `compare`."""
+    questions = read_prompts(options.prompts) if options.command == "compare" else []
+    run, volumes = _trained_run(options)
+    require_trainer()
+    with local_model(run, volumes) as exchange:
+        if options.command == "chat":
+            return chat(exchange, chat_settings(options), base_only=options.base)
+        console = Console(highlight=False)
+        return compare(exchange, questions, chat_settings(options), output=options.output, console=console)
+
+
+def _trained_run(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Path]]:
+    """A job that was run on this machine, and the directories of its workspace and model."""
+    volumes = parse_volumes(options.volume)
+
+    def by_file() -> RunConfig:
+        job = one_job(options.job, options.name)
+        return to_run_config(job, uid="chat", attempt=0, isa=job.spec.isa.allowed[0])
+
+    folder, found = Path(options.job), local_run(options.job, by_file)
+    if folder.is_dir() and (place := workspace_root(folder, found)) is not None:
+        volumes.setdefault(*place)
+    require_volumes(volumes, found.workspace, found.model.source)
+    return found, volumes
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -225,7 +277,7 @@ def _report(options: argparse.Namespace) -> int:
     folder = Path(options.file)
     if not folder.is_dir():
         job, volumes = one_job(options.file, options.name), parse_volumes(options.volume)
-        _require_volumes(volumes, job.spec.workspace)
+        require_volumes(volumes, job.spec.workspace)
         folder = job_path(job.spec.workspace, job.metadata.name, volumes)
     print(report.write(folder, price))
     return 0
@@ -243,16 +295,10 @@ def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, P
     """The job, and a directory for each of its claims. Raises CommandError when one has none."""
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
-    _require_volumes(volumes, job.spec.workspace, job.spec.model.source, job.spec.dataset.source)
+    spec = job.spec
+    require_volumes(volumes, spec.workspace, spec.model.source, spec.dataset.source)
     require_trainer()
     return job, volumes
-
-
-def _require_volumes(volumes: Mapping[str, Path], *uris: str) -> None:
-    """Raise CommandError when a claim of these URIs has no directory."""
-    if missing := sorted(claims(*uris) - volumes.keys()):
-        wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
-        raise CommandError(f"the job uses claims that have no directory here; add {wanted}", USAGE)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -283,6 +329,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _execute,
     "report": _report,
     "export": _export,
+    "chat": _chat,
+    "compare": _chat,
 }
 
 
@@ -316,6 +364,13 @@ def parse_volumes(texts: Sequence[str]) -> dict[str, Path]:
         # Not Path.resolve: symbolic links are kept, and paths.resolve judges them.
         volumes[claim] = Path(os.path.abspath(path))  # noqa: PTH100
     return volumes
+
+
+def require_volumes(volumes: Mapping[str, Path], *uris: str) -> None:
+    """Raise CommandError unless every claim that the URIs name has a directory."""
+    if missing := sorted(claims(*uris) - volumes.keys()):
+        wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
+        raise CommandError(f"the job uses claims that have no directory here; add {wanted}", USAGE)
 
 
 def claims(*uris: str) -> set[str]:

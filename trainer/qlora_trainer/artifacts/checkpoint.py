@@ -117,7 +117,20 @@ def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optim
     """Load a checkpoint's tensors into the adapter and the optimizer, and return its state.
 
     Raises:
-        ConfigurationError: it holds an adapter of other layers or shapes, of which nothing is loaded; or as read_state.
+        ConfigurationError: as load_adapter and read_state.
+    """
+    load_adapter(path, parameters)
+    # Fresh tensors: those of the file lie wherever its header ends, and sums may depend on alignment.
+    moments = {name: t.clone() for name, t in load_file(path / OPTIMIZER_FILE).items()}
+    optimizer.state[parameters.flat].update(moments)
+    return read_state(path)
+
+
+def load_adapter(path: Path, parameters: AdapterParameters) -> None:
+    """Load a checkpoint's adapter.
+
+    Raises:
+        ConfigurationError: it is of other layers or shapes; nothing is loaded.
     """
     adapter = load_file(path / ADAPTER_FILE)
     expected = {name: p.shape for name, p in parameters.named.items()}
@@ -127,10 +140,6 @@ def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optim
         )
     for name, parameter in parameters.named.items():
         parameter.data.copy_(adapter[name])
-    # Fresh tensors: those of the file lie wherever its header ends, and sums may depend on alignment.
-    moments = {name: t.clone() for name, t in load_file(path / OPTIMIZER_FILE).items()}
-    optimizer.state[parameters.flat].update(moments)
-    return read_state(path)
 
 
 def read_state(path: Path) -> LoopState:

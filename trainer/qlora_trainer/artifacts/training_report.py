@@ -86,6 +86,7 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
     return {
         "model_source": run.model.source,
         "model_revision": run.fetched.model,
+        "weights_sha256": state.weights_sha256,
         "dataset_source": run.dataset.source,
         "dataset_revision": run.fetched.dataset,
         "dataset_sha256": state.dataset_sha256,

@@ -69,7 +69,9 @@ class ChatTemplate:
         """Matches any special token."""
         stops = {tokenizer.eos_token_id, *settings.stop_ids} - {None}
         self._stops = set(tokenizer.convert_ids_to_tokens(sorted(stops)))
-        self.ends = _any_of(self._stops | self._end_of_turn())
+        self.end_tokens = self._stops | self._end_of_turn()
+        """Tokens that end a turn of the assistant."""
+        self.ends = _any_of(self.end_tokens)
         """Matches any token that ends a turn of the assistant."""
 
     def render(

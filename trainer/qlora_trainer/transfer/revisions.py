@@ -1,7 +1,7 @@
 """Pinned revisions: what a job's remote sources stood for when it first fetched them, for all of its attempts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -53,8 +53,15 @@ class PinnedRevisions:
         return pins if isinstance(pins, dict) else {}
 
 
-def with_pinned_revisions(run: RunConfig, volumes: Mapping[str, Path]) -> RunConfig:
+def with_pinned_revisions(
+    run: RunConfig, volumes: Mapping[str, Path], roles: Sequence[SourceRole] = SOURCES
+) -> RunConfig:
     """The run with the revisions that are in the workspace. Nothing is fetched.
+
+    Args:
+        run: the job.
+        volumes: claim -> directory; empty in a pod.
+        roles: what is needed.
 
     Raises:
         ConfigurationError: a remote source is not there.
@@ -62,7 +69,7 @@ def with_pinned_revisions(run: RunConfig, volumes: Mapping[str, Path]) -> RunCon
     pins = PinnedRevisions(job_path(run.workspace, run.job.name, volumes), run)
     workspace = resolve(run.workspace, volumes)
     found: dict[str, str] = {}
-    for role in SOURCES:
+    for role in roles:
         source = str(getattr(run, role).source)
         if not is_remote(source):
             continue

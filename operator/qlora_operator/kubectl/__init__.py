@@ -1,0 +1,1 @@
+"""`kubectl qlora`: the `qlora` command for the jobs of a cluster."""
