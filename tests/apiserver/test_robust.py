@@ -442,7 +442,7 @@ def test_liveness_fails_while_a_job_takes_too_long(
     assert operator.get("/healthz") == (200, "ok\n")
     with proxy.fault(hold(8), verb="update", resource="qlorajobs/status", times=1):
         make_job()
-        wait_for(lambda: "to be reconciled" in operator.get("/healthz")[1])
+        wait_for(lambda: "reconcil" in operator.get("/healthz")[1])
         assert operator.get("/healthz")[0] == 503
         wait_for(lambda: operator.get("/healthz")[0] == 200)
 
