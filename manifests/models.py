@@ -48,6 +48,12 @@ Layers are named as in the class that users of the whole model load, `{language_
 find them; `exclude_modules` in `adapter_config.json` keeps peft from the layers of the vision tower, whose names end
 alike. Whether the head is the embedding is told by whether a head is stored.
 
+## Mixtures of experts
+
+Each matrix of each expert is quantized by itself, and the router is not. Adapters go on attention alone: for an MLP
+beside experts, if a layer has one, peft has no name. bitsandbytes leaves experts unquantized, so the comparison is
+without quantization.
+
 ## Lengths
 
 `training.maxSequenceLength` may be at most `max_position_embeddings`, or what scaled rotary embeddings reach. With
@@ -58,7 +64,7 @@ tokens, not with their square.
 
 ## What is refused
 
-- Mixtures of experts (`qwen3_moe`, `gpt_oss`, Granite with experts), models with Mamba or other recurrent layers
+- Other mixtures of experts (`gpt_oss`, Granite with experts), models with Mamba or other recurrent layers
   (Granite 4 `-h`, `qwen3_5`), and embedding models, which see the tokens behind each token.
 - Models that only Python code of their own repository can build (`auto_map` in `config.json`): it is never run.
 {instead}
@@ -95,8 +101,9 @@ def _linears(kind: str) -> str:
     names = [
         path.rpartition(".")[2] for path, part in graph.named_modules() if isinstance(part, torch.nn.Linear)
     ]
-    head = FAMILIES[kind].head
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(names) if name != head)
+    family = FAMILIES[kind]
+    adapted = [name for name in dict.fromkeys(names) if name != family.head and family.adapts(name)]
+    return ", ".join(f"`{name}`" for name in adapted)
 
 
 def _tested(kind: str) -> tuple[str, str, str]:

@@ -25,6 +25,9 @@ _GRANITE = {
 _GEMMA3 = {**_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 24}
 SMALL_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
     "gemma2": {
         **_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 4.0,

@@ -101,6 +101,24 @@ def test_every_linear_but_the_head_is_quantized(double: bool, small_model: Make)
     assert model.head.dtype == torch.bfloat16
 
 
+def test_each_expert_is_quantized_by_itself(small_model: Make) -> None:
+    """Its matrices are the quantizer's bytes of the file's; they and the router are not among what can be adapted."""
+    folder = small_model("qwen3_moe", **LIVELY)
+    stored = load_file(folder / "model.safetensors")
+    model = load_model(folder, DOUBLE, torch.float32)
+
+    experts = {name for name in stored if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3
+    for name in experts:
+        layer: Any = model.graph.get_submodule(name.removeprefix("model.").removesuffix(".weight"))
+        assert torch.equal(
+            layer.weight.matrix.packed, quantize_nf4(stored[name], double=True, name=name).packed
+        )
+    assert {name.rpartition(".")[2] for name in model.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    router: Any = model.graph.get_submodule("layers.0.mlp.gate")
+    assert torch.equal(router.weight, stored["model.layers.0.mlp.gate.weight"])
+
+
 def test_tied_head_is_the_embedding(small_model: Make) -> None:
     """A tied head takes no memory of its own."""
     model = load_model(small_model("llama", **WORDS), Unquantized(), torch.float32)

@@ -22,6 +22,7 @@ from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.families import FAMILIES, LANGUAGE_MODEL, WRAPPERS, read_config
 from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.shape import model_shape, positions
 from qlora_trainer.quantization.schemes import Unquantized
 from small_models import SMALL_OF
@@ -103,7 +104,7 @@ def test_counts_are_those_of_the_loaded_model(
     adapter = Adapter(rank=5, target_modules=[target.format(decoder=decoder) for target in targets])
     shape = model_shape(folder, adapter)
     model = load_model(folder, Unquantized(), torch.float32)
-    sizes = [math.prod(layer.shape) for layer in model.linears.values()]
+    sizes = [math.prod(layer.shape) for layer in model.graph.modules() if isinstance(layer, LoraLinear)]
     parameters = method_for(adapter).attach(model, seed=0, dropout=None)
 
     assert shape.linear_weights == sum(sizes)

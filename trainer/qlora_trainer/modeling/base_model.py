@@ -41,7 +41,7 @@ class BaseModel:
     head: Tensor
     """(vocabulary, hidden size), in the checkpoint's dtype; the embedding itself where they are tied."""
     linears: dict[str, LoraLinear]
-    """Every linear layer but the head, by its path in the checkpoint (`model.layers.0.mlp.up_proj`)."""
+    """The linear layers that can have an adapter, by their paths in the checkpoint (`model.layers.0.mlp.up_proj`)."""
     dtype: torch.dtype
     """What is computed in."""
     logits_divisor: float = 1.0

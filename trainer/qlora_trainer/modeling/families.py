@@ -58,7 +58,7 @@ def bidirectional_attention(config: Any) -> str | None:
 
 
 def mixture_of_experts(config: Any) -> str | None:
-    """Experts are matrices in one tensor, which are neither quantized nor adapted yet."""
+    """Experts are trained around in families whose entry says where they are."""
     if experts := getattr(config, "num_local_experts", 0):
         return f"is a mixture of experts (num_local_experts is {experts}); its dense variants can be trained"
     return None
@@ -93,6 +93,8 @@ class Family:
     is one of passes.ACTIVATIONS; two where gate and up are one layer. Empty: the module is transformers' own."""
     intermediate: str = "intermediate_size"
     """The MLP's width in config.json."""
+    experts: str | None = None
+    """Last part of the paths of the modules that hold a layer's experts; None: it has none."""
     softcap: str | None = None
     """What in config.json bounds the logits, by a tanh; None: nothing does."""
     logits_divisor: str | None = None
@@ -121,6 +123,13 @@ class Family:
                 return None if path is None else path + stored.removeprefix(prefix)
         return stored
 
+    def adapts(self, path: str) -> bool:
+        """Whether a linear layer of the graph can have an adapter.
+
+        Not an expert's, nor one of the same name: PEFT takes that for the tensor that holds all experts' weights.
+        """
+        return self.experts is None or path.rpartition(".")[2] not in self.gated_mlp
+
     def public_name(self, path: str) -> str:
         """The path of a layer of the graph in the class that its users load: what adapters and targets are named by."""
         if self.wrapped and path.startswith(f"{self.decoder}."):
@@ -147,6 +156,11 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral 7B, Nemo, Ministral 8B (2410), Mistral Small 3 (text of)"),
     "qwen2": Family("Qwen2.5, Qwen2.5-Coder, R1-Distill-Qwen"),
     "qwen3": Family("Qwen3 0.6B to 32B, Thinking and Instruct 2507"),
+    "qwen3_moe": Family(
+        "Qwen3 30B-A3B, 235B-A22B",
+        experts="experts",
+        refusals=(quantized_before, length_dependent_rope, bidirectional_attention),
+    ),
     "gemma2": Family("Gemma 2 2B, 9B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"),
     "gemma3_text": Family(
         "Gemma 3 270M, 1B; the text part of 4B, 12B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import ModelError
-from qlora_trainer.modeling import attention
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import Family, read_model
+from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.stored.reading import StoredWeight, stored_weights
@@ -46,11 +45,8 @@ def load_model(
     Raises:
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
     """
-    attention.register()
     family, config = read_model(folder)
-    with torch.device("meta"):
-        graph = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
-    loader = _WeightLoader(graph, family, scheme, dtype)
+    loader = _WeightLoader(build_graph(config, family, dtype), family, scheme, dtype)
     weights = stored_weights(folder, config) if stored is None else map(_as_stored, stored)
     for weight in weights:
         if weights_hash is not None:
@@ -151,8 +147,10 @@ class _WeightLoader:
         linears: dict[str, LoraLinear] = {}
         for path in in_order:
             name = self.family.public_name(path)
-            linears[name] = LoraLinear(name, self.weights[path], self.biases.get(path))
-            self.graph.set_submodule(path, linears[name])
+            layer = LoraLinear(name, self.weights[path], self.biases.get(path))
+            self.graph.set_submodule(path, layer)
+            if self.family.adapts(path):
+                linears[name] = layer
         decoder: Any = self.graph.get_submodule(self.family.decoder)
         if decoder.rotary_emb is not None:  # its buffers are computed, not loaded
             decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)

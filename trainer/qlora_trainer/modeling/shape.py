@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from qlora_contract.memory import ModelShape
 from qlora_contract.run_config import Adapter
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.modeling.families import read_model, rotary_parameters
+from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
+from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
@@ -26,22 +26,22 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
     """
     family, config = read_model(folder)
     try:
-        with torch.device("meta"):
-            graph = AutoModelForCausalLM.from_config(config)
+        graph = build_graph(config, family, torch.float32)
     except Exception as error:  # transformers computes with whatever config.json says
         raise ModelError(
             f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)})"
         ) from error
-    linears = {
-        family.public_name(name): (module.out_features, module.in_features)
+    everything = {
+        name: (module.out_features, module.in_features)
         for name, module in graph.named_modules()
         if isinstance(module, nn.Linear) and name != family.head
     }
-    sizes = [prod(shape) for shape in linears.values()]
+    linears = {family.public_name(name): size for name, size in everything.items() if family.adapts(name)}
+    sizes = [prod(shape) for shape in everything.values()]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
         hidden=config.hidden_size,
-        intermediate=getattr(config, family.intermediate),
+        intermediate=intermediate(config, family),
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -57,8 +57,23 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
             dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
             config.hidden_size,
             (config.num_attention_heads + config.num_key_value_heads) * head_size,
-        ),
+        )
+        + (0 if family.experts is None else routed(config)),
     )
+
+
+def intermediate(config: Any, family: Family) -> int:
+    """The width of a token's MLP: of all experts that it goes through, where it has experts."""
+    width = int(getattr(config, family.intermediate))
+    if family.experts is None:
+        return width
+    dense = width if config.mlp_only_layers or config.decoder_sparse_step > 1 else 0
+    return max(dense, int(config.num_experts_per_tok * config.moe_intermediate_size))
+
+
+def routed(config: Any) -> int:
+    """Numbers of a token that a layer of experts keeps further: each output before its weight, and the router's."""
+    return int(config.num_experts_per_tok * config.hidden_size + 4 * config.num_experts)
 
 
 def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries_and_keys: int) -> int:
