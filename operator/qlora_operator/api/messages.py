@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_contract import remote
+from qlora_contract.run_config import TRACKING_URI_PATTERN
 from qlora_operator.api import names, quantity, v1alpha1
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 from qlora_operator.api.yaml_reader import child_path
@@ -24,6 +25,8 @@ _FORMS = {
     v1alpha1.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
     v1alpha1.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
     v1alpha1.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
+    TRACKING_URI_PATTERN: "a server's address such as http://mlflow.tracking.svc:5000, without user or query, at most "
+    "512 characters",
     remote.PVC_PATTERN: "pvc://claim/path, at most 512 characters",
     remote.MODEL_PATTERN: "pvc://claim/path, hf://org/name or s3://bucket/path, at most 512 characters",
     remote.DATASET_PATTERN: "pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path, at most 512 "

@@ -17,6 +17,9 @@ from qlora_operator.api.status import (
 from qlora_operator.status.failure import termination_report
 from qlora_operator.status.observation import Pod
 
+MAX_KWH = 1e7
+"""The most energy of a job that is believed: a thousand machines for a year."""
+
 
 def progress(before: Progress | None, report: ProgressReport, now: datetime) -> Progress:
     """The progress after a report."""
@@ -126,8 +129,10 @@ def world_size(pods: Sequence[Pod]) -> int | None:
 
 
 def energy_kwh(pods: Sequence[Pod]) -> float | None:
-    """What the processors took over all attempts, by rank 0's report; None where that is not known."""
-    return next((report.energy_kwh for report in _rank_zero_reports(pods) if report.energy_kwh), None)
+    """What the processors took over all attempts, by rank 0's report; None where that is not known, or no such number:
+    a pod may report anything."""
+    found = (report.energy_kwh or 0.0 for report in _rank_zero_reports(pods))
+    return next((energy for energy in found if 0 < energy <= MAX_KWH), None)
 
 
 def adapter(pods: Sequence[Pod]) -> AdapterStatus | None:

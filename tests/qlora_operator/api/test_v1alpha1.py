@@ -53,7 +53,7 @@ DEFAULTS = {
         "gradientCheckpointing": "auto",
         "seed": 0,
     },
-    "evaluation": {"everySteps": None, "maxTokens": 65536, "prompts": 3, "requireImprovement": True},
+    "evaluation": {"everySteps": None, "maxTokens": 65536, "prompts": 0, "requireImprovement": True},
     "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
     "topology": {
         "pods": 1,
@@ -265,6 +265,21 @@ BAD = {
         {"spec.dataset.credentialsSecret": "hub"},
         "spec.dataset.credentialsSecret",
         "requires an hf:// or s3:// source",
+    ),
+    "a tracking server with a password": (
+        {"spec.tracking": {"mlflow": {"uri": "http://user:word@mlflow:5000"}}},
+        "spec.tracking.mlflow.uri",
+        "must be a server's address such as http://mlflow.tracking.svc:5000",
+    ),
+    "a tracking server without a scheme": (
+        {"spec.tracking": {"mlflow": {"uri": "mlflow.tracking.svc:5000"}}},
+        "spec.tracking.mlflow.uri",
+        "must be a server's address such as http://mlflow.tracking.svc:5000",
+    ),
+    "a tracking server without an address": (
+        {"spec.tracking": {"mlflow": {"experiment": "docs"}}},
+        "spec.tracking.mlflow.uri",
+        "is required",
     ),
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},

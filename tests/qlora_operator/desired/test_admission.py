@@ -96,6 +96,21 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {"allowedSources": ["hf://*", "s3://bucket/*"]},
         (Reason.SOURCE_NOT_ALLOWED, "spec.output.destination s3://elsewhere/x"),
     ),
+    "a tracking server, of which none is allowed by default": (
+        {"tracking": {"mlflow": {"uri": "http://mlflow:5000"}}},
+        {},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.tracking.mlflow.uri http://mlflow:5000"),
+    ),
+    "another tracking server": (
+        {"tracking": {"mlflow": {"uri": "http://mlflow.evil:5000"}}},
+        {"allowedTracking": ["http://mlflow:*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.tracking.mlflow.uri http://mlflow.evil:5000"),
+    ),
+    "a tracking server that is allowed": (
+        {"tracking": {"mlflow": {"uri": "http://mlflow:5000"}}},
+        {"allowedTracking": ["http://mlflow:*"]},
+        None,
+    ),
     "all of them allowed by name": ({}, {"allowedSources": ["hf://org/model", "s3://bucket/*"]}, None),
     "too many pods": (
         {},

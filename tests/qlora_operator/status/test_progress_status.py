@@ -234,6 +234,9 @@ def test_rank_0_reports_the_adapter(
         pytest.param(0, {"energyKwh": 0.25}, 0.25, id="it is known"),
         pytest.param(0, {}, None, id="it is not"),
         pytest.param(1, {"energyKwh": 0.25}, None, id="of another pod"),
+        pytest.param(0, {"energyKwh": -1.0}, None, id="less than none"),
+        pytest.param(0, {"energyKwh": float("nan")}, None, id="no number"),
+        pytest.param(0, {"energyKwh": float("inf")}, None, id="more than there is"),
     ],
 )
 def test_rank_0_reports_the_energy(

@@ -182,7 +182,9 @@ ANSWERS: dict[str, Any] = {
 
 def test_answers_stand_side_by_side_with_their_scores() -> None:
     """Base and adapter, after the prompt and what the data say."""
-    text = Page(rendered(REPORT | {"answers": ANSWERS})).text
+    text = Page(rendered(REPORT | {"answers": ANSWERS | {"longest": 32, "in_time": False}})).text
+    note = "Answers of at most 32 tokens, the most probable ones. They were cut off when their time was over."
+    assert note in text
     start = text.index("2 + 2?")
 
     assert text[start : start + 4] == ["2 + 2?", "4", "Two and\ntwo", "4"]

@@ -184,7 +184,8 @@ def test_answers_change_neither_adapter_nor_losses(ready: Ready) -> None:
 
 def test_no_prompts_are_answered_unless_asked_for(ready: Ready) -> None:
     """Nor without held-out data."""
-    for sections in ({"evaluation": {"prompts": 0}}, {"dataset": {"evalFraction": 0.0}}):
+    without_data = {"dataset": {"evalFraction": 0.0}, "evaluation": {"requireImprovement": False}}
+    for sections in ({"evaluation": {"prompts": 0}}, without_data):
         context = ready(**sections)
         train(context)
 

@@ -159,7 +159,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         "Qwen3 30B-A3B, 235B-A22B",
         experts="experts",
-        refusals=(quantized_before, length_dependent_rope, bidirectional_attention),
+        refusals=(formats.refusal, length_dependent_rope, bidirectional_attention),
     ),
     "gemma2": Family("Gemma 2 2B, 9B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"),
     "gemma3_text": Family(

@@ -198,7 +198,9 @@ def _tiles(
         yield _tile("tokens per second", f"{speed:,.0f}", f"{_whole(report.get('world_size'))} rank(s)")
     if (seconds := _number(report.get("seconds"))) is not None:
         yield _tile("in training steps", format_duration(seconds), str(report.get("isa") or ""))
-    if (peak := _number(report.get("peak_memory_bytes"))) is not None:
+    # Of all attempts: the report's own is of the last one.
+    peaks = [_number(report.get("peak_memory_bytes")), *(size for _, size in _points(metrics, "memory_peak"))]
+    if (peak := max((size for size in peaks if size is not None), default=None)) is not None:
         plan = _number(_mapping(report.get("plan")).get("memory_bytes"))
         planned = "" if plan is None else f"{format_bytes(round(plan))} planned"
         yield _tile("memory of a rank", format_bytes(round(peak)), planned)
@@ -299,7 +301,12 @@ def _answers(answers: Mapping[str, Any]) -> str:
         [name.replace("_", " "), *(_score(_mapping(of).get(side)) for side in ("base", "adapter"))]
         for name, of in _mapping(answers.get("scores")).items()
     ]
-    table = _table(("held-out prompt", "answer in the data", "base", "with the adapter"), cells, "answers")
+    longest = _whole(answers.get("longest"))
+    note = f"Answers of at most {longest} tokens, the most probable ones." if longest else ""
+    if answers.get("in_time") is False:
+        note += " They were cut off when their time was over."
+    table = f"<p>{_text(note)}</p>" if note else ""
+    table += _table(("held-out prompt", "answer in the data", "base", "with the adapter"), cells, "answers")
     if scores:
         table += _table(("of these answers", "base", "with the adapter"), scores)
     return _section("Answers to held-out prompts", table)

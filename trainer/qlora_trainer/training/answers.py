@@ -31,7 +31,8 @@ NEW_TOKENS = 32
 """Of an answer, at most: enough for one that can be compared, and seconds for a small model."""
 MIN_PROMPT = 2
 """Tokens: what is learned from its beginning, as a plain text is, has no prompt."""
-SECONDS_PER_PROMPT = 10.0
+SECONDS_PER_PROMPT = 60.0
+"""For both answers, on a slow or busy machine; as a rule it is far less."""
 TIMEOUTS = 3
 """Of distributed.timeoutSeconds, all answers together take at most so many: the other ranks wait."""
 PROMPT_CHARACTERS = 1_000
@@ -81,28 +82,35 @@ def _answer(context: RankContext, state: TrainState, samples: Samples, count: in
     context.progress.begin(Work(name="answering held-out prompts", unit="tokens", total=total))
     room = state.memory.micro_batch_tokens
 
-    def answers() -> list[list[int]]:
+    def answers() -> tuple[list[str], bool]:
+        """The texts, and whether there was time for all of them."""
         found: list[list[int]] = [[] for _ in chosen]
-        for number, token in until(_tokens(state.model, chosen, stops, room), seconds / 2, context):
+        deadline = time.monotonic() + seconds / 2
+        for number, token in until(_tokens(state.model, chosen, stops, room), deadline, context):
             found[number].append(token)
-        return found
+        return list(map(text, found)), time.monotonic() < deadline
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     with adapters_disabled(state.model):
-        base = answers()
-    adapter = answers()
+        base, base_in_time = answers()
+    adapter, adapter_in_time = answers()
     if context.stop.is_set():
         return
     rows = [
-        {
-            "prompt": end_of(tokenizer.decode(each.prompt, skip_special_tokens=True)),
-            "reference": tokenizer.decode(each.reference, skip_special_tokens=True).strip(),
-            "base": tokenizer.decode(without, skip_special_tokens=True).strip(),
-            "adapter": tokenizer.decode(with_it, skip_special_tokens=True).strip(),
-        }
-        for each, without, with_it in zip(chosen, base, adapter, strict=True)
+        {"prompt": end_of(text(each.prompt)), "reference": text(each.reference), "base": b, "adapter": a}
+        for each, b, a in zip(chosen, base, adapter, strict=True)
     ]
+    in_time = base_in_time and adapter_in_time
     short = [row for row, each in zip(rows, chosen, strict=True) if len(each.reference) <= NEW_TOKENS]
-    found = {"prompts": rows, "scores": scores(short, labels=has_labels(samples)), "longest": NEW_TOKENS}
+    found = {
+        "prompts": rows,
+        # What was cut off cannot be compared.
+        "scores": scores(short, labels=has_labels(samples)) if in_time else {},
+        "longest": NEW_TOKENS,
+        "in_time": in_time,
+    }
     context.folder.check_fence()
     write_atomically(context.folder.path / ANSWERS, json.dumps(found, indent=1))
 
@@ -164,10 +172,9 @@ def groups(sizes: Sequence[int], room: int) -> Iterator[tuple[int, int]]:
 
 
 def until(
-    tokens: Iterable[tuple[int, int]], seconds: float, context: RankContext
+    tokens: Iterable[tuple[int, int]], deadline: float, context: RankContext
 ) -> Iterator[tuple[int, int]]:
     """The tokens until the time is over, or this rank is asked to stop."""
-    deadline = time.monotonic() + seconds
     for item in tokens:
         context.progress.advance(1)
         yield item
