@@ -19,6 +19,7 @@ from qlora_contract import memory
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.env import CPUS_ENV
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.export import forms_of
 from qlora_contract.paths import InvalidUriError, resolve, volume_map
 from qlora_contract.plan import (
     Machine,
@@ -136,12 +137,14 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.training import exports
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     shape = model_shape(resolve(run.model_uri, volumes), run.adapter)
+    exports.check(forms_of(run.output), resolve(run.model_uri, volumes))
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype)
