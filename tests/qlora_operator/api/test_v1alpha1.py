@@ -78,7 +78,12 @@ DEFAULTS = {
         "revision": "main",
         "credentialsSecret": None,
     },
-    "output": {"destination": None, "credentialsSecret": None},
+    "output": {
+        "destination": None,
+        "credentialsSecret": None,
+        "formats": ["adapter"],
+        "ggufTypes": ["q8_0"],
+    },
     "dataset": {
         "source": "pvc://team-data/docs.jsonl",
         "revision": "main",
