@@ -20,6 +20,7 @@ from qlora_contract import memory
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.env import CPUS_ENV
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.export import forms_of
 from qlora_contract.paths import InvalidUriError, resolve, volume_map
 from qlora_contract.plan import (
     Machine,
@@ -150,6 +151,7 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.modeling.families import read_config
     from qlora_trainer.modeling.shape import model_shape
     from qlora_trainer.modeling.stored.formats import description
+    from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of
     from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
     from qlora_trainer.transfer.revisions import with_pinned_revisions
@@ -158,6 +160,7 @@ def plan(run: RunConfig) -> PlanReport:
     run = with_pinned_revisions(run, volumes)
     model_folder = resolve(run.model_uri, volumes)
     shape = model_shape(model_folder, run.adapter)
+    exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype, len(data.train))

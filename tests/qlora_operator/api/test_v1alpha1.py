@@ -82,8 +82,13 @@ DEFAULTS = {
         "revision": "main",
         "credentialsSecret": None,
     },
-    "output": {"destination": None, "credentialsSecret": None},
     "tracking": {"mlflow": None},
+    "output": {
+        "destination": None,
+        "credentialsSecret": None,
+        "formats": ["adapter"],
+        "ggufTypes": ["q8_0"],
+    },
     "dataset": {
         "source": "pvc://team-data/docs.jsonl",
         "revision": "main",

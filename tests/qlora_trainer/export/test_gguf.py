@@ -161,36 +161,52 @@ PROMPT = "<|im_start|>user\nWhat does a list do?<|im_end|>\n<|im_start|>assistan
 TOKENS = 20
 
 
+class Silent:
+    """A Listener that nobody listens to."""
+
+    def begin(self, *_: object) -> None:
+        """Something is begun."""
+
+    def advance(self, *_: object) -> None:
+        """Some of it is done."""
+
+    def exported(self, *_: object) -> None:
+        """A form is finished."""
+
+
+def _export(model: Path, adapter: Path, output: Path, *forms: Any) -> Path:
+    """The folder of these forms."""
+    from qlora_contract.export import ExportRequest
+    from qlora_trainer.export.exporting import export
+
+    request = ExportRequest(
+        name="demo", model=str(model), adapter=str(adapter), output=str(output), forms=list(forms)
+    )
+    export(request, Silent(), lambda: None)
+    return output
+
+
+@pytest.fixture
+def llama_cpp() -> Any:
+    """The package of that name."""
+    return pytest.importorskip(
+        "llama_cpp", reason="needs llama-cpp-python: a package that compiles llama.cpp"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 def test_llama_cpp_says_what_transformers_and_peft_say(
-    demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+    llama_cpp: Any, demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file; q4_k_m answers."""
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="needs llama-cpp-python: a package that compiles llama.cpp"
-    )
+    """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qlora_contract.export import ExportRequest
-    from qlora_trainer.export.exporting import export
-
-    class Silent:
-        def begin(self, *_: object) -> None: ...
-        def advance(self, *_: object) -> None: ...
-        def exported(self, *_: object) -> None: ...
-
     adapter = an_adapter(demo_model, scale=0.3)
-    forms: Any = ["gguf-f16", "gguf-q4_k_m", "gguf-lora"]
-    out = tmp_path / "out"
-    request = ExportRequest(
-        name="demo", model=str(demo_model), adapter=str(adapter), output=str(out), forms=forms
-    )
-    export(request, Silent(), lambda: None)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    prompt = tokenizer(PROMPT)["input_ids"]
+    out = _export(demo_model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
+    prompt = AutoTokenizer.from_pretrained(demo_model)(PROMPT)["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
 
@@ -211,13 +227,24 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
     with model.disable_adapter():
         assert by_peft() != expected
     assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
-    assert by_llama_cpp(
-        _base_as_gguf(demo_model, tmp_path), lora_path=str(out / "gguf-lora" / "demo-lora.gguf")
-    ) == (expected)
-    small = llama_cpp.Llama(str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), n_ctx=256, verbose=False)
-    answer = small.create_chat_completion(
+    lora = str(out / "gguf-lora" / "demo-lora.gguf")
+    assert by_llama_cpp(_base_as_gguf(demo_model, tmp_path), lora_path=lora) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+def test_llama_cpp_answers_from_q4_k_m(
+    llama_cpp: Any, demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By the chat template in the file."""
+    out = _export(demo_model, an_adapter(demo_model, scale=0.1), tmp_path / "out", "gguf-q4_k_m")
+
+    model = llama_cpp.Llama(str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), n_ctx=256, verbose=False)
+    answer = model.create_chat_completion(
         [{"role": "user", "content": "Hello"}], max_tokens=12, temperature=0.0
     )
+
     assert answer["choices"][0]["message"]["content"].strip()
 
 

@@ -307,3 +307,50 @@ def test_parts_of_a_failed_upload_are_removed(send: Callable[..., str], large: N
         send(**S3)
 
     assert "Uploads" not in sound.s3.list_multipart_uploads(Bucket=BUCKET)
+
+
+MERGED = {"model.safetensors": b"merged", "config.json": b"{}"}
+WITH_MERGED = {"formats": ["adapter", "merged"]}
+
+
+def write_export(folder: Path, adapter_sha256: str) -> None:
+    """A complete export of the adapter with that hash."""
+    write_adapter(folder, MERGED)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "adapter_sha256": adapter_sha256}))
+
+
+@pytest.mark.parametrize("destination", ["s3", "hub"])
+def test_exports_go_along_in_folders_of_their_own(
+    destination: str, send: Callable[..., str], transfers: Transfers, sound: Remotes
+) -> None:
+    """Before the adapter, so that whoever finds that finds them, and the URI of a Hub's commit has all of it."""
+    write_export(transfers.job() / "exports" / "merged", "0")
+
+    uri = send(output={**(S3 if destination == "s3" else HUB)["output"], **WITH_MERGED})
+
+    if destination == "s3":
+        assert objects(sound)["adapters/j/exports/merged/model.safetensors"] == b"merged"
+        assert "adapters/j/exports/merged/manifest.json" in sound.list_keys()
+        puts = [each.path.partition("?")[0] for each in sound.s3_wire.passed if each.method == "PUT"]
+        assert puts[-1] == f"/{BUCKET}/adapters/j/manifest.json"
+    else:
+        repository = sound.hub.repositories["models", "org/adapter"]
+        assert uri == f"hf://org/adapter@{repository.branches['main']}"
+        files = repository.files[repository.branches["main"]]
+        assert {"exports/merged/model.safetensors", "adapter_model.safetensors"} <= set(files)
+
+
+@pytest.mark.parametrize(
+    "sha256", [pytest.param(None, id="missing"), pytest.param("1", id="of another adapter")]
+)
+def test_an_export_that_is_not_complete_is_not_left_out(
+    sha256: str | None, send: Callable[..., str], transfers: Transfers, sound: Remotes
+) -> None:
+    """The job asked for it."""
+    if sha256 is not None:
+        write_export(transfers.job() / "exports" / "merged", sha256)
+
+    with pytest.raises(ConfigurationError, match="merged is not a complete export of the adapter"):
+        send(output={**S3["output"], **WITH_MERGED})
+    assert sound.list_keys() == []

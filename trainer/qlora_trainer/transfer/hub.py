@@ -145,6 +145,7 @@ class Hub:
         check: Callable[[], None],
         on_bytes: Callable[[int], None],
         retrier: Retrier,
+        under: str = "",
     ) -> str:
         """Commit files to the repository, which is created private if need be, and return the URI of the commit.
 
@@ -156,6 +157,7 @@ class Hub:
             check: called before the commit; what it raises ends the upload.
             on_bytes: called with the number of bytes that were sent.
             retrier: how long to continue without progress.
+            under: what the names begin with there, such as `exports/merged/`.
         """
         names = [*names, MANIFEST]
         repository = self._remote.root
@@ -164,7 +166,7 @@ class Hub:
             with self._translate_errors():
                 self._api.create_repo(repository, private=True, exist_ok=True)
                 # New for each attempt: they remember what the Hub had.
-                files = [CommitOperationAdd(name, folder / name) for name in names]
+                files = [CommitOperationAdd(f"{under}{name}", folder / name) for name in names]
                 self._api.preupload_lfs_files(repository, files)
                 check()
                 made = self._api.create_commit(repository, files, commit_message="Adapter by qlora-operator")

@@ -1,9 +1,11 @@
-"""The finished adapter to where output.destination says."""
+"""The finished adapter, and what was made of it, to where output.destination says."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qlora_contract.job_folder import MANIFEST, job_path, read_manifest
+from qlora_contract.export import forms_of
+from qlora_contract.job_folder import EXPORTS, MANIFEST, is_exported, job_path, read_manifest
 from qlora_contract.remote import parse_remote
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
@@ -19,7 +21,7 @@ def publish(
     retrier: Retrier,
     count: Callable[[int, int], None],
 ) -> str:
-    """Upload the adapter, and return the URI of the copy.
+    """Upload the adapter and its exports, and return the URI of the copy.
 
     Args:
         run: the job, with a destination.
@@ -29,7 +31,7 @@ def publish(
         count: count(done, total): how many bytes to add to what is done, and to what there is to do.
 
     Raises:
-        ConfigurationError: there is no destination, or no complete adapter.
+        ConfigurationError: there is no destination, or the adapter or an export is not complete.
         Fenced: another attempt owns the job's folder now.
         TransferRefused: the destination is missing, or refuses us.
         TransferFailed: the destination does not answer as it should.
@@ -41,8 +43,19 @@ def publish(
     manifest = read_manifest(folder.adapter)
     if manifest is None:
         raise ConfigurationError(f"{folder.adapter} is not a complete adapter; run the job to its end first")
-    names = sorted(manifest["files"])
+    # The adapter last: the URI of a Hub is that of the newest commit, and whoever finds the adapter finds the rest.
+    parts = {f"{EXPORTS}/{form}/": folder.path / EXPORTS / form for form in forms_of(run.output)}
+    for path in parts.values():
+        if not is_exported(path, manifest["sha256"]):
+            raise ConfigurationError(
+                f"{path} is not a complete export of the adapter; run the job to its end first"
+            )
+    parts[""] = folder.adapter
     remote = parse_remote(run.output.destination)
     server = retrier.call(lambda: connect(remote, "output", environ, retrier.limit_seconds))
-    count(0, sum((folder.adapter / name).stat().st_size for name in (*names, MANIFEST)))
-    return server.upload(folder.adapter, names, folder.check_fence, lambda sent: count(sent, 0), retrier)
+    count(0, sum(file.stat().st_size for path in parts.values() for file in path.iterdir()))
+    uri = ""
+    for under, path in parts.items():
+        names = sorted(json.loads((path / MANIFEST).read_text())["files"])
+        uri = server.upload(path, names, folder.check_fence, lambda sent: count(sent, 0), retrier, under)
+    return uri

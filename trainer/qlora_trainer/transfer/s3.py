@@ -164,6 +164,7 @@ class S3:
         check: Callable[[], None],
         on_bytes: Callable[[int], None],
         retrier: Retrier,
+        under: str = "",
     ) -> str:
         """Upload files, the manifest last, so that whoever finds it finds the others; return the URI of the path.
 
@@ -175,8 +176,9 @@ class S3:
             check: called before the manifest is written; what it raises ends the upload.
             on_bytes: called with the number of bytes that were sent.
             retrier: how long to continue without progress.
+            under: what the names begin with there, such as `exports/merged/`.
         """
-        manifest = self._key(MANIFEST)
+        manifest = self._key(f"{under}{MANIFEST}")
 
         def read_manifest() -> bytes | None:
             """Its content; None if there is none, or the keys may only write."""
@@ -194,14 +196,14 @@ class S3:
             if present is not None:
                 self._call(retrier, self._client.delete_object, Key=manifest)
             for name in names:
-                self._upload_file(folder / name, on_bytes, retrier)
+                self._upload_file(folder / name, f"{under}{name}", on_bytes, retrier)
             check()
-            self._upload_file(folder / MANIFEST, on_bytes, retrier)
+            self._upload_file(folder / MANIFEST, f"{under}{MANIFEST}", on_bytes, retrier)
         return f"s3://{self._remote.root}/{self._remote.path}".removesuffix("/.")
 
-    def _upload_file(self, path: Path, on_bytes: Callable[[int], None], retrier: Retrier) -> None:
-        """Upload a file; a large one in parts, each of which is retried by itself."""
-        key = self._key(path.name)
+    def _upload_file(self, path: Path, name: str, on_bytes: Callable[[int], None], retrier: Retrier) -> None:
+        """Upload a file under a name; a large one in parts, each of which is retried by itself."""
+        key = self._key(name)
         with path.open("rb") as stream:
             body = stream.read(PART_BYTES)
             if len(body) < PART_BYTES:
