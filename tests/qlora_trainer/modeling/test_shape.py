@@ -162,7 +162,7 @@ def quantized(folder: Path) -> None:
     [
         pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
         pytest.param(truncated, "model.safetensors is not a complete safetensors file", id="truncated"),
-        pytest.param(quantized, "is already quantized", id="quantized"),
+        pytest.param(quantized, "is stored in GPTQ of None bits", id="quantized"),
         pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
     ],
 )
