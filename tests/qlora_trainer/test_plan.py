@@ -119,6 +119,7 @@ def test_the_planner_estimates_memory_as_ranks_do(ask: Callable[..., PlanRespons
     assert (report.memory.total, report.memory.parts) == (chosen.total, chosen.parts())
     assert (report.memory.micro_batch_tokens, report.memory.checkpointing) == (128, "none")
     assert (report.shape.layers, report.shape.hidden, report.shape.tied) == (2, 64, True)
+    assert report.stored_in == "unquantized"
 
 
 @pytest.mark.parametrize(
