@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS, REPORT_PAGE
 from qlora_trainer.artifacts import checkpoint
@@ -360,3 +362,75 @@ def test_ranks_whose_adapters_differ_are_named() -> None:
         AdaptersDiffer, match="after step 7, the adapter of rank 1 and 3 is not that of rank 0"
     ):
         check_same_adapter(7, [1.0, 2.0, 1.0, 3.0])
+
+
+STOP_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""Without generation markers, which chat templates need only for stock training."""
+QUESTIONS_AND_ANSWERS = [("a", "y"), ("b", "n")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", ["<|end|>", None], ids=["pad is eos", "no pad"])
+def test_generation_stops_by_itself_after_training(
+    a_context: Callable[..., RankContext], smoke_folder: Path, tmp_path: Path, pad: str | None
+) -> None:
+    """With stock transformers and peft, by the adapter and its template: 50 steps on 20 samples teach the end, whatever
+    the tokenizer pads with. Before, generation goes on until it is cut."""
+    source = tmp_path / "source"
+    shutil.copytree(smoke_folder / "model", source / "model")
+    tokenizer = AutoTokenizer.from_pretrained(source / "model", local_files_only=True)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(source / "model")
+    # With a head of its own and larger weights: an adapter cannot teach the smoke test's model much.
+    shape = {"tie_word_embeddings": False, "initializer_range": 0.2}
+    config = AutoConfig.from_pretrained(source / "model", local_files_only=True, **shape)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source / "model")
+    with (source / "data.jsonl").open("w") as stream:
+        for number in range(20):
+            question, answer = QUESTIONS_AND_ANSWERS[number % 2]
+            turns = [
+                {"role": "user", "content": question * (number // 2 + 1)},
+                {"role": "assistant", "content": answer},
+            ]
+            print(json.dumps({"messages": turns}), file=stream)
+    context = a_context(
+        {"stop": source},
+        model={"source": "pvc://stop/model"},
+        dataset={"source": "pvc://stop/data.jsonl", "evalFraction": 0.0, "chatTemplate": STOP_TEMPLATE},
+        adapter={"rank": 16, "alpha": 32.0},
+        training={
+            "maxSteps": 50, "globalBatchTokens": 500, "maxSequenceLength": 96, "learningRate": 0.01,
+            "computeDtype": "fp32",
+        },
+        evaluation={"requireImprovement": False},
+        layout={"memoryPerRank": 2**33},
+    )  # fmt: skip
+    context.folder.acquire()
+    train(context)
+    adapter = context.folder.path / ADAPTER
+    template = (adapter / "chat_template.jinja").read_text()
+    model = AutoModelForCausalLM.from_pretrained(source / "model", local_files_only=True)
+    stop = tokenizer.eos_token_id
+
+    def answer(asked: Any) -> list[int]:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "aaa"}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        made = asked.generate(
+            **prompt, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        return made[0, prompt["input_ids"].shape[1] :].tolist()
+
+    before = answer(model)
+    after = answer(PeftModel.from_pretrained(model, str(adapter)))
+
+    assert stop not in before
+    assert tokenizer.decode(after) == "y<|end|>"
