@@ -76,7 +76,7 @@ class Lora:
             "r": self.adapter.rank,
             "lora_alpha": self.adapter.alpha,
             "lora_dropout": self.adapter.dropout,
-            "target_modules": sorted(names),
+            "target_modules": sorted(set(names)),
             **({} if excluded is None else {"exclude_modules": excluded}),
             "bias": "none",
             **{field: value for field, value in later.items() if value},
