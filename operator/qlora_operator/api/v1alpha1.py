@@ -180,11 +180,6 @@ class Dataset(ApiModel):
     """Share of a split's records that onBadRecord `skip` leaves out at most; with more, the job fails."""
 
 
-def _each_once(items: list[str]) -> list[str]:
-    """What is listed twice means no more than once; API servers have accepted it."""
-    return list(dict.fromkeys(items))
-
-
 class Adapter(ApiModel):
     """The adapter that is trained."""
 
@@ -196,9 +191,9 @@ class Adapter(ApiModel):
     """Numerator of the scale alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability with which an input of A is zeroed while training."""
-    target_modules: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]], AfterValidator(_each_once)
-    ] = Field(default=["all-linear"], min_length=1, max_length=64)
+    target_modules: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        default=["all-linear"], min_length=1, max_length=64
+    )
     """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
     `all-linear`: every linear layer but the output head."""
     rslora: bool = False

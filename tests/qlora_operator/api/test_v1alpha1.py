@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from builders import OMIT, a_job
+from builders import OMIT
 from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_operator.api import names
 from qlora_operator.api.loader import load_jobs, parse_job
@@ -779,10 +779,3 @@ def test_held_fields_tell_what_may_change_only_while_suspended(
     assert after is not None
 
     assert (topology_hash(before.spec) == topology_hash(after.spec)) == same
-
-
-def test_a_module_that_is_named_twice_is_adapted_once() -> None:
-    """In the order in which they are named, so that the job is the same as without the repetition."""
-    job = a_job(adapter={"targetModules": ["q_proj", "v_proj", "q_proj"]})
-
-    assert job.spec.adapter.target_modules == ["q_proj", "v_proj"]
