@@ -39,6 +39,7 @@ def test_the_numbers_are_the_contract() -> None:
         "RENDEZVOUS_FAILED": 30,
         "STALLED": 31,
         "TRANSFER_FAILED": 32,
+        "ADAPTERS_DIFFER": 33,
         "LOST_PEER": 40,
         "COLLECTIVE_TIMEOUT": 41,
         "TERMINATED": 50,

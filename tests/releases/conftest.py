@@ -120,6 +120,8 @@ def values(node: Schema, name: str) -> SearchStrategy[Any]:
         case "object":
             inner = {child: values(schema, child) for child, schema in node["properties"].items()}
             return st.fixed_dictionaries({}, optional=inner)
+        case "array":
+            return st.lists(values(node["items"], ""), min_size=1, max_size=node["maxItems"])
         case "integer":
             return st.integers(low, high)
         case "number":

@@ -171,7 +171,8 @@ def _kind(child: Object, job: Object, stage: str) -> Iterator[str]:
 def _gang(spec: Object, job: Object, stage: str) -> Iterator[str]:
     template = spec["template"]
     yield from _labels(template["metadata"]["labels"], job["metadata"]["name"], set())
-    if set(template["metadata"]["annotations"]) != {"qlora.dev/run-config"}:
+    stay = {"karpenter.sh/do-not-disrupt", "cluster-autoscaler.kubernetes.io/safe-to-evict"}
+    if set(template["metadata"]["annotations"]) - stay != {"qlora.dev/run-config"}:
         yield f"annotations {set(template['metadata']['annotations'])}"
     yield from _pod(template["spec"], job)
     (container,) = template["spec"]["containers"]

@@ -66,6 +66,8 @@ class ExitCode(IntEnum):
         32, FailureKind.RETRYABLE,
         "A remote source or the destination did not answer, broke off, or sent the wrong bytes, repeatedly.")
 
+    ADAPTERS_DIFFER = 33, FailureKind.RETRYABLE, "The ranks no longer had the same adapter."
+
     LOST_PEER = (
         40, FailureKind.COLLATERAL, "A rank lost a peer, and the peer left no exit code of its own.", "PeerLost")
     COLLECTIVE_TIMEOUT = (

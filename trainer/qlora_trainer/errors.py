@@ -93,6 +93,7 @@ class TransferRefused(TrainerError):  # noqa: N818
 class AdaptersDiffer(TrainerError):  # noqa: N818
     """The ranks do not have the same adapter anymore."""
 
+    exit_code = ExitCode.ADAPTERS_DIFFER
     agreed = True
 
 

@@ -219,6 +219,8 @@ class Reason(StrEnum):
     """Restarting: the ranks did not find each other in time (exit code 30)."""
     STALLED = "Stalled"
     """Restarting: a rank hung (exit code 31)."""
+    ADAPTERS_DIFFER = "AdaptersDiffer"
+    """Restarting: the ranks no longer had the same adapter (exit code 33)."""
     TRANSFER_FAILED = "TransferFailed"
     """Restarting: a transfer failed repeatedly: no answer, a broken connection or wrong bytes (exit code 32)."""
     PROGRESS_DEADLINE_EXCEEDED = "ProgressDeadlineExceeded"

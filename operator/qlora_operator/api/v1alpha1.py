@@ -67,6 +67,7 @@ MUTABLE = frozenset(
         "infrastructureBackoffLimit",
         "pendingDeadlineSeconds",
         "progressDeadlineSeconds",
+        "tracking",
     }
 )
 """Fields of spec that may change at any time."""
