@@ -104,6 +104,15 @@ CARRIED = (
 """Fields of spec that ranks need, besides workspace."""
 
 
+def texts(node: Schema) -> SearchStrategy[str]:
+    """Texts that a schema accepts."""
+    if "pattern" not in node:
+        return st.text("ab {}", min_size=node.get("minLength", 0), max_size=min(node["maxLength"], 9))
+    return st.from_regex(node["pattern"], fullmatch=True).filter(
+        lambda text: node.get("minLength", 0) <= len(text) <= node["maxLength"]
+    )
+
+
 def values(node: Schema, name: str) -> SearchStrategy[Any]:
     """Values that a schema accepts."""
     low, high = node.get("minimum"), node.get("maximum")
@@ -130,11 +139,7 @@ def values(node: Schema, name: str) -> SearchStrategy[Any]:
             return st.floats(low, high, exclude_min=inside, exclude_max=below).filter(math.isfinite)
         case "boolean":
             return st.booleans()
-    if "pattern" not in node:
-        return st.text("ab {}", min_size=node.get("minLength", 0), max_size=min(node["maxLength"], 9))
-    return st.from_regex(node["pattern"], fullmatch=True).filter(
-        lambda text: node.get("minLength", 0) <= len(text) <= node["maxLength"]
-    )
+    return texts(node)
 
 
 def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
