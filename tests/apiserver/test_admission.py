@@ -458,7 +458,7 @@ def test_a_release_for_all_holds_everywhere() -> None:
     bindings = [each for each in objects if each["kind"] == "ValidatingAdmissionPolicyBinding"]
 
     assert {each["spec"]["failurePolicy"] for each in policies} == {"Fail"}
-    assert [each["spec"]["validationActions"] for each in bindings] == [["Deny"], ["Deny"]]
+    assert [each["spec"]["validationActions"] for each in bindings] == [["Deny"]] * 3
     assert all("matchResources" not in each["spec"] for each in bindings)
     assert {each["spec"]["policyName"] for each in bindings} == {
         each["metadata"]["name"] for each in policies

@@ -191,8 +191,8 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "empty target module": ({"spec.adapter.targetModules": ["a", ""]}, "targetModules[1]", "at least 1 chars"),
     "long target module": ({"spec.adapter.targetModules": ["a" * 257]}, "targetModules[0]", "Too long"),
     "null target module": ({"spec.adapter.targetModules": [None]}, "targetModules[0]", "must be of type string"),
-    "unknown scheme": ({"spec.quantization.scheme": "fp4"}, "spec.quantization.scheme", '"nf4", "none"'),
-    "block size 128": ({"spec.quantization.blockSize": 128}, "spec.quantization.blockSize", '"64"'),
+    "unknown scheme": ({"spec.quantization.scheme": "int3"}, "spec.quantization.scheme", '"fp4", "int8", "none"'),
+    "block size 96": ({"spec.quantization.blockSize": 96}, "spec.quantization.blockSize", '"64", "128"'),
     # training
     "no training": ({"spec.training": OMIT}, "spec.training", "Required value"),
     "neither epochs nor steps": ({"spec.training": {}}, "spec.training", ONE_OF),

@@ -169,7 +169,9 @@ def _leave_out_later_defaults(spec: Schema) -> None:
         fields, names_ = spec, path.partition("=")[0].split(".")
         for depth, name in enumerate(names_, start=1):
             fields = fields["properties"][name]
-            if depth > 1 and "=" not in path:  # sections were all there, values have no defaults
+            # Values have no defaults. What stands by itself in spec was there, though ranks were not told of all of it.
+            is_later = depth > 1 or (name in SINCE and fields["type"] == "object")
+            if is_later and "=" not in path:
                 fields.pop("default", None)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,19 +10,17 @@ import torch
 
 @pytest.fixture
 def an_adapter(tmp_path: Path) -> Callable[..., Path]:
-    """make(model, rslora=False, scale=1.0, targets="all-linear") -> a random adapter's folder, written by peft."""
+    """make(model, scale=1.0, targets="all-linear", **settings of peft's) -> a random adapter's folder, by peft."""
 
     def make(
-        model: Path, *, rslora: bool = False, scale: float = 1.0, targets: str | list[str] = "all-linear"
+        model: Path, *, scale: float = 1.0, targets: str | list[str] = "all-linear", **settings: Any
     ) -> Path:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
         torch.manual_seed(1)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        config = LoraConfig(
-            r=4, lora_alpha=8, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
         wrapped = get_peft_model(base, config)
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:

@@ -1,6 +1,7 @@
 """Each form of a small model's adapter, made, opened again and compared; and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,36 @@ def test_every_form_of_every_family_is_the_adapters_model(
     files = [path for path in (tmp_path / "out").glob("*/*") if path.is_file()]
     (tmp_path / "like any").touch()
     assert {path.stat().st_mode for path in files} == {(tmp_path / "like any").stat().st_mode}
+
+
+def test_layers_with_scales_of_their_own_keep_them(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The adapter's GGUF file has one alpha for all."""
+    model = small_model(**SIZES)
+    adapter = an_adapter(model, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3, "up_proj": 40})
+
+    export(a_request(model, adapter, tmp_path / "out", "gguf-lora", "merged"), Told(), no_fence)
+
+    for form in ("gguf-lora", "merged"):
+        proof = json.loads((tmp_path / "out" / form / "export_report.json").read_text())["proof"]
+        assert proof["kl_divergence"] < 1e-6
+
+
+@pytest.mark.parametrize(("form", "name"), [("merged", "merged"), ("gguf-lora", "gguf")])
+def test_nothing_is_exported_of_a_quantized_base(
+    form: ExportForm, name: str, small_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Said before anything is trained."""
+    model = Path(shutil.copytree(small_model(), tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (model / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(
+        ModelError, match=f"output.formats has {name}, but .* is stored in FP8.*: name the unquantized"
+    ):
+        check_forms([form], model)
 
 
 def test_what_is_there_already_is_not_made_again(
@@ -193,8 +224,6 @@ def test_forms_are_checked_before_anything_is_trained(
     small_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     """A tokenizer that llama.cpp has no name for would be found out after hours."""
-    import shutil
-
     model = Path(shutil.copytree(small_model(), tmp_path / "model"))
     check_forms(EXPORT_FORMS, model)
     tokenizer = json.loads((model / "tokenizer.json").read_text())

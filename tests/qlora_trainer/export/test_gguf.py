@@ -256,9 +256,10 @@ def _base_as_gguf(folder: Path, tmp_path: Path) -> Path:
     from qlora_trainer.export.gguf import Metadata, plan_model, write_model
     from qlora_trainer.export.merged_weights import plan_tensors
     from qlora_trainer.export.vocabulary import read_vocabulary
+    from qlora_trainer.modeling.families import read_model
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tensors = plan_model(plan_tensors(folder, "model", AdapterWeights({}, None)), config, "f16")
+    tensors = plan_model(plan_tensors(folder, read_model(folder)[0], AdapterWeights({}, None)), config, "f16")
     metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, {})
     file = tmp_path / "base.gguf"
     write_model(file, tensors, metadata, lambda _: None)

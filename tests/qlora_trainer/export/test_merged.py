@@ -14,6 +14,7 @@ from qlora_trainer.errors import ModelError
 from qlora_trainer.export.adapter_weights import read_adapter
 from qlora_trainer.export.merged import INDEX, write_merged
 from qlora_trainer.export.merged_weights import plan_tensors
+from qlora_trainer.modeling.families import FAMILIES, read_model
 
 pytestmark = pytest.mark.process
 
@@ -24,7 +25,7 @@ def merge(model: Path, adapter: Path, target: Path, **more: Any) -> Path:
     """The merged model's folder."""
     target.mkdir()
     read = read_adapter(adapter)
-    write_merged(target, model, plan_tensors(model, "model", read), None, lambda _: None, **more)
+    write_merged(target, model, plan_tensors(model, read_model(model)[0], read), None, lambda _: None, **more)
     return target
 
 
@@ -47,7 +48,7 @@ def by_peft(model: Path, adapter: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return logits(wrapped), without
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_the_merged_model_is_the_base_with_pefts_adapter(
     kind: str, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -55,7 +56,15 @@ def test_the_merged_model_is_the_base_with_pefts_adapter(
     from transformers import AutoModelForCausalLM
 
     model = small_model(kind, vocab_size=300)
-    adapter = an_adapter(model, rslora=kind == "qwen3")
+    settings: dict[str, Any] = {
+        "qwen3": {"use_rslora": True},
+        "llama": {
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"q_proj": 3, "model.layers.1.mlp.up_proj": 40},
+        },
+        "qwen3_moe": {"targets": ["q_proj", "o_proj"]},
+    }
+    adapter = an_adapter(model, **settings.get(kind, {}))
 
     merged = merge(model, adapter, tmp_path / "merged")
 
@@ -98,7 +107,7 @@ def test_tokenizer_and_template_go_along(
     target = tmp_path / "merged"
     target.mkdir()
 
-    write_merged(target, model, plan_tensors(model, "model", read), "{{ mine }}", lambda _: None)
+    write_merged(target, model, plan_tensors(model, read_model(model)[0], read), "{{ mine }}", lambda _: None)
 
     assert {"config.json", "tokenizer.json"} <= {path.name for path in target.iterdir()}
     assert (target / "chat_template.jinja").read_text() == "{{ mine }}"

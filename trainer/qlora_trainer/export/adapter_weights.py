@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ _CHANGES_THE_FORMULA = (
     "fan_in_fan_out",
     "modules_to_save",
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
 )
 """Settings of PEFT's under which a layer adds something else than scale B A, or other layers change."""
 
@@ -66,14 +65,12 @@ def read_adapter(folder: Path) -> AdapterWeights:
     """
     try:
         config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        alpha, alphas = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} is not a LoRA adapter in PEFT's format: {error}") from error
     if others := [name for name in _CHANGES_THE_FORMULA if config.get(name)]:
         raise ModelError(f"{folder}/{ADAPTER_CONFIG} sets {', '.join(others)}, which cannot be exported")
-    # As PEFT scales: LoRA by alpha / r; rsLoRA (Kalajdzievski 2023) by alpha / sqrt(r).
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _MATRIX.fullmatch(name)
@@ -83,7 +80,19 @@ def read_adapter(folder: Path) -> AdapterWeights:
     if lonely := [layer for layer, pair in halves.items() if len(pair) < len("AB")]:
         raise ModelError(f"{folder} holds one of the two LoRA matrices of {lonely[0]}")
     template = folder / CHAT_TEMPLATE
+    root = bool(config.get("use_rslora"))
+    layers = {}
+    for layer, pair in halves.items():
+        # As PEFT scales: LoRA by alpha / r; rsLoRA (Kalajdzievski 2023) by alpha / sqrt(r).
+        rank = pair["A"].shape[0]
+        of_layer = alphas.get(next(filter(partial(_matches, layer), alphas), ""), alpha)
+        layers[layer] = LayerAdapter(pair["A"], pair["B"], of_layer / (math.sqrt(rank) if root else rank))
     return AdapterWeights(
-        {layer: LayerAdapter(pair["A"], pair["B"], scale) for layer, pair in halves.items()},
+        layers,
         template.read_text(encoding="utf-8") if template.is_file() else None,
     )
+
+
+def _matches(layer: str, key: str) -> bool:
+    """Whether a key of PEFT's patterns, a regular expression, names a layer by its path or the end of it."""
+    return re.match(rf"(.*\.)?({key})$", layer) is not None

@@ -22,7 +22,8 @@ from qlora_trainer.export.merged_weights import StoredTensor, plan_tensors
 from qlora_trainer.export.modelfile import generation_settings, modelfile, stop_texts
 from qlora_trainer.export.proof import Comparison, Proof
 from qlora_trainer.export.vocabulary import read_vocabulary
-from qlora_trainer.modeling.families import FAMILIES, read_config
+from qlora_trainer.modeling.families import read_config, read_model
+from qlora_trainer.modeling.stored.formats import description, is_quantized
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.storage.atomic import make_folder, replace_folder, seal_folder, translate_os_errors
 
@@ -45,9 +46,16 @@ class Listener(Protocol):
 
 def check_forms(forms: Sequence[ExportForm], model: Path) -> None:
     """Raise ModelError, before anything is trained, when a model cannot take one of the forms."""
-    if not any(gguf_type(form) for form in forms):
+    if not forms:
         return
     config = read_config(model)
+    if is_quantized(model, config):
+        raise ModelError(
+            f"output.formats has {forms[0].partition('-')[0]}, but {model} is stored in {description(model, config)}: "
+            "name the unquantized model as model.source, or be content with the adapter, which is loaded beside it"
+        )
+    if not any(gguf_type(form) for form in forms):
+        return
     try:
         gguf.family_of(config)
         read_vocabulary(_tokenizer(model), config.vocab_size)
@@ -120,11 +128,9 @@ class _Exporter:
         self.name, self.digest, self.listener = request.name, digest, listener
         self.output = Path(request.output)
         self.model = Path(request.model)
-        self.config = read_config(self.model)
+        family, self.config = read_model(self.model)
         self.adapter: AdapterWeights = read_adapter(Path(request.adapter))
-        self.tensors: list[StoredTensor] = plan_tensors(
-            self.model, FAMILIES[self.config.model_type].decoder, self.adapter
-        )
+        self.tensors: list[StoredTensor] = plan_tensors(self.model, family, self.adapter)
         self.tokenizer = _tokenizer(self.model)
         template = self.adapter.chat_template or getattr(self.tokenizer, "chat_template", None)
         self.chat_template = without_generation_marks(template) if isinstance(template, str) else None

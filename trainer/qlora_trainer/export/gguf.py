@@ -272,12 +272,15 @@ def write_lora(path: Path, adapter: AdapterWeights, config: Any, name: str) -> N
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_name(name)
     first = next(iter(adapter.layers.values()))
-    # llama.cpp multiplies by alpha / rank, whatever the adapter was scaled by.
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.rank)
+    # llama.cpp multiplies by alpha / rank, one alpha for all layers and each layer's own rank, whatever the adapter was
+    # scaled by: what is left of a layer's scale goes into its B.
+    alpha = first.scale * first.rank
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for layer, added in adapter.layers.items():
         weight = f"{layer}.weight"
         writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy())
-        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, added.b).contiguous().numpy())
+        b = added.b * (added.scale * added.rank / alpha)
+        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, b).contiguous().numpy())
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

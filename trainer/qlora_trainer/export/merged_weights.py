@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.adapter_weights import AdapterWeights, LayerAdapter
+from qlora_trainer.modeling.families import Family
 from qlora_trainer.modeling.weight_files import open_safetensors, weight_files
 
 _DTYPES = {
@@ -52,12 +53,12 @@ class StoredTensor:
             return stored if self.adapter is None else self.adapter.merge(stored)
 
 
-def plan_tensors(folder: Path, decoder: str, adapter: AdapterWeights) -> list[StoredTensor]:
+def plan_tensors(folder: Path, family: Family, adapter: AdapterWeights) -> list[StoredTensor]:
     """Every tensor of a checkpoint, in the order of its files, with what is merged into it.
 
     Args:
         folder: of the base model.
-        decoder: path of the decoder in transformers' causal language model.
+        family: the model's.
         adapter: what is merged.
 
     Raises:
@@ -68,12 +69,14 @@ def plan_tensors(folder: Path, decoder: str, adapter: AdapterWeights) -> list[St
         for file in weight_files(folder)
         for name, part in _headers(file)
     ]
-    prefix = f"{decoder}."
-    bare = not any(name.startswith(prefix) for name, *_ in stored)
+    prefix = f"{family.decoder}."
+    in_graph = {name: family.name_in_graph(name) for name, *_ in stored}
+    bare = not any(path is not None and path.startswith(prefix) for path in in_graph.values())
     tensors = []
     waiting: dict[str, LayerAdapter] = dict(adapter.layers)
     for name, file, shape, dtype in stored:
-        path = f"{prefix}{name}" if bare and not name.startswith("lm_head.") else name
+        path = f"{prefix}{name}" if bare and not name.startswith("lm_head.") else in_graph[name] or name
+        path = family.public_name(path)
         added = waiting.pop(path.removesuffix(".weight"), None) if path.endswith(".weight") else None
         if added is not None and shape != (added.b.shape[0], added.a.shape[1]):
             raise ModelError(

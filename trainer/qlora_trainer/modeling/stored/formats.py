@@ -58,6 +58,11 @@ def description(folder: Path, config: Any) -> str:
     return gguf.description(file) if file is not None else format_in(folder, config).description
 
 
+def is_quantized(folder: Path, config: Any) -> bool:
+    """Whether the weights in a folder are anything but plain numbers in safetensors. Raises ModelError."""
+    return gguf.gguf_file(folder) is not None or format_in(folder, config) is not AS_NUMBERS
+
+
 def format_in(folder: Path, config: Any) -> Format:
     """The form of the safetensors of a model folder. Raises ModelError for one that is refused."""
     found = format_of(config)
