@@ -88,7 +88,6 @@ OPERATOR_ONLY = (
     "spec.backoffLimit",
     "spec.infrastructureBackoffLimit",
     "spec.pendingDeadlineSeconds",
-    "spec.progressDeadlineSeconds",
 )
 """Fields that only the operator uses: `qlora run` ignores them, and names those that a file sets."""
 

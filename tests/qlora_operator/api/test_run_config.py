@@ -131,7 +131,7 @@ def test_every_field_of_the_spec_reaches_the_ranks_or_is_the_operators() -> None
     """A field that a user may set does something."""
     only = {path.removeprefix("spec.").partition(".")[0] for path in OPERATOR_ONLY}
     fields = {str(info.alias) for info in v1alpha1.QLoRAJobSpec.model_fields.values()}
-    carried = FORMS.keys() | {"workspace", "isa", "terminationGracePeriodSeconds"}
+    carried = FORMS.keys() | {"workspace", "isa", "terminationGracePeriodSeconds", "progressDeadlineSeconds"}
 
     assert fields - carried == only - FORMS.keys() - {"isa"}
     assert carried - {"topology"} <= {str(info.alias) for info in RunConfig.model_fields.values()}

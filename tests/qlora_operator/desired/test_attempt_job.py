@@ -50,6 +50,7 @@ CODES = {
     "RENDEZVOUS_FAILED": (ExitCode.RENDEZVOUS_FAILED, 3),
     "STALLED": (ExitCode.STALLED, 3),
     "TRANSFER_FAILED": (ExitCode.TRANSFER_FAILED, 3),
+    "ADAPTERS_DIFFER": (ExitCode.ADAPTERS_DIFFER, 3),
     "killed": (137, 3),
     "terminated before the launcher listened": (143, None),
     "no such command": (127, 3),
