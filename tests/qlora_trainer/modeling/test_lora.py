@@ -205,6 +205,15 @@ def test_peft_is_told_what_rebuilds_the_adapter(targets: list[str], expected: li
     }
 
 
+def test_a_module_that_is_named_twice_is_adapted_once() -> None:
+    """And is named once to PEFT."""
+    once, twice = (Lora(Adapter(target_modules=targets)) for targets in (["q_proj"], ["q_proj", "q_proj"]))
+    parameters = flat_parameters(twice.parameter_shapes(SHAPES))
+
+    assert twice.parameter_shapes(SHAPES) == once.parameter_shapes(SHAPES)
+    assert twice.peft_config(parameters)["target_modules"] == ["q_proj"]
+
+
 # --- rsLoRA, and ranks and alphas of layers
 
 
