@@ -204,7 +204,7 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = an_adapter(demo_model, scale=0.3)
+    adapter = an_adapter(demo_model)
     out = _export(demo_model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
     prompt = AutoTokenizer.from_pretrained(demo_model)(PROMPT)["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)

@@ -398,7 +398,7 @@ def test_generation_stops_by_itself_after_training(
             ]
             print(json.dumps({"messages": turns}), file=stream)
     context = a_context(
-        {"stop": source},
+        {"stop": source, "team": tmp_path},
         model={"source": "pvc://stop/model"},
         dataset={"source": "pvc://stop/data.jsonl", "evalFraction": 0.0, "chatTemplate": STOP_TEMPLATE},
         adapter={"rank": 16, "alpha": 32.0},

@@ -140,7 +140,7 @@ def test_a_resume_under_another_key_says_that_it_is_not_bit_exact(ready: Ready) 
     assert prepare(ready()).loop.not_bit_exact == "world_size 4 -> 1; threads 64 -> 1"
 
 
-@pytest.mark.parametrize("what", ["tier", "processor", "ranks_of_hosts", "transformers"])
+@pytest.mark.parametrize("what", ["tier", "processor", "hosts", "transformers"])
 def test_another_processor_layout_or_library_is_said(ready: Ready, what: str) -> None:
     """Each may change bits; a checkpoint of a release that did not record it says nothing."""
     context = ready()

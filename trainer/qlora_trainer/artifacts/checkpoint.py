@@ -159,7 +159,7 @@ def read_state(path: Path) -> LoopState:
     return LoopState(**{name: stored[key] for name, key in names.items() if key in stored})
 
 
-NOT_ALWAYS_KNOWN = {"tier", "processor", "ranks_of_hosts", "transformers"}
+NOT_ALWAYS_KNOWN = {"tier", "processor", "hosts", "transformers"}
 """What release 0.1.0 did not record of a determinism key. There is nothing to compare with then."""
 
 

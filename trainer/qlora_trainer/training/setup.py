@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -206,7 +205,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         "tier": " and ".join(sorted(set(isas))),
         "processor": " and ".join(sorted(set(processors))),
         # oneCCL and MPI add up otherwise within a host than between hosts.
-        "ranks_of_hosts": sorted(Counter(hosts).values()) if run.distributed.backend != "gloo" else None,
+        "hosts": len(set(hosts)) if run.distributed.backend != "gloo" else None,
     }
     log.info(
         "rank %d of %d: ISA %s, %s, %d thread(s), kernels %s, micro-batch %d tokens, checkpointing %s, %d steps, "
