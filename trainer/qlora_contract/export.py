@@ -27,6 +27,8 @@ class ExportRequest(ContractModel):
     output: str
     """Folder that gets a folder of each form."""
     forms: list[ExportForm] = Field(min_length=1)
+    weights_sha256: str | None = None
+    """Hash of the weights that the adapter was trained on (training_report.json); None where the job kept none."""
     run: RunConfig | None = None
     """The attempt that asks. What is made gets its name only while the fence of the job's folder names that attempt."""
     job_folder: str | None = None

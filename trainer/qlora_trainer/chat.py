@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import AutoTokenizer
 
 from qlora_contract.chat import Answer, ChatEvent, ChatReady, ChatRequest, OpenRequest, Piece, Question
 from qlora_contract.env import RUN_CONFIG_ENV
@@ -50,7 +49,7 @@ from qlora_trainer.modeling.weight_files import WeightsHash
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.run_file import RunFileError, load_run
 from qlora_trainer.storage.job_folder import JobFolder
-from qlora_trainer.training.inputs import default_compute_dtype, stop_ids, template_settings
+from qlora_trainer.training.inputs import default_compute_dtype, read_tokenizer, stop_ids, template_settings
 from qlora_trainer.training.setup import DTYPES
 from qlora_trainer.transfer.revisions import with_pinned_revisions
 
@@ -228,13 +227,8 @@ def open_assistant(run: RunConfig, volumes: Mapping[str, Path], *, base_only: bo
     adapter = None if base_only else find_adapter(folder)
     model_folder = resolve(run.model_uri, volumes)
     config = read_config(model_folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{model_folder} has no tokenizer that can be read: {error}") from error
-    template = _template(run, folder, tokenizer, adapter, model_folder)
+    tokenizer = read_tokenizer(model_folder)
+    template = _template(run, folder, tokenizer, adapter, model_folder, volumes)
     dtype = default_compute_dtype(run, [probe_isa()])
     weights = None if adapter is None else WeightsHash(torch.get_num_threads())
     model = load_model(model_folder, scheme_of(run.quantization), DTYPES[dtype], weights_hash=weights)
@@ -261,13 +255,23 @@ def open_assistant(run: RunConfig, volumes: Mapping[str, Path], *, base_only: bo
 
 
 def _template(
-    run: RunConfig, folder: JobFolder, tokenizer: Any, adapter: TrainedAdapter | None, model_folder: Path
+    run: RunConfig,
+    folder: JobFolder,
+    tokenizer: Any,
+    adapter: TrainedAdapter | None,
+    model_folder: Path,
+    volumes: Mapping[str, Path],
 ) -> ChatTemplate | None:
     """What the job's conversations are written with; None where it has none.
 
     Raises ConfigurationError when that is not what the adapter was trained with.
     """
-    settings = template_settings(run.dataset, tokenizer, folder.began(), stop_ids(model_folder))
+    dataset = run.dataset
+    brought = adapter is not None and adapter.finished and adapter.template_file.is_file()
+    if brought:  # what the job names may be gone by now
+        dataset = dataset.model_copy(update={"chat_template": None})
+    folders = (*_data_folder(run, volumes), model_folder)
+    settings = template_settings(dataset, tokenizer, folder.began(), stop_ids(model_folder), folders=folders)
     conversation = adapter.conversation if adapter else None
     if conversation is None:
         known = run.dataset.format != "auto"
@@ -275,7 +279,7 @@ def _template(
         conversation = run.dataset.format in CONVERSATION_FORMATS if known else has_template
     if not conversation:
         return None
-    if adapter is not None and adapter.finished and adapter.template_file.is_file():
+    if brought and adapter is not None:
         settings = replace(settings, source=adapter.template_file.read_text(encoding="utf-8"))
     template = ChatTemplate(tokenizer, settings)
     if adapter is not None and adapter.template_digest and template.digest() != adapter.template_digest:
@@ -284,6 +288,15 @@ def _template(
             "otherwise than it was trained: restore the old one"
         )
     return template
+
+
+def _data_folder(run: RunConfig, volumes: Mapping[str, Path]) -> list[Path]:
+    """Where a template may lie beside the data; nowhere where they are not at hand."""
+    try:
+        source = resolve(run.dataset_uri, volumes)
+    except ValueError:  # not fetched, or on a claim that has no directory here
+        return []
+    return [source if source.is_dir() else source.parent]
 
 
 def _check_base(adapter: TrainedAdapter, weights: str, model_folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ from rich.text import Text
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import CheckReport, LengthBin, SplitStats
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_contract.units import first_line
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.plan import sample_text
@@ -85,9 +86,13 @@ def _existing(name: str, what: str) -> Path:
             f"{name}: is not on this machine: give a path, or a job file after `qlora fetch`",
             USAGE,
         )
-    path = Path(name).resolve()
-    if not path.exists():
-        raise CommandError(f"{name}: no such file or folder; give the path of {what}", USAGE)
+    try:
+        path = Path(name).resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
+        why = "no such file or folder" if isinstance(error, FileNotFoundError) else first_line(error)
+        raise CommandError(f"{name}: {why}; give the path of {what}", USAGE) from None
+    if not (path.is_file() or path.is_dir()):
+        raise CommandError(f"{name}: is neither a file nor a folder; give the path of {what}", USAGE)
     return path
 
 

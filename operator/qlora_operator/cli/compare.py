@@ -65,7 +65,7 @@ def read_prompts(name: str) -> list[Question]:
     for number, line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             questions.append(Question(record=record))

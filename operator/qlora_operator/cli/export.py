@@ -65,6 +65,7 @@ def export(
         adapter=str(folder / ADAPTER),
         output=str((output or folder / EXPORTS).absolute()),
         forms=list(forms),
+        weights_sha256=report.get("provenance", {}).get("weights_sha256") or None,
     )
     stop = StopRequest()
     stop.listen()

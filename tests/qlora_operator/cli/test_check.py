@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,16 @@ def test_columns_are_pairs() -> None:
     assert check.columns(["a=b,c=d", "e=f"]) == {"a": "b", "c": "d", "e": "f"}
     with pytest.raises(CommandError, match="NAME=COLUMN"):
         check.columns(["a=b,c"])
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipe would be waited for, and links in a circle lead nowhere."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+
+    assert main(["check", str(tmp_path / "pipe.jsonl")]) == 2
+    assert "pipe.jsonl: is neither a file nor a folder; give the path of data" in capsys.readouterr().err
+    assert main(["check", str(tmp_path / "loop.jsonl")]) == 2
+    assert "loop.jsonl: " in capsys.readouterr().err

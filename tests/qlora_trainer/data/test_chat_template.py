@@ -58,6 +58,19 @@ def test_a_variable_that_the_template_does_not_use_is_refused(byte_tokenizer: Ma
         ChatTemplate(byte_tokenizer(), TemplateSettings("{{ thinking }}", {"thinkng": True}))
 
 
+@pytest.mark.parametrize("value", [True, False, 3, "brief", 'it\'s "so"\n\\', "é\u2028"])
+def test_the_text_that_travels_has_the_jobs_variables_as_defaults(byte_tokenizer: Make, value: Any) -> None:
+    """Who renders it without them gets what was trained, its first line break included; who sets them, theirs."""
+    source = "\n{{ style }}|{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(byte_tokenizer(), TemplateSettings(source, {"style": value}))
+    alone = ChatTemplate(byte_tokenizer(), TemplateSettings(template.portable))
+    other = ChatTemplate(byte_tokenizer(), TemplateSettings(template.portable, {"style": "mine"}))
+
+    assert alone.render(HELLO, "") == template.render(HELLO, "")
+    assert other.render(HELLO, "")[0] == "\nmine|hello"
+    assert alone.portable == template.portable
+
+
 def test_templates_without_a_default_are_named(byte_tokenizer: Make) -> None:
     """A tokenizer with named templates says which there are to choose from."""
     tokenizer = byte_tokenizer({"tool_use": SAYS, "rag": SAYS})

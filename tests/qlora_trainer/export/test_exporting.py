@@ -11,8 +11,8 @@ import torch
 
 from qlora_contract.export import EXPORT_FORMS, ExportForm, ExportRequest
 from qlora_contract.job_folder import is_exported
-from qlora_trainer.errors import Fenced, ModelError, StorageFull
-from qlora_trainer.export import exporting, gguf, merged_weights
+from qlora_trainer.errors import ConfigurationError, Fenced, ModelError, StorageFull
+from qlora_trainer.export import exporting, gguf, merged_weights, proof
 from qlora_trainer.export.exporting import bytes_needed, check_forms, export
 
 pytestmark = pytest.mark.process
@@ -115,6 +115,51 @@ def test_nothing_is_exported_of_a_quantized_base(
         ModelError, match=f"output.formats has {name}, but .* is stored in FP8.*: name the unquantized"
     ):
         check_forms([form], model)
+
+
+def test_an_adapter_is_merged_into_no_other_base(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whose layers have the same names and shapes. Nothing of it stays."""
+    model = small_model()
+    request = a_request(model, an_adapter(model), tmp_path / "out", "merged")
+
+    with pytest.raises(ModelError, match="are not those that the adapter was trained on"):
+        export(request.model_copy(update={"weights_sha256": "ab" * 32}), Told(), no_fence)
+
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_is_no_export_is_never_replaced(
+    small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A folder that the user names may hold anything."""
+    model, precious = small_model(), tmp_path / "out" / "merged" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("mine")
+
+    with pytest.raises(ConfigurationError, match="merged is no export of qlora's: name another folder"):
+        export(a_request(model, an_adapter(model), tmp_path / "out", "merged"), Told(), no_fence)
+
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("share", "rounding", "fails"),
+    [(1.02, 0.1, False), (0.0, 1.0, True), (0.02, 1.1, True), (-1.0, 2.1, False), (1.75, 3.0, False)],
+    ids=["right", "no effect", "no effect, rounded", "a weak adapter", "weaker than rounding"],
+)
+def test_an_effect_that_rounding_hides_proves_nothing(share: float, rounding: float, fails: bool) -> None:
+    """Neither that it is there nor that it is not."""
+    found = proof.Comparison(
+        tokens=9, kl_divergence=1e-3, greedy_agreement=1.0, adapter_share=share, rounding=rounding,
+        base_kl_divergence=1e-3,
+    )  # fmt: skip
+    if fails:
+        with pytest.raises(ModelError, match="of the adapter's effect is in it"):
+            proof.check("gguf-q8_0", found)
+    else:
+        proof.check("gguf-q8_0", found)
 
 
 def test_what_is_there_already_is_not_made_again(

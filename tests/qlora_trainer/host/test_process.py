@@ -7,6 +7,8 @@ import textwrap
 
 import pytest
 
+from qlora_trainer.host.process import processor_seconds
+
 pytestmark = pytest.mark.process
 
 
@@ -76,3 +78,14 @@ def test_a_process_is_shown_by_its_name() -> None:
     program = "set_process_name('qlora-rank-1234567'); print(open('/proc/self/comm').read().strip())"
 
     assert output_of(program) == "qlora-rank-1234\n"
+
+
+def test_processor_time_grows_with_work_alone() -> None:
+    """Of another process, too; a process that is gone has none."""
+    before = processor_seconds(os.getpid())
+    while processor_seconds(os.getpid()) == before:
+        sum(range(100_000))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as waiting:
+        assert processor_seconds(waiting.pid) < 60
+
+    assert processor_seconds(waiting.pid) == 0

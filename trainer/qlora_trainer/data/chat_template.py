@@ -60,6 +60,7 @@ class ChatTemplate:
                 raise ConfigurationError(
                     f"dataset.chatTemplateKwargs.{name}: the chat template has no variable of this name"
                 )
+        self._set = dict(settings.variables)
         self._variables = {**tokenizer.special_tokens_map, **settings.variables}
         self._clock = settings.clock
         self.has_markers = _MARKERS.search(self.source) is not None
@@ -133,6 +134,16 @@ class ChatTemplate:
         without, _ = self.render(before, location, tools=tools)
         asked, _ = self.render(before, location, tools=tools, prompt=True)
         return asked.removeprefix(without) if asked.startswith(without) else ""
+
+    @property
+    def portable(self) -> str:
+        """Its text with the variables that the job sets as defaults: for those who know nothing of the job."""
+        defaults = [
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {text} %}}{{%- endif %}}"
+            for name, text in ((n, json.dumps(value, ensure_ascii=False)) for n, value in self._set.items())
+        ]
+        # A line break at the template's beginning would belong to a block before it.
+        return "".join([*defaults, "{{- '' }}", self.source]) if defaults else self.source
 
     def digest(self) -> str:
         """sha256 of all that decides how a conversation is written."""

@@ -14,7 +14,7 @@ from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, EXPORT_REPORT, is_exported
 from qlora_contract.run_config import GgufType
 from qlora_contract.units import format_bytes, now
-from qlora_trainer.errors import ModelError, StorageFull
+from qlora_trainer.errors import ConfigurationError, ModelError, StorageFull
 from qlora_trainer.export import gguf, merged, proof
 from qlora_trainer.export.adapter_weights import AdapterWeights, read_adapter
 from qlora_trainer.export.chat_format import chat_format, without_generation_marks
@@ -89,6 +89,8 @@ def export(request: ExportRequest, listener: Listener, check_fence: Callable[[],
     forms = [form for form in request.forms if not is_exported(output / form, digest)]
     if not forms:
         return
+    for form in forms:
+        check_place(output / form)
     exporter = _Exporter(request, digest, listener)
     make_folder(output)
     exporter.check_space(forms)
@@ -106,6 +108,16 @@ def export(request: ExportRequest, listener: Listener, check_fence: Callable[[],
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         listener.exported(form)
+
+
+def check_place(target: Path) -> None:
+    """Raise ConfigurationError where something stands that is no export: it would be replaced."""
+    with translate_os_errors(f"reading {target}"):
+        taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+        if taken and not (target / EXPORT_REPORT).is_file():
+            raise ConfigurationError(
+                f"{target} is no export of qlora's: name another folder, or move away what is there"
+            )
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,7 @@ class _Exporter:
 
     def __init__(self, request: ExportRequest, digest: str, listener: Listener) -> None:
         self.name, self.digest, self.listener = request.name, digest, listener
+        self.weights_sha256 = request.weights_sha256
         self.output = Path(request.output)
         self.model = Path(request.model)
         family, self.config = read_model(self.model)
@@ -141,7 +154,7 @@ class _Exporter:
         """The adapter's model, to compare with; made once."""
         if self._proof is None:
             self.listener.begin("computing what the adapter's model says", 0)
-            self._proof = Proof(self.model, self.adapter, self.tokenizer)
+            self._proof = Proof(self.model, self.adapter, self.tokenizer, self.weights_sha256)
         return self._proof
 
     def check_space(self, forms: Sequence[ExportForm]) -> None:

@@ -29,6 +29,8 @@ from qlora_trainer.export.gguf import GgufNames
 from qlora_trainer.export.merged_weights import StoredTensor
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
+from qlora_trainer.modeling.loss import cap
+from qlora_trainer.modeling.weight_files import WeightsHash
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight, check_out
 from qlora_trainer.quantization.schemes import AsStored
 
@@ -55,6 +57,8 @@ class Comparison:
     """Share of tokens after which both would choose the same one."""
     adapter_share: float
     """How much of the adapter's effect is there."""
+    rounding: float
+    """How far the export's logits are from the adapter's model's, over how far those are from the base's."""
     base_kl_divergence: float
     """The divergence of the base without the adapter, to hold the first against."""
 
@@ -72,12 +76,16 @@ LARGEST_DIVERGENCE: Mapping[ExportForm, float] = {
 }
 """Beyond this an export is broken. Its type's own rounding is far below."""
 SMALLEST_SHARE = 0.5
+HIDING_ROUNDING = 1.5
+"""Above 1, which is the distance of an export without the adapter."""
 
 
 def check(form: ExportForm, found: Comparison) -> None:
     """Raise ModelError for an export that is not the adapter's model."""
     share = round(found.adapter_share, 2) + 0.0  # not -0
-    if not abs(share - 1) <= 1 - SMALLEST_SHARE:
+    # What the type's rounding adds is larger than the effect of a weak adapter, and hides it: that proves nothing.
+    hidden = found.rounding > HIDING_ROUNDING
+    if not hidden and not abs(share - 1) <= 1 - SMALLEST_SHARE:
         raise ModelError(
             f"the export {form} was opened again, and {share:.0%} of the adapter's effect is in it: it "
             "would be served as if it had not been trained; nothing is kept of it"
@@ -96,14 +104,24 @@ class Proof:
         folder: of the base model.
         adapter: the adapter.
         tokenizer: of transformers.
+        weights_sha256: of the base that the adapter was trained on (WeightsHash); None where that is not known.
 
     Raises:
-        ModelError: the adapter changes nothing, or a logit is not finite.
+        ModelError: the base is another, the adapter changes nothing, or a logit is not finite.
     """
 
-    def __init__(self, folder: Path, adapter: AdapterWeights, tokenizer: Any) -> None:
+    def __init__(
+        self, folder: Path, adapter: AdapterWeights, tokenizer: Any, weights_sha256: str | None = None
+    ) -> None:
         self._folder = folder
-        model = load_model(folder, AsStored(), torch.float32)
+        weights = WeightsHash(torch.get_num_threads())
+        model = load_model(folder, AsStored(), torch.float32, weights_hash=weights)
+        found = weights.hexdigest()
+        if weights_sha256 is not None and weights_sha256 != found:
+            raise ModelError(
+                f"the weights of {folder} are not those that the adapter was trained on (sha256 {weights_sha256[:12]}, "
+                f"here {found[:12]}): an adapter means nothing on another base; name the right one"
+            )
         config: Any = model.graph.config
         self.batch = batch_of_texts(tokenizer, min(TOKENS_OF_A_TEXT, config.max_position_embeddings))
         self.base = logits(model, self.batch)
@@ -152,6 +170,7 @@ def compare(base: Tensor, adapted: Tensor, export: Tensor) -> Comparison:
         adapter_share=float(
             (effect * found).sum(dtype=torch.float64) / effect.square().sum(dtype=torch.float64)
         ),
+        rounding=float((found - effect).norm() / effect.norm()),
         base_kl_divergence=_divergence(adapted, base),
     )
 
@@ -180,7 +199,10 @@ def logits(model: BaseModel, batch: Batch) -> Tensor:
     with torch.no_grad():
         states = model.hidden_states(batch)
         parts = [states @ rows.float().t() for rows in torch.split(model.head, ROWS_OF_THE_HEAD)]
-    return torch.cat(parts, dim=-1)
+        found = torch.cat(parts, dim=-1)
+        if model.softcap is not None:
+            cap(found, model.softcap)
+    return found
 
 
 def attach(model: BaseModel, layers: Mapping[str, LayerAdapter]) -> None:

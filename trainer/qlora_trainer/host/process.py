@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
@@ -39,3 +40,13 @@ def child_subreaper() -> Iterator[None]:
         yield
     finally:
         _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has taken so far, in all its threads; 0 for one that is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    user, system = stat.rpartition(")")[2].split()[11:13]  # fields 14 and 15; the second may hold anything
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")

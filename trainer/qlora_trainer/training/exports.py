@@ -18,6 +18,7 @@ from qlora_contract.job_folder import EXPORT_REPORT, EXPORTS, TRAINING_REPORT, i
 from qlora_contract.paths import resolve
 from qlora_contract.plan import PlanError
 from qlora_trainer.errors import Terminated, TrainerError
+from qlora_trainer.host.process import processor_seconds
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.storage.atomic import write_atomically
 from qlora_trainer.telemetry.progress import Progress
@@ -68,6 +69,8 @@ def export(context: RankContext, command: Sequence[str] = EXPORTER) -> None:
         done = False
         while not done:
             running = process is not None and process.runs(POLL_SECONDS)
+            if process is not None and process.worked():
+                context.progress.advance(0)
             reduced = context.all_reduce_scalars({"running": float(running)})
             done = not reduced.sums["running"]
             if reduced.stop_requested and not done:
@@ -97,12 +100,14 @@ def _missing(context: RankContext) -> list[ExportForm]:
 
 
 def _request(context: RankContext, forms: Sequence[ExportForm]) -> ExportRequest:
+    provenance = context.folder.report().get("provenance", {})
     return ExportRequest(
         name=context.run.job.name,
         model=str(resolve(context.run.model_uri, context.volumes)),
         adapter=str(context.folder.adapter),
         output=str(context.folder.path / EXPORTS),
         forms=list(forms),
+        weights_sha256=provenance.get("weights_sha256") or None,
         run=context.run,
         job_folder=str(context.folder.path),
     )
@@ -137,6 +142,7 @@ class Exporter:
         self._process.stdin.write(request.model_dump_json(by_alias=True))
         self._process.stdin.close()
         self._error: PlanError | None = None
+        self._processor_seconds = 0.0
         self._listener = threading.Thread(
             target=self._listen, args=(self._process.stdout, progress), daemon=True
         )
@@ -155,6 +161,11 @@ class Exporter:
                     progress.advance(event.advanced)
                 if event.error is not None:
                     self._error = event.error
+
+    def worked(self) -> bool:
+        """Whether it took processor time since this was asked last."""
+        before, self._processor_seconds = self._processor_seconds, processor_seconds(self._process.pid)
+        return self._processor_seconds != before
 
     def runs(self, seconds: float) -> bool:
         """Whether it still runs after so many seconds."""

@@ -321,7 +321,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     staged = adapter.staging_folder(folder)
     if context.is_rank_zero:
         template = state.data.template
-        adapter.write_adapter(folder, state.parameters, base, template.source if template else None)
+        adapter.write_adapter(folder, state.parameters, base, template.portable if template else None)
     context.group.barrier()
     adapter.reload_adapter(staged, state.parameters)
     context.progress.update(stage="Evaluating")
