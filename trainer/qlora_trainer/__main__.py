@@ -90,13 +90,18 @@ def run_rank() -> int:
         log.error("%s: %s", ending.reason, ending.cause)  # noqa: TRY400 - an expected end needs no traceback
         if context is not None and heartbeat is not None:
             leave_after(error, ending, context, heartbeat)
+    record_end(ending, context)
+    if context is not None and context.tracking is not None:
+        context.tracking.close(ending.exit_code)
+    return ending.exit_code
+
+
+def record_end(ending: TerminationReport, context: RankContext | None) -> None:
+    """Tell the launcher how this rank ended, then the job's report page."""
     write_rank_report(ending)
     if context is not None:
         with contextlib.suppress(TrainerError):  # Fenced: the page is another attempt's by now
             context.books.write(ended=ending.cause)
-        if context.tracking is not None:
-            context.tracking.close(ending.exit_code)
-    return ending.exit_code
 
 
 def open_context() -> RankContext:
@@ -145,7 +150,7 @@ def start_heartbeat(context: RankContext) -> Heartbeat:
     def report_loss(lost: LostPeer) -> None:
         ending = failure_report(loss_of(lost, context), rank, context)
         log.error("%s: %s", ending.reason, ending.cause)
-        write_rank_report(ending)
+        record_end(ending, context)
 
     heartbeat = Heartbeat(
         context.world,
@@ -167,7 +172,7 @@ def watch_for_stalls(context: RankContext, heartbeat: Heartbeat) -> None:
         ending = failure_report(error, context.world.rank, context)
         log.error("%s: %s", ending.reason, ending.cause)
         # In another thread: the report's storage may be what hangs.
-        threading.Thread(target=write_rank_report, args=(ending,), name="report", daemon=True).start()
+        threading.Thread(target=record_end, args=(ending, context), name="report", daemon=True).start()
         heartbeat.farewell(ending.cause, ending.exit_code)
         time.sleep(REPORT_SECONDS)
         os._exit(ending.exit_code)
