@@ -106,7 +106,7 @@ def test_two_ranks_all_reduce_as_anybody(trainer, backend: str) -> None:
     done = trainer.run("python", "-c", ALL_REDUCE, backend)
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines().count("True") == 2, done.stderr
+    assert done.stdout.count("True") == 2, done.stderr  # both may write at once, in one line
 
 
 def test_the_launcher_finds_an_allocator_that_loads(trainer) -> None:
