@@ -127,6 +127,8 @@ class Family:
     """Whether it writes thoughts only behind the last question."""
     unasked: bool = False
     """Whether it writes nothing before an answer that comes first: so its first character cannot be predicted."""
+    hides_system: bool = False
+    """Whether it writes nothing for turns of the system before an answer either."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Shape (`*`: any) -> what the refusal says."""
 
@@ -143,7 +145,14 @@ class Family:
         ]
         if self.last_end:
             turns[-1] = turns[-1].removesuffix(self.end) + self.last_end
-        return "".join(turns)[self.unasked and chat.messages[0].role == "assistant" :]
+        return "".join(turns)[self.begins_with_answer(chat) :]
+
+    def begins_with_answer(self, chat: Chat) -> bool:
+        """Whether nothing is written before the first answer, whose first token thus cannot be learned."""
+        first = next(i for i, message in enumerate(chat.messages) if message.role == "assistant")
+        before = chat.messages[:first]
+        hidden = self.hides_system and all(message.role == "system" for message in before)
+        return self.unasked and (not before or hidden)
 
     def _said(self, message: Message, *, early: bool) -> str:
         thought, answer = message.extra.get("reasoning_content", ""), message.content
@@ -534,6 +543,7 @@ MODELS = [
         "</s>",
         eos="</s>",
         unasked=True,
+        hides_system=True,
         refuses=PLAIN
         | dict.fromkeys(
             ("system", "two systems", "system in the middle", "blank system", "unlike turns"),
