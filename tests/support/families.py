@@ -127,8 +127,8 @@ class Family:
     """Whether it writes thoughts only behind the last question."""
     unasked: bool = False
     """Whether it writes nothing before an answer that comes first: so its first character cannot be predicted."""
-    hides_system: bool = False
-    """Whether it writes nothing for turns of the system before an answer either."""
+    hides_others: bool = False
+    """Whether of what comes before an answer it writes the turns of the user alone."""
     refuses: Mapping[str, str] = field(default_factory=dict)
     """Shape (`*`: any) -> what the refusal says."""
 
@@ -151,7 +151,7 @@ class Family:
         """Whether nothing is written before the first answer, whose first token thus cannot be learned."""
         first = next(i for i, message in enumerate(chat.messages) if message.role == "assistant")
         before = chat.messages[:first]
-        hidden = self.hides_system and all(message.role == "system" for message in before)
+        hidden = self.hides_others and all(message.role != "user" for message in before)
         return self.unasked and (not before or hidden)
 
     def _said(self, message: Message, *, early: bool) -> str:
@@ -543,7 +543,7 @@ MODELS = [
         "</s>",
         eos="</s>",
         unasked=True,
-        hides_system=True,
+        hides_others=True,
         refuses=PLAIN
         | dict.fromkeys(
             ("system", "two systems", "system in the middle", "blank system", "unlike turns"),
