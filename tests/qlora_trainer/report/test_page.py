@@ -216,6 +216,11 @@ def test_a_page_shows_what_there_is(report: dict[str, Any]) -> None:
 
 STATES: dict[str, tuple[dict[str, Any], list[AttemptRecord], str]] = {
     "finished": (REPORT, [an_attempt(ended="adapter published")], "finished 2026-01-01T01:00:00Z"),
+    "not exported": (
+        REPORT,
+        [an_attempt(ended="no space")],
+        "finished 2026-01-01T01:00:00Z; since then: no space",
+    ),
     "running": ({"finished": "T"}, [an_attempt()], "not finished, as of T"),
     "failed": ({"finished": "T"}, [an_attempt(ended="no gradient")], "not finished, as of T: no gradient"),
     "before the first checkpoint": ({}, [], "not finished, unfinished"),

@@ -98,9 +98,13 @@ def render(
 
 def state_of(report: Mapping[str, Any], attempts: Sequence[AttemptRecord]) -> str:
     """Where the job stands, in a sentence."""
-    if report.get("adapter_sha256"):
-        return f"finished {report.get('finished') or ''}".strip()
     ended = attempts[-1].ended if attempts else None
+    if report.get("adapter_sha256"):
+        state = f"finished {report.get('finished') or ''}".strip()
+        # What comes after the adapter may fail: exports.
+        return (
+            state if not ended or ended.startswith("adapter published") else f"{state}; since then: {ended}"
+        )
     as_of = f"as of {report['finished']}" if report.get("finished") else "unfinished"
     return f"not finished, {as_of}: {ended}" if ended else f"not finished, {as_of}"
 
