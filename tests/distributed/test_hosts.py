@@ -41,7 +41,10 @@ def hosts(family: str) -> Iterator[list[list[str]]]:
     try:
         ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "link0", "netns", names[1])
         for name, address in zip(names, ADDRESSES[family], strict=True):
-            fresh = ["nodad"] if family == "ipv6" else []  # of use at once
+            # Of use at once, and the only one: an address of the link's own is of none for a second or two, and
+            # libraries that try all addresses fail by it.
+            ip("-n", name, "link", "set", "link0", "addrgenmode", "none")
+            fresh = ["nodad"] if family == "ipv6" else []
             ip("-n", name, "address", "add", address, "dev", "link0", *fresh)
             for device in ("lo", "link0"):
                 ip("-n", name, "link", "set", device, "up")
