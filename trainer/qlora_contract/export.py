@@ -1,9 +1,11 @@
 """What `python -m qlora_trainer.export` is asked, as one line of JSON on stdin, and what it tells, line by line, on
 stdout."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from qlora_contract.base import ContractModel
 from qlora_contract.plan import PlanError
@@ -46,6 +48,13 @@ class ExportEvent(ContractModel):
     """What is finished."""
     error: PlanError | None = None
     """Why nothing more is done: the exit code, and one sentence."""
+
+
+def export_events(lines: Iterable[str]) -> Iterator[ExportEvent]:
+    """The events among the lines of an exporter's output; what libraries print is passed over."""
+    for line in lines:
+        with suppress(ValidationError):
+            yield ExportEvent.model_validate_json(line)
 
 
 def forms_of(output: Output) -> list[ExportForm]:

@@ -42,14 +42,14 @@ from qlora_trainer.inference.prompts import GrowingText, Prompt, Prompter, promp
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
-from qlora_trainer.modeling.families import read_config
+from qlora_trainer.modeling.families import read_config, read_tokenizer
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.shape import positions
 from qlora_trainer.modeling.weight_files import WeightsHash
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.run_file import RunFileError, load_run
 from qlora_trainer.storage.job_folder import JobFolder
-from qlora_trainer.training.inputs import default_compute_dtype, read_tokenizer, stop_ids, template_settings
+from qlora_trainer.training.inputs import default_compute_dtype, stop_ids, template_settings
 from qlora_trainer.training.setup import DTYPES
 from qlora_trainer.transfer.revisions import with_pinned_revisions
 

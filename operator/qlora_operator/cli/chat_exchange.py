@@ -19,7 +19,7 @@ from qlora_contract.chat import Answer, ChatEvent, ChatReady, ChatRequest, OpenR
 from qlora_contract.plan import PlanError
 from qlora_contract.run_config import RunConfig
 from qlora_operator.cli.outcome import error_message
-from qlora_operator.cli.processes import ProcessError, environment
+from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 from qlora_operator.errors import CommandError
 
 ASSISTANT = (sys.executable, "-m", entry_points.CHAT)
@@ -116,7 +116,6 @@ def local_model(
     Raises:
         ProcessError: it could not be started.
     """
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="qlora-chat-") as folder:
         path, log = Path(folder) / "run.json", Path(folder) / "log"
         path.write_text(run.to_json())
@@ -125,7 +124,7 @@ def local_model(
                 # In a session of its own, so that the terminal sends Ctrl-C to us alone.
                 process = subprocess.Popen(
                     [*command, str(path)],
-                    env={**environment(volumes), **offline},
+                    env=environment(volumes) | OFFLINE,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=output,

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from qlora_contract import entry_points
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.export import ExportEvent, ExportForm, ExportRequest
+from qlora_contract.export import ExportForm, ExportRequest, export_events
 from qlora_contract.job_folder import ADAPTER, EXPORT_REPORT, EXPORTS, finished_report
 from qlora_contract.paths import InvalidUriError, resolve
 from qlora_contract.plan import PlanError
@@ -25,7 +24,7 @@ from qlora_contract.units import now
 from qlora_operator.cli import job_folder
 from qlora_operator.cli.display import Display
 from qlora_operator.cli.outcome import error_message
-from qlora_operator.cli.processes import ProcessError, environment
+from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 from qlora_operator.cli.supervision import POLL_SECONDS, StopRequest
 from qlora_operator.errors import CommandError
 
@@ -133,7 +132,7 @@ def _run(
     try:
         process = subprocess.Popen(
             command,
-            env=environment(volumes) | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            env=environment(volumes) | OFFLINE,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -178,11 +177,7 @@ class _Told:
     def listen(self, lines: IO[str]) -> None:
         """Read its events to the end."""
         with lines:
-            for line in lines:
-                try:
-                    event = ExportEvent.model_validate_json(line)
-                except ValidationError:
-                    continue  # a library's
+            for event in export_events(lines):
                 if event.work is not None:
                     self._work, self._done = event.work, 0
                 self._done += event.advanced or 0

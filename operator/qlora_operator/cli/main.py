@@ -103,14 +103,7 @@ def parser() -> argparse.ArgumentParser:
     checking.add_argument("--eval-split", metavar="NAME", help="of a folder, the split to evaluate on")
     checking.add_argument("--max-length", type=int, metavar="TOKENS", help="as training.maxSequenceLength")
     checking.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
-    checking.add_argument("--name", help="which job, if a job file has several")
-    checking.add_argument(
-        "--volume",
-        action="append",
-        default=[],
-        metavar="CLAIM=PATH",
-        help="for a job file, as of `qlora plan`",
-    )
+    _add_name_and_volume(checking, "for a job file, as of `qlora plan`", file="a job file")
     fetching = subcommands.add_parser("fetch", help="fetch a job's remote model and data into its workspace")
     training = subcommands.add_parser("run", help="train a job on this machine")
     for subcommand in (fetching, training):
@@ -157,27 +150,24 @@ def parser() -> argparse.ArgumentParser:
         help="folder that gets a folder of each form; default: exports, in the job's folder",
     )
     for subcommand in (planning, fetching, training, reporting, exporting):
-        subcommand.add_argument("--name", help="which job, if the file has several")
-        subcommand.add_argument(
-            "--volume",
-            action="append",
-            default=[],
-            metavar="CLAIM=PATH",
-            help="the directory that stands for a PersistentVolumeClaim here; repeat for each claim",
+        _add_name_and_volume(
+            subcommand, "the directory that stands for a PersistentVolumeClaim here; repeat for each claim"
         )
     for subcommand in (add_chat(subcommands), add_compare(subcommands)):
         subcommand.add_argument(
             "job", metavar="JOB", help="a job's file, or its folder in a workspace on this machine"
         )
-        subcommand.add_argument("--name", help="which job, if the file has several")
-        subcommand.add_argument(
-            "--volume",
-            action="append",
-            default=[],
-            metavar="CLAIM=PATH",
-            help="the directory that stands for a claim here; a job's folder tells that of its workspace",
+        _add_name_and_volume(
+            subcommand,
+            "the directory that stands for a claim here; a job's folder tells that of its workspace",
         )
     return command
+
+
+def _add_name_and_volume(subcommand: argparse.ArgumentParser, of_volume: str, file: str = "the file") -> None:
+    """The options that say which job, and where its claims are. `of_volume`: the help of --volume."""
+    subcommand.add_argument("--name", help=f"which job, if {file} has several")
+    subcommand.add_argument("--volume", action="append", default=[], metavar="CLAIM=PATH", help=of_volume)
 
 
 def _chat(options: argparse.Namespace) -> int:

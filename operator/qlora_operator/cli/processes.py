@@ -52,6 +52,10 @@ class Launcher:
         return self.process.poll() is None
 
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""What else is set for a process that reads models: none is looked for on the network."""
+
+
 def environment(volumes: Mapping[str, Path]) -> dict[str, str]:
     """Our own environment, and the directories of claims. The working directory is not imported from."""
     paths = {claim: str(path) for claim, path in volumes.items()}

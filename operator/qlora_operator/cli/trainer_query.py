@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from qlora_contract import entry_points
 from qlora_contract.plan import PlanResponse
-from qlora_operator.cli.processes import ProcessError, environment
+from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
 TRAINER_PACKAGES = (
@@ -49,11 +49,10 @@ def query_trainer(
     Raises:
         ProcessError: it could not be started, or did not answer.
     """
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     try:
         done = subprocess.run(
             [*command, *arguments],
-            env=environment(volumes or {}) | offline,
+            env=environment(volumes or {}) | OFFLINE,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

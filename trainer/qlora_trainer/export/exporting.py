@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer
-
 from qlora_contract.export import ExportForm, ExportRequest, gguf_type
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, EXPORT_REPORT, is_exported
@@ -22,7 +20,7 @@ from qlora_trainer.export.merged_weights import StoredTensor, plan_tensors
 from qlora_trainer.export.modelfile import generation_settings, modelfile, stop_texts
 from qlora_trainer.export.proof import Comparison, Proof
 from qlora_trainer.export.vocabulary import read_vocabulary
-from qlora_trainer.modeling.families import read_config, read_model
+from qlora_trainer.modeling.families import read_config, read_model, read_tokenizer
 from qlora_trainer.modeling.stored.formats import description, is_quantized
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.storage.atomic import make_folder, replace_folder, seal_folder, translate_os_errors
@@ -58,7 +56,7 @@ def check_forms(forms: Sequence[ExportForm], model: Path) -> None:
         return
     try:
         gguf.family_of(config)
-        read_vocabulary(_tokenizer(model), config.vocab_size)
+        read_vocabulary(read_tokenizer(model), config.vocab_size)
     except ModelError as error:
         raise ModelError(f"output.formats has gguf, but {error}") from error
 
@@ -144,7 +142,7 @@ class _Exporter:
         family, self.config = read_model(self.model)
         self.adapter: AdapterWeights = read_adapter(Path(request.adapter))
         self.tensors: list[StoredTensor] = plan_tensors(self.model, family, self.adapter)
-        self.tokenizer = _tokenizer(self.model)
+        self.tokenizer = read_tokenizer(self.model)
         template = self.adapter.chat_template or getattr(self.tokenizer, "chat_template", None)
         self.chat_template = without_generation_marks(template) if isinstance(template, str) else None
         self._proof: Proof | None = None
@@ -230,13 +228,6 @@ class _Exporter:
             "context_length": gguf.context_length(self.config),
         }
         return _Made(facts, expected.of_gguf(file, self.tensors, self.config))
-
-
-def _tokenizer(model: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{model} has no tokenizer that can be read: {error}") from error
 
 
 def _stop_ids(config: Any, generation: dict[str, Any], tokenizer: Any) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
@@ -228,6 +228,17 @@ def read_model(folder: Path) -> tuple[Family, Any]:
             log.warning("%s/config.json asks for %s %s: not applied", folder, name, value)
             setattr(config, name, 0.0)
     return family, config
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder. Raises ModelError."""
+    try:
+        of_gguf = gguf.from_pretrained_arguments(folder, better="tokenizer.json")
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **of_gguf
+        )
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
 
 
 def check_own_code(folder: Path) -> None:

@@ -65,10 +65,10 @@ def _with_model(
 ) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool]:
     from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
+    from qlora_trainer.modeling.families import read_tokenizer
     from qlora_trainer.training.inputs import (
         TokenSource,
         into_passing_files,
-        read_tokenizer,
         tokenization_options,
     )
 

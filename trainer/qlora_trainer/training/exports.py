@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from pydantic import ValidationError
-
 from qlora_contract import entry_points
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.export import ExportEvent, ExportForm, ExportRequest, forms_of
+from qlora_contract.export import ExportForm, ExportRequest, export_events, forms_of
 from qlora_contract.job_folder import EXPORT_REPORT, EXPORTS, TRAINING_REPORT, is_exported
 from qlora_contract.paths import resolve
 from qlora_contract.plan import PlanError
@@ -150,11 +148,7 @@ class Exporter:
 
     def _listen(self, lines: IO[str], progress: Progress) -> None:
         with lines:
-            for line in lines:
-                try:
-                    event = ExportEvent.model_validate_json(line)
-                except ValidationError:
-                    continue  # a library's
+            for event in export_events(lines):
                 if event.work is not None:
                     progress.begin(event.work)
                 if event.advanced is not None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
@@ -25,7 +24,7 @@ from qlora_trainer.data.sources import dataset_sha256, find_files
 from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, ModelError
-from qlora_trainer.modeling.stored import gguf
+from qlora_trainer.modeling.families import read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,17 +131,6 @@ def load_inputs(
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a model's folder. Raises ModelError."""
-    try:
-        of_gguf = gguf.from_pretrained_arguments(folder, better="tokenizer.json")
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **of_gguf
-        )
-    except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
 
 
 def tokenization_options(
