@@ -165,7 +165,7 @@ def test_what_lies_on_a_claim_is_read_where_it_is() -> None:
     """A source that needs no fetch is its own place, whatever else was fetched."""
     config = parsed("fetched", {"model": "c0ffee"})
 
-    assert (config.model_uri, config.dataset_uri) == ("pvc://team/model", "pvc://team/docs.jsonl")
+    assert (config.model_uri, config.dataset_uris[0]) == ("pvc://team/model", "pvc://team/docs.jsonl")
 
 
 def test_what_was_fetched_is_read_from_the_workspace() -> None:
@@ -173,11 +173,11 @@ def test_what_was_fetched_is_read_from_the_workspace() -> None:
     config = remote(fetched={"model": COMMIT, "dataset": "d0"})
 
     assert config.model_uri == f"pvc://team/qlora/sources/hf/org/model/{COMMIT}"
-    assert config.dataset_uri == "pvc://team/qlora/sources/hf/datasets/org/data/d0/train.jsonl"
+    assert config.dataset_uris[0] == "pvc://team/qlora/sources/hf/datasets/org/data/d0/train.jsonl"
 
 
 @pytest.mark.parametrize(
-    ("name", "uri"), [("model_uri", "hf://org/model"), ("dataset_uri", "hf://datasets/org")]
+    ("name", "uri"), [("model_uri", "hf://org/model"), ("dataset_uris", "hf://datasets/org")]
 )
 def test_what_was_not_fetched_has_no_place(name: str, uri: str) -> None:
     """Ranks never train on whatever lies where a source would be."""

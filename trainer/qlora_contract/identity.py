@@ -65,9 +65,16 @@ def identity_fields(run: RunConfig) -> dict[str, Any]:
         }
         for section, always in _SHAPING.items()
     }
-    for source in (fields["model"], fields["dataset"]):
-        if not source["source"].startswith("hf://"):
-            del source["revision"]
+    if several := changed.get("dataset", {}).get(
+        "sources"
+    ):  # what a later release adds to them is left out as well
+        fields["dataset"]["sources"] = [
+            {name: value for name, value in each.items() if name not in NOT_SHAPING["dataset"]}
+            for each in several
+        ]
+    for source in (fields["model"], fields["dataset"], *fields["dataset"].get("sources", ())):
+        if not (source["source"] or "").startswith("hf://"):
+            source.pop("revision", None)
     return fields
 
 

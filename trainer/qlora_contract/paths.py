@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +18,14 @@ TERMINATION_REPORT_BYTES = 4096
 
 class InvalidUriError(ValueError):
     """A URI that is malformed, or that does not resolve to a path here."""
+
+
+def credentials_folder(field: str) -> str:
+    """Folder below CREDENTIALS_ROOT for what a field of the job names a Secret: `dataset.sources[2]` has its own.
+
+    It also is a part of a volume's name.
+    """
+    return re.sub(r"[^a-z0-9]+", "-", field).strip("-")
 
 
 def volume_map(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:

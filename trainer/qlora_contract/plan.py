@@ -47,6 +47,31 @@ class LengthBin(ContractModel):
     count: int
 
 
+class SourceStats(ContractModel):
+    """What became of the records of one of several sources, of a split."""
+
+    source: str
+    """Its URI."""
+    weight: float
+    """How often its samples are trained on in an epoch."""
+    sha256: str = ""
+    """Of its files, of both splits; empty where they were not hashed."""
+    format: str
+    """What its records are, as dataset.format has it."""
+    records: int
+    bad: list[BadRecords] = Field(default=[])
+    truncated: int = 0
+    dropped: int = 0
+    duplicates: int = 0
+    """Records that say the same as an earlier one of this source."""
+    overlap: int = 0
+    """Records of an evaluation split that are trained on as well, from whatever source."""
+    overlong: int = 0
+    samples: int
+    tokens: int = 0
+    """Of the samples."""
+
+
 class SplitStats(ContractModel):
     """The records of a split, and what became of them."""
 
@@ -74,6 +99,8 @@ class SplitStats(ContractModel):
     """Samples that training.overlong leaves out."""
     lengths: list[LengthBin] = Field(default=[])
     """Of the samples."""
+    sources: list[SourceStats] = Field(default=[])
+    """What of it each of several sources gives; empty where there is one."""
 
 
 class Steps(ContractModel):

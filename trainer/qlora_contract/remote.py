@@ -1,9 +1,10 @@
 """The grammar of sources and destinations, and where those of `hf://` and `s3://` lie once they are fetched."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, Protocol
 
 from qlora_contract.paths import InvalidUriError
 
@@ -52,6 +53,56 @@ class Remote:
     def cache_folder(self) -> str:
         """Folder, within SOURCES, that holds a folder for each of its revisions."""
         return {"model": "hf", "dataset": "hf/datasets", "bucket": "s3"}[self.kind] + f"/{self.root}"
+
+
+class Source(Protocol):
+    """What a job reads, in the API's form or the wire's."""
+
+    @property
+    def source(self) -> str:
+        """Its URI."""
+
+    @property
+    def revision(self) -> str:
+        """Of the Hub."""
+
+    @property
+    def credentials_secret(self) -> str | None:
+        """Name of the Secret to fetch it with."""
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """One of the sources that a job reads."""
+
+    field: str
+    """Of the job: `model`, `dataset`, or `dataset.sources[2]`."""
+    role: Literal["model", "dataset"]
+    number: int | None
+    """In dataset.sources; None for the others."""
+    uri: str
+    revision: str
+    """As the job asks for it."""
+    credentials_secret: str | None
+
+
+def named_sources(model: Source, data: Sequence[Source], *, listed: bool) -> list[NamedSource]:
+    """The sources of a job, the model first. `listed`: whether the data are given as dataset.sources."""
+    numbered = [("model", None, model)] + [
+        (f"dataset.sources[{number}]", number, each) if listed else ("dataset", None, each)
+        for number, each in enumerate(data)
+    ]
+    return [
+        NamedSource(
+            field=field,
+            role="model" if field == "model" else "dataset",
+            number=number,
+            uri=each.source,
+            revision=each.revision,
+            credentials_secret=each.credentials_secret,
+        )
+        for field, number, each in numbered
+    ]
 
 
 def is_remote(uri: str) -> bool:

@@ -23,8 +23,10 @@ from qlora_contract.remote import (
     PVC_PATTERN,
     REVISION_PATTERN,
     SECRET_PATTERN,
+    NamedSource,
     fetched_uri,
     is_remote,
+    named_sources,
     parse_remote,
 )
 
@@ -64,7 +66,12 @@ ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
 BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
 """Tiers whose processors compute in bf16 natively; elsewhere it is emulated, 2-5 times slower than fp32."""
 
+MAX_SOURCES = 32
+"""Of a dataset. What all of them resolve to must fit into a termination message."""
+MAX_WEIGHT = 100.0
+
 RunStage = Literal["fetch", "train", "publish"]
+RecordFormat = Literal["auto", "chat", "prompt-completion", "alpaca", "text"]
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
 Overlong = Literal["truncate", "drop", "error"]
@@ -80,6 +87,8 @@ SecretName = Annotated[str, Field(min_length=1, max_length=253, pattern=SECRET_P
 Revision = Annotated[str, Field(min_length=1, max_length=128, pattern=REVISION_PATTERN)]
 ResolvedRevision = Annotated[str, Field(max_length=128, pattern="^[A-Za-z0-9][-A-Za-z0-9._]*$")]
 """Also the name of a folder."""
+RevisionOrNone = Annotated[str, Field(max_length=128, pattern="^([A-Za-z0-9][-A-Za-z0-9._]*)?$")]
+"""Empty: none."""
 Split = Annotated[str, Field(min_length=1, max_length=64, pattern="^[A-Za-z0-9][-A-Za-z0-9_.]*$")]
 ColumnName = Annotated[str, Field(min_length=1, max_length=128, pattern=COLUMN_PATTERN)]
 Steps = Annotated[int, Field(ge=1, le=100_000_000)]
@@ -109,13 +118,31 @@ class Columns(ContractModel):
     text: ColumnName | None = None
 
 
-class Dataset(ContractModel):
-    """The training data, and what is held out of it."""
+OF_EACH_SOURCE = ("revision", "credentials_secret", "format", "columns", "train_split", "eval_split")
+"""Fields of a dataset that with `sources` stand in each of them."""
+
+
+class DatasetSource(ContractModel):
+    """One of several sources of training data."""
 
     source: DatasetUri
+    weight: float = Field(default=1.0, gt=0.0, le=MAX_WEIGHT)
     revision: Revision = "main"
     credentials_secret: SecretName | None = None
-    format: Literal["auto", "chat", "prompt-completion", "alpaca", "text"] = "auto"
+    format: RecordFormat = "auto"
+    columns: Columns = Columns()
+    train_split: Split = "train"
+    eval_split: Split | None = None
+
+
+class Dataset(ContractModel):
+    """The training data, and what is held out of it. Either source is given, or sources."""
+
+    source: DatasetUri | None = None
+    sources: list[DatasetSource] | None = Field(default=None, min_length=1, max_length=MAX_SOURCES)
+    revision: Revision = "main"
+    credentials_secret: SecretName | None = None
+    format: RecordFormat = "auto"
     columns: Columns = Columns()
     train_split: Split = "train"
     eval_split: Split | None = None
@@ -127,6 +154,26 @@ class Dataset(ContractModel):
     train: Literal["all", "lastTurn"] = "all"
     on_bad_record: Literal["fail", "skip"] = "fail"
     max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _one_source_or_several(self) -> Self:
+        if (self.source is None) == (self.sources is None):
+            raise ValueError("exactly one of source and sources must be given")
+        if self.sources is not None:
+            changed = self.model_dump(exclude_defaults=True)
+            if said := [
+                str(type(self).model_fields[name].alias) for name in OF_EACH_SOURCE if name in changed
+            ]:
+                raise ValueError(f"with sources, {' and '.join(said)} must be given for each of them")
+        return self
+
+    @property
+    def all_sources(self) -> list[DatasetSource]:
+        """The sources, also where there is one."""
+        if self.sources is not None:
+            return self.sources
+        assert self.source is not None, "one of the two is given"
+        return [DatasetSource(source=self.source, **{name: getattr(self, name) for name in OF_EACH_SOURCE})]
 
 
 class Adapter(ContractModel):
@@ -294,6 +341,22 @@ class ResolvedRevisions(ContractModel):
     """Commit of the Hub, or hash over a bucket's listing."""
     dataset: ResolvedRevision | None = None
     """As for the model."""
+    sources: list[RevisionOrNone] | None = Field(default=None, max_length=MAX_SOURCES)
+    """The same of each of dataset.sources; empty for those on a claim. None: nothing is known of any."""
+
+    def of(self, source: NamedSource) -> str | None:
+        """What a source resolved to; None while that is not known."""
+        if source.number is None:
+            return self.model if source.role == "model" else self.dataset
+        known = self.sources or []
+        return (known[source.number] or None) if source.number < len(known) else None
+
+    @classmethod
+    def from_sources(cls, found: Sequence[tuple[NamedSource, str | None]]) -> Self:
+        """Of all sources of a job, and what each resolved to."""
+        listed = [revision or "" for source, revision in found if source.number is not None]
+        single = {source.role: revision for source, revision in found if source.number is None}
+        return cls(**single, sources=listed if any(listed) else None)
 
 
 class RunConfig(ContractModel):
@@ -327,15 +390,24 @@ class RunConfig(ContractModel):
     """Seconds without anything done after which the ranks are restarted."""
 
     @property
+    def sources(self) -> list[NamedSource]:
+        """All that the job reads, the model first."""
+        return named_sources(self.model, self.dataset.all_sources, listed=self.dataset.sources is not None)
+
+    @property
     def model_uri(self) -> str:
         """`pvc://` URI of the model's folder: as given, or where the fetch has put it. Raises ValueError when a remote
         one was not fetched."""
         return _local(self.model.source, self.fetched.model, self.workspace)
 
     @property
-    def dataset_uri(self) -> str:
-        """`pvc://` URI of the dataset, as for the model."""
-        return _local(self.dataset.source, self.fetched.dataset, self.workspace)
+    def dataset_uris(self) -> list[str]:
+        """`pvc://` URI of each source of the dataset, as for the model."""
+        return [
+            _local(source.uri, self.fetched.of(source), self.workspace)
+            for source in self.sources
+            if source.role == "dataset"
+        ]
 
     def to_json(self, indent: int | None = 2) -> str:
         """The text of run.json, without the fields that have their default.
@@ -369,6 +441,7 @@ SINCE: Mapping[str, int] = {
     "dataset.format=text": 2,
     "dataset.maxBadShare": 2,
     "dataset.onBadRecord": 2,
+    "dataset.sources": 2,
     "dataset.train": 2,
     "evaluation.maxTokens": 2,
     "progressDeadlineSeconds": 2,

@@ -293,10 +293,10 @@ def _template(
 def _data_folder(run: RunConfig, volumes: Mapping[str, Path]) -> list[Path]:
     """Where a template may lie beside the data; nowhere where they are not at hand."""
     try:
-        source = resolve(run.dataset_uri, volumes)
+        roots = [resolve(uri, volumes) for uri in run.dataset_uris]
     except ValueError:  # not fetched, or on a claim that has no directory here
         return []
-    return [source if source.is_dir() else source.parent]
+    return [root if root.is_dir() else root.parent for root in roots]
 
 
 def _check_base(adapter: TrainedAdapter, weights: str, model_folder: Path) -> list[str]:

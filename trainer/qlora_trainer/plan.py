@@ -146,14 +146,13 @@ def plan(run: RunConfig) -> PlanReport:
         TrainerError: what would end training before its first step.
         InvalidUriError: a source is on a claim that has no directory here.
     """
-    from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.families import read_config
     from qlora_trainer.modeling.shape import model_shape
     from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of
-    from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+    from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, step_schedule
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
@@ -163,8 +162,8 @@ def plan(run: RunConfig) -> PlanReport:
     exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
-    estimate = memory.choose(shape, run, dtype, len(data.train))
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    estimate = memory.choose(shape, run, dtype, max(len(data.train), data.epoch_samples))
+    schedule = step_schedule(run, data)
     first = schedule.step(0).bins[0][0]
     evaluation = None
     if data.evaluation is not None and data.evaluation_facts is not None:
@@ -181,7 +180,7 @@ def plan(run: RunConfig) -> PlanReport:
         ),
         training=split_stats(data.train, data.train_facts),
         evaluation=evaluation,
-        steps=steps_of(data.train, run, schedule),
+        steps=steps_of(run, schedule),
         sample=[TextSpan(text=t, supervised=s) for t, s in render(*data.train.sample(first), tokenizer)],
     )
 

@@ -8,7 +8,7 @@ from qlora_contract import run_config as wire
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than, oldest_version
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.v1alpha1 import QLoRAJob, Topology, Tracking
+from qlora_operator.api.v1alpha1 import Dataset, QLoRAJob, Topology, Tracking
 
 DEFAULT_NAMESPACE = "default"
 NOTHING_FETCHED = wire.ResolvedRevisions()
@@ -52,9 +52,7 @@ def to_run_config(
         ),
         workspace=spec.workspace,
         model=carry_over(wire.ModelSource, spec.model),
-        dataset=carry_over(
-            wire.Dataset, spec.dataset, columns=carry_over(wire.Columns, spec.dataset.columns)
-        ),
+        dataset=dataset(spec.dataset),
         adapter=carry_over(wire.Adapter, spec.adapter),
         quantization=carry_over(wire.Quantization, spec.quantization),
         training=carry_over(wire.Training, spec.training),
@@ -69,6 +67,19 @@ def to_run_config(
         progress_deadline_seconds=spec.progress_deadline_seconds,
     )
     return run.model_copy(update={"version": fixed if fixed in RUN_CONFIG_VERSIONS else oldest_version(run)})
+
+
+def dataset(written: Dataset) -> wire.Dataset:
+    """The training data."""
+    sources = None
+    if written.sources is not None:
+        sources = [
+            carry_over(wire.DatasetSource, each, columns=carry_over(wire.Columns, each.columns))
+            for each in written.sources
+        ]
+    return carry_over(
+        wire.Dataset, written, columns=carry_over(wire.Columns, written.columns), sources=sources
+    )
 
 
 def tracking(written: Tracking) -> wire.Tracking:

@@ -173,6 +173,14 @@ def _leave_out_later_defaults(spec: Schema) -> None:
             is_later = depth > 1 or (name in SINCE and fields["type"] == "object")
             if is_later and "=" not in path:
                 fields.pop("default", None)
+                _drop_defaults(fields.get("items", {}))
+
+
+def _drop_defaults(node: Schema) -> None:
+    """Take away a schema's default and those of its fields, in place."""
+    node.pop("default", None)
+    for child in node.get("properties", {}).values():
+        _drop_defaults(child)
 
 
 def _explained(value: Any) -> Any:

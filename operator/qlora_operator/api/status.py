@@ -203,6 +203,8 @@ class Provenance(StatusModel):
     listing. Every attempt uses it."""
     dataset_revision: str | None = None
     """The same for dataset.source."""
+    dataset_revisions: list[str] | None = None
+    """The same for each of dataset.sources; empty for one on a claim."""
     dataset_sha256: str | None = None
     """sha256 of the dataset's files, in hexadecimal."""
     image: str | None = None

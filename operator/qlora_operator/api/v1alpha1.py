@@ -23,7 +23,9 @@ from qlora_contract.remote import (
     PVC_PATTERN,
     REVISION_PATTERN,
     SECRET_PATTERN,
+    NamedSource,
     is_remote,
+    named_sources,
 )
 from qlora_contract.run_config import (
     CHAT_TEMPLATE_PATTERN,
@@ -31,10 +33,14 @@ from qlora_contract.run_config import (
     ISA_TIERS,
     MAX_EVAL_FRACTION,
     MAX_RANKS,
+    MAX_SOURCES,
+    MAX_WEIGHT,
+    OF_EACH_SOURCE,
     TRACKING_URI_PATTERN,
     GgufType,
     IsaTier,
     OutputFormat,
+    RecordFormat,
 )
 from qlora_operator.api import names, quantity
 from qlora_operator.api.rules import ApiModel, Rule
@@ -77,6 +83,7 @@ MUTABLE_WHILE_SUSPENDED = frozenset({"topology", "scheduling"})
 OPERATOR_ONLY = (
     "spec.model.credentialsSecret",
     "spec.dataset.credentialsSecret",
+    "spec.dataset.sources.credentialsSecret",
     "spec.output.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
@@ -131,19 +138,81 @@ class Columns(ApiModel):
     """Column with the text, of the format text."""
 
 
-class Dataset(ApiModel):
-    """The training data, and the part of it that is held out for evaluation."""
+_REVISION_OF_HUB = "requires an hf:// source"
+_SECRET_OF_REMOTE = "requires a remote source"  # noqa: S105 - no secret
+_INSIDE = "must stay within its claim: the path may not contain `..`"
+
+
+class DatasetSource(ApiModel):
+    """One of several sources of training data."""
 
     source: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
+    """File or folder with records, as dataset.source names one."""
+    weight: float = Field(default=1.0, gt=0.0, le=MAX_WEIGHT)
+    """How often each of the source's samples is trained on in an epoch: 2, twice; 0.5, every other sample in one epoch
+    and the rest in the next. 1, the default: the sources are put together as they are. Evaluation samples do not
+    have it."""
+    revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
+    """Branch, tag or commit of a dataset on the Hub. The job keeps the commit that it resolves to at the first
+    fetch."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret in the job's namespace to fetch the source with, with the same keys as for the model."""
+    format: RecordFormat = "auto"
+    """What the source's records are, as dataset.format has it."""
+    columns: Columns = Columns()
+    """Where the source has other names for what a format reads."""
+    train_split: str = Field(
+        default="train", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to train on when the source is a folder."""
+    eval_split: str | None = Field(
+        default=None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][-A-Za-z0-9_.]*$"
+    )
+    """Split to evaluate on when the source is a folder; without it, dataset.evalFraction of the source's training split
+    is held out."""
+
+    # has(), since an API server hands items out without defaults.
+    rules = (
+        Rule(
+            cel="!(self.source + '/').contains('/../')",
+            holds=lambda each: _stays_inside(each.source),
+            message=_INSIDE,
+            field=("source",),
+        ),
+        Rule(
+            cel="!has(self.revision) || self.revision == 'main' || self.source.startsWith('hf://')",
+            holds=lambda each: each.revision == "main" or each.source.startswith("hf://"),
+            message=_REVISION_OF_HUB,
+            field=("revision",),
+        ),
+        Rule(
+            cel="!has(self.credentialsSecret) || !self.source.startsWith('pvc://')",
+            holds=lambda each: each.credentials_secret is None or is_remote(each.source),
+            message=_SECRET_OF_REMOTE,
+            field=("credentialsSecret",),
+        ),
+    )
+
+
+_SET_COLUMNS = " || ".join(f"has(self.columns.{name})" for name in Columns.model_fields)
+
+
+class Dataset(ApiModel):
+    """The training data, and the part of it that is held out for evaluation. Either source is given, or sources."""
+
+    source: str | None = Field(default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
     """File with records (JSONL, JSON, CSV, TSV, Parquet, Arrow, text), or folder in which split S is the file S.jsonl,
     the files S-00000-of-00004.parquet, or the folder S: `pvc://claim/path`; or `hf://datasets/org/name/path` or
     `s3://bucket/path`, which is fetched into the workspace first."""
+    sources: list[DatasetSource] | None = Field(default=None, min_length=1, max_length=MAX_SOURCES)
+    """Several sources in place of one, mixed in one order that the seed decides. Each has its own revision, Secret,
+    format, columns and splits; all else here is for all of them."""
     revision: str = Field(default="main", min_length=1, max_length=128, pattern=REVISION_PATTERN)
     """Branch, tag or commit of a dataset on the Hub. The job keeps the commit that it resolves to at the first
     fetch."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
     """Secret in the job's namespace to fetch the dataset with, with the same keys as for the model."""
-    format: Literal["auto", "chat", "prompt-completion", "alpaca", "text"] = "auto"
+    format: RecordFormat = "auto"
     """`chat`: {"messages": [{"role", "content"}, ...]}, or conversations as ShareGPT has them; `prompt-completion`:
     {"prompt", "completion"}; `alpaca`: {"instruction", "input", "output"}, written as a conversation; `text`:
     {"text"}, learned as a whole; `auto`: detected from the first record."""
@@ -177,7 +246,42 @@ class Dataset(ApiModel):
     """What to do with a record that cannot be trained on: `fail` ends the job and names the first ten; `skip` leaves it
     out, and counts it in the log and in training_report.json."""
     max_bad_share: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of a split's records that onBadRecord `skip` leaves out at most; with more, the job fails."""
+    """Share of a split's records that onBadRecord `skip` leaves out at most, of each source; with more, the job
+    fails."""
+
+    rules = (
+        Rule(
+            cel="has(self.source) != has(self.sources)",
+            holds=lambda dataset: (dataset.source is None) != (dataset.sources is None),
+            message="exactly one of source and sources must be given",
+        ),
+        Rule(
+            cel=(
+                "!has(self.sources) || (self.revision == 'main' && !has(self.credentialsSecret) && "
+                "self.format == 'auto' && self.trainSplit == 'train' && !has(self.evalSplit) && "
+                f"(!has(self.columns) || !({_SET_COLUMNS})))"
+            ),
+            holds=lambda dataset: (
+                dataset.sources is None
+                or all(
+                    getattr(dataset, name) == dataset.__class__.model_fields[name].default
+                    for name in OF_EACH_SOURCE
+                )
+            ),
+            message=(
+                "with sources, revision, credentialsSecret, format, columns, trainSplit and evalSplit must be given "
+                "for each of them"
+            ),
+        ),
+    )
+
+    @property
+    def all_sources(self) -> list[DatasetSource]:
+        """The sources, also where there is one."""
+        if self.sources is not None:
+            return self.sources
+        assert self.source is not None, "one of the two is given"
+        return [DatasetSource(source=self.source, **{name: getattr(self, name) for name in OF_EACH_SOURCE})]
 
 
 class Adapter(ApiModel):
@@ -359,14 +463,21 @@ def _stays_inside(uri: str) -> bool:
     return "/../" not in f"{uri}/"
 
 
+def _no_source(name: str) -> str:
+    """Data without a source have several, each with rules of its own."""
+    return f"!has(self.{name}.source) || " if name == "dataset" else ""
+
+
 def _revision_of_hub(name: str) -> Rule:
     """A revision is the Hub's."""
     return Rule(
-        cel=f"self.{name}.revision == 'main' || self.{name}.source.startsWith('hf://')",
+        cel=f"self.{name}.revision == 'main' || {_no_source(name)}self.{name}.source.startsWith('hf://')",
         holds=lambda spec: (
-            getattr(spec, name).revision == "main" or getattr(spec, name).source.startswith("hf://")
+            getattr(spec, name).revision == "main"
+            or getattr(spec, name).source is None
+            or getattr(spec, name).source.startswith("hf://")
         ),
-        message="requires an hf:// source",
+        message=_REVISION_OF_HUB,
         field=(name, "revision"),
     )
 
@@ -374,11 +485,13 @@ def _revision_of_hub(name: str) -> Rule:
 def _secret_of_remote(name: str) -> Rule:
     """A claim needs no credentials."""
     return Rule(
-        cel=f"!has(self.{name}.credentialsSecret) || !self.{name}.source.startsWith('pvc://')",
+        cel=f"!has(self.{name}.credentialsSecret) || {_no_source(name)}!self.{name}.source.startsWith('pvc://')",
         holds=lambda spec: (
-            getattr(spec, name).credentials_secret is None or is_remote(getattr(spec, name).source)
+            getattr(spec, name).credentials_secret is None
+            or getattr(spec, name).source is None
+            or is_remote(getattr(spec, name).source)
         ),
-        message="requires an hf:// or s3:// source",
+        message=_SECRET_OF_REMOTE,
         field=(name, "credentialsSecret"),
     )
 
@@ -587,19 +700,19 @@ class QLoRAJobSpec(ApiModel):
         Rule(
             cel="!(self.workspace + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.workspace),
-            message="must stay within its claim: the path may not contain `..`",
+            message=_INSIDE,
             field=("workspace",),
         ),
         Rule(
             cel="!(self.model.source + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.model.source),
-            message="must stay within its claim: the path may not contain `..`",
+            message=_INSIDE,
             field=("model", "source"),
         ),
         Rule(
-            cel="!(self.dataset.source + '/').contains('/../')",
-            holds=lambda spec: _stays_inside(spec.dataset.source),
-            message="must stay within its claim: the path may not contain `..`",
+            cel="!has(self.dataset.source) || !(self.dataset.source + '/').contains('/../')",
+            holds=lambda spec: spec.dataset.source is None or _stays_inside(spec.dataset.source),
+            message=_INSIDE,
             field=("dataset", "source"),
         ),
         Rule(
@@ -617,6 +730,11 @@ class QLoRAJobSpec(ApiModel):
             field=("output", "credentialsSecret"),
         ),
     )
+
+    @property
+    def sources(self) -> list[NamedSource]:
+        """All that the job reads, the model first."""
+        return named_sources(self.model, self.dataset.all_sources, listed=self.dataset.sources is not None)
 
 
 def topology_hash(spec: QLoRAJobSpec) -> str:
@@ -676,6 +794,10 @@ def ignored_by_run(job: QLoRAJob) -> list[str]:
 
 
 def _is_set(model: Any, path: list[str]) -> bool:
+    if isinstance(model, list):
+        return any(_is_set(each, path) for each in model)
+    if model is None:
+        return False
     fields = {info.alias: name for name, info in type(model).model_fields.items()}
     name = fields[path[0]]
     return name in model.model_fields_set and (len(path) == 1 or _is_set(getattr(model, name), path[1:]))

@@ -17,7 +17,7 @@ from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunC
 from qlora_contract.units import first_line
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
-from qlora_operator.cli.plan import sample_text
+from qlora_operator.cli.plan import sample_text, source_lines
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import CommandError
 
@@ -196,6 +196,8 @@ def _show_split(split: SplitStats, use: str, unit: str, console: Console) -> Non
     for count, what in losses:
         if count:
             _print(console, f"          {count:,} {what}")
+    for line in source_lines(split):
+        _print(console, f"          {line}")
     for line in histogram_lines(split.lengths, unit):
         _print(console, f"          {line}")
 

@@ -201,9 +201,8 @@ def _plan(options: argparse.Namespace) -> int:
     price = _price(options)
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
-    sources = (job.spec.model.source, job.spec.dataset.source)
     # What is remote is fetched into the workspace.
-    needed = [job.spec.workspace if is_remote(uri) else uri for uri in sources]
+    needed = [job.spec.workspace if is_remote(source.uri) else source.uri for source in job.spec.sources]
     missing = sorted(claims(*needed) - volumes.keys())
     planned = plan.job_plan(job, volumes, missing, price)
     if options.output == "json":
@@ -242,7 +241,8 @@ def _question_of_job(options: argparse.Namespace) -> check.Question:
     job = one_job(options.data, options.name)
     volumes = parse_volumes(options.volume)
     spec = job.spec
-    needed = claims(spec.workspace if is_remote(spec.dataset.source) else spec.dataset.source)
+    data = [source.uri for source in spec.sources if source.role == "dataset"]
+    needed = claims(*(spec.workspace if is_remote(uri) else uri for uri in data))
     if missing := sorted(needed - volumes.keys()):
         wanted = " ".join(f"--volume {claim}=PATH" for claim in missing)
         raise CommandError(f"the job's data are on claims that have no directory here; add {wanted}", USAGE)
@@ -286,7 +286,7 @@ def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, P
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     spec = job.spec
-    require_volumes(volumes, spec.workspace, spec.model.source, spec.dataset.source)
+    require_volumes(volumes, spec.workspace, *(source.uri for source in spec.sources))
     require_trainer()
     return job, volumes
 

@@ -252,7 +252,9 @@ def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
             f"gradient checkpointing {memory.checkpointing}"
         ),
         f"training  {split_text(details.training)}",
+        *(f"          {line}" for line in source_lines(details.training)),
         f"held out  {evaluation}",
+        *(f"          {line}" for line in (source_lines(details.evaluation) if details.evaluation else ())),
         (
             f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
             f"{steps.tokens_per_step:,.0f} tokens per step, bins {100 * steps.fill:.0f} % full"
@@ -285,6 +287,23 @@ def time_lines(plan: JobPlan) -> list[str]:
         f"time      about {format_duration(time.seconds)} ({shares}): {cost}",
         f"          at {time.tokens_per_second:,.0f} tokens/s; rests on {time.basis}",
     ]
+
+
+def source_lines(split: SplitStats) -> list[str]:
+    """What each of several sources gives, with what is lost of it."""
+    lines = []
+    for each in split.sources:
+        tokens = f", {each.tokens:,} tokens" if each.tokens else ""
+        text = f"{each.source}, weight {each.weight:g}: {each.records:,} {each.format} records{tokens}"
+        for count, what in (
+            (sum(bad.count for bad in each.bad), "cannot be trained on"),
+            (each.dropped, "left out"),
+            (each.duplicates, "say the same as an earlier one"),
+            (each.overlap, "trained on as well"),
+        ):
+            text += f"; {count:,} {what}" if count else ""
+        lines.append(text)
+    return lines
 
 
 def split_text(split: SplitStats, use: str = "trained") -> str:

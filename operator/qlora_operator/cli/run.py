@@ -149,7 +149,7 @@ class LocalRun:
 
     def fetch(self) -> int:
         """Fetch remote sources into the workspace."""
-        if not any(is_remote(uri) for uri in (self.job.spec.model.source, self.job.spec.dataset.source)):
+        if not any(is_remote(source.uri) for source in self.job.spec.sources):
             return 0
         outcome = self._run_stage(self.next_config("fetch"), processes.TRANSFER, _any_cpus())
         report = outcome.report

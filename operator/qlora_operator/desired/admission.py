@@ -6,6 +6,7 @@ policy.
 
 import re
 
+from qlora_contract.remote import NamedSource
 from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
@@ -22,8 +23,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
         )
     uris = {
-        "spec.model.source": spec.model.source,
-        "spec.dataset.source": spec.dataset.source,
+        **{_field(source): source.uri for source in spec.sources},
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():
@@ -43,6 +43,11 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             "another job"
         )
     return _scheduling_violation(job, settings) or _size_violation(spec, settings)
+
+
+def _field(source: NamedSource) -> str:
+    """The field of a job that holds a source's URI."""
+    return f"spec.{source.field}.source"
 
 
 def _scheduling_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:

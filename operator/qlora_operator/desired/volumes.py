@@ -3,7 +3,13 @@
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
-from qlora_contract.paths import CREDENTIALS_ROOT, RUN_CONFIG_PATH, VOLUMES_ROOT, split_pvc
+from qlora_contract.paths import (
+    CREDENTIALS_ROOT,
+    RUN_CONFIG_PATH,
+    VOLUMES_ROOT,
+    credentials_folder,
+    split_pvc,
+)
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import RunStage
 from qlora_operator.api import names
@@ -22,12 +28,12 @@ Volume = tuple[dict[str, Any], dict[str, Any]]
 def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Volume]:
     """Every volume of a pod: claims, run.json, and what can be written besides the workspace. Credentials only
     for what the stage transfers: no rank sees any."""
-    sources = [spec.model.source, spec.dataset.source] if stage == "train" else []
+    sources = [source.uri for source in spec.sources] if stage == "train" else []
     uris = [spec.workspace, *(uri for uri in sources if not is_remote(uri))]
     workspace = split_pvc(spec.workspace)[0]
     run_config = f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"
     secrets = {
-        "fetch": {"model": spec.model.credentials_secret, "dataset": spec.dataset.credentials_secret},
+        "fetch": {credentials_folder(source.field): source.credentials_secret for source in spec.sources},
         "train": {},
         "publish": {"output": spec.output.credentials_secret},
     }[stage]

@@ -49,6 +49,7 @@ def _fetched(view: JobView) -> StageResult:
         update={
             "model_revision": known.model_revision or found.model,
             "dataset_revision": known.dataset_revision or found.dataset,
+            "dataset_revisions": known.dataset_revisions or found.sources,
         }
     )
     fields = {"provenance": provenance}

@@ -16,9 +16,8 @@ from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 def next_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
     """What a job that is not finished does next."""
     known = fetched(status)
-    for source, revision in ((spec.model.source, known.model), (spec.dataset.source, known.dataset)):
-        if is_remote(source) and revision is None:
-            return "fetch"
+    if any(is_remote(source.uri) and known.of(source) is None for source in spec.sources):
+        return "fetch"
     return "train" if status.adapter is None else "publish"
 
 
@@ -31,14 +30,18 @@ def current_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
 def fetched(status: QLoRAJobStatus) -> ResolvedRevisions:
     """The revisions of the remote sources, as far as they are known."""
     known = status.provenance or Provenance()
-    return ResolvedRevisions(model=known.model_revision, dataset=known.dataset_revision)
+    return ResolvedRevisions(
+        model=known.model_revision, dataset=known.dataset_revision, sources=known.dataset_revisions
+    )
 
 
 def describe(spec: QLoRAJobSpec, stage: RunStage) -> str:
     """What an attempt does, as a phrase that follows its number."""
     if stage == "fetch":
-        remote = [uri for uri in (spec.model.source, spec.dataset.source) if is_remote(uri)]
-        return f"fetches {' and '.join(remote)}"
+        first, *others = [source.uri for source in spec.sources if is_remote(source.uri)]
+        if len(others) > 1:
+            return f"fetches {first} and {len(others)} more sources"
+        return f"fetches {' and '.join([first, *others])}"
     return "starts" if stage == "train" else f"sends the adapter to {spec.output.destination}"
 
 

@@ -94,7 +94,7 @@ def test_ranks_read_what_the_fetch_has_put_there(a_job: Callable[..., QLoRAJob])
 
     assert (run.stage, run.fetched) == ("train", known)
     assert run.model_uri == f"pvc://team/work/sources/hf/org/model/{'c' * 40}"
-    assert run.dataset_uri == f"pvc://team/work/sources/s3/bucket/{'d' * 64}/a/data.jsonl"
+    assert run.dataset_uris[0] == f"pvc://team/work/sources/s3/bucket/{'d' * 64}/a/data.jsonl"
 
 
 def test_by_default_nothing_was_fetched_and_nothing_needs_it(a_job: Callable[..., QLoRAJob]) -> None:
@@ -102,7 +102,7 @@ def test_by_default_nothing_was_fetched_and_nothing_needs_it(a_job: Callable[...
     run = to_run_config(a_job(), uid="u", attempt=0, isa="avx2")
 
     assert (run.stage, run.fetched, run.output) == ("train", ResolvedRevisions(), Output())
-    assert (run.model_uri, run.dataset_uri) == ("pvc://team/model", "pvc://team/data.jsonl")
+    assert (run.model_uri, run.dataset_uris[0]) == ("pvc://team/model", "pvc://team/data.jsonl")
 
 
 # --- two forms

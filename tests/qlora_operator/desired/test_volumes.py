@@ -162,7 +162,7 @@ def test_volumes_and_mounts_fit_each_other(
     assert [path for path in paths if ":" in path or not path.startswith("/")] == []
     given = ("uid", "attempt", "isa", "fetched")
     run = to_run_config(attempt["job"], **{name: attempt[name] for name in given})
-    read = (run.model_uri, run.dataset_uri) if attempt["stage"] == "train" else ()
+    read = (run.model_uri, run.dataset_uris[0]) if attempt["stage"] == "train" else ()
     for uri in (spec.workspace, *read):
         place = Path(uri.replace("pvc:/", "/volumes"))
         assert any(place.is_relative_to(path) for path in paths)

@@ -37,7 +37,7 @@ def test_records_are_counted_and_measured_in_characters(tmp_path: Path) -> None:
         {"instruction": 1, "output": "a"},
     )
 
-    training, evaluation, first = survey(_dataset(eval_fraction=0.0), [path], [])
+    training, evaluation, first = survey(_dataset(eval_fraction=0.0), [([path], [])])
 
     assert (training.format, training.records, training.duplicates, evaluation) == ("alpaca", 21, 1, None)
     assert [(bad.count, bad.places) for bad in training.bad] == [
@@ -60,7 +60,7 @@ def test_records_of_both_splits_are_counted(tmp_path: Path) -> None:
     train = _write(tmp_path / "train.jsonl", *[_asked(n) for n in range(20)])
     test = _write(tmp_path / "test.jsonl", *[_asked(n) for n in range(15, 25)])
 
-    _, evaluation, _ = survey(_dataset(), [train], [test])
+    _, evaluation, _ = survey(_dataset(), [([train], [test])])
 
     assert evaluation is not None
     assert (evaluation.records, evaluation.overlap, evaluation.duplicates) == (10, 5, 0)
@@ -70,7 +70,7 @@ def test_a_fraction_is_held_out_as_training_does(tmp_path: Path) -> None:
     """No record is on both sides, and none is lost."""
     path = _write(tmp_path / "d.jsonl", *[_asked(n) for n in range(200)])
 
-    training, evaluation, _ = survey(_dataset(eval_fraction=0.2), [path], [])
+    training, evaluation, _ = survey(_dataset(eval_fraction=0.2), [([path], [])])
 
     assert evaluation is not None
     assert training.records + evaluation.records == 200
@@ -80,9 +80,9 @@ def test_a_fraction_is_held_out_as_training_does(tmp_path: Path) -> None:
 def test_a_file_without_a_good_record_is_refused(tmp_path: Path) -> None:
     """By the sentences that training would end with."""
     with pytest.raises(DataError, match=r"^2 of 2 records cannot be trained on: 2 is not JSON"):
-        survey(_dataset(), [_write(tmp_path / "d.jsonl", "a", "b")], [])
+        survey(_dataset(), [([_write(tmp_path / "d.jsonl", "a", "b")], [])])
     with pytest.raises(DataError, match="holds no record"):
-        survey(_dataset(), [_write(tmp_path / "e.jsonl")], [])
+        survey(_dataset(), [([_write(tmp_path / "e.jsonl")], [])])
 
 
 @pytest.mark.process

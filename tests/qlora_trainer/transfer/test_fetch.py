@@ -81,7 +81,7 @@ def test_a_model_and_a_dataset_are_fetched(
     assert not any(path.is_symlink() for path in transfers.sources.rglob("*"))
     run = transfers.config("train", fetched=fetched, **HUB, **S3)
     volumes = {"claim": transfers.folder / "claim"}
-    assert resolve(run.dataset_uri, volumes).read_bytes() == DATA
+    assert resolve(run.dataset_uris[0], volumes).read_bytes() == DATA
     assert (resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
 
 

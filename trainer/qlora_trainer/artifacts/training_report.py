@@ -64,7 +64,7 @@ def training_report(
 def configuration(run: RunConfig) -> dict[str, Any]:
     """All settings of the job, defaults too, as run.json spells them. Names of Secrets are nobody's business."""
     fields = run.model_dump(mode="json", by_alias=True, exclude={"version", "stage", "job", "fetched"})
-    for section in fields.values():
+    for section in (*fields.values(), *(fields["dataset"]["sources"] or ())):
         if isinstance(section, dict):
             section.pop("credentialsSecret", None)
     return fields
@@ -89,6 +89,14 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
         "weights_sha256": state.weights_sha256,
         "dataset_source": run.dataset.source,
         "dataset_revision": run.fetched.dataset,
+        **(
+            {
+                "dataset_sources": [each.source for each in run.dataset.sources],
+                "dataset_revisions": run.fetched.sources,
+            }
+            if run.dataset.sources is not None
+            else {}
+        ),
         "dataset_sha256": state.dataset_sha256,
         "seed": run.training.seed,
         "config_hash": identity_hash(identity_fields(run)),

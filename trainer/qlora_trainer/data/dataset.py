@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_contract.plan import BadRecords, LengthBin
+from qlora_contract.plan import BadRecords, LengthBin, SourceStats
 from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally, told
 from qlora_trainer.data.batches import ALONE, Workers, tokenize
 from qlora_trainer.data.chat_template import ChatTemplate
+from qlora_trainer.data.packing import MixPart, epoch_order
 from qlora_trainer.data.readers import container_of
 from qlora_trainer.data.samples import Samples as Samples
 from qlora_trainer.data.samples import SampleWriter
-from qlora_trainer.data.sources import dataset_sha256, find_files, histogram, read_split, split_keys
+from qlora_trainer.data.sources import (
+    Files,
+    dataset_sha256,
+    find_files,
+    histogram,
+    joined_sha256,
+    named,
+    read_split,
+    split_keys,
+)
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions
 from qlora_trainer.errors import DataError
 
@@ -46,6 +56,8 @@ class Facts:
     """Samples that training.overlong leaves out."""
     lengths: tuple[LengthBin, ...] = ()
     """Of the samples, in tokens."""
+    sources: tuple[SourceStats, ...] = ()
+    """What of it each of several sources gives."""
 
     def report(self) -> dict[str, Any]:
         """As training_report.json has it."""
@@ -59,19 +71,24 @@ class Facts:
             "overlong": self.overlong,
             "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
+            **(
+                {"sources": [each.model_dump(by_alias=True) for each in self.sources]} if self.sources else {}
+            ),
         }
 
     @classmethod
     def of_report(cls, report: dict[str, Any]) -> "Facts":
         """What `report` was made from."""
         bad = tuple(map(BadRecords.model_validate, report["bad"]))
-        return cls(
-            **report | {"bad": bad, "lengths": tuple(map(LengthBin.model_validate, report["lengths"]))}
-        )
+        lengths = tuple(map(LengthBin.model_validate, report["lengths"]))
+        sources = tuple(map(SourceStats.model_validate, report.get("sources", ())))
+        return cls(**report | {"bad": bad, "lengths": lengths, "sources": sources})
 
     def summary(self) -> str:
         """In one line."""
         text = f"{self.records:,} records in the {self.format} format"
+        if self.sources:
+            text += f" from {len(self.sources)} sources"
         if self.truncated:
             text += f"; {self.truncated:,} truncated to maxSequenceLength"
         if cut := self.dropped - self.overlong:
@@ -107,6 +124,33 @@ class LoadedData:
     template: ChatTemplate | None = None
     """What wrote the conversations; None without any."""
 
+    def of_dataset(self, dataset: Dataset) -> "LoadedData":
+        """The same, with the addresses and weights that a dataset has now: its tokens depend on neither."""
+
+        def renamed(facts: Facts | None) -> Facts | None:
+            if facts is None or not facts.sources:
+                return facts
+            pairs = zip(facts.sources, dataset.all_sources, strict=True)
+            sources = [
+                stats.model_copy(update={"source": each.source, "weight": each.weight})
+                for stats, each in pairs
+            ]
+            return replace(facts, sources=tuple(sources))
+
+        training = renamed(self.train_facts)
+        assert training is not None, "there always is training data"
+        return replace(self, train_facts=training, evaluation_facts=renamed(self.evaluation_facts))
+
+    @property
+    def mix(self) -> tuple[MixPart, ...]:
+        """How many of the training samples come from each of several sources, in their order; empty for one."""
+        return tuple(MixPart(each.samples, each.weight) for each in self.train_facts.sources)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of the first epoch, each as often as it is in it."""
+        return len(epoch_order(len(self.train), 0, 0, self.mix)) if self.mix else len(self.train)
+
     def facts(self) -> dict[str, Facts]:
         """Of each split that there is, by what it is for."""
         splits = {"training": self.train_facts, "evaluation": self.evaluation_facts}
@@ -115,25 +159,25 @@ class LoadedData:
 
 def load(
     dataset: Dataset,
-    root: Path,
+    roots: Path | Sequence[Path],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     options: TokenizationOptions | None = None,
     *,
     folder: Path | None = None,
-    sha256: str | None = None,
+    sha256: Sequence[str] | None = None,
     workers: Workers = ALONE,
 ) -> LoadedData:
     """Read, split and tokenize what `dataset` names. Memory holds a few numbers of each record, and no text.
 
     Args:
         dataset: the job's.
-        root: its source as a path.
+        roots: its source as a path; of several sources, theirs.
         tokenizer: the model's.
         max_length: tokens of a sample, at most.
         options: how records become tokens besides.
         folder: where the tokens are written, to be mapped; None: they stay in memory.
-        sha256: of the files, where it is known.
+        sha256: of each source's files, where it is known.
         workers: which processes tokenize.
 
     Raises:
@@ -142,35 +186,50 @@ def load(
         ModelError: the tokenizer.
         OSError: the folder cannot be written to.
     """
-    training_files, evaluation_files = find_files(dataset, root)
+    roots = [roots] if isinstance(roots, Path) else roots
+    sources = dataset.all_sources
+    files: list[Files] = []
+    for number, (source, root) in enumerate(zip(sources, roots, strict=True)):
+        with named(sources, number):
+            files.append(find_files(source, root))
     tokenization = Tokenization(tokenizer, max_length, options)
     places = (None, None) if folder is None else (folder / "training", folder / "evaluation")
+    of_training, of_evaluation = [], []
     with SampleWriter(places[0]) as trained, SampleWriter(places[1]) as evaluated:
-        fraction = 0.0 if evaluation_files else dataset.eval_fraction
-        training, held_out = _tokenize(
-            dataset, training_files, tokenization, (trained, evaluated), fraction, workers
-        )
-        if evaluation_files:
-            held_out, _ = _tokenize(
-                dataset, evaluation_files, tokenization, (evaluated, evaluated), 0.0, workers
-            )
+        for number, (to_train, to_evaluate) in enumerate(files):
+            fraction = 0.0 if to_evaluate else dataset.eval_fraction
+            with named(sources, number):
+                training, held_out = _tokenize(
+                    dataset, number, to_train, tokenization, (trained, evaluated), fraction, workers
+                )
+                if to_evaluate:
+                    held_out, _ = _tokenize(
+                        dataset, number, to_evaluate, tokenization, (evaluated, evaluated), 0.0, workers
+                    )
+            of_training.append(training)
+            of_evaluation.append(held_out)
         samples, evaluation = trained.finish(), evaluated.finish()
-    if fraction and not (len(training) and len(held_out)):
+    training, held_out = _joined(of_training), _joined(of_evaluation)
+    if dataset.eval_fraction and not any(of for _, of in files) and not (len(training) and len(held_out)):
         for place in places:
             if place is not None:
                 shutil.rmtree(place)  # what is mapped stays
         training, held_out, samples, evaluation = _split_anyhow(
-            dataset, training_files[0], training, held_out, samples, evaluation, places
+            dataset, files[0][0][0], training, held_out, samples, evaluation, places
         )
+    digests = sha256 or [
+        dataset_sha256(root, [*each[0], *each[1]]) for root, each in zip(roots, files, strict=True)
+    ]
     evaluation_facts = None
     if len(held_out):
-        evaluation_facts = _facts(held_out, evaluation, tokenization, "evaluation", training.digests)
-    facts = _facts(training, samples, tokenization, "training")
-    digest = sha256 or dataset_sha256(root, [*training_files, *evaluation_files])
+        evaluation_facts = _facts(
+            held_out, evaluation, tokenization, "evaluation", dataset, digests, training.digests
+        )
+    facts = _facts(training, samples, tokenization, "training", dataset, digests)
     return LoadedData(
         samples,
         evaluation if evaluation_facts else None,
-        digest,
+        joined_sha256(digests),
         facts,
         evaluation_facts,
         tokenization.template if training.chats or held_out.chats else None,
@@ -186,12 +245,14 @@ class _Records:
     lengths: NDArray[np.int64]
     """Tokens of each; 0: nothing is left to learn."""
     truncated: NDArray[np.bool_]
-    format: str
-    """What they are, as dataset.format has it."""
     chats: bool
     """Whether there is a conversation among them, or a record that was made one."""
-    bad: tuple[BadRecords, ...] = ()
-    """Those beside them that were left out, by reason, the most frequent first."""
+    sources: NDArray[np.uint8]
+    """Which of the sources each comes from."""
+    bad: tuple[tuple[BadRecords, ...], ...] = ()
+    """Those beside them that were left out, of each source, by reason, the most frequent first."""
+    formats: tuple[str, ...] = ()
+    """Of each source."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -203,22 +264,37 @@ class _Records:
             digests=self.digests[chosen],
             lengths=self.lengths[chosen],
             truncated=self.truncated[chosen],
+            sources=self.sources[chosen],
         )
+
+
+def _joined(parts: Sequence[_Records]) -> _Records:
+    """The records of all sources, in their order."""
+    return _Records(
+        digests=np.concatenate([part.digests for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        truncated=np.concatenate([part.truncated for part in parts]),
+        chats=any(part.chats for part in parts),
+        sources=np.concatenate([part.sources for part in parts]),
+        bad=tuple(bad for part in parts for bad in part.bad),
+        formats=tuple(format_ for part in parts for format_ in part.formats),
+    )
 
 
 def _tokenize(
     dataset: Dataset,
+    number: int,
     files: Sequence[Path],
     tokenization: Tokenization,
     writers: tuple[SampleWriter, SampleWriter],
     fraction: float,
     workers: Workers,
 ) -> tuple[_Records, _Records]:
-    """Write the samples of a split's files: the records with a split key of `fraction` or more, and the others.
+    """Write the samples of a source's files: the records with a split key of `fraction` or more, and the others.
 
-    Raises DataError, which names the file, where in it, and what would be right.
+    `number`: the source's. Raises DataError, which names the file, where in it, and what would be right.
     """
-    rows, found, interpretation = read_split(dataset, files)
+    rows, found, interpretation = read_split(dataset.all_sources[number], files)
     tally = BadTally(dataset)
     numbers: list[list[NDArray[Any]]] = [[], [], []]
     good, seen, chats = 0, 0, False
@@ -241,10 +317,11 @@ def _tokenize(
     if not good:
         raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
     digests, lengths, truncated = map(np.concatenate, numbers)
-    records = _Records(digests, lengths, truncated, found, chats, by_reason)
+    sources = np.full(len(digests), number, np.uint8)
+    records = _Records(digests, lengths, truncated, chats, sources, (by_reason,), (found,))
     held = split_keys(digests) < fraction
     # Which side a bad record would be on is not known.
-    return records.where(~held), replace(records.where(held), bad=())
+    return records.where(~held), replace(records.where(held), bad=((),))
 
 
 def _split_anyhow(
@@ -280,7 +357,7 @@ def _split_anyhow(
             writer = evaluated if kept[number] else trained
             writer.add(ids, mask, np.array([len(ids)]))
         sides = trained.finish(), evaluated.finish()
-    return records.where(~held), replace(records.where(held), bad=()), *sides
+    return records.where(~held), replace(records.where(held), bad=((),) * len(records.bad)), *sides
 
 
 def _facts(
@@ -288,12 +365,15 @@ def _facts(
     samples: Samples,
     tokenization: Tokenization,
     use: str,
+    dataset: Dataset,
+    sha256: Sequence[str],
     trained: NDArray[np.uint64] | None = None,
 ) -> Facts:
     """What became of a split's records. Raises DataError when none is left.
 
     `trained`: digests of what is trained on, where that is another split.
     """
+    overlap = np.zeros(len(records), np.bool_) if trained is None else np.isin(records.digests, trained)
     if not len(samples):
         lose = (
             "are left out"
@@ -304,16 +384,38 @@ def _facts(
             f"no supervised token in the {use} data: all {len(records)} records {lose} "
             f"to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
         )
-    too_long = int(records.truncated.sum())
     drops = tokenization.options.overlong == "drop"
+
+    def counts(chosen: NDArray[np.bool_]) -> dict[str, int]:
+        too_long = int(records.truncated[chosen].sum())
+        return {
+            "records": int(chosen.sum()),
+            "truncated": 0 if drops else too_long,
+            "overlong": too_long if drops else 0,
+            "dropped": int((records.lengths[chosen] == 0).sum()),
+            "duplicates": int(chosen.sum()) - len(np.unique(records.digests[chosen])),
+            "overlap": int(overlap[chosen].sum()),
+        }
+
+    per_source = []
+    for number, each in enumerate(dataset.all_sources if dataset.sources is not None else ()):
+        chosen = records.sources == number
+        per_source.append(
+            SourceStats(
+                source=each.source,
+                weight=each.weight,
+                sha256=sha256[number],
+                format=records.formats[number],
+                bad=list(records.bad[number]),
+                samples=int((records.lengths[chosen] > 0).sum()),
+                tokens=int(records.lengths[chosen].sum()),
+                **counts(chosen),
+            )
+        )
     return Facts(
-        records=len(records),
-        truncated=0 if drops else too_long,
-        overlong=too_long if drops else 0,
-        dropped=len(records) - len(samples),
-        format=records.format,
-        bad=records.bad,
-        duplicates=len(records) - len(np.unique(records.digests)),
-        overlap=0 if trained is None else int(np.isin(records.digests, trained).sum()),
+        **counts(np.ones(len(records), np.bool_)),
+        format=" and ".join(dict.fromkeys(filter(None, records.formats))),
+        bad=tuple(bad for of_source in records.bad for bad in of_source),
         lengths=histogram(samples.lengths()),
+        sources=tuple(per_source),
     )

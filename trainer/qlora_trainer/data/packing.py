@@ -35,6 +35,49 @@ def epoch_permutation(count: int, seed: int, epoch: int) -> Integers:
     return np.argsort(words, kind="stable")
 
 
+@dataclass(frozen=True)
+class MixPart:
+    """One source of several, whose samples (or groups) stand side by side."""
+
+    count: int
+    """Samples, or groups."""
+    weight: float
+    """How often each of them is in an epoch, on average."""
+
+
+MIX_STREAM = 1 << 63
+"""Above every number of an epoch: what decides which part of a source an epoch has, for source 0, 1, ... of a mix."""
+
+
+def epoch_order(count: int, seed: int, epoch: int, mix: Sequence[MixPart] = ()) -> Integers:
+    """The samples, or groups, of an epoch in their order; with a mix some may be in it twice, or not at all.
+
+    Each source is an endless repetition of its entries, shuffled once by the seed. An epoch takes the next
+    count x weight of them, so all have been taken equally often, up to one, after any number of epochs, and exactly
+    `weight` times an epoch where that is whole. What is taken is then shuffled as a whole, anew in each epoch.
+
+    Args:
+        count: of all of them.
+        seed: of the training.
+        epoch: from 0.
+        mix: the sources; without any, or with weights of 1, every entry is in the epoch once.
+    """
+    if all(part.weight == 1 for part in mix):
+        return epoch_permutation(count, seed, epoch)
+    taken, first = [], 0
+    for number, part in enumerate(mix):
+        start, stop = (int(n * part.count * part.weight + MIX_ROUNDING) for n in (epoch, epoch + 1))
+        own = epoch_permutation(part.count, seed, MIX_STREAM + number)
+        taken.append(first + (own[np.arange(start, stop) % part.count] if part.count else own))
+        first += part.count
+    entries = np.concatenate(taken)
+    return entries[epoch_permutation(len(entries), seed, epoch)]
+
+
+MIX_ROUNDING = 1e-6
+"""Products such as 10 x 0.1 x 3 fall short of whole numbers by less."""
+
+
 def pack(
     lengths: Integers,
     order: Integers,
@@ -163,6 +206,7 @@ class StepSchedule:
         lengths: NDArray[np.integer],
         training: Training,
         group_offsets: NDArray[np.integer] | None = None,
+        mix: Sequence[MixPart] = (),
     ) -> None:
         """Plan a training on at least one sample.
 
@@ -170,16 +214,23 @@ class StepSchedule:
             lengths: (samples,) tokens of each sample; a sample or group has at most maxSequenceLength.
             training: the job's settings.
             group_offsets: as Samples has them.
+            mix: the sources of the samples, if there are several.
         """
         if not len(lengths):
             raise ValueError("there is no sample to train on")
         self._lengths = lengths.astype(np.int64)
         self._group_offsets = None if group_offsets is None else group_offsets.astype(np.int64)
         self._training = training
+        self._mix = tuple(mix)
         self._first_steps = [0]
         self._cached_epoch = self._pack(0)
         self.total_steps = training.max_steps or self._count_steps(training.epochs or 0)
         """Optimizer steps of the whole training."""
+
+    def first_epoch(self) -> tuple[list[int], int]:
+        """(tokens of each of its bins, how many steps they make)."""
+        epoch = self._epoch(0)
+        return epoch.bin_tokens, len(epoch.steps)
 
     def step(self, number: int) -> Step:
         """The step of this number. Raises IndexError."""
@@ -218,7 +269,7 @@ class StepSchedule:
     def _pack(self, number: int) -> _Epoch:
         training, groups = self._training, self._group_offsets
         count = len(self._lengths) if groups is None else len(groups) - 1
-        order = epoch_permutation(count, training.seed, number)
+        order = epoch_order(count, training.seed, number, self._mix)
         bins = pack(self._lengths, order, training.max_sequence_length, training.packing, groups)
         bin_tokens = bin_lengths(bins, self._lengths)
         return _Epoch(number, bins, bin_tokens, steps(bin_tokens, training.global_batch_tokens))

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from qlora_contract.containers import CONTAINERS
 from qlora_contract.files import sha256
 from qlora_contract.plan import LengthBin
-from qlora_contract.run_config import Dataset
+from qlora_contract.run_config import DatasetSource
 from qlora_trainer.data.layout import split_files
 from qlora_trainer.data.readers import BadRow, Row, Rows, read_rows
 from qlora_trainer.data.records import Format, Record, detect_format, interpret, renamed
@@ -26,10 +27,14 @@ Interpret = Callable[[Iterable[Row | BadRow]], Iterator[Record | BadRow]]
 """Rows -> what they mean, or what is wrong with them."""
 
 
-def find_files(dataset: Dataset, root: Path) -> tuple[list[Path], list[Path]]:
-    """The files to train on, and those to evaluate on where dataset.evalSplit names some."""
+Files = tuple[list[Path], list[Path]]
+"""Of a source: those to train on, and those to evaluate on."""
+
+
+def find_files(source: DatasetSource, root: Path) -> Files:
+    """The files to train on, and those to evaluate on where evalSplit names some."""
     if root.is_dir():
-        splits = [dataset.train_split, *([dataset.eval_split] if dataset.eval_split else [])]
+        splits = [source.train_split, *([source.eval_split] if source.eval_split else [])]
         if len(set(splits)) < len(splits):
             raise ConfigurationError(
                 f"dataset.evalSplit is the split that is trained on, {splits[0]!r}; name another"
@@ -42,7 +47,7 @@ def find_files(dataset: Dataset, root: Path) -> tuple[list[Path], list[Path]]:
     if not root.exists():
         kinds = ", ".join(dict.fromkeys(c.name.removesuffix(" file") for c in CONTAINERS.values()))
         raise DataError(f"{root}: no such file; dataset.source is a file ({kinds}), or a folder of them")
-    if dataset.eval_split:
+    if source.eval_split:
         raise ConfigurationError(
             f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
             "source, or leave evalSplit out and set evalFraction"
@@ -64,15 +69,26 @@ def list_folder(root: Path) -> tuple[list[str], str]:
         return sorted(names), ""
 
 
-def read_split(dataset: Dataset, files: Sequence[Path]) -> tuple[Rows, str, Interpret]:
+@contextmanager
+def named(sources: Sequence[DatasetSource], number: int) -> Iterator[None]:
+    """Say in an error about the data which of several sources it is about."""
+    try:
+        yield
+    except (DataError, ConfigurationError) as error:
+        if len(sources) == 1:
+            raise
+        raise type(error)(f"dataset.sources[{number}]: {error}") from None
+
+
+def read_split(source: DatasetSource, files: Sequence[Path]) -> tuple[Rows, str, Interpret]:
     """The rows of a split's files, the format that they are in, and what makes records of them.
 
     Raises DataError when no format fits the first row, which names it and what would be right.
     """
     rows = chain.from_iterable(map(read_rows, files))
-    columns = dataset.columns.model_dump(exclude_none=True)
-    if dataset.format != "auto":
-        return rows, dataset.format, partial(interpret, format=dataset.format, columns=columns)
+    columns = source.columns.model_dump(exclude_none=True)
+    if source.format != "auto":
+        return rows, source.format, partial(interpret, format=source.format, columns=columns)
     first: list[Row | BadRow] = []
     detected: Format | None = None
     for row in rows:
@@ -94,6 +110,13 @@ def dataset_sha256(root: Path, files: Sequence[Path]) -> str:
         return sha256(files[0])
     listing = "".join(f"{sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def joined_sha256(digests: Sequence[str]) -> str:
+    """The one of one source; of several, sha256 over theirs, a line each."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def histogram(lengths: NDArray[np.int64]) -> tuple[LengthBin, ...]:

@@ -1,17 +1,18 @@
 """What can be said of data without a model: no tokens, and so no torch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_contract.plan import BadRecords, SplitStats, TextSpan
+from qlora_contract.plan import BadRecords, SourceStats, SplitStats, TextSpan
 from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally
 from qlora_trainer.data.readers import BadRow, container_of
 from qlora_trainer.data.records import Chat, Content, Document, PromptCompletion
-from qlora_trainer.data.sources import histogram, read_split, split_keys
+from qlora_trainer.data.sources import Files, histogram, named, read_split, split_keys
 from qlora_trainer.errors import DataError
 
 SHOWN = 3
@@ -19,30 +20,45 @@ SHOWN = 3
 
 
 def survey(
-    dataset: Dataset, training_files: Sequence[Path], evaluation_files: Sequence[Path]
+    dataset: Dataset, files: Sequence[Files]
 ) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]]]:
-    """The training split, the evaluation split, and the first records as text. Raises DataError."""
-    training = _Split(dataset, training_files)
-    held = split_keys(training.digests) < (0.0 if evaluation_files else dataset.eval_fraction)
-    evaluation = None
-    if evaluation_files:
-        of_its_own = _Split(dataset, evaluation_files)
-        overlap = int(np.isin(of_its_own.digests, training.digests).sum())
-        everything = np.ones(len(of_its_own.digests), np.bool_)
-        evaluation = of_its_own.stats(everything, of_its_own.bad, overlap)
-    elif held.any():
-        evaluation = training.stats(held)
-    return training.stats(~held, training.bad), evaluation, training.first
+    """The training split, the evaluation split, and the first records as text. Raises DataError.
+
+    `files`: of each of the dataset's sources.
+    """
+    training, evaluation = [], []
+    for number, (to_train, to_evaluate) in enumerate(files):
+        with named(dataset.all_sources, number):
+            part = _Part.read(dataset, number, to_train)
+            held = split_keys(part.digests) < (0.0 if to_evaluate else dataset.eval_fraction)
+            of_its_own = _Part.read(dataset, number, to_evaluate) if to_evaluate else None
+        training.append(part.where(~held))
+        evaluation.append(of_its_own or replace(part.where(held), bad=()))
+    trained = np.concatenate([part.digests for part in training])
+    held_out = None
+    if any(len(part.digests) for part in evaluation):
+        held_out = _stats(dataset, evaluation, trained)
+    return _stats(dataset, training), held_out, [record for part in training for record in part.first][:SHOWN]
 
 
-class _Split:
-    """What the records of a split are, in a few numbers each."""
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What the records of a source's split are, in a few numbers each."""
 
-    def __init__(self, dataset: Dataset, files: Sequence[Path]) -> None:
-        rows, self.format, interpretation = read_split(dataset, files)
+    digests: NDArray[np.uint64]
+    lengths: NDArray[np.int64]
+    """In characters."""
+    format: str
+    bad: tuple[BadRecords, ...]
+    first: list[list[TextSpan]]
+
+    @classmethod
+    def read(cls, dataset: Dataset, number: int, files: Sequence[Path]) -> "_Part":
+        """Of source `number`. Raises DataError."""
+        rows, format_, interpretation = read_split(dataset.all_sources[number], files)
         tally = BadTally(dataset)
         digests, lengths = bytearray(), bytearray()
-        self.first: list[list[TextSpan]] = []
+        first: list[list[TextSpan]] = []
         for record in interpretation(rows):
             if isinstance(record, BadRow):
                 tally.add(record)
@@ -50,32 +66,50 @@ class _Split:
             runs = spoken(record.content)
             digests += record.digest[:8]
             lengths += sum(len(text) for text, _ in runs).to_bytes(8, "little")
-            if len(self.first) < SHOWN:
-                self.first.append([TextSpan(text=text, supervised=learned) for text, learned in runs])
-        self.digests = np.frombuffer(digests, ">u8").astype(np.uint64)
-        self.lengths = np.frombuffer(lengths, "<i8")
-        self.bad = tally.finish(len(self.digests))
-        if not len(self.digests):
+            if len(first) < SHOWN:
+                first.append([TextSpan(text=text, supervised=learned) for text, learned in runs])
+        found = np.frombuffer(digests, ">u8").astype(np.uint64)
+        bad = tally.finish(len(found))
+        if not len(found):
             raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
+        return cls(found, np.frombuffer(lengths, "<i8"), format_, bad, first)
 
-    def stats(
-        self, chosen: NDArray[np.bool_], bad: tuple[BadRecords, ...] = (), overlap: int = 0
-    ) -> SplitStats:
-        """Of the records that are chosen. Nothing is known of tokens."""
-        records = int(chosen.sum())
-        return SplitStats(
-            format=self.format,
-            records=records,
-            bad=list(bad),
-            truncated=0,
-            dropped=0,
-            samples=records,
-            tokens=0,
-            supervised_tokens=0,
-            duplicates=records - len(np.unique(self.digests[chosen])),
-            overlap=overlap,
-            lengths=list(histogram(self.lengths[chosen])),
+    def where(self, chosen: NDArray[np.bool_]) -> "_Part":
+        """The records that are chosen."""
+        return replace(self, digests=self.digests[chosen], lengths=self.lengths[chosen])
+
+
+def _stats(dataset: Dataset, parts: Sequence[_Part], trained: NDArray[np.uint64] | None = None) -> SplitStats:
+    """Of a split's parts. Nothing is known of tokens. `trained`: what is trained on, where that is another split."""
+    digests = np.concatenate([part.digests for part in parts])
+    overlap = [0 if trained is None else int(np.isin(part.digests, trained).sum()) for part in parts]
+    sources = [
+        SourceStats(
+            source=each.source,
+            weight=each.weight,
+            format=part.format,
+            records=len(part.digests),
+            bad=list(part.bad),
+            duplicates=len(part.digests) - len(np.unique(part.digests)),
+            overlap=known,
+            samples=len(part.digests),
         )
+        for each, part, known in zip(dataset.all_sources, parts, overlap, strict=True)
+    ]
+    return SplitStats(
+        format=" and ".join(dict.fromkeys(part.format for part in parts if part.format)),
+        records=len(digests),
+        bad=[bad for part in parts for bad in part.bad],
+        truncated=0,
+        dropped=0,
+        samples=len(digests),
+        tokens=0,
+        supervised_tokens=0,
+        duplicates=len(digests) - len(np.unique(digests)),
+        overlap=sum(overlap),
+        lengths=list(histogram(np.concatenate([part.lengths for part in parts]))),
+        sources=sources if dataset.sources is not None else [],
+    )
 
 
 def spoken(content: Content) -> list[tuple[str, bool]]:

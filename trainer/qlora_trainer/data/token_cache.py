@@ -164,8 +164,8 @@ class TokenCache:
 
 def cache_key(
     dataset: Dataset,
-    names: Sequence[Sequence[str]],
-    sha256: str,
+    names: Sequence[Sequence[Sequence[str]]],
+    sha256: Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     options: TokenizationOptions,
@@ -174,19 +174,23 @@ def cache_key(
 
     Args:
         dataset: the job's.
-        names: of the files to train on, and of those to evaluate on.
-        sha256: of the files.
+        names: of each source's files to train on, and of those to evaluate on.
+        sha256: of each source's files.
         tokenizer: the model's.
         max_length: tokens of a sample, at most.
         options: how records become tokens besides.
     """
     own = json.dumps(tokenizer.chat_template, sort_keys=True)
     template = options.template
-    where = {"source", "revision", "credentials_secret", "chat_template", "chat_template_kwargs"}
+    where = {"source", "revision", "credentials_secret"}
     parts = {
         "code": code_digest(),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "dataset": dataset.model_dump(mode="json", exclude=where),
+        "dataset": dataset.model_dump(
+            mode="json", exclude={*where, "sources", "chat_template", "chat_template_kwargs"}
+        ),
+        "sources": [each.model_dump(mode="json", exclude={*where, "weight"}) for each in dataset.all_sources],
+        "several": dataset.sources is not None,
         "files": names,
         "sha256": sha256,
         "max_length": max_length,

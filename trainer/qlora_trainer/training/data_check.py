@@ -1,15 +1,15 @@
 """What `qlora check` tells: what is in a job's data, what becomes of it, and what may not be as it was meant."""
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_contract.paths import resolve
-from qlora_contract.plan import CheckReport, DataFile, SplitStats, Steps, TextSpan
+from qlora_contract.plan import CheckReport, DataFile, SourceStats, SplitStats, Steps, TextSpan
 from qlora_contract.run_config import Dataset, RunConfig
 from qlora_trainer.data.readers import content_of
-from qlora_trainer.data.sources import find_files
+from qlora_trainer.data.sources import Files, find_files, named
 from qlora_trainer.data.survey import SHOWN, survey
 
 if TYPE_CHECKING:
@@ -35,18 +35,23 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         TrainerError: what would end the job, but for single bad records: those are told in the report.
         InvalidUriError: a source is on a claim that has no directory here.
     """
-    root = resolve(run.dataset_uri, volumes)
-    training_files, evaluation_files = find_files(run.dataset, root)
+    roots = [resolve(uri, volumes) for uri in run.dataset_uris]
+    files: list[Files] = []
+    for number, (source, root) in enumerate(zip(run.dataset.all_sources, roots, strict=True)):
+        with named(run.dataset.all_sources, number):
+            files.append(find_files(source, root))
     # All bad records are told, whatever the job would make of them.
     lenient = run.dataset.model_copy(update={"on_bad_record": "skip", "max_bad_share": 1.0})
     steps: Steps | None = None
     template = False
     if with_model:
-        training, evaluation, samples, steps, template = _with_model(run, lenient, root, volumes)
+        training, evaluation, samples, steps, template = _with_model(run, lenient, roots, volumes)
     else:
-        training, evaluation, samples = survey(lenient, training_files, evaluation_files)
+        training, evaluation, samples = survey(lenient, files)
     return CheckReport(
-        files=[DataFile(name=path.name, content=content_of(path)) for path in training_files],
+        files=[
+            DataFile(name=path.name, content=content_of(path)) for to_train, _ in files for path in to_train
+        ],
         unit="tokens" if with_model else "characters",
         training=training,
         evaluation=evaluation,
@@ -61,24 +66,24 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
 
 
 def _with_model(
-    run: RunConfig, lenient: Dataset, root: Path, volumes: Mapping[str, Path]
+    run: RunConfig, lenient: Dataset, roots: Sequence[Path], volumes: Mapping[str, Path]
 ) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool]:
-    from qlora_trainer.data.packing import StepSchedule
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.families import read_tokenizer
     from qlora_trainer.training.inputs import (
         TokenSource,
         into_passing_files,
+        step_schedule,
         tokenization_options,
     )
 
     folder = resolve(run.model_uri, volumes)
     tokenizer = read_tokenizer(folder)
     began = datetime.datetime.now().astimezone()
-    options = tokenization_options(run, tokenizer, folder, root, began)
+    options = tokenization_options(run, tokenizer, folder, roots, began)
     longest = run.training.max_sequence_length
-    data = into_passing_files(TokenSource(lenient, root, tokenizer, longest, options))
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    data = into_passing_files(TokenSource(lenient, roots, tokenizer, longest, options))
+    schedule = step_schedule(run, data)
     numbers = sorted({0, len(data.train) // 2, len(data.train) - 1})[:SHOWN]
     samples = [
         [
@@ -95,23 +100,28 @@ def _with_model(
         training,
         evaluation,
         samples,
-        steps_of(data.train, run, schedule),
+        steps_of(run, schedule),
         bool(tokenizer.chat_template),
     )
 
 
 def problems(dataset: Dataset, split: SplitStats, use: str) -> list[str]:
     """Why a job would refuse a split that was looked at leniently."""
-    count = sum(bad.count for bad in split.bad)
-    total = count + split.records
-    if not count or (dataset.on_bad_record == "skip" and count <= dataset.max_bad_share * total):
-        return []
-    remedy = (
-        "mend them, or set dataset.onBadRecord: skip (and dataset.maxBadShare, if they are many)"
-        if dataset.on_bad_record == "fail"
-        else f"more than dataset.maxBadShare {dataset.max_bad_share:g} allows"
-    )
-    return [f"{count:,} {use} record(s) cannot be trained on; {remedy}"]
+    found = []
+    parts: Sequence[SplitStats | SourceStats] = split.sources or [split]
+    for part in parts:
+        count = sum(bad.count for bad in part.bad)
+        total = count + part.records
+        if not count or (dataset.on_bad_record == "skip" and count <= dataset.max_bad_share * total):
+            continue
+        remedy = (
+            "mend them, or set dataset.onBadRecord: skip (and dataset.maxBadShare, if they are many)"
+            if dataset.on_bad_record == "fail"
+            else f"more than dataset.maxBadShare {dataset.max_bad_share:g} allows"
+        )
+        of = f" of {part.source}" if isinstance(part, SourceStats) else ""
+        found.append(f"{count:,} {use} record(s){of} cannot be trained on; {remedy}")
+    return found
 
 
 def warnings(
@@ -178,22 +188,17 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         overlap=facts.overlap,
         overlong=facts.overlong,
         lengths=list(facts.lengths),
+        sources=list(facts.sources),
     )
 
 
-def steps_of(samples: "Samples", run: RunConfig, schedule: "StepSchedule") -> Steps:
+def steps_of(run: RunConfig, schedule: "StepSchedule") -> Steps:
     """The steps of the first epoch and of the whole training."""
-    from qlora_trainer.data import packing
-
-    training, lengths, groups = run.training, samples.lengths(), samples.group_offsets
-    order = packing.epoch_permutation(len(samples) if groups is None else len(groups) - 1, training.seed, 0)
-    bins = packing.pack(lengths, order, training.max_sequence_length, training.packing, groups)
-    tokens = packing.bin_lengths(bins, lengths)
-    per_epoch = len(packing.steps(tokens, training.global_batch_tokens))
+    tokens, per_epoch = schedule.first_epoch()
     return Steps(
         per_epoch=per_epoch,
         total=schedule.total_steps,
         epochs=schedule.epochs_done(schedule.total_steps),
         tokens_per_step=sum(tokens) / per_epoch,
-        fill=sum(tokens) / (len(bins) * training.max_sequence_length),
+        fill=sum(tokens) / (len(tokens) * run.training.max_sequence_length),
     )

@@ -20,10 +20,11 @@ from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
-from qlora_trainer.data.sources import dataset_sha256, find_files
+from qlora_trainer.data.packing import StepSchedule
+from qlora_trainer.data.sources import Files, dataset_sha256, find_files, named
 from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
-from qlora_trainer.errors import ConfigurationError, ModelError
+from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.modeling.families import read_tokenizer
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class TokenSource:
     """What tokens are made from."""
 
     dataset: Dataset
-    root: Path
-    """The dataset's source."""
+    roots: Sequence[Path]
+    """The dataset's sources."""
     tokenizer: Any
     max_length: int
     options: TokenizationOptions
@@ -48,7 +49,7 @@ class TokenSource:
         """The tokens, made now: in files of a folder, or in memory. Raises as dataset.load does."""
         return load(
             self.dataset,
-            self.root,
+            self.roots,
             self.tokenizer,
             self.max_length,
             self.options,
@@ -59,21 +60,26 @@ class TokenSource:
 
     def key(self) -> str:
         """What the token cache calls them. Reads all files, and raises as find_files does."""
-        names = [[path.name for path in paths] for paths in self._files]
+        names = [[[path.name for path in paths] for paths in files] for files in self._files]
         return cache_key(self.dataset, names, self.sha256, self.tokenizer, self.max_length, self.options)
 
     def size(self) -> int:
         """Bytes of the files."""
-        return sum(path.stat().st_size for paths in self._files for path in paths)
+        return sum(path.stat().st_size for files in self._files for paths in files for path in paths)
 
     @cached_property
-    def sha256(self) -> str:
-        """Of the files."""
-        return dataset_sha256(self.root, [path for paths in self._files for path in paths])
+    def sha256(self) -> list[str]:
+        """Of each source's files."""
+        pairs = zip(self.roots, self._files, strict=True)
+        return [dataset_sha256(root, [path for paths in files for path in paths]) for root, files in pairs]
 
     @cached_property
-    def _files(self) -> tuple[list[Path], list[Path]]:
-        return find_files(self.dataset, self.root)
+    def _files(self) -> list[Files]:
+        found = []
+        for number, (source, root) in enumerate(zip(self.dataset.all_sources, self.roots, strict=True)):
+            with named(self.dataset.all_sources, number):
+                found.append(find_files(source, root))
+        return found
 
 
 Load = Callable[[TokenSource], LoadedData]
@@ -118,10 +124,15 @@ def load_inputs(
             "(max_position_embeddings, or original_max_position_embeddings of longrope): lower it to "
             f"{shape.positions} or less, or take a model for longer texts"
         )
-    source = resolve(run.dataset_uri, volumes)
+    roots = [resolve(uri, volumes) for uri in run.dataset_uris]
     tokenizer = read_tokenizer(folder)
-    options = tokenization_options(run, tokenizer, folder, source, began, advance)
-    data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, longest, options))
+    options = tokenization_options(run, tokenizer, folder, roots, began, advance)
+    source = TokenSource(run.dataset, roots, tokenizer, longest, options)
+    data = (by or into_passing_files)(source).of_dataset(run.dataset)
+    if not data.epoch_samples:
+        raise DataError(
+            "the weights of dataset.sources leave no sample for an epoch; raise one, or leave them out"
+        )
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
@@ -137,7 +148,7 @@ def tokenization_options(
     run: RunConfig,
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
-    source: Path,
+    roots: Sequence[Path],
     began: datetime.datetime,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TokenizationOptions:
@@ -147,7 +158,7 @@ def tokenization_options(
         run: the job.
         tokenizer: the model's.
         folder: the model's.
-        source: the dataset's; a template may be a file beside the data, or of the model.
+        roots: the dataset's sources; a template may be a file beside the data, or of the model.
         began, advance: as load_inputs has them.
     """
     return TokenizationOptions(
@@ -156,12 +167,17 @@ def tokenization_options(
             tokenizer,
             began,
             stop_ids(folder),
-            folders=(source if source.is_dir() else source.parent, folder),
+            folders=(*(root if root.is_dir() else root.parent for root in roots), folder),
         ),
         train=run.dataset.train,
         overlong=run.training.overlong,
         advance=advance,
     )
+
+
+def step_schedule(run: RunConfig, data: LoadedData) -> StepSchedule:
+    """Every step of a job's training."""
+    return StepSchedule(data.train.lengths(), run.training, data.train.group_offsets, data.mix)
 
 
 def check_tokens(data: LoadedData, tokenizer: Any, shape: ModelShape, folder: Path) -> None:

@@ -51,7 +51,7 @@ from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
-from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs, step_schedule
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 from qlora_trainer.training.optimizer import AdapterAdamW
 
@@ -177,7 +177,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
-    chosen = memory.choose(shape, run, dtype, len(data.train))
+    chosen = memory.choose(shape, run, dtype, max(len(data.train), data.epoch_samples))
     check_same_on_all_ranks(
         context,
         {
@@ -193,7 +193,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
         warn_of_lost_answers(data, run.training.max_sequence_length)
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    schedule = step_schedule(run, data)
     context.progress.update(
         data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
     )

@@ -89,7 +89,8 @@ def transfer(environ: Mapping[str, str]) -> TerminationReport:
     try:
         if run.stage == "fetch":
             fetched = SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all()
-            found = ", ".join(f"{role} at {revision}" for role, revision in fetched if revision is not None)
+            known = [(source.field, fetched.of(source)) for source in run.sources]
+            found = ", ".join(f"{field} at {revision}" for field, revision in known if revision is not None)
             cause = f"fetched {found}" if found else "nothing to fetch: no source is remote"
             return _success(cause, fetched=fetched)
         uri = publish(run, volumes, environ, retrier, bytes_.count)

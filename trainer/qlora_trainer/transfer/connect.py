@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from qlora_contract.remote import Remote
-from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, Role, read_credentials
+from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, read_credentials
 from qlora_trainer.transfer.hub import Hub
 from qlora_trainer.transfer.s3 import S3
 
@@ -11,12 +11,12 @@ READ_SECONDS = 60.0
 """The longest wait for the next byte of an answer."""
 
 
-def connect(remote: Remote, role: Role, environ: Mapping[str, str], limit_seconds: float) -> Hub | S3:
-    """A client of the Hub or S3 with the credentials of a role. It sends nothing yet.
+def connect(remote: Remote, owner: str, environ: Mapping[str, str], limit_seconds: float) -> Hub | S3:
+    """A client of the Hub or S3 with the credentials of a source or the destination. It sends nothing yet.
 
     Args:
         remote: what it is for.
-        role: whose credentials it uses.
+        owner: whose credentials it uses, as Credentials has it.
         environ: addresses, certificates, and where credentials are.
         limit_seconds: how long a transfer may go without progress; no answer is waited for longer.
 
@@ -26,5 +26,5 @@ def connect(remote: Remote, role: Role, environ: Mapping[str, str], limit_second
     """
     read_seconds = min(READ_SECONDS, limit_seconds)
     if remote.kind == "bucket":
-        return S3(remote, read_credentials(role, S3_KEYS, environ), environ, read_seconds)
-    return Hub(remote, read_credentials(role, HUB_KEYS, environ), environ, read_seconds)
+        return S3(remote, read_credentials(owner, S3_KEYS, environ), environ, read_seconds)
+    return Hub(remote, read_credentials(owner, HUB_KEYS, environ), environ, read_seconds)

@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 from qlora_contract.env import CREDENTIALS_ENV
-from qlora_contract.paths import CREDENTIALS_ROOT
+from qlora_contract.paths import CREDENTIALS_ROOT, credentials_folder
 from qlora_trainer.errors import ConfigurationError, TransferRefused
-
-Role = Literal["model", "dataset", "output"]
-ROLES: tuple[Role, ...] = ("model", "dataset", "output")
 
 HUB_KEYS = ("token",)
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -28,32 +24,33 @@ _MIN_SECRET_LENGTH = 4
 class Credentials:
     """The credentials of a source or of the destination."""
 
-    role: Role
+    owner: str
+    """The field of a job that has them: `model`, `dataset`, `dataset.sources[2]` or `output`."""
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Key -> value. Empty without a Secret: the libraries then look in their usual places."""
 
     @property
     def field(self) -> str:
         """The field of a job that names the Secret."""
-        return f"{self.role}.credentialsSecret"
+        return f"{self.owner}.credentialsSecret"
 
 
-def read_credentials(role: Role, keys: tuple[str, ...], environ: Mapping[str, str]) -> Credentials:
-    """Read the Secret that is mounted for a role; there are no values if none is.
+def read_credentials(owner: str, keys: tuple[str, ...], environ: Mapping[str, str]) -> Credentials:
+    """Read the Secret that is mounted for a source or the destination; there are no values if none is.
 
     Args:
-        role: whose credentials.
+        owner: whose, as Credentials has it.
         keys: that the Secret must have.
         environ: may name another directory than the one that pods mount.
 
     Raises:
         TransferRefused: the Secret lacks a key, or has an empty value for it.
     """
-    folder = _root(environ) / role
+    folder = _root(environ) / credentials_folder(owner)
     if not folder.is_dir():
-        return Credentials(role)
+        return Credentials(owner)
     values = _values(folder)
-    credentials = Credentials(role, values)
+    credentials = Credentials(owner, values)
     if missing := [key for key in keys if not values.get(key)]:
         present = ", ".join(sorted(values)) or "none"
         raise TransferRefused(
@@ -91,8 +88,9 @@ def ca_bundle(environ: Mapping[str, str], *names: str) -> str | None:
 
 def redact(text: str, environ: Mapping[str, str]) -> str:
     """A text with all known secrets replaced by ***. A last guard: no message of ours quotes one."""
-    folders = [_root(environ) / role for role in ROLES]
-    mounted = {value for folder in folders if folder.is_dir() for value in _values(folder).values()}
+    root = _root(environ)
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    mounted = {value for folder in folders for value in _values(folder).values()}
     proxies = {environ.get(name) or environ.get(name.lower()) or "" for name in _PROXY_NAMES}
     passwords = {urlsplit(proxy).password or "" for proxy in proxies}
     secrets = mounted | passwords | {environ.get(name, "") for name in _SECRET_NAMES}

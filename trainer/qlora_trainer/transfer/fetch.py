@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
-from qlora_contract.remote import is_remote, parse_remote
+from qlora_contract.remote import NamedSource, is_remote, parse_remote
 from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import TransferRefused
 from qlora_trainer.transfer.connect import connect
@@ -13,7 +13,7 @@ from qlora_trainer.transfer.download import Downloader
 from qlora_trainer.transfer.lease import Lease, LeaseLost, leased
 from qlora_trainer.transfer.remote_files import RemoteFile, Server, hash_file, select_files
 from qlora_trainer.transfer.retry import Retrier, log
-from qlora_trainer.transfer.revisions import SOURCES, PinnedRevisions, SourceRole
+from qlora_trainer.transfer.revisions import PinnedRevisions
 from qlora_trainer.transfer.source_cache import Snapshot
 
 CountBytes = Callable[[int, int], None]
@@ -55,25 +55,24 @@ class SourceFetcher:
             TransferFailed: a server does not answer as it should.
             StorageFull, ConfigurationError: the workspace cannot take the files.
         """
-        return ResolvedRevisions(
-            **{role: self._fetch(role) for role in SOURCES if is_remote(self._uri(role))}
+        return ResolvedRevisions.from_sources(
+            [(source, self._fetch(source) if is_remote(source.uri) else None) for source in self._run.sources]
         )
 
-    def _uri(self, role: SourceRole) -> str:
-        return str(getattr(self._run, role).source)
-
-    def _fetch(self, role: SourceRole) -> str:
+    def _fetch(self, source: NamedSource) -> str:
         """The revision of a source, all files of which are in the workspace now."""
-        remote = parse_remote(self._uri(role))
-        pinned = self._pins.get(role)
+        remote = parse_remote(source.uri)
+        pinned = self._pins.get(source)
         if pinned is not None and Snapshot(self._workspace, remote, pinned).is_complete():
             log(f"{remote.uri} is in the workspace already, at {pinned}")
             return pinned
-        server = self._retrier.call(lambda: connect(remote, role, self._environ, self._retrier.limit_seconds))
+        server = self._retrier.call(
+            lambda: connect(remote, source.field, self._environ, self._retrier.limit_seconds)
+        )
         revision, files = self._retrier.call(
             lambda: server.list_files(
-                pinned or getattr(self._run, role).revision,
-                lambda files: select_files(role, remote, files),
+                pinned or source.revision,
+                lambda files: select_files(source.role, remote, files),
             )
         )
         if pinned not in (None, revision):
@@ -83,7 +82,7 @@ class SourceFetcher:
                 "metadata.name"
             )
         if remote.kind != "bucket":
-            self._pins.set(role, revision)  # at once: an interrupted fetch is resumed at this revision
+            self._pins.set(source, revision)  # at once: an interrupted fetch is resumed at this revision
         snapshot = Snapshot(self._workspace, remote, revision)
         # Downloads what is missing, or waits for the job that does.
         snapshot.make_folders()
@@ -95,7 +94,7 @@ class SourceFetcher:
             except LeaseLost:
                 log(f"{snapshot.remote.uri}: another job is fetching it now; waiting for that job")
         log(f"{snapshot.remote.uri} is in the workspace, at {snapshot.revision}")
-        self._pins.set(role, revision)
+        self._pins.set(source, revision)
         return revision
 
     def _download(self, snapshot: Snapshot, files: list[RemoteFile], server: Server, lease: Lease) -> None:

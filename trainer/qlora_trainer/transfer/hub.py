@@ -225,7 +225,8 @@ class Hub:
                 f"token in {field} belongs to"
             )
         if code == "RevisionNotFound":
-            return f"{repository} has no such revision; {self._credentials.role}.revision names a branch, tag or commit"
+            field = f"{self._credentials.owner}.revision"
+            return f"{repository} has no such revision; {field} names a branch, tag or commit"
         if code == "EntryNotFound":
             return f"{repository} has no such file or folder"
         if status == 401 and self._token:

@@ -10,8 +10,9 @@ from typing import Literal, Protocol
 from qlora_contract.containers import CONTAINERS, METADATA, split_name
 from qlora_contract.remote import Remote
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.transfer.credentials import Role
 
+Role = Literal["model", "dataset"]
+"""What a source is read as."""
 CHUNK_BYTES = 1 << 20
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """Weights, configuration, tokenizer, chat template. Pickles and code are never fetched."""

@@ -3,21 +3,17 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
-from qlora_contract.remote import is_remote, parse_remote
+from qlora_contract.remote import NamedSource, is_remote, parse_remote
 from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.storage.atomic import make_folder, write_atomically
 from qlora_trainer.transfer.source_cache import Snapshot
 
 FILE_NAME = "fetched.json"
-"""In the job's folder: {role: {"source": ..., "revision": as asked for, "found": as pinned}}."""
-
-SourceRole = Literal["model", "dataset"]
-SOURCES: tuple[SourceRole, ...] = ("model", "dataset")
+"""In the job's folder: {field of the job: {"source": ..., "revision": as asked for, "found": as pinned}}."""
 
 
 class PinnedRevisions:
@@ -27,22 +23,18 @@ class PinnedRevisions:
         self._path = folder / FILE_NAME
         self._run = run
 
-    def get(self, role: SourceRole) -> str | None:
+    def get(self, source: NamedSource) -> str | None:
         """The revision by run.json, else by the job's folder; None before the first fetch of this source."""
-        by_run: str | None = getattr(self._run.fetched, role)
-        pin = self._read().get(role)
+        by_run = self._run.fetched.of(source)
+        pin = self._read().get(source.field)
         found = pin.get("found") if isinstance(pin, dict) else None
-        return by_run or (found if isinstance(found, str) and pin == self._pin(role, found) else None)
+        return by_run or (found if isinstance(found, str) and pin == _pin(source, found) else None)
 
-    def set(self, role: SourceRole, revision: str) -> None:
+    def set(self, source: NamedSource, revision: str) -> None:
         """Keep a revision in the job's folder. Raises StorageFull or ConfigurationError."""
         make_folder(self._path.parent)
-        pins = self._read() | {role: self._pin(role, revision)}
+        pins = self._read() | {source.field: _pin(source, revision)}
         write_atomically(self._path, json.dumps(pins, indent=1))
-
-    def _pin(self, role: SourceRole, found: str | None) -> dict[str, str | None]:
-        source = getattr(self._run, role)
-        return {"source": source.source, "revision": source.revision, "found": found}
 
     def _read(self) -> dict[str, object]:
         """What the file holds; empty when it is missing or damaged."""
@@ -53,8 +45,12 @@ class PinnedRevisions:
         return pins if isinstance(pins, dict) else {}
 
 
+def _pin(source: NamedSource, found: str | None) -> dict[str, str | None]:
+    return {"source": source.uri, "revision": source.revision, "found": found}
+
+
 def with_pinned_revisions(
-    run: RunConfig, volumes: Mapping[str, Path], roles: Sequence[SourceRole] = SOURCES
+    run: RunConfig, volumes: Mapping[str, Path], roles: Sequence[str] = ("model", "dataset")
 ) -> RunConfig:
     """The run with the revisions that are in the workspace. Nothing is fetched.
 
@@ -68,15 +64,15 @@ def with_pinned_revisions(
     """
     pins = PinnedRevisions(job_path(run.workspace, run.job.name, volumes), run)
     workspace = resolve(run.workspace, volumes)
-    found: dict[str, str] = {}
-    for role in roles:
-        source = str(getattr(run, role).source)
-        if not is_remote(source):
-            continue
-        revision = pins.get(role)
-        if revision is None or not Snapshot(workspace, parse_remote(source), revision).is_complete():
+    found: list[tuple[NamedSource, str | None]] = []
+    for source in run.sources:
+        wanted = is_remote(source.uri) and source.role in roles
+        revision = pins.get(source) if wanted else None
+        if wanted and (
+            revision is None or not Snapshot(workspace, parse_remote(source.uri), revision).is_complete()
+        ):
             raise ConfigurationError(
-                f"{source} is not in the workspace yet; fetch it with `qlora fetch` and the same file"
+                f"{source.uri} is not in the workspace yet; fetch it with `qlora fetch` and the same file"
             )
-        found[role] = revision
-    return run.model_copy(update={"fetched": ResolvedRevisions(**found)})
+        found.append((source, revision))
+    return run.model_copy(update={"fetched": ResolvedRevisions.from_sources(found)})
