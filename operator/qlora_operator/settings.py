@@ -136,7 +136,8 @@ class Settings(ContractModel):
     """Images that jobs may name in spec.image, besides trainerImage; `*` stands for any characters."""
     allowed_sources: list[str] = Field(default=["*"])
     """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
-    characters."""
+    characters. `https://` addresses must be named as such: `https://data.example/*`, and so must those to which the
+    servers redirect."""
     allowed_tracking: list[str] = Field(default=[])
     """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
     characters."""

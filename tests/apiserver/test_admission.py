@@ -37,6 +37,7 @@ VALUES: Object = {
         "image": {"repository": "registry.example/trainer", "tag": "1.0"},
         "allowedImages": ["registry.example/team/*", f"x{INJECTION}", "a.b/c:*-cpu"],
         "allowedSources": [
+            "https://data.example/*",
             "pvc://*",
             "hf://our.org/*",
             "hf://datasets/our.org/*",
@@ -211,6 +212,21 @@ RIGHTS: dict[str, tuple[str, Object, str | None]] = {
         "may not get the claim data.v2",
     ),
     "a path that looks like a claim": ("owner", {"dataset": {"source": "pvc://data/payroll/x"}}, None),
+    "one of several sources": (
+        "owner",
+        {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "pvc://payroll"}]}},
+        "spec.dataset.sources names a claim that you may not get",
+    ),
+    "the Secret of one of several sources": (
+        "without-secrets",
+        {"dataset": {"sources": [{"source": "hf://datasets/our.org/d", "credentialsSecret": "hub"}]}},
+        "spec.dataset.sources names a Secret that you may not get",
+    ),
+    "several sources": (
+        "owner",
+        {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "hf://datasets/our.org/d"}]}},
+        None,
+    ),
     "every claim": ("every-claim", {"workspace": "pvc://anything"}, None),
 }
 
@@ -300,6 +316,13 @@ ASKED: dict[str, Object] = {
             "s3://backslash/x",
         )
     },
+    "source: of the web": {"dataset": {"source": "https://data.example/d.jsonl"}},
+    "source: of the web, not named": {"dataset": {"source": "https://other.example/d.jsonl"}},
+    "sources: allowed": {
+        "dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "s3://shared/models/m"}]}
+    },
+    "sources: one is not": {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "s3://other/m"}]}},
+    "sources: of the web": {"dataset": {"sources": [{"source": "https://other.example/d.jsonl"}]}},
     "destination: allowed": {"output": {"destination": "s3://shared/models/out"}},
     "destination: another": {"output": {"destination": "hf://other/out"}},
     "pods: the most": {"topology": {"pods": 4, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},

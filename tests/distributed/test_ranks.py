@@ -62,6 +62,15 @@ def test_every_rank_does_its_share(four: Any) -> None:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"adapter": {"dropout": 0.3}},
+    "two sources with weights": {
+        "dataset": {
+            "sources": [
+                {"source": "pvc://data/train.jsonl", "weight": 0.5},
+                {"source": "pvc://data/train.jsonl", "weight": 1.5},
+            ],
+            "evalFraction": 0.2,
+        }
+    },
     "one sample a bin, unquantised": {"training": {"packing": False}, "quantization": {"scheme": "none"}},
 }
 
@@ -70,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_variants_train_as_one_rank_does(
     variant: str, make_job: Callable[..., Any], assert_same_training: Callable[..., None]
 ) -> None:
-    """Neither dropout nor the kind of bins or weights makes the result depend on the number of ranks."""
+    """Neither dropout, nor a mix, nor the kind of bins or weights makes the result depend on the number of ranks."""
     sections = VARIANTS[variant]
     training = {**sections.get("training", {}), "maxSteps": 8}
     jobs = [make_job(**{**sections, "training": training}) for _ in range(2)]

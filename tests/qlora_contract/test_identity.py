@@ -199,3 +199,24 @@ def test_what_differs_is_named() -> None:
         differences(identity_fields(old), identity_fields(new))
         == "adapter.rank: 16, now 8, training.seed: 1, now 0"
     )
+
+
+def mixed(*sources: dict[str, Any]) -> RunConfig:
+    """RunConfig of several sources."""
+    return RunConfig.model_validate_json(json.dumps({**MINIMAL, "dataset": {"sources": sources}}))
+
+
+def test_several_sources_identify_a_job_by_order_and_weight() -> None:
+    """Credentials do not, nor does what is written out though it is the default."""
+    a, b = {"source": "pvc://c/a"}, {"source": "hf://datasets/org/b"}
+    one = hash_of(mixed(a, b))
+
+    assert hash_of(mixed(a | {"weight": 1.0, "format": "auto"}, b | {"credentialsSecret": "hub"})) == one
+    for other in (
+        mixed(b, a),
+        mixed(a),
+        mixed(a | {"weight": 0.5}, b),
+        mixed(a, b | {"revision": "v1"}),
+        mixed(a | {"trainSplit": "sft"}, b),
+    ):
+        assert hash_of(other) != one

@@ -34,6 +34,13 @@ NAMED = {
     "a bucket": ("s3://bucket", "bucket", "bucket", "."),
     "a bucket, with a slash": ("s3://bucket/", "bucket", "bucket", "."),
     "a folder of a bucket": ("s3://my.bucket-1/a b/c", "bucket", "my.bucket-1", "a b/c"),
+    "a file of a web server": ("https://a.example/x/d.jsonl", "web", "a.example", "x/d.jsonl"),
+    "a file of a web server's port": (
+        "https://a.example:8443/d%20e.csv",
+        "web",
+        "a.example:8443",
+        "d%20e.csv",
+    ),
     "two dots within a name": ("s3://bucket/a..b/..c", "bucket", "bucket", "a..b/..c"),
 }
 
@@ -56,7 +63,12 @@ REFUSED = {
     "a model without an organisation": "hf://gpt2",
     "a file of a model": "hf://org/name/config.json",
     "a dataset without a name": "hf://datasets",
-    "the web": "https://hub.example/org/name",
+    "the web without encryption": "http://hub.example/data.jsonl",
+    "the web without a file": "https://hub.example",
+    "the web with a folder": "https://hub.example/data/",
+    "the web with a password": "https://user:word@hub.example/data.jsonl",
+    "the web with a password of digits": "https://user:123@hub.example/data.jsonl",
+    "the web with a query": "https://hub.example/data.jsonl?token=x",
     "the node": "file:///etc/shadow",
     "a name in the bucket's place": "s3://Bucket/x",
     "a bucket of two letters": "s3://ab",
@@ -76,7 +88,8 @@ REFUSED = {
 def test_another_uri_is_refused_with_the_forms_that_are_right(uri: str) -> None:
     """What is no remote URI is never guessed at."""
     with pytest.raises(
-        InvalidUriError, match="is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
+        InvalidUriError,
+        match="is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or https",
     ):
         parse_remote(uri)
 
@@ -169,7 +182,7 @@ def test_the_parts_make_the_uri_again(uri: str) -> None:
     remote = parsed(uri)
     if remote is None:
         return
-    start = {"model": "hf://", "dataset": "hf://datasets/", "bucket": "s3://"}[remote.kind]
+    start = {"model": "hf://", "dataset": "hf://datasets/", "bucket": "s3://", "web": "https://"}[remote.kind]
     again = parse_remote(
         f"{start}{remote.root}" + ("" if remote.path == PurePosixPath() else f"/{remote.path}")
     )

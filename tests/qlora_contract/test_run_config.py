@@ -259,8 +259,25 @@ def shape(schema: Any, classes: dict[str, Any]) -> Any:
     }
 
 
-PINNED = {2: "94232c02d8cd042c"}
+PINNED = {2: "a4abd6f419834027"}
 """Version of run.json -> hash over its schema."""
+
+
+@pytest.mark.parametrize(
+    ("dataset", "why"),
+    [
+        ({"evalFraction": 0.1}, "exactly one of source and sources"),
+        ({"source": "pvc://c/d", "sources": [{"source": "pvc://c/e"}]}, "exactly one of source and sources"),
+        (
+            {"sources": [{"source": "pvc://c/e"}], "trainSplit": "sft", "format": "chat"},
+            "with sources, format and trainSplit must be given for each",
+        ),
+    ],
+)
+def test_data_are_one_source_or_several(dataset: dict[str, Any], why: str) -> None:
+    """A rank refuses what an operator would not write."""
+    with pytest.raises(ValidationError, match=why):
+        RunConfig.model_validate_json(json.dumps({**MINIMAL, "dataset": dataset}))
 
 
 def test_another_schema_is_another_version() -> None:

@@ -19,6 +19,8 @@ PARENT_DEATH_ENV = "QLORA_PARENT_DEATH"
 CREDENTIALS_ENV = "QLORA_CREDENTIALS"
 """Directory with the credentials of a fetch or an upload: a directory for each of `model`, `dataset` and `output`
 that has a Secret, with a file for each key. Unset with `qlora run`: the libraries look in their usual places."""
+WEB_SOURCES_ENV = "QLORA_WEB_SOURCES"
+"""JSON list of patterns of the https:// addresses that a fetch may ask. Unset with `qlora run`: every one."""
 PRICE_ENV = "QLORA_PRICE"
 """What a CPU costs for an hour (cost.parse_price), for the report. Unset: no money is reported."""
 REQUESTED_ENV = "QLORA_REQUESTED"

@@ -1,4 +1,4 @@
-"""The grammar of sources and destinations, and where those of `hf://` and `s3://` lie once they are fetched."""
+"""The grammar of sources and destinations, and where remote sources lie once they are fetched."""
 
 import re
 from collections.abc import Sequence
@@ -15,6 +15,9 @@ HUB_NAME = r"[A-Za-z0-9]([-A-Za-z0-9._]{0,94}[A-Za-z0-9])?"
 """An organization, or a repository, of the Hub."""
 BUCKET = r"[a-z0-9][-a-z0-9.]{1,61}[a-z0-9]"
 PATH = r"(/[^/\x00-\x1f\x7f]+)*/?"
+HOST = r"[A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]{1,5})?"
+WEB_PATH = r"(/[-A-Za-z0-9._~%!$&'()*+,;=:@]+)+"
+"""Of a file: neither a query nor a fragment, which may hold credentials."""
 CLAIM = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
 
 _PVC_FORM = f"pvc://{CLAIM}{PATH}"
@@ -25,7 +28,7 @@ MIN_URI, MAX_URI = 6, 512
 """Characters."""
 PVC_PATTERN = f"^({_PVC_FORM})$"
 MODEL_PATTERN = f"^({_PVC_FORM}|hf://{_HUB_FORM}/?|{_S3_FORM})$"
-DATASET_PATTERN = f"^({_PVC_FORM}|hf://datasets/{_HUB_FORM}{PATH}|{_S3_FORM})$"
+DATASET_PATTERN = f"^({_PVC_FORM}|hf://datasets/{_HUB_FORM}{PATH}|{_S3_FORM}|https://{HOST}{WEB_PATH})$"
 DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM})$"
 SECRET_PATTERN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"  # noqa: S105 - the name of one
 REVISION_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._/]*$"
@@ -34,7 +37,11 @@ _HUB_DATASET = re.compile(rf"hf://datasets/(?P<root>{HUB_NAME}/{HUB_NAME})(?P<pa
 _HUB_MODEL = re.compile(rf"hf://(?P<root>{HUB_NAME}/{HUB_NAME})/?")
 _S3 = re.compile(rf"s3://(?P<root>{BUCKET})(?P<path>{PATH})")
 
-Kind = Literal["model", "dataset", "bucket"]
+_WEB = re.compile(rf"https://(?P<root>{HOST})(?P<path>{WEB_PATH})")
+
+WEB = "https://"
+
+Kind = Literal["model", "dataset", "bucket", "web"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,17 @@ class Remote:
 
     uri: str
     kind: Kind
-    """A model or a dataset of the Hub, or a bucket of S3."""
+    """A model or a dataset of the Hub, a bucket of S3, or a file of a web server."""
     root: str
-    """`org/name` of the Hub, or the bucket."""
+    """`org/name` of the Hub, the bucket, or the server with its port."""
     path: PurePosixPath
     """Within it; `.` for all of it."""
 
     @property
     def cache_folder(self) -> str:
         """Folder, within SOURCES, that holds a folder for each of its revisions."""
-        return {"model": "hf", "dataset": "hf/datasets", "bucket": "s3"}[self.kind] + f"/{self.root}"
+        folder = {"model": "hf", "dataset": "hf/datasets", "bucket": "s3", "web": "https"}[self.kind]
+        return f"{folder}/{self.root}"
 
 
 class Source(Protocol):
@@ -118,9 +126,21 @@ def parse_remote(uri: str) -> Remote:
         return Remote(uri, "bucket", found["root"], _relative(uri, found["path"]))
     if found := _HUB_MODEL.fullmatch(uri):
         return Remote(uri, "model", found["root"], PurePosixPath())
+    if found := _WEB.fullmatch(uri):
+        return Remote(uri, "web", found["root"], _relative(uri, found["path"]))
     raise InvalidUriError(
-        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
+        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or https://host/path"
     )
+
+
+def fits(text: str, pattern: str) -> bool:
+    """Whether a pattern matches the whole text. `*` in it stands for any characters, or none; all else for itself."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+
+
+def web_allowed(uri: str, patterns: Sequence[str]) -> bool:
+    """Whether patterns of allowed sources allow an `https://` address: only those do that begin so."""
+    return any(fits(uri, pattern) for pattern in patterns if pattern.startswith(WEB))
 
 
 def _relative(uri: str, path: str) -> PurePosixPath:

@@ -23,6 +23,7 @@ from qlora_contract.remote import (
     PVC_PATTERN,
     REVISION_PATTERN,
     SECRET_PATTERN,
+    WEB,
     NamedSource,
     fetched_uri,
     is_remote,
@@ -441,6 +442,7 @@ SINCE: Mapping[str, int] = {
     "dataset.format=text": 2,
     "dataset.maxBadShare": 2,
     "dataset.onBadRecord": 2,
+    "dataset.source=https://": 2,
     "dataset.sources": 2,
     "dataset.train": 2,
     "evaluation.maxTokens": 2,
@@ -481,3 +483,5 @@ def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[str]:
             yield from _leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}={value}"
+            if isinstance(value, str) and value.startswith(WEB):
+                yield f"{path}{name}={WEB}"

@@ -24,7 +24,6 @@ from qlora_contract.remote import (
     REVISION_PATTERN,
     SECRET_PATTERN,
     NamedSource,
-    is_remote,
     named_sources,
 )
 from qlora_contract.run_config import (
@@ -139,7 +138,7 @@ class Columns(ApiModel):
 
 
 _REVISION_OF_HUB = "requires an hf:// source"
-_SECRET_OF_REMOTE = "requires a remote source"  # noqa: S105 - no secret
+_SECRET_OF_REMOTE = "requires an hf:// or s3:// source"  # noqa: S105 - no secret
 _INSIDE = "must stay within its claim: the path may not contain `..`"
 
 
@@ -186,8 +185,10 @@ class DatasetSource(ApiModel):
             field=("revision",),
         ),
         Rule(
-            cel="!has(self.credentialsSecret) || !self.source.startsWith('pvc://')",
-            holds=lambda each: each.credentials_secret is None or is_remote(each.source),
+            cel=(
+                "!has(self.credentialsSecret) || self.source.startsWith('hf://') || self.source.startsWith('s3://')"
+            ),
+            holds=lambda each: each.credentials_secret is None or each.source.startswith(("hf://", "s3://")),
             message=_SECRET_OF_REMOTE,
             field=("credentialsSecret",),
         ),
@@ -202,8 +203,8 @@ class Dataset(ApiModel):
 
     source: str | None = Field(default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DATASET_PATTERN)
     """File with records (JSONL, JSON, CSV, TSV, Parquet, Arrow, text), or folder in which split S is the file S.jsonl,
-    the files S-00000-of-00004.parquet, or the folder S: `pvc://claim/path`; or `hf://datasets/org/name/path` or
-    `s3://bucket/path`, which is fetched into the workspace first."""
+    the files S-00000-of-00004.parquet, or the folder S: `pvc://claim/path`; or `hf://datasets/org/name/path`,
+    `s3://bucket/path` or the `https://host/path` of a file, which is fetched into the workspace first."""
     sources: list[DatasetSource] | None = Field(default=None, min_length=1, max_length=MAX_SOURCES)
     """Several sources in place of one, mixed in one order that the seed decides. Each has its own revision, Secret,
     format, columns and splits; all else here is for all of them."""
@@ -485,11 +486,14 @@ def _revision_of_hub(name: str) -> Rule:
 def _secret_of_remote(name: str) -> Rule:
     """A claim needs no credentials."""
     return Rule(
-        cel=f"!has(self.{name}.credentialsSecret) || {_no_source(name)}!self.{name}.source.startsWith('pvc://')",
+        cel=(
+            f"!has(self.{name}.credentialsSecret) || {_no_source(name)}"
+            f"self.{name}.source.startsWith('hf://') || self.{name}.source.startsWith('s3://')"
+        ),
         holds=lambda spec: (
             getattr(spec, name).credentials_secret is None
             or getattr(spec, name).source is None
-            or is_remote(getattr(spec, name).source)
+            or getattr(spec, name).source.startswith(("hf://", "s3://"))
         ),
         message=_SECRET_OF_REMOTE,
         field=(name, "credentialsSecret"),

@@ -4,9 +4,7 @@ The chart's admission policies refuse such jobs at once, but not every cluster h
 policy.
 """
 
-import re
-
-from qlora_contract.remote import NamedSource
+from qlora_contract.remote import WEB, NamedSource, fits, web_allowed
 from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
@@ -27,7 +25,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():
-        if uri is not None and not any(fits(uri, pattern) for pattern in settings.allowed_sources):
+        if uri is not None and not _source_allowed(uri, settings):
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
@@ -106,6 +104,8 @@ def image_allowed(image: str, settings: Settings) -> bool:
     return image == settings.trainer_image or any(fits(image, p) for p in settings.allowed_images)
 
 
-def fits(text: str, pattern: str) -> bool:
-    """Whether a pattern matches the whole text. `*` in it stands for any characters, or none; all else for itself."""
-    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+def _source_allowed(uri: str, settings: Settings) -> bool:
+    """A web server must be named: `*` alone would let jobs ask whatever the cluster's network reaches."""
+    if uri.startswith(WEB):
+        return web_allowed(uri, settings.allowed_sources)
+    return any(fits(uri, pattern) for pattern in settings.allowed_sources)

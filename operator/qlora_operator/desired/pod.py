@@ -1,11 +1,13 @@
 """A pod of an attempt: what all pods of its Job are made from."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from qlora_contract import entry_points
-from qlora_contract.env import PRICE_ENV, PROGRESS_PORT, RENDEZVOUS_PORT, REQUESTED_ENV
+from qlora_contract.env import PRICE_ENV, PROGRESS_PORT, RENDEZVOUS_PORT, REQUESTED_ENV, WEB_SOURCES_ENV
 from qlora_contract.paths import TERMINATION_LOG
+from qlora_contract.remote import WEB
 from qlora_contract.run_config import IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.pod_resources import pod_cpus, pod_memory
@@ -171,6 +173,10 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: s
         "AWS_ENDPOINT_URL_S3": transfer.s3_endpoint,
         "AWS_DEFAULT_REGION": transfer.s3_region,
     }
+    if any(source.uri.startswith(WEB) for source in job.spec.sources):
+        network[WEB_SOURCES_ENV] = json.dumps(
+            [each for each in settings.allowed_sources if each.startswith(WEB)]
+        )
     return {**common, **{name: value for name, value in network.items() if value is not None}}
 
 

@@ -151,6 +151,26 @@ class RenamedAdapter(ApiModel):
     lora_plus_ratio: float = 1.0
 
 
+def test_several_sources_reach_the_ranks_each_with_its_own_settings(a_job: Callable[..., QLoRAJob]) -> None:
+    """In their order, with what was fetched of each; no trainer of release 0.1.0 gets such a run.json."""
+    job = a_job(
+        dataset={
+            "source": None,
+            "sources": [
+                {"source": "pvc://team/a.csv", "columns": {"prompt": "q"}, "weight": 2},
+                {"source": "hf://datasets/org/b", "format": "chat", "evalSplit": "test"},
+            ],
+        }
+    )
+    run = to_run_config(job, uid="u", attempt=0, isa="avx2", fetched=ResolvedRevisions(sources=["", "beef"]))
+
+    assert run.version == 2
+    assert RunConfig.model_validate_json(run.to_json()) == run
+    assert run.dataset.model_dump() == job.spec.dataset.model_dump()
+    assert run.dataset_uris == ["pvc://team/a.csv", "pvc://team/work/sources/hf/datasets/org/b/beef"]
+    assert [source.field for source in run.sources] == ["model", "dataset.sources[0]", "dataset.sources[1]"]
+
+
 def test_a_renamed_field_of_the_api_changes_neither_run_json_nor_the_identity(
     a_job: Callable[..., QLoRAJob],
 ) -> None:

@@ -91,6 +91,7 @@ DEFAULTS = {
     },
     "dataset": {
         "source": "pvc://team-data/docs.jsonl",
+        "sources": None,
         "revision": "main",
         "credentialsSecret": None,
         "format": "auto",
@@ -254,7 +255,7 @@ BAD = {
     "dataset of the Hub without its word": (
         {"spec.dataset.source": "hf://org/name"},
         "spec.dataset.source",
-        "must be pvc://claim/path, hf://datasets/org/name/path or s3://bucket/path",
+        "must be pvc://claim/path, hf://datasets/org/name/path, s3://bucket/path, or https://host/path",
     ),
     "dataset source leaves its repository": (
         {"spec.dataset.source": "hf://datasets/org/name/../../x"},
@@ -269,6 +270,46 @@ BAD = {
     "credentials for a dataset on a claim": (
         {"spec.dataset.credentialsSecret": "hub"},
         "spec.dataset.credentialsSecret",
+        "requires an hf:// or s3:// source",
+    ),
+    "one source and several": (
+        {"spec.dataset.sources": [{"source": "pvc://c/d"}]},
+        "spec.dataset",
+        "exactly one of source and sources must be given",
+    ),
+    "no data": (
+        {"spec.dataset": {"evalFraction": 0.1}},
+        "spec.dataset",
+        "exactly one of source and sources must be given",
+    ),
+    "a format for all of several sources": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d"}], "format": "chat"}},
+        "spec.dataset",
+        "must be given for each of them",
+    ),
+    "a column for all of several sources": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d"}], "columns": {"text": "body"}}},
+        "spec.dataset",
+        "must be given for each of them",
+    ),
+    "a source that is never seen": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d", "weight": 0}]}},
+        "spec.dataset.sources[0].weight",
+        "it must be a number above 0.0, at most 100.0",
+    ),
+    "one of several sources leaves its claim": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d"}, {"source": "pvc://c/../d"}]}},
+        "spec.dataset.sources[1].source",
+        "must stay within its claim",
+    ),
+    "revision of one of several sources on a claim": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d", "revision": "v1"}]}},
+        "spec.dataset.sources[0].revision",
+        "requires an hf:// source",
+    ),
+    "credentials for one of several sources on a claim": (
+        {"spec.dataset": {"sources": [{"source": "pvc://c/d", "credentialsSecret": "hub"}]}},
+        "spec.dataset.sources[0].credentialsSecret",
         "requires an hf:// or s3:// source",
     ),
     "a tracking server with a password": (
@@ -739,6 +780,7 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
         "spec.managedBy",
         "spec.model.credentialsSecret",
         "spec.dataset.credentialsSecret",
+        "spec.dataset.sources.credentialsSecret",
     }
     assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]
 
@@ -754,9 +796,14 @@ def test_a_secret_is_named_as_ignored(changed: Callable[..., dict[str, Any]]) ->
             }
         )
     )
+    mixed = parse_job(
+        changed({"spec.dataset": {"sources": [{"source": "s3://bucket/data", "credentialsSecret": "store"}]}})
+    )
 
     assert job is not None
+    assert mixed is not None
     assert ignored_by_run(job) == ["spec.model.credentialsSecret", "spec.dataset.credentialsSecret"]
+    assert ignored_by_run(mixed) == ["spec.dataset.sources.credentialsSecret"]
 
 
 @pytest.mark.parametrize(

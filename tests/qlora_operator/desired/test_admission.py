@@ -76,6 +76,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {},
         (Reason.IMAGE_NOT_ALLOWED, "spec.image evil/trainer:1"),
     ),
+    "a web server that nobody named": (
+        {"dataset": {"source": "https://data.example/d.jsonl"}},
+        {},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.dataset.source https://data.example/d.jsonl"),
+    ),
+    "a web server that is named": (
+        {"dataset": {"source": "https://data.example/d.jsonl"}},
+        {"allowedSources": ["*", "https://data.example/*"]},
+        None,
+    ),
     "a scheme that is not allowed": (
         {},
         {"allowedSources": ["pvc://*", "s3://*"]},
@@ -90,6 +100,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {},
         {"allowedSources": ["hf://*", "s3://other/*"]},
         (Reason.SOURCE_NOT_ALLOWED, "spec.dataset.source s3://bucket/data.jsonl"),
+    ),
+    "one of several sources": (
+        {"dataset": {"source": None, "sources": [{"source": "s3://ours/a"}, {"source": "s3://other/b"}]}},
+        {"allowedSources": ["hf://*", "s3://ours/*"]},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.dataset.sources[1].source s3://other/b"),
     ),
     "a destination that is not allowed": (
         {"output": {"destination": "s3://elsewhere/x"}},

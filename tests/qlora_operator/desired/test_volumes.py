@@ -107,6 +107,23 @@ CREDENTIALS: dict[str, tuple[RunStage, dict[str, Any], list[tuple[str, str]]]] =
         SAME,
         [("hub", "/etc/qlora/credentials/model"), ("hub", "/etc/qlora/credentials/dataset")],
     ),
+    "several sources": (
+        "fetch",
+        {
+            "dataset": {
+                "source": None,
+                "sources": [
+                    {"source": "s3://bucket/a", "credentialsSecret": "store"},
+                    {"source": "pvc://b"},
+                    {"source": "hf://datasets/org/c", "credentialsSecret": "hub"},
+                ],
+            }
+        },
+        [
+            ("store", "/etc/qlora/credentials/dataset-sources-0"),
+            ("hub", "/etc/qlora/credentials/dataset-sources-2"),
+        ],
+    ),
     "train": ("train", REMOTE, []),
     "publish": ("publish", REMOTE, [("writer", "/etc/qlora/credentials/output")]),
     "publish with none": ("publish", {"output": {"destination": "s3://bucket/out"}}, []),

@@ -16,6 +16,12 @@ MODEL = {"model": {"source": "hf://org/model"}}
 DATA = {"dataset": {"source": "s3://bucket/data.jsonl"}}
 OUT = {"output": {"destination": "s3://bucket/adapters"}}
 ALL = {**MODEL, **DATA, **OUT}
+MIX = {
+    "dataset": {
+        "source": None,
+        "sources": [{"source": "s3://bucket/a"}, {"source": "pvc://team/b"}, {"source": "s3://bucket/c"}],
+    }
+}
 ADAPTER = {"adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
 
 
@@ -35,6 +41,9 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any], RunStage]] = {
     "only the model was fetched": (ALL, known(model="m"), "fetch"),
     "the model was fetched, and the data lies on a claim": (MODEL, known(model="m"), "train"),
     "both were fetched": (ALL, known("m", "d"), "train"),
+    "several sources, of which two are to be fetched": (MIX, {}, "fetch"),
+    "one of two was fetched": (MIX, {"provenance": {"datasetRevisions": ["d", "", ""]}}, "fetch"),
+    "all that is remote was fetched": (MIX, {"provenance": {"datasetRevisions": ["d", "", "e"]}}, "train"),
     "trained": ({**DATA, **OUT}, known(dataset="d", **ADAPTER), "publish"),
     "trained on claims": (OUT, ADAPTER, "publish"),
 }
@@ -54,8 +63,9 @@ def test_next_stage(
         ({}, ResolvedRevisions()),
         (known("m"), ResolvedRevisions(model="m")),
         (known("m", "d"), ResolvedRevisions(model="m", dataset="d")),
+        ({"provenance": {"datasetRevisions": ["d", ""]}}, ResolvedRevisions(sources=["d", ""])),
     ],
-    ids=["nothing known", "the model", "both"],
+    ids=["nothing known", "the model", "both", "several"],
 )
 def test_fetched(status: dict[str, Any], fetched: ResolvedRevisions) -> None:
     """What the sources stood for is kept as the provenance of the adapter."""
@@ -70,8 +80,10 @@ def test_fetched(status: dict[str, Any], fetched: ResolvedRevisions) -> None:
         (DATA, "fetch", "fetches s3://bucket/data.jsonl"),
         (ALL, "fetch", "fetches hf://org/model and s3://bucket/data.jsonl"),
         (ALL, "publish", "sends the adapter to s3://bucket/adapters"),
+        (MIX, "fetch", "fetches s3://bucket/a and s3://bucket/c"),
+        ({**MODEL, **MIX}, "fetch", "fetches hf://org/model and 2 more sources"),
     ],
-    ids=["ranks", "a model", "data", "both", "the adapter"],
+    ids=["ranks", "a model", "data", "both", "the adapter", "two of three", "many"],
 )
 def test_an_attempt_is_described_by_what_it_does(
     make_job: Callable[..., QLoRAJob], spec: dict[str, Any], stage: RunStage, words: str

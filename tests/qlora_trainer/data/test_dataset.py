@@ -636,3 +636,104 @@ def test_loads_conversations_for_the_real_model(tmp_path: Path, smollm2_tokenize
         ids, mask = loaded.train.sample(i)
         assert smollm2_tokenizer.decode(ids[mask == 1]).startswith("It is ")
         assert ids[mask == 1][-1] == smollm2_tokenizer.eos_token_id
+
+
+# --- several sources
+
+
+def _mix(*sources: dict[str, Any], **fields: Any) -> Dataset:
+    return Dataset.model_validate(
+        {"sources": [{"source": f"pvc://claim/{n}", **each} for n, each in enumerate(sources)], **fields}
+    )
+
+
+def test_several_sources_are_put_together_each_in_its_own_format(tmp_path: Path, tokenizer: Any) -> None:
+    """Samples are in the order of the sources; what became of each is told for each."""
+    csv = tmp_path / "a.csv"
+    csv.write_text("q,a\nwhat,that\nwhat,that\nwho,\n")
+    docs = _write(tmp_path / "b.jsonl", *_numbered(3))
+    dataset = _mix(
+        {"columns": {"prompt": "q", "completion": "a"}},
+        {"format": "prompt-completion", "weight": 2.0},
+        eval_fraction=0.0,
+        on_bad_record="skip",
+        max_bad_share=0.5,
+    )
+
+    loaded = load(dataset, [csv, docs], tokenizer, 100)
+
+    assert _texts(loaded.train, tokenizer) == ["whatthat<|im_end|>"] * 2 + [
+        f"n={n}<|im_end|>" for n in range(3)
+    ]
+    first, second = loaded.train_facts.sources
+    assert (first.source, first.weight, first.records, first.duplicates) == ("pvc://claim/0", 1.0, 2, 1)
+    assert [(bad.count, bad.places) for bad in first.bad] == [(1, ["a.csv: row 4"])]
+    assert (second.records, second.samples, second.bad) == (3, 3, [])
+    assert first.sha256 == hashlib.sha256(csv.read_bytes()).hexdigest()
+    both = f"{first.sha256}\n{second.sha256}\n"
+    assert loaded.sha256 == hashlib.sha256(both.encode()).hexdigest()
+    assert [(part.count, part.weight) for part in loaded.mix] == [(2, 1.0), (3, 2.0)]
+    assert loaded.epoch_samples == 8
+    assert "5 records in the prompt-completion format from 2 sources" in loaded.train_facts.summary()
+    assert Facts.of_report(json.loads(json.dumps(loaded.train_facts.report()))) == loaded.train_facts
+
+
+def test_each_of_several_sources_holds_out_its_own(tmp_path: Path, tokenizer: Any) -> None:
+    """By its evalSplit, or by evalFraction; a copy in another source is held out there, too."""
+    split = tmp_path / "split"
+    split.mkdir()
+    _write(split / "train.jsonl", ("a", "1"), ("b", "2"))
+    _write(split / "test.jsonl", ("a", "1"), ("c", "3"))
+    plain = _write(tmp_path / "plain.jsonl", *_numbered(300))
+    dataset = _mix({"eval_split": "test"}, {}, {}, eval_fraction=0.2)
+
+    loaded = load(dataset, [split, plain, plain], tokenizer, 100)
+
+    assert loaded.evaluation_facts is not None
+    held = [each.records for each in loaded.evaluation_facts.sources]
+    trained = [each.records for each in loaded.train_facts.sources]
+    assert (held[0], trained[0]) == (2, 2)
+    assert held[1] == held[2] == 300 - trained[1]
+    assert 0 < held[1] < 150
+    assert [each.overlap for each in loaded.evaluation_facts.sources] == [1, 0, 0]
+    assert len(loaded.evaluation or ()) == sum(held)
+
+
+def test_an_error_says_which_of_several_sources_it_is_about(tmp_path: Path, tokenizer: Any) -> None:
+    """Files of several sources may have the same name."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    good = _write(tmp_path / "a" / "d.jsonl", ("a", "1"))
+    bad = tmp_path / "b" / "d.jsonl"
+    bad.write_text("nonsense\n")
+
+    with pytest.raises(DataError, match=r"^dataset\.sources\[1\]: d\.jsonl: line 1"):
+        load(_mix({}, {"format": "text"}, eval_fraction=0.0), [good, bad], tokenizer, 100)
+    with pytest.raises(
+        ConfigurationError, match=r"^dataset\.sources\[0\]: dataset\.evalSplit needs a folder"
+    ):
+        load(_mix({"eval_split": "test"}, {}), [good, good], tokenizer, 100)
+
+
+def test_two_sources_of_a_record_each_give_one_to_train_on_and_one_to_evaluate(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """As with the same two in one file; what is trained on keeps its source."""
+    files = [_write(tmp_path / f"{n}.jsonl", (f"{n}", "x")) for n in range(2)]
+
+    loaded = load(_mix({}, {"weight": 3.0}, eval_fraction=0.05), files, tokenizer, 100)
+
+    assert loaded.evaluation is not None
+    assert (len(loaded.train), len(loaded.evaluation)) == (1, 1)
+    (trained,) = _texts(loaded.train, tokenizer)
+    assert [part.count for part in loaded.mix] == ([1, 0] if trained.startswith("0") else [0, 1])
+
+
+def test_what_is_kept_has_the_addresses_and_weights_of_now(tmp_path: Path, tokenizer: Any) -> None:
+    """Tokens depend on neither, so a job with others finds them in the cache."""
+    file = _write(tmp_path / "d.jsonl", *_numbered(4))
+    then, now = (_mix({"weight": weight}, {}, eval_fraction=0.0) for weight in (0.5, 3.0))
+
+    loaded = load(then, [file, file], tokenizer, 100)
+
+    assert [part.weight for part in loaded.of_dataset(now).mix] == [3.0, 1.0]

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from qlora_contract.run_config import Training
 from qlora_trainer.data.packing import (
     WINDOW,
+    MixPart,
     StepSchedule,
     bin_lengths,
+    epoch_order,
     epoch_permutation,
     micro_batches,
     pack,
@@ -290,3 +292,68 @@ def test_a_schedule_without_samples_is_refused() -> None:
     """No samples make no endless schedule."""
     with pytest.raises(ValueError, match="no sample to train on"):
         StepSchedule(np.array([], dtype=np.int64), _training())
+
+
+# --- several sources
+
+
+def test_an_order_of_a_mix_never_changes() -> None:
+    """A resume depends on it."""
+    mix = [MixPart(4, 0.5), MixPart(3, 2)]
+
+    assert epoch_order(7, seed=0, epoch=0, mix=mix).tolist() == [2, 6, 1, 6, 5, 4, 4, 5]
+    assert epoch_order(7, seed=0, epoch=1, mix=mix).tolist() == [6, 4, 5, 6, 5, 3, 0, 4]
+
+
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    weights=st.lists(st.sampled_from([0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 3.25]), min_size=5, max_size=5),
+    seed=SEEDS,
+    epochs=st.integers(1, 12),
+)
+def test_a_weight_is_how_often_a_sample_is_seen_in_an_epoch(
+    counts: list[int], weights: list[float], seed: int, epochs: int
+) -> None:
+    """After any number of epochs, every sample of a source was seen weight x epochs times, up to one."""
+    mix = [MixPart(count, weight) for count, weight in zip(counts, weights, strict=False)]
+    orders = [epoch_order(sum(counts), seed, epoch, mix) for epoch in range(epochs)]
+    seen = np.bincount(np.concatenate(orders).astype(int), minlength=sum(counts))
+
+    first = 0
+    for part in mix:
+        of_source = seen[first : first + part.count]
+        wanted = part.weight * epochs
+        assert all(np.floor(wanted) <= count <= np.ceil(wanted) for count in of_source.tolist())
+        assert abs(of_source.sum() - part.count * wanted) < 1
+        first += part.count
+
+
+@given(counts=st.lists(st.integers(0, 50), min_size=1, max_size=4), seed=SEEDS, epoch=st.integers(0, 99))
+def test_sources_of_weight_one_are_one_after_the_other_in_one_file(
+    counts: list[int], seed: int, epoch: int
+) -> None:
+    """They are put together, and shuffled as one."""
+    mix = [MixPart(count, 1.0) for count in counts]
+
+    assert epoch_order(sum(counts), seed, epoch, mix).tolist() == (
+        epoch_permutation(sum(counts), seed, epoch).tolist()
+    )
+
+
+def test_sources_are_mixed_and_not_one_behind_the_other() -> None:
+    """Each tenth of an epoch has of every source."""
+    order = epoch_order(2000, 3, 0, [MixPart(1000, 0.5), MixPart(1000, 1.5)])
+    shares = [(part < 1000).mean() for part in np.split(order, 10)]
+
+    assert len(order) == 2000
+    assert all(0.1 < share < 0.4 for share in shares)
+
+
+def test_steps_have_what_the_weights_say() -> None:
+    """A sample that is seen twice is in two places of the epoch's bins."""
+    schedule = StepSchedule(np.full(6, 8), _training(epochs=1), mix=[MixPart(2, 0.5), MixPart(4, 2)])
+    bins = [bin_ for number in range(schedule.total_steps) for bin_ in schedule.step(number).bins]
+    seen = np.bincount(np.concatenate(bins), minlength=6).tolist()
+
+    assert sorted(seen[:2]) == [0, 1]
+    assert seen[2:] == [2, 2, 2, 2]

@@ -91,3 +91,30 @@ def test_nothing_of_it_needs_torch() -> None:
     program = "import sys; import qlora_trainer.data.survey; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
 
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_several_sources_are_told_each(tmp_path: Path) -> None:
+    """Each with its format, its bad records and what it repeats; an evaluation record may stand in another source."""
+    first = _write(tmp_path / "a.jsonl", *[_asked(n) for n in range(5)], "nonsense")
+    second = _write(tmp_path / "b.jsonl", {"text": "a"}, {"text": "a"})
+    test = _write(tmp_path / "test.jsonl", _asked(3))
+    dataset = Dataset.model_validate(
+        {
+            "sources": [{"source": "pvc://c/a"}, {"source": "pvc://c/b"}, {"source": "pvc://c/c"}],
+            "on_bad_record": "skip",
+            "max_bad_share": 1.0,
+            "eval_fraction": 0.0,
+        }
+    )
+
+    training, evaluation, _ = survey(dataset, [([first], []), ([second], []), ([second], [test])])
+
+    assert evaluation is not None
+    assert (training.records, training.format, training.duplicates) == (9, "alpaca and text", 3)
+    assert [(each.records, each.format, each.duplicates) for each in training.sources] == [
+        (5, "alpaca", 0),
+        (2, "text", 1),
+        (2, "text", 1),
+    ]
+    assert [sum(bad.count for bad in each.bad) for each in training.sources] == [1, 0, 0]
+    assert [each.overlap for each in evaluation.sources] == [0, 0, 1]

@@ -455,3 +455,30 @@ def test_a_part_of_release_0_1_0_is_resumed(
 
     assert fetch(**old_workspace).dataset == SETS
     assert sound.s3_wire.sent("/sets/a.jsonl") == 1
+
+
+def test_several_sources_are_fetched_each_with_its_own_credentials(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+) -> None:
+    """From the Hub and from S3 in one job, with one on a claim between them."""
+    commit = sound.hub.commit("org/name", {"train.jsonl": DATA}, "datasets")
+    sound.put("sets/train.jsonl", DATA[:70])
+    transfers.credentials("dataset-sources-0", token=HUB_TOKEN)
+    transfers.credentials("dataset-sources-2", AWS_ACCESS_KEY_ID="planted", AWS_SECRET_ACCESS_KEY="too")
+    sources = [
+        {"source": "hf://datasets/org/name"},
+        {"source": "pvc://claim/more.jsonl"},
+        {"source": f"s3://{BUCKET}/sets/train.jsonl"},
+    ]
+
+    fetched = fetch(dataset={"sources": sources})
+
+    assert fetched.sources is not None
+    assert fetched.sources[:2] == [commit, ""]
+    volumes = {"claim": transfers.folder / "claim"}
+    run = with_pinned_revisions(transfers.config("train", dataset={"sources": sources}), volumes)
+    assert run.fetched == fetched
+    folder, claim, file = (resolve(uri, volumes) for uri in run.dataset_uris)
+    assert (folder / "train.jsonl").read_bytes() == DATA
+    assert claim == transfers.folder / "claim" / "more.jsonl"
+    assert file.read_bytes() == DATA[:70]

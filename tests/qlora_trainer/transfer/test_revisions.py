@@ -4,24 +4,49 @@ from typing import Any
 
 import pytest
 
+from qlora_contract.remote import NamedSource
 from qlora_trainer.transfer.revisions import PinnedRevisions
 from testcluster.remote import Transfers
 
 HUB = {"model": {"source": "hf://org/name", "revision": "v1"}}
 
 
-def pins(transfers: Transfers, **more: Any) -> PinnedRevisions:
-    """A job's pins, as an attempt sees them."""
-    return PinnedRevisions(transfers.job(), transfers.config(**{**HUB, **more}))
+def _pins(transfers: Transfers, field: str, **more: Any) -> tuple[PinnedRevisions, NamedSource]:
+    """A job's pins, as an attempt sees them, and the source of a field."""
+    run = transfers.config(**{**HUB, **more})
+    source = next(source for source in run.sources if source.field == field)
+    return PinnedRevisions(transfers.job(), run), source
+
+
+def known(transfers: Transfers, field: str = "model", **more: Any) -> str | None:
+    """The revision that an attempt knows."""
+    pins, source = _pins(transfers, field, **more)
+    return pins.get(source)
+
+
+def keep(transfers: Transfers, field: str, revision: str, **more: Any) -> None:
+    """Keep a revision, as a fetch does."""
+    pins, source = _pins(transfers, field, **more)
+    pins.set(source, revision)
 
 
 def test_what_was_found_is_kept(transfers: Transfers) -> None:
     """For each source by itself."""
-    assert pins(transfers).get("model") is None
-    pins(transfers).set("model", "c0ffee")
-    pins(transfers).set("dataset", "beef")
+    assert known(transfers) is None
+    keep(transfers, "model", "c0ffee")
+    keep(transfers, "dataset", "beef")
 
-    assert (pins(transfers).get("model"), pins(transfers).get("dataset")) == ("c0ffee", "beef")
+    assert (known(transfers), known(transfers, "dataset")) == ("c0ffee", "beef")
+
+
+def test_each_of_several_sources_has_its_own(transfers: Transfers) -> None:
+    """By its place among them."""
+    mix = {"dataset": {"sources": [{"source": "s3://bucket/a"}, {"source": "s3://bucket/a"}]}}
+    keep(transfers, "dataset.sources[0]", "c0ffee", **mix)
+    keep(transfers, "dataset.sources[1]", "beef", **mix)
+
+    assert known(transfers, "dataset.sources[0]", **mix) == "c0ffee"
+    assert known(transfers, "dataset.sources[1]", **mix) == "beef"
 
 
 @pytest.mark.parametrize(
@@ -29,14 +54,14 @@ def test_what_was_found_is_kept(transfers: Transfers) -> None:
 )
 def test_it_is_kept_for_what_was_asked(transfers: Transfers, model: dict[str, str]) -> None:
     """Another source or revision is another question; credentials are none."""
-    pins(transfers).set("model", "c0ffee")
+    keep(transfers, "model", "c0ffee")
 
-    assert pins(transfers, model=model).get("model") is None
-    assert pins(transfers, model={**HUB["model"], "credentialsSecret": "hub"}).get("model") == "c0ffee"
+    assert known(transfers, model=model) is None
+    assert known(transfers, model={**HUB["model"], "credentialsSecret": "hub"}) == "c0ffee"
 
 
 def test_run_json_goes_first(transfers: Transfers) -> None:
     """The operator knows what an earlier attempt has found."""
-    pins(transfers).set("model", "c0ffee")
+    keep(transfers, "model", "c0ffee")
 
-    assert pins(transfers, fetched={"model": "beef"}).get("model") == "beef"
+    assert known(transfers, fetched={"model": "beef"}) == "beef"

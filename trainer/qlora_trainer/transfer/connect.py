@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from qlora_contract.remote import Remote
+from qlora_contract.remote import NamedSource, Remote, parse_remote
 from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, read_credentials
 from qlora_trainer.transfer.hub import Hub
 from qlora_trainer.transfer.s3 import S3
+from qlora_trainer.transfer.web import Web
 
 READ_SECONDS = 60.0
 """The longest wait for the next byte of an answer."""
@@ -28,3 +29,11 @@ def connect(remote: Remote, owner: str, environ: Mapping[str, str], limit_second
     if remote.kind == "bucket":
         return S3(remote, read_credentials(owner, S3_KEYS, environ), environ, read_seconds)
     return Hub(remote, read_credentials(owner, HUB_KEYS, environ), environ, read_seconds)
+
+
+def connect_source(source: NamedSource, environ: Mapping[str, str], limit_seconds: float) -> Hub | S3 | Web:
+    """As `connect`, for what a job reads: that may also be on a web server, which gets no credentials."""
+    remote = parse_remote(source.uri)
+    if remote.kind == "web":
+        return Web(remote, environ, min(READ_SECONDS, limit_seconds))
+    return connect(remote, source.field, environ, limit_seconds)

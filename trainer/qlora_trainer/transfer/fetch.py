@@ -8,7 +8,7 @@ from qlora_contract.paths import resolve
 from qlora_contract.remote import NamedSource, is_remote, parse_remote
 from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.transfer.connect import connect
+from qlora_trainer.transfer.connect import connect_source
 from qlora_trainer.transfer.download import Downloader
 from qlora_trainer.transfer.lease import Lease, LeaseLost, leased
 from qlora_trainer.transfer.remote_files import RemoteFile, Server, hash_file, select_files
@@ -67,7 +67,7 @@ class SourceFetcher:
             log(f"{remote.uri} is in the workspace already, at {pinned}")
             return pinned
         server = self._retrier.call(
-            lambda: connect(remote, source.field, self._environ, self._retrier.limit_seconds)
+            lambda: connect_source(source, self._environ, self._retrier.limit_seconds)
         )
         revision, files = self._retrier.call(
             lambda: server.list_files(
@@ -81,7 +81,7 @@ class SourceFetcher:
                 "the earlier files are no longer in the workspace; to train on the new ones, choose another "
                 "metadata.name"
             )
-        if remote.kind != "bucket":
+        if remote.kind in ("model", "dataset"):  # what a bucket or a web server had cannot be asked for again
             self._pins.set(source, revision)  # at once: an interrupted fetch is resumed at this revision
         snapshot = Snapshot(self._workspace, remote, revision)
         # Downloads what is missing, or waits for the job that does.
