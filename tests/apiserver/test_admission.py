@@ -37,7 +37,6 @@ VALUES: Object = {
         "image": {"repository": "registry.example/trainer", "tag": "1.0"},
         "allowedImages": ["registry.example/team/*", f"x{INJECTION}", "a.b/c:*-cpu"],
         "allowedSources": [
-            "https://data.example/*",
             "pvc://*",
             "hf://our.org/*",
             "hf://datasets/our.org/*",
@@ -46,6 +45,7 @@ VALUES: Object = {
             "hf://[a-z]+/(x|y)",
             f"s3://x{INJECTION}",
             "s3://back\\*slash",
+            "https://data.example/*",
         ],
         "limits": {"pods": 4, "ranks": 8, "cpus": 16, "memory": "64Gi"},
         "defaults": {"priorityClassName": "batch", "queueName": "team"},
@@ -361,7 +361,7 @@ def test_the_operator_agrees(guarded: Guarded, asked: Object) -> None:
     assert (error is None) == (second is None), (error, second)
     if error is not None and second is not None:
         assert error.code == 422
-        assert second[1].split()[0] in error.message
+        assert second[1].split()[0].partition("[")[0] in error.message  # CEL does not know which of a list
 
 
 SAID: dict[str, tuple[Object, str]] = {
