@@ -157,8 +157,21 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         and topology.get("pods", 1) * topology.get("ranksPerPod", 1) > 1024
     ):
         topology["pods"] = 3
-    for name, source in (("model", model), ("dataset", dataset)):
-        section = spec.setdefault(name, {})
+    sections = [(spec.setdefault("model", {}), model), (spec.setdefault("dataset", {}), dataset)]
+    several = spec["dataset"].get("sources")
+    if several:
+        sections = [sections[0], *((each, dataset) for each in several)]
+        for name in (
+            "source",
+            "revision",
+            "credentialsSecret",
+            "format",
+            "columns",
+            "trainSplit",
+            "evalSplit",
+        ):
+            spec["dataset"].pop(name, None)
+    for section, source in sections:
         section["source"] = source
         if not source.startswith("hf://"):
             section.pop("revision", None)
