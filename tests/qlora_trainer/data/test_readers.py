@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,8 +252,25 @@ def test_an_array_is_read_in_pieces_of_any_size(
         ("d.json", b"[" + b'{"x": ' + b"[" * 200_000 + b"]", r"d\.json: line 1: is JSON that is too large to read"),
         ("d.jsonl", b"PAR1hunter2", r"d\.jsonl: is a Parquet file; let its name end in \.parquet"),
         ("d.jsonl", b"\x1f\x8b\x08", r"d\.jsonl: is compressed with gzip; let its name end in \.gz"),
-        ("d.csv", b"PK\x03\x04", r"d\.csv: is a ZIP file; unpack or fetch it first"),
+        ("d.csv", b"PK\x03\x04", r"d\.csv: is a ZIP file; unpack it, and give the file that is in it"),
+        ("d.pdf", b"%PDF-1.7\n%\xe2\xe3", r"d\.pdf: is a PDF; extract its text into a \.txt file"),
+        ("d.db", b"SQLite format 3\0", r"d\.db: is an SQLite database; export its rows as CSV"),
+        ("d.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", r"d\.xls: is an old Excel or Word file"),
+        ("d.png", b"\x89PNG\r\n\x1a\n\0\0", r"d\.png: is a PNG image"),
+        ("d.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", r"d\.jpg: is a JPEG image"),
+        ("d.gif", b"GIF89a\x01\0\x01\0", r"d\.gif: is a GIF image"),
+        ("d.wav", b"RIFF\x24\0\0\0WAVE", r"d\.wav: is an image, sound or video"),
+        ("d.rtf", b"{\\rtf1\\ansi}", r"d\.rtf: is a rich text document"),
+        ("d.jsonl.bz2", b"BZh91AY&SY\x01", r"d\.jsonl\.bz2: is compressed with bzip2; unpack it"),
+        ("d.jsonl.xz", b"\xfd7zXZ\0", r"d\.jsonl\.xz: is compressed with xz; unpack it"),
+        ("d.tar", b"d.jsonl".ljust(257, b"\0") + b"ustar\x0000", r"d\.tar: is a tar archive; unpack it"),
+        ("d.h5", b"\x89HDF\r\n\x1a\n", r"d\.h5: is an HDF5 file; export its rows"),
+        ("d.pkl", b"\x80\x04\x95", r"d\.pkl: is a Python pickle; export its rows"),
+        ("d.orc", b"ORC\0\x01", r"d\.orc: is an ORC file; export its rows"),
+        ("d.gguf", b"GGUF\x03\0\0\0", r"d\.gguf: is a model in GGUF"),
+        ("d.bin", b"a\0b c d e", r"d\.bin: is not text, nor a kind of file that is known here; give one of \.jsonl"),
         ("d.jsonl", b"version https://git-lfs.github.com/spec/v1", r"d\.jsonl: is a pointer of Git LFS"),
+        ("d.csv", "a,b".encode("utf-16-le"), r"d\.csv: line 1: byte 1 is not UTF-8, but UTF-16; save"),
         ("d.jsonl", "\ufeff{}".encode("utf-16-le"), r"d\.jsonl: line 1: byte 1 is not UTF-8, but UTF-16; save"),
         ("d.jsonl.gz", gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-20], r"d\.jsonl\.gz: is not a whole gzip file"),
         ("d.jsonl.gz", b"{}", r"d\.jsonl\.gz: is not a whole gzip file"),
@@ -355,3 +373,35 @@ def test_the_column_is_that_of_the_file(
         DataError, match=f"line {expected.value.lineno}, column {expected.value.colno}: is not JSON"
     ):
         list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("inside", "what"),
+    [
+        (["[Content_Types].xml", "xl/workbook.xml"], "an Excel workbook (.xlsx); save its sheet as CSV"),
+        (["word/document.xml"], "a Word document (.docx); extract its text"),
+        (["mimetype", "META-INF/container.xml"], "an e-book (EPUB); extract its text"),
+        (["content.xml"], "an OpenDocument file; save it as CSV"),
+        (["archive/data.pkl"], "a file of torch.save; export its rows"),
+        (["train.jsonl"], "a ZIP file; unpack it, and give the file that is in it"),
+    ],
+)
+def test_a_zip_file_is_told_by_what_is_in_it(tmp_path: Path, inside: list[str], what: str) -> None:
+    """People do not know that their workbook is one."""
+    path = tmp_path / "data.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in inside:
+            archive.writestr(name, "x")
+
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert f"data.bin: is {what}" in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["ORC", "GGUF", "RIFF", "ID3", "GIF8"])
+def test_a_column_may_be_called_as_a_kind_of_file_begins(tmp_path: Path, column: str) -> None:
+    """Text is text."""
+    path = tmp_path / "d.csv"
+    path.write_text(f"{column},b\n1,2\n")
+
+    assert read(path)[0].fields == {column: "1", "b": "2"}

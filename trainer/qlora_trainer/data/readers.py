@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,10 +34,53 @@ MAGIC = {
     b"ARROW1": ("an Arrow file", ".arrow"),
     b"\x1f\x8b": ("compressed with gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("compressed with Zstandard", ".zst"),
-    b"PK\x03\x04": ("a ZIP file", None),
-    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", None),
 }
-"""How files begin -> what they are, and the suffix by which they would be read, if any reader reads them."""
+"""How files begin that readers read -> what they are, and the suffix by which they would be read."""
+AS_ROWS = "export its rows as CSV, or as JSONL"
+UNPACK = "unpack it, and give the file that is in it"
+AS_TEXT = "extract its text into a .txt file, or records into JSONL"
+FOREIGN: dict[bytes, tuple[str, str]] = {
+    b"version https://git-lfs": ("a pointer of Git LFS, not the file itself", "fetch it with `git lfs pull`"),
+    b"%PDF-": ("a PDF", AS_TEXT),
+    b"{\\rtf": ("a rich text document", AS_TEXT),
+    b"SQLite format 3\0": ("an SQLite database", AS_ROWS),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an old Excel or Word file", AS_ROWS),
+    b"PK\x05\x06": ("an empty ZIP file", UNPACK),
+    b"7z\xbc\xaf\x27\x1c": ("a 7-Zip archive", UNPACK),
+    b"Rar!\x1a\x07": ("a RAR archive", UNPACK),
+    **{b"BZh%d1AY&SY" % level: ("compressed with bzip2", UNPACK) for level in range(1, 10)},
+    b"\xfd7zXZ\0": ("compressed with xz", UNPACK),
+    b"\x04\x22\x4d\x18": ("compressed with LZ4", UNPACK),
+    b"\x89HDF\r\n\x1a\n": ("an HDF5 file", AS_ROWS),
+    b"\x93NUMPY": ("a NumPy array", AS_ROWS),
+    b"ORC": ("an ORC file", AS_ROWS),
+    b"Obj\x01": ("an Avro file", AS_ROWS),
+    b"\x80\x02": ("a Python pickle", AS_ROWS),
+    b"\x80\x03": ("a Python pickle", AS_ROWS),
+    b"\x80\x04": ("a Python pickle", AS_ROWS),
+    b"\x80\x05": ("a Python pickle", AS_ROWS),
+    b"GGUF": ("a model in GGUF", "give data here, and the model as model.source"),
+    b"\x89PNG\r\n": ("a PNG image", AS_TEXT),
+    b"\xff\xd8\xff": ("a JPEG image", AS_TEXT),
+    b"GIF8": ("a GIF image", AS_TEXT),
+    b"RIFF": ("an image, sound or video (RIFF)", AS_TEXT),
+    b"ID3": ("an MP3 sound", AS_TEXT),
+    b"\x7fELF": ("a program", "give data"),
+}
+"""How other files begin that are taken for data -> what they are, and what to do."""
+TAR_MAGIC_AT = 257
+ZIP = b"PK\x03\x04"
+ZIP_CONTENTS = {
+    "xl/": ("an Excel workbook (.xlsx)", "save its sheet as CSV (UTF-8)"),
+    "word/": ("a Word document (.docx)", AS_TEXT),
+    "ppt/": ("a PowerPoint presentation (.pptx)", AS_TEXT),
+    "content.xml": ("an OpenDocument file", "save it as CSV, or its text as .txt"),
+    "META-INF/container.xml": ("an e-book (EPUB)", AS_TEXT),
+    "data.pkl": ("a file of torch.save", AS_ROWS),
+}
+"""What a ZIP file holds -> what it is, and what to do."""
+BEGINNING = 512
+"""Bytes by which a file is told from text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +122,7 @@ def read_rows(path: Path) -> Rows:
     container = container_of(path)
     try:
         with path.open("rb") as file:
-            start = file.read(32)
+            start = file.read(BEGINNING)
         if not suffix and start.startswith((b"PAR1", b"ARROW1")):
             suffix = ".parquet" if start.startswith(b"PAR1") else ".arrow"
         read = READERS.get(suffix, json_rows)
@@ -86,7 +130,7 @@ def read_rows(path: Path) -> Rows:
             yield from read(path, path.name)
             return
         if not compression:
-            _refuse_other_content(start, path.name)
+            _refuse_other_content(start, path)
         with _opened(path, compression) as stream:
             yield from read(stream, path.name)
     except UnicodeDecodeError as error:
@@ -104,14 +148,40 @@ def container_of(path: Path) -> Container:
     return CONTAINERS[parts[1] if parts else ".jsonl"]
 
 
-def _refuse_other_content(start: bytes, name: str) -> None:
+def _refuse_other_content(start: bytes, path: Path) -> None:
     """Raises DataError when a file that should be text begins as something else does."""
+    name = path.name
     for magic, (what, suffix) in MAGIC.items():
         if start.startswith(magic):
-            remedy = f"let its name end in {suffix}" if suffix else "unpack or fetch it first"
+            raise DataError(f"{name}: is {what}; let its name end in {suffix}")
+    if start.startswith(ZIP):
+        what, remedy = _what_a_zip_is(path)
+        raise DataError(f"{name}: is {what}; {remedy}")
+    for magic, (what, remedy) in FOREIGN.items():
+        # A table's first column may be called ORC.
+        if start.startswith(magic) and (b"\0" in start or not magic.isalnum()):
             raise DataError(f"{name}: is {what}; {remedy}")
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if start[TAR_MAGIC_AT:].startswith(b"ustar"):
+        raise DataError(f"{name}: is a tar archive; {UNPACK}")
+    zeros = start.count(b"\0")
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 2 * zeros >= len(start) > 1:
         raise DataError(f"{name}: line 1: byte 1 is not UTF-8, but UTF-16; save the file as UTF-8")
+    if zeros and not start.lstrip().startswith((b"{", b"[")):  # else it may be one bad record
+        kinds = ", ".join(CONTAINERS)
+        raise DataError(f"{name}: is not text, nor a kind of file that is known here; give one of {kinds}")
+
+
+def _what_a_zip_is(path: Path) -> tuple[str, str]:
+    """(what it is, what to do)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        inside = []
+    for mark, found in ZIP_CONTENTS.items():
+        if any(name.startswith(mark) or name.endswith(f"/{mark}") for name in inside):
+            return found
+    return "a ZIP file", UNPACK
 
 
 @contextmanager
