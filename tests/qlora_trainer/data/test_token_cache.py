@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -253,3 +255,81 @@ def test_where_the_data_are_is_not_in_the_key(byte_tokenizer: Callable[..., Any]
 def test_of_the_time_counts_what_a_template_is_told(template: str, expected: list[str]) -> None:
     """So that a job of the same day finds the tokens."""
     assert shown_time(template, CLOCK) == expected
+
+
+# --- room
+
+
+def _age(kept: Kept, key: str, days: float) -> None:
+    """As if an entry had last been used so long ago."""
+    then = time.time() - days * 86_400
+    os.utime(kept.cache.folder / key / "meta.json", (then, then))
+
+
+def _size(kept: Kept) -> int:
+    """Bytes of an entry."""
+    return sum(path.stat().st_size for path in (kept.cache.folder / "k").rglob("*") if path.is_file())
+
+
+def _entries(kept: Kept) -> set[str]:
+    return {path.name for path in kept.cache.folder.iterdir()}
+
+
+@pytest.fixture
+def full(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """A cache with three entries in a workspace with room for a fourth, but not for what comes besides."""
+    for key in ("l", "m"):
+        assert kept.cache.write(key, 1, kept.make)
+    one = _size(kept)
+
+    def usage(_: Path) -> Any:
+        used = one * len(list(kept.cache.folder.iterdir()))
+        return SimpleNamespace(total=1000 * one, used=used, free=4 * one - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    return kept
+
+
+def test_what_was_not_used_for_long_makes_room_the_oldest_first(full: Kept) -> None:
+    """No more of it than there is need for."""
+    for key, days in (("k", 9), ("l", 30), ("m", 8)):
+        _age(full, key, days)
+
+    assert full.cache.write("new", _size(full), full.make)
+    assert _entries(full) == {"k", "m", "new"}
+
+
+def test_what_is_used_is_never_removed(full: Kept) -> None:
+    """However old its last use is; once it is used no more, it may go."""
+    found = full.cache.read("l", full.tokenization)
+    assert found is not None
+    for key, days in (("k", 9), ("l", 30), ("m", 1)):
+        _age(full, key, days)
+
+    size = _size(full)
+    assert full.cache.write("new", size, full.make)
+    assert _entries(full) == {"l", "m", "new"}
+    del found
+    assert full.cache.write("other", size, full.make)
+    assert "l" not in _entries(full)
+
+
+def test_what_was_used_lately_stays(full: Kept, caplog: pytest.LogCaptureFixture) -> None:
+    """A job that is started again finds its tokens; the new one goes without a cache."""
+    for key in ("k", "l", "m"):
+        _age(full, key, 30)
+        assert full.cache.read(key, full.tokenization) is not None
+
+    assert not full.cache.write("new", _size(full), full.make)
+    assert _entries(full) == {"k", "l", "m"}
+    assert "cannot keep tokens" in caplog.text
+
+
+def test_the_cache_is_bounded_where_there_is_room(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the file system is enough for tokens."""
+    one = _size(kept)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=4 * one, used=one, free=10**12))
+    _age(kept, "k", 8)
+
+    assert kept.cache.write("new", 10, kept.make)
+    assert _entries(kept) == {"new"}

@@ -123,6 +123,8 @@ class LoadedData:
     evaluation_facts: Facts | None
     template: ChatTemplate | None = None
     """What wrote the conversations; None without any."""
+    use: object = None
+    """What keeps the files of the samples, as long as there is a reference to it."""
 
     def of_dataset(self, dataset: Dataset) -> "LoadedData":
         """The same, with the addresses and weights that a dataset has now: its tokens depend on neither."""

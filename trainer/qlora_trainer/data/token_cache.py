@@ -7,18 +7,23 @@
 
 The key is a hash of everything that decides about tokens, the trainer's own code among it, so nothing in the cache is
 ever wrong, and all of it may be removed at any time. What was damaged is told by the digests of the tokens, and made
-anew. A workspace without room, or that cannot be written to, costs time and memory, and no job.
+anew. Who uses an entry holds a shared lock on its meta.json, whose time of change is that of its last use. Where room
+runs short, what nobody has used for long is removed. A workspace without room, or that cannot be written to, costs time
+and memory, and no job.
 """
 
 import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +49,12 @@ ABANDONED_SECONDS = 86_400
 """After which what nobody has written to is no more being written."""
 ROOM = 2
 """Bytes that must be free for each of the data: tokens take 1.25 times a text's, and checkpoints come after them."""
+UNUSED_SECONDS = 7 * 86_400
+"""After which an entry may be removed where room runs short. Locks do not reach across every kind of volume."""
+MAX_SHARE = 0.25
+"""Of the workspace's file system, for all tokens together: beyond it, too, what was not used for long is removed."""
+TOKEN_SHARE = 1.25
+"""Bytes of tokens for each of the data."""
 LIBRARIES = ("jinja2", "numpy", "pyarrow", "tokenizers", "transformers")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 
@@ -64,6 +75,7 @@ class TokenCache:
             tokenization: makes what the template is taken from, where one was used.
         """
         folder = self.folder / key
+        use = _Use.of(folder / META)
         try:
             meta = json.loads((folder / META).read_text())
             if meta["format"] != FORMAT:
@@ -87,6 +99,7 @@ class TokenCache:
             facts["training"],
             facts.get("evaluation"),
             tokenization().template if meta["template"] else None,
+            use,
         )
 
     def write(self, key: str, size: int, make: Callable[[Path], LoadedData]) -> bool:
@@ -105,6 +118,7 @@ class TokenCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_up()
             shutil.rmtree(self.folder / key, ignore_errors=True)  # it was found to be damaged
+            self._make_room(size)
             free = shutil.disk_usage(self.folder).free
             why = (
                 f"{format_bytes(free)} free, {format_bytes(ROOM * size)} needed" if free < ROOM * size else ""
@@ -160,6 +174,70 @@ class TokenCache:
             newest = max((file.stat().st_mtime for file in [path, *path.rglob("*")]), default=0)
             if mine or now - newest > ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was not used for long, the oldest first, as long as there is too little room for these data."""
+        entries = []
+        for path in self.folder.iterdir():
+            with suppress(OSError):
+                if not path.name.startswith("."):
+                    entries.append(((path / META).stat().st_mtime, _size(path), path))
+        total = sum(bytes_ for _, bytes_, _ in entries)
+        uid, attempt, pod = self._writer
+        for last_use, bytes_, path in sorted(entries, key=lambda entry: entry[0]):
+            disk = shutil.disk_usage(self.folder)
+            fits = total + TOKEN_SHARE * size <= MAX_SHARE * disk.total
+            if (fits and disk.free >= ROOM * size) or time.time() - last_use < UNUSED_SECONDS:
+                return
+            with _unused(path / META) as unused:
+                if not unused:
+                    continue
+                gone = self.folder / f".{path.name}.{uid}.{attempt}.{pod}.tmp"
+                path.rename(gone)  # at once, so that nobody finds a half of it
+            shutil.rmtree(gone, ignore_errors=True)
+            total -= bytes_
+            log.info("%s was not used for %d days and is removed, for room", path, UNUSED_SECONDS // 86_400)
+
+
+class _Use:
+    """Holds a shared lock on an entry until it is no more referred to."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def of(cls, meta: Path) -> "_Use | None":
+        """Lock an entry, and note that it is used; None where there is none, or it cannot be locked."""
+        try:
+            use = cls(os.open(meta, os.O_RDONLY))
+        except OSError:
+            return None
+        with suppress(OSError):
+            fcntl.flock(use._descriptor, fcntl.LOCK_SH)
+        with suppress(OSError):  # a workspace that can only be read
+            os.utime(meta)
+        return use
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
+@contextmanager
+def _unused(meta: Path) -> Iterator[bool]:
+    """Whether nobody uses an entry; meanwhile nobody begins to."""
+    with meta.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # A volume without locks: what is used has a newer time.
+            yield error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        else:
+            yield True
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def cache_key(
