@@ -131,7 +131,7 @@ def test_names_what_is_wrong_in_a_pair(fields: dict[str, Any], error: str) -> No
         ({"a": 1, "b": 2}, r"\(its columns: a, b\); dataset\.columns says which of them is what"),
         (
             {"prompt": "x", "chosen": "y", "rejected": "z"},
-            "it is preference data, which is not trained on yet",
+            "it is preference data, which is not trained on: there is no preference training",
         ),
         ({"data": [{"a": 1}]}, "it is a list of records within an object; write that list to the file"),
     ],

@@ -20,12 +20,16 @@ Format = Literal["chat", "prompt-completion", "alpaca", "text"]
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Keys of a conversation, in the order in which they are looked for."""
+NO_PREFERENCES = (
+    "preference data, which is not trained on: there is no preference training (DPO and the like); give the wanted "
+    "answers alone, as completion or as messages"
+)
 NOT_HONORED: Mapping[str, str] = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "cannot be trained on"),
     **dict.fromkeys(("documents", "chat_template_kwargs"), "is not passed to the chat template"),
     **dict.fromkeys(
         ("rejected", "rejected_response", "rejected_responses"),
-        "makes it preference data, which is not trained on yet",
+        f"makes it {NO_PREFERENCES}",
     ),
 }
 """Keys that would change what a record means, and why it is refused."""
@@ -253,11 +257,12 @@ def refuse_what_is_not_honored(fields: Mapping[str, Any]) -> None:
     """Raises DataError for a key that would change what the record means."""
     for key, why in NOT_HONORED.items():
         if fields.get(key):
-            raise DataError(f"has the key {key}, which {why}; remove it if the record is right without it")
+            remedy = "" if NO_PREFERENCES in why else "; remove it if the record is right without it"
+            raise DataError(f"has the key {key}, which {why}{remedy}")
     if isinstance(fields.get("label"), bool) and "completion" in fields:
         raise DataError(
-            "has a label that is true or false, as data of wanted and unwanted completions have; these are not "
-            "trained on yet; keep the wanted ones, and remove the key"
+            "has a label that is true or false, as data of wanted and unwanted completions have; there is no "
+            "preference training: keep the wanted ones, and remove the key"
         )
 
 
@@ -280,7 +285,7 @@ def _nearest(fields: Mapping[str, Any]) -> str:
     more = len(fields) - len(names)
     told = [*names, *([f"{more} more"] if more else [])]
     if {"chosen", "rejected"} & set(names):
-        return f" (its columns: {', '.join(told)}): it is preference data, which is not trained on yet"
+        return f" (its columns: {', '.join(told)}): it is {NO_PREFERENCES}"
     if not names:
         return ""
     shown = f" (its columns: {', '.join(told)})"
