@@ -108,7 +108,7 @@ def _chat(messages: tuple[Message, ...], fields: Mapping[str, Any], key: str) ->
 
 def parse_prompt_completion(fields: Mapping[str, Any]) -> PromptCompletion | Chat:
     """A prompt and a completion: two texts, or the messages of a conversation. Raises DataError."""
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt, completion = (_written_messages(fields[key]) for key in ("prompt", "completion"))
     if isinstance(prompt, list) or isinstance(completion, list):
         asked = (
             parse_messages(prompt, "prompt")
@@ -131,6 +131,20 @@ def parse_prompt_completion(fields: Mapping[str, Any]) -> PromptCompletion | Cha
     if fields.get("system"):
         raise DataError("system is not read beside a prompt that is a text; write it into the prompt")
     return PromptCompletion(prompt, completion)
+
+
+def _written_messages(value: object) -> object:
+    """A value as it is; but messages where it is the text of JSON that holds some, as a table of texts has them."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    are_messages = isinstance(found, list) and all(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in found
+    )
+    return found if are_messages and found else value
 
 
 def parse_alpaca(fields: Mapping[str, Any]) -> Chat:
