@@ -28,7 +28,9 @@ def page() -> str:
     rows = [(name, *(cell(name, form) for form in FORMATS)) for name in CONTAINERS]
     table = "\n".join(generate.table(("", *FORMATS), rows))
     families = ", ".join(f"`{name}`" for name in sorted(TEMPLATES))
-    tried = textwrap.fill(f"Every format is tried with the templates {families}.", 118, break_on_hyphens=False)
+    tried = textwrap.fill(
+        f"Every format is tried with the templates {families}.", 118, break_on_hyphens=False
+    )
     return f"{before}{BEGIN}\n{table}\n\n{tried}\n\n{END}{after}"
 
 

@@ -38,7 +38,9 @@ WITHOUT_SOURCE = {
 }
 """Folders of tests of the whole, or of a package's parts together."""
 OF_SEVERAL_FILES = {
+    "tests/qlora_trainer/data/test_brought_files.py",
     "tests/qlora_trainer/data/test_conversation_table.py",
+    "tests/qlora_trainer/data/test_data_table.py",
     "tests/qlora_trainer/modeling/test_parity.py",
     "tests/qlora_operator/status/test_reads.py",
 }
