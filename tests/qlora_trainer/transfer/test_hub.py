@@ -10,7 +10,7 @@ import pytest
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
-from qlora_trainer.transfer.credentials import Credentials, Role
+from qlora_trainer.transfer.credentials import Credentials
 from qlora_trainer.transfer.hub import Hub
 from qlora_trainer.transfer.remote_files import Digest, RemoteFile
 from qlora_trainer.transfer.retry import TransientError
@@ -23,7 +23,7 @@ WEIGHTS = bytes(range(256)) * 8192
 FILES = {"config.json": b"{}", "model.safetensors": WEIGHTS, "sub/extra.json": b"[]"}
 
 
-def hub(environ: dict[str, str], uri: str = "hf://org/name", token: str = "", role: Role = "model") -> Hub:
+def hub(environ: dict[str, str], uri: str = "hf://org/name", token: str = "", role: str = "model") -> Hub:
     """A repository of the Hub, shown a token or nothing."""
     return Hub(parse_remote(uri), Credentials(role, {"token": token} if token else {}), environ, 10)
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from qlora_contract.containers import CONTAINERS
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import TransferRefused
-from qlora_trainer.transfer.credentials import Role
-from qlora_trainer.transfer.remote_files import Digest, RemoteFile, hash_file, list_down, select_files
+from qlora_trainer.transfer.remote_files import Digest, RemoteFile, Role, hash_file, list_down, select_files
 
 MODEL = parse_remote("hf://org/name")
 

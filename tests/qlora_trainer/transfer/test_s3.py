@@ -11,7 +11,7 @@ import pytest
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
-from qlora_trainer.transfer.credentials import Credentials, Role
+from qlora_trainer.transfer.credentials import Credentials
 from qlora_trainer.transfer.remote_files import Digest, RemoteFile
 from qlora_trainer.transfer.retry import TransientError
 from qlora_trainer.transfer.s3 import S3, digest_of, fingerprint
@@ -23,7 +23,7 @@ DATA = b'{"prompt": "a", "completion": "b"}\n' * 100_000
 KEYS = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
 
-def s3(environ: dict[str, str], uri: str = f"s3://{BUCKET}/sets", role: Role = "dataset", **keys: str) -> S3:
+def s3(environ: dict[str, str], uri: str = f"s3://{BUCKET}/sets", role: str = "dataset", **keys: str) -> S3:
     """A bucket, shown keys."""
     return S3(parse_remote(uri), Credentials(role, keys or KEYS), environ, 10)
 
