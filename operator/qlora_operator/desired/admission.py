@@ -24,6 +24,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
     uris = {
         "spec.model.source": spec.model.source,
         "spec.dataset.source": spec.dataset.source,
+        "spec.adapter.initialAdapter": spec.adapter.initial_adapter,
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():
