@@ -42,9 +42,10 @@ NOT_SHAPING: dict[str, set[str]] = {
     "model": {"credentialsSecret"},
     "dataset": {"credentialsSecret"},
     "training": {"microBatchTokens", "gradientCheckpointing"},
-    "evaluation": {"maxTokens", "prompts"},
+    "evaluation": {"maxTokens", "prompts", "keepBest", "earlyStoppingPatience"},
 }
-"""Fields of these sections that never change the adapter, up to rounding."""
+"""Fields of these sections that never change a step, up to rounding. At which step training ends early, and which step
+is published, is decided anew by each attempt."""
 
 
 PUBLISHING: dict[str, set[str]] = {"evaluation": {"everySteps", "requireImprovement"}}

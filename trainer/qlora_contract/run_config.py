@@ -191,6 +191,7 @@ class Adapter(ContractModel):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
+    initial_adapter: PvcUri | None = None
 
 
 class Quantization(ContractModel):
@@ -236,6 +237,8 @@ class Evaluation(ContractModel):
     require_improvement: bool = True
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
     prompts: int = Field(default=0, ge=0, le=1000)
+    keep_best: bool = False
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=10_000)
 
 
 class Checkpoint(ContractModel):
@@ -432,6 +435,7 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 
 SINCE: Mapping[str, int] = {
     "adapter.alphaPattern": 2,
+    "adapter.initialAdapter": 2,
     "adapter.loraPlusRatio": 2,
     "adapter.rankPattern": 2,
     "adapter.rslora": 2,
@@ -445,6 +449,8 @@ SINCE: Mapping[str, int] = {
     "dataset.source=https://": 2,
     "dataset.sources": 2,
     "dataset.train": 2,
+    "evaluation.earlyStoppingPatience": 2,
+    "evaluation.keepBest": 2,
     "evaluation.maxTokens": 2,
     "progressDeadlineSeconds": 2,
     "evaluation.prompts": 2,

@@ -147,8 +147,9 @@ def plan(run: RunConfig) -> PlanReport:
         InvalidUriError: a source is on a claim that has no directory here.
     """
     from qlora_trainer.data.tokenization import render
+    from qlora_trainer.modeling import initial_adapter
     from qlora_trainer.modeling.families import read_config
-    from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.modeling.shape import adapter_shapes, model_shape
     from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of
@@ -159,6 +160,9 @@ def plan(run: RunConfig) -> PlanReport:
     run = with_pinned_revisions(run, volumes)
     model_folder = resolve(run.model_uri, volumes)
     shape = model_shape(model_folder, run.adapter)
+    if run.adapter.initial_adapter is not None:
+        initial = resolve(run.adapter.initial_adapter, volumes)
+        initial_adapter.check(initial, run.adapter, adapter_shapes(model_folder, run.adapter))
     exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])

@@ -311,6 +311,12 @@ class Adapter(ApiModel):
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
     """How many times learningRate the B matrices learn at: LoRA+ (Hayou et al. 2024), which recommends 16. 1: no
     difference, as in PEFT."""
+    initial_adapter: str | None = Field(
+        default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN
+    )
+    """Adapter to go on from, with other data, say: a folder as PEFT writes it, `pvc://claim/path`, such as
+    `jobs/<name>/adapter` of a workspace. It must be of the same base, and method, ranks, alphas and layers must be
+    those of this job. Unset: a new adapter, which changes nothing before the first step."""
 
 
 class Quantization(ApiModel):
@@ -389,6 +395,27 @@ class Evaluation(ApiModel):
     prompts: int = Field(default=0, ge=0, le=1000)
     """Prompts of the held-out data that the base and the finished adapter answer at the end, side by side in the
     report in the workspace, which is never uploaded. A minute is spent on each at most. 0: none."""
+    keep_best: bool = False
+    """Publish the adapter as it was at the evaluation with the lowest loss, in place of the last one, and keep that
+    step's checkpoint until then. Requires everySteps. Off: the last step is published, as in transformers."""
+    early_stopping_patience: int | None = Field(default=None, ge=1, le=10_000)
+    """End training once so many evaluations in a row have found no lower loss. Requires keepBest. Unset: train to the
+    last step."""
+
+    rules = (
+        Rule(
+            cel="!has(self.keepBest) || !self.keepBest || has(self.everySteps)",
+            holds=lambda evaluation: not evaluation.keep_best or evaluation.every_steps is not None,
+            message="requires everySteps: the best of one evaluation is the last step",
+            field=("keepBest",),
+        ),
+        Rule(
+            cel="!has(self.earlyStoppingPatience) || (has(self.keepBest) && self.keepBest)",
+            holds=lambda evaluation: evaluation.early_stopping_patience is None or evaluation.keep_best,
+            message="requires keepBest: true, or what is published is what training got worse to",
+            field=("earlyStoppingPatience",),
+        ),
+    )
 
 
 class Checkpoint(ApiModel):
@@ -718,6 +745,14 @@ class QLoRAJobSpec(ApiModel):
             holds=lambda spec: spec.dataset.source is None or _stays_inside(spec.dataset.source),
             message=_INSIDE,
             field=("dataset", "source"),
+        ),
+        Rule(
+            cel="!has(self.adapter.initialAdapter) || !(self.adapter.initialAdapter + '/').contains('/../')",
+            holds=lambda spec: (
+                spec.adapter.initial_adapter is None or _stays_inside(spec.adapter.initial_adapter)
+            ),
+            message="must stay within its claim: the path may not contain `..`",
+            field=("adapter", "initialAdapter"),
         ),
         Rule(
             cel="!has(self.output.destination) || !(self.output.destination + '/').contains('/../')",

@@ -22,6 +22,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
         )
     uris = {
         **{_field(source): source.uri for source in spec.sources},
+        "spec.adapter.initialAdapter": spec.adapter.initial_adapter,
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():

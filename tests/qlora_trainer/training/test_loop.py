@@ -17,19 +17,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qlora_contract.job_folder import ADAPTER, ADAPTER_WEIGHTS, METRICS, REPORT_PAGE
 from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import read_metrics
-from qlora_trainer.errors import AdaptersDiffer, Diverged, Fenced, ModelError, NoImprovement, Terminated
+from qlora_trainer.errors import (
+    AdaptersDiffer,
+    ConfigurationError,
+    Diverged,
+    Fenced,
+    ModelError,
+    NoImprovement,
+    Terminated,
+)
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import (
     check_finite,
     check_improved,
     check_same_adapter,
+    compare_with_best,
+    finish,
     is_due,
     run_steps,
     train,
 )
-from qlora_trainer.training.setup import prepare
+from qlora_trainer.training.setup import TrainState, prepare
 
 pytestmark = pytest.mark.process
 
@@ -434,3 +445,192 @@ def test_generation_stops_by_itself_after_training(
 
     assert stop not in before
     assert tokenizer.decode(after) == "y<|end|>"
+
+
+@pytest.fixture
+def overfits(ready: Ready, tmp_path: Path) -> Ready:
+    """ready(**fields of evaluation and checkpoint): what it learns by heart soon harms it elsewhere."""
+    answers = {"train": "one one one one", "other": "six"}
+    folder = tmp_path / "overfits"
+    folder.mkdir()
+    for split, answer in answers.items():
+        record = {
+            "messages": [{"role": "user", "content": "count"}, {"role": "assistant", "content": answer}]
+        }
+        (folder / f"{split}.jsonl").write_text(f"{json.dumps(record)}\n" * 4)
+
+    def make(**fields: dict[str, Any]) -> RankContext:
+        return ready(
+            dataset={"source": "pvc://team/overfits", "evalSplit": "other"},
+            training={"maxSteps": 8, "learningRate": 0.1, "schedule": "constant", "warmupRatio": 0.0},
+            evaluation={"everySteps": 1, "keepBest": True, "requireImprovement": False}
+            | fields.get("evaluation", {}),
+            checkpoint={"everySteps": 1, "keep": 1} | fields.get("checkpoint", {}),
+        )
+
+    return make
+
+
+def curve(context: RankContext) -> dict[int, float]:
+    """Step -> eval loss, without that of the base."""
+    return {
+        line["step"]: line["eval_loss"] for line in lines(context) if line["step"] and "eval_loss" in line
+    }
+
+
+def test_the_best_step_is_published(overfits: Ready) -> None:
+    """Its adapter is, to the bit, though training went on to its end; its checkpoint outlives newer ones."""
+    context = overfits()
+    report = train(context)
+    losses = curve(context)
+    best = min(losses, key=losses.__getitem__)
+    kept = checkpoint.path_of(context.folder, best)
+    published = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+
+    assert best == 2
+    assert report["published_step"] == best
+    assert report["steps"] == report["total_steps"] == 8
+    assert report["eval_loss"] == losses[best] < losses[8]
+    assert sorted(path.name for path in context.folder.checkpoints.iterdir()) == [kept.name, "step-00000008"]
+    for name, tensor in load_file(kept / checkpoint.ADAPTER_FILE).items():
+        assert torch.equal(published[f"base_model.model.{name}"], tensor)
+
+
+def test_training_ends_once_it_gets_no_better(overfits: Ready) -> None:
+    """After so many evaluations in a row; the report tells how far it went and what it published."""
+    context = overfits(evaluation={"earlyStoppingPatience": 3})
+    report = train(context)
+
+    assert list(curve(context)) == [1, 2, 3, 4, 5]
+    assert (report["published_step"], report["steps"], report["total_steps"]) == (2, 5, 8)
+    assert report["eval_loss"] == curve(context)[2]
+
+
+def raises_no_improvement(*_: object, **__: object) -> None:
+    """As if the base were better."""
+    raise NoImprovement("no better than the base")
+
+
+def test_a_job_that_ended_early_goes_on_with_more_patience(
+    overfits: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost to a setting: what failed the gate goes on from its last step when it is given more time."""
+    first = overfits(evaluation={"earlyStoppingPatience": 1, "requireImprovement": True})
+    monkeypatch.setattr(loop, "check_improved", raises_no_improvement)
+    with pytest.raises(NoImprovement):
+        train(first)
+    monkeypatch.undo()
+    again = overfits(evaluation={"earlyStoppingPatience": 2})
+    report = train(again)
+
+    assert list(curve(again)) == [1, 2, 3, 4]
+    assert (report["published_step"], report["steps"]) == (2, 4)
+
+
+@pytest.mark.parametrize("killed_after", [2, 4, 8])
+def test_the_best_step_survives_a_restart(
+    overfits: Ready, monkeypatch: pytest.MonkeyPatch, killed_after: int
+) -> None:
+    """Wherever the first attempt was killed: at the best step, after it, and before anything is published."""
+    expected = train(overfits())["adapter_sha256"]
+
+    def killed(context: RankContext, state: TrainState) -> None:
+        save(context, state)
+        if state.loop.step == killed_after:
+            raise KeyboardInterrupt
+
+    first = overfits()
+    shutil.rmtree(first.folder.path)
+    first.folder.acquire()
+    save = loop.save
+    monkeypatch.setattr(loop, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(first)
+    monkeypatch.undo()
+    report = train(overfits())
+
+    assert (report["published_step"], report["adapter_sha256"]) == (2, expected)
+
+
+def test_losses_on_other_samples_are_no_measure_of_the_best(overfits: Ready, tmp_path: Path) -> None:
+    """A job that is evaluated on other samples from now on forgets which step was the best."""
+    train_until_killed = overfits(checkpoint={"everySteps": 4, "keep": 1})
+    state = prepare(train_until_killed)
+    state.schedule.total_steps = 4
+    run_steps(train_until_killed, state)
+    assert state.loop.best_step == 2
+    record = {"messages": [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one one"}]}
+    (tmp_path / "overfits" / "third.jsonl").write_text(json.dumps(record))
+
+    assert prepare(overfits()).loop.best_step == 2
+    assert prepare(overfits(evaluation={"keepBest": False})).loop.best_step is None
+    assert prepare(overfits(evaluation={"maxTokens": 1})).loop.best_step is None
+
+
+def test_a_damaged_best_checkpoint_is_no_loss_of_the_job(
+    overfits: Ready, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last step is published then, and the log says so."""
+    context = overfits()
+    state = prepare(context)
+    run_steps(context, state)
+    (checkpoint.path_of(context.folder, 2) / checkpoint.ADAPTER_FILE).write_bytes(b"")
+    report = finish(context, state)
+
+    assert "step-00000002, is damaged: the last step is published" in caplog.text
+    assert report["published_step"] == 8
+    assert report["eval_loss"] == curve(context)[8]
+
+
+def test_the_best_step_needs_something_to_evaluate_on(ready: Ready) -> None:
+    """It is said before a model is loaded."""
+    with pytest.raises(ConfigurationError, match=r"evaluation\.keepBest needs data to evaluate on"):
+        train(
+            ready(
+                dataset={"evalFraction": 0.0},
+                evaluation={"everySteps": 1, "keepBest": True, "requireImprovement": False},
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "waited"),
+    [
+        pytest.param([], None, 0, id="none-yet"),
+        pytest.param([2.0, 1.0, 1.5], 2, 1, id="worse-after-it"),
+        pytest.param([1.0, 1.0], 1, 1, id="equal-is-no-better"),
+        pytest.param([math.nan, math.inf], None, 2, id="no-numbers"),
+        pytest.param([3.0, math.nan, 2.0], 3, 0, id="better-after-none"),
+        pytest.param([3.0, None], 1, 1, id="not-measured"),
+    ],
+)
+def test_which_step_is_the_best(losses: list[float | None], best: int | None, waited: int) -> None:
+    """The first with the lowest loss; a loss that is no number is none."""
+    state = LoopState()
+    for loss in losses:
+        state.step += 1
+        compare_with_best(state, loss)
+
+    assert (state.best_step, state.evaluations_since_best) == (best, waited)
+
+
+def test_a_job_goes_on_from_another_jobs_adapter(ready: Ready, tmp_path: Path) -> None:
+    """Its first loss is where the other ended; the report names what it began with, also after a restart without it."""
+    first = ready(training={"learningRate": 0.01, "maxSteps": 6})
+    before = train(first)
+    shutil.move(first.folder.path, tmp_path / "first")
+    settings = {
+        "adapter": {"initialAdapter": "pvc://team/first/adapter"},
+        "training": {"learningRate": 1e-9},
+        "evaluation": {"everySteps": 1},
+    }
+    again = ready(**settings)
+    state = prepare(again)
+    state.schedule.total_steps = 1
+    run_steps(again, state)
+    shutil.move(tmp_path / "first", tmp_path / "gone")
+    report = train(ready(**settings))
+
+    assert curve(again)[3] == pytest.approx(before["eval_loss"], abs=1e-4)
+    assert report["provenance"]["initial_adapter_sha256"] == before["adapter_sha256"]
+    assert before["provenance"]["initial_adapter_sha256"] == ""

@@ -22,14 +22,10 @@ from qlora_contract.job_folder import (
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name of each tensor of an adapter, whatever its method."""
-
 
 USE_BY_NAME = """\
 from peft import AutoPeftModelForCausalLM

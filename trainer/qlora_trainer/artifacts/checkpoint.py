@@ -50,12 +50,18 @@ class LoopState:
     dataset_sha256: str = ""
     weights_sha256: str = ""
     """Of the base's tensors (modeling.weight_files.WeightsHash); empty in checkpoints of releases that took none."""
+    initial_adapter_sha256: str = ""
+    """Of the weights of adapter.initialAdapter, as the first attempt read them; empty without one."""
     token_digests: dict[str, str] = field(default_factory=dict)
     """Hashes of the samples of `training` and of `evaluation` and, to tell what changed them, of the `chat template`
     and the `tokenizer`. Empty where the release that wrote the checkpoint did not know it."""
     determinism_key: dict[str, Any] = field(default_factory=dict)
     """What decides in which order numbers are added up: a resume repeats an undisturbed run bit for bit only under the
     same. Called `conditions` in state.json."""
+    best_step: int | None = None
+    """Whose adapter had the lowest eval loss; None while none was evaluated, or none is to be kept."""
+    best_eval_loss: float | None = None
+    evaluations_since_best: int = 0
     not_bit_exact: str | None = None
     """Why the run, resumed, does not repeat an undisturbed one bit for bit: the reasons of all attempts."""
 
@@ -71,13 +77,13 @@ def save(
     state: LoopState,
     keep: int,
 ) -> Path:
-    """Write a checkpoint of the state, then remove all but the newest `keep`; the checkpoint's folder.
+    """Write a checkpoint of the state, then remove all but the newest `keep` and the best; the checkpoint's folder.
 
     Raises:
         Fenced: a newer attempt has taken over; nothing is left of the checkpoint.
         StorageFull: it does not fit; nothing is left of it.
     """
-    final = folder.checkpoints / f"step-{state.step:08d}"
+    final = path_of(folder, state.step)
     temporary = folder.checkpoints / f".{final.name}.{folder.run.job.uid}-{folder.run.job.attempt}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -94,9 +100,16 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
     # Later ones are damaged, or this attempt would have started from them: they do not count.
     known = [path for path in sorted(folder.checkpoints.glob("step-*")) if path.name <= final.name]
+    best = None if state.best_step is None else path_of(folder, state.best_step)
     for path in known[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != best:
+            shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def path_of(folder: JobFolder, step: int) -> Path:
+    """The folder of the checkpoint after a step."""
+    return folder.checkpoints / f"step-{step:08d}"
 
 
 def optimizer_tensors(parameters: AdapterParameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

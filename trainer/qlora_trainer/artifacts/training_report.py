@@ -41,6 +41,7 @@ def training_report(
         "eval_loss": eval_loss,
         "steps": state.step,
         "total_steps": schedule.total_steps,
+        "published_step": state.step if state.best_step is None else state.best_step,
         "epochs": schedule.epochs_done(state.step),
         "tokens": state.tokens,
         "supervised_tokens": state.supervised_tokens,
@@ -87,6 +88,8 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
         "model_source": run.model.source,
         "model_revision": run.fetched.model,
         "weights_sha256": state.weights_sha256,
+        "initial_adapter": run.adapter.initial_adapter,
+        "initial_adapter_sha256": state.initial_adapter_sha256,
         "dataset_source": run.dataset.source,
         "dataset_revision": run.fetched.dataset,
         **(

@@ -10,6 +10,9 @@ from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.lora import Lora
 from qlora_trainer.modeling.lora_linear import Dropout
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name of each tensor of an adapter, whatever its method."""
+
 
 class AdapterMethod(Protocol):
     """A kind of adapter, made of a job's settings.

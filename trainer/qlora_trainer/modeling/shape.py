@@ -25,18 +25,9 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         ModelError: for a model or target modules that cannot be trained.
     """
     family, config = read_model(folder)
-    try:
-        graph = build_graph(config, family, torch.float32)
-    except Exception as error:  # transformers computes with whatever config.json says
-        raise ModelError(
-            f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)})"
-        ) from error
-    everything = {
-        name: (module.out_features, module.in_features)
-        for name, module in graph.named_modules()
-        if isinstance(module, nn.Linear) and name != family.head
-    }
-    linears = {family.public_name(name): size for name, size in everything.items() if family.adapts(name)}
+    graph = _graph(folder, family, config)
+    everything = _linears(graph, family)
+    linears = _adaptable(everything, family)
     sizes = [prod(shape) for shape in everything.values()]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelShape(
@@ -60,6 +51,34 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         )
         + (0 if family.experts is None else routed(config)),
     )
+
+
+def adapter_shapes(folder: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what would be trained of the adapter, by config.json alone. Raises as model_shape."""
+    family, config = read_model(folder)
+    linears = _adaptable(_linears(_graph(folder, family, config), family), family)
+    return method_for(adapter).parameter_shapes(linears)
+
+
+def _graph(folder: Path, family: Family, config: Any) -> nn.Module:
+    try:
+        return build_graph(config, family, torch.float32)
+    except Exception as error:  # transformers computes with whatever config.json says
+        raise ModelError(
+            f"{folder}/config.json does not describe a model ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _linears(graph: nn.Module, family: Family) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in graph.named_modules()
+        if isinstance(module, nn.Linear) and name != family.head
+    }
+
+
+def _adaptable(linears: Mapping[str, tuple[int, int]], family: Family) -> dict[str, tuple[int, int]]:
+    return {family.public_name(name): size for name, size in linears.items() if family.adapts(name)}
 
 
 def intermediate(config: Any, family: Family) -> int:

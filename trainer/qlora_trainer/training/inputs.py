@@ -113,7 +113,8 @@ def load_inputs(
         ModelError: the tokenizer is missing, cannot be read or makes tokens that the model does not have; or the
             model cannot tell the places of maxSequenceLength tokens.
         DataError: the data cannot be trained on.
-        ConfigurationError: an improvement is required that nothing could show, or there is no such chat template.
+        ConfigurationError: an improvement or the best step is asked for, and nothing could show it; or there is no such
+            chat template.
         InvalidUriError: a source is on a claim that has no directory here.
     """
     folder = resolve(run.model_uri, volumes)
@@ -138,6 +139,11 @@ def load_inputs(
         raise ConfigurationError(
             "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
             "name a dataset.evalSplit, or set requireImprovement to false"
+        )
+    if data.evaluation is None and run.evaluation.keep_best:
+        raise ConfigurationError(
+            "evaluation.keepBest needs data to evaluate on: set dataset.evalFraction above 0 or name a "
+            "dataset.evalSplit"
         )
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))

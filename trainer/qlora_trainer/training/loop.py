@@ -5,13 +5,15 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qlora_contract.files import sha256
-from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri
+from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri, read_manifest
 from qlora_contract.progress import CheckpointRef, Work
 from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
+from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
 from qlora_trainer.artifacts.training_report import base_model, training_report
 from qlora_trainer.data import packing
@@ -76,12 +78,12 @@ def run_steps(context: RankContext, state: TrainState) -> None:
         StopRequested: a rank was asked to stop; the state is that after a whole step.
         Diverged: before a bad step is applied.
     """
-    run, loop, total_steps = context.run, state.loop, state.schedule.total_steps
+    loop, total_steps = state.loop, state.schedule.total_steps
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record(context, metrics_log, evaluation_line(0, loop.base_eval_loss_quantized))
     saved_at = time.monotonic()
-    while loop.step < total_steps:
+    while loop.step < total_steps and not out_of_patience(context, loop):
         context.progress.update(stage="Training")
         metrics, stop = one_step(context, state)
         context.rate.step(metrics.tokens, metrics.seconds)
@@ -97,10 +99,8 @@ def run_steps(context: RankContext, state: TrainState) -> None:
                 if loop.base_eval_loss_quantized is None:
                     measure_base(context, state, metrics_log)
                 # The last step is followed by the final evaluation.
-                if is_due(run.evaluation.every_steps, loop.step) and loop.step < total_steps:
-                    context.progress.update(stage="Evaluating")
-                    metrics = replace(metrics, eval_loss=evaluate_adapter(context, state))
-                    context.progress.update(eval_loss=metrics.eval_loss)
+                if is_due(context.run.evaluation.every_steps, loop.step) and loop.step < total_steps:
+                    metrics = replace(metrics, eval_loss=evaluate_between_steps(context, state))
             except StopRequested:
                 stop = True
         if metrics_log:
@@ -133,8 +133,28 @@ def record(context: RankContext, metrics_log: MetricsLog, line: Mapping[str, Any
 def save_is_due(context: RankContext, state: TrainState, seconds: float) -> bool:
     """Whether a checkpoint follows the step that was just done, so many seconds after the last one."""
     settings, step = context.run.checkpoint, state.loop.step
-    is_last = step == state.schedule.total_steps
+    is_last = step == state.schedule.total_steps or out_of_patience(context, state.loop)
+    if step == state.loop.best_step:
+        return True
     return is_due(settings.every_steps, step) or is_last or seconds >= settings.every_seconds
+
+
+def compare_with_best(loop: LoopState, loss: float | None) -> None:
+    """Take note of what the adapter scores after the step that was just done."""
+    if (
+        loss is not None
+        and math.isfinite(loss)
+        and (loop.best_eval_loss is None or loss < loop.best_eval_loss)
+    ):
+        loop.best_step, loop.best_eval_loss, loop.evaluations_since_best = loop.step, loss, 0
+    else:
+        loop.evaluations_since_best += 1
+
+
+def out_of_patience(context: RankContext, loop: LoopState) -> bool:
+    """Whether training ends before its last step, since evaluations have not got better for long enough."""
+    patience = context.run.evaluation.early_stopping_patience
+    return patience is not None and loop.evaluations_since_best >= patience
 
 
 def is_due(every_steps: int | None, step: int) -> bool:
@@ -259,6 +279,16 @@ def check_finite(step: int, loss: float, norm: float) -> None:
         raise ModelError("no gradient reaches the adapter, so nothing would be learned")
 
 
+def evaluate_between_steps(context: RankContext, state: TrainState) -> float | None:
+    """The adapter's eval loss after the step that was just done, which may be the best. Raises StopRequested."""
+    context.progress.update(stage="Evaluating")
+    loss = evaluate_adapter(context, state)
+    context.progress.update(eval_loss=loss)
+    if context.run.evaluation.keep_best:
+        compare_with_best(state.loop, loss)
+    return loss
+
+
 def evaluate_adapter(context: RankContext, state: TrainState) -> float | None:
     """The adapter's eval loss as it stands; None without evaluation data."""
     return evaluate(
@@ -317,16 +347,14 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         NoImprovement, Diverged: the adapter is not good; nothing is published.
     """
     run, folder, loop = context.run, context.folder, state.loop
-    base = base_model(run)
     staged = adapter.staging_folder(folder)
-    if context.is_rank_zero:
-        template = state.data.template
-        adapter.write_adapter(folder, state.parameters, base, template.portable if template else None)
-    context.group.barrier()
-    adapter.reload_adapter(staged, state.parameters)
     context.progress.update(stage="Evaluating")
     try:
-        loss = evaluate_adapter(context, state)
+        loss = last_loss = stage_adapter(context, state)
+        best = best_checkpoint(context, loop, loss) if run.evaluation.keep_best else None
+        if best is not None:
+            checkpoint.load_adapter(best, state.parameters)
+            loss = stage_adapter(context, state)
         if loss is not None and loop.base_eval_loss_quantized is None:
             measure_base(context, state, None)
         answer_held_out(context, state)
@@ -356,10 +384,44 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         folder.check_fence()
         report["cost"] = context.books.cost()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)
-        record(context, metrics_log, evaluation_line(loop.step, loss))
+        record(context, metrics_log, evaluation_line(loop.step, last_loss))
         adapter.publish(folder, staged, report, read_metrics(metrics_log.path))
     context.group.barrier()
     return report
+
+
+def stage_adapter(context: RankContext, state: TrainState) -> float | None:
+    """Write the adapter as it stands, reload it on every rank, and evaluate what was reloaded."""
+    template = state.data.template
+    if context.is_rank_zero:
+        portable = template.portable if template else None
+        adapter.write_adapter(context.folder, state.parameters, base_model(context.run), portable)
+    context.group.barrier()
+    adapter.reload_adapter(adapter.staging_folder(context.folder), state.parameters)
+    return evaluate_adapter(context, state)
+
+
+def best_checkpoint(context: RankContext, loop: LoopState, last_loss: float | None) -> Path | None:
+    """The checkpoint that is to be published in place of the last step, on every rank; None: the last step is best.
+
+    Args:
+        context: this rank's.
+        loop: where training ended; its best step becomes the last where that is published.
+        last_loss: of the last step.
+    """
+    path = None
+    if loop.best_step is not None and loop.best_eval_loss is not None:
+        better = last_loss is not None and last_loss < loop.best_eval_loss
+        path = None if better else checkpoint.path_of(context.folder, loop.best_step)
+    if context.is_rank_zero and path is not None and read_manifest(path) is None:
+        log.warning("the checkpoint of the best step, %s, is damaged: the last step is published", path)
+        path = None
+    chosen: Path | None = context.group.all_gather_object(path)[0]
+    if chosen is None:
+        loop.best_step, loop.best_eval_loss = loop.step, last_loss
+    else:
+        log.info("step %d was the best, eval loss %.4f: it is published", loop.best_step, loop.best_eval_loss)
+    return chosen
 
 
 def facts_of(

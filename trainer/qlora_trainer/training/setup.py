@@ -40,12 +40,13 @@ from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.host.isa import processor
 from qlora_trainer.kernels import library
+from qlora_trainer.modeling import initial_adapter
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora_linear import GENERATOR, Dropout
-from qlora_trainer.modeling.shape import model_shape
+from qlora_trainer.modeling.shape import adapter_shapes, model_shape
 from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
@@ -132,6 +133,9 @@ def prepare(context: RankContext) -> TrainState:
     state.loop.base_eval_loss_quantized = state.base_losses.quantized
     state.loop.determinism_key = inputs.determinism_key
     state.loop.dataset_sha256 = state.data.sha256
+    same_samples = state.loop.token_digests.get("evaluation") == inputs.tokens["evaluation"]
+    if not (same_samples and context.run.evaluation.keep_best):  # losses on other samples are no measure
+        state.loop.best_step, state.loop.best_eval_loss, state.loop.evaluations_since_best = None, None, 0
     state.loop.token_digests = inputs.tokens
     if context.all_reduce_scalars({}).stop_requested:
         raise StopRequested
@@ -165,6 +169,9 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     )
     name = of_ranks[0][0]
     resumed = context.folder.checkpoints / name if name else None
+    if run.adapter.initial_adapter is not None and resumed is None:
+        initial = resolve(run.adapter.initial_adapter, context.volumes)
+        initial_adapter.check(initial, run.adapter, adapter_shapes(model_folder, run.adapter))
     loop = checkpoint.read_state(resumed) if resumed else LoopState()
     if resumed and loop.dataset_sha256 != data.sha256:  # a data position means nothing in other data
         raise DataError(
@@ -190,7 +197,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     if context.is_rank_zero:
         for use, facts in data.facts().items():
             log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
-        checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
+        kept = run.checkpoint.keep + run.evaluation.keep_best + 2
+        checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
         warn_of_lost_answers(data, run.training.max_sequence_length)
     schedule = step_schedule(run, data)
@@ -388,6 +396,9 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         model.enable_gradient_checkpointing()
     dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
     parameters = method_for(run.adapter).attach(model, seed=run.training.seed, dropout=dropout)
+    if run.adapter.initial_adapter is not None and inputs.checkpoint is None:
+        initial = resolve(run.adapter.initial_adapter, context.volumes)
+        inputs.loop.initial_adapter_sha256 = initial_adapter.load(initial, parameters)
     optimizer = AdapterAdamW(
         parameters,
         lr=run.training.learning_rate,
