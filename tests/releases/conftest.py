@@ -142,6 +142,14 @@ def values(node: Schema, name: str) -> SearchStrategy[Any]:
     return texts(node)
 
 
+def _consistent_evaluation(evaluation: dict[str, Any]) -> None:
+    """A random section `evaluation` after its rules."""
+    if "everySteps" not in evaluation:
+        evaluation.pop("keepBest", None)
+    if not evaluation.get("keepBest"):
+        evaluation.pop("earlyStoppingPatience", None)
+
+
 def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
     """A random spec after the rules between its fields."""
     training, topology = spec.setdefault("training", {}), spec.setdefault("topology", {})
@@ -177,6 +185,7 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
             section.pop("revision", None)
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
+    _consistent_evaluation(spec.get("evaluation", {}))
     if "destination" not in spec.get("output", {}):
         spec.get("output", {}).pop("credentialsSecret", None)
     return {"workspace": "pvc://team/work", **spec}

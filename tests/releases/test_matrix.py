@@ -231,8 +231,14 @@ def stricter(old: Schema, new: Schema, path: str) -> Iterator[str]:
         "x-kubernetes-list-type",
         "x-kubernetes-int-or-string",
     ):
-        if old.get(same) != new.get(same):
+        if old.get(same) != new.get(same) and not (same == "pattern" and widened(old, new)):
             yield f"{path} has another {same}"
+
+
+def widened(old: Schema, new: Schema) -> bool:
+    """Whether a pattern is an older one with more alternatives: `^(a|b)$` became `^(a|b|c)$`."""
+    before, after = str(old.get("pattern", "")), str(new.get("pattern", ""))
+    return before.startswith("^(") and before.endswith(")$") and after.startswith(f"{before[:-2]}|")
 
 
 def schema_of(crd: dict[str, Any]) -> Schema:
@@ -257,11 +263,17 @@ def test_every_job_that_is_stored_stays_valid(old_crd: dict[str, Any]) -> None:
         (lambda spec: spec["properties"]["backoffLimit"].update(default=9), "has another default"),
         (lambda spec: spec["properties"]["image"].update(pattern="^a$"), "has another pattern"),
         (
+            lambda spec: spec["properties"]["output"]["properties"]["destination"].update(
+                pattern="^(hf://a|s3://b)$"
+            ),
+            "has another pattern",
+        ),
+        (
             lambda spec: spec["properties"]["isa"]["properties"]["allowed"]["items"]["enum"].remove("avx2"),
             "may not be avx2",
         ),
     ],
-    ids=["removed", "required", "bound", "default", "pattern", "value"],
+    ids=["removed", "required", "bound", "default", "pattern", "alternatives", "value"],
 )
 def test_a_stricter_definition_is_noticed(
     change: Callable[[Schema], object], fault: str, old_crd: dict[str, Any]
@@ -289,6 +301,27 @@ def rules_of(crd: dict[str, Any]) -> set[str]:
     return set(within(schema_of(crd)))
 
 
-def test_no_rule_is_added_to_jobs_that_are_stored(old_crd: dict[str, Any]) -> None:
-    """A rule that a stored job breaks would make every later write to it fail: a new one must hold for them all."""
-    assert rules_of(custom_resource_definition()) - rules_of(old_crd) == set()
+HOLD_FOR_STORED_JOBS = {
+    "has(self.source) != has(self.sources)": "each of them has a source, which was required, and no list",
+    "!has(self.sources) ||": "none has a list",
+    "!has(self.dataset.source) ||": "the rule was there; now it has an exception",
+    "!has(self.model.credentialsSecret) ||": "a source was of a claim, the Hub or a bucket: all that is not of a claim",
+    "!has(self.dataset.credentialsSecret) ||": "likewise",
+    "!has(self.credentialsSecret) || self.source": "is of an item of a list, which none has",
+    "!has(self.revision) ||": "likewise",
+    "self.dataset.revision == 'main' || !has(self.dataset.source) ||": "the rule was there, without the exception",
+    "!(self.source + '/')": "likewise",
+    "!has(self.adapter.initialAdapter) ||": "none has that field",
+    "!has(self.keepBest) ||": "none has that field",
+    "!has(self.earlyStoppingPatience) ||": "none has that field",
+}
+"""How a rule begins that came after release 0.1.0: why every job that is stored keeps to it."""
+
+
+def test_no_rule_is_added_that_stored_jobs_may_break(old_crd: dict[str, Any]) -> None:
+    """It would make every later write to such a job fail. What reads random jobs of release 0.1.0 is in test_forms."""
+    added = rules_of(custom_resource_definition()) - rules_of(old_crd)
+    unexplained = [rule for rule in added if not rule.startswith(tuple(HOLD_FOR_STORED_JOBS))]
+    unused = [start for start in HOLD_FOR_STORED_JOBS if not any(rule.startswith(start) for rule in added)]
+
+    assert (unexplained, unused) == ([], [])

@@ -242,8 +242,9 @@ def _named(volumes: list[Object], kind: str, key: str) -> set[str]:
 
 
 def _claims(spec: Object, stage: str) -> set[str]:
-    """The claims that a stage may see: the workspace's, and the sources' while training."""
-    uris = [spec["model"]["source"], spec["dataset"]["source"]] if stage == "train" else []
+    """The claims that a stage may see: the workspace's, and while training those of what it reads."""
+    initial = [spec["adapter"]["initialAdapter"]] if spec["adapter"]["initialAdapter"] else []
+    uris = [spec["model"]["source"], spec["dataset"]["source"], *initial] if stage == "train" else []
     return {_claim(uri) for uri in (spec["workspace"], *uris) if uri.startswith("pvc://")}
 
 

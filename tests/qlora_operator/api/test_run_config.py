@@ -149,6 +149,7 @@ class RenamedAdapter(ApiModel):
     rank_pattern: dict[str, int] = {}  # noqa: RUF012
     alpha_pattern: dict[str, float] = {}  # noqa: RUF012
     lora_plus_ratio: float = 1.0
+    initial_adapter: str | None = None
 
 
 def test_several_sources_reach_the_ranks_each_with_its_own_settings(a_job: Callable[..., QLoRAJob]) -> None:

@@ -34,6 +34,7 @@ DEFAULTS = {
         "rankPattern": {},
         "alphaPattern": {},
         "loraPlusRatio": 1,
+        "initialAdapter": None,
     },
     "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
     "training": {
@@ -53,7 +54,14 @@ DEFAULTS = {
         "gradientCheckpointing": "auto",
         "seed": 0,
     },
-    "evaluation": {"everySteps": None, "maxTokens": 65536, "prompts": 0, "requireImprovement": True},
+    "evaluation": {
+        "everySteps": None,
+        "maxTokens": 65536,
+        "prompts": 0,
+        "requireImprovement": True,
+        "keepBest": False,
+        "earlyStoppingPatience": None,
+    },
     "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
     "topology": {
         "pods": 1,
@@ -467,10 +475,25 @@ BAD = {
         "spec.training.overlong",
         "truncate, drop, error",
     ),
-    "keepBest, which does not exist yet": (
+    "bestModel, which does not exist": (
+        {"spec.evaluation.bestModel": True},
+        "spec.evaluation.bestModel",
+        "no such field; there are everySteps, requireImprovement",
+    ),
+    "the best of one evaluation": (
         {"spec.evaluation.keepBest": True},
         "spec.evaluation.keepBest",
-        "no such field; there are everySteps, requireImprovement",
+        "requires everySteps: the best of one evaluation is the last step",
+    ),
+    "patience without the best": (
+        {"spec.evaluation.everySteps": 5, "spec.evaluation.earlyStoppingPatience": 2},
+        "spec.evaluation.earlyStoppingPatience",
+        "requires keepBest: true",
+    ),
+    "an initial adapter outside its claim": (
+        {"spec.adapter.initialAdapter": "pvc://team/../other"},
+        "spec.adapter.initialAdapter",
+        "must stay within its claim",
     ),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", "from 1 to 100"),
     "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with pods"),
