@@ -212,7 +212,13 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "seed beyond 32 bits": ({"spec.training.seed": 2**32}, "spec.training.seed", HIGH),
     "unknown dtype": ({"spec.training.computeDtype": "fp16"}, "spec.training.computeDtype", '"bf16", "fp32"'),
     "evaluation every 0 steps": ({"spec.evaluation.everySteps": 0}, "spec.evaluation.everySteps", f"{LOW} 1"),
-    "keepBest, which does not exist yet": ({"spec.evaluation.keepBest": True}, "keepBest", UNKNOWN),
+    "bestModel, which does not exist": ({"spec.evaluation.bestModel": True}, "bestModel", UNKNOWN),
+    "the best of one evaluation": ({"spec.evaluation.keepBest": True}, "keepBest", "requires everySteps"),
+    "patience without the best": (
+        {"spec.evaluation.everySteps": 5, "spec.evaluation.earlyStoppingPatience": 2},
+        "earlyStoppingPatience",
+        "requires keepBest: true",
+    ),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", f"{LOW} 1"),
     # topology and processors
     "no topology": ({"spec.topology": OMIT}, "spec.topology", "Required value"),
