@@ -36,13 +36,7 @@ def page() -> str:
 
 def main() -> int:
     """Write the page, or say what differs."""
-    texts = {PAGE: page()}
-    if "--check" not in sys.argv[1:]:
-        generate.write(ROOT, texts)
-        return 0
-    diff = list(generate.differences(ROOT, texts))
-    sys.stdout.writelines(diff)
-    return 1 if diff else 0
+    return generate.write_or_check({PAGE: page()})
 
 
 if __name__ == "__main__":

@@ -256,6 +256,16 @@ def differences(root: Path, texts: dict[str, str]) -> Iterator[str]:
         )
 
 
+def write_or_check(texts: dict[str, str]) -> int:
+    """Write files of the repository or, with `--check`, say what differs in them; the exit code."""
+    if "--check" not in sys.argv[1:]:
+        write(ROOT, texts)
+        return 0
+    diff = list(differences(ROOT, texts))
+    sys.stdout.writelines(diff)
+    return 1 if diff else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")

@@ -117,13 +117,7 @@ def _tested(kind: str) -> tuple[str, str, str]:
 def main() -> int:
     """Write the page, or say what differs."""
     logging.set_verbosity_error()
-    texts = {PAGE: models()}
-    if "--check" not in sys.argv[1:]:
-        generate.write(ROOT, texts)
-        return 0
-    diff = list(generate.differences(ROOT, texts))
-    sys.stdout.writelines(diff)
-    return 1 if diff else 0
+    return generate.write_or_check({PAGE: models()})
 
 
 if __name__ == "__main__":

@@ -147,22 +147,24 @@ def plan(run: RunConfig) -> PlanReport:
         InvalidUriError: a source is on a claim that has no directory here.
     """
     from qlora_trainer.data.tokenization import render
-    from qlora_trainer.modeling import initial_adapter
     from qlora_trainer.modeling.families import read_config
-    from qlora_trainer.modeling.shape import adapter_shapes, model_shape
+    from qlora_trainer.modeling.shape import model_shape
     from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of
-    from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, step_schedule
+    from qlora_trainer.training.inputs import (
+        check_initial_adapter,
+        default_compute_dtype,
+        load_inputs,
+        step_schedule,
+    )
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     model_folder = resolve(run.model_uri, volumes)
     shape = model_shape(model_folder, run.adapter)
-    if run.adapter.initial_adapter is not None:
-        initial = resolve(run.adapter.initial_adapter, volumes)
-        initial_adapter.check(initial, run.adapter, adapter_shapes(model_folder, run.adapter))
+    check_initial_adapter(run, model_folder, volumes)
     exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])

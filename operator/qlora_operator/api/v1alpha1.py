@@ -772,8 +772,14 @@ class QLoRAJobSpec(ApiModel):
 
     @property
     def sources(self) -> list[NamedSource]:
-        """All that the job reads, the model first."""
+        """The job's model and data, the model first."""
         return named_sources(self.model, self.dataset.all_sources, listed=self.dataset.sources is not None)
+
+    @property
+    def read_uris(self) -> list[str]:
+        """The URIs of all that training reads."""
+        initial = self.adapter.initial_adapter
+        return [*(source.uri for source in self.sources), *([] if initial is None else [initial])]
 
 
 def topology_hash(spec: QLoRAJobSpec) -> str:

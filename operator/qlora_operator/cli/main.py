@@ -202,8 +202,7 @@ def _plan(options: argparse.Namespace) -> int:
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     # What is remote is fetched into the workspace.
-    needed = [job.spec.workspace if is_remote(source.uri) else source.uri for source in job.spec.sources]
-    needed += [uri for uri in (job.spec.adapter.initial_adapter,) if uri is not None]
+    needed = [job.spec.workspace if is_remote(uri) else uri for uri in job.spec.read_uris]
     missing = sorted(claims(*needed) - volumes.keys())
     planned = plan.job_plan(job, volumes, missing, price)
     if options.output == "json":
@@ -287,8 +286,7 @@ def _job_and_volumes(options: argparse.Namespace) -> tuple[QLoRAJob, dict[str, P
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     spec = job.spec
-    initial = [uri for uri in (spec.adapter.initial_adapter,) if uri is not None]
-    require_volumes(volumes, spec.workspace, *(source.uri for source in spec.sources), *initial)
+    require_volumes(volumes, spec.workspace, *spec.read_uris)
     require_trainer()
     return job, volumes
 

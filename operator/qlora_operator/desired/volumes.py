@@ -28,10 +28,8 @@ Volume = tuple[dict[str, Any], dict[str, Any]]
 def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Volume]:
     """Every volume of a pod: claims, run.json, and what can be written besides the workspace. Credentials only
     for what the stage transfers: no rank sees any."""
-    sources = (
-        [*(source.uri for source in spec.sources), spec.adapter.initial_adapter] if stage == "train" else []
-    )
-    uris = [spec.workspace, *(uri for uri in sources if uri is not None and not is_remote(uri))]
+    sources = spec.read_uris if stage == "train" else []
+    uris = [spec.workspace, *(uri for uri in sources if not is_remote(uri))]
     workspace = split_pvc(spec.workspace)[0]
     run_config = f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"
     secrets = {

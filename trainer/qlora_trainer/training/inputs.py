@@ -25,7 +25,9 @@ from qlora_trainer.data.sources import Files, dataset_sha256, find_files, named
 from qlora_trainer.data.token_cache import cache_key
 from qlora_trainer.data.tokenization import TokenizationOptions
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.modeling import initial_adapter
 from qlora_trainer.modeling.families import read_tokenizer
+from qlora_trainer.modeling.shape import adapter_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +91,13 @@ def into_passing_files(source: TokenSource) -> LoadedData:
     """Tokens that are mapped from files without a name, so that they need no memory."""
     with tempfile.TemporaryDirectory(prefix="qlora-tokens-") as folder:
         return source.load(Path(folder))
+
+
+def check_initial_adapter(run: RunConfig, model_folder: Path, volumes: Mapping[str, Path]) -> None:
+    """Make sure that the job can go on from adapter.initialAdapter, if it names one. Raises ModelError."""
+    if run.adapter.initial_adapter is not None:
+        folder = resolve(run.adapter.initial_adapter, volumes)
+        initial_adapter.check(folder, run.adapter, adapter_shapes(model_folder, run.adapter))
 
 
 def load_inputs(

@@ -46,13 +46,20 @@ from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParamete
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora_linear import GENERATOR, Dropout
-from qlora_trainer.modeling.shape import adapter_shapes, model_shape
+from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
-from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs, step_schedule
+from qlora_trainer.training.inputs import (
+    Load,
+    TokenSource,
+    check_initial_adapter,
+    default_compute_dtype,
+    load_inputs,
+    step_schedule,
+)
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 from qlora_trainer.training.optimizer import AdapterAdamW
 
@@ -169,9 +176,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     )
     name = of_ranks[0][0]
     resumed = context.folder.checkpoints / name if name else None
-    if run.adapter.initial_adapter is not None and resumed is None:
-        initial = resolve(run.adapter.initial_adapter, context.volumes)
-        initial_adapter.check(initial, run.adapter, adapter_shapes(model_folder, run.adapter))
+    if resumed is None:
+        check_initial_adapter(run, model_folder, context.volumes)
     loop = checkpoint.read_state(resumed) if resumed else LoopState()
     if resumed and loop.dataset_sha256 != data.sha256:  # a data position means nothing in other data
         raise DataError(
