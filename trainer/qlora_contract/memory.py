@@ -8,15 +8,16 @@ The counts of saved tensors follow transformers' Llama layer run eagerly.
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from qlora_contract.base import ContractModel
 from qlora_contract.quantization import weight_bytes
-from qlora_contract.run_config import Layout, RunConfig
+from qlora_contract.run_config import Layout, RunConfig, Training
 
 Dtype = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "full"]
 
+MEBIBYTE = 2**20
 BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 490 * 2**20
 """Python, torch, transformers, the tokenizer and a small dataset: what a rank holds before the model, measured."""
@@ -91,6 +92,47 @@ class MemoryEstimate:
         """The parts by name, in the order of the class."""
         names = ("runtime", "base", "adapter", "activations", "scratch")
         return {name: getattr(self, name) for name in names}
+
+
+class Needs(Protocol):
+    """What a rank needs: a MemoryEstimate, or what a plan tells of one."""
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that are run at once."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """Whether activations are recomputed."""
+
+
+def problems(needs: Needs, available: int, training: Training, sharing: int = 1) -> list[str]:
+    """Why memoryPerRank is too small, and what to change; empty when it is enough.
+
+    Args:
+        needs: what a rank needs.
+        available: bytes that a rank has.
+        training: the job's settings.
+        sharing: ranks that share memoryPerRank.
+    """
+    if needs.total <= available:
+        return []
+    step = 64 * MEBIBYTE
+    remedies = [f"raise it to {-(-needs.total * sharing // step) * 64}Mi"]
+    if needs.micro_batch_tokens > training.max_sequence_length:
+        remedies.append("lower training.microBatchTokens")
+    if needs.checkpointing == "none":
+        remedies.append("set training.gradientCheckpointing to auto")
+    remedies.append("lower training.maxSequenceLength")
+    needed = -(-needs.total // MEBIBYTE)
+    among = f" for the {sharing} ranks of a pod" if sharing > 1 else ""
+    limit = f"{available * sharing // MEBIBYTE:,} MiB{among}"
+    problem = f"a rank needs {needed:,} MiB, but spec.topology.memoryPerRank is {limit}"
+    return [f"{problem}: {', or '.join(remedies)}"]
 
 
 def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing) -> int:

@@ -23,6 +23,12 @@ class Machine(ContractModel):
     """CPUs, hardware threads of one core side by side."""
     quota: float | None = None
     """CPUs' worth of time; None: no quota."""
+    clusters: int = 1
+    """Ranks that ranksPerPod auto makes of the CPUs that can be at work at once: one for each NUMA cluster."""
+    memory: int | None = None
+    """Bytes: of the machine, or of the smallest limit of a control group; None: unknown."""
+    free_memory: int | None = None
+    """Bytes of it that can be had now, those of page caches among them; None: unknown."""
 
     @property
     def usable_cpus(self) -> int:

@@ -34,9 +34,10 @@ from qlora_contract.plan import (
 )
 from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.host.cgroups import available_cpus
+from qlora_trainer.host.cgroups import available_cpus, usable_memory
 from qlora_trainer.host.isa import probe
 from qlora_trainer.host.numa import read_machine
+from qlora_trainer.launch.cpu_layout import AvailableCpus, CpuRequest, compute_layout
 from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.run_file import RunFileError, load_run
 
@@ -68,13 +69,23 @@ def machine() -> Machine:
     """What this process may use."""
     isa = probe()
     lacking = {tier: isa.lacks(tier) for tier in ISA_TIERS}
-    cpus, quota = available_cpus()
-    return Machine(
+    allowed, quota = available_cpus()
+    hardware = read_machine()
+    cpus = [thread for core in hardware.cores_of(allowed) for thread in core.cpus]
+    memory_bytes, free = usable_memory()
+    found = Machine(
         tiers=[tier for tier in ISA_TIERS if not lacking[tier]],
         lacking={tier: missing for tier, missing in lacking.items() if missing},
-        cpus=[thread for core in read_machine().cores_of(cpus) for thread in core.cpus],
+        cpus=cpus,
         quota=quota,
+        memory=memory_bytes,
+        free_memory=free,
     )
+    busy = found.usable_cpus
+    clusters = compute_layout(
+        hardware, AvailableCpus(tuple(cpus[:busy]), exclusive=True), CpuRequest("auto", busy)
+    )
+    return found.model_copy(update={"clusters": len(clusters.ranks)})
 
 
 def answer(path: Path) -> PlanResponse:

@@ -210,7 +210,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(planned.model_dump_json(by_alias=True, indent=2))
     else:
         plan.show(planned, Console(highlight=False))
-    return 0
+    return planned.exit_code
 
 
 def _check(options: argparse.Namespace) -> int:
