@@ -123,6 +123,11 @@ class Family:
                 return None if path is None else path + stored.removeprefix(prefix)
         return stored
 
+    @property
+    def auto_class(self) -> str:
+        """transformers' class that users of the whole checkpoint load, which the adapter is named for."""
+        return "AutoModelForImageTextToText" if self.wrapped else "AutoModelForCausalLM"
+
     def adapts(self, path: str) -> bool:
         """Whether a linear layer of the graph can have an adapter.
 
