@@ -129,6 +129,17 @@ class PlanReport(ContractModel):
     """The first sample that is trained on."""
 
 
+class ModelSize(ContractModel):
+    """What can be known of a model without its weights."""
+
+    compute_dtype: Dtype
+    shape: ModelShape
+    download: int | None = None
+    """Bytes of its weights in files; None: unknown."""
+    basis: str
+    """What was read for that."""
+
+
 class DataFile(ContractModel):
     """A file of the data."""
 
@@ -196,4 +207,5 @@ class PlanResponse(ContractModel):
     plan: PlanReport | None = None
     pods: list[PodPlan] | None = None
     check: CheckReport | None = None
+    size: ModelSize | None = None
     error: PlanError | None = None

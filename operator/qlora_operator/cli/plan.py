@@ -170,7 +170,7 @@ def query_layout(run: RunConfig, cpus: Iterable[Iterable[int]]) -> list[PodPlan]
     Raises:
         CommandError: the ranks do not fit.
     """
-    answer = _query(run, ["layout"], [format_cpu_list(part) for part in cpus], {})
+    answer = query(run, ["layout"], [format_cpu_list(part) for part in cpus], {})
     assert answer.pods is not None, "the planner answers with a layout or an error"
     return answer.pods
 
@@ -182,19 +182,28 @@ def query_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
         CommandError: the model or the data cannot be trained on; with the message and code that training gives.
     """
     require_trainer()
-    answer = _query(run, [], [], volumes)
+    answer = query(run, [], [], volumes)
     assert answer.plan is not None, "the planner answers with a plan or an error"
     return answer.plan
 
 
-def _query(
-    run: RunConfig, before: Sequence[str], after: Sequence[str], volumes: Mapping[str, Path]
+def query(
+    run: RunConfig,
+    before: Sequence[str],
+    after: Sequence[str],
+    volumes: Mapping[str, Path],
+    *,
+    offline: bool = True,
 ) -> PlanResponse:
-    """The planner's answer about a RunConfig, whose file stands between the other arguments."""
+    """The planner's answer about a RunConfig, whose file stands between the other arguments.
+
+    Raises:
+        CommandError: the planner answers with an error.
+    """
     with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
         path = Path(folder) / "run.json"
         path.write_text(run.to_json())
-        answer = query_trainer(*before, str(path), *after, volumes=volumes)
+        answer = query_trainer(*before, str(path), *after, volumes=volumes, offline=offline)
     if answer.error is not None:
         raise CommandError(error_message(answer.error.code, answer.error.cause), answer.error.code)
     return answer

@@ -37,7 +37,10 @@ def require_trainer() -> None:
 
 
 def query_trainer(
-    *arguments: str, volumes: Mapping[str, Path] | None = None, command: Sequence[str] = PLANNER
+    *arguments: str,
+    volumes: Mapping[str, Path] | None = None,
+    command: Sequence[str] = PLANNER,
+    offline: bool = True,
 ) -> PlanResponse:
     """What `python -m qlora_trainer.plan ARGUMENT...` answers.
 
@@ -45,6 +48,7 @@ def query_trainer(
         arguments: see qlora_trainer.plan; none: what this machine has.
         volumes: claim -> directory.
         command: the planner's command line.
+        offline: whether no library may ask the network.
 
     Raises:
         ProcessError: it could not be started, or did not answer.
@@ -52,7 +56,7 @@ def query_trainer(
     try:
         done = subprocess.run(
             [*command, *arguments],
-            env=environment(volumes or {}) | OFFLINE,
+            env=environment(volumes or {}) | (OFFLINE if offline else {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
