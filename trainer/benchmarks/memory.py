@@ -95,7 +95,7 @@ def job(name: str, case: Case) -> dict[str, Any]:
     return {
         "apiVersion": "qlora.dev/v1alpha1",
         "kind": "QLoRAJob",
-        "metadata": {"name": name.lower()},
+        "metadata": {"name": name},
         "spec": {
             "workspace": "pvc://bench/work",
             "model": {"source": f"pvc://bench/{case.shape}"},
@@ -125,14 +125,14 @@ def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any
         write_model(work / case.shape, case.shape, tokenizer)
     write_data(work / "data.jsonl", 16)
     (work / "job.json").write_text(json.dumps(job(name, case)))
-    shutil.rmtree(work / "work" / "jobs" / name.lower(), ignore_errors=True)
+    shutil.rmtree(work / "work" / "jobs" / name, ignore_errors=True)
     command = [sys.executable, "-m", "qlora_operator.cli", "run", str(work / "job.json")]
     subprocess.run([*command, "--volume", f"bench={work}"], check=True, stdout=subprocess.DEVNULL)
-    report = json.loads((work / "work" / "jobs" / name.lower() / "training_report.json").read_text())
+    report = json.loads((work / "work" / "jobs" / name / "training_report.json").read_text())
     peak, plan = report["peak_memory_bytes"], report["plan"]
     mebibytes = {part: round(size / 2**20) for part, size in plan["parts"].items()}
     return {
-        "case": name,
+        "case": name.removeprefix("of-"),
         "estimate": round(plan["memory_bytes"] / 2**20),
         "peak": round(peak / 2**20),
         "above": round(plan["memory_bytes"] / peak - 1, 3),
@@ -149,7 +149,17 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.cases or CASES:
-        print(json.dumps(measure(name, CASES[name], options.tokenizer, options.work.resolve())), flush=True)
+        print(
+            json.dumps(
+                measure(
+                    f"of-{name.lower().replace('.', '-')}",
+                    CASES[name],
+                    options.tokenizer,
+                    options.work.resolve(),
+                )
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

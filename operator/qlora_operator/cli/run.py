@@ -27,7 +27,7 @@ from qlora_operator.cli.log_tail import LogTail
 from qlora_operator.cli.outcome import Outcome, error_message, summarize
 from qlora_operator.cli.progress_client import fetch_progress
 from qlora_operator.cli.supervision import StopRequest, limits_of, supervise
-from qlora_operator.cli.trainer_query import query_trainer
+from qlora_operator.cli.trainer_query import compile_kernels, query_trainer
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import (
     PlacementError,
@@ -86,6 +86,8 @@ def run(
         if finished := local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
         if not finished or local.lacks_exports():
+            if told := compile_kernels():
+                local.display.print(told)
             with local.own_cpus(machine) as cpus:
                 if code := local.fetch() or local.train(launcher, cpus):
                     return code

@@ -13,6 +13,7 @@ from qlora_contract.plan import PlanResponse
 from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
+KERNELS = (sys.executable, "-m", entry_points.KERNELS)
 TRAINER_PACKAGES = (
     "boto3",
     "gguf",
@@ -34,6 +35,22 @@ def require_trainer() -> None:
             f"the trainer's packages are not installed (missing: {', '.join(missing)}); "
             "run pip install 'qlora-operator[trainer]'"
         )
+
+
+def compile_kernels(command: Sequence[str] = KERNELS) -> str:
+    """See to it that the kernel library is compiled, once for an installation, where there is a compiler.
+
+    Returns what there is to say about it: where it was put, or why plain torch will do its work. Mostly nothing.
+    """
+    done = subprocess.run(
+        [*command, "--if-missing", "--if-possible"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return (done.stdout + done.stderr).strip()
 
 
 def query_trainer(
