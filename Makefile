@@ -122,10 +122,12 @@ audit: setup  ## Look for known vulnerabilities of the locked packages
 verify: setup  ## Generated files are what their sources say
 	$(BIN)/python manifests/generate.py --check
 	$(BIN)/python manifests/models.py --check
+	$(BIN)/python manifests/sizes.py --check
 
 generate: setup  ## Write the generated files
 	$(BIN)/python manifests/generate.py
 	$(BIN)/python manifests/models.py
+	$(BIN)/python manifests/sizes.py
 
 images: setup  ## Build both images and list what is in them (docker, podman or buildah; Go for the list)
 	SYFT="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \

@@ -120,7 +120,7 @@ def job(name: str, case: Case) -> dict[str, Any]:
 
 
 def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any]:
-    """Run a case: its estimate, its peak, and how far the first is above the second."""
+    """Run a case: its peak of anonymous memory, and the estimate that it was run with."""
     if not (work / case.shape / "config.json").is_file():
         write_model(work / case.shape, case.shape, tokenizer)
     write_data(work / "data.jsonl", 16)
@@ -129,14 +129,20 @@ def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any
     command = [sys.executable, "-m", "qlora_operator.cli", "run", str(work / "job.json")]
     subprocess.run([*command, "--volume", f"bench={work}"], check=True, stdout=subprocess.DEVNULL)
     report = json.loads((work / "work" / "jobs" / name / "training_report.json").read_text())
-    peak, plan = report["peak_memory_bytes"], report["plan"]
-    mebibytes = {part: round(size / 2**20) for part, size in plan["parts"].items()}
+    largest = max(report["ranks"], key=lambda rank: rank["peak_anonymous_bytes"])
     return {
-        "case": name.removeprefix("of-"),
-        "estimate": round(plan["memory_bytes"] / 2**20),
-        "peak": round(peak / 2**20),
-        "above": round(plan["memory_bytes"] / peak - 1, 3),
-        **mebibytes,
+        "model": case.shape,
+        "scheme": case.scheme,
+        "dtype": report["compute_dtype"],
+        "length": case.length,
+        "tokens": report["plan"]["micro_batch_tokens"],
+        "checkpointing": report["plan"]["checkpointing"],
+        "dropout": case.adapter.get("dropout", 0.0),
+        "ranks": case.ranks,
+        "kernel": report["kernel"],
+        "imports_bytes": largest["imports_bytes"],
+        "peak_bytes": largest["peak_anonymous_bytes"],
+        "estimate_bytes": report["plan"]["memory_bytes"],
     }
 
 

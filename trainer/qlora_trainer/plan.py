@@ -43,6 +43,7 @@ from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError, T
 from qlora_trainer.host.cgroups import available_cpus, usable_memory
 from qlora_trainer.host.isa import probe
 from qlora_trainer.host.numa import read_machine
+from qlora_trainer.kernels import library
 from qlora_trainer.launch.cpu_layout import AvailableCpus, CpuRequest, compute_layout
 from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.run_file import RunFileError, load_run
@@ -240,7 +241,7 @@ def plan(run: RunConfig) -> PlanReport:
     exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
-    estimate = memory.choose(shape, run, dtype, len(data.train))
+    estimate = memory.choose(shape, run, dtype, len(data.train), compiled=library.loaded() is not None)
     schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]
     evaluation = None

@@ -178,7 +178,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
-    chosen = memory.choose(shape, run, dtype, len(data.train))
+    chosen = memory.choose(shape, run, dtype, len(data.train), compiled=library.loaded() is not None)
     check_memory(run, chosen, os.environ)
     check_same_on_all_ranks(
         context,
