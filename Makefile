@@ -32,6 +32,7 @@ RANKS := -n 2 --dist loadfile
 WAITING := -n 6 --dist worksteal
 
 .PHONY: help demo demo-data test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
+.PHONY: wheel release
 .PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak sanitize scale images manifest audit
 
 help:  ## Show the commands
@@ -122,15 +123,29 @@ verify: setup  ## Generated files are what their sources say
 	$(BIN)/python manifests/generate.py --check
 	$(BIN)/python manifests/models.py --check
 	$(BIN)/python manifests/data.py --check
+	$(BIN)/python manifests/sizes.py --check
 
 generate: setup  ## Write the generated files
 	$(BIN)/python manifests/generate.py
 	$(BIN)/python manifests/models.py
 	$(BIN)/python manifests/data.py
+	$(BIN)/python manifests/sizes.py
 
 images: setup  ## Build both images and list what is in them (docker, podman or buildah; Go for the list)
 	SYFT="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import built; print(built("syft"))')" images/build.sh
+
+wheel: setup  ## Build wheel and source distribution into dist/
+	$(BIN)/python -m hatchling build -d dist
+
+TAG ?= v$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REGISTRY ?= REGISTRY
+release: setup  ## Build all of a release into dist/ and print how to publish it: TAG=..., REGISTRY=... (docs/releasing.md)
+	HELM="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
+	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')" \
+	SYFT="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
+	    'from testcluster.binaries import built; print(built("syft"))')" \
+	$(BIN)/python manifests/release.py $(TAG) --registry $(REGISTRY)
 
 manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; needs Go for helm
 	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ pytest_plugins = ["tiers", "testcluster.fixtures", "testcluster.node_fixtures"]
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / ".cache" / "demo"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cpu_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Jobs of tests that run side by side may have the same CPUs: one test's job does not refuse another's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_CPU_LOCKS", str(tmp_path_factory.mktemp("cpu-locks")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -85,10 +85,10 @@ def test_core_hours_are_those_of_the_whole_time() -> None:
 @pytest.mark.parametrize(
     ("every", "times"),
     [
-        pytest.param(None, 3, id="both bases and the adapter"),
-        pytest.param(10, 5, id="and twice on the way"),
-        pytest.param(5, 7, id="the last step is followed by the final one"),
-        pytest.param(100, 3, id="later than the end"),
+        pytest.param(None, 4, id="both bases, without and with the adapter"),
+        pytest.param(10, 6, id="and twice on the way"),
+        pytest.param(5, 8, id="the last step is followed by the final one"),
+        pytest.param(100, 4, id="later than the end"),
     ],
 )
 def test_evaluations_are_counted(every: int | None, times: int) -> None:

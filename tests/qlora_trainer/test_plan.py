@@ -252,3 +252,40 @@ def test_a_layout_needs_cpus(capsys: pytest.CaptureFixture[str]) -> None:
     """Without a list of CPUs the usage is shown."""
     assert plan.main(["layout", "run.json"]) == 2
     assert "layout RUN_JSON CPUS [CPUS ...]" in capsys.readouterr().err
+
+
+def test_the_size_of_a_model_needs_config_json_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without weights and tokenizer the shape is the same as with them; how weights are stored, config.json says."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(model / "config.json", tmp_path / "bare")
+    monkeypatch.setenv(VOLUMES_ENV, json.dumps({"all": str(model.parent), "bare": str(tmp_path)}))
+    found = []
+    for source in ("pvc://all/model", "pvc://bare/bare"):
+        (tmp_path / "run.json").write_text(a_run(model={"source": source}).to_json())
+        response = plan.sized(tmp_path / "run.json")
+        assert response.size is not None, response.error
+        found.append(response.size)
+
+    whole, bare = found
+    assert whole.shape == bare.shape
+    assert whole.shape.stored_bytes == 4
+    assert whole.download == (model / "model.safetensors").stat().st_size
+    assert bare.download is None
+
+    configure(tmp_path / "bare", dtype="bfloat16")
+    response = plan.sized(tmp_path / "run.json")
+    assert response.size is not None
+    assert response.size.shape.stored_bytes == 2
+
+
+def test_a_folder_without_config_json_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of training."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv(VOLUMES_ENV, json.dumps({"bare": str(tmp_path)}))
+    (tmp_path / "run.json").write_text(a_run(model={"source": "pvc://bare/empty"}).to_json())
+
+    response = plan.sized(tmp_path / "run.json")
+    assert response.error is not None
+    assert response.error.code == ExitCode.MODEL_UNUSABLE

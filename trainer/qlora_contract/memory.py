@@ -3,33 +3,41 @@
 `qlora plan` shows it, and every rank uses it to choose its micro-batch and
 whether to recompute activations, so that all ranks choose alike. Anonymous
 memory is meant; pages of mapped files can be dropped and are not counted.
-The counts of saved tensors follow transformers' Llama layer run eagerly.
+The counts of saved tensors follow transformers' Llama layer run eagerly, with
+our functions in it. docs/sizes.md shows how near estimates are to measured peaks.
 """
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from qlora_contract.base import ContractModel
 from qlora_contract.quantization import weight_bytes
-from qlora_contract.run_config import Layout, RunConfig
+from qlora_contract.run_config import Layout, RunConfig, Training
 
 Dtype = Literal["bf16", "fp32"]
 Checkpointing = Literal["none", "full"]
 
+MEBIBYTE = 2**20
 BYTES: dict[str, int] = {"bf16": 2, "fp32": 4}
 RUNTIME_BYTES = 490 * 2**20
 """Python, torch, transformers, the tokenizer and a small dataset: what a rank holds before the model, measured."""
+SHARED_BYTES = 360 * 2**20
+"""Of them, what the ranks of a pod have in common, since they are forked from one process; measured."""
 SAMPLE_BYTES = 160
 """Of each training sample: its length, its place in an epoch's order, and in a bin. Tokens are mapped from files."""
 SAMPLES_OF_RUNTIME = 50_000
 """A dataset that is small: what its samples need is among RUNTIME_BYTES."""
 TOKENIZING_BYTES = 128 * 2**20
 """Of a process that tokenizes: a batch's text, tokens and offsets, and what it touches of what it inherits."""
-LOGITS_BYTES = 3 * 64 * 2**20
-"""A chunk of logits, its probabilities' narrow copy and slices of the head (qlora_trainer.modeling.loss)."""
-ALLOCATOR_SLACK = 1.5
-"""Freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size; measured."""
+LOSS_BYTES: dict[str, int] = {"bf16": 140 * 2**20, "fp32": 240 * 2**20}
+"""By compute dtype, what the loss takes: a chunk of logits, and what the products with the head need for it
+(qlora_trainer.modeling.loss), whatever the vocabulary; measured."""
+PLAIN_LOSS_BYTES = 3 * 64 * 2**20
+"""The same in plain torch: the chunk, its probabilities' narrow copy and slices of the head."""
+PLAIN_SLACK = 1.5
+"""In plain torch: freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size;
+measured. The compiled passes leave none that counts."""
 
 DEQUANTIZE_SECONDS = 0.8e-9
 """Of one weight on one core: 0.6 to 0.9 measured."""
@@ -93,21 +101,67 @@ class MemoryEstimate:
         return {name: getattr(self, name) for name in names}
 
 
-def activation_bytes(shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing) -> int:
-    """Bytes kept for the backward pass of `tokens` tokens.
+class Needs(Protocol):
+    """What a rank needs: a MemoryEstimate, or what a plan tells of one."""
 
-    Per layer and token, by what autograd was seen to keep: two inputs of norms
-    and two outputs of them, the attention's output, gate, up and their product,
-    all in the compute dtype; and what attention keeps, which is fp32 for short
-    samples: rotated q and k, v and the output.
+    @property
+    def total(self) -> int:
+        """Bytes."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens that are run at once."""
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """Whether activations are recomputed."""
+
+
+def problems(needs: Needs, available: int, training: Training, sharing: int = 1) -> list[str]:
+    """Why memoryPerRank is too small, and what to change; empty when it is enough.
+
+    Args:
+        needs: what a rank needs.
+        available: bytes that a rank has.
+        training: the job's settings.
+        sharing: ranks that share memoryPerRank.
+    """
+    if needs.total <= available:
+        return []
+    step = 64 * MEBIBYTE
+    remedies = [f"raise it to {-(-needs.total * sharing // step) * 64}Mi"]
+    if needs.micro_batch_tokens > training.max_sequence_length:
+        remedies.append("lower training.microBatchTokens")
+    if needs.checkpointing == "none":
+        remedies.append("set training.gradientCheckpointing to auto")
+    remedies.append("lower training.maxSequenceLength")
+    needed = -(-needs.total // MEBIBYTE)
+    among = f" for the {sharing} ranks of a pod" if sharing > 1 else ""
+    limit = f"{available * sharing // MEBIBYTE:,} MiB{among}"
+    problem = f"a rank needs {needed:,} MiB, but spec.topology.memoryPerRank is {limit}"
+    return [f"{problem}: {', or '.join(remedies)}"]
+
+
+def layer_bytes(shape: ModelShape, tokens: int, dtype: Dtype, *, compiled: bool = True) -> int:
+    """Bytes that a layer keeps for its backward pass of `tokens` tokens.
+
+    By what autograd was seen to keep: two inputs of norms and two outputs of them, the attention's output, gate, up and
+    their product, all in the compute dtype; and what attention keeps: rotated q and k, v and the output, which are fp32
+    for short samples in plain torch.
     """
     e = BYTES[dtype]
     q, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    h, i = shape.hidden, shape.intermediate
-    layer = e * (4 * h + q + 3 * i + shape.further_kept) + 4 * (2 * q + 2 * kv)
+    attention = (e if compiled else 4) * (2 * q + 2 * kv)
+    return tokens * (e * (4 * shape.hidden + q + 3 * shape.intermediate + shape.further_kept) + attention)
+
+
+def activation_bytes(
+    shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing, *, compiled: bool = True
+) -> int:
+    """Bytes kept from the forward to the backward pass of `tokens` tokens: of all layers, or their inputs alone."""
     if checkpointing == "full":
-        return tokens * (layer + shape.layers * e * h)
-    return tokens * layer * shape.layers
+        return tokens * shape.layers * BYTES[dtype] * shape.hidden
+    return shape.layers * layer_bytes(shape, tokens, dtype, compiled=compiled)
 
 
 def estimate(
@@ -117,22 +171,49 @@ def estimate(
     tokens: int,
     checkpointing: Checkpointing,
     samples: int = 0,
+    *,
+    compiled: bool = True,
 ) -> MemoryEstimate:
-    """What a rank needs at most when it runs `tokens` tokens at once. `samples`: those that are trained on."""
+    """What a rank needs at most when it runs `tokens` tokens at once.
+
+    Args:
+        shape: of the model.
+        run: the job, with a settled number of ranks.
+        dtype: that is computed in.
+        tokens: of a micro-batch.
+        checkpointing: whether activations are recomputed.
+        samples: those that are trained on.
+        compiled: whether the kernel library computes, and not plain torch.
+    """
     e = BYTES[dtype]
     embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
-    in_flight = 6 * tokens * widest * e  # gradients of the layer that is at work
-    activations = activation_bytes(shape, tokens, dtype, checkpointing)
+    activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled)
+    # While a layer is at work in the backward pass: its gradients, its weights where they are dequantized as a whole,
+    # and what it has computed again.
+    layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
+    if checkpointing == "full":
+        layer += layer_bytes(shape, tokens, dtype, compiled=compiled)
+    # The loss comes before the first of them.
+    scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
-        runtime=RUNTIME_BYTES + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
+        runtime=runtime_bytes(run.layout) + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
         base=weight_bytes(shape.linear_weights, run.quantization, e) + embedding,
         adapter=shape.adapter_weights * 4 * 4,
-        activations=int(activations * ALLOCATOR_SLACK),
-        scratch=LOGITS_BYTES + shape.largest_linear * (4 + e) + in_flight,
+        activations=activations if compiled else int(activations * PLAIN_SLACK),
+        scratch=scratch,
         micro_batch_tokens=tokens,
         checkpointing=checkpointing,
     )
+
+
+def runtime_bytes(layout: Layout) -> int:
+    """What a rank holds before the model: its own, and its part of what it shares with the ranks of its pod.
+
+    The process that they are forked from stays, and has a part as well.
+    """
+    ranks = 1 if layout.ranks_per_pod == "auto" else layout.ranks_per_pod
+    return RUNTIME_BYTES - SHARED_BYTES + SHARED_BYTES // ranks
 
 
 def tokenizing_processes(layout: Layout) -> int:
@@ -145,12 +226,14 @@ def tokenizing_processes(layout: Layout) -> int:
     return max(1, min(layout.pod_cpus, room))
 
 
-def choose(shape: ModelShape, run: RunConfig, dtype: Dtype, samples: int = 0) -> MemoryEstimate:
+def choose(
+    shape: ModelShape, run: RunConfig, dtype: Dtype, samples: int = 0, *, compiled: bool = True
+) -> MemoryEstimate:
     """The micro-batch and checkpointing that a job's ranks use: of what fits memoryPerRank, the fastest.
 
     Either as asked for. Else `auto` takes what `step_seconds` says is faster, and the micro-batch is as large as fits,
     at most the rank's share of a step, then no larger than as many micro-batches need: eight bins with room for seven
-    are run as four and four. At least one bin, recomputed, even when that does not fit.
+    are run as four and four. At least one bin, recomputed, even when that does not fit. Arguments as of `estimate`.
     """
     training, limit = run.training, run.layout.memory_per_rank
     one_bin = training.max_sequence_length
@@ -158,7 +241,7 @@ def choose(shape: ModelShape, run: RunConfig, dtype: Dtype, samples: int = 0) ->
     modes: list[Checkpointing] = ["none", "full"] if asked == "auto" else [asked]
 
     def at(tokens: int, mode: Checkpointing) -> MemoryEstimate:
-        return estimate(shape, run, dtype, tokens, mode, samples)
+        return estimate(shape, run, dtype, tokens, mode, samples, compiled=compiled)
 
     if training.micro_batch_tokens is not None:
         candidates = [at(max(training.micro_batch_tokens, one_bin), mode) for mode in modes]

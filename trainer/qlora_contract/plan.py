@@ -23,6 +23,12 @@ class Machine(ContractModel):
     """CPUs, hardware threads of one core side by side."""
     quota: float | None = None
     """CPUs' worth of time; None: no quota."""
+    clusters: int = 1
+    """Ranks that ranksPerPod auto makes of the CPUs that can be at work at once: one for each NUMA cluster."""
+    memory: int | None = None
+    """Bytes: of the machine, or of the smallest limit of a control group; None: unknown."""
+    free_memory: int | None = None
+    """Bytes of it that can be had now, those of page caches among them; None: unknown."""
 
     @property
     def usable_cpus(self) -> int:
@@ -150,6 +156,17 @@ class PlanReport(ContractModel):
     """The first sample that is trained on."""
 
 
+class ModelSize(ContractModel):
+    """What can be known of a model without its weights."""
+
+    compute_dtype: Dtype
+    shape: ModelShape
+    download: int | None = None
+    """Bytes of its weights in files; None: unknown."""
+    basis: str
+    """What was read for that."""
+
+
 class DataFile(ContractModel):
     """A file of the data."""
 
@@ -217,4 +234,5 @@ class PlanResponse(ContractModel):
     plan: PlanReport | None = None
     pods: list[PodPlan] | None = None
     check: CheckReport | None = None
+    size: ModelSize | None = None
     error: PlanError | None = None

@@ -7,12 +7,16 @@
                                              these CPU lists each; needs no torch
     python -m qlora_trainer.plan check RUN_JSON      all that can be said of the data of a job
     python -m qlora_trainer.plan survey RUN_JSON     what can be said of them without its model; needs no torch
+    python -m qlora_trainer.plan size RUN_JSON       the size of its model by config.json alone, in a folder or on the
+                                                     Hub, from which nothing else is fetched
 
 Prints one line of JSON (qlora_contract.plan). The exit status is 0 also when that holds an error of the user's.
 """
 
 import datetime
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from qlora_contract.paths import InvalidUriError, resolve, volume_map
 from qlora_contract.plan import (
     Machine,
     MemoryFigures,
+    ModelSize,
     PlanError,
     PlanReport,
     PlanResponse,
@@ -32,17 +37,21 @@ from qlora_contract.plan import (
     RankPlan,
     TextSpan,
 )
+from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run_config import ISA_TIERS, RunConfig
-from qlora_trainer.errors import TrainerError
-from qlora_trainer.host.cgroups import available_cpus
+from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError, TransferFailed
+from qlora_trainer.host.cgroups import available_cpus, usable_memory
 from qlora_trainer.host.isa import probe
 from qlora_trainer.host.numa import read_machine
+from qlora_trainer.kernels import library
+from qlora_trainer.launch.cpu_layout import AvailableCpus, CpuRequest, compute_layout
 from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.run_file import RunFileError, load_run
 
 USAGE = (
     "usage: python -m qlora_trainer.plan "
-    "[RUN_JSON | layout RUN_JSON CPUS [CPUS ...] | check RUN_JSON | survey RUN_JSON]"
+    "[RUN_JSON | layout RUN_JSON CPUS [CPUS ...] | check RUN_JSON | survey RUN_JSON | "
+    "size RUN_JSON]"
 )
 
 
@@ -57,6 +66,8 @@ def main(arguments: Sequence[str]) -> int:
             response = layouts(Path(path), cpu_lists)
         case ["check" | "survey" as how, path]:
             response = checked(Path(path), with_model=how == "check")
+        case ["size", path]:
+            response = sized(Path(path))
         case _:
             print(USAGE, file=sys.stderr)
             return 2
@@ -68,13 +79,23 @@ def machine() -> Machine:
     """What this process may use."""
     isa = probe()
     lacking = {tier: isa.lacks(tier) for tier in ISA_TIERS}
-    cpus, quota = available_cpus()
-    return Machine(
+    allowed, quota = available_cpus()
+    hardware = read_machine()
+    cpus = [thread for core in hardware.cores_of(allowed) for thread in core.cpus]
+    memory_bytes, free = usable_memory()
+    found = Machine(
         tiers=[tier for tier in ISA_TIERS if not lacking[tier]],
         lacking={tier: missing for tier, missing in lacking.items() if missing},
-        cpus=[thread for core in read_machine().cores_of(cpus) for thread in core.cpus],
+        cpus=cpus,
         quota=quota,
+        memory=memory_bytes,
+        free_memory=free,
     )
+    busy = found.usable_cpus
+    clusters = compute_layout(
+        hardware, AvailableCpus(tuple(cpus[:busy]), exclusive=True), CpuRequest("auto", busy)
+    )
+    return found.model_copy(update={"clusters": len(clusters.ranks)})
 
 
 def answer(path: Path) -> PlanResponse:
@@ -96,6 +117,63 @@ def checked(path: Path, *, with_model: bool) -> PlanResponse:
         return PlanResponse(check=check(run, volumes, with_model=with_model))
     except (RunFileError, TrainerError, InvalidUriError) as error:
         return _failure(error)
+
+
+def sized(path: Path) -> PlanResponse:
+    """The size of the model of a run.json's job, or why it cannot be trained on."""
+    try:
+        run = load_run(path)
+        if not is_remote(run.model.source):
+            return PlanResponse(size=size_of(run, resolve(run.model.source, volume_map())))
+        with tempfile.TemporaryDirectory(prefix="qlora-size-") as folder:
+            download = fetch_config(run.model.source, run.model.revision, Path(folder))
+            basis = f"config.json of {run.model.source} and the sizes of its files"
+            return PlanResponse(size=size_of(run, Path(folder), basis, download))
+    except (RunFileError, TrainerError, InvalidUriError) as error:
+        return _failure(error)
+
+
+def fetch_config(uri: str, revision: str | None, folder: Path) -> int:
+    """Fetch config.json from the Hub into a folder. Returns the bytes of the model's weights, which stay there.
+
+    Raises:
+        TrainerError: the Hub does not answer, or refuses, or there is no such file.
+    """
+    from qlora_trainer.transfer.connect import READ_SECONDS, connect
+    from qlora_trainer.transfer.hub import Hub
+    from qlora_trainer.transfer.retry import TransientError
+
+    remote = parse_remote(uri)
+    hub = connect(remote, "model", os.environ, READ_SECONDS)
+    if not isinstance(hub, Hub):
+        raise ConfigurationError(f"{uri} is not on the Hub: give a folder that has its config.json")
+    try:
+        commit, files = hub.list_files(revision or "main", list)
+        configs = [file for file in files if Path(file.name).name == "config.json"]
+        if not configs:
+            raise ModelError(f"{uri} has no config.json: it must be a model in Hugging Face's format")
+        (folder / "config.json").write_bytes(b"".join(hub.read(commit, configs[0], 0)))
+    except TransientError as error:
+        raise TransferFailed(f"{uri}: {error}; try again, or give a folder with its config.json") from error
+    return sum(file.size for file in files if file.name.endswith(".safetensors"))
+
+
+def size_of(
+    run: RunConfig, folder: Path, basis: str = "config.json", download: int | None = None
+) -> ModelSize:
+    """The size of the model whose config.json is in a folder. Raises TrainerError."""
+    from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.modeling.weight_files import has_weights, weight_files
+    from qlora_trainer.training.inputs import default_compute_dtype
+
+    if has_weights(folder):
+        basis, download = "the model's folder", sum(file.stat().st_size for file in weight_files(folder))
+    return ModelSize(
+        compute_dtype=default_compute_dtype(run, [run.isa]),
+        shape=model_shape(folder, run.adapter, weights=has_weights(folder)),
+        download=download,
+        basis=basis,
+    )
 
 
 def layouts(path: Path, cpu_lists: Sequence[str]) -> PlanResponse:
@@ -168,7 +246,9 @@ def plan(run: RunConfig) -> PlanReport:
     exports.check(forms_of(run.output), model_folder)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
-    estimate = memory.choose(shape, run, dtype, max(len(data.train), data.epoch_samples))
+    estimate = memory.choose(
+        shape, run, dtype, max(len(data.train), data.epoch_samples), compiled=library.loaded() is not None
+    )
     schedule = step_schedule(run, data)
     first = schedule.step(0).bins[0][0]
     evaluation = None

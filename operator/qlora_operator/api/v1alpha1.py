@@ -538,7 +538,8 @@ class Topology(ApiModel):
     each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
     its ranks share them."""
     cpus_per_rank: int = Field(default=4, ge=1, le=1024)
-    """Whole CPUs that a rank requests and is bound to; with ranksPerPod auto, of a pod."""
+    """Whole CPUs that a rank requests and is bound to; with ranksPerPod auto, of a pod. `qlora run` on one machine
+    uses all its CPUs where the file leaves this out."""
     memory_per_rank: str = Field(
         min_length=1, max_length=quantity.MAX_MEMORY_CHARACTERS, pattern=quantity.MEMORY_PATTERN
     )

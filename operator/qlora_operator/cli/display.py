@@ -153,6 +153,8 @@ def _training_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     if report.get("eval_loss") is not None:
         lines.append(f"eval loss  {report['eval_loss']:.4f}{_improvement(report)}")
+    if (served := report.get("eval_loss_unquantized")) is not None:
+        lines.append(f"           {served:.4f} on the unquantized base, which most servers run")
     lines += [
         (
             f"trained    {report['steps']} steps, {report['tokens']:,} tokens in {format_duration(report['seconds'])}, "

@@ -17,11 +17,11 @@ from qlora_contract.export import forms_of
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import InvalidUriError, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import GgufType, Output, RunConfig
+from qlora_contract.run_config import ISA_TIERS, GgufType, Output, RunConfig
 from qlora_operator.api.loader import load_jobs
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli import check, export, plan, report, run
+from qlora_operator.cli import check, export, plan, report, run, size
 from qlora_operator.cli.chat import chat
 from qlora_operator.cli.chat_arguments import add_chat, add_compare, chat_settings
 from qlora_operator.cli.chat_exchange import local_model, local_run, workspace_root
@@ -81,9 +81,19 @@ def parser() -> argparse.ArgumentParser:
     validating = subcommands.add_parser("validate", help="check job files for errors")
     validating.add_argument("files", nargs="+", metavar="FILE", help="YAML or JSON; - is standard input")
     planning = subcommands.add_parser(
-        "plan", help="show what a job would do on this machine: memory, steps, time and a sample"
+        "plan",
+        help="show what a job would do on this machine: memory, steps, time and a sample; or the size of a model "
+        "(a folder with its config.json, or hf://org/name) on a machine that need not be here",
     )
     planning.add_argument("-o", "--output", choices=["text", "json"], default="text", help="default: text")
+    for flag, type_, metavar, told in (
+        ("--cpus", int, "N", "CPUs of a machine to plan for instead of this one"),
+        ("--memory", str, "SIZE", "its memory, such as 256Gi"),
+        ("--isa", str, "TIER", f"its processor tier: {', '.join(ISA_TIERS)}"),
+        ("--numa-nodes", int, "N", "its NUMA clusters; default: 1"),
+        ("--tokens", int, "N", f"tokens to say the time of; default: {size.DEFAULT_TOKENS:,}"),
+    ):
+        planning.add_argument(flag, type=type_, metavar=metavar, help=told)
     checking = subcommands.add_parser(
         "check", help="show what is in data: format, counts, lengths, faults, and what would be learned"
     )
@@ -199,6 +209,9 @@ def _trained_run(options: argparse.Namespace) -> tuple[RunConfig, dict[str, Path
 
 def _plan(options: argparse.Namespace) -> int:
     price = _price(options)
+    machine = size.imagined_of(options.cpus, options.memory, options.isa, options.numa_nodes)
+    if machine.is_told or options.tokens is not None or size.is_model(options.file):
+        return _size(options, machine)
     job = one_job(options.file, options.name)
     volumes = parse_volumes(options.volume)
     # What is remote is fetched into the workspace.
@@ -209,7 +222,24 @@ def _plan(options: argparse.Namespace) -> int:
         print(planned.model_dump_json(by_alias=True, indent=2))
     else:
         plan.show(planned, Console(highlight=False))
-    return 0
+    return planned.exit_code
+
+
+def _size(options: argparse.Namespace, machine: size.Imagined) -> int:
+    """`plan` from a model's config.json alone."""
+    tokens = size.DEFAULT_TOKENS if options.tokens is None else max(1, options.tokens)
+    if size.is_model(options.file):
+        planned = size.size_of_model(options.file, machine, tokens)
+    else:
+        job, volumes = one_job(options.file, options.name), parse_volumes(options.volume)
+        if not is_remote(job.spec.model.source):
+            require_volumes(volumes, job.spec.model.source)
+        planned = size.size_of_job(job, volumes, machine, tokens)
+    if options.output == "json":
+        print(planned.model_dump_json(by_alias=True, indent=2))
+    else:
+        size.show(planned, Console(highlight=False))
+    return planned.exit_code
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_contract import memory
 from qlora_contract.base import ContractModel
 from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
+from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import (
     Machine,
-    MemoryFigures,
     PlanReport,
     PlanResponse,
     PodPlan,
@@ -21,16 +22,26 @@ from qlora_contract.plan import (
     SplitStats,
     TextSpan,
 )
-from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig, Training
+from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.speed import TimeEstimate, time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.cli.cpu_locks import busy_cpus
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import CommandError
-from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
+from qlora_operator.placement.local import (
+    PlacementError,
+    choose_tier,
+    idle_cpus,
+    in_use,
+    launcher_cpus,
+    memory_shortage,
+    on_this_machine,
+    with_topology,
+)
 
 RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
@@ -61,6 +72,8 @@ class JobPlan(ContractModel):
     """What may surprise about where they run, and why it is so."""
     problems: list[str]
     """Why the job cannot run here, or not as it is."""
+    exit_code: int
+    """What `qlora run` would exit with because of the first of them; 0 without any."""
     missing_volumes: list[str]
     """Claims without a directory here; `details` is left out if there are any."""
     details: PlanReport | None
@@ -82,20 +95,30 @@ def job_plan(
     """
     machine = query_trainer().machine
     assert machine is not None, "without arguments, the planner answers with the machine"
+    topology = on_this_machine(job.spec.topology, machine)
+    job = with_topology(job, topology)
     isa, problems = choose_isa(job, machine)
-    auto = job.spec.topology.ranks_per_pod == "auto"
+    auto = topology.ranks_per_pod == "auto"
     run = to_run_config(job, uid="plan", attempt=0, isa=isa)
     pods: list[PodPlan] = []
+    notes = in_use(busy_cpus(machine.cpus))
     try:
-        pods = query_layout(run, launcher_cpus(job.spec.topology, machine))
+        cpus = launcher_cpus(topology, machine)
+        pods = query_layout(run, cpus)
+        notes += idle_cpus(topology, machine, cpus)
     except CommandError as error:
-        problems.append(str(error))
+        problems.append(error)
+    if shortage := memory_shortage(topology, machine):
+        problems.append(PlacementError(shortage, ExitCode.INVALID_CONFIGURATION))
     counts = [len(pod.ranks) for pod in pods] or [1]
     run = run.model_copy(update={"layout": run.layout.with_rank_counts(counts)})
     details = None if missing_volumes else query_details(run, volumes)
     if details is not None:
         sharing = max(counts) if auto else 1
-        problems += memory_problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
+        problems += [
+            CommandError(problem, ExitCode.INVALID_CONFIGURATION)
+            for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
+        ]
     time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(
@@ -105,8 +128,9 @@ def job_plan(
         world_size=run.layout.world_size if pods or not auto else None,
         memory_per_rank=run.layout.memory_per_rank,
         ranks=rank_places(pods),
-        notes=list(dict.fromkeys(note for pod in pods for note in pod.notes)),
-        problems=problems,
+        notes=notes + list(dict.fromkeys(note for pod in pods for note in pod_notes(pod))),
+        problems=[str(problem) for problem in problems],
+        exit_code=problems[0].code if problems else 0,
         missing_volumes=missing_volumes,
         details=details,
         time=time,
@@ -116,12 +140,18 @@ def job_plan(
     )
 
 
-def choose_isa(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[str]]:
+def pod_notes(pod: PodPlan) -> list[str]:
+    """What may surprise about a pod's ranks, its idle CPUs among it."""
+    idle = f"CPUs {pod.unused} stay idle: no rank computes on their cores" if pod.unused else ""
+    return [*([idle] if idle else []), *pod.notes]
+
+
+def choose_isa(job: QLoRAJob, machine: Machine) -> tuple[IsaTier, list[CommandError]]:
     """(tier to plan for, problems): the first that the machine meets; if it meets none, the preferred one, and why."""
     try:
         return choose_tier(job.spec.isa.allowed, machine), []
     except PlacementError as error:
-        return job.spec.isa.allowed[0], [str(error)]
+        return job.spec.isa.allowed[0], [error]
 
 
 def rank_places(pods: Iterable[PodPlan]) -> list[RankPlace]:
@@ -140,7 +170,7 @@ def query_layout(run: RunConfig, cpus: Iterable[Iterable[int]]) -> list[PodPlan]
     Raises:
         CommandError: the ranks do not fit.
     """
-    answer = _query(run, ["layout"], [format_cpu_list(part) for part in cpus], {})
+    answer = query(run, ["layout"], [format_cpu_list(part) for part in cpus], {})
     assert answer.pods is not None, "the planner answers with a layout or an error"
     return answer.pods
 
@@ -152,47 +182,31 @@ def query_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
         CommandError: the model or the data cannot be trained on; with the message and code that training gives.
     """
     require_trainer()
-    answer = _query(run, [], [], volumes)
+    answer = query(run, [], [], volumes)
     assert answer.plan is not None, "the planner answers with a plan or an error"
     return answer.plan
 
 
-def _query(
-    run: RunConfig, before: Sequence[str], after: Sequence[str], volumes: Mapping[str, Path]
+def query(
+    run: RunConfig,
+    before: Sequence[str],
+    after: Sequence[str],
+    volumes: Mapping[str, Path],
+    *,
+    offline: bool = True,
 ) -> PlanResponse:
-    """The planner's answer about a RunConfig, whose file stands between the other arguments."""
+    """The planner's answer about a RunConfig, whose file stands between the other arguments.
+
+    Raises:
+        CommandError: the planner answers with an error.
+    """
     with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
         path = Path(folder) / "run.json"
         path.write_text(run.to_json())
-        answer = query_trainer(*before, str(path), *after, volumes=volumes)
+        answer = query_trainer(*before, str(path), *after, volumes=volumes, offline=offline)
     if answer.error is not None:
         raise CommandError(error_message(answer.error.code, answer.error.cause), answer.error.code)
     return answer
-
-
-def memory_problems(memory: MemoryFigures, available: int, training: Training, sharing: int = 1) -> list[str]:
-    """Why memoryPerRank is too small, and what to change; empty when it is enough.
-
-    Args:
-        memory: what a rank needs.
-        available: bytes that a rank has.
-        training: the job's settings.
-        sharing: ranks that share memoryPerRank.
-    """
-    if memory.total <= available:
-        return []
-    step = 64 * MEBIBYTE
-    remedies = [f"raise it to {-(-memory.total * sharing // step) * 64}Mi"]
-    if memory.micro_batch_tokens > training.max_sequence_length:
-        remedies.append("lower training.microBatchTokens")
-    if memory.checkpointing == "none":
-        remedies.append("set training.gradientCheckpointing to auto")
-    remedies.append("lower training.maxSequenceLength")
-    needed = -(-memory.total // MEBIBYTE)
-    among = f" for the {sharing} ranks of a pod" if sharing > 1 else ""
-    limit = f"{available * sharing // MEBIBYTE:,} MiB{among}"
-    problem = f"a rank needs {needed:,} MiB, but spec.topology.memoryPerRank is {limit}"
-    return [f"{problem}: {', or '.join(remedies)}"]
 
 
 # --- showing it
@@ -237,19 +251,19 @@ def ranks_table(ranks: list[RankPlace]) -> Table:
 
 def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
     """Print memory, data, steps, time and a sample."""
-    memory, steps, memory_per_rank = details.memory, details.steps, plan.memory_per_rank
-    parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in memory.parts.items())
+    figures, steps, memory_per_rank = details.memory, details.steps, plan.memory_per_rank
+    parts = ", ".join(f"{name} {part / MEBIBYTE:,.0f}" for name, part in figures.parts.items())
     evaluation = split_text(details.evaluation, "evaluated") if details.evaluation else "none"
     console.print()
     _print(
         console,
-        f"memory    {format_bytes(memory.total)} of {format_bytes(memory_per_rank)} per rank (MiB: {parts})",
-        "bold red" if memory.total > memory_per_rank else None,
+        f"memory    {format_bytes(figures.total)} of {format_bytes(memory_per_rank)} per rank (MiB: {parts})",
+        "bold red" if figures.total > memory_per_rank else None,
     )
     for line in (
         (
-            f"          micro-batches of {memory.micro_batch_tokens:,} tokens, "
-            f"gradient checkpointing {memory.checkpointing}"
+            f"          micro-batches of {figures.micro_batch_tokens:,} tokens, "
+            f"gradient checkpointing {figures.checkpointing}"
         ),
         f"training  {split_text(details.training)}",
         *(f"          {line}" for line in source_lines(details.training)),

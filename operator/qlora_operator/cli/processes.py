@@ -67,7 +67,7 @@ def start(
     folder: Path,
     cpus: Sequence[Sequence[int]],
     volumes: Mapping[str, Path],
-    lock: int,
+    locks: Sequence[int],
     progress_port: int,
     command: Sequence[str] = LAUNCHER,
     price: Price | None = None,
@@ -81,7 +81,7 @@ def start(
         folder: the job's, locked.
         cpus: of each launcher.
         volumes: claim -> directory.
-        lock: descriptor of the folder's lock, which the launchers inherit.
+        locks: descriptors of the locks on the folder and on the CPUs, which the launchers inherit.
         progress_port: where rank 0 serves its progress.
         command: the launcher's command line.
         price: of a CPU's hour.
@@ -117,7 +117,7 @@ def start(
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    pass_fds=(lock,),
+                    pass_fds=locks,
                 )
             launchers.append(Launcher(index, process, log, report))
     except OSError as error:

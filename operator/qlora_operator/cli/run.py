@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -15,19 +15,30 @@ from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
 from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_report, is_exported, job_path
+from qlora_contract.plan import Machine
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
 from qlora_operator.cli import job_folder, processes
+from qlora_operator.cli.cpu_locks import CpuLocks, holder_text, lock_file
 from qlora_operator.cli.display import Display, result_lines
 from qlora_operator.cli.log_tail import LogTail
 from qlora_operator.cli.outcome import Outcome, error_message, summarize
 from qlora_operator.cli.progress_client import fetch_progress
 from qlora_operator.cli.supervision import StopRequest, limits_of, supervise
-from qlora_operator.cli.trainer_query import query_trainer
+from qlora_operator.cli.trainer_query import compile_kernels, query_trainer
 from qlora_operator.errors import CommandError
-from qlora_operator.placement.local import choose_tier, launcher_cpus
+from qlora_operator.placement.local import (
+    PlacementError,
+    choose_tier,
+    idle_cpus,
+    launcher_cpus,
+    memory_shortage,
+    on_this_machine,
+    with_topology,
+    without,
+)
 
 PROGRESS_SECONDS = 0.5
 """Between two looks at rank 0's progress."""
@@ -68,20 +79,30 @@ def run(
     machine = query_trainer().machine
     assert machine is not None, "without arguments, the planner answers with the machine"
     isa = choose_tier(job.spec.isa.allowed, machine)
-    cpus = launcher_cpus(job.spec.topology, machine)
+    check_room(job, machine)
     with _local_run(job, volumes, console, isa, verbose=verbose, price=price) as local:
         if ignored := ignored_by_run(job):
             local.display.print(f"ignored, because only the operator acts on it: {', '.join(ignored)}")
-        if local.is_finished():
+        if finished := local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
-            if local.lacks_exports() and (code := local.fetch() or local.train(launcher, cpus)):
-                return code
-        elif code := local.fetch() or local.train(launcher, cpus):
-            return code
+        if not finished or local.lacks_exports():
+            if told := compile_kernels():
+                local.display.print(told)
+            with local.own_cpus(machine) as cpus:
+                if code := local.fetch() or local.train(launcher, cpus):
+                    return code
         if code := local.publish():
             return code
         local.print_result()
         return 0
+
+
+def check_room(job: QLoRAJob, machine: Machine) -> None:
+    """Raise PlacementError where this machine has too few CPUs or too little memory, whatever else runs on it."""
+    topology = on_this_machine(job.spec.topology, machine)
+    launcher_cpus(topology, machine)
+    if shortage := memory_shortage(topology, machine):
+        raise PlacementError(shortage, ExitCode.INVALID_CONFIGURATION)
 
 
 def fetch_only(job: QLoRAJob, volumes: Mapping[str, Path], console: Console, *, verbose: bool = False) -> int:
@@ -126,6 +147,37 @@ class LocalRun:
     verbose: bool
     price: Price | None = None
     fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
+    cpu_locks: CpuLocks | None = None
+    """What holds the job's CPUs, once it has some."""
+
+    @contextmanager
+    def own_cpus(self, machine: Machine) -> Iterator[list[list[int]]]:
+        """The CPUs of each launcher, which no other `qlora run` takes meanwhile.
+
+        Raises:
+            PlacementError: too few are left by other jobs, and pinning is strict.
+        """
+        written = self.job.spec.topology
+        with ExitStack() as held:
+            try:
+                locks = CpuLocks(lock_file())
+            except OSError as error:
+                self.display.print(f"CPUs are not kept from other jobs: {lock_file()}: {error.strerror}")
+                topology, busy = on_this_machine(written, machine), {}
+                cpus = launcher_cpus(topology, machine)
+            else:
+                held.callback(locks.close)
+                with locks.choosing():
+                    busy = locks.busy(machine.cpus)
+                    topology = on_this_machine(written, without(machine, busy))
+                    cpus = launcher_cpus(topology, machine, busy)
+                    locks.take({cpu for part in cpus for cpu in part}, holder_text(self.job.metadata.name))
+                self.cpu_locks = locks
+            for note in idle_cpus(topology, machine, cpus, busy):
+                self.display.print(note)
+            self.job = with_topology(self.job, topology)
+            yield cpus
+            self.cpu_locks = None
 
     def next_config(self, stage: RunStage) -> RunConfig:
         """The RunConfig of the next attempt."""
@@ -201,9 +253,10 @@ class LocalRun:
     def _run_stage(self, config: RunConfig, command: Sequence[str], cpus: Sequence[Sequence[int]]) -> Outcome:
         """Start a stage's processes, and show progress until all have ended."""
         port = processes.free_port()
-        launchers = processes.start(
-            config, self.folder, cpus, self.volumes, self.lock.fileno(), port, command, self.price
-        )
+        locks = [self.lock.fileno()]
+        if self.cpu_locks is not None:
+            locks.append(self.cpu_locks.fileno())
+        launchers = processes.start(config, self.folder, cpus, self.volumes, locks, port, command, self.price)
         limits = limits_of(config)
         tails = [LogTail(launcher.log) for launcher in launchers] if self.verbose else []
         next_look, announced = 0.0, False

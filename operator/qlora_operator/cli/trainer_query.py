@@ -13,6 +13,7 @@ from qlora_contract.plan import PlanResponse
 from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
+KERNELS = (sys.executable, "-m", entry_points.KERNELS)
 TRAINER_PACKAGES = (
     "boto3",
     "gguf",
@@ -36,8 +37,27 @@ def require_trainer() -> None:
         )
 
 
+def compile_kernels(command: Sequence[str] = KERNELS) -> str:
+    """See to it that the kernel library is compiled, once for an installation, where there is a compiler.
+
+    Returns what there is to say about it: where it was put, or why plain torch will do its work. Mostly nothing.
+    """
+    done = subprocess.run(
+        [*command, "--if-missing", "--if-possible"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    return (done.stdout + done.stderr).strip()
+
+
 def query_trainer(
-    *arguments: str, volumes: Mapping[str, Path] | None = None, command: Sequence[str] = PLANNER
+    *arguments: str,
+    volumes: Mapping[str, Path] | None = None,
+    command: Sequence[str] = PLANNER,
+    offline: bool = True,
 ) -> PlanResponse:
     """What `python -m qlora_trainer.plan ARGUMENT...` answers.
 
@@ -45,6 +65,7 @@ def query_trainer(
         arguments: see qlora_trainer.plan; none: what this machine has.
         volumes: claim -> directory.
         command: the planner's command line.
+        offline: whether no library may ask the network.
 
     Raises:
         ProcessError: it could not be started, or did not answer.
@@ -52,7 +73,7 @@ def query_trainer(
     try:
         done = subprocess.run(
             [*command, *arguments],
-            env=environment(volumes or {}) | OFFLINE,
+            env=environment(volumes or {}) | (OFFLINE if offline else {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

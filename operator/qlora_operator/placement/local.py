@@ -1,14 +1,19 @@
-"""The pods of a job on one machine: the ISA tier of all, and the CPUs of each."""
+"""The pods of a job on one machine: the ISA tier of all, the ranks and CPUs of each, and whether memory suffices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from qlora_contract.cpus import partition
+from qlora_contract.cpus import format_cpu_list, partition
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_contract.run_config import IsaTier
-from qlora_operator.api.pod_resources import pod_cpus
-from qlora_operator.api.v1alpha1 import Topology
+from qlora_contract.units import format_bytes
+from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.v1alpha1 import QLoRAJob, Topology
 from qlora_operator.errors import CommandError
+
+MOST_CPUS_PER_RANK = 1024
+"""As the API has it."""
 
 
 class PlacementError(CommandError):
@@ -34,24 +39,131 @@ def choose_tier(allowed: Sequence[IsaTier], machine: Machine) -> IsaTier:
     )
 
 
-def launcher_cpus(topology: Topology, machine: Machine) -> list[list[int]]:
-    """The CPUs of each pod's launcher: disjoint, and no more than can run at once.
+def on_this_machine(topology: Topology, machine: Machine) -> Topology:
+    """The topology, with what the job leaves out filled in so that it uses the machine.
 
-    When there are too few, best-effort pinning shares them evenly, or in turns.
+    Without cpusPerRank all CPUs are shared among the ranks. Without ranksPerPod either there is one for each NUMA
+    cluster, or as many fewer as memoryPerRank leaves room for. Only what the job's file has counts as written: the API
+    server, which fills in defaults, knows no such machine.
+    """
+    written = topology.model_fields_set
+    if "cpus_per_rank" in written:
+        return topology
+    ranks = topology.ranks_per_pod
+    if "ranks_per_pod" not in written:
+        room, memory = machine.clusters, machine.free_memory or machine.memory
+        if memory is not None:
+            room = min(room, memory // parse_memory(topology.memory_per_rank))
+        ranks = max(1, room // topology.pods)
+    sharing = topology.pods * (1 if ranks == "auto" else ranks)
+    cpus = min(max(1, machine.usable_cpus // sharing), MOST_CPUS_PER_RANK)
+    return topology.model_copy(update={"ranks_per_pod": ranks, "cpus_per_rank": cpus})
+
+
+def with_topology(job: QLoRAJob, topology: Topology) -> QLoRAJob:
+    """The job with another topology."""
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"topology": topology})})
+
+
+def launcher_cpus(
+    topology: Topology, machine: Machine, busy: Mapping[int, str] | None = None
+) -> list[list[int]]:
+    """The CPUs of each pod's launcher: disjoint, no other job's, and no more than can run at once.
+
+    When there are too few, best-effort pinning shares them evenly, or in turns; when every one is another job's, with
+    that job.
+
+    Args:
+        topology: what the job asks for.
+        machine: what there is.
+        busy: CPUs that are in use by another job, and which one that is.
 
     Raises:
         PlacementError: there are too few, and pinning is strict.
     """
-    usable, each = machine.usable_cpus, pod_cpus(topology)
+    free = without(machine, busy or {})
+    usable, each = free.usable_cpus if free.cpus else 0, pod_cpus(topology)
     needed = topology.pods * each
     if topology.pinning == "strict" and usable < needed:
         what, less = f"{topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s)", ", ranksPerPod"
         if topology.ranks_per_pod == "auto":
             what, less = f"{each} CPU(s)", ""
+        wait = ""
+        if busy:
+            wait = f" ({'; '.join(in_use(busy))}): wait until they are free, or lower"
         raise PlacementError(
             f"{topology.pods} pod(s) with {what} "
-            f"need {needed} CPUs, and {usable} can be used here: lower spec.topology.cpusPerRank{less} or pods, "
-            "or set spec.topology.pinning to best-effort",
+            f"need {needed} CPUs, and {usable} can be used here{wait or ': lower'} spec.topology.cpusPerRank{less} or "
+            "pods, or set spec.topology.pinning to best-effort",
             ExitCode.INVALID_CONFIGURATION,
         )
-    return partition(machine.cpus[:usable], topology.pods, each)
+    chosen = free if free.cpus else machine
+    return partition(chosen.cpus[: chosen.usable_cpus], topology.pods, each)
+
+
+def without(machine: Machine, busy: Mapping[int, str]) -> Machine:
+    """The machine without the CPUs that other jobs use."""
+    return machine.model_copy(update={"cpus": [cpu for cpu in machine.cpus if cpu not in busy]})
+
+
+def in_use(busy: Mapping[int, str]) -> list[str]:
+    """A sentence for each job that has CPUs here, such as `CPUs 0-3 are in use by job demo (process 17)`."""
+    by_holder: dict[str, list[int]] = {}
+    for cpu, holder in busy.items():
+        by_holder.setdefault(holder, []).append(cpu)
+    return [f"CPUs {format_cpu_list(cpus)} are in use by {holder}" for holder, cpus in by_holder.items()]
+
+
+def idle_cpus(
+    topology: Topology,
+    machine: Machine,
+    launchers: Sequence[Sequence[int]],
+    busy: Mapping[int, str] | None = None,
+) -> list[str]:
+    """Which of the machine's CPUs the job leaves idle and why, in a sentence each; those of other jobs, too.
+
+    Args:
+        topology: as `on_this_machine` returns it.
+        machine: what there is.
+        launchers: as `launcher_cpus` returns it.
+        busy: as for `launcher_cpus`.
+    """
+    notes = in_use(busy or {})
+    free = without(machine, busy or {})
+    given = {cpu for cpus in launchers for cpu in cpus}
+    idle = [cpu for cpu in free.cpus if cpu not in given]
+    if not idle:
+        return notes
+    left = free.usable_cpus - len(given)
+    if left <= 0:
+        return [
+            *notes,
+            f"CPUs {format_cpu_list(idle)} stay idle: a quota of {machine.quota:g} CPUs is all that can be used",
+        ]
+    ranks = topology.pods * resource_multiplier(topology)
+    why = f"the job asks for {ranks} x {topology.cpus_per_rank} CPU(s)"
+    if left < ranks:
+        why = f"{free.usable_cpus} CPUs cannot be shared evenly among {ranks}"
+    remedy = "" if left < ranks else "; without spec.topology.cpusPerRank it uses all"
+    return [*notes, f"CPUs {format_cpu_list(idle)} stay idle: {why}{remedy}"]
+
+
+def memory_shortage(topology: Topology, machine: Machine) -> str | None:
+    """Why the ranks cannot have memoryPerRank here, and what to do; None when they can, or where nothing is known."""
+    each = parse_memory(topology.memory_per_rank)
+    parts = topology.pods * resource_multiplier(topology)
+    needed = parts * each
+    # With auto, memoryPerRank is the pod's.
+    unit = "pod(s)" if topology.ranks_per_pod == "auto" else "rank(s)"
+    asked = f"{parts} {unit} with spec.topology.memoryPerRank {topology.memory_per_rank} may use {format_bytes(needed)}"
+    lower = "lower memoryPerRank (`qlora plan` shows what the job needs)"
+    if parts > 1:
+        lower += " or the number of ranks"
+    if machine.memory is not None and needed > machine.memory:
+        return f"{asked}, and this machine has {format_bytes(machine.memory)}: {lower}"
+    if machine.free_memory is not None and needed > machine.free_memory:
+        return (
+            f"{asked}, and {format_bytes(machine.free_memory)} of this machine's memory are free: end what uses the "
+            f"rest, or {lower}"
+        )
+    return None

@@ -34,7 +34,7 @@ def start_launchers(
             command = (sys.executable, "-c", REPORT + program)
             started.extend(
                 processes.start(
-                    run, tmp_path, [[0]] * count, {"team": tmp_path}, lock.fileno(), 4242, command
+                    run, tmp_path, [[0]] * count, {"team": tmp_path}, [lock.fileno()], 4242, command
                 )
             )
         return started

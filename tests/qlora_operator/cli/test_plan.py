@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qlora_contract import memory
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
 from qlora_contract.plan import Machine, MemoryFigures, PlanReport, SplitStats, Steps, TextSpan
@@ -15,12 +16,12 @@ from qlora_contract.run_config import Training
 from qlora_contract.speed import TimeEstimate
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.cli.cpu_locks import CpuLocks, lock_file
 from qlora_operator.cli.plan import (
     JobPlan,
     RankPlace,
     choose_isa,
     job_plan,
-    memory_problems,
     query_layout,
     rank_places,
     sample_text,
@@ -94,6 +95,7 @@ def a_plan(**fields: Any) -> JobPlan:
         "ranks": [a_rank(0)],
         "notes": [],
         "problems": [],
+        "exit_code": 0,
         "missing_volumes": [],
         "details": None,
         "time": None,
@@ -146,7 +148,7 @@ def test_without_a_model_there_is_no_time() -> None:
 
 def test_ranks_that_share_memory_are_counted() -> None:
     """With `auto` memoryPerRank is the pod's, so that is what the sentence tells."""
-    (problem,) = memory_problems(figures(1025), 1024 * MIB, Training(max_steps=1), sharing=8)
+    (problem,) = memory.problems(figures(1025), 1024 * MIB, Training(max_steps=1), sharing=8)
 
     assert "a rank needs 1,025 MiB, but spec.topology.memoryPerRank is 8,192 MiB for the 8 ranks" in problem
     assert "raise it to 8256Mi" in problem
@@ -181,7 +183,7 @@ def test_a_tier_that_is_not_met_here_is_planned_for(a_job: Job) -> None:
     isa, problems = choose_isa(a_job(isa={"allowed": ["amx_bf16"]}), a_machine())
 
     assert isa == "amx_bf16"
-    assert [problem.partition(":")[0] for problem in problems] == [
+    assert [str(problem).partition(":")[0] for problem in problems] == [
         "this machine has avx512, and spec.isa.allowed has only amx_bf16"
     ]
 
@@ -215,6 +217,35 @@ def test_ranks_that_nobody_can_count_are_said_so(a_job: Job) -> None:
     assert "one rank per NUMA cluster" in shown(plan)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param({}, 0, id="it would run"),
+        pytest.param({"topology": {"cpusPerRank": 1024, "pinning": "strict"}}, 10, id="too few CPUs"),
+        pytest.param({"topology": {"memoryPerRank": "64Ti"}}, 10, id="too little memory"),
+    ],
+)
+def test_a_plan_knows_how_run_would_end(a_job: Job, fields: dict[str, Any], expected: int) -> None:
+    """A script that plans first learns from the exit code whether the job can be run here."""
+    plan = job_plan(a_job(**fields), {}, ["team"])
+
+    assert plan.exit_code == expected
+    assert bool(plan.problems) == bool(expected)
+
+
+def test_cpus_of_running_jobs_are_named(a_job: Job) -> None:
+    """Who plans while another job runs learns that its CPUs are not free now."""
+    locks = CpuLocks(lock_file())
+    locks.take(os.sched_getaffinity(0), "job other (process 17)")
+    try:
+        plan = job_plan(a_job(), {}, ["team"])
+    finally:
+        locks.close()
+
+    assert any(note.endswith("are in use by job other (process 17)") for note in plan.notes)
+    assert plan.exit_code == 0
+
+
 def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
     """What needs model and data is left out, and the claims are named."""
     plan = job_plan(a_job(), {}, ["team"])
@@ -225,7 +256,7 @@ def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "remedies"),
+    ("needs", "remedies"),
     [
         pytest.param(figures(1024), [], id="just enough"),
         pytest.param(
@@ -245,11 +276,11 @@ def test_without_volumes_the_machine_is_planned(a_job: Job) -> None:
         ),
     ],
 )
-def test_too_little_memory_is_a_problem(memory: MemoryFigures, remedies: list[str]) -> None:
+def test_too_little_memory_is_a_problem(needs: MemoryFigures, remedies: list[str]) -> None:
     """The sentence says what is needed and what could be changed instead."""
-    problems = memory_problems(memory, 1024 * MIB, Training(max_steps=1))
-    needs = f"a rank needs {memory.total // MIB:,} MiB, but spec.topology.memoryPerRank is 1,024 MiB: "
-    assert problems == ([needs + ", or ".join(remedies)] if remedies else [])
+    problems = memory.problems(needs, 1024 * MIB, Training(max_steps=1))
+    start = f"a rank needs {needs.total // MIB:,} MiB, but spec.topology.memoryPerRank is 1,024 MiB: "
+    assert problems == ([start + ", or ".join(remedies)] if remedies else [])
 
 
 def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:

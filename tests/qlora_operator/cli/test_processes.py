@@ -46,7 +46,7 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path, a_job: Callable[..
         job_folder.locked(tmp_path) as lock,
         pytest.raises(ProcessError, match="launcher 0 could not be started"),
     ):
-        processes.start(run, tmp_path, [[0], [0]], {}, lock.fileno(), 1, ("./no-such-program",))
+        processes.start(run, tmp_path, [[0], [0]], {}, [lock.fileno()], 1, ("./no-such-program",))
 
 
 def test_a_port_is_free_and_another() -> None:

@@ -326,3 +326,54 @@ def test_too_few_cpus_start_nothing(machine: Machine) -> None:
     assert code == 10
     assert "need 1000 CPUs, " in err
     assert not machine.job.exists()
+
+
+def test_two_jobs_never_take_the_same_cpus(machine: Machine) -> None:
+    """A second job is refused while another has all CPUs, told who that is, and runs as soon as it is gone."""
+    document, every = machine.document, len(os.sched_getaffinity(0))
+    machine.document = lambda **spec: document(
+        **{**spec, "topology": {"cpusPerRank": every, "pinning": "strict", **spec["topology"]}}
+    )
+    process = machine.start(STOPPABLE)
+    machine.pids(1)
+    of_first = machine.document
+    machine.document = lambda **spec: {**of_first(**spec), "metadata": {"name": "other"}}
+    code, _, err = machine.run("publish()")
+
+    assert code == 10
+    assert f"are in use by job small (process {process.pid})" in err
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert machine.run("publish()")[0] == 0
+
+
+def test_memory_that_is_not_there_starts_nothing(machine: Machine) -> None:
+    """What `qlora plan` calls a problem, `qlora run` refuses."""
+    document = machine.document
+    machine.document = lambda **spec: document(
+        **{**spec, "topology": {"memoryPerRank": "64Ti", **spec["topology"]}}
+    )
+    code, _, err = machine.run("end(1, 'was started')")
+
+    assert code == 10
+    assert "memoryPerRank 64Ti may use" in err
+    assert not machine.job.exists()
+
+
+def test_a_job_keeps_to_the_cpus_of_taskset(machine: Machine) -> None:
+    """Where `qlora run` is bound to some CPUs, its ranks get those and no others."""
+    document = machine.document
+    machine.document = lambda **spec: {
+        **document(**spec),
+        "spec": {**document(**spec)["spec"], "topology": {"memoryPerRank": "1Gi"}},
+    }
+    last = max(os.sched_getaffinity(0))
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {last})  # inherited, as from taskset
+    try:
+        process = machine.start("print(f'on {sorted(os.sched_getaffinity(0))}')\npublish()", "--verbose")
+    finally:
+        os.sched_setaffinity(0, mine)
+    out, _ = process.communicate(timeout=60)
+
+    assert f"on [{last}]" in out

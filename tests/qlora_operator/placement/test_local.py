@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import Machine
 from qlora_operator.api.v1alpha1 import Topology
-from qlora_operator.placement.local import PlacementError, choose_tier, launcher_cpus
+from qlora_operator.placement.local import (
+    PlacementError,
+    choose_tier,
+    idle_cpus,
+    launcher_cpus,
+    memory_shortage,
+    on_this_machine,
+    without,
+)
 
 
 def a_machine(cpus: int = 8, quota: float | None = None, **more: Any) -> Machine:
@@ -118,3 +126,139 @@ def test_too_few_cpus_for_ranks_that_launchers_settle() -> None:
 
 
 sizes = st.integers(1, 9)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("topology", "machine", "expected"),
+    [
+        pytest.param({}, {"cpus": 2}, (1, 2), id="all CPUs of a small machine"),
+        pytest.param({}, {"cpus": 64, "clusters": 4}, (4, 16), id="a rank for each cluster"),
+        pytest.param({"ranksPerPod": 2}, {"cpus": 64, "clusters": 4}, (2, 32), id="ranks as written"),
+        pytest.param(
+            {"ranksPerPod": "auto"}, {"cpus": 64, "clusters": 4}, ("auto", 64), id="auto as written"
+        ),
+        pytest.param({"cpusPerRank": 4}, {"cpus": 64, "clusters": 4}, (1, 4), id="CPUs as written"),
+        pytest.param({"pods": 2}, {"cpus": 64, "clusters": 4}, (2, 16), id="clusters shared by pods"),
+        pytest.param({"pods": 3}, {"cpus": 2}, (1, 1), id="fewer CPUs than pods"),
+        pytest.param({}, {"cpus": 8, "quota": 2.5}, (1, 2), id="a quota"),
+        pytest.param({}, {"cpus": 4096}, (1, 1024), id="as many as a rank may have"),
+        pytest.param(
+            {"memoryPerRank": "8Gi"},
+            {"cpus": 64, "clusters": 8, "memory": 32 * GIB, "freeMemory": 25 * GIB},
+            (3, 21),
+            id="as many ranks as memory holds",
+        ),
+        pytest.param(
+            {"memoryPerRank": "8Gi"}, {"cpus": 64, "clusters": 8, "memory": GIB}, (1, 64), id="one at least"
+        ),
+    ],
+)
+def test_what_is_left_out_is_what_the_machine_has(
+    topology: dict[str, Any], machine: dict[str, Any], expected: tuple[Any, int]
+) -> None:
+    """Without cpusPerRank a job uses the machine; what the file says stays."""
+    placed = on_this_machine(a_topology(**topology), a_machine(**machine))
+
+    assert (placed.ranks_per_pod, placed.cpus_per_rank) == expected
+
+
+def test_cpus_of_other_jobs_are_not_taken() -> None:
+    """Those that are free serve; and without pinning strict, when none is, the job shares."""
+    busy = {0: "job other (process 17)", 1: "job other (process 17)"}
+
+    assert launcher_cpus(a_topology(cpusPerRank=2), a_machine(cpus=4), busy) == [[2, 3]]
+    shared = a_topology(cpusPerRank=4, pinning="best-effort")
+    assert launcher_cpus(shared, a_machine(cpus=4), busy) == [[2, 3]]
+    assert launcher_cpus(shared, a_machine(cpus=2), busy) == [[0, 1]]
+
+
+def test_a_job_without_free_cpus_is_told_who_has_them() -> None:
+    """The other job's name and process, and that waiting helps."""
+    with pytest.raises(PlacementError) as refused:
+        launcher_cpus(
+            a_topology(cpusPerRank=2), a_machine(cpus=2), dict.fromkeys([0, 1], "job a (process 17)")
+        )
+
+    assert refused.value.code == ExitCode.INVALID_CONFIGURATION
+    assert str(refused.value) == (
+        "1 pod(s) with 1 rank(s) of 2 CPU(s) need 2 CPUs, and 0 can be used here (CPUs 0-1 are in use by job a "
+        "(process 17)): wait until they are free, or lower spec.topology.cpusPerRank, ranksPerPod or pods, or set "
+        "spec.topology.pinning to best-effort"
+    )
+
+
+@pytest.mark.parametrize(
+    ("topology", "machine", "busy", "expected"),
+    [
+        pytest.param({}, {"cpus": 2}, {}, [], id="none"),
+        pytest.param(
+            {"cpusPerRank": 4},
+            {"cpus": 64},
+            {},
+            [
+                "CPUs 4-63 stay idle: the job asks for 1 x 4 CPU(s); without spec.topology.cpusPerRank it uses all"
+            ],
+            id="fewer than there are",
+        ),
+        pytest.param(
+            {"ranksPerPod": 2},
+            {"cpus": 5},
+            {},
+            ["CPUs 4 stay idle: 5 CPUs cannot be shared evenly among 2"],
+            id="a rest",
+        ),
+        pytest.param(
+            {},
+            {"cpus": 8, "quota": 2.5},
+            {},
+            ["CPUs 2-7 stay idle: a quota of 2.5 CPUs is all that can be used"],
+            id="a quota",
+        ),
+        pytest.param({}, {"cpus": 4}, {0: "job a"}, ["CPUs 0 are in use by job a"], id="another job's"),
+    ],
+)
+def test_idle_cpus_are_named_with_the_reason(
+    topology: dict[str, Any], machine: dict[str, Any], busy: dict[int, str], expected: list[str]
+) -> None:
+    """Whoever pays for a machine learns which CPUs do nothing, and why."""
+    here = a_machine(**machine)
+    placed = on_this_machine(a_topology(**topology), without(here, busy))
+
+    assert idle_cpus(placed, here, launcher_cpus(placed, here, busy), busy) == expected
+
+
+@pytest.mark.parametrize(
+    ("topology", "memory", "free", "expected"),
+    [
+        pytest.param({"memoryPerRank": "8Gi"}, 8 * GIB, 8 * GIB, None, id="enough"),
+        pytest.param({"memoryPerRank": "8Gi"}, None, None, None, id="unknown"),
+        pytest.param(
+            {"memoryPerRank": "200Gi"},
+            24 * GIB,
+            20 * GIB,
+            "1 rank(s) with spec.topology.memoryPerRank 200Gi may use 200 GiB, and this machine has 24.0 GiB: "
+            "lower memoryPerRank (`qlora plan` shows what the job needs)",
+            id="more than there is",
+        ),
+        pytest.param(
+            {"memoryPerRank": "8Gi", "ranksPerPod": 2},
+            24 * GIB,
+            12 * GIB,
+            "2 rank(s) with spec.topology.memoryPerRank 8Gi may use 16.0 GiB, and 12.0 GiB of this machine's "
+            "memory are free: end what uses the rest, or lower memoryPerRank (`qlora plan` shows what the job needs) "
+            "or the number of ranks",
+            id="more than is free",
+        ),
+        pytest.param({"memoryPerRank": "8Gi", "ranksPerPod": "auto"}, 8 * GIB, 8 * GIB, None, id="a pod's"),
+    ],
+)
+def test_memory_per_rank_is_held_against_the_machine(
+    topology: dict[str, Any], memory: int | None, free: int | None, expected: str | None
+) -> None:
+    """All ranks together must find their memory here."""
+    here = a_machine(memory=memory, freeMemory=free)
+
+    assert memory_shortage(a_topology(**topology), here) == expected

@@ -198,6 +198,89 @@ def test_the_model_card_says_what_was_measured(tmp_path: Path) -> None:
     assert "| With this adapter | 1.2500 |" in card
 
 
+def card_of(tmp_path: Path, provenance: dict[str, Any], *, chat: bool = False, **run: Any) -> str:
+    """The card of an adapter with such a provenance."""
+    report = {**REPORT, "provenance": {"base_model": None, **provenance}}
+    return adapter.model_card(a_run(**run), report, chat=chat)
+
+
+def test_the_model_card_says_what_it_was_made_from_without_a_path(tmp_path: Path) -> None:
+    """A data set of the Hub by its name, others by their digest; the license that the base states."""
+    hub = {"dataset": {"source": "hf://datasets/org/data"}}
+    card = card_of(tmp_path, {"base_model": "org/name", "license": "apache-2.0"}, **hub)
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+
+    assert (front["license"], front["datasets"]) == ("apache-2.0", ["org/data"])
+    assert "- data: `org/data`\n- license: `apache-2.0`, as the base model's card has it; " in card
+
+    card = card_of(tmp_path, {"dataset_sha256": "0123456789abcdef"})
+    assert "- data: private, sha256 0123456789ab\n- license: not stated; those of" in card
+    assert "pvc://" not in card
+
+
+@pytest.mark.parametrize(
+    ("provenance", "chat", "expected"),
+    [
+        pytest.param(
+            {"base_model": "org/name"},
+            True,
+            ['AutoModelForCausalLM.from_pretrained("org/name", dtype="auto")', "apply_chat_template("],
+            id="by name, conversations",
+        ),
+        pytest.param({}, False, ['("path/to/the/base/model", ', 'tokenizer("..."'], id="by path, text"),
+        pytest.param(
+            {"auto_class": "AutoModelForImageTextToText"},
+            True,
+            ["import AutoModelForImageTextToText, AutoTokenizer", "base = AutoModelForImageTextToText."],
+            id="a multimodal model",
+        ),
+    ],
+)
+def test_the_model_card_s_example_is_python_for_this_adapter(
+    tmp_path: Path, provenance: dict[str, Any], chat: bool, expected: list[str]
+) -> None:
+    """It loads the base as its class has it, and asks as the data did."""
+    card = card_of(tmp_path, provenance, chat=chat)
+    program = card.partition("```python\n")[2].partition("```")[0]
+
+    compile(program, "card", "exec")
+    for part in expected:
+        assert part in program
+
+
+def test_the_tokenizer_goes_along_with_the_adapter(tmp_path: Path, demo_model: Path) -> None:
+    """Stock tools find it there, and no path of this machine; the template is that of the data, if they had one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    staged = adapter.write_adapter(acquired(tmp_path), small_adapter(), None, "{{ mine }}", tokenizer)
+
+    found = AutoTokenizer.from_pretrained(staged)
+    assert found("one two")["input_ids"] == tokenizer("one two")["input_ids"]
+    assert found.chat_template == "{{ mine }}"
+    assert str(demo_model) not in (staged / "tokenizer_config.json").read_text()
+
+    staged = adapter.write_adapter(acquired(tmp_path), small_adapter(), None, None, tokenizer)
+    assert not (staged / CHAT_TEMPLATE).exists()
+
+
+def test_a_tokenizer_that_cannot_be_written_costs_no_adapter(tmp_path: Path) -> None:
+    """The base has it, too; a full disk is another matter."""
+
+    class Broken:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def save_pretrained(self, _: Path) -> None:
+            raise self.error
+
+    folder = acquired(tmp_path)
+    broken: Any = Broken(NotImplementedError("no vocabulary"))
+    assert (adapter.write_adapter(folder, small_adapter(), None, None, broken) / ADAPTER_WEIGHTS).exists()
+    with pytest.raises(StorageFull):
+        adapter.write_adapter(folder, small_adapter(), None, None, Broken(OSError(28, "full")))  # type: ignore[arg-type]
+
+
 def png(path: Path) -> tuple[int, int]:
     """(width, height) of a PNG whose chunks and checksums are all in order (ISO/IEC 15948)."""
     content = path.read_bytes()

@@ -122,6 +122,50 @@ def test_memory_in_v1(tmp_path: Path) -> None:
     assert cgroups.oom_kills(root) == 4
 
 
+MEMINFO = "MemTotal:       1000 kB\nMemAvailable:    600 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        pytest.param({}, (1000 * 1024, 600 * 1024), id="the machine's"),
+        pytest.param({"a/memory.max": "max\n"}, (1000 * 1024, 600 * 1024), id="no limit"),
+        pytest.param(
+            {
+                "a/memory.max": "409600\n",
+                "a/memory.current": "300000\n",
+                "a/memory.stat": "anon 1\nactive_file 40000\ninactive_file 60000\n",
+            },
+            (409600, 209600),
+            id="a group's, whose page cache is free",
+        ),
+        pytest.param({"a/memory.max": "409600\n"}, (409600, 600 * 1024), id="usage unknown"),
+    ],
+)
+def test_memory_that_can_be_used(
+    tmp_path: Path, files: dict[str, str], expected: tuple[int | None, int | None]
+) -> None:
+    """The least of the machine's and of every limit; of that, what nobody else has now."""
+    root = write_tree(v2(tmp_path, "/a/b", files), {"proc/meminfo": MEMINFO})
+
+    assert cgroups.usable_memory(root) == expected
+
+
+def test_memory_that_can_be_used_in_v1(tmp_path: Path) -> None:
+    """The same from the files of the first version; without any files nothing is known."""
+    assert cgroups.usable_memory(tmp_path) == (None, None)
+    root = v1(
+        tmp_path,
+        "/kubepods/pod1/c1",
+        {
+            "memory/memory.limit_in_bytes": "3000\n",
+            "memory/memory.usage_in_bytes": "2000\n",
+            "memory/memory.stat": "cache 1\ntotal_active_file 300\ntotal_inactive_file 200\n",
+        },
+    )
+    assert cgroups.usable_memory(root) == (3000, 1500)
+
+
 def test_this_machine_is_read_without_error() -> None:
     """The real files of this machine parse, whatever they hold."""
     cpus, quota = cgroups.available_cpus()

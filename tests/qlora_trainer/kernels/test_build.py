@@ -142,3 +142,36 @@ def test_any_source_changes_the_hash(tmp_path: Path) -> None:
         hashes.append(build.sources_hash(tmp_path))
 
     assert len(set(hashes)) == 3
+
+
+def test_what_is_compiled_already_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --if-missing the compiler is started only where there is no library of these sources."""
+    made: list[Path] = []
+    monkeypatch.setattr(build, "is_built", lambda: True)
+    monkeypatch.setattr(build, "build", lambda: made.append(tmp_path))
+    assert build.main(["--if-missing"]) == 0
+    assert made == []
+    monkeypatch.setattr(build, "is_built", lambda: False)
+    assert build.main(["--if-missing"]) == 0
+    assert made == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "library", "expected"),
+    [
+        pytest.param({"sources": build.sources_hash()}, True, True, id="of these sources"),
+        pytest.param({"sources": "others"}, True, False, id="of others"),
+        pytest.param({"sources": build.sources_hash()}, False, False, id="gone"),
+        pytest.param(None, True, False, id="unknown"),
+    ],
+)
+def test_a_library_counts_when_it_is_of_these_sources(
+    tmp_path: Path, manifest: dict[str, str] | None, library: bool, expected: bool
+) -> None:
+    """The manifest says so, and the library is there."""
+    if manifest is not None:
+        build.manifest_file(tmp_path).write_text(json.dumps(manifest))
+    if library:
+        build.library_file(tmp_path).touch()
+
+    assert build.is_built(tmp_path) == expected

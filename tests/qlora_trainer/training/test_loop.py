@@ -223,11 +223,21 @@ def test_the_base_is_measured_quantized_and_as_stored(ready: Ready) -> None:
     assert report["base_eval_loss_quantized"] != report["base_eval_loss"]
 
 
+def test_the_adapter_is_measured_on_the_base_that_servers_run(ready: Ready) -> None:
+    """On the weights as stored it scores otherwise than on those it was trained on, and better than they do alone."""
+    report = train(ready())
+
+    assert report["eval_loss_unquantized"] != report["eval_loss"]
+    assert report["eval_loss_unquantized"] == pytest.approx(report["eval_loss"], rel=0.1)
+    assert report["eval_loss_unquantized"] < report["base_eval_loss"]
+
+
 def test_an_unquantized_base_has_one_loss(ready: Ready) -> None:
     """Without quantization both measurements are of the same weights: the adapter does not take part."""
     report = train(ready(quantization={"scheme": "none"}))
 
     assert report["base_eval_loss_quantized"] == report["base_eval_loss"]
+    assert report["eval_loss_unquantized"] == report["eval_loss"]
 
 
 def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> None:
@@ -235,6 +245,7 @@ def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> N
     report = train(ready(layout={"memoryPerRank": 2**20}))
 
     assert report["base_eval_loss"] is None
+    assert report["eval_loss_unquantized"] is None
     assert report["base_eval_loss_quantized"] is not None
 
 
@@ -250,7 +261,7 @@ def test_an_attempt_that_only_publishes_does_not_measure_the_base_again(
     monkeypatch.setattr(loop, "evaluate", lambda *args: evaluated.append(args[5:]) or evaluate(*args))
     again = train(ready())
 
-    assert evaluated == [()]
+    assert evaluated == [(), ("the adapter on the unquantized base",)]
     for name in ("base_eval_loss", "base_eval_loss_quantized", "eval_loss"):
         assert again[name] == report[name]
 

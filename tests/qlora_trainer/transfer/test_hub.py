@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qlora_contract.remote import parse_remote
-from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
+from qlora_trainer.errors import ConfigurationError, ModelError, TransferFailed, TransferRefused
+from qlora_trainer.plan import fetch_config
 from qlora_trainer.transfer.credentials import Credentials
 from qlora_trainer.transfer.hub import Hub
 from qlora_trainer.transfer.remote_files import Digest, RemoteFile
@@ -286,3 +287,26 @@ def test_no_proxy_goes_past_it(here: dict[str, str], commit: str, monkeypatch: p
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     assert listed(hub(here))[0] == commit
+
+
+def test_the_size_of_a_model_costs_its_config_json(
+    sound: Remotes, here: dict[str, str], tmp_path: Path
+) -> None:
+    """Sizes of weights come from the listing; no byte of them is fetched."""
+    files = {
+        "config.json": b'{"model_type": "llama"}',
+        "model-00001-of-00002.safetensors": b"w" * 70,
+        "model-00002-of-00002.safetensors": b"w" * 30,
+        "tokenizer.json": b"{}",
+    }
+    sound.hub.commit("org/name", files)
+    sound.hub.requests.clear()
+
+    assert fetch_config("hf://org/name", None, tmp_path) == 100
+    assert (tmp_path / "config.json").read_bytes() == files["config.json"]
+    fetched = {path.rpartition("/")[2] for _, path, _ in sound.hub.requests if "/resolve/" in path}
+    assert fetched == {"config.json"}
+
+    sound.hub.commit("org/other", {"README.md": b""})
+    with pytest.raises(ModelError, match=r"hf://org/other has no config\.json"):
+        fetch_config("hf://org/other", None, tmp_path)

@@ -4,9 +4,10 @@ It is written to a staging folder, reloaded from there and evaluated by the call
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
@@ -19,7 +20,9 @@ from qlora_contract.job_folder import (
     LOSS_CURVE,
     TRAINING_REPORT,
 )
+from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run_config import RunConfig
+from qlora_contract.units import first_line
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
 from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX, method_for
@@ -27,18 +30,37 @@ from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
 
-USE_BY_NAME = """\
-from peft import AutoPeftModelForCausalLM
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-"""
-USE_BY_PATH = """\
+log = logging.getLogger(__name__)
+
+USE = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("path/to/the/base/model")
+base = {auto}.from_pretrained({base}{revision}, dtype="auto")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+
+{prompt}
+answer = model.generate(**inputs, max_new_tokens=200)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
+PROMPTS = {
+    True: """\
+messages = [{"role": "user", "content": "..."}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)""",
+    False: """\
+inputs = tokenizer("...", return_tensors="pt")""",
+}
+"""How to ask, by whether the data were conversations, which a chat template wrote."""
+
+
+FEW_POINTS = 60
+"""A curve of fewer steps shows each as a dot: a line of one point cannot be seen."""
 
 
 def staging_folder(folder: JobFolder) -> Path:
@@ -47,7 +69,11 @@ def staging_folder(folder: JobFolder) -> Path:
 
 
 def write_adapter(
-    folder: JobFolder, parameters: AdapterParameters, base: str | None, chat_template: str | None = None
+    folder: JobFolder,
+    parameters: AdapterParameters,
+    base: str | None,
+    chat_template: str | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
     """Write weights and configuration as PEFT does, into the staging folder, and return that.
 
@@ -56,6 +82,7 @@ def write_adapter(
         parameters: the adapter, named by its method.
         base: the value of `base_model_name_or_path`; None where stock tools could not find it by a name.
         chat_template: what the conversations were written with, which prompts must be written with, too.
+        tokenizer: the model's, which tools look for beside an adapter.
 
     Raises:
         StorageFull: they do not fit.
@@ -68,9 +95,23 @@ def write_adapter(
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
         config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
         (staged / ADAPTER_CONFIG).write_text(config)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, staged)
+            # The template beside an adapter is that of its data, and not one that the model happens to have.
+            (staged / CHAT_TEMPLATE).unlink(missing_ok=True)
         if chat_template is not None:
             (staged / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return staged
+
+
+def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", staged: Path) -> None:
+    """Write the files of a tokenizer. One that cannot be written costs nobody the adapter: the base has it, too."""
+    try:
+        tokenizer.save_pretrained(staged)
+    except OSError:
+        raise  # the disk's: it would fail the other files as well
+    except Exception as error:  # of whatever class the tokenizer is
+        log.warning("the tokenizer is not written beside the adapter: %s", first_line(error))
 
 
 def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str | None) -> dict[str, Any]:
@@ -113,7 +154,8 @@ def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: li
     """
     text = json.dumps(report, indent=1)
     with translate_os_errors(f"publishing the adapter to {folder.adapter}"):
-        (staged / "README.md").write_text(model_card(folder.run, report))
+        chat = (staged / CHAT_TEMPLATE).is_file()
+        (staged / "README.md").write_text(model_card(folder.run, report, chat=chat), encoding="utf-8")
         (staged / TRAINING_REPORT).write_text(text)
         loss_curve(metrics, report, staged / LOSS_CURVE)
         seal_folder(staged, {"sha256": sha256(staged / ADAPTER_WEIGHTS)})
@@ -129,19 +171,39 @@ def discard(folder: JobFolder) -> None:
     shutil.rmtree(staging_folder(folder), ignore_errors=True)
 
 
-def model_card(run: RunConfig, report: dict[str, Any]) -> str:
-    """README.md of the adapter, with the metadata that model hubs read. `report`: training_report.json."""
-    base = report["provenance"]["base_model"]
+def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) -> str:
+    """README.md of the adapter, with the metadata that model hubs read.
+
+    Args:
+        run: the job.
+        report: training_report.json.
+        chat: whether a chat template wrote the data.
+    """
+    provenance = report["provenance"]
+    base, license_ = provenance["base_model"], provenance.get("license")
     front = f"base_model: {json.dumps(base)}\n" if base else ""
+    if license_:
+        front += f"license: {json.dumps(license_)}\n"
+    datasets = hub_datasets(run)
+    if datasets:
+        front += f"datasets: {json.dumps(datasets)}\n"
     named = f"`{base}`" if base else "the model that training_report.json describes"
     revision = f" at {run.fetched.model}" if run.fetched.model else ""
     rows = [
-        ("Base, unquantized", report["base_eval_loss"]),
         ("Base, as trained on", report["base_eval_loss_quantized"]),
         ("With this adapter", report["eval_loss"]),
+        ("Base, unquantized", report["base_eval_loss"]),
+        ("Base, unquantized, with this adapter: what most servers run", report.get("eval_loss_unquantized")),
     ]
     table = "\n".join(f"| {name} | {'not measured' if v is None else f'{v:.4f}'} |" for name, v in rows)
     adapter, training = run.adapter, run.training
+    use = USE.format(
+        auto=provenance.get("auto_class") or "AutoModelForCausalLM",
+        base=json.dumps(base or "path/to/the/base/model"),
+        revision=f", revision={json.dumps(run.fetched.model)}" if base and run.fetched.model else "",
+        prompt=PROMPTS[chat],
+    )
+    terms = f"`{license_}`, as the base model's card has it" if license_ else "not stated"
     return f"""---
 {front}library_name: peft
 pipeline_tag: text-generation
@@ -161,10 +223,31 @@ A LoRA adapter for {named}{revision}, trained on CPUs by qlora-operator.
 - base weights: {run.quantization.scheme}, computed in {report["compute_dtype"]}
 - {report["steps"]} steps of at most {training.global_batch_tokens} tokens, {report["tokens"]} tokens in all,
   learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}
+- data: {data_line(datasets, report)}
+- license: {terms}; those of the base model and of the data apply
 
 ```python
-{USE_BY_NAME if base else USE_BY_PATH}```
+{use}```
 """
+
+
+def hub_datasets(run: RunConfig) -> list[str]:
+    """The data sets' names on the Hub, without data from elsewhere, whose path means nothing to others."""
+    remotes = [parse_remote(each.source) for each in run.dataset.all_sources if is_remote(each.source)]
+    return [remote.root for remote in remotes if remote.kind == "dataset"]
+
+
+def data_line(datasets: list[str], report: dict[str, Any]) -> str:
+    """What it was trained on, in a line."""
+    provenance, facts = report["provenance"], report.get("data", {}).get("training", {})
+    parts = [", ".join(f"`{name}`" for name in datasets) or "private"]
+    if revision := provenance.get("dataset_revision"):
+        parts.append(f"revision {revision}")
+    if records := facts.get("records"):
+        parts.append(f"{records:,} records")
+    if digest := provenance.get("dataset_sha256"):
+        parts.append(f"sha256 {digest[:12]}")
+    return ", ".join(parts)
 
 
 def loss_curve(metrics: list[dict[str, Any]], report: dict[str, Any], path: Path) -> None:
@@ -175,14 +258,17 @@ def loss_curve(metrics: list[dict[str, Any]], report: dict[str, Any], path: Path
     axes = figure.add_subplot()
     trained = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
     evaluated = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
-    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
+    dots = "o" if len(trained) < FEW_POINTS else ""
+    axes.plot(*zip(*trained, strict=True), f"{dots}-", label="training", linewidth=1.2, markersize=3)
     if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), "o-", label="evaluation", markersize=4)
+        # Points: nobody knows the loss between them.
+        axes.plot(*zip(*evaluated, strict=True), "D", label="evaluation", markersize=6)
     if report["base_eval_loss"] is not None:
         axes.axhline(
             report["base_eval_loss"], linestyle="--", color="gray", label="evaluation, unquantized base"
         )
     axes.set(xlabel="step", ylabel="loss per supervised token", title=path.parent.parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Beside the axes, where it covers no line.
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)

@@ -1,6 +1,8 @@
 """training_report.json: what was trained, on what, how fast, and with what result."""
 
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,6 +82,17 @@ def base_model(run: RunConfig) -> str | None:
         return None
     remote = parse_remote(run.model.source)
     return remote.root if remote.kind == "model" else None
+
+
+def license_of(model_folder: Path) -> str | None:
+    """The license that the base model's card states, as hubs name it; None without such a card."""
+    try:
+        card = (model_folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\n(.*?)\n---\n", card.replace("\r\n", "\n"), re.DOTALL)
+    stated = front and re.search(r"""^license: *["']?([a-z0-9.-]+)["']? *$""", front[1], re.MULTILINE)
+    return stated[1] if stated else None
 
 
 def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:

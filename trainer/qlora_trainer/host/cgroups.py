@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qlora_trainer.host.kernel_files import ROOT, read_int, read_text
+from qlora_trainer.host.kernel_files import ROOT, parse_fields, read_int, read_text
 
 _V1_UNLIMITED = 1 << 60
 """cgroup v1 has no word for "no limit": it shows the largest number of whole pages."""
@@ -93,6 +93,39 @@ def memory_limit(root: Path = ROOT) -> int | None:
     name = "memory.max" if groups.version == 2 else "memory.limit_in_bytes"
     limits = [read_int(folder / name) for folder in groups.folders]
     return min((limit for limit in limits if limit is not None and limit < _V1_UNLIMITED), default=None)
+
+
+def usable_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
+    """Bytes of memory that this process may use at most, and those of them that it can have now; None: unknown.
+
+    The machine's, within every limit of the nested groups. Pages of files count as free: the kernel drops them.
+    """
+    machine = dict(parse_fields(read_text(root / "proc/meminfo") or ""))  # in kB
+    totals, free = ([_kibibytes(machine.get(name))] for name in ("MemTotal", "MemAvailable"))
+    groups = hierarchy("memory", root)
+    for folder in () if groups is None else groups.folders:
+        v2 = groups is not None and groups.version == 2
+        limit = read_int(folder / ("memory.max" if v2 else "memory.limit_in_bytes"))
+        if limit is None or limit >= _V1_UNLIMITED:
+            continue
+        totals.append(limit)
+        used = read_int(folder / ("memory.current" if v2 else "memory.usage_in_bytes"))
+        if used is None:
+            continue
+        lines = (read_text(folder / "memory.stat") or "").splitlines()
+        pages = dict(line.split(" ", 1) for line in lines if " " in line)
+        names = ("active_file", "inactive_file") if v2 else ("total_active_file", "total_inactive_file")
+        dropped = sum(int(pages[name]) for name in names if pages.get(name, "").isdecimal())
+        free.append(max(0, limit - max(0, used - dropped)))
+    known = ([value for value in values if value is not None] for values in (totals, free))
+    total, now = (min(values, default=None) for values in known)
+    return total, now
+
+
+def _kibibytes(text: str | None) -> int | None:
+    """Bytes of `24683652 kB`."""
+    number = (text or "").removesuffix(" kB")
+    return int(number) * 1024 if number.isdecimal() else None
 
 
 def memory_current_and_peak(root: Path = ROOT) -> tuple[int | None, int | None]:

@@ -1,9 +1,10 @@
 """Compile the kernel library: some seconds, once; a job compiles nothing.
 
-    python -m qlora_trainer.kernels.build [--if-possible]
+    python -m qlora_trainer.kernels.build [--if-possible] [--if-missing]
 
 Takes the compiler that CXX names, else g++, else clang++, else that of the package ziglang, where it is installed.
-With --if-possible the lack of a compiler is told and is no failure, since plain torch can multiply, too.
+With --if-possible the lack of a compiler, or of a folder that can be written to, is told and is no failure, since plain
+torch can multiply, too. With --if-missing nothing is done and said where the library is there and of these sources.
 """
 
 import argparse
@@ -124,6 +125,15 @@ def build(folder: Path = COMPILED, environ: Mapping[str, str] = os.environ) -> P
     return library_file(folder)
 
 
+def is_built(folder: Path = COMPILED) -> bool:
+    """Whether the library is there, and of the sources that are installed."""
+    try:
+        built = json.loads(manifest_file(folder).read_text())
+    except (OSError, ValueError):
+        return False
+    return library_file(folder).is_file() and built.get("sources") == sources_hash()
+
+
 def _run(line: Sequence[str]) -> str:
     """A command's output. Raises OSError or ExtensionUnavailable, which quotes the compiler."""
     done = subprocess.run(line, capture_output=True, text=True, check=False)
@@ -140,7 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m qlora_trainer.kernels.build", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--if-possible", action="store_true", help="without a compiler: say so and end well")
+    parser.add_argument("--if-missing", action="store_true", help="only where it is not compiled yet")
     options = parser.parse_args(arguments)
+    if options.if_missing and is_built():
+        return 0
     try:
         print(f"kernel library: {build()}", flush=True)
     except NoCompilerError as error:
@@ -148,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if options.if_possible else 1
     except ExtensionUnavailable as error:
         print(error, file=sys.stderr)
-        return 1
+        return 0 if options.if_possible and not os.access(COMPILED.parent, os.W_OK) else 1
     return 0
 
 

@@ -19,7 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored import formats, gguf
-from qlora_trainer.modeling.weight_files import tensor_names
+from qlora_trainer.modeling.weight_files import has_weights, tensor_names
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,11 @@ class Family:
             if stored.startswith(prefix):
                 return None if path is None else path + stored.removeprefix(prefix)
         return stored
+
+    @property
+    def auto_class(self) -> str:
+        """transformers' class that users of the whole checkpoint load, which the adapter is named for."""
+        return "AutoModelForImageTextToText" if self.wrapped else "AutoModelForCausalLM"
 
     def adapts(self, path: str) -> bool:
         """Whether a linear layer of the graph can have an adapter.
@@ -263,7 +268,9 @@ def language_model_config(folder: Path, config: Any) -> Any:
     part, and not always rightly.
     """
     text = config.text_config
-    heads = {name for name in tensor_names(folder) if name.endswith("lm_head.weight")}
+    # A plan may be made of config.json alone.
+    stored = tensor_names(folder) if has_weights(folder) else ()
+    heads = {name for name in stored if name.endswith("lm_head.weight")}
     text.tie_word_embeddings = bool(config.tie_word_embeddings) and not heads
     if getattr(config, "quantization_config", None) is not None:
         text.quantization_config = config.quantization_config

@@ -18,13 +18,20 @@ from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
-def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
+def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> ModelShape:
     """Measure the model in `folder`, and the adapter that it would get, without reading weights.
+
+    Args:
+        folder: the model's.
+        adapter: the job's.
+        weights: their files are there, and say how they are stored; else config.json does.
 
     Raises:
         ModelError: for a model or target modules that cannot be trained.
     """
     family, config = read_model(folder)
+    # The graph is built in another type, and its configuration then says that.
+    embedding_bytes = bytes_per_weight(folder) if weights else stored_bytes(config)
     graph = _graph(folder, family, config)
     everything = _linears(graph, family)
     linears = _adaptable(everything, family)
@@ -40,7 +47,7 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         vocabulary=config.vocab_size,
         positions=positions(config),
         tied=bool(config.tie_word_embeddings),
-        stored_bytes=bytes_per_weight(folder),
+        stored_bytes=embedding_bytes,
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears),
@@ -79,6 +86,11 @@ def _linears(graph: nn.Module, family: Family) -> dict[str, tuple[int, int]]:
 
 def _adaptable(linears: Mapping[str, tuple[int, int]], family: Family) -> dict[str, tuple[int, int]]:
     return {family.public_name(name): size for name, size in linears.items() if family.adapts(name)}
+
+
+def stored_bytes(config: Any) -> int:
+    """Bytes of a weight by config.json, which need not say it."""
+    return 4 if getattr(config, "dtype", None) is torch.float32 else 2
 
 
 def intermediate(config: Any, family: Family) -> int:

@@ -46,6 +46,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / n for n in names]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is any file that `weight_files` looks for."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any((folder / name).is_file() for name in names) or gguf_file(folder) is not None
+
+
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
     """An open safetensors file. Raises ModelError, also later within the block, when the file is not complete."""

@@ -15,7 +15,7 @@ from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
-from qlora_trainer.artifacts.training_report import base_model, training_report
+from qlora_trainer.artifacts.training_report import base_model, license_of, training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
@@ -28,9 +28,9 @@ from qlora_trainer.errors import (
     TerminatedAlone,
 )
 from qlora_trainer.host.process_memory import malloc_trim
-from qlora_trainer.modeling.adapter_methods import adapters_disabled
+from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import checksum
-from qlora_trainer.modeling.families import read_config
+from qlora_trainer.modeling.families import read_model
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.stored.formats import description
 from qlora_trainer.modeling.weight_files import fingerprint, weight_files
@@ -369,9 +369,10 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         if context.is_rank_zero:
             adapter.discard(folder)
         raise
-    if loop.base_eval_loss is None and state.data.evaluation is not None:
+    unquantized = None
+    if state.data.evaluation is not None:
         try:
-            loop.base_eval_loss = measure_unquantized(context, state)
+            loop.base_eval_loss, unquantized = measure_unquantized(context, state, staged)
         except StopRequested:
             raise Terminated(STOPPED_AT_THE_END) from None
         except StopHere:
@@ -380,6 +381,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     ranks = context.group.all_gather_object(context.rank_stats())
     report = facts_of(context, state, loss, ranks)
     report["adapter_sha256"] = digest
+    report["eval_loss_unquantized"] = unquantized
     if context.is_rank_zero:
         folder.check_fence()
         report["cost"] = context.books.cost()
@@ -395,7 +397,8 @@ def stage_adapter(context: RankContext, state: TrainState) -> float | None:
     template = state.data.template
     if context.is_rank_zero:
         portable = template.portable if template else None
-        adapter.write_adapter(context.folder, state.parameters, base_model(context.run), portable)
+        base = base_model(context.run)
+        adapter.write_adapter(context.folder, state.parameters, base, portable, state.tokenizer)
     context.group.barrier()
     adapter.reload_adapter(adapter.staging_folder(context.folder), state.parameters)
     return evaluate_adapter(context, state)
@@ -438,10 +441,13 @@ def facts_of(
         "micro_batch_tokens": state.memory.micro_batch_tokens,
         "checkpointing": state.memory.checkpointing,
     }
+    family, config = read_model(state.model_folder)
     report["provenance"] |= {
         "base_model": base_model(context.run),
+        "auto_class": family.auto_class,
+        "license": license_of(state.model_folder),
         "weights_sha256": state.loop.weights_sha256,
-        "stored_in": description(state.model_folder, read_config(state.model_folder)),
+        "stored_in": description(state.model_folder, config),
         "model_fingerprint": fingerprint(state.model_folder),
     }
     return report
@@ -465,30 +471,43 @@ def evaluated(state: TrainState) -> dict[str, int] | None:
     return {"samples": len(samples), "tokens": len(samples.ids), "samples_left_out": left_out}
 
 
-def measure_unquantized(context: RankContext, state: TrainState) -> float | None:
-    """The eval loss of the base as stored, in the compute dtype; None where its weights exceed memoryPerRank.
+def measure_unquantized(
+    context: RankContext, state: TrainState, staged: Path
+) -> tuple[float | None, float | None]:
+    """The eval losses of the base as stored, in the compute dtype, alone and with the adapter, as servers run it.
 
-    A number for the report alone, so it comes last. The weights are mapped from their files, not copied. Their size is
-    held against memoryPerRank all the same, since a model that does not fit would be read from disk again for every
-    micro-batch.
+    None where its weights exceed memoryPerRank; what is known of the base already is not measured again. Numbers for
+    the report alone, so they come last. The weights are mapped from their files, not copied. Their size is held against
+    memoryPerRank all the same, since a model that does not fit would be read from disk again for every micro-batch.
+
+    Args:
+        context: this rank's.
+        state: loses its model, parameters and optimizer.
+        staged: the folder of the finished adapter.
 
     Raises:
         StopRequested, StopHere: a rank was asked to stop in the meantime.
     """
     chosen = state.memory
     weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
+    known = state.loop.base_eval_loss
     if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
-        return None
+        return known, None
     del state.model, state.parameters, state.optimizer  # memory need not hold both
     malloc_trim()
     weights_bytes = Work(name="loading the unquantized base", unit="bytes", total=weights)
     context.progress.begin(weights_bytes)
     base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
     samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
-    loss = evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base")
-    if context.is_rank_zero:
-        base_losses.write(context.folder, replace(state.base_losses, unquantized=loss))
-    return loss
+    if known is None:
+        known = evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base")
+        if context.is_rank_zero:
+            base_losses.write(context.folder, replace(state.base_losses, unquantized=known))
+    run = context.run
+    parameters = method_for(run.adapter).attach(base, seed=run.training.seed, dropout=None)
+    adapter.reload_adapter(staged, parameters)
+    what = "the adapter on the unquantized base"
+    return known, evaluate(context, state.objective, base, samples, micro_batch, what)
 
 
 def check_improved(base_loss: float | None, loss: float | None, *, required: bool) -> None:

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from qlora_contract import memory
 from qlora_contract.cpus import parse_cpu_list
-from qlora_contract.env import CPUS_ENV
+from qlora_contract.env import CPUS_ENV, PARENT_DEATH_ENV
 from qlora_contract.export import forms_of
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
+from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.artifacts import base_losses, checkpoint
 from qlora_trainer.artifacts.base_losses import BaseLosses
@@ -190,7 +191,9 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     used: Dtype | None = loop.determinism_key.get("compute_dtype")
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
-    chosen = memory.choose(shape, run, dtype, max(len(data.train), data.epoch_samples))
+    samples = max(len(data.train), data.epoch_samples)
+    chosen = memory.choose(shape, run, dtype, samples, compiled=library.loaded() is not None)
+    check_memory(run, chosen, os.environ)
     check_same_on_all_ranks(
         context,
         {
@@ -323,6 +326,17 @@ def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
     if facts is None or facts.records - facts.dropped > len(data.evaluation):
         return BaseLosses(things)
     return BaseLosses(things, loop.base_eval_loss_quantized, loop.base_eval_loss)
+
+
+def check_memory(run: RunConfig, chosen: MemoryEstimate, environ: Mapping[str, str]) -> None:
+    """Raise ConfigurationError where `qlora run` gives a rank less memory than it needs, as `qlora plan` says.
+
+    In a pod the kernel keeps the limit, and an estimate slightly above what is used must not end what works.
+    """
+    if not environ.get(PARENT_DEATH_ENV):
+        return
+    for problem in memory.problems(chosen, run.layout.memory_per_rank, run.training):
+        raise ConfigurationError(problem)
 
 
 def check_same_on_all_ranks(context: RankContext, facts: dict[str, str]) -> None:
