@@ -236,6 +236,7 @@ class Operator:
                 self.facts.set_network_exists([uid])
                 if is_as_desired(raw, self.settings):
                     as_desired[-1].add(uid)
+        as_desired[0] |= self.cache.jobs_of_one_pod(namespace)  # they have none
         complete = set.intersection(*as_desired)
         self.facts.set_children_missing(set(self.cache.jobs(namespace).values()) - complete)
         for key in self.cache.jobs(namespace):
