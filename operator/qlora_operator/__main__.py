@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--namespace", action="append", default=[], help="serve this one; may be repeated (default: all)"
     )
+    parser.add_argument(
+        "--lease",
+        metavar="NAMESPACE/NAME",
+        default="",
+        help="write only while holding this Lease (default: always)",
+    )
     parser.add_argument("--port", type=int, default=handlers.PORT, help="of /metrics, /healthz and /readyz")
     parser.add_argument("--log-format", choices=["plain", "json"], default="plain")
     parser.add_argument("--verbose", action="store_true", help="log kopf's own doings, too")
@@ -28,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.config:
         os.environ[handlers.CONFIG_ENV] = options.config
     os.environ[handlers.NAMESPACES_ENV] = ",".join(options.namespace)
+    if options.lease and not re.fullmatch("[^/]+/[^/]+", options.lease):
+        parser.error(f"--lease: {options.lease!r} is not NAMESPACE/NAME")
+    os.environ[handlers.LEASE_ENV] = options.lease
     os.environ[handlers.PORT_ENV] = str(options.port)
     kopf.run(
         standalone=True,

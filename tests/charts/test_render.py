@@ -259,13 +259,41 @@ def test_ports_are_the_programs_own() -> None:
     assert f":{PORT}" in find(objects, "Pod")["spec"]["containers"][0]["args"][2]
 
 
+def test_replicas_hold_the_lease_that_they_may_write() -> None:
+    """The operator's Lease is the one that its role names, and it may ask for no other."""
+    for values in ({}, CASES["names"]):
+        objects = render(values)
+        deployment = find(objects, "Deployment")
+        arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+        (lease,) = [each.removeprefix("--lease=") for each in arguments if each.startswith("--lease=")]
+        namespace, name = lease.split("/")
+        (role,) = [
+            each
+            for each in objects
+            if each["kind"] == "Role" and each["rules"][0]["apiGroups"] == ["coordination.k8s.io"]
+        ]
+        assert (role["metadata"]["namespace"], namespace) == (SYSTEM, SYSTEM)
+        assert role["rules"][1]["resourceNames"] == [name]
+        assert [rule["verbs"] for rule in role["rules"]] == [["create"], ["get", "update"]]
+
+
+def test_a_budget_holds_only_where_there_is_another_replica() -> None:
+    """Of one replica it would keep the node from being drained."""
+    (budget,) = [each for each in render({"replicas": 2}) if each["kind"] == "PodDisruptionBudget"]
+    pod = find(render({"replicas": 2}), "Deployment")["spec"]["template"]
+
+    assert budget["spec"]["maxUnavailable"] == 1
+    assert budget["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert not [each for each in render() if each["kind"] == "PodDisruptionBudget"]
+
+
 # --- who may do what
 
 
 def test_a_release_for_namespaces_has_no_say_elsewhere() -> None:
     """With namespaces, the operator's roles are theirs; of the cluster it only lists nodes, or nothing at all."""
     objects = render(CASES["namespaced"])
-    roles = [each for each in objects if each["kind"] == "Role"]
+    roles = [each for each in objects if each["kind"] == "Role" and each["metadata"]["namespace"] != SYSTEM]
     bound = find(objects, "ClusterRoleBinding")["roleRef"]["name"]
 
     assert [role["metadata"]["namespace"] for role in roles] == ["team-a", "team-b"]

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -43,6 +43,7 @@ NETWORK_POLICIES = "apis/networking.k8s.io/v1", "networkpolicies"
 PODS = "api/v1", "pods"
 NODES = "api/v1", "nodes"
 EVENTS = "api/v1", "events"
+LEASES = "apis/coordination.k8s.io/v1", "leases"
 
 Resource = tuple[str, str]
 
@@ -84,8 +85,14 @@ async def load_configuration() -> kubernetes_client.Configuration:
 class ApiClient:
     """The requests that the operator makes. An async context manager."""
 
-    def __init__(self, observer: RequestObserver) -> None:
-        self._observer = observer
+    def __init__(self, observer: RequestObserver, may_write: Callable[[], bool] = lambda: True) -> None:
+        """Prepare a client.
+
+        Args:
+            observer: told about every request.
+            may_write: asked before each request that changes something, in the last moment.
+        """
+        self._observer, self._may_write = observer, may_write
         self.clock = Clock()
         """The API server's time, by its answers."""
         self._client: kubernetes_client.ApiClient | None = None
@@ -254,6 +261,10 @@ class ApiClient:
         await client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = client.configuration.host + path
         pairs = urlencode({key: value for key, value in query.items() if value})
+        if method != "GET" and not self._may_write():
+            raise ApiError(
+                0, "NotLeader", f"{method} {path}: not sent, since another operator may lead by now"
+            )
         response = await client.rest_client.request(
             method,
             f"{url}?{pairs}" if pairs else url,

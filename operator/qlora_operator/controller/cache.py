@@ -16,6 +16,8 @@ class _CachedJob:
     uid: str
     text: bytes
     """The object as JSON: a seventh of the memory of its dictionaries."""
+    pods: int
+    """spec.topology.pods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ class ObjectCache:
         """Key -> uid of every job of a namespace, or of all."""
         return {key: known.uid for key, known in self._jobs.items() if namespace in (None, key[0])}
 
+    def jobs_of_one_pod(self, namespace: str | None = None) -> set[str]:
+        """The uids of those jobs of a namespace, or of all, that have one pod."""
+        jobs = self._jobs.items()
+        return {known.uid for key, known in jobs if namespace in (None, key[0]) and known.pods == 1}
+
     def job(self, key: Key) -> dict[str, Any] | None:
         """The newest version of a job, a copy for the caller; None for one that is not cached."""
         known = self._jobs.get(key)
@@ -86,7 +93,8 @@ class ObjectCache:
         metadata = {key: value for key, value in raw["metadata"].items() if key != "managedFields"}
         # The version alone does not show a change: under another CRD, the same object has other fields.
         text = json.dumps({**raw, "metadata": metadata}, separators=(",", ":")).encode()
-        self._jobs[key_of(raw)] = _CachedJob(version, raw["metadata"]["uid"], text)
+        pods = (raw["spec"].get("topology") or {}).get("pods", 1)
+        self._jobs[key_of(raw)] = _CachedJob(version, raw["metadata"]["uid"], text, pods)
         return known is None or known.text != text
 
     def drop_job(self, key: Key, uid: str | None = None) -> None:

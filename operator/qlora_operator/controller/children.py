@@ -21,7 +21,7 @@ from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.desired.attempt_job import attempt_job
 from qlora_operator.desired.network import is_network_policy, network_policy
-from qlora_operator.desired.service import is_ranks_service, ranks_service
+from qlora_operator.desired.service import has_service, is_ranks_service, ranks_service
 from qlora_operator.settings import Settings
 from qlora_operator.status.actions import (
     Action,
@@ -97,12 +97,12 @@ class Children:
         self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))
 
     async def _create_network(self, job: QLoRAJob, uid: str) -> None:
-        """The Service and the NetworkPolicy, which all attempts share."""
+        """The Service, if the job needs one, and the NetworkPolicy, which all attempts share."""
         policy = network_policy(job, uid=uid, settings=self._settings)
-        await asyncio.gather(
-            self._restore(SERVICES, ranks_service(job, uid=uid), uid, is_ranks_service),
-            self._restore(NETWORK_POLICIES, policy, uid, is_network_policy),
-        )
+        children = [self._restore(NETWORK_POLICIES, policy, uid, is_network_policy)]
+        if has_service(job):
+            children.append(self._restore(SERVICES, ranks_service(job, uid=uid), uid, is_ranks_service))
+        await asyncio.gather(*children)
         self._facts.set_children_complete(uid)
 
     async def _delete_network(self, job: QLoRAJob, uid: str) -> None:

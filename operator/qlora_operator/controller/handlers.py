@@ -12,7 +12,9 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +35,7 @@ from qlora_operator.controller.api_client import (
 )
 from qlora_operator.controller.cache import ObjectCache, job_uid_of, key_of, owner_key
 from qlora_operator.controller.job_facts import JobFacts
+from qlora_operator.controller.leadership import Leadership
 from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.controller.reconciler import Reconciler
 from qlora_operator.controller.workqueue import WorkQueue
@@ -48,6 +51,8 @@ NAMESPACES_ENV = "QLORA_OPERATOR_NAMESPACES"
 """Namespaces to serve, comma-separated; unset or empty: all."""
 PORT_ENV = "QLORA_OPERATOR_PORT"
 """Port of /metrics, /healthz and /readyz."""
+LEASE_ENV = "QLORA_OPERATOR_LEASE"
+"""Lease that the copy which writes holds, as NAMESPACE/NAME; unset or empty: this one always writes."""
 PORT = 8471
 RESYNC_RETRY_SECONDS = 5.0
 """Delay after a failed resync."""
@@ -94,7 +99,8 @@ class Operator:
         self.namespaces = tuple(filter(None, os.environ.get(NAMESPACES_ENV, "").split(",")))
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.cache = ObjectCache()
-        self.client = ApiClient(self.metrics)
+        self.leadership = self._leadership(os.environ.get(LEASE_ENV) or "")
+        self.client = ApiClient(self.metrics, self.leadership.may_write if self.leadership else lambda: True)
         self.facts = JobFacts()
         self.poller = ProgressPoller(self.client, self.facts, lambda key: self.queue.add(key))  # noqa: PLW0108 - made below
         self.reconciler = Reconciler(
@@ -107,19 +113,22 @@ class Operator:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start the parts; kopf starts the watches afterwards."""
+        """Start the parts; kopf starts the watches afterwards. A copy that does not lead knows all that one does which
+        leads, and has everything queued."""
         await self.client.__aenter__()
         self.poller.start()
         port = int(os.environ.get(PORT_ENV) or PORT)
         self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
-        self.metrics.queue_depth.set_function(lambda: len(self.queue))
-        self.metrics.workers_busy.set_function(lambda: self.queue.busy)
         with contextlib.suppress(ApiError, TimeoutError):
             # Nothing is decided by this machine's clock: the server's first answer sets ours.
             async with asyncio.timeout(FIRST_ANSWER_SECONDS):
                 await anext(self.client.list_all(QLORAJOBS, (*self.namespaces, None)[0]), None)
-        self.queue.start()
         self._tasks = [asyncio.create_task(self._resync_forever()), asyncio.create_task(self._start_anew())]
+        if self.leadership is None:
+            self._lead()
+        else:
+            await self.leadership.client.__aenter__()
+            self._tasks.append(asyncio.create_task(self.leadership.run()))
 
     async def stop(self) -> None:
         """Stop: finish what is in progress, start nothing."""
@@ -127,16 +136,40 @@ class Operator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.queue.stop()
+        if self.leadership is not None:
+            await self.leadership.release()
+            await self.leadership.client.__aexit__()
+        self.metrics.leader.set(0)
         await self.poller.close()
         await self._server.cleanup()
         await self.client.__aexit__()
+
+    # --- leadership
+
+    def _leadership(self, lease: str) -> Leadership | None:
+        if not lease:
+            return None
+        namespace, _, name = lease.partition("/")
+        me = f"{socket.gethostname()}_{uuid.uuid4()}"
+        return Leadership(ApiClient(self.metrics), namespace, name, me, self._lead, self._exit)
+
+    def _lead(self) -> None:
+        self.metrics.leader.set(1)
+        self.metrics.queue_depth.set_function(lambda: len(self.queue))
+        self.metrics.workers_busy.set_function(lambda: self.queue.busy)
+        self.queue.start()
+
+    def _exit(self) -> None:
+        """Exit, to be started again."""
+        self.metrics.leader.set(0)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def _start_anew(self) -> None:
         """Exit, to be started again, if the API server's data go back in time. Versions no longer tell then what is
         newer, neither here nor in the watches, and jobs would go unattended."""
         await self.client.went_back.wait()
         log.critical("the API server's data are older than before, as after a restore: exiting to start anew")
-        os.kill(os.getpid(), signal.SIGTERM)
+        self._exit()
 
     # --- resync
 
@@ -203,6 +236,7 @@ class Operator:
                 self.facts.set_network_exists([uid])
                 if is_as_desired(raw, self.settings):
                     as_desired[-1].add(uid)
+        as_desired[0] |= self.cache.jobs_of_one_pod(namespace)  # they have none
         complete = set.intersection(*as_desired)
         self.facts.set_children_missing(set(self.cache.jobs(namespace).values()) - complete)
         for key in self.cache.jobs(namespace):

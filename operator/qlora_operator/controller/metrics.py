@@ -116,6 +116,11 @@ class Metrics:
             ["reason", "budget"],
             registry=registry,
         )
+        self.leader = Gauge(
+            "qlora_operator_leader",
+            "1: this copy of the operator starts and ends attempts; 0: it waits for another to stop",
+            registry=registry,
+        )
         self.core_hours = Counter(
             "qlora_core_hours",
             "CPUs times hours of training attempts that ended since the operator started",

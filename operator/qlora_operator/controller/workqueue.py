@@ -48,8 +48,8 @@ class WorkQueue:
         self._heap: list[tuple[float, int, Key]] = []
         self._count = itertools.count()
         self._busy: dict[Key, float] = {}
-        self._finished = 0.0
-        """Monotonic time at which a key was last processed, be it with an error."""
+        self._finished: float | None = None
+        """Monotonic time at which a key was last processed, be it with an error, or of the start; None: before it."""
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,8 +69,10 @@ class WorkQueue:
         """Seconds for which nothing was finished although something was due; 0 when nothing is due.
 
         How long a key waits says nothing: in a burst it waits for thousands of others, and while the API server does
-        not answer each try takes as long as a request may.
+        not answer each try takes as long as a request may. Before the start nothing is due, whatever was added.
         """
+        if self._finished is None:
+            return 0.0
         now = time.monotonic()
         waiting = [
             *(since for keys in self._ready.values() for since in keys.values()),
@@ -103,7 +105,8 @@ class WorkQueue:
         self._wake()
 
     def start(self) -> None:
-        """Start the workers."""
+        """Start the workers, with what was added so far."""
+        self._finished = time.monotonic()
         self._tasks = [asyncio.create_task(self._worker()) for _ in range(self._workers)]
 
     async def stop(self, drain_timeout: float = 5.0) -> None:

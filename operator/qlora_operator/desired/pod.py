@@ -14,6 +14,7 @@ from qlora_operator.api.pod_resources import pod_cpus, pod_memory
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
 from qlora_operator.desired.defaults import scheduling
 from qlora_operator.desired.metadata import labels, pods_of
+from qlora_operator.desired.service import has_service
 from qlora_operator.desired.volumes import CA_BUNDLE, TMP, volumes
 from qlora_operator.settings import Settings, TransferSettings
 
@@ -27,6 +28,8 @@ _MODULES: dict[RunStage, str] = {
     "train": entry_points.LAUNCH,
     "publish": entry_points.TRANSFER,
 }
+
+LOOPBACK = "127.0.0.1"
 
 _NOT_TO_BE_MOVED = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -71,7 +74,7 @@ def pod_template(
         },
         "spec": {
             "restartPolicy": "Never",
-            "subdomain": names.ranks_service(job.metadata.name),
+            **({"subdomain": names.ranks_service(job.metadata.name)} if has_service(job) else {}),
             "terminationGracePeriodSeconds": job.spec.termination_grace_period_seconds,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
@@ -157,7 +160,7 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: s
     # The root is read-only, and the user has no home.
     common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
     if run.stage == "train":
-        host = names.rank_zero_host(job.metadata.name, run.job.attempt)
+        host = names.rank_zero_host(job.metadata.name, run.job.attempt) if has_service(job) else LOOPBACK
         costs = {PRICE_ENV: None if price is None else str(price), REQUESTED_ENV: requested}
         known = {name: value for name, value in costs.items() if value is not None}
         return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **common}

@@ -10,6 +10,12 @@ from qlora_operator.desired.metadata import metadata
 from qlora_operator.settings import Settings
 
 
+def has_service(job: QLoRAJob) -> bool:
+    """Whether a job's ranks need one: those of a single pod meet on its loopback. Kubernetes writes a Service's
+    endpoints several times, and compares each change of a pod with every Service of the namespace."""
+    return job.spec.topology.pods > 1
+
+
 def ranks_service(job: QLoRAJob, *, uid: str) -> dict[str, Any]:
     """A headless Service: each pod of each attempt has a name in DNS, ready or not.
 

@@ -187,3 +187,14 @@ def test_owner_key(labels: Any, owners: Any, expected: Any) -> None:
     """A child belongs to the job that its label names, or else its owner reference."""
     raw = batch_job(metadata={"labels": labels, "ownerReferences": owners})
     assert owner_key(raw) == expected
+
+
+def test_jobs_of_one_pod_are_known() -> None:
+    """They have no Service, and a resync misses none."""
+    cache = ObjectCache()
+    for uid, topology in (("one", {"pods": 1}), ("default", {}), ("two", {"pods": 2})):
+        metadata = {"namespace": "team", "uid": uid, "resourceVersion": "1"}
+        cache.put_job(job_manifest(uid, metadata=metadata, topology=topology))
+
+    assert cache.jobs_of_one_pod() == cache.jobs_of_one_pod("team") == {"one", "default"}
+    assert cache.jobs_of_one_pod("other") == set()

@@ -264,6 +264,8 @@ def test_alive_while_it_reconciles(operator: Operator) -> None:
     assert operator.liveness() is None
     late = time.monotonic() - operator.settings.stuck_seconds - 10
     operator.queue._ready["team"] = {KEY: late}
+    assert operator.liveness() is None, "another operator leads, and nothing is due here"
+    operator.queue._finished = late
     assert "none has been reconciled for" in str(operator.liveness())
     operator.queue._finished = time.monotonic()
     assert operator.liveness() is None, "others have been, and its turn will come"

@@ -123,7 +123,8 @@ def test_any_job_renders_to_valid_names(
     last = names.pod_host_name(
         attempt["job"].metadata.name, attempt["attempt"], job["spec"]["completions"] - 1
     )
-    of_dns = [job["metadata"]["name"], last, template["spec"]["subdomain"], job["metadata"]["namespace"]]
+    subdomain = template["spec"].get("subdomain", "none")
+    of_dns = [job["metadata"]["name"], last, subdomain, job["metadata"]["namespace"]]
 
     assert last.startswith(f"{job['metadata']['name']}-")
     assert [name for name in of_dns[:3] if not re.fullmatch(DNS_LABEL, name)] == []

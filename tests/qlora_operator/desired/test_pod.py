@@ -424,7 +424,7 @@ def test_the_operators_own_labels_and_annotations_win(template: Make) -> None:
 
 def test_the_launcher_is_told_where_rank_0_is(template: Make) -> None:
     """The container runs the launcher, finds rank 0 of its own attempt, and writes only where it can."""
-    (container,) = template()["spec"]["containers"]
+    (container,) = template(spec={"topology": {"pods": 2}})["spec"]["containers"]
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     writable = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
 
