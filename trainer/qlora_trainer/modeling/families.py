@@ -7,7 +7,6 @@ A multimodal checkpoint is trained as its language model, on text alone. Its ten
 class that holds the whole model, which is what its users load.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
+from qlora_contract.files import read_json
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored import formats, gguf
@@ -244,7 +244,7 @@ def read_tokenizer(folder: Path) -> Any:
 def check_own_code(folder: Path) -> None:
     """Raise ModelError for a model that only Python files of its repository can build. They are never run."""
     try:
-        written = json.loads((folder / "config.json").read_text())
+        written = read_json(folder / "config.json")
         kind, code = written.get("model_type"), written.get("auto_map")
     except (OSError, ValueError, AttributeError):
         return  # a GGUF file has none; of others transformers says what is wrong
