@@ -41,7 +41,7 @@ RECORDS: list[dict[str, Any]] = [
     {"instruction": "A?", "input": "b", "output": "C.", "history": [["D?", "E."]]},
     {"text": "A."},
 ]  # fmt: skip
-TABLE_CHAT = {"messages": CHAT["messages"][:2] + [{"role": "assistant", "content": "B."}]}
+TABLE_CHAT = {"messages": [*CHAT["messages"][:2], {"role": "assistant", "content": "B."}]}
 FLAT = [{"prompt": f"question {n}", "completion": "answer"} for n in range(8)]
 
 

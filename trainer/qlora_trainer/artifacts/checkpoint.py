@@ -125,11 +125,12 @@ def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optim
     state = read_state(path)
     # Fresh tensors: those of the file lie wherever its header ends, and sums may depend on alignment.
     moments = {name: t.clone() for name, t in _tensors(path / OPTIMIZER_FILE).items()}
-    of_moments = {name: parameters.flat.shape for name in ("exp_avg", "exp_avg_sq")}
+    of_moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters.flat.shape)
     shapes = {name: t.shape for name, t in moments.items() if t.dtype == torch.float32}
     if moments and shapes != {"step": torch.Size(()), **of_moments}:
         raise ConfigurationError(
-            f"{path / OPTIMIZER_FILE} does not hold the moments of this adapter; remove {path} to go on from an older one"
+            f"{path / OPTIMIZER_FILE} does not hold the moments of this adapter; remove {path} to go on from an "
+            "older one"
         )
     load_adapter(path, parameters)
     optimizer.state[parameters.flat].update(moments)

@@ -96,7 +96,7 @@ class JobFolder:
         try:
             fence = read_json(self.path / FENCE)
             return str(fence["uid"]), int(fence["attempt"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # of a number that is infinite
             return "", -1
 
     def check_space(self, needed: int) -> None:
