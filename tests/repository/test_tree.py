@@ -35,6 +35,7 @@ WITHOUT_SOURCE = {
     "charts",
     "images",
     "security",
+    "hostile",
 }
 """Folders of tests of the whole, or of a package's parts together."""
 OF_SEVERAL_FILES = {

@@ -35,7 +35,7 @@ def parse_price(text: str) -> Price:
 class AttemptRecord(ContractModel):
     """One attempt at a job, as its rank 0 kept it in attempts.json. What a newer release adds is passed over."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     job_uid: str
     attempt: int

@@ -1,8 +1,30 @@
 """Files that a crash cannot leave half written, and their digests. Errors are the system's own OSErrors."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 1 << 26
+"""Of a file of settings or facts: a hundred times what the largest ones have."""
+
+
+def read_json(path: Path) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or larger or nested deeper than anything that is read here; says which.
+    """
+    with path.open("rb") as stream:
+        text = stream.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def sha256(path: Path) -> str:

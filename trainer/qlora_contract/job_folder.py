@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora_contract.files import sha256
+from qlora_contract.files import read_json, sha256
 from qlora_contract.identity import differences, identity, same_identity
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import RunConfig
@@ -95,7 +95,7 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
     """
     path, mine = folder / IDENTITY, identity(run)
     try:
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)
         same, fields = same_identity(theirs, mine), dict(theirs["fields"])
     except FileNotFoundError:
         return False
@@ -112,8 +112,12 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder all of whose files are present and unchanged; None otherwise."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        intact = all(sha256(folder / name) == digest for name, digest in manifest["files"].items())
+        manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        # By name alone: a manifest names files of its own folder, and a pipe or a device has no end.
+        intact = all(
+            "/" not in name and (folder / name).is_file() and sha256(folder / name) == digest
+            for name, digest in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     return manifest if intact else None
@@ -122,7 +126,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def finished_report(folder: Path) -> dict[str, Any] | None:
     """training_report.json of a job whose adapter is complete and intact; None otherwise."""
     try:
-        report = json.loads((folder / TRAINING_REPORT).read_text())
+        report = read_json(folder / TRAINING_REPORT)
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) and read_manifest(folder / ADAPTER) is not None else None

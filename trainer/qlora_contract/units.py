@@ -61,6 +61,14 @@ def parse_time(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
+LONGEST_LINE = 500
+"""Characters of an error of a library's that ours repeat."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class when it has none: libraries append pages of advice."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or its class when it has none: libraries append pages of advice.
+
+    Of a line without end, such as one that quotes a whole file, the beginning.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."

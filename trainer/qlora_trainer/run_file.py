@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from qlora_contract.base import split_unknown
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.files import read_json
 from qlora_contract.run_config import RUN_CONFIG_VERSIONS, RunConfig
 
 SAYS_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
@@ -36,7 +37,7 @@ def load_run(path: Path) -> RunConfig:
             that it does not know.
     """
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
         version = document["version"]
     except OSError as error:
         raise RunFileError(f"{path} cannot be read: {error.strerror}") from error

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import BASE_LOSSES
 from qlora_trainer.storage.atomic import write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
@@ -28,7 +29,7 @@ class BaseLosses:
 def read(folder: JobFolder, measured_on: dict[str, str]) -> BaseLosses | None:
     """What is known of these very things: nothing of others. None: no attempt has kept any losses."""
     try:
-        stored: dict[str, Any] = json.loads((folder.path / BASE_LOSSES).read_text())
+        stored: dict[str, Any] = read_json(folder.path / BASE_LOSSES)
         losses = BaseLosses(
             dict(stored["measured_on"]), _loss(stored["quantized"]), _loss(stored["unquantized"])
         )

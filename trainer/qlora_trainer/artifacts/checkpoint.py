@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import MANIFEST, read_manifest
-from qlora_contract.units import now
+from qlora_contract.units import first_line, now
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -132,11 +135,19 @@ def load(path: Path, parameters: AdapterParameters, optimizer: torch.optim.Optim
     Raises:
         ConfigurationError: as load_adapter and read_state.
     """
-    load_adapter(path, parameters)
+    state = read_state(path)
     # Fresh tensors: those of the file lie wherever its header ends, and sums may depend on alignment.
-    moments = {name: t.clone() for name, t in load_file(path / OPTIMIZER_FILE).items()}
+    moments = {name: t.clone() for name, t in _tensors(path / OPTIMIZER_FILE).items()}
+    of_moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters.flat.shape)
+    shapes = {name: t.shape for name, t in moments.items() if t.dtype == torch.float32}
+    if moments and shapes != {"step": torch.Size(()), **of_moments}:
+        raise ConfigurationError(
+            f"{path / OPTIMIZER_FILE} does not hold the moments of this adapter; remove {path} to go on from an "
+            "older one"
+        )
+    load_adapter(path, parameters)
     optimizer.state[parameters.flat].update(moments)
-    return read_state(path)
+    return state
 
 
 def load_adapter(path: Path, parameters: AdapterParameters) -> None:
@@ -145,7 +156,7 @@ def load_adapter(path: Path, parameters: AdapterParameters) -> None:
     Raises:
         ConfigurationError: it is of other layers or shapes; nothing is loaded.
     """
-    adapter = load_file(path / ADAPTER_FILE)
+    adapter = _tensors(path / ADAPTER_FILE)
     expected = {name: p.shape for name, p in parameters.named.items()}
     if {name: t.shape for name, t in adapter.items()} != expected:
         raise ConfigurationError(
@@ -161,15 +172,52 @@ def read_state(path: Path) -> LoopState:
     Raises:
         ConfigurationError: another version of the trainer wrote it, in another format.
     """
-    written = json.loads((path / MANIFEST).read_text()).get("format")
+    manifest = _facts(path / MANIFEST)
+    written = manifest.get("format")
     if written != FORMAT:
         raise ConfigurationError(
-            f"{path} is a checkpoint of format {written}, and this trainer reads format {FORMAT}; "
+            f"{path} is a checkpoint of format {str(written)[:20]}, and this trainer reads format {FORMAT}; "
             "continue with the version that wrote it, or remove it to start over"
         )
-    stored = json.loads((path / STATE_FILE).read_text())
+    stored = _facts(path / STATE_FILE)
     names = {field.name: _STORED_NAMES.get(field.name, field.name) for field in fields(LoopState)}
-    return LoopState(**{name: stored[key] for name, key in names.items() if key in stored})
+    try:
+        state = _STATE.validate_python({name: stored[key] for name, key in names.items() if key in stored})
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigurationError(
+            f"{path / STATE_FILE} is not what a trainer writes ({wrong}); remove {path} to go on from an older one"
+        ) from error
+    if state.step != manifest.get("step"):
+        raise ConfigurationError(f"{path} is of two steps; remove it to go on from an older one")
+    return state
+
+
+_STATE = TypeAdapter(LoopState)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds. Raises ConfigurationError."""
+    try:
+        facts = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(facts, dict):
+        raise ConfigurationError(
+            f"{path} is not what a trainer writes; remove its folder to go on from an older one"
+        )
+    return facts
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file. Raises ConfigurationError."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"{path} cannot be read ({first_line(error)}); remove {path.parent} to go on from an older one"
+        ) from error
+    return tensors
 
 
 NOT_ALWAYS_KNOWN = {"tier", "processor", "hosts", "transformers"}

@@ -75,12 +75,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of metrics.jsonl; a crash may have cut the last one. Without the file there are none."""
+    """All complete lines of metrics.jsonl: a crash may have cut the last one, and a disk damaged any.
+
+    Without the file there are none.
+    """
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

@@ -25,10 +25,12 @@ from qlora_trainer.errors import DataError
 CHUNK = 1 << 16
 """Characters of a JSON array that are read at once."""
 WHITE_SPACE = re.compile(r"\s*")
-MAX_RECORD = 1 << 28
-"""Characters of the longest record of a JSON array."""
-BATCH_ROWS = 256
-"""Rows of a Parquet or Arrow file that are read at once."""
+MAX_RECORD = 1 << 25
+"""Bytes of the longest line, or characters of the longest record: millions of tokens, of which no sample has as many.
+A file that was made to fill the memory is refused by it, and so is one whose line ends are not what they should be."""
+TOO_LONG = f"is longer than {MAX_RECORD >> 20} MiB; one record a line is expected, and no sample is as long"
+BATCH_ROWS = 16
+"""Rows of a Parquet or Arrow file that are read at once: few, as each may be long."""
 MAGIC = {
     b"PAR1": ("a Parquet file", ".parquet"),
     b"ARROW1": ("an Arrow file", ".arrow"),
@@ -227,8 +229,10 @@ def _json_reader(stream: Bytes) -> Callable[[Bytes, str], Rows]:
 
 def _line_rows(stream: Bytes, name: str) -> Rows:
     """The objects of lines."""
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_RECORD), b""), start=1):
         location = f"{name}: line {number}"
+        if len(line) == MAX_RECORD and not line.endswith(b"\n"):
+            raise DataError(f"{location}: {TOO_LONG}")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if text:
@@ -303,9 +307,7 @@ class _JsonText:
                     f"{self._name}: line {self.line}: is JSON that is too large to read: a number or its nesting"
                 ) from None
             if len(self._text) - self._at > MAX_RECORD:
-                raise DataError(
-                    f"{self._name}: line {self.line}: a record is longer than {MAX_RECORD} characters"
-                )
+                raise DataError(f"{self._name}: line {self.line}: a record {TOO_LONG}")
             self._more(size)
             size *= 2
 
@@ -375,9 +377,10 @@ JSON_CONTENTS: dict[Callable[[Bytes, str], Rows], str] = {
 def csv_rows(stream: Bytes, name: str) -> Rows:
     """Rows under a line of column names, separated by commas, semicolons or tabs. Rows are numbered as in a table."""
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        head = text.readline()
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(chain([head], text), delimiter=max(",;\t", key=head.count), strict=True)
+        lines = _text_lines(text, name)
+        head = next(lines, "")
+        csv.field_size_limit(MAX_RECORD)
+        reader = csv.reader(chain([head], lines), delimiter=max(",;\t", key=head.count), strict=True)
         number = 1
         try:
             columns = [cell.strip() for cell in next(reader, [])]
@@ -400,15 +403,30 @@ def csv_rows(stream: Bytes, name: str) -> Rows:
 def text_rows(stream: Bytes, name: str) -> Rows:
     """Documents as `text`: a blank line ends one."""
     lines: list[str] = []
-    start = 0
+    start, length = 0, 0
     with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-        for number, line in enumerate(chain(text, [""]), start=1):
+        for number, line in enumerate(chain(_text_lines(text, name), [""]), start=1):
+            length += len(line)
             if line.strip():
                 start = start if lines else number
                 lines.append(line)
-            elif lines:
-                yield Row(f"{name}: line {start}", {"text": "".join(lines).rstrip()})
-                lines = []
+                if length > MAX_RECORD:
+                    raise DataError(
+                        f"{name}: line {start}: the document is longer than {MAX_RECORD >> 20} MiB; "
+                        "a blank line ends one"
+                    )
+            else:
+                if lines:
+                    yield Row(f"{name}: line {start}", {"text": "".join(lines).rstrip()})
+                lines, length = [], 0
+
+
+def _text_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """The lines of a text. Raises DataError for one without end."""
+    for number, line in enumerate(iter(lambda: text.readline(MAX_RECORD), ""), start=1):
+        if len(line) == MAX_RECORD and not line.endswith("\n"):
+            raise DataError(f"{name}: line {number}: {TOO_LONG}")
+        yield line
 
 
 def parquet_rows(path: Path, name: str) -> Rows:

@@ -47,6 +47,8 @@ def find_files(source: DatasetSource, root: Path) -> Files:
     if not root.exists():
         kinds = ", ".join(dict.fromkeys(c.name.removesuffix(" file") for c in CONTAINERS.values()))
         raise DataError(f"{root}: no such file; dataset.source is a file ({kinds}), or a folder of them")
+    if not root.is_file():  # to read a pipe or a device would not end
+        raise DataError(f"{root}: is neither a file nor a folder; dataset.source is one of them")
     if source.eval_split:
         raise ConfigurationError(
             f"dataset.evalSplit needs a folder of splits, but {root} is a file: give its folder as the "
@@ -61,7 +63,11 @@ def list_folder(root: Path) -> tuple[list[str], str]:
     for folder, folders, files in os.walk(root):
         within = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if not name.startswith(".") and len(within.parts) < MAX_DEPTH]
-        names += [(within / name).as_posix() for name in files if not name.startswith(".")]
+        names += [
+            (within / name).as_posix()
+            for name in files
+            if not name.startswith(".") and (Path(folder) / name).is_file()  # no pipe, no link to nothing
+        ]
     readme = root / "README.md"
     try:
         return sorted(names), readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""

@@ -27,6 +27,7 @@ def arrow_batches(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
         reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
         for batch in batches:
+            batch.validate(full=True)  # offsets that lead out of the file would end the process
             for start in range(0, batch.num_rows, rows):
                 yield as_json(batch.slice(start, rows))
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_contract import files
+from qlora_contract.files import read_json
 from qlora_contract.run_config import Dataset
 from qlora_contract.units import format_bytes
 from qlora_trainer.data.dataset import Facts, LoadedData
@@ -77,7 +78,7 @@ class TokenCache:
         folder = self.folder / key
         use = _Use.of(folder / META)
         try:
-            meta = json.loads((folder / META).read_text())
+            meta = read_json(folder / META)
             if meta["format"] != FORMAT:
                 return None
             splits = {name: mapped(folder / name) for name in meta["splits"]}

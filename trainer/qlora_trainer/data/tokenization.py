@@ -12,6 +12,7 @@ Document: as a completion without a prompt.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -26,7 +27,7 @@ from qlora_trainer.data.chat_template import ChatTemplate, Span, TemplateSetting
 from qlora_trainer.data.masks import REMEDY, TrainedTurns, supervised_turns
 from qlora_trainer.data.readers import BadRow
 from qlora_trainer.data.records import Chat, Document, PromptCompletion, Record
-from qlora_trainer.errors import DataError, ModelError
+from qlora_trainer.errors import DataError, ModelError, TrainerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +104,8 @@ class SpecialTokens:
             raise ModelError(
                 "the model's tokenizer has no eos_token, so the end of a completion cannot be learned"
             )
-        starts = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        with faults_of_the_tokenizer():
+            starts = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         return cls((tokenizer.bos_token_id,) if starts else (), tokenizer.eos_token_id)
 
     def wrap(self, ids: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
@@ -111,6 +113,21 @@ class SpecialTokens:
         begin = [] if tuple(ids[:1]) == self.begin else list(self.begin)
         end = [] if self.end is None or ids[-1:] == [self.end] else [self.end]
         return begin + ids + end, [0] * len(begin) + mask + [1] * len(end)
+
+
+@contextmanager
+def faults_of_the_tokenizer() -> Iterator[None]:
+    """Raises ModelError for whatever a tokenizer fails with. A damaged one also ends in panics of its own language."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"the model's tokenizer cannot be used ({type(error).__name__}); take another copy of the model"
+        ) from error
 
 
 class Tokenization:
@@ -255,14 +272,15 @@ class Tokenization:
         if not parts:
             return
         anchors = [self._anchor if part.begins_turn else ("", []) for part in parts]
-        encoded = self._tokenizer(
-            [anchor + part.text for (anchor, _), part in zip(anchors, parts, strict=True)],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        with faults_of_the_tokenizer():
+            encoded = self._tokenizer(
+                [anchor + part.text for (anchor, _), part in zip(anchors, parts, strict=True)],
+                add_special_tokens=False,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         yield from zip(anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _part(self, part: _Part, encoded: _Encoded, location: str) -> tuple[list[int], list[int]]:
@@ -305,10 +323,12 @@ class Tokenization:
         """
 
         def encode(text: str) -> list[int]:
-            return list(self._tokenizer.encode(text, add_special_tokens=False))
+            with faults_of_the_tokenizer():
+                return list(self._tokenizer.encode(text, add_special_tokens=False))
 
         def decode(ids: list[int]) -> str:
-            return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            with faults_of_the_tokenizer():
+                return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
         before = encode("a")
         for anchor in ("", self._tokenizer.eos_token or "", "\n"):

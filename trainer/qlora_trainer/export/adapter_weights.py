@@ -1,6 +1,5 @@
 """A finished adapter, read back from its folder: what it adds to each layer."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX
@@ -64,7 +64,7 @@ def read_adapter(folder: Path) -> AdapterWeights:
         ModelError: it is no LoRA adapter, or one that is more than scale B A on linear layers.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+        config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
         alpha, alphas = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import CHAT_TEMPLATE
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ModelError
@@ -98,6 +99,6 @@ def copy_beside_weights(source: Path, target: Path, chat_template: str | None) -
     (target / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     settings = target / "tokenizer_config.json"
     if settings.is_file():
-        known: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+        known: dict[str, Any] = read_json(settings)
         known["chat_template"] = chat_template
         settings.write_text(json.dumps(known, indent=2, ensure_ascii=False), encoding="utf-8")

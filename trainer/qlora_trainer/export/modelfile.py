@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.files import read_json
 from qlora_trainer.export.chat_format import ChatFormat
 
 _SAMPLING = {
@@ -77,7 +78,7 @@ def stop_texts(tokenizer: Any, chat: ChatFormat | None, stop_ids: Sequence[int])
 def generation_settings(folder: Path) -> dict[str, Any]:
     """generation_config.json of a model's folder; empty where there is none."""
     try:
-        settings = json.loads((folder / "generation_config.json").read_text())
+        settings = read_json(folder / "generation_config.json")
     except (OSError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}

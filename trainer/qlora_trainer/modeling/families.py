@@ -7,7 +7,6 @@ A multimodal checkpoint is trained as its language model, on text alone. Its ten
 class that holds the whole model, which is what its users load.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
+from qlora_contract.files import read_json
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored import formats, gguf
@@ -38,6 +38,43 @@ def rotary_parameters(config: Any) -> list[dict[str, Any]]:
 
 def _by_kind(rope: dict[str, Any]) -> bool:
     return bool(rope) and all(kind is None or isinstance(kind, dict) for kind in rope.values())
+
+
+LARGEST: dict[str, int] = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**20,
+    "shared_intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "num_experts": 4096,
+    "num_experts_per_tok": 4096,
+}
+"""Sizes of config.json -> many times the largest of any model: a graph of more would take all memory to be built."""
+MOST_LABELS = 100_000
+MOST_EXPERTS = 2**17
+"""In all layers."""
+
+
+def absurd_sizes(config: Any) -> str | None:
+    """A graph is built of as many modules as the configuration says."""
+    for name, largest in LARGEST.items():
+        value = getattr(config, name, None)
+        zero = name.startswith(("num_experts", "shared"))  # as dense models of such a family have it
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or not (1 - zero) <= value <= largest
+        ):
+            return f"has a config.json in which {name} is {str(value)[:40]}; expected is a whole number up to {largest}"
+    experts = config.num_hidden_layers * (getattr(config, "num_experts", None) or 0)
+    return (
+        f"has {experts} experts in all layers; up to {MOST_EXPERTS} are read"
+        if experts > MOST_EXPERTS
+        else None
+    )
 
 
 def length_dependent_rope(config: Any) -> str | None:
@@ -209,7 +246,7 @@ def read_model(folder: Path) -> tuple[Family, Any]:
     source = gguf.from_pretrained_arguments(folder, better="config.json")
     if not source and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json: model.source must be a Hugging Face model folder")
-    check_own_code(folder)
+    check_written(folder)
     if reason := gguf.refusal(folder):
         raise ModelError(f"{folder} {reason}")
     try:
@@ -224,7 +261,7 @@ def read_model(folder: Path) -> tuple[Family, Any]:
         known = ", ".join(sorted(FAMILIES.keys() | WRAPPERS.keys()))
         raise ModelError(f"{folder} is a {config.model_type!r} model; supported are {known}")
     family = replace(FAMILIES[config.model_type], wrapped=wrapped)
-    if reason := family.refusal(config):
+    if reason := absurd_sizes(config) or family.refusal(config):
         raise ModelError(f"{folder} {reason}")
     if (config.pad_token_id or 0) >= config.vocab_size:
         config.pad_token_id = None  # a row of the embedding that is not there; nothing here is padded with it
@@ -243,21 +280,34 @@ def read_tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **of_gguf
         )
     except Exception as error:  # tokenizers raises plain Exceptions
-        raise ModelError(f"{folder} has no tokenizer that can be read: {error}") from error
+        raise ModelError(f"{folder} has no tokenizer that can be read: {first_line(error)}") from error
 
 
-def check_own_code(folder: Path) -> None:
-    """Raise ModelError for a model that only Python files of its repository can build. They are never run."""
+def check_written(folder: Path) -> None:
+    """Raise ModelError for a config.json that transformers should not even be given.
+
+    That is one of a model that only Python files of its repository can build, which are never run; one that is no
+    JSON object; and one with more labels than any model has: transformers would make a name for each.
+    """
+    path = folder / "config.json"
     try:
-        written = json.loads((folder / "config.json").read_text())
-        kind, code = written.get("model_type"), written.get("auto_map")
-    except (OSError, ValueError, AttributeError):
-        return  # a GGUF file has none; of others transformers says what is wrong
-    if code and kind not in CONFIG_MAPPING:
-        named = f", such as {INSTEAD[kind]}" if kind in INSTEAD else ""
+        written = read_json(path)
+    except FileNotFoundError:
+        return  # a GGUF file has none
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(written, dict):
+        raise ModelError(f"{path} cannot be read: it is not a JSON object")
+    for part in (written, *(value for value in written.values() if isinstance(value, dict))):
+        labels = part.get("num_labels", 0)
+        if not isinstance(labels, int) or labels > MOST_LABELS:
+            raise ModelError(f"{path} has a num_labels that is no number of labels: {str(labels)[:40]}")
+    kind, code = written.get("model_type"), written.get("auto_map")
+    if code and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        named = f", such as {INSTEAD[kind]}" if isinstance(kind, str) and kind in INSTEAD else ""
         raise ModelError(
-            f"{folder} is a {kind!r} model, which only code of its own repository can build (auto_map in config.json), "
-            f"and that is never run: take a model that needs none{named}"
+            f"{folder} is a {str(kind)[:80]!r} model, which only code of its own repository can build (auto_map in "
+            f"config.json), and that is never run: take a model that needs none{named}"
         )
 
 

@@ -1,7 +1,6 @@
 """The files of a model folder that hold its weights."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlora_contract.files import read_json
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored.gguf import embedding_bytes, gguf_file
@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has neither model.safetensors nor {index.name}, nor a GGUF file; nothing else is read"
         )
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of safetensors files: {first_line(error)}") from error
     missing = [n for n in map(str, names) if "/" in n or not (folder / n).is_file()]

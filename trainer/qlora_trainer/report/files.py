@@ -1,10 +1,10 @@
 """report.html from what a job's folder holds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qlora_contract.cost import Price, cost_of
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import ANSWERS, METRICS, REPORT_FACTS, REPORT_PAGE, TRAINING_REPORT
 from qlora_trainer.artifacts.metrics_log import read_metrics
 from qlora_trainer.report.page import render
@@ -39,7 +39,7 @@ def write_page(folder: Path, price: Price | None) -> Path | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(path.read_text())
+        report = read_json(path)
     except (OSError, ValueError, RecursionError):
         return {}
     return report if isinstance(report, dict) else {}

@@ -1,12 +1,12 @@
 """attempts.json: what each attempt at a job took, which only its own rank 0 can know, kept for those that follow."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from qlora_contract.cost import AttemptRecord
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import ATTEMPTS
 from qlora_trainer.storage.atomic import write_atomically
 
@@ -14,9 +14,7 @@ from qlora_trainer.storage.atomic import write_atomically
 def read_attempts(folder: Path) -> list[AttemptRecord]:
     """The attempts of a job's folder, oldest first; none where the file is missing or damaged."""
     try:
-        return [
-            AttemptRecord.model_validate(record) for record in json.loads((folder / ATTEMPTS).read_text())
-        ]
+        return [AttemptRecord.model_validate(record) for record in read_json(folder / ATTEMPTS)]
     except (OSError, ValueError, TypeError, ValidationError):
         return []
 

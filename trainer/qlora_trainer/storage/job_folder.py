@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import (
     ADAPTER,
     BEGAN,
@@ -79,7 +80,7 @@ class JobFolder:
 
     def _began(self) -> datetime.datetime | None:
         try:
-            return datetime.datetime.fromisoformat(json.loads((self.path / BEGAN).read_text())["time"])
+            return datetime.datetime.fromisoformat(read_json(self.path / BEGAN)["time"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -93,9 +94,9 @@ class JobFolder:
     def _fence(self) -> tuple[str, int]:
         """(job uid, attempt) that the fence names; ("", -1) when there is none, or a damaged one."""
         try:
-            fence = json.loads((self.path / FENCE).read_text())
+            fence = read_json(self.path / FENCE)
             return str(fence["uid"]), int(fence["attempt"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # of a number that is infinite
             return "", -1
 
     def check_space(self, needed: int) -> None:
@@ -112,5 +113,5 @@ class JobFolder:
 
     def report(self) -> dict[str, Any]:
         """training_report.json of a finished job."""
-        report: dict[str, Any] = json.loads((self.path / TRAINING_REPORT).read_text())
+        report: dict[str, Any] = read_json(self.path / TRAINING_REPORT)
         return report

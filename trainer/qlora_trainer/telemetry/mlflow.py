@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from qlora_contract.files import write_atomically
+from qlora_contract.files import read_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ class MlflowRun:
 
     def _known_run(self) -> str | None:
         try:
-            kept = json.loads(self._state.read_text())
+            kept = read_json(self._state)
             same = (kept["uri"], kept["experiment"]) == (self._target.uri, self._target.experiment)
             return str(kept["run_id"]) if same else None
         except (OSError, ValueError, KeyError, TypeError):

@@ -12,6 +12,7 @@ from typing import IO
 from qlora_contract import entry_points
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.export import ExportForm, ExportRequest, export_events, forms_of
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import EXPORT_REPORT, EXPORTS, TRAINING_REPORT, is_exported
 from qlora_contract.paths import resolve
 from qlora_contract.plan import PlanError
@@ -114,9 +115,7 @@ def _request(context: RankContext, forms: Sequence[ExportForm]) -> ExportRequest
 def report(context: RankContext) -> None:
     """Tell in training_report.json how each export compares with the trained model."""
     folder = context.folder.path / EXPORTS
-    reports = {
-        form: json.loads((folder / form / EXPORT_REPORT).read_text()) for form in forms_of(context.run.output)
-    }
+    reports = {form: read_json(folder / form / EXPORT_REPORT) for form in forms_of(context.run.output)}
     whole = {**context.folder.report(), "exports": reports}
     context.folder.check_fence()
     write_atomically(context.folder.path / TRAINING_REPORT, json.dumps(whole, indent=1))

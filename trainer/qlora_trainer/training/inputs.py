@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_contract.files import read_json
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import BF16_NATIVE, BUNDLED, TEMPLATE_FILE, Dataset, RunConfig
@@ -280,7 +281,7 @@ def stop_ids(model_folder: Path) -> tuple[int, ...]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         try:
-            ids = json.loads((model_folder / name).read_text()).get("eos_token_id")
+            ids = read_json(model_folder / name).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             continue
         found.update(id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int))

@@ -188,7 +188,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     check_same_tokens(loop.token_digests, tokens, resumed)
 
     # As asked for; else what the first completed step used, on whatever processor that was.
-    used: Dtype | None = loop.determinism_key.get("compute_dtype")
+    used = next((dtype for dtype in DTYPES if dtype == loop.determinism_key.get("compute_dtype")), None)
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
     samples = max(len(data.train), data.epoch_samples)
@@ -283,9 +283,9 @@ def check_same_tokens(then: dict[str, str], now: dict[str, str], resumed: Path |
         resumed: the checkpoint.
     """
     # What is evaluated may be bounded otherwise now: evaluation is no part of what a job is.
-    if resumed is None or not then or then["training"] == now["training"]:
+    if resumed is None or not then or then.get("training") == now["training"]:
         return
-    changed = [what for what in ("chat template", "tokenizer") if then[what] != now[what]]
+    changed = [what for what in ("chat template", "tokenizer") if then.get(what) != now[what]]
     raise DataError(
         f"the data become other tokens than when {resumed.name} was written, because the "
         f"{' and the '.join(changed) or 'trainer or a library of it'} changed; restore what it was, or give the job "

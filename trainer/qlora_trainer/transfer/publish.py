@@ -1,10 +1,10 @@
 """The finished adapter, and what was made of it, to where output.destination says."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qlora_contract.export import forms_of
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import EXPORTS, MANIFEST, is_exported, job_path, read_manifest
 from qlora_contract.remote import parse_remote
 from qlora_contract.run_config import RunConfig
@@ -56,6 +56,6 @@ def publish(
     count(0, sum(file.stat().st_size for path in parts.values() for file in path.iterdir()))
     uri = ""
     for under, path in parts.items():
-        names = sorted(json.loads((path / MANIFEST).read_text())["files"])
+        names = sorted(read_json(path / MANIFEST)["files"])
         uri = server.upload(path, names, folder.check_fence, lambda sent: count(sent, 0), retrier, under)
     return uri

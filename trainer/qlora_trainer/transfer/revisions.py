@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
 from qlora_contract.remote import NamedSource, is_remote, parse_remote
@@ -39,7 +40,7 @@ class PinnedRevisions:
     def _read(self) -> dict[str, object]:
         """What the file holds; empty when it is missing or damaged."""
         try:
-            pins = json.loads(self._path.read_text())
+            pins = read_json(self._path)
         except (OSError, ValueError):
             return {}
         return pins if isinstance(pins, dict) else {}

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qlora_contract.files import read_json
 from qlora_contract.remote import SOURCES, Remote
 from qlora_contract.units import format_bytes
 from qlora_trainer.errors import StorageFull
@@ -45,7 +46,7 @@ class Snapshot:
     def is_complete(self) -> bool:
         """Whether all files are there, by name and size: each was verified before it got its name."""
         try:
-            files = json.loads(self.manifest.read_text())["files"]
+            files = read_json(self.manifest)["files"]
             return all((self.files / name).stat().st_size == facts["size"] for name, facts in files.items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored import awq, bitsandbytes, compressed_tensors, fp8, gguf, gptq, mxfp4
 from qlora_trainer.modeling.stored.format import Format, Matcher
@@ -31,19 +32,18 @@ def format_of(config: Any) -> Format | str:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return AS_NUMBERS
-    if not isinstance(settings, dict):
-        settings = settings.to_dict()
-    for matches in FORMATS:
-        found = matches(settings)
+    try:
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        matching = [found for matches in FORMATS if (found := matches(settings)) is not None]
+    except Exception as error:  # whatever stands where something else should
+        return f"has a quantization_config that makes no sense ({type(error).__name__}: {first_line(error)[:200]})"
+    for found in matching:
         if isinstance(found, str):
             return f"is stored in {found}; use another copy of the model, such as the unquantized one"
-        if found is not None:
-            return found
+        return found
     known = "fp8, compressed-tensors, bitsandbytes, mxfp4, gptq, awq"
-    return (
-        f"is quantized by {settings.get('quant_method')!r}, which is not read; read are {known} and GGUF files, and "
-        "unquantized models"
-    )
+    method = str(settings.get("quant_method"))[:40]
+    return f"is quantized by {method!r}, which is not read; read are {known} and GGUF files, and unquantized models"
 
 
 def refusal(config: Any) -> str | None:
