@@ -191,8 +191,10 @@ def _amount(report: ProgressReport) -> str | None:
         return None
     if work is None and report.bytes_total is None:
         return f"step {done}/{total}"
-    in_bytes = work is None or work.unit == "bytes"
-    counted = format_bytes_done(done, total) if in_bytes else f"{done:,}/{total:,} {work.unit}"
+    if work is None or work.unit == "bytes":
+        counted = format_bytes_done(done, total)
+    else:
+        counted = f"{done:,}/{total:,} {work.unit}"
     return f"{100 * done // total} %  {counted}"
 
 
