@@ -179,14 +179,15 @@ def loss_curve(metrics: list[dict[str, Any]], report: dict[str, Any], path: Path
     axes = figure.add_subplot()
     trained = [(m["step"], m["loss"]) for m in metrics if m.get("loss") is not None]
     evaluated = [(m["step"], m["eval_loss"]) for m in metrics if m.get("eval_loss") is not None]
-    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
+    # A line needs two points; between evaluations nothing was measured.
+    axes.plot(*zip(*trained, strict=True), "-" if len(trained) > 1 else "o", label="training", linewidth=1.2)
     if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), "o-", label="evaluation", markersize=4)
+        axes.plot(*zip(*evaluated, strict=True), "o", label="evaluation", markersize=5)
     if report["base_eval_loss"] is not None:
         axes.axhline(
             report["base_eval_loss"], linestyle="--", color="gray", label="evaluation, unquantized base"
         )
     axes.set(xlabel="step", ylabel="loss per supervised token", title=path.parent.parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
