@@ -115,4 +115,4 @@ def test_a_command_of_the_documentation_is_understood(desk: Desk, block: Block, 
 )
 def test_an_object_of_the_documentation_is_accepted(told_cluster: Cluster, block: Block) -> None:
     """No field of it is unknown, and no value refused."""
-    told_cluster.kubectl("create", "--dry-run=server", "--validate=strict", "-f", "-", input=block.text)
+    told_cluster.kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", input=block.text)
