@@ -103,6 +103,18 @@ def test_a_command_of_the_documentation_is_understood(desk: Desk, block: Block, 
 
 
 @pytest.mark.parametrize(
+    ("command", "after"), [("kubectl get qlj", "NAME"), ("kubectl get qlj -o wide", "MESSAGE")]
+)
+def test_the_columns_are_those_of_the_page(desk: Desk, command: str, after: str) -> None:
+    """README shows the columns of `kubectl get`, and the last one that `-o wide` adds."""
+    (shown,) = [each for each in blocks() if each.page == "README.md" and each.text.startswith(f"{after}")]
+    _, printed = desk.run(command)
+    columns, expected = printed.splitlines()[0].split(), shown.text.splitlines()[0].split()
+
+    assert columns[-len(expected) :] == expected
+
+
+@pytest.mark.parametrize(
     "block",
     [
         pytest.param(block, id=str(block))

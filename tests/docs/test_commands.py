@@ -2,6 +2,7 @@
 models that the pages name."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,14 @@ def test_a_command_of_the_documentation_works(scene: Scene, block: Block, comman
     done = scene.outcome(command)
 
     assert done.returncode == 0, f"{block}: {command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+def test_progress_looks_as_the_page_says(scene: Scene) -> None:
+    """Line by line, but for the numbers, and for what a fast run does not show."""
+    (block,) = [each for each in blocks() if each.language == "text" and "first: Importing" in each.text]
+    printed = scene.outcome("qlora run first.yaml --volume here=first").stdout
+
+    def without_numbers(text: str) -> list[str]:
+        return [re.sub(r"\d+", "#", line) for line in text.splitlines()]
+
+    assert set(without_numbers(block.text)) <= set(without_numbers(printed))
