@@ -21,8 +21,8 @@ TAIL = """
 ## Exit codes
 
 0: done. 2: wrong arguments, or a file with errors. 10 and above: those of the job, [one table](reference/exit-codes.md)
-for `qlora` and for pods. 137: a process was killed, mostly for lack of memory. 130, 129 and 143: ended by Ctrl-C, by the end of the terminal or by SIGTERM; the same command
-resumes. 1: anything else.
+for `qlora` and for pods. 137: a process was killed, mostly for lack of memory. 130, 129 and 143: ended by Ctrl-C, by
+the end of the terminal or by SIGTERM; the same command resumes. 1: anything else.
 """
 
 
