@@ -124,7 +124,7 @@ def test_without_evaluation_data_no_step_is_evaluated(ready: Ready) -> None:
     report = train(context)
 
     assert report["eval_loss"] is None
-    assert [line.get("eval_loss") for line in lines(context)] == [None] * 4
+    assert [line.get("eval_loss") for line in lines(context)] == [None] * 3
 
 
 @pytest.mark.parametrize(
