@@ -1,5 +1,5 @@
-"""Writes what is generated from the code: the CRD, the references of fields, conditions and exit codes, and the
-chart's CRD, schema and README; with `--helm PROGRAM` the rendered chart, too.
+"""Writes what is generated from the code: the CRD, the references of fields, conditions, exit codes and commands, and
+the chart's CRD, schema and README; with `--helm PROGRAM` the rendered chart, too.
 
 `python manifests/generate.py` writes them; with `--check` it says what differs and exits with 1 instead.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import chart
+import commands
 import yaml
 
 from qlora_contract.exit_codes import ExitCode
@@ -236,6 +237,7 @@ def generated(helm: Path | None = None) -> dict[str, str]:
         REFERENCE: reference(),
         CONDITIONS: conditions(),
         EXIT_CODES: exit_codes(),
+        commands.PAGE: commands.page(),
         **chart.generated(ROOT, crd()),
     }
     return {**texts, chart.INSTALL: chart.install(ROOT, helm)} if helm else texts

@@ -241,7 +241,7 @@ class Job:
 
     def steps(self) -> list[dict[str, Any]]:
         """Its lines of training steps."""
-        return [line for line in self.metrics() if line["loss"] is not None]
+        return [line for line in self.metrics() if "loss" in line]
 
     def last_step(self) -> int:
         """The newest step in metrics.jsonl; 0 before the first."""

@@ -65,6 +65,8 @@ class ProgressReport(_Report):
     """Epochs of the training data seen, with the fraction of the current one."""
     loss: float | None = None
     """Mean loss per supervised token of the last step."""
+    learning_rate: float | None = None
+    """Of the last step."""
     eval_loss: float | None = None
     """Newest evaluation; None before the first."""
     tokens_per_second: float | None = None
@@ -88,6 +90,8 @@ class ProgressReport(_Report):
     advances: int | None = None
     """Grows with all that rank 0 gets done, however small: records tokenized, bytes of weights loaded, tokens
     evaluated or trained on. Only that it grows means something. None: a trainer that does not count."""
+    waiting: str | None = None
+    """Why a transfer is not getting on, and when it tries again; None while it is."""
     updated_time: str
     """RFC 3339, UTC."""
 

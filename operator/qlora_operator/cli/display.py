@@ -1,7 +1,8 @@
 """What `qlora run` shows: live progress, and the result.
 
 Drawn with rich.live rather than rich.progress: a job is one task at a time, of steps or of bytes, with a second line of
-facts that a table of tasks has no place for.
+facts that a table of tasks has no place for. What stays is printed line by line: each stage with the time it took, and
+a line of history every so many steps.
 """
 
 import time
@@ -17,27 +18,54 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_contract.progress import ProgressReport
-from qlora_contract.units import format_bytes, format_bytes_done, format_duration
+from qlora_contract.units import format_bytes, format_bytes_done, format_duration, now
 
-PLAIN_SECONDS = 5.0
-"""Between two lines of progress where there is no terminal."""
+PLAIN_SECONDS = 15.0
+"""Between two lines of progress of one stage where there is no terminal."""
+HISTORY_LINES = 25
+"""About how many steps of a job get a line that stays."""
+NOTABLE_SECONDS = 1.0
+"""A stage that took less, and of which nothing is counted, gets no line on a terminal."""
 
 
 class Display:
-    """One job's progress: a live display on a terminal, else a line now and then."""
+    """One job's progress: a live display on a terminal, else a line now and then.
 
-    def __init__(self, console: Console, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    What is said stays, on a terminal above the live display with the time since the start, elsewhere with the time of
+    day.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], str] = now,
+    ) -> None:
         self._console = console
         self._name = name
         self._clock = clock
+        self._time_of_day = time_of_day
         self._started = clock()
-        self._shown_at = self._started
-        self._shown = ("", "")
+        self._first = "Starting"
         self._report: ProgressReport | None = None
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._stage = ""
+        self._stage_began = self._said_at = self._started
+        self._said = ""
+        self._last_step = 0
+        self._eval_loss: float | None = None
+        self._live = (
+            Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        )
+
+    def starting(self, label: str) -> Self:
+        """What happens first in the next stage, before there is any report."""
+        self._first = label
+        return self
 
     def __enter__(self) -> Self:
         self._report = None  # of the stage before
+        self._stage, self._last_step = "", 0
         if self._live:
             self._live.start()
         return self
@@ -45,55 +73,102 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._end_stage(self._report)
         if self._live:
             self._live.stop()
 
     def show(self, report: ProgressReport | None) -> None:
         """Show a report; None: there is none now, so the last one stays."""
-        now = self._clock()
-        self._report = report = report or self._report
+        at, before = self._clock(), self._report
+        self._report = report = report or before
+        label = _label(report) if report else self._first
+        if report is not None:
+            self._say_step(report)
+        if label != self._stage:
+            self._end_stage(report)
+            self._stage, self._stage_began = label, at
+            if self._live is None:
+                self._say_stage(report, at)
         if self._live:
-            self._live.update(render(self._name, report, now - self._started), refresh=True)
-            return
-        stage = _label(report)
-        line = "  ".join([f"{self._name}: {stage}", *(facts(report) if report else [])])
-        if (stage, line) == self._shown or (stage == self._shown[0] and now - self._shown_at < PLAIN_SECONDS):
-            return
-        self._shown_at, self._shown = now, (stage, line)
-        self.print(line)
+            self._live.update(self._picture(report, at), refresh=True)
+        elif at - self._said_at >= PLAIN_SECONDS or _newly_waiting(report, before):
+            self._say_stage(report, at)
 
     def print(self, text: str) -> None:
-        """Print a line that stays, above the live display."""
+        """Print a line that stays, as it is."""
         self._console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
+    def _say(self, *parts: str) -> None:
+        """Print a line that stays, with the time."""
+        text, at = "  ".join(parts), self._clock()
+        if self._live:
+            self.print(f"{format_duration(at - self._started):>7}  {text}")
+        elif text != self._said:
+            self._said, self._said_at = text, at
+            elapsed = format_duration(at - self._started)
+            self.print(f"{self._time_of_day()} {self._name}: {text}  elapsed {elapsed}")
 
-def render(name: str, report: ProgressReport | None, elapsed: float) -> Group:
-    """The live display: name, stage, bar and amount on one line, the other facts on the next.
+    def _say_step(self, report: ProgressReport) -> None:
+        """A line for the newest step, if it is time for one."""
+        if report.loss is None:
+            self._last_step = report.step  # an attempt goes on from there
+            return
+        every = max(1, -(-report.total_steps // HISTORY_LINES))
+        due = report.step // every > self._last_step // every or report.step == report.total_steps
+        if due and report.step > self._last_step:
+            self._last_step = report.step
+            self._say("Training", *_step_facts(report), *([] if self._live else _standing_facts(report)))
 
-    Args:
-        name: of the job.
-        report: the newest; None: there is none yet.
-        elapsed: seconds, shown until the total amount of work is known.
-    """
-    done, total = _done_and_total(report) if report else (0, 0)
-    amount = _amount(report) if report else None
-    row = Table.grid(padding=(0, 1), expand=True)
-    for ratio in (None, None, 1, None):
-        row.add_column(ratio=ratio, no_wrap=True)
-    row.add_row(
-        Text(name, style="bold"),
-        Text(_label(report), style="cyan"),
-        ProgressBar(total=total or 100, completed=done),
-        Text(amount or format_duration(elapsed)),
-    )
-    rest = facts(report)[amount is not None :] if report else []
-    return Group(row, Text("  ".join(rest), style="dim"))
+    def _say_stage(self, report: ProgressReport | None, at: float) -> None:
+        """A line of the stage as it is now."""
+        self._say(self._stage, *(facts(report, at - self._stage_began) if report else []))
+
+    def _end_stage(self, report: ProgressReport | None) -> None:
+        """On a terminal a line of the stage that is over; elsewhere it had one when it began.
+
+        Steps have lines of their own.
+        """
+        took = self._clock() - self._stage_began
+        if self._live and self._stage not in ("", "Training") and took >= NOTABLE_SECONDS:
+            loss = report.eval_loss if report else None
+            evaluated = self._stage.startswith("Evaluating") and loss is not None and loss != self._eval_loss
+            self._eval_loss = loss
+            self._say(
+                f"{self._stage} took {format_duration(took)}",
+                *([f"eval loss {loss:.4f}"] if evaluated else []),
+            )
+
+    def _picture(self, report: ProgressReport | None, at: float) -> Group:
+        """The live display: name, stage, bar and amount on one line, the other facts on the next.
+
+        While it is not known how much there is to do, or nothing of it is done, the bar moves.
+        """
+        done, total = _done_and_total(report) if report else (0, 0)
+        amount = _amount(report) if report else None
+        row = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, None, 1, None):
+            row.add_column(ratio=ratio, no_wrap=True)
+        stage_seconds = at - self._stage_began
+        row.add_row(
+            Text(self._name, style="bold"),
+            Text(self._stage, style="cyan"),
+            ProgressBar(total=total or 100, completed=done, pulse=not (done and total), animation_time=at),
+            Text(amount or format_duration(stage_seconds)),
+        )
+        rest = facts(report, stage_seconds)[amount is not None :] if report else []
+        elapsed = f"elapsed {format_duration(at - self._started)}"
+        return Group(row, Text("  ".join([*rest, elapsed]), style="dim"))
 
 
-def _label(report: ProgressReport | None) -> str:
+def _newly_waiting(report: ProgressReport | None, before: ProgressReport | None) -> bool:
+    """Whether a transfer failed anew since the report before."""
+    waiting = report.waiting if report else None
+    return waiting is not None and waiting != (before.waiting if before else None)
+
+
+def _label(report: ProgressReport) -> str:
     """What is being done: the work within a stage says it better than the stage."""
-    if report is None:
-        return "Starting"
     return report.stage if report.work is None else printable(report.work.name).capitalize()
 
 
@@ -109,27 +184,59 @@ def _done_and_total(report: ProgressReport) -> tuple[int, int]:
 def _amount(report: ProgressReport) -> str | None:
     """How much is done, in the unit of the work, in bytes or in steps; None while the total is unknown."""
     work = report.work
-    if work is not None and work.total is None:
-        return f"{work.done:,} {work.unit}" if work.done else None
     done, total = _done_and_total(report)
-    if report.bytes_total is not None or (work is not None and work.unit == "bytes"):
-        return format_bytes_done(done, total)
-    if work is not None:
-        return f"{done:,}/{total:,} {work.unit}"
-    return f"step {report.step}/{report.total_steps}" if report.total_steps else None
+    if work is not None and not total:
+        return f"{done:,} {work.unit}" if done else None
+    if not total or (work is None and report.bytes_total is None and report.stage != "Training"):
+        return None
+    if work is None and report.bytes_total is None:
+        return f"step {done}/{total}"
+    if work is None or work.unit == "bytes":
+        counted = format_bytes_done(done, total)
+    else:
+        counted = f"{done:,}/{total:,} {work.unit}"
+    return f"{100 * done // total} %  {counted}"
 
 
-def facts(report: ProgressReport) -> list[str]:
-    """What is known of the stage: first how much is done, then speed, losses and memory."""
-    known: list[str | None] = [_amount(report)]
+def facts(report: ProgressReport, seconds: float = 0.0) -> list[str]:
+    """What is known of what is being done: first how much of it is done, then speed, losses and memory.
+
+    Args:
+        report: the newest.
+        seconds: since this stage began, from which the time that it still takes follows.
+    """
+    standing = _standing_facts(report)
+    if report.work is None and report.bytes_total is None and report.stage == "Training":
+        return _step_facts(report) + standing
+    amount, waiting = _amount(report), report.waiting
+    done, total = _done_and_total(report) if amount else (0, 0)
+    known = [amount] if amount else []
+    if waiting is not None:
+        known.append(printable(waiting))
+    elif 0 < done < total and seconds >= NOTABLE_SECONDS:
+        known.append(f"ETA {format_duration(seconds * (total - done) / done)}")
+    return known + standing
+
+
+def _step_facts(report: ProgressReport) -> list[str]:
+    """What is known of the newest step."""
+    known = [f"step {report.step}/{report.total_steps}"] if report.total_steps else []
     if report.loss is not None:
         known.append(f"loss {report.loss:.4f}")
     if report.eval_loss is not None:
         known.append(f"eval loss {report.eval_loss:.4f}")
+    if report.learning_rate is not None:
+        known.append(f"lr {report.learning_rate:.2e}")
     if report.tokens_per_second is not None:
         known.append(f"{report.tokens_per_second:.0f} tok/s")
     if report.eta_seconds is not None:
         known.append(f"ETA {format_duration(report.eta_seconds)}")
+    return known
+
+
+def _standing_facts(report: ProgressReport) -> list[str]:
+    """What is true in every stage: memory, and the newest checkpoint."""
+    known = []
     estimate = None if report.memory_estimate is None else f"estimate {format_bytes(report.memory_estimate)}"
     if report.memory_peak is not None:
         known.append(f"memory {format_bytes(report.memory_peak)}" + (f" ({estimate})" if estimate else ""))
@@ -137,7 +244,7 @@ def facts(report: ProgressReport) -> list[str]:
         known.append(f"memory {estimate}")
     if report.checkpoint is not None:
         known.append(f"checkpoint at step {report.checkpoint.step}")
-    return [fact for fact in known if fact is not None]
+    return known
 
 
 def result_lines(report: dict[str, Any], adapter: Path) -> list[str]:

@@ -47,6 +47,8 @@ RESUME_HINT: dict[RunStage, str] = {
     "train": "run the same command again to continue from the last checkpoint",
     "publish": "run the same command again to upload the adapter",
 }
+FIRST: dict[RunStage, str] = {"fetch": "Connecting", "train": "Importing", "publish": "Connecting"}
+"""What a stage's processes do before they can report."""
 STOPPING: dict[RunStage, str] = {
     "fetch": "stopping ...",
     "train": "stopping after a checkpoint ... (press Ctrl-C again to stop immediately, without one)",
@@ -261,7 +263,7 @@ class LocalRun:
         tails = [LogTail(launcher.log) for launcher in launchers] if self.verbose else []
         next_look, announced = 0.0, False
         try:
-            with self.display:
+            with self.display.starting(FIRST[config.stage]):
                 for _ in supervise(launchers, limits, self.stop):
                     if self.stop.signal is not None and not announced:
                         announced = True

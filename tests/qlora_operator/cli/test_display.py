@@ -33,6 +33,39 @@ def a_report(**fields: Any) -> ProgressReport:
     return ProgressReport.model_validate({**known, "updated_time": "2026-01-01T00:00:00Z", **fields})
 
 
+class Screen:
+    """A display on a file, with a clock of the test's own."""
+
+    def __init__(self, *, terminal: bool = False) -> None:
+        self.out, self.now = io.StringIO(), 0.0
+        console = Console(
+            file=self.out,
+            force_terminal=terminal,
+            width=100,
+            color_system="standard",
+            no_color=True,
+            legacy_windows=False,
+        )
+        self.display = Display(console, "demo", lambda: self.now, lambda: f"T{self.now:g}")
+
+    def show(self, *reports: tuple[float, ProgressReport | None], starting: str = "Importing") -> list[str]:
+        """Show these at these times, and the lines that stay: on a terminal those above the live display."""
+        with self.display.starting(starting) as display:
+            for self.now, report in reports:
+                display.show(report)
+        shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.out.getvalue()).replace("\r", "\n")
+        return [line.rstrip() for line in shown.splitlines() if line.strip()]
+
+
+def working(
+    name: str, done: int = 0, total: int | None = None, unit: str = "tokens", **more: Any
+) -> ProgressReport:
+    """A report of work besides steps."""
+    return a_report(
+        work=Work.model_validate({"name": name, "unit": unit, "done": done, "total": total}), **more
+    )
+
+
 def test_only_what_is_known_is_shown() -> None:
     """Before the first step there is little to tell."""
     assert facts(a_report(total_steps=0)) == []
@@ -40,10 +73,11 @@ def test_only_what_is_known_is_shown() -> None:
 
 
 def test_all_that_is_known_is_shown() -> None:
-    """Step, losses, speed, time left, memory, checkpoint."""
+    """Step, losses, learning rate, speed, time left, memory, checkpoint."""
     report = a_report(
         loss=1.83217,
         eval_loss=2.0,
+        learning_rate=2e-4,
         tokens_per_second=411.6,
         eta_seconds=552.0,
         memory_estimate=2 * GIB,
@@ -51,81 +85,155 @@ def test_all_that_is_known_is_shown() -> None:
         checkpoint=CheckpointRef(step=2, time="2026-01-01T00:00:00Z", uri="pvc://a/b"),
     )
     assert "  ".join(facts(report)) == (
-        "step 3/7  loss 1.8322  eval loss 2.0000  412 tok/s  ETA 9m 12s  memory 1.00 GiB (estimate 2.00 GiB)  "
-        "checkpoint at step 2"
+        "step 3/7  loss 1.8322  eval loss 2.0000  lr 2.00e-04  412 tok/s  ETA 9m 12s  "
+        "memory 1.00 GiB (estimate 2.00 GiB)  checkpoint at step 2"
     )
 
 
 @pytest.mark.parametrize(
-    ("work", "shown"),
+    ("report", "seconds", "shown"),
     [
-        pytest.param({"name": "tokenizing", "unit": "records"}, "Tokenizing", id="nothing yet"),
+        pytest.param(working("tokenizing", unit="records"), 0, "Tokenizing", id="nothing yet"),
         pytest.param(
-            {"name": "tokenizing", "unit": "records", "done": 5120},
-            "Tokenizing  5,120 records",
-            id="no total",
+            working("tokenizing", 5120, unit="records"), 9, "Tokenizing  5,120 records", id="no total"
         ),
         pytest.param(
-            {"name": "loading the model", "unit": "bytes", "done": GIB, "total": 2 * GIB},
-            "Loading the model  1.00 of 2.00 GiB",
+            working("loading the model", GIB, 2 * GIB, unit="bytes"),
+            30,
+            "Loading the model  50 %  1.00 of 2.00 GiB  ETA 30s",
             id="bytes",
         ),
         pytest.param(
-            {"name": "evaluating the base", "unit": "tokens", "done": 410, "total": 1000},
-            "Evaluating the base  410/1,000 tokens",
-            id="tokens",
+            working("evaluating the base", 410, 1000, loss=2.5, tokens_per_second=400.0, eta_seconds=0.0),
+            41,
+            "Evaluating the base  41 %  410/1,000 tokens  ETA 59s",
+            id="the steps' loss, speed and time left are not of this work",
         ),
+        pytest.param(
+            a_report(stage="Fetching", total_steps=0, step=0, bytes_done=GIB // 2, bytes_total=2 * GIB),
+            0,
+            "Fetching  25 %  0.50 of 2.00 GiB",
+            id="a transfer",
+        ),
+        pytest.param(
+            a_report(stage="Fetching", total_steps=0, step=0, waiting="hub: 503; retrying in 8 s"),
+            0,
+            "Fetching  hub: 503; retrying in 8 s",
+            id="a transfer that fails",
+        ),
+        pytest.param(a_report(stage="Starting"), 5, "Starting", id="steps are not of other stages"),
     ],
 )
-def test_work_besides_steps_has_its_own_name_and_amount(work: dict[str, Any], shown: str) -> None:
+def test_each_stage_has_its_own_name_amount_and_time(
+    report: ProgressReport, seconds: float, shown: str
+) -> None:
     """What takes its time before, between and after steps is never an empty bar."""
-    out = io.StringIO()
-    with Display(Console(file=out), "demo") as display:
-        display.show(a_report(stage="Starting", work=Work(**work)))
+    lines = Screen().show((0.0, report), (seconds, None), (100.0, report))
+    named = shown.partition("  ")[0]
 
-    assert out.getvalue() == f"demo: {shown}\n"
+    assert "  ".join([named, *facts(report, seconds)]) == shown
+    assert any(line.startswith(f"T0 demo: {named}  ") for line in lines)
 
 
-def test_without_a_terminal_lines_are_few() -> None:
-    """A line for each stage, and else one every few seconds, if there is anything new."""
-    shown = [
+def test_without_a_terminal_a_stage_has_a_line_and_then_one_now_and_then() -> None:
+    """With the time of day, and the time since the start."""
+    lines = Screen().show(
         (0.0, None),
-        (10.0, None),
-        (11.0, a_report()),
-        (11.5, a_report(step=4)),
-        (16.5, a_report(step=5)),
-        (30.0, a_report(step=5)),
-        (30.1, a_report(step=7, stage="Publishing")),
-        (40.0, None),
-    ]
-    times, out = iter([0.0, *(at for at, _ in shown)]), io.StringIO()
-    with Display(Console(file=out), "demo", clock=lambda: next(times)) as display:
-        for _, report in shown:
-            display.show(report)
+        (1.0, None),
+        (11.0, working("tokenizing", unit="records")),
+        (12.0, working("tokenizing", 512, unit="records")),
+        (27.0, working("tokenizing", 4096, unit="records")),
+        (50.0, working("tokenizing", 4096, unit="records")),
+        (70.0, a_report(stage="Publishing")),
+        (80.0, None),
+    )
 
-    assert out.getvalue().splitlines() == [
-        "demo: Starting",
-        "demo: Training  step 3/7",
-        "demo: Training  step 5/7",
-        "demo: Publishing  step 7/7",
+    assert lines == [
+        "T0 demo: Importing  elapsed 0s",
+        "T11 demo: Tokenizing  elapsed 11s",
+        "T27 demo: Tokenizing  4,096 records  elapsed 27s",
+        "T70 demo: Publishing  elapsed 1m 10s",
     ]
 
 
-def test_on_a_terminal_the_display_is_live() -> None:
-    """One picture is drawn over and over, lines that are said stand above it, and the last report stays."""
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=100, color_system=None, legacy_windows=False)
-    with Display(console, "demo") as display:
-        display.show(None)
-        display.show(a_report(loss=1.5))
-        display.print("resumed after step 2")
-        display.show(None)
+def test_a_failed_transfer_is_told_at_once_without_a_terminal() -> None:
+    """Each failure once: its reason is what a user waits to see."""
+    told = [
+        a_report(stage="Fetching", step=0, total_steps=0, waiting=text)
+        for text in ("503", "503", "no route", None)
+    ]
+    lines = Screen().show(*enumerate(told, start=1))
 
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines()
-    assert shown[0].startswith("demo Starting")
-    assert "resumed after step 2" in [line.strip() for line in shown]
-    assert [line.split() for line in shown if "demo" in line][-1][:2] == ["demo", "Training"]
-    assert shown[-1].strip() == "loss 1.5000"
+    assert [line.partition("demo: ")[2] for line in lines] == [
+        "Fetching  503  elapsed 1s",
+        "Fetching  no route  elapsed 3s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("total", "seen", "expected"),
+    [
+        pytest.param(7, [1, 2, 2, 7], [1, 2, 7], id="few steps: each that is seen"),
+        pytest.param(
+            100, [1, 3, 4, 6, 9, 50, 99, 100], [4, 9, 50, 99, 100], id="many: one in four, and the last"
+        ),
+        pytest.param(100_000, [1, 3_999, 4_001], [4_001], id="very many"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_steps_have_a_history(total: int, seen: list[int], expected: list[int], *, terminal: bool) -> None:
+    """Every so many steps a line stays, on a terminal and without one."""
+    steps = [a_report(step=step, total_steps=total, loss=2.0, learning_rate=1e-4) for step in seen]
+    lines = Screen(terminal=terminal).show(
+        (0.5, a_report(step=0, total_steps=total)), *((1.0, each) for each in steps)
+    )
+    history = [
+        int(m[1]) for line in lines if (m := re.search(r"  ?Training  step (\d+)/\d+  loss 2.0000  lr", line))
+    ]
+
+    assert history == expected
+
+
+def test_a_resumed_attempt_has_no_history_of_steps_that_others_made() -> None:
+    """Before its first step there is the step to go on from, and no loss."""
+    lines = Screen().show(
+        (0.0, a_report(step=50, total_steps=100)), (1.0, a_report(step=51, total_steps=100, loss=2.0))
+    )
+
+    assert lines == ["T0 demo: Training  step 50/100  elapsed 0s"]
+
+
+def test_on_a_terminal_what_is_over_stays_with_its_time() -> None:
+    """Stages and steps stand above one picture that is drawn over and over, and goes at the end."""
+    screen = Screen(terminal=True)
+    lines = screen.show(
+        (0.0, None),
+        (6.0, working("tokenizing", unit="records")),
+        (6.5, a_report(step=0, memory_estimate=GIB)),
+        (9.0, a_report(step=1, loss=1.5)),
+        (10.0, working("evaluating the base", 41, 100, loss=1.5, step=1)),
+        (30.0, a_report(step=2, loss=1.25, eval_loss=1.75)),
+    )
+    kept = [line.strip() for line in lines if not line.startswith("demo")]
+
+    assert "6s  Importing took 6s" in kept
+    assert "9s  Training  step 1/7  loss 1.5000" in kept
+    assert "30s  Evaluating the base took 20s  eval loss 1.7500" in kept
+    assert not [line for line in kept if "Tokenizing took" in line], "half a second is not worth a line"
+    assert any(re.match(r"demo Evaluating the base \S+ +41 %  41/100 tokens", line) for line in lines)
+    assert any("elapsed 10s" in line for line in lines)
+
+
+def test_a_bar_moves_while_nothing_is_known() -> None:
+    """An empty bar looks like a program that hangs."""
+
+    def bar(at: float, report: ProgressReport | None) -> str:
+        screen = Screen(terminal=True)
+        shown = screen.show((0.0, report), (at, report))
+        return [line for line in shown if line.startswith("demo")][-1]
+
+    assert bar(1.0, None) != bar(1.3, None)
+    assert "━" in bar(1.0, a_report(step=0))
 
 
 def test_a_result_tells_what_was_gained() -> None:
@@ -178,29 +286,12 @@ def test_nothing_printable_can_move_the_cursor(text: str) -> None:
     assert all(a == b for a, b in zip(text, shown, strict=True) if a.isprintable())
 
 
-def test_a_transfer_is_shown_in_bytes() -> None:
-    """How much has come, of how much; on a terminal with a bar."""
-    report = a_report(stage="Fetching", step=0, total_steps=0, bytes_done=GIB // 2, bytes_total=2 * GIB)
-    assert facts(report) == ["0.50 of 2.00 GiB"]
-
-    text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=100, color_system=None)
-    with Display(console, "job") as display:
-        display.show(report)
-    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", text.getvalue())
-    assert re.search(r"job Fetching \S+\s+0\.50 of 2\.00 GiB", shown)
-
-
 def test_a_stage_does_not_show_the_one_before() -> None:
     """What was fetched says nothing of training that is about to start."""
-    text = io.StringIO()
-    display = Display(Console(file=text, width=200), "job")
-    with display:
-        display.show(a_report(stage="Fetching", step=0, total_steps=0, bytes_done=1, bytes_total=1))
-    with display:
-        display.show(None)
+    screen = Screen()
+    screen.show((0.0, a_report(stage="Fetching", step=0, total_steps=0, bytes_done=1, bytes_total=1)))
 
-    assert text.getvalue().splitlines()[-1] == "job: Starting"
+    assert screen.show((2.0, None))[-1] == "T2 demo: Importing  elapsed 2s"
 
 
 @pytest.mark.parametrize(

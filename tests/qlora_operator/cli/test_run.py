@@ -1,11 +1,16 @@
 """`qlora run` with real launchers; only the ranks are stand-ins."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -86,14 +91,16 @@ class Machine:
         self.document = document
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, program: str, *options: str, pods: int = 1, **spec: Any) -> subprocess.Popen[str]:
-        """Start a job whose ranks run `program`."""
+    def start(
+        self, program: str, *options: str, pods: int = 1, output: int = subprocess.PIPE, **spec: Any
+    ) -> subprocess.Popen[str]:
+        """Start a job whose ranks run `program`. `output`: a descriptor to print to."""
         (self.folder / "rank.py").write_text(RANK + textwrap.dedent(program))
         document = json.dumps(self.document(topology={"pods": pods}, **spec))
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, document, str(self.folder / "rank.py"), *options],
             cwd=self.folder,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -152,7 +159,10 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
 
     assert (code, err) == (0, "")
     assert "spec.suspend, spec.backoffLimit" in out
-    assert "small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s\n" in out
+    assert re.search(r"^\S+Z small: Importing  elapsed 0s$", out, re.MULTILINE)
+    assert re.search(
+        r"^\S+Z small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s  elapsed \d+s$", out, re.M
+    )
     assert f"adapter    {machine.job}/adapter\n" in out
     assert (
         "eval loss  1.5000, base model 1.9000 unquantized and 2.0000 quantized: 25.0 % below the quantized base\n"
@@ -193,6 +203,41 @@ def test_the_cause_is_one_sentence(machine: Machine) -> None:
     )
 
 
+def test_a_terminal_shows_what_is_done_and_keeps_what_was(machine: Machine) -> None:
+    """One picture that is drawn over and over, with the time so far; the step and the result stay, the picture goes."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = machine.start(
+        """
+        serve(loss=1.83, learningRate=2e-4, tokensPerSecond=412.4, etaSeconds=75.0).wait()
+        time.sleep(0.5)
+        publish()
+        """,
+        output=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that all has been read
+        while data := os.read(ours, 65536):
+            shown += data
+    os.close(ours)
+    lines = [
+        line.strip()
+        for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", shown.decode()).splitlines()
+        if line.strip()
+    ]
+
+    assert process.wait(120) == 0
+    assert "small" in lines
+    assert {"Importing", "Training", "step 3/7"} <= set(lines)
+    assert any(
+        re.fullmatch(r"\d+s  Training  step 3/7  loss 1.8300  lr 2.00e-04  412 tok/s  ETA 1m 15s", line)
+        for line in lines
+    )
+    assert any(line.endswith("elapsed 0s") for line in lines)
+    assert lines[-1].startswith("memory")
+
+
 def test_a_failure_that_may_pass_says_how_to_go_on(machine: Machine) -> None:
     """What is not permanent can be resumed by the same command, as another attempt."""
     _, _, err = machine.run("end(31, 'no step for 1800 s')")
@@ -211,7 +256,7 @@ def test_verbose_passes_the_ranks_output_on(machine: Machine) -> None:
         "print(f'hello from {rank} \\x1b[2J')\nif rank == 0: publish()", "--verbose", pods=2
     )
 
-    assert {line for line in out.splitlines() if "hello" in line} == {
+    assert {line.partition(" ")[2] for line in out.splitlines() if "hello" in line} == {
         "[rank 0] hello from 0 \N{REPLACEMENT CHARACTER}[2J",
         "[rank 1] hello from 1 \N{REPLACEMENT CHARACTER}[2J",
     }

@@ -3,12 +3,14 @@
 import dataclasses
 import errno
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_contract.units import parse_time
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
 from qlora_trainer.errors import StorageFull
 
@@ -33,7 +35,7 @@ def test_a_step_has_the_keys_of_the_release_before() -> None:
         "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "seconds", "memory_peak",
     ]  # fmt: skip
     assert list(dataclasses.replace(STEP, eval_loss=1.5).line())[-2:] == ["memory_peak", "eval_loss"]
-    assert evaluation_line(0, 2.5) == {"step": 0, "loss": None, "eval_loss": 2.5}
+    assert evaluation_line(0, 2.5) == {"step": 0, "eval_loss": 2.5}
 
 
 def test_an_objective_s_metrics_are_keys_of_their_own() -> None:
@@ -48,17 +50,20 @@ def test_an_objective_s_metrics_are_keys_of_their_own() -> None:
 @pytest.mark.parametrize("eval_loss", [None, 1.5])
 def test_the_live_report_shows_a_step(eval_loss: float | None) -> None:
     """It takes the fields that it has; the newest evaluation stays until there is another."""
-    shown = {"step": 3, "epoch": 0.25, "loss": 2.0, "memory_peak": 2**30}
+    shown = {"step": 3, "epoch": 0.25, "loss": 2.0, "learning_rate": 1e-3, "memory_peak": 2**30}
     evaluated = {} if eval_loss is None else {"eval_loss": eval_loss}
 
     assert dataclasses.replace(STEP, eval_loss=eval_loss).progress() == shown | evaluated
 
 
-def test_each_line_is_json_with_its_step(tmp_path: Path) -> None:
+def test_each_line_is_json_with_its_step_and_time(tmp_path: Path) -> None:
     """What is written is what other tools read, line by line."""
+    before = datetime.now(UTC).replace(microsecond=0)
     written(tmp_path / "m", 0, 1)
+    lines = [json.loads(line) for line in (tmp_path / "m").read_text().splitlines()]
 
-    assert (tmp_path / "m").read_text() == '{"step": 0, "loss": 1.0}\n{"step": 1, "loss": 0.5}\n'
+    assert [(line["step"], line["loss"]) for line in lines] == [(0, 1.0), (1, 0.5)]
+    assert all(before <= parse_time(line["time"]) <= datetime.now(UTC) for line in lines)
 
 
 def test_a_restart_drops_the_steps_it_will_do_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +35,7 @@ from qlora_trainer.launch.exit_report import rank_exit, summarize
 
 pytestmark = pytest.mark.process
 
+STAMP = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
 SAY = textwrap.dedent("""
     import os, signal, sys, time
     from qlora_contract.progress import TerminationReport
@@ -82,7 +84,7 @@ class Machine:
         """Launch and wait: (exit code, stdout, stderr)."""
         process = self.start(program, run, **environ)
         out, err = process.communicate(timeout=60)
-        return process.returncode, out, err
+        return process.returncode, unstamped(out), unstamped(err)
 
     def report(self) -> TerminationReport:
         """The termination message."""
@@ -93,6 +95,13 @@ class Machine:
         paths = [self.folder / f"{name}-{local}" for local in range(count)]
         wait_for(lambda: all(path.exists() and path.read_text() for path in paths))
         return [int(path.read_text()) for path in paths]
+
+
+def unstamped(output: bytes) -> bytes:
+    """Output without the time that each line must begin with."""
+    lines = output.splitlines(keepends=True)
+    assert all(STAMP.match(line) for line in lines), output
+    return b"".join(STAMP.sub(b"", line) for line in lines)
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -451,7 +460,7 @@ def test_pods_of_unequal_size_make_one_world(a_run: Callable[..., RunConfig], ma
     ends = [launcher.communicate(timeout=60) for launcher in launchers]
 
     assert [launcher.returncode for launcher in launchers] == [0, 0, 0]
-    assert sorted(line for out, _ in ends for line in out.splitlines()) == [
+    assert sorted(line for out, _ in ends for line in unstamped(out).splitlines()) == [
         b"[rank 0] 0 4 0 0 2,1,1",
         b"[rank 1] 1 4 1 0 2,1,1",
         b"[rank 2] 2 4 0 1 2,1,1",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from testcluster.remote import BUCKET, HUB_TOKEN, SECRET_KEY, Remotes, Transfers
 pytestmark = pytest.mark.process
 
 WEIGHTS = os.urandom(3_000_000)
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
 DATA = b'{"prompt": "a", "completion": "b"}\n' * 30_000
 MODEL = {"model": {"source": "hf://org/name"}}
 DATASET = {"dataset": {"source": f"s3://{BUCKET}/sets/train.jsonl"}}
@@ -91,6 +93,27 @@ def test_progress_is_served(transfers: Transfers, sound: Remotes) -> None:
         "u",
         1,
     )
+    assert transfers.wait(process).code == 0
+
+
+def test_why_it_waits_is_served(transfers: Transfers, sound: Remotes) -> None:
+    """While a server refuses, its answer and the next try are in the report; once it serves, they are not."""
+    sound.hub_wire.fault(answer(503), path="/cdn/", times=2)
+    held = threading.Event()
+    process = transfers.start(extra={"QLORA_PROGRESS_PORT": str(port := free_port())}, **MODEL)
+    waiting: list[str] = []
+
+    def told() -> bool:
+        report = progress(port)
+        if report is not None and report.waiting is not None:
+            waiting.append(report.waiting)
+        return bool(waiting)
+
+    until(told)
+    held.set()
+
+    assert "503" in waiting[0]
+    assert "retrying in 1 s" in waiting[0]
     assert transfers.wait(process).code == 0
 
 
@@ -241,10 +264,8 @@ def test_what_cannot_be_done_is_told(
 
     assert end.code == code
     assert said in end.report.cause
-    assert (
-        end.log.splitlines()[-1]
-        == f"transfer: exits with code {code} ({end.report.reason}): {end.report.cause}"
-    )
+    said_last = f"transfer: exits with code {code} ({end.report.reason}): {end.report.cause}"
+    assert re.fullmatch(rf"{TIME} {re.escape(said_last)}", end.log.splitlines()[-1])
 
 
 def test_a_malformed_run_json_is_told(transfers: Transfers) -> None:

@@ -54,6 +54,16 @@ def test_what_passes_is_tried_again() -> None:
     assert time.slept == [1, 2, 4, 8]
 
 
+def test_failures_are_told_until_there_is_progress() -> None:
+    """Each with its next try; a byte that arrives, or the end, takes the last one back."""
+    time, told = Time(), []
+    retrier = Retrier(100, lambda: time.now, time.sleep, told.append)
+    retrier.call(failing(TransientError("503"), TransientError("no route", 9)))
+    retrier.reset()
+
+    assert told == ["503; retrying in 1 s", "no route; retrying in 9 s", None]
+
+
 def test_the_server_says_how_long_to_wait() -> None:
     """Its Retry-After goes before our own delay."""
     time = Time()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.progress import ProgressReport
+from qlora_contract.units import now
 from qlora_trainer.storage.atomic import translate_os_errors, write_atomically
 
 
@@ -46,9 +47,9 @@ class StepMetrics:
         return {name: value for name, value in self.line().items() if name in ProgressReport.model_fields}
 
 
-def evaluation_line(step: int, eval_loss: float | None) -> dict[str, Any]:
+def evaluation_line(step: int, eval_loss: float) -> dict[str, Any]:
     """A line of metrics.jsonl for an evaluation before the first step or after the last one."""
-    return {"step": step, "loss": None, "eval_loss": eval_loss}
+    return {"step": step, "eval_loss": eval_loss}
 
 
 class MetricsLog:
@@ -69,9 +70,9 @@ class MetricsLog:
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line, which has a `step`. Raises StorageFull."""
+        """Append a line, which has a `step`, with the time. Raises StorageFull."""
         with translate_os_errors(f"writing {self.path}"), self.path.open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps({**line, "time": now()}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

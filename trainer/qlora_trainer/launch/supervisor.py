@@ -16,6 +16,7 @@ from typing import IO
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits, next_action
+from qlora_contract.units import now
 from qlora_trainer.launch.cpu_layout import CpuAssignment
 from qlora_trainer.launch.fork_server import ForkedProcess, fork_ranks
 from qlora_trainer.telemetry.termination import REPORT_ENV
@@ -115,9 +116,10 @@ def _pass_on(rank: Rank, source: IO[bytes], sink: IO[bytes]) -> None:
 
 
 def _write(sink: IO[bytes], line: bytes) -> None:
+    """Write a line with the time. A log is read long after, beside those of other pods."""
     try:
         with _output_lock:
-            sink.write(line)
+            sink.write(f"{now()} ".encode() + line)
             sink.flush()
     except (OSError, ValueError):
         pass  # the reader is gone; keep reading, or the rank would block

@@ -81,7 +81,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     loop, total_steps = state.loop, state.schedule.total_steps
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
-        record(context, metrics_log, evaluation_line(0, loop.base_eval_loss_quantized))
+        record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
         context.progress.update(stage="Training")
@@ -308,6 +308,12 @@ def save(context: RankContext, state: TrainState) -> None:
     context.books.write(facts_so_far(context, state))
 
 
+def record_evaluation(context: RankContext, metrics_log: MetricsLog, step: int, loss: float | None) -> None:
+    """Record an evaluation before the first step or after the last one, if there was one."""
+    if loss is not None:
+        record(context, metrics_log, evaluation_line(step, loss))
+
+
 def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLog | None) -> None:
     """Find out what the base scores as it is trained on, and keep that for all attempts.
 
@@ -334,7 +340,7 @@ def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLo
     if context.is_rank_zero:
         base_losses.write(context.folder, state.base_losses)
     if metrics_log:
-        record(context, metrics_log, evaluation_line(0, loss))
+        record_evaluation(context, metrics_log, 0, loss)
 
 
 def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
@@ -386,7 +392,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
         folder.check_fence()
         report["cost"] = context.books.cost()
         metrics_log = MetricsLog(folder.path / METRICS, loop.step)
-        record(context, metrics_log, evaluation_line(loop.step, last_loss))
+        record_evaluation(context, metrics_log, loop.step, last_loss)
         adapter.publish(folder, staged, report, read_metrics(metrics_log.path))
     context.group.barrier()
     return report

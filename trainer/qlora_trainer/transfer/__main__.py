@@ -85,7 +85,11 @@ def transfer(environ: Mapping[str, str]) -> TerminationReport:
     bytes_ = ByteProgress(run)
     # Set by `qlora run`; in a pod the operator asks from outside.
     server = ProgressServer(bytes_.progress, "127.0.0.1" if volumes else "", port_from_environ(environ))
-    retrier = Retrier(run.distributed.rendezvous_timeout_seconds)
+
+    def tell(pause: str | None) -> None:
+        bytes_.progress.update(waiting=None if pause is None else redact(pause, environ))
+
+    retrier = Retrier(run.distributed.rendezvous_timeout_seconds, tell=tell)
     try:
         if run.stage == "fetch":
             fetched = SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all()

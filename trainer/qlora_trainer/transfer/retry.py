@@ -10,6 +10,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+from qlora_contract.units import now as time_now
 from qlora_trainer.errors import TransferFailed
 
 CONNECT_SECONDS = 20.0
@@ -38,9 +39,15 @@ class Retrier:
         limit_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        tell: Callable[[str | None], None] = lambda _: None,
     ) -> None:
-        """Give up after `limit_seconds` without progress."""
+        """Give up after `limit_seconds` without progress.
+
+        `tell` is told of each failure that is tried again, and None once there is progress.
+        """
         self.limit_seconds = limit_seconds
+        self._tell = tell
+        self._told: str | None = None
         self._clock = clock
         self._sleep = sleep
         self.reset()
@@ -49,6 +56,12 @@ class Retrier:
         """There is progress: the limit and the delays start anew."""
         self._deadline = self._clock() + self.limit_seconds
         self._delay = FIRST_DELAY_SECONDS
+        self._say(None)
+
+    def _say(self, failure: str | None) -> None:
+        if failure != self._told:
+            self._told = failure
+            self._tell(failure)
 
     def call(self, action: Callable[[], T]) -> T:
         """The result of `action`, which is called again after each TransientError.
@@ -59,7 +72,7 @@ class Retrier:
         self.reset()
         while True:
             try:
-                return action()
+                result = action()
             except TransientError as error:
                 delay = self._delay if error.retry_after is None else error.retry_after
                 if self._clock() + delay > self._deadline:
@@ -69,13 +82,18 @@ class Retrier:
                         "(distributed.rendezvousTimeoutSeconds is also the limit for transfers)"
                     ) from error
                 self._delay = min(2 * self._delay, MAX_DELAY_SECONDS)
-                log(f"{error}; retrying in {delay:.0f} s")
+                pause = f"{error}; retrying in {delay:.0f} s"
+                log(pause)
+                self._say(pause)
                 self._sleep(delay)
+            else:
+                self._say(None)
+                return result
 
 
 def log(text: str) -> None:
     """Write a line to the pod's log."""
-    print(f"transfer: {text}", file=sys.stderr, flush=True)
+    print(f"{time_now()} transfer: {text}", file=sys.stderr, flush=True)
 
 
 def retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
