@@ -432,7 +432,7 @@ BAD = {
         "no such field; there are everySteps, requireImprovement",
     ),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", "from 1 to 100"),
-    "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with pods"),
+    "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with memoryPerRank"),
     "no memory": ({"spec.topology": {}}, "spec.topology.memoryPerRank", "is required: a quantity of memory"),
     "memory is a number": (
         {"spec.topology.memoryPerRank": 16},
