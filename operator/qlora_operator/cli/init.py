@@ -140,7 +140,7 @@ def look(answers: Answers) -> Found:
             require_trainer()
             print("looking at the data ...", file=sys.stderr)
             length = {"max_sequence_length": usual_length(model)}
-            report = check.check(check.of_paths(str(data), model and str(model), {}, length))
+            report = check.check(check.of_paths(str(data), None if model is None else str(model), {}, length))
         except ProcessError as error:
             print(f"the data are not looked at: {error}", file=sys.stderr)
         except CommandError as error:
