@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +274,22 @@ def test_ctrl_c_ends_with_one_line(
 
     assert main(["plan", job_file()]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary folders are removed, and SIGTERM is handled as before afterwards."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(*_: Any, **__: Any) -> None:
+        assert list(kept.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("qlora_operator.cli.check.query_trainer", terminated)
+    (tmp_path / "d.jsonl").write_text("{}")
+
+    assert main(["check", str(tmp_path / "d.jsonl")]) == 143
+    assert list(kept.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
