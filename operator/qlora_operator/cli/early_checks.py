@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_contract.containers import split_name
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.job_folder import ADAPTER_CONFIG
+from qlora_contract.job_folder import ADAPTER_CONFIG, TRAINING_REPORT
 from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote
 from qlora_contract.units import format_bytes
@@ -77,6 +77,22 @@ def _place(workspace: Path) -> Iterator[Finding]:
             f"the workspace: {place} has {format_bytes(free)} free, and a job needs {format_bytes(LEAST_FREE)} at "
             "least; make room, or choose another folder",
         )
+
+
+def newer_inputs(job: QLoRAJob, volumes: Mapping[str, Path], folder: Path) -> str | None:
+    """That model or data of a finished job were written to after its end, in a sentence; None where they were not."""
+    ended = (folder / TRAINING_REPORT).stat().st_mtime
+    newer = []
+    for uri in (job.spec.model.source, job.spec.dataset.source):
+        if is_remote(uri):
+            continue
+        path = resolve(uri, volumes)
+        files = [Path(at, name) for at, _, names in os.walk(path) for name in names] or [path]
+        if any(file.exists() and file.stat().st_mtime > ended for file in files):
+            newer.append(str(path))
+    if not newer:
+        return None
+    return f"{' and '.join(newer)} changed after the job ended: to train on that, give the job another name"
 
 
 # --- what a path is

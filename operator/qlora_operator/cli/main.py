@@ -414,6 +414,8 @@ def _run(options: argparse.Namespace) -> int:
         require_trainer()
         run.say(console, on_a_cluster(job))
         run.say(console, job.spec.output.destination and check_destination(job.spec.output.destination))
+    else:
+        run.say(console, early_checks.newer_inputs(job, volumes, folder))
     require_trainer()
     if options.file is None:
         run.say(

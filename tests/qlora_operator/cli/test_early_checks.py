@@ -1,13 +1,21 @@
 """What is seen at a glance of a model, of data and of a workspace."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli.early_checks import data_fault, missing, model_fault, require_inputs, require_place
+from qlora_operator.cli.early_checks import (
+    data_fault,
+    missing,
+    model_fault,
+    newer_inputs,
+    require_inputs,
+    require_place,
+)
 from qlora_operator.errors import CommandError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
@@ -99,3 +107,16 @@ def test_a_workspace_that_is_a_file_is_refused(a_job: Callable[..., QLoRAJob], t
     with pytest.raises(CommandError, match="w is not a folder") as refused:
         require_place(a_job(workspace="pvc://c/w"), {"c": tmp_path})
     assert refused.value.code == 10
+
+
+def test_data_that_changed_after_the_end_are_noticed(a_job: Callable[..., QLoRAJob], tmp_path: Path) -> None:
+    """And nothing is said of what is as it was, or gone."""
+    files(tmp_path, training_report_dot_json="{}", d_dot_jsonl="{}")
+    job = a_job(model={"source": "pvc://c/m"}, dataset={"source": "pvc://c/d.jsonl"})
+    os.utime(tmp_path / "training_report.json", (1000, 1000))
+
+    assert f"{tmp_path}/d.jsonl changed after the job ended" in (
+        newer_inputs(job, {"c": tmp_path}, tmp_path) or ""
+    )
+    os.utime(tmp_path / "d.jsonl", (900, 900))
+    assert newer_inputs(job, {"c": tmp_path}, tmp_path) is None
