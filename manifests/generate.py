@@ -19,7 +19,7 @@ import chart
 import commands
 import yaml
 
-from qlora_contract.exit_codes import ExitCode
+from qlora_contract.exit_codes import ExitCode, command_codes
 from qlora_operator.api import names
 from qlora_operator.api.schema import INT_OR_STRING, custom_resource_definition, job_schema
 from qlora_operator.status.checks import Budget
@@ -199,9 +199,18 @@ def member_docs(enum: type[Enum]) -> dict[str, str]:
 def exit_codes() -> str:
     reasons = member_docs(names.Reason)
     lines = [
-        "# Exit codes of a rank and of a pod",
+        "# Exit codes",
         "",
         _generated_from("qlora_contract.exit_codes"),
+        "",
+        "## Of the `qlora` command",
+        "",
+        "`qlora run`, `fetch`, `plan`, `check`, `export`, `chat` and `compare` end as the rank or transfer that",
+        "names the cause; `qlora --help` has the same table.",
+        "",
+        *table(("Code", "Meaning"), [(str(code), meaning) for code, meaning in command_codes().items()]),
+        "",
+        "## Of a rank and of a pod",
         "",
         "Of several codes of one attempt the first that names a cause counts: a rank that lost a peer waits before",
         "it exits, so that the peer's own code comes first.",

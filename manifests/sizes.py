@@ -84,7 +84,9 @@ What a rank needs, and how long a million tokens take, with NF4 weights, an adap
 micro-batches of {length:,} tokens in bf16. `qlora plan` says it for a job, or for a model that need not be here and a
 machine that one does not have:
 
-    qlora plan hf://Qwen/Qwen2.5-7B-Instruct --cpus 64 --memory 256Gi --isa amx_bf16 --numa-nodes 2
+```sh
+qlora plan hf://Qwen/Qwen2.5-7B-Instruct --cpus 64 --memory 256Gi --isa amx_bf16 --numa-nodes 2
+```
 
 It reads `config.json` and the sizes of files; no weights are fetched. A folder with nothing but a `config.json` does as
 well. It exits with 10 where the machine is too small.

@@ -115,7 +115,6 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "unknown field that is null": ({"spec.environment": None}, "spec.environment", UNKNOWN),
     # sources
     "no workspace": ({"spec.workspace": OMIT}, "spec.workspace", "Required value"),
-    "workspace is a path": ({"spec.workspace": "/data/qlora"}, "spec.workspace", CLAIM),
     "workspace is empty": ({"spec.workspace": ""}, "spec.workspace", "at least 6 chars long"),
     "workspace without a claim": ({"spec.workspace": "pvc:///a"}, "spec.workspace", CLAIM),
     "workspace in capitals": ({"spec.workspace": "pvc://Team/a"}, "spec.workspace", CLAIM),
@@ -307,6 +306,20 @@ def test_a_bad_job_is_refused(fields: Object, path: str, phrase: str, client: Cl
     assert phrase in message
     assert validate([str(file)], told) == INVALID
     assert path in told.getvalue()
+
+
+@pytest.mark.parametrize("field", ["spec.workspace", "spec.model.source", "spec.dataset.source"])
+def test_a_path_of_one_machine_is_for_the_command_alone(field: str, client: Client, tmp_path: Path) -> None:
+    """The API server says what a cluster reads, and `qlora validate` that the file is for one machine."""
+    job = changed(MINIMAL, {field: "/data/qlora"})
+    file, told = tmp_path / "job.json", io.StringIO()
+    file.write_text(json.dumps(job))
+
+    message = refusal(client, job)
+    assert message is not None
+    assert "for `qlora run` alone: put what it names on a claim, and write pvc://CLAIM/PATH" in message
+    assert validate([str(file)], told) == 0
+    assert "on a cluster" in told.getvalue()
 
 
 HEADINGS = {

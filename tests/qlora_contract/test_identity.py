@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import changed, run_fields
+from builders import OMIT, a_run, changed, run_fields
 from qlora_contract import run_config
-from qlora_contract.identity import differences, identity, identity_fields, identity_hash, same_identity
+from qlora_contract.identity import (
+    differences,
+    identity,
+    identity_fields,
+    identity_hash,
+    is_longer,
+    same_identity,
+)
 from qlora_contract.run_config import RunConfig
 
 MINIMAL = run_fields(
@@ -220,3 +227,19 @@ def test_several_sources_identify_a_job_by_order_and_weight() -> None:
         mixed(a | {"trainSplit": "sft"}, b),
     ):
         assert hash_of(other) != one
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "longer"),
+    [
+        ({"epochs": 1}, {"epochs": 2}, True),
+        ({"epochs": OMIT, "maxSteps": 3}, {"epochs": OMIT, "maxSteps": 6}, True),
+        ({"epochs": 2}, {"epochs": 1}, False),
+        ({"epochs": 2}, {"epochs": 2}, False),
+        ({"epochs": 1}, {"epochs": OMIT, "maxSteps": 6}, False),
+        ({"epochs": 1}, {"epochs": 2, "seed": 1}, False),
+    ],
+)
+def test_a_longer_training_is_known(old: dict[str, Any], new: dict[str, Any], longer: bool) -> None:
+    """By its length alone."""
+    assert is_longer(*(identity_fields(a_run(training=fields)) for fields in (old, new))) is longer

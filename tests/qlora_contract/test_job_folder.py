@@ -152,3 +152,19 @@ def test_a_damaged_manifest_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
 
     assert job_folder.read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_training_is_made_longer_where_the_learning_rate_allows_it(schedule: str, tmp_path: Path) -> None:
+    """Its folder is then to be marked anew; else it is refused, with the way."""
+    short, long = (a_run(training={"epochs": count, "schedule": schedule}) for count in (1, 2))
+    (tmp_path / job_folder.IDENTITY).write_text(job_folder.identity_text(short))
+
+    assert job_folder.has_identity(tmp_path, short)
+    if schedule == "constant":
+        assert not job_folder.has_identity(tmp_path, long)
+        return
+    with pytest.raises(
+        IdentityError, match=r"training.epochs: 1, now 2.*only with training.schedule constant"
+    ):
+        job_folder.has_identity(tmp_path, long)

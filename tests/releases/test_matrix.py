@@ -302,6 +302,8 @@ def rules_of(crd: dict[str, Any]) -> set[str]:
 
 
 HOLD_FOR_STORED_JOBS = {
+    "self.workspace.contains('://')": "the patterns of those fields ask for more than that",
+    "self.model.source.contains('://')": "likewise",
     "has(self.source) != has(self.sources)": "each of them has a source, which was required, and no list",
     "!has(self.sources) ||": "none has a list",
     "!has(self.dataset.source) ||": "the rule was there; now it has an exception",

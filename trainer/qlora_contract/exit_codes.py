@@ -93,6 +93,27 @@ COLLATERAL_DELAY_SECONDS = 5.0
 """How long a rank that lost a peer waits before it exits."""
 
 
+COMMAND_CODES: dict[int, str] = {
+    0: "Done.",
+    1: "An unexpected error, or a folder that is in use or cannot be written to.",
+    2: "Wrong arguments, or a file with errors.",
+    130: "Ended by Ctrl-C; a job that was training has a checkpoint, and the same command goes on from there.",
+    137: "A process of the job was killed, mostly because the machine ran out of memory; the same command goes on.",
+    143: "Ended by SIGTERM, as by Ctrl-C.",
+}
+"""Codes of the `qlora` command that are its own; the others are those of the ranks and transfers of its job."""
+
+
+def command_codes() -> dict[int, str]:
+    """Every exit code of the `qlora` command, and what it means, in their order."""
+    job = {
+        int(code): code.meaning
+        for code in ExitCode
+        if code not in COMMAND_CODES and code != ExitCode.TERMINATED
+    }
+    return dict(sorted({**job, **COMMAND_CODES}.items()))
+
+
 def dominant_exit_code(codes: Sequence[int]) -> int:
     """The one of several ranks' codes that best names the cause; 0 only when all are 0.
 

@@ -52,6 +52,10 @@ PUBLISHING: dict[str, set[str]] = {"evaluation": {"everySteps", "requireImprovem
 """Fields of the identity that decide what becomes of an adapter, not what it is. They stay in the hash, which earlier
 releases compare, and are passed over by `same_identity`."""
 
+LENGTHS = ("epochs", "maxSteps")
+"""Fields of training that say when it ends. Under a constant learning rate, past its warm-up, the steps before do not
+depend on them."""
+
 
 def identity_fields(run: RunConfig) -> dict[str, Any]:
     """The fields that shape the result, by section, as run.json spells them."""
@@ -103,6 +107,20 @@ def same_identity(stored: Mapping[str, Any], mine: Mapping[str, Any]) -> bool:
     """
     return bool(stored["hash"] == mine["hash"]) or (
         _of_training(stored["fields"]) == _of_training(mine["fields"])
+    )
+
+
+def is_longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two identity_fields differ in length alone, and the second is longer: more epochs, or more steps."""
+    length = next((name for name in LENGTHS if old["training"].get(name) != new["training"].get(name)), None)
+    if length is None:
+        return False
+    before, after = old["training"].get(length), new["training"].get(length)
+    return (
+        isinstance(before, int)
+        and isinstance(after, int)
+        and before < after
+        and _of_training({**old, "training": {**old["training"], length: after}}) == _of_training(new)
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_contract.files import read_json, sha256
-from qlora_contract.identity import differences, identity, same_identity
+from qlora_contract.identity import differences, identity, is_longer, same_identity
 from qlora_contract.paths import resolve
 from qlora_contract.run_config import RunConfig
 
@@ -86,7 +86,8 @@ def identity_text(run: RunConfig) -> str:
 
 
 def has_identity(folder: Path, run: RunConfig) -> bool:
-    """Whether the folder is marked as this spec's; False while it has no mark at all.
+    """Whether the folder is marked as this spec's; False while it has no mark at all, or that of the same training with
+    fewer steps, which the spec goes on with.
 
     Raises:
         IdentityError: it belongs to another spec; says what differs.
@@ -101,9 +102,18 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
         return False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
+    longer = not same and is_longer(fields, mine["fields"])
+    if longer and run.training.schedule == "constant":
+        return False
     if not same:
+        why = (
+            "; a job can be made longer only with training.schedule constant, since the learning rate of the steps "
+            f"that are done depends on the last one with {run.training.schedule}"
+            if longer
+            else ""
+        )
         raise IdentityError(
-            f"{folder} holds the results of another spec ({differences(fields, mine['fields'])}); "
+            f"{folder} holds the results of another spec ({differences(fields, mine['fields'])}){why}; "
             "choose another metadata.name, or remove the folder"
         )
     return True

@@ -12,6 +12,8 @@ VOLUMES_ROOT = Path("/volumes")
 CREDENTIALS_ROOT = Path("/etc/qlora/credentials")
 RUN_CONFIG_PATH = Path("/etc/qlora/run.json")
 TERMINATION_LOG = Path("/dev/termination-log")
+THIS_MACHINE = "this-machine"
+"""The claim that paths of one machine are on, with `qlora run`: it is the whole file system, and no cluster has it."""
 TERMINATION_REPORT_BYTES = 4096
 """Kubernetes keeps no more of a termination message."""
 
@@ -43,7 +45,7 @@ def volume_root(claim: str, volumes: Mapping[str, Path]) -> Path:
     if not volumes:
         return VOLUMES_ROOT / claim
     if claim not in volumes:
-        known = ", ".join(sorted(volumes))
+        known = ", ".join(sorted(volumes.keys() - {THIS_MACHINE})) or "none"
         raise InvalidUriError(f"claim {claim!r} has no directory here; these have one: {known}")
     return volumes[claim]
 
@@ -75,6 +77,15 @@ def resolve(uri: str, volumes: Mapping[str, Path]) -> Path:
     claim, relative = split_pvc(uri)
     root = volume_root(claim, volumes)
     path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise InvalidUriError(f"{uri!r} is a symbolic link that leads out of its claim")
+    target = path.resolve()
+    if not target.is_relative_to(root.resolve()):
+        raise InvalidUriError(
+            f"{uri!r} is a symbolic link that leads out of its claim, to {target}: copy what is there to the claim, or "
+            "name the claim that it is on (with `qlora run`, its path will do)"
+        )
     return path
+
+
+def local_uri(path: Path) -> str:
+    """The URI of an absolute path of this machine, for programs that run on it."""
+    return f"pvc://{THIS_MACHINE}{path}"

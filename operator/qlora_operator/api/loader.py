@@ -10,14 +10,14 @@ the defaults of fields that this operator does not know.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_contract.base import split_unknown
-from qlora_operator.api import names
+from qlora_operator.api import foreign, names
 from qlora_operator.api.messages import described, expected, unknown_field, validation_faults
 from qlora_operator.api.schema import Schema, job_schema
 from qlora_operator.api.v1alpha1 import LABEL_KEY_PATTERN, LABEL_VALUE_PATTERN, QLoRAJob
@@ -46,15 +46,28 @@ OBJECT_META = (
 """The fields of Kubernetes' ObjectMeta."""
 
 
-def load_jobs(path: str) -> list[QLoRAJob]:
+Amend = Callable[[dict[str, Any]], dict[str, Any]]
+"""Takes a job as a document has it, and returns it with changes. Raises InvalidJobError."""
+
+
+def file_label(path: str) -> str:
+    """What people are told that a file is called."""
+    return "standard input" if path == STDIN else path
+
+
+def load_jobs(path: str, amend: Amend = lambda document: document) -> list[QLoRAJob]:
     """The QLoRAJobs of a YAML or JSON file (`-`: standard input), in their order.
 
     Documents of other kinds are ignored; the items of a list count as documents.
 
+    Args:
+        path: the file.
+        amend: what the command line changes of each job before it is validated.
+
     Raises:
         InvalidFileError: with every fault that was found, or because there is no QLoRAJob in it.
     """
-    file = "standard input" if path == STDIN else path
+    file = file_label(path)
     try:
         read = read_documents(_content(path))
     except DocumentError as error:
@@ -69,7 +82,7 @@ def load_jobs(path: str) -> list[QLoRAJob]:
     faults: list[Fault] = []
     for number, document in enumerate(documents, start=1):
         try:
-            found = parse_job(document)
+            found = parse_job(document, amend)
         except InvalidJobError as error:
             label = ""
             if len(documents) > 1:
@@ -91,8 +104,8 @@ def load_jobs(path: str) -> list[QLoRAJob]:
     return jobs
 
 
-def parse_job(document: Any) -> QLoRAJob | None:
-    """The job in a document of a file; None for an object of another kind.
+def parse_job(document: Any, amend: Amend = lambda document: document) -> QLoRAJob | None:
+    """The job in a document of a file, with changes; None for an object of another kind.
 
     Raises:
         InvalidJobError: with every fault that was found.
@@ -104,6 +117,9 @@ def parse_job(document: Any) -> QLoRAJob | None:
     # What does not say what it is may well be meant to be a job.
     if not (of_our_group or kind == names.KIND or not isinstance(kind, str)):
         return None
+    if version is None and kind is None and (program := foreign.program_of(document)):
+        raise InvalidJobError([("", foreign.explanation(program))])
+    document = amend(document)
     # Only the operator writes the status: the API server ignores it in what users send, too.
     stated = {key: value for key, value in document.items() if key != "status"}
     faults = list(_metadata_faults(stated.get("metadata")))

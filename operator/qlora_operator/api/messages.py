@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from qlora_contract import remote
 from qlora_contract.run_config import TRACKING_URI_PATTERN
-from qlora_operator.api import names, quantity, v1alpha1
+from qlora_operator.api import hints, names, quantity, v1alpha1
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 from qlora_operator.api.yaml_reader import child_path
 
@@ -52,7 +52,9 @@ def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
             case "rule" | "value_error":
                 message = details["msg"].removeprefix("Value error, ")
             case _:
-                message = f"is {described(details['input'])}; it must be {expected(schema_at(location))}"
+                node = schema_at(location)
+                message = f"is {described(details['input'])}; it must be {expected(node)}"
+                message += "".join(f"; {hint}" for hint in [hints.hint(details["input"], node)] if hint)
         faults.append((functools.reduce(child_path, location, ""), message))
     # Each side of a union reports the fault.
     return list(dict.fromkeys(faults))
@@ -132,7 +134,7 @@ def expected(node: Schema) -> str:
             return f"a list{_size(node, 'Items', 'items')}, each {expected(node['items'])}"
         case _:
             if "properties" in node:
-                return f"a map with {', '.join(node['properties'])}"
+                return f"a map with {', '.join(node.get('required') or node['properties'])}"
             size = _size(node, "Properties", "entries")
             return f"a map{size}, each value {expected(node['additionalProperties'])}"
 

@@ -496,6 +496,23 @@ def _no_source(name: str) -> str:
     return f"!has(self.{name}.source) || " if name == "dataset" else ""
 
 
+def _is_no_path(*field: str) -> Rule:
+    """What the pattern refuses, too, in words for those who apply a file that was written for `qlora run`."""
+
+    def holds(spec: Any) -> bool:
+        for name in field:
+            spec = getattr(spec, name)
+        return spec is None or "://" in spec
+
+    return Rule(
+        cel=f"{_no_source(field[0])}self.{'.'.join(field)}.contains('://')",
+        holds=holds,
+        message="a path of one machine is for `qlora run` alone: put what it names on a claim, and write "
+        "pvc://CLAIM/PATH",
+        field=field,
+    )
+
+
 def _revision_of_hub(name: str) -> Rule:
     """A revision is the Hub's."""
     return Rule(
@@ -761,6 +778,7 @@ class QLoRAJobSpec(ApiModel):
             message="must stay within its bucket: the path may not contain `..`",
             field=("output", "destination"),
         ),
+        *(_is_no_path(*path) for path in (("workspace",), ("model", "source"), ("dataset", "source"))),
         *(_revision_of_hub(name) for name in ("model", "dataset")),
         *(_secret_of_remote(name) for name in ("model", "dataset")),
         Rule(

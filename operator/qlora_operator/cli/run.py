@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
 from qlora_operator.cli import job_folder, processes
 from qlora_operator.cli.cpu_locks import CpuLocks, holder_text, lock_file
-from qlora_operator.cli.display import Display, result_lines
+from qlora_operator.cli.display import Display, printable, result_lines
 from qlora_operator.cli.log_tail import LogTail
 from qlora_operator.cli.outcome import Outcome, error_message, summarize
 from qlora_operator.cli.progress_client import fetch_progress
@@ -105,6 +105,26 @@ def check_room(job: QLoRAJob, machine: Machine) -> None:
     launcher_cpus(topology, machine)
     if shortage := memory_shortage(topology, machine):
         raise PlacementError(shortage, ExitCode.INVALID_CONFIGURATION)
+
+
+def say(console: Console, text: str | None) -> None:
+    """Print a line as it is, if there is one."""
+    if text:
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def result(folder: Path, code: int) -> dict[str, Any]:
+    """What `qlora run -o json` prints of a job, by its folder and its exit code."""
+    report = finished_report(folder)
+    exports = folder / EXPORTS
+    return {
+        "name": folder.name,
+        "folder": str(folder),
+        "exitCode": code,
+        "adapter": None if report is None else str(folder / ADAPTER),
+        "exports": sorted(str(each) for each in exports.iterdir()) if report and exports.is_dir() else [],
+        "report": report,
+    }
 
 
 def fetch_only(job: QLoRAJob, volumes: Mapping[str, Path], console: Console, *, verbose: bool = False) -> int:

@@ -46,6 +46,7 @@ def test_a_wrong_value_is_described_by_its_type(value: object, words: str) -> No
         ({"type": "integer", "enum": [64]}, "64"),
         ({"type": "array", "maxItems": 2, "items": {"type": "string"}}, "a list of at most 2 items, each a string"),
         ({"type": "object", "properties": {"a": {}, "b": {}}}, "a map with a, b"),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "required": ["b"]}, "a map with b"),
         ({"type": "object", "additionalProperties": {"type": "string"}}, "a map, each value a string"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

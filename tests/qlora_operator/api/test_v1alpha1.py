@@ -67,7 +67,7 @@ DEFAULTS = {
         "pods": 1,
         "ranksPerPod": 1,
         "cpusPerRank": 4,
-        "memoryPerRank": "4Gi",
+        "memoryPerRank": "2Gi",
         "pinning": "strict",
         "memoryTier": "any",
     },
@@ -496,7 +496,7 @@ BAD = {
         "must stay within its claim",
     ),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", "from 1 to 100"),
-    "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with pods"),
+    "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with memoryPerRank"),
     "no memory": ({"spec.topology": {}}, "spec.topology.memoryPerRank", "is required: a quantity of memory"),
     "memory is a number": (
         {"spec.topology.memoryPerRank": 16},

@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,6 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     [
         pytest.param([], id="no command"),
         pytest.param(["train"], id="no such command"),
-        pytest.param(["run"], id="no file"),
         pytest.param(["plan", "a", "-o", "yaml"], id="no such output"),
     ],
 )
@@ -153,7 +155,11 @@ def test_volumes_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Ranks do not depend on where the command was given."""
     monkeypatch.chdir(tmp_path)
 
-    assert parse_volumes(["team=.", "x=/"]) == {"team": tmp_path, "x": Path("/")}
+    assert parse_volumes(["team=.", "x=/"]) == {
+        "this-machine": Path("/"),
+        "team": tmp_path,
+        "x": Path("/"),
+    }
 
 
 def test_claims_are_the_hosts_of_the_uris() -> None:
@@ -204,13 +210,56 @@ def test_nobody_has_to_read_to_the_end(job_file: Callable[..., str]) -> None:
     assert (process.returncode, err) == (1, b"")
 
 
-@pytest.mark.slow
-def test_the_models_and_datas_faults_are_told_as_in_training(
-    job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_what_is_not_there_is_told_before_anything_is_imported(
+    command: str, job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`qlora plan` ends with the code and the sentence that a rank would end with."""
-    assert main(["plan", job_file(), "--volume", f"team={tmp_path}"]) == 12
-    assert capsys.readouterr().err.startswith(f"error: model unusable: {tmp_path}/model has no config.json: ")
+    """With the code that a rank would end with, and all of it at once; torch is nowhere near."""
+    assert main([command, job_file(), "--volume", f"team={tmp_path}"]) == 12
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"error: the model: {tmp_path}/model: no such file or folder\nthe data: {tmp_path}/"
+    )
+
+
+def test_without_a_file_model_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both."""
+    assert main(["run"]) == 2
+    assert "give a job's file, or both --model and --data" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_early_imports_no_library_of_the_trainer(tmp_path: Path) -> None:
+    """Seconds of imports are no part of a typing error."""
+    program = (
+        "import sys; from qlora_operator.cli.main import main; "
+        f"code = main(['run', '--model', '{tmp_path}/m', '--data', '{tmp_path}/d', '--workspace', '{tmp_path}/w']); "
+        "print(code, *sorted({'torch', 'transformers', 'kubernetes', 'numpy', 'boto3', 'huggingface_hub'} & "
+        "sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+
+    assert done.stdout == "12\n"
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_wrong_option_is_told_with_the_usage_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not with that of the whole."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "job.yaml", "--volumes", "a=b"])
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: qlora run ")
+
+
+def test_errors_can_be_read_by_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """With -o json, the sentence and the code."""
+    assert main(["run", "/no/such.yaml", "-o", "json"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "/no/such.yaml: cannot be read: no such file or directory",
+        "exitCode": 2,
+    }
 
 
 def test_ctrl_c_ends_with_one_line(
@@ -225,3 +274,22 @@ def test_ctrl_c_ends_with_one_line(
 
     assert main(["plan", job_file()]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary folders are removed, and SIGTERM is handled as before afterwards."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(kept))
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(*_: Any, **__: Any) -> None:
+        assert list(kept.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("qlora_operator.cli.check.query_trainer", terminated)
+    (tmp_path / "d.jsonl").write_text("{}")
+
+    assert main(["check", str(tmp_path / "d.jsonl")]) == 143
+    assert list(kept.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before

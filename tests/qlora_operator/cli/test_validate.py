@@ -39,4 +39,4 @@ def test_standard_input_is_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
     output = io.StringIO()
 
     assert validate(["-"], output) == 0
-    assert output.getvalue() == "-: smollm2-docs: valid\n"
+    assert output.getvalue() == "standard input: smollm2-docs: valid\n"

@@ -60,6 +60,9 @@ class JobFolder:
         make_folder(self.checkpoints)
         try:
             if not has_identity(self.path, self.run):
+                if (self.path / IDENTITY).exists():
+                    # Of a shorter training that this one goes on with: it is not finished any more.
+                    (self.path / TRAINING_REPORT).unlink(missing_ok=True)
                 write_atomically(self.path / IDENTITY, identity_text(self.run))
         except IdentityError as error:
             raise ConfigurationError(str(error)) from error

@@ -1,0 +1,232 @@
+"""The job that a command is about: of a file, with plain paths and --set, or of --model and --data alone.
+
+A path of this machine is written as a URI on the claim `this-machine`, which is the whole file system: all behind this
+module knows URIs only. No cluster has that claim.
+"""
+
+import argparse
+import copy
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_contract.paths import THIS_MACHINE, local_uri
+from qlora_contract.remote import HUB_NAME, is_remote
+from qlora_operator.api import names
+from qlora_operator.api.loader import STDIN, Amend, file_label, load_jobs, parse_job
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.cli.model_facts import usual_length
+from qlora_operator.cli.settings import Setting, with_settings
+from qlora_operator.errors import CommandError, Fault, InvalidFileError, InvalidJobError
+
+USAGE = 2
+
+PATHS = ("workspace", "model.source", "dataset.source", "dataset.sources.source", "adapter.initialAdapter")
+"""Fields of spec that may be a path of this machine; one below a list stands for that of every item."""
+WORKSPACE = "qlora"
+"""Where a job without a file works, in the working directory."""
+EPOCHS = 3
+"""Of a job without a file: what small data want at least."""
+MEMORY_SHARE = 0.8
+"""Of the memory that is free, what a job without a file may take."""
+FLAGS = {"spec.model.source": "--model", "spec.dataset.source": "--data", "spec.workspace": "--workspace"}
+
+
+def given_job(options: argparse.Namespace) -> QLoRAJob:
+    """The job that a command line names: of its file, or of --model and --data.
+
+    Raises:
+        InvalidFileError: the job is not valid.
+        CommandError: there is not exactly one, or the arguments do not go together.
+    """
+    settings = [Setting(text) for text in getattr(options, "set", [])]
+    model, data = getattr(options, "model", None), getattr(options, "data", None)
+    if options.file is not None:
+        if given := [flag for flag, value in (("--model", model), ("--data", data)) if value is not None]:
+            raise CommandError(
+                f"{' and '.join(given)} make a job without a file, and {options.file} is one: leave out the one or the "
+                "other, or change a field of the file with --set model.source=... or dataset.source=...",
+                USAGE,
+            )
+        return one_job(options.file, options.name, settings)
+    if model is None or data is None:
+        raise CommandError(
+            f"give a job's file, or both --model and --data (see `qlora {options.command} --help`; `qlora init` writes "
+            "a file)",
+            USAGE,
+        )
+    return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings)
+
+
+def one_job(file: str, name: str | None, settings: Sequence[Setting] = ()) -> QLoRAJob:
+    """The job of a file, or the one of this name. Raises CommandError unless there is exactly one."""
+    jobs = load_jobs(file, amendment(file, settings))
+    label = file_label(file)
+    known = ", ".join(job.metadata.name for job in jobs)
+    if name is None and len(jobs) > 1:
+        raise CommandError(f"{label} has {len(jobs)} jobs ({known}); choose one with --name", USAGE)
+    chosen = [job for job in jobs if name in (None, job.metadata.name)]
+    if len(chosen) != 1:
+        raise CommandError(f"{label} has {len(chosen) or 'no'} jobs named {name!r}; it has: {known}", USAGE)
+    return chosen[0]
+
+
+def amendment(file: str, settings: Sequence[Setting] = ()) -> Amend:
+    """What is changed of each job of a file: paths are relative to the file's folder, and in settings to our own."""
+    folder = Path.cwd() if file == STDIN else Path(os.path.abspath(file)).parent  # noqa: PTH100 - links are kept
+
+    def amend(document: dict[str, Any]) -> dict[str, Any]:
+        return with_uris(with_settings(with_uris(document, folder), settings), Path.cwd())
+
+    return amend
+
+
+def job_of_flags(
+    model: str, data: str, name: str | None, workspace: str, settings: Sequence[Setting] = ()
+) -> QLoRAJob:
+    """A job for a first try, with defaults for all else.
+
+    Its name follows from the model and the data, so that the same command goes on with the same job.
+    """
+    document = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": name or job_name(model, data)},
+        "spec": {
+            "workspace": workspace if is_uri(workspace) else local_uri(_absolute(workspace)),
+            "model": {"source": model},
+            "dataset": {"source": data},
+            "training": {
+                "epochs": EPOCHS,
+                "maxSequenceLength": usual_length(None if is_uri(model) else _absolute(model)),
+            },
+            # A first try is never refused because something else computes here, too.
+            "topology": {"memoryPerRank": f"{memory_for_a_try() // 2**20}Mi", "pinning": "best-effort"},
+        },
+    }
+    amend = amendment(STDIN, settings)
+    try:
+        job = parse_job(amend(document))
+    except InvalidJobError as error:
+        raise InvalidFileError(
+            [Fault(FLAGS.get(path, "--name" if path == "metadata.name" else "--set"), message,
+                   "" if path in FLAGS or path == "metadata.name" else path) for path, message in error.faults]
+        ) from error  # fmt: skip
+    assert job is not None, "it says that it is one"
+    return job
+
+
+def job_name(model: str, data: str) -> str:
+    """A name for a job on this model and these data: `smollm2-135m-docs`."""
+
+    def plain(text: str) -> str:
+        # `a/b/c.jsonl.gz` -> `c`
+        last = [part for part in text.split("/") if part not in ("", ".", "..", "~")][-1:] or ["job"]
+        return re.sub("[^a-z0-9]+", "-", last[0].lower()).strip("-")
+
+    def stem(text: str) -> str:
+        return re.sub(r"(\.[A-Za-z]+)+$", "", text.rstrip("/"))
+
+    half = (names.MAX_JOB_NAME - 1) // 2
+    of_data = plain(stem(data))[:half]
+    name = f"{plain(model)[: names.MAX_JOB_NAME - 1 - len(of_data)]}-{of_data}".strip("-")
+    return name if name[:1].isalpha() else f"job-{name}"[: names.MAX_JOB_NAME].strip("-")
+
+
+def memory_for_a_try() -> int:
+    """Bytes that a job without a file gets: most of what is free now, of the machine and of our cgroup."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _text("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    used = _text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        available = min(available, int(limit) - int(used))
+    return max(int(MEMORY_SHARE * available) // 2**28, 1) * 2**28
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+# --- paths
+
+
+def with_uris(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A copy of a job's document with URIs in place of paths, which are relative to this folder."""
+    changed = copy.deepcopy(document)
+    for path in PATHS:
+        *parents, last = path.split(".")
+        for section in _sections(changed.get("spec"), parents):
+            if isinstance(value := section.get(last), str):
+                section[last] = uri_of(value, folder, may_be_a_repository=last == "source") or value
+    return changed
+
+
+def _sections(value: Any, parents: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The maps at this path below a value; of a list, those of every item."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _sections(item, parents)
+    elif isinstance(value, dict) and parents:
+        yield from _sections(value.get(parents[0]), parents[1:])
+    elif isinstance(value, dict):
+        yield value
+
+
+def uri_of(value: str, folder: Path, *, may_be_a_repository: bool) -> str | None:
+    """The URI of a path; None for what is none.
+
+    What has no scheme is a path. `org/name` is one if it exists: otherwise it is probably meant to be of the Hub.
+    """
+    if is_uri(value) or not value or "\0" in value:
+        return None
+    try:
+        path = _absolute(value, folder)
+    except RuntimeError:  # ~somebody who does not exist
+        return None
+    hub = may_be_a_repository and re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", value)
+    return local_uri(path) if not hub or os.path.lexists(path) else None
+
+
+def is_uri(value: str) -> bool:
+    """Whether it has a scheme."""
+    return "://" in value
+
+
+def _absolute(value: str, folder: Path | None = None) -> Path:
+    # Not Path.resolve: symbolic links are kept, so that a link to the newest data stays one.
+    return Path(os.path.abspath((folder or Path.cwd()) / Path(value).expanduser()))  # noqa: PTH100
+
+
+def plain_paths(job: QLoRAJob) -> dict[str, Path]:
+    """Field of spec -> path, of those that are paths of this machine."""
+    uris = {"workspace": job.spec.workspace}
+    uris |= {f"{source.field}.source": source.uri for source in job.spec.sources}
+    if job.spec.adapter.initial_adapter:
+        uris["adapter.initialAdapter"] = job.spec.adapter.initial_adapter
+    prefix = local_uri(Path("/"))
+    return {
+        field: Path("/", uri.removeprefix(prefix))
+        for field, uri in uris.items()
+        if not is_remote(uri) and uri.startswith(prefix)
+    }
+
+
+def on_a_cluster(job: QLoRAJob) -> str | None:
+    """How the job's paths read on a cluster, in a sentence; None where it has none."""
+    if not (paths := plain_paths(job)):
+        return None
+    forms = ", ".join(f"{field}: pvc://CLAIM/{path.name}" for field, path in paths.items())
+    return f"for this machine only: on a cluster, put what its paths name on a claim and write {forms}"
+
+
+def volumes_with_this_machine(volumes: dict[str, Path]) -> dict[str, Path]:
+    """The directories of claims, with the one that paths are on."""
+    return {THIS_MACHINE: Path("/"), **volumes}

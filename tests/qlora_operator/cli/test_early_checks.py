@@ -1,0 +1,122 @@
+"""What is seen at a glance of a model, of data and of a workspace."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.cli.early_checks import (
+    data_fault,
+    missing,
+    model_fault,
+    newer_inputs,
+    require_inputs,
+    require_place,
+)
+from qlora_operator.errors import CommandError
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+def files(folder: Path, **contents: str) -> Path:
+    """A folder with files, `a__b` for a/b, and `x_dot_y` for x.y."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        path = folder / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("contents", "phrase"),
+    [
+        ({}, "is an empty folder"),
+        ({"adapter_config_dot_json": json.dumps({"base_model_name_or_path": "a/b"})}, "is an adapter of a/b"),
+        ({"snapshots__abc__config_dot_json": "{}", "refs__main": "abc"}, "the model itself is {}/snapshots/abc"),
+        ({"models--a--b__snapshots__abc__config_dot_json": "{}"}, "a model in it is {}/models--a--b/snapshots/abc"),
+        ({"inner__config_dot_json": "{}"}, "did you mean {}/inner?"),
+        ({"config_dot_json": "{}", "model_dot_safetensors": POINTER}, "run `git lfs pull` in {}"),
+        ({"notes_dot_txt": ""}, "has no config.json"),
+    ],
+    ids=["empty", "adapter", "cached model", "cache", "folder above", "pointers", "something else"],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_is_named_for_what_it_is(
+    contents: dict[str, str], phrase: str, tmp_path: Path
+) -> None:
+    """With what would be right."""
+    folder = files(tmp_path / "x", **contents)
+
+    assert phrase.format(folder) in (model_fault(folder) or "")
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "m.safetensors"])
+def test_a_file_of_a_model_leads_to_its_folder(name: str, tmp_path: Path) -> None:
+    """Which is what a job names."""
+    (tmp_path / name).write_text("x")
+
+    assert str(tmp_path) in (model_fault(tmp_path / name) or "").removeprefix(f"{tmp_path / name}")
+
+
+def test_a_model_and_data_that_look_right_are_left_to_the_trainer(tmp_path: Path) -> None:
+    """It reads them."""
+    assert model_fault(files(tmp_path / "m", config_dot_json="{}")) is None
+    assert model_fault(files(tmp_path / "g", m_dot_gguf="x")) is None
+    assert data_fault(files(tmp_path / "d", train_dot_jsonl="{}")) is None
+    assert data_fault(tmp_path / "d" / "train.jsonl") is None
+
+
+def test_data_that_are_none_are_named(tmp_path: Path) -> None:
+    """An empty file, an empty folder, a pointer, a model."""
+    folder = files(tmp_path / "d", a_dot_jsonl="", b_dot_jsonl=POINTER)
+    (tmp_path / "e").mkdir()
+
+    assert data_fault(folder / "a.jsonl") == f"{folder}/a.jsonl is empty"
+    assert "is a pointer of git-lfs" in (data_fault(folder / "b.jsonl") or "")
+    assert data_fault(tmp_path / "e") == f"{tmp_path}/e is an empty folder"
+    assert "has a model in it" in (data_fault(files(tmp_path / "m", config_dot_json="{}")) or "")
+
+
+def test_what_is_missing_is_told_with_what_is_near(tmp_path: Path) -> None:
+    """A misspelt name, a missing folder, a dangling link."""
+    (tmp_path / "docs.jsonl").write_text("{}")
+    (tmp_path / "link").symlink_to("gone")
+
+    assert missing(tmp_path / "doc.jsonl").endswith(f"did you mean {tmp_path}/docs.jsonl?")
+    assert missing(tmp_path / "a" / "b").endswith(f"there is no {tmp_path}/a either")
+    assert missing(tmp_path / "link") == f"{tmp_path}/link is a link to gone, which does not exist"
+
+
+def test_all_that_is_wrong_with_a_job_is_told_at_once(a_job: Callable[..., QLoRAJob], tmp_path: Path) -> None:
+    """With the code of the first."""
+    with pytest.raises(CommandError) as refused:
+        require_inputs(a_job(model={"source": "pvc://c/m"}, dataset={"source": "pvc://c/d"}), {"c": tmp_path})
+
+    assert refused.value.code == 12
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == ["the model", "the data"]
+
+
+def test_a_workspace_that_is_a_file_is_refused(a_job: Callable[..., QLoRAJob], tmp_path: Path) -> None:
+    """Before anything is written; one that is not there yet is made later."""
+    (tmp_path / "w").write_text("")
+
+    require_place(a_job(workspace="pvc://c/new/one"), {"c": tmp_path})
+    with pytest.raises(CommandError, match="w is not a folder") as refused:
+        require_place(a_job(workspace="pvc://c/w"), {"c": tmp_path})
+    assert refused.value.code == 10
+
+
+def test_data_that_changed_after_the_end_are_noticed(a_job: Callable[..., QLoRAJob], tmp_path: Path) -> None:
+    """And nothing is said of what is as it was, or gone."""
+    files(tmp_path, training_report_dot_json="{}", d_dot_jsonl="{}")
+    job = a_job(model={"source": "pvc://c/m"}, dataset={"source": "pvc://c/d.jsonl"})
+    os.utime(tmp_path / "training_report.json", (1000, 1000))
+
+    assert f"{tmp_path}/d.jsonl changed after the job ended" in (
+        newer_inputs(job, {"c": tmp_path}, tmp_path) or ""
+    )
+    os.utime(tmp_path / "d.jsonl", (900, 900))
+    assert newer_inputs(job, {"c": tmp_path}, tmp_path) is None
