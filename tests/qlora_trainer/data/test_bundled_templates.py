@@ -317,7 +317,7 @@ def test_a_base_model_gets_the_template_of_its_tokens(
     marks = (*marks, FAMILIES[name].eos) if name == "gpt-oss" else marks
     tokenizer = byte_tokenizer(None, marks=marks, eos=marks[-1])
 
-    assert bundled_template("auto", tokenizer) == TEMPLATES[name]
+    assert bundled_template("auto", tokenizer, DAY) == TEMPLATES[name]
 
 
 OWN_THINKING = (
@@ -383,7 +383,7 @@ def test_auto_replaces_a_template_that_writes_the_same(family: str, own: str, na
     tokenizer = tokenizer_of(FAMILIES[family])
     tokenizer.chat_template = own
 
-    assert bundled_template("auto", tokenizer) == (TEMPLATES[name] if name else None)
+    assert bundled_template("auto", tokenizer, DAY) == (TEMPLATES[name] if name else None)
 
 
 DECLARES = (
@@ -402,7 +402,7 @@ DECLARES = (
 def _own_and_auto(family: Family, own: str) -> tuple[ChatTemplate, ChatTemplate]:
     tokenizer = tokenizer_of(family)
     tokenizer.chat_template = own
-    text = bundled_template("auto", tokenizer)
+    text = bundled_template("auto", tokenizer, DAY)
     assert text is not None
     return ChatTemplate(tokenizer, TemplateSettings(clock=DAY)), ChatTemplate(
         tokenizer, TemplateSettings(text, clock=DAY)
@@ -420,37 +420,127 @@ def test_what_a_model_says_around_tools_is_taken_from_its_own_template() -> None
         assert auto.render(chat, "", tools=[TOOL], prompt=True)[0] == written
 
 
+OTHERWISE = {
+    "declared otherwise": DECLARES.replace("tool | tojson", "tool.function | tojson"),
+    "other results": DECLARES.replace("<tool_response>", "<result>"),
+    "other calls": DECLARES.replace("<tool_call>", "<call>"),
+}
+# Of families whose bundled templates have no place for tools: what may be troublesome about their own ones.
+DECLARED = "{% if tools %}{% for t in tools %}{{ t.function | tojson }}{% endfor %}{% endif %}"
+OWN_WITH_TOOLS = {
+    "glm-4": (
+        "[gMASK]<sop>{% if tools %}<|system|>\nTools:" + DECLARED + "{% endif %}{% for m in messages %}"
+        "{% if m.role == 'assistant' and m.tool_calls %}{% for c in m.tool_calls %}<|assistant|>\n"
+        "{{ c.function.name }}\n"
+        "{{ c.function.arguments | tojson }}{% endfor %}{% elif m.role == 'tool' %}<|observation|>\n{{ m.content }}"
+        "{% else %}<|{{ m.role }}|>\n{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    "olmo-3-think": (
+        "{% set none_of_them = ' You do not currently have access to any functions. <functions></functions>' %}"
+        "{% for m in messages %}<|im_start|>{{ 'environment' if m.role == 'tool' else m.role }}\n"
+        "{% if m.role == 'assistant' %}{% generation %}{{ '<think></think>' if loop.last and not m.tool_calls }}"
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ eos_token }}"
+        "{% endgeneration %}{{ '\n' if add_generation_prompt or not loop.last }}{% else %}{{ m.content }}"
+        "{% if m.role == 'system' %}{% if tools %}<functions>"
+        + DECLARED
+        + "</functions>{% else %}{{ none_of_them }}"
+        "{% endif %}{% endif %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    ),
+    "llama-3": (
+        "\n  {{- bos_token }}"
+        + DECLARED.replace("{{ t", "\n  {{ t")
+        + "{% for m in messages %}<|start_header_id|>"
+        "{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}<|eot_id|>{% endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}\n"
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "own",
+    ("family", "own"),
     [
-        pytest.param(DECLARES.replace("tool | tojson", "tool.function | tojson"), id="declared otherwise"),
-        pytest.param(DECLARES.replace("<tool_response>", "<result>"), id="other results"),
-        pytest.param(DECLARES.replace("<tool_call>", "<call>"), id="other calls"),
+        *(pytest.param(family, own, id=family) for family, own in OWN_WITH_TOOLS.items()),
+        *(pytest.param("qwen3", own, id=name) for name, own in OTHERWISE.items()),
     ],
 )
-def test_tools_that_a_model_has_written_otherwise_are_refused(own: str) -> None:
-    """A bundled template takes no words over from a template that does not write tools as it would."""
-    _, auto = _own_and_auto(FAMILIES["qwen3"], own)
+def test_conversations_with_tools_are_left_to_the_models_own_template(family: str, own: str) -> None:
+    """Where a bundled one cannot write them: byte for byte what the own one writes; all else is the bundled one's."""
+    tokenizer = tokenizer_of(FAMILIES[family])
+    tokenizer.chat_template = own
+    text = bundled_template(family, tokenizer, DAY)
+    theirs, joined = (ChatTemplate(tokenizer, TemplateSettings(source, clock=DAY)) for source in (None, text))
+    bundled = ChatTemplate(tokenizer, TemplateSettings(TEMPLATES[family], clock=DAY))
+    with_tools = ([SYSTEM, QUESTION], [QUESTION, CALL, RESULT], [QUESTION, CALL, RESULT, ANSWER, QUESTION])
 
+    for chat in with_tools:
+        for tools in ([TOOL], []) if CALL in chat else ([TOOL],):
+            written = theirs.render(chat, "", tools=tools, prompt=True)[0]
+            assert joined.render(chat, "", tools=tools, prompt=True)[0] == written
+            assert '"find"' in written or "find\n" in written
+    for chat in ([QUESTION, ANSWER], [SYSTEM, QUESTION, ANSWER, QUESTION, ANSWER]):
+        assert joined.render(chat, "")[0] == bundled.render(chat, "")[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("glm-4", 'find\n{"word": "a"}<|observation|>'),
+        ("llama-3", '{"name": "find", "arguments": {"word": "a"}}<|eot_id|>'),
+    ],
+)
+def test_calls_that_the_own_template_writes_are_learned(family: str, call: str) -> None:
+    """With what ends them, and the answer with the end that the own template may leave out of the last turn."""
+    known = FAMILIES[family]
+    tokenizer = tokenizer_of(known)
+    tokenizer.chat_template = OWN_WITH_TOOLS[family]
+    stops = tuple(tokenizer.convert_tokens_to_ids(list(known.stops)))
+    settings = TemplateSettings(bundled_template(family, tokenizer, DAY), clock=DAY, stop_ids=stops)
+    chat = Chat((QUESTION, CALL, RESULT, ANSWER, QUESTION, ANSWER), (TOOL,))
+    [sample] = Tokenization(tokenizer, 1000, TokenizationOptions(settings)).samples([Record("f", chat, b"")])
+
+    learned = [text for text, supervised in render(sample.ids, sample.mask, tokenizer) if supervised]
+    assert [text.removeprefix("\n") for text in learned] == [call, f"So.{known.end}", f"So.{known.end}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        pytest.param("deepseek-r1", OWN_R1, id="has no place for them either"),
+        pytest.param("llama-3", OWN_WITH_TOOLS["glm-4"], id="is of another family"),
+        pytest.param("chatml", DECLARES, id="writes the rest otherwise"),
+    ],
+)
+def test_tools_that_no_template_of_the_family_writes_are_refused(name: str, own: str) -> None:
+    """An own template that says otherwise what the bundled one says is no help with what that one cannot say."""
+    tokenizer = tokenizer_of(FAMILIES[name])
+    tokenizer.chat_template = own
+
+    text = bundled_template(name, tokenizer, DAY)
+
+    assert text == TEMPLATES[name]
     with pytest.raises(
-        DataError, match="this bundled template has a place for tools only with a model whose own"
+        DataError, match="f: line 1: the record has tools, which the chat template has no place for"
     ):
-        auto.render([QUESTION], "f: line 1", tools=[TOOL])
+        ChatTemplate(tokenizer, TemplateSettings(text)).render([QUESTION], "f: line 1", tools=[TOOL])
 
 
 def test_what_a_model_says_in_place_of_a_systems_words_is_taken_from_its_own_template() -> None:
     """Also where the template is named; the day in it is that of the job's first attempt."""
     own = (
-        "[SYSTEM_PROMPT]{{ messages[0].content if messages[0].role == 'system' else 'Be \"kind\"\n' }}[/SYSTEM_PROMPT]"
+        "[SYSTEM_PROMPT]{{ messages[0].content if messages[0].role == 'system' "
+        "else 'Be \"kind\" on ' + strftime_now('%d %b') }}[/SYSTEM_PROMPT]"
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% elif m.role == 'assistant' %}"
         "{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = tokenizer_of(FAMILIES["mistral-small"])
     tokenizer.chat_template = "{{ bos_token }}" + own
-    text = bundled_template("mistral-small", tokenizer)
+    text = bundled_template("mistral-small", tokenizer, DAY)
 
     written = ChatTemplate(tokenizer, TemplateSettings(text)).render([QUESTION], "", prompt=True)[0]
-    assert written == '<s>[SYSTEM_PROMPT]Be "kind"\n[/SYSTEM_PROMPT][INST]Why?[/INST]'
+    assert written == '<s>[SYSTEM_PROMPT]Be "kind" on 04 Mar[/SYSTEM_PROMPT][INST]Why?[/INST]'
 
 
 def test_a_template_that_there_is_not_is_refused(byte_tokenizer: Make) -> None:
@@ -458,7 +548,7 @@ def test_a_template_that_there_is_not_is_refused(byte_tokenizer: Make) -> None:
     with pytest.raises(
         ConfigurationError, match=r"no bundled template is called 'qwen9'; there are chatml, .*qwen3"
     ):
-        bundled_template("qwen9", byte_tokenizer())
+        bundled_template("qwen9", byte_tokenizer(), DAY)
 
 
 def test_the_documentation_lists_every_template_and_what_it_can_do() -> None:

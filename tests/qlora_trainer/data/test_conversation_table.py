@@ -1,5 +1,6 @@
 """Families of models x shapes of conversation: exactly the answers and their ends are learned, or it says why not."""
 
+import json
 import re
 from functools import cache
 from typing import Any
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from families import FAMILIES, Family, tokenizer_of
 from qlora_trainer.data.chat_template import TemplateSettings
-from qlora_trainer.data.records import Chat, Message, Record
+from qlora_trainer.data.messages import ROLES
+from qlora_trainer.data.readers import BadRow, Row
+from qlora_trainer.data.records import Chat, Message, Record, interpret
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions, render
 from qlora_trainer.errors import DataError
 
@@ -177,12 +180,67 @@ def test_any_conversation_of_any_family_is_learned_right_or_refused(
         learned = _learned(family, chat)
     except DataError as error:
         assert re.match(  # noqa: PT017 - either of two is right
-            r"f\.jsonl: line 3: (.*messages\[\d\]|.*tools|every turn|.*(generation markers|refuses the conversation))",
+            r"f\.jsonl: line 3: (.*messages\[\d\]|.*tools|every turn of the assistant)",
             str(error),
         ), error
         return
 
     assert learned == family.learned(chat)
+
+
+ROLE_WORDS = (*ROLES, "moderator", "", None, 3)
+CONTENTS = st.one_of(
+    WORDS,
+    st.lists(WORDS, min_size=1, max_size=2).map(lambda texts: [{"type": "text", "text": text} for text in texts]),
+    st.sampled_from([None, 3, [{"type": "image"}], "{}", "[]", '{"name": "find", "arguments": {}}']),
+)  # fmt: skip
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLE_WORDS), "content": CONTENTS},
+    optional={
+        "weight": st.sampled_from([0, 1, None, 0.5]),
+        "train": st.sampled_from([True, False, "no"]),
+        "name": st.sampled_from(["Ann", "", 3]),
+        "thinking": st.sampled_from(["Hm.", None]),
+    },
+)
+NAMES_PLACE = r"f\.jsonl: line 3: (.*(messages|tools)(\[\d\]| |: )|every turn of the assistant)"
+
+
+@given(turns=st.lists(TURNS, max_size=5), name=st.sampled_from([family.name for family in FAMILIES]))
+@settings(deadline=None, max_examples=300)
+def test_turns_of_any_roles_are_learned_right_or_refused_by_record_and_turn(
+    turns: list[dict[str, Any]], name: str
+) -> None:
+    """As a file has them, in any spelling: what is learned is told here from the record alone, not by what reads it."""
+    family = next(family for family in FAMILIES if family.name == name)
+    row = Row("f.jsonl: line 3", {"messages": turns})
+    try:
+        [record] = interpret([row], "chat")
+        if isinstance(record, BadRow):
+            raise DataError(str(record))  # noqa: TRY301 - as training tells it
+        assert isinstance(record.content, Chat)
+        assume(not family.begins_with_answer(record.content))
+        learned = _learned(family, record.content)
+    except DataError as error:
+        assert re.match(NAMES_PLACE, str(error)), error  # noqa: PT017 - either of two is right
+        return
+
+    said = []
+    for turn in turns:
+        content = turn["content"]
+        calls = turn["role"] in ("function_call", "tool_call")
+        text = "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+        extra: dict[str, Any] = {}
+        if calls:
+            found = json.loads(text)
+            extra["tool_calls"] = [
+                {"function": call} for call in (found if isinstance(found, list) else [found])
+            ]
+        if turn.get("thinking"):
+            extra["reasoning_content"] = turn["thinking"]
+        excluded = turn.get("weight") == 0 or turn.get("train") is False
+        said.append(Message(ROLES[turn["role"]], "" if calls else text, extra, False if excluded else None))
+    assert learned == family.learned(Chat(tuple(said)))
 
 
 def test_the_table_is_as_large_as_is_promised() -> None:

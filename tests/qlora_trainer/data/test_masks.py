@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.chat_template import TemplateSettings
+from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
 from qlora_trainer.data.masks import TrainedTurns
 from qlora_trainer.data.records import Chat, Message, Record
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions, render
@@ -324,3 +324,62 @@ def test_any_conversation_is_learned_right_or_refused(
         assert message.extra.get("reasoning_content", "").strip() in said
         if template == PLAIN:
             assert said == message.content
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no results') }}{% endif %}"
+    "{% if m.role == 'system' and not loop.first %}{{ raise_exception('system first') }}{% endif %}{% endfor %}"
+    "{% if tools and messages | length > 9 %}{{ raise_exception('no tools') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "part", "why"),
+    [
+        (STRICT, _chat("user: a", "assistant: b", "system: c", "user: d"), r"messages\[2\]", "system first"),
+        (STRICT, _chat("tool: a", "assistant: b"), r"messages\[0\]", "no results"),
+        (STRICT.replace("> 9", "> 0"), _chat("user: a", "assistant: b", tools=({"name": "f"},)), "tools", "no tools"),
+        (STRICT, _chat("user: a", "tool: c", "assistant: e", tools=({"name": "f"},)), r"messages\[1\]", "no results"),
+        ("{{ [1].index(0) }}", _chat("user: a", "assistant: b"), r"messages\[0\]", ""),
+    ],
+    ids=["a turn", "the first", "tools", "a turn beside tools", "an error of Python"],
+)  # fmt: skip
+def test_what_a_template_refuses_is_named(
+    marked_tokenizer: Make, template: str, chat: Chat, part: str, why: str
+) -> None:
+    """The first turn with which it refuses the conversation, or the tools."""
+    with pytest.raises(
+        DataError, match=rf"line 3: {part}: the chat template refuses the conversation.*{why}"
+    ):
+        _learned(chat, marked_tokenizer(template + "{% if tools %}{% endif %}" + PLAIN))
+
+
+def test_a_long_conversation_is_not_written_for_each_of_its_turns(
+    marked_tokenizer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn that a template refuses is found by halves."""
+    turns = ["user: a", "assistant: b"] * 500
+    turns[700] = "tool: a"
+    written: list[int] = []
+    render = ChatTemplate.render
+    monkeypatch.setattr(
+        ChatTemplate,
+        "render",
+        lambda self, *args, **fields: (written.append(1), render(self, *args, **fields))[1],
+    )
+    with pytest.raises(
+        DataError, match=r"messages\[700\]: the chat template refuses the conversation: no results"
+    ):
+        _learned(_chat(*turns), marked_tokenizer(STRICT + PLAIN))
+
+    assert len(written) < 20
+
+
+def test_what_is_wrong_with_an_earlier_turn_alone_has_another_remedy(marked_tokenizer: Make) -> None:
+    """The last one may be trained on by itself."""
+    template = PLAIN.replace("<|end|>", "{{ '<|end|>' if loop.last or m.role == 'user' }}")
+    chat = _chat("user: a", "assistant: b", "user: c", "assistant: d")
+
+    with pytest.raises(DataError, match=r"messages\[1\]: .* set dataset.train to lastTurn, or set"):
+        _learned(chat, marked_tokenizer(template))
+    assert _learned(chat, marked_tokenizer(template), train="lastTurn") == ["d<|end|>"]

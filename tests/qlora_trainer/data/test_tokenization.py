@@ -162,7 +162,7 @@ def test_spaces_at_the_seams_are_kept(byte_tokenizer: Make, trim: bool) -> None:
         (
             ALTERNATING,
             _chat("assistant: x"),
-            "line 3: the chat template refuses the conversation: roles must",
+            r"line 3: messages\[0\]: the chat template refuses the conversation: roles must",
         ),
         (
             FORCED_THOUGHT,

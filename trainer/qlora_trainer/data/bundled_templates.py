@@ -1,7 +1,8 @@
 """Which of the trainer's own chat templates a job gets: the one that it names, or the one that fits its model."""
 
+import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO = "auto"
+Make = Callable[[str], ChatTemplate]
+"""The chat template of a text, for the model's tokenizer."""
 
 REPLACEMENTS = (
     "qwen3",
@@ -48,8 +51,13 @@ _MARKS: dict[str, tuple[str, ...]] = {
 """The tokens by which a tokenizer without a template shows for which one it was made; the first that fits is taken."""
 
 
-def bundled_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def bundled_template(name: str, tokenizer: "PreTrainedTokenizerBase", began: datetime.datetime) -> str | None:
     """The text of a bundled template; None where `auto` leaves a model its own.
+
+    Args:
+        name: of it, or `auto`.
+        tokenizer: the model's.
+        began: when the job's first attempt did. What the model's own template says of the date is of then.
 
     Raises:
         ConfigurationError: there is none of this name.
@@ -63,14 +71,18 @@ def bundled_template(name: str, tokenizer: "PreTrainedTokenizerBase") -> str | N
         fitting = (fit for fit, marks in _MARKS.items() if known.keys() >= {*marks})
         return TEMPLATES[next(fitting) if name == AUTO else name]
     try:
-        own = ChatTemplate(tokenizer, TemplateSettings())
+        own = ChatTemplate(tokenizer, TemplateSettings(clock=began))
     except TrainerError:  # several, and none for conversations
         return None if name == AUTO else TEMPLATES[name]
-    if name != AUTO:
-        return borrowed(TEMPLATES[name], own, tokenizer)
-    for candidate in REPLACEMENTS:
-        text = borrowed(TEMPLATES[candidate], own, tokenizer)
-        if _writes_the_same(own, ChatTemplate(tokenizer, TemplateSettings(text))):
+
+    def template(text: str) -> ChatTemplate:
+        return ChatTemplate(tokenizer, TemplateSettings(text, clock=began))
+
+    for candidate in REPLACEMENTS if name == AUTO else (name,):
+        text = borrowed(TEMPLATES[candidate], own, template)
+        if _writes_the_same(own, template(text)):
+            return _with_own_for_tools(text, own, template)
+        if name != AUTO:
             return text
     return None
 
@@ -146,7 +158,7 @@ def _written(
         return None
 
 
-def borrowed(text: str, own: ChatTemplate, tokenizer: "PreTrainedTokenizerBase") -> str:
+def borrowed(text: str, own: ChatTemplate, template: Make) -> str:
     """A bundled template with the words that the model's own template says at the places that are open in it.
 
     They are taken over only where the two then write the same. The result depends on the model's template no more.
@@ -155,7 +167,7 @@ def borrowed(text: str, own: ChatTemplate, tokenizer: "PreTrainedTokenizerBase")
         if names[0] not in text:
             continue
         marks = {name: f"\x01{name}\x01" for name in names}
-        marked = ChatTemplate(tokenizer, TemplateSettings(_assignments(marks) + text))
+        marked = template(_assignments(marks) + text)
         theirs = _written(marked, [_QUESTION], tools, prompt=True)
         mine = _written(own, [_QUESTION], tools, prompt=True)
         if theirs is None or mine is None:
@@ -167,7 +179,7 @@ def borrowed(text: str, own: ChatTemplate, tokenizer: "PreTrainedTokenizerBase")
         if found is None or not any(found.groupdict().values()):
             continue
         filled = _assignments(found.groupdict()) + text
-        if not tools or _same_with_tools(own, ChatTemplate(tokenizer, TemplateSettings(filled))):
+        if not tools or _same_with_tools(own, template(filled)):
             text = filled
     return text
 
@@ -189,6 +201,54 @@ def _same_with_tools(own: ChatTemplate, other: ChatTemplate) -> bool:
         return False
     mine, theirs = (str(text).rpartition("apple")[2] for text in results)
     return mine == theirs
+
+
+_IF_TOOLS = """\
+{%- set about = namespace(tools=tools) %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' or message.tool_calls %}
+        {%- set about.tools = true %}
+    {%- endif %}
+{%- endfor %}
+{%- if about.tools %}{{- '' }}"""
+# The expression at either end keeps white space of the model's own template from the blocks beside it.
+_ENDED = """{{ '' }}
+{%- if not add_generation_prompt and messages[-1].role == 'assistant' and not messages[-1].tool_calls %}
+    {{- END }}
+{%- endif %}"""
+_ELSE = "{{ '' }}{%- else %}\n"
+_END = "\n{%- endif %}"
+
+
+def _with_own_for_tools(text: str, own: ChatTemplate, template: Make) -> str:
+    """A bundled template that leaves conversations with tools to the model's own one.
+
+    As it is where it has a place for tools itself, and where the own one has none.
+    """
+    answered = [_QUESTION, _ANSWER]
+    chats = ([_QUESTION], [_SYSTEM, _QUESTION], [_QUESTION, _CALL])
+    bundled = template(text)
+    if any(_written(bundled, chat, _TOOLS) is not None for chat in chats):
+        return text
+    # Without markers: they would say of all conversations that nothing but what they are around is learned.
+    unmarked = re.sub(
+        r"\{%(-?)\s*(end)?generation\s*(-?)%\}",
+        lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
+        own.source_with_tools.removesuffix("\n"),  # which no template writes
+    )
+    mine, theirs = (_written(each, answered) or "" for each in (own, bundled))
+    end = theirs.removeprefix(mine) if theirs.startswith(mine) else ""  # what an own template may leave out
+    ended = _ENDED.replace("END", ascii(end)) if end else ""
+    joined = template(_IF_TOOLS + unmarked + ended + _ELSE + text + _END)
+    declares = False
+    for chat, prompt in [*((chat, prompt) for chat in chats for prompt in (True, False)), (answered, False)]:
+        mine, theirs = (_written(each, chat, _TOOLS, prompt=prompt) for each in (own, joined))
+        if mine is not None and chat is answered:
+            mine += end
+        if mine != theirs:
+            return text
+        declares = declares or all(tool["function"]["name"] in (mine or "") for tool in _TOOLS)
+    return joined.source if declares else text
 
 
 def _assignments(variables: Mapping[str, str]) -> str:

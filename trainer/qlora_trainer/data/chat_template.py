@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """First character and the one after the last."""
 
+
+class TemplateRefusalError(DataError):
+    """A chat template refuses a conversation by itself, by an error of its own or of Python's."""
+
+
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -52,7 +57,7 @@ class ChatTemplate:
             ConfigurationError: a variable is set that it does not use.
         """
         self._given = settings.source is not None
-        self.source, self._source_with_tools = (
+        self.source, self.source_with_tools = (
             (settings.source, settings.source) if settings.source is not None else _own_sources(tokenizer)
         )
         for name in settings.variables:
@@ -95,7 +100,7 @@ class ChatTemplate:
             DataError: the template refuses the conversation.
             ModelError, ConfigurationError: it is no template.
         """
-        source = self._source_with_tools if tools else self.source
+        source = self.source_with_tools if tools else self.source
         if tools and not re.search(r"\btools\b", source):
             raise DataError(
                 f"{location}: the record has tools, which the chat template has no place for; set dataset.chatTemplate "
@@ -124,7 +129,9 @@ class ChatTemplate:
             said = str(error)
             own = isinstance(error, jinja2.TemplateError) and said and said in source
             why = f": {said}" if own else f" with {type(error).__name__}"
-            raise DataError(f"{location}: the chat template refuses the conversation{why}") from error
+            raise TemplateRefusalError(
+                f"{location}: the chat template refuses the conversation{why}"
+            ) from error
         return text, tuple(spans)
 
     def header(
@@ -147,7 +154,7 @@ class ChatTemplate:
 
     def digest(self) -> str:
         """sha256 of all that decides how a conversation is written."""
-        parts = [self.source, self._source_with_tools, self._variables]
+        parts = [self.source, self.source_with_tools, self._variables]
         if "strftime_now" in self.source:
             parts.append(self._clock.isoformat())
         text = json.dumps(parts, sort_keys=True, default=str)

@@ -8,11 +8,11 @@ a token that the model stops at. What cannot be told apart with certainty is ref
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from qlora_trainer.data.chat_template import ChatTemplate, Span
+from qlora_trainer.data.chat_template import ChatTemplate, Span, TemplateRefusalError
 from qlora_trainer.data.records import Chat, Message
 from qlora_trainer.errors import DataError
 
@@ -57,8 +57,11 @@ def supervised_turns(
             "nothing to learn; leave the record out"
         )
     messages = chat.messages[: numbers[-1] + 1]
-    text, marked = template.render(messages, location, tools=chat.tools)
     shown = Chat(messages, chat.tools)
+    try:
+        text, marked = template.render(messages, location, tools=chat.tools)
+    except TemplateRefusalError as error:
+        raise _at(refused_part(shown, template), error, location) from error
     if template.has_markers:
         spans = _marked_spans(shown, numbers, text, marked, template, location)
     else:
@@ -68,8 +71,9 @@ def supervised_turns(
         if start > limit:
             break
         where = f"{location}: messages[{number}]"
-        turn = Turn(start, _end(text, start, stop, template, where))
-        _check_said(messages[number], text[start : turn.end[0]], template, where)
+        remedy = _remedy(number, numbers)
+        turn = Turn(start, _end(text, start, stop, template, where, remedy))
+        _check_said(messages[number], text[start : turn.end[0]], template, where, remedy)
         turns.append(turn)
     _check_given(shown, text, location)
     return text, tuple(turns)
@@ -89,6 +93,29 @@ def trained_messages(chat: Chat, train: TrainedTurns) -> list[int]:
     ]
 
 
+def refused_part(chat: Chat, template: ChatTemplate) -> str:
+    """What of a conversation makes the template refuse it: the first turn with which it does, or the tools."""
+
+    def refused(count: int, tools: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            template.render(chat.messages[:count], "", tools=tools)
+        except DataError:
+            return True
+        return False
+
+    # Of the turns before one that it refuses it may refuse some by themselves: any place between the two will do.
+    accepted, first = 0, len(chat.messages)
+    while first - accepted > 1:
+        middle = (accepted + first) // 2
+        accepted, first = (accepted, middle) if refused(middle, chat.tools) else (middle, first)
+    return "tools" if chat.tools and not refused(first, ()) else f"messages[{first - 1}]"
+
+
+def _at(part: str, error: DataError, location: str) -> DataError:
+    """A refusal with the part of the record that it is about."""
+    return DataError(f"{location}: {part}: {str(error).removeprefix(f'{location}: ')}")
+
+
 def _prompted_spans(
     chat: Chat, numbers: Sequence[int], text: str, template: ChatTemplate, location: str, limit: int
 ) -> Iterator[tuple[int, int, int]]:
@@ -99,7 +126,7 @@ def _prompted_spans(
             prompt, _ = template.render(chat.messages[:number], location, tools=chat.tools, prompt=True)
         except DataError as error:
             if number > 0:
-                raise
+                raise _at(f"messages[{number}]", error, location) from error
             raise DataError(
                 f"{location}: messages[0] is the assistant's, and the chat template cannot ask for it without a "
                 "message before it; put a turn of the user there, exclude the turn (weight: 0), or set "
@@ -115,7 +142,7 @@ def _prompted_spans(
             )
             raise DataError(
                 f"{location}: the chat template writes what stands before messages[{number}] otherwise when the model "
-                f"is asked, so the tokens to learn cannot be determined; {switch}{REMEDY}"
+                f"is asked, so the tokens to learn cannot be determined; {switch}{_remedy(number, numbers)}"
             )
         prompts.append(len(prompt))
         if len(prompt) > limit:  # prompts only grow, and each costs as much as all before it
@@ -137,14 +164,23 @@ def _marked_spans(
     if len(spans) > len(answers):  # a thought and an answer, marked apart
         spans = _joined(spans, text)
     if len(spans) != len(answers):
+        apart = (
+            i
+            for i, (start, stop) in zip(answers, spans, strict=False)
+            if chat.messages[i].content.strip() not in text[start:stop]
+        )
+        where = f"{location}: messages[{next(apart, answers[min(len(spans), len(answers) - 1)])}]"
         raise DataError(
-            f"{location}: the chat template's generation markers are around {len(spans)} parts of the text, and the "
+            f"{where}: the chat template's generation markers are around {len(spans)} parts of the text, and the "
             f"assistant has {len(answers)} turns, so the tokens to learn cannot be determined; mend the markers, or "
             "set dataset.chatTemplate"
         )
     for number, (start, stop) in zip(answers, spans, strict=True):
         if number in numbers:
-            header = template.header(chat.messages[:number], location, chat.tools)
+            try:
+                header = template.header(chat.messages[:number], location, chat.tools)
+            except TemplateRefusalError as error:
+                raise _at(f"messages[{number}]", error, location) from error
             yield number, start + len(header) * text.startswith(header, start), stop
 
 
@@ -159,7 +195,12 @@ def _joined(spans: Sequence[Span], text: str) -> list[Span]:
     return result
 
 
-def _end(text: str, start: int, stop: int, template: ChatTemplate, where: str) -> Span:
+def _remedy(number: int, numbers: Sequence[int]) -> str:
+    """What to do about one of these turns: what is wrong with an earlier one need not be with the last."""
+    return REMEDY if number == numbers[-1] else f"set dataset.train to lastTurn, or {REMEDY}"
+
+
+def _end(text: str, start: int, stop: int, template: ChatTemplate, where: str, remedy: str) -> Span:
     """The token that ends the turn in text[start:stop]: the first; with markers the last in, or one right behind."""
     found = [match.span() for match in template.ends.finditer(text, start, stop)]
     if not template.has_markers:
@@ -170,7 +211,7 @@ def _end(text: str, start: int, stop: int, template: ChatTemplate, where: str) -
     if not found:
         raise DataError(
             f"{where}: the chat template does not end what the assistant says with a token at which the model stops "
-            f"(the tokenizer's eos_token, or eos_token_id of generation_config.json); {REMEDY}"
+            f"(the tokenizer's eos_token, or eos_token_id of generation_config.json); {remedy}"
         )
     return found[-1]
 
@@ -207,7 +248,7 @@ def _check_given(chat: Chat, text: str, location: str) -> None:
             )
 
 
-def _check_said(message: Message, said: str, template: ChatTemplate, where: str) -> None:
+def _check_said(message: Message, said: str, template: ChatTemplate, where: str, remedy: str) -> None:
     """Raise DataError unless a turn's text holds, and ends with, what the record has the assistant say."""
     if template.special.search(message.content):
         raise DataError(
@@ -229,7 +270,7 @@ def _check_said(message: Message, said: str, template: ChatTemplate, where: str)
     if at > len(said) or not (calls or _without_marks_at_end(said, template).endswith(answer)):
         raise DataError(
             f"{where}: the chat template changes what the assistant says, so the tokens to learn cannot be "
-            f"determined; {REMEDY}"
+            f"determined; {remedy}"
         )
     if not all(name in said for name in calls):
         raise DataError(

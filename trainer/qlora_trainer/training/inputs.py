@@ -244,7 +244,7 @@ def template_settings(
     """
     source = dataset.chat_template
     if source is not None and source.startswith(BUNDLED):
-        source = bundled_template(source.removeprefix(BUNDLED), tokenizer)
+        source = bundled_template(source.removeprefix(BUNDLED), tokenizer, began)
     elif source is not None and source.startswith(TEMPLATE_FILE):
         source = _template_file(source.removeprefix(TEMPLATE_FILE), folders)
     variables = {name: _variable(text) for name, text in dataset.chat_template_kwargs.items()}
