@@ -103,6 +103,8 @@ class SplitStats(ContractModel):
     """Records of an evaluation split that are trained on as well."""
     overlong: int = 0
     """Samples that training.overlong leaves out."""
+    raw: bool = False
+    """Whether prompts and completions that are texts are among the records; they are learned as raw text."""
     lengths: list[LengthBin] = Field(default=[])
     """Of the samples."""
     sources: list[SourceStats] = Field(default=[])
@@ -154,6 +156,8 @@ class PlanReport(ContractModel):
     steps: Steps
     sample: list[TextSpan]
     """The first sample that is trained on."""
+    warnings: list[str] = Field(default=[])
+    """What of the data may not be as it was meant."""
 
 
 class ModelSize(ContractModel):

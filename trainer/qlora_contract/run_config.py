@@ -230,6 +230,13 @@ class Training(ContractModel):
         return self
 
 
+NOTHING_HELD_OUT = (
+    "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or name a "
+    "dataset.evalSplit, or set requireImprovement to false"
+)
+"""Why a job is refused that has none."""
+
+
 class Evaluation(ContractModel):
     """When to evaluate, and what must come of it."""
 

@@ -229,7 +229,7 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.modeling.shape import model_shape
     from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training import exports
-    from qlora_trainer.training.data_check import split_stats, steps_of
+    from qlora_trainer.training.data_check import split_stats, steps_of, warnings
     from qlora_trainer.training.inputs import (
         check_initial_adapter,
         default_compute_dtype,
@@ -254,6 +254,7 @@ def plan(run: RunConfig) -> PlanReport:
     evaluation = None
     if data.evaluation is not None and data.evaluation_facts is not None:
         evaluation = split_stats(data.evaluation, data.evaluation_facts)
+    training, steps = split_stats(data.train, data.train_facts), steps_of(run, schedule)
     return PlanReport(
         compute_dtype=dtype,
         stored_in=description(model_folder, read_config(model_folder)),
@@ -264,10 +265,11 @@ def plan(run: RunConfig) -> PlanReport:
             micro_batch_tokens=estimate.micro_batch_tokens,
             checkpointing=estimate.checkpointing,
         ),
-        training=split_stats(data.train, data.train_facts),
+        training=training,
         evaluation=evaluation,
-        steps=steps_of(run, schedule),
+        steps=steps,
         sample=[TextSpan(text=t, supervised=s) for t, s in render(*data.train.sample(first), tokenizer)],
+        warnings=warnings(training, evaluation, steps, has_template=bool(tokenizer.chat_template)),
     )
 
 

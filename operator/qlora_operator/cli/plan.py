@@ -228,6 +228,8 @@ def show(plan: JobPlan, console: Console) -> None:
         show_details(plan, plan.details, console)
     for problem in plan.problems:
         _print(console, f"problem: {problem}", "bold red")
+    for warning in plan.details.warnings if plan.details else ():
+        _print(console, f"warning: {warning}", "yellow")
     if plan.missing_volumes:
         wanted = " ".join(f"--volume {claim}=PATH" for claim in plan.missing_volumes)
         _print(console, f"add {wanted} to see memory, steps and a sample")

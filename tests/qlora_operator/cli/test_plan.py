@@ -324,6 +324,13 @@ def test_many_ranks_are_counted() -> None:
     assert "... and 4 more" in shown(a_plan(ranks=ranks))
 
 
+def test_warnings_are_shown() -> None:
+    """What may not be meant does not change how a plan ends."""
+    warned = details(figures(512)).model_copy(update={"warnings": ["2 record(s) to train on"]})
+
+    assert "warning: 2 record(s) to train on\n" in shown(a_plan(details=warned))
+
+
 def test_problems_are_shown() -> None:
     """Each in a line of its own."""
     assert "problem: too few CPUs\n" in shown(a_plan(problems=["too few CPUs"]))

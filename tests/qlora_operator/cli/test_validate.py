@@ -40,3 +40,27 @@ def test_standard_input_is_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert validate(["-"], output) == 0
     assert output.getvalue() == "standard input: smollm2-docs: valid\n"
+
+
+@pytest.mark.parametrize(
+    ("of_dataset", "more", "warned"),
+    [
+        ("", "", False),
+        ("    evalFraction: 0\n", "", True),
+        ("    evalFraction: 0\n    evalSplit: test\n", "", False),
+        ("    evalFraction: 0\n", "  evaluation: {requireImprovement: false}\n", False),
+    ],
+)
+def test_a_job_that_no_data_can_satisfy_is_warned_of(
+    tmp_path: Path, of_dataset: str, more: str, warned: bool
+) -> None:
+    """It is valid, since the field may be set by --set yet; what to change is said."""
+    lines = (SAMPLES / "minimal.yaml").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith("  dataset:")) + 1
+    job = tmp_path / "job.yaml"
+    job.write_text("".join([*lines[:at], of_dataset, *lines[at:], more]))
+    output = io.StringIO()
+
+    assert validate([str(job)], output) == 0
+    warning = f"{job}: smollm2-docs: warning: evaluation.requireImprovement needs data to evaluate on: set "
+    assert (warning in output.getvalue()) is warned

@@ -222,7 +222,7 @@ def test_cut_and_dropped_samples_are_counted(tmp_path: Path, tokenizer: Any) -> 
 
     lengths = (LengthBin(up_to=4, count=1), LengthBin(up_to=8, count=1))
     assert loaded.train_facts == Facts(
-        records=3, truncated=2, dropped=1, format="prompt-completion", lengths=lengths
+        records=3, truncated=2, dropped=1, format="prompt-completion", lengths=lengths, raw=True
     )
     assert _texts(loaded.train, tokenizer) == ["abcdefgh", "ab<|im_end|>"]
     assert loaded.train.supervised_counts().min() > 0

@@ -336,7 +336,7 @@ STRICT = (
 @pytest.mark.parametrize(
     ("template", "chat", "part", "why"),
     [
-        (STRICT, _chat("user: a", "assistant: b", "system: c", "user: d"), r"messages\[2\]", "system first"),
+        (STRICT, _chat("user: a", "system: b", "user: c", "assistant: d"), r"messages\[1\]", "system first"),
         (STRICT, _chat("tool: a", "assistant: b"), r"messages\[0\]", "no results"),
         (STRICT.replace("> 9", "> 0"), _chat("user: a", "assistant: b", tools=({"name": "f"},)), "tools", "no tools"),
         (STRICT, _chat("user: a", "tool: c", "assistant: e", tools=({"name": "f"},)), r"messages\[1\]", "no results"),

@@ -216,6 +216,13 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
 
 
+def pointer(folder: Path) -> None:
+    """Leave what git-lfs leaves in place of a large file."""
+    (folder / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
+
+
 def quantized(folder: Path) -> None:
     """Say that the weights are quantized."""
     file = folder / "config.json"
@@ -229,6 +236,7 @@ def quantized(folder: Path) -> None:
     [
         pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
         pytest.param(truncated, "model.safetensors is not a complete safetensors file", id="truncated"),
+        pytest.param(pointer, "is a pointer of git-lfs, not the file: run `git lfs pull` in", id="pointer"),
         pytest.param(quantized, "is stored in GPTQ of None bits", id="quantized"),
         pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
     ],

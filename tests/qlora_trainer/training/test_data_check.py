@@ -85,6 +85,31 @@ def test_what_cannot_be_read_is_refused_with_its_place(ask: Callable[..., CheckR
         ask('[{"text": "a"},\n  x]')
 
 
+@pytest.mark.parametrize(
+    ("prompt", "dataset", "says"),
+    [
+        pytest.param("Why?", {}, ["raw text, but the model has a chat template"], id="a text"),
+        pytest.param([{"role": "user", "content": "Why?"}], {}, [], id="messages"),
+        pytest.param(
+            [{"role": "user", "content": "Why?"}],
+            {"evalFraction": 0},
+            ["evaluation.requireImprovement needs data to evaluate on"],
+            id="nothing held out",
+        ),
+    ],
+)
+def test_what_will_not_go_well_is_warned_of(
+    ask: Callable[..., CheckReport], prompt: Any, dataset: dict[str, Any], says: list[str]
+) -> None:
+    """By what the records are rather than by their keys, and by what the job asks for."""
+    records = [{"prompt": prompt, "completion": f"{number}."} for number in range(400)]
+    report = ask(json.dumps(records), **dataset)
+
+    assert report.training.format == "prompt-completion"
+    assert len(report.warnings) == len(says)
+    assert all(part in text for part, text in zip(says, report.warnings, strict=True))
+
+
 def _split(**fields: Any) -> SplitStats:
     known = {"format": "chat", "records": 1000, "truncated": 0, "dropped": 0, "samples": 1000, "tokens": 1}
     return SplitStats.model_validate({**known, "supervised_tokens": 1, **fields})
@@ -102,7 +127,8 @@ def _split(**fields: Any) -> SplitStats:
         pytest.param({}, {"overlap": 1}, 100, ["1 of 1,000 evaluation records are trained on"], id="overlap"),
         pytest.param({"truncated": 90}, None, 100, ["90 of 1,000 training samples are longer"], id="cut"),
         pytest.param({"dropped": 1}, None, 100, ["1 training samples are left out"], id="dropped"),
-        pytest.param({"format": "prompt-completion"}, None, 100, ["are trained on as raw text"], id="raw"),
+        pytest.param({"raw": True}, None, 100, ["are trained on as raw text"], id="raw"),
+        pytest.param({"format": "prompt-completion"}, None, 100, [], id="prompts that are messages"),
         pytest.param({}, None, 9, ["the training is 9 step(s) long"], id="short"),
     ],
 )

@@ -177,6 +177,42 @@ def test_a_request_to_stop_saves_the_last_whole_step(
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
+def test_a_weighted_mix_goes_on_bit_for_bit(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second epoch, whose share of each source is another than the first one's."""
+    weights = (0.25, 0.75)
+    sources = [{"source": "pvc://smoke/data.jsonl", "weight": weight} for weight in weights]
+    sections = {
+        "dataset": {"source": None, "sources": sources},
+        "training": {"maxSteps": 6, "globalBatchTokens": 2500},
+    }
+    context = ready(**sections)
+    undisturbed = train(context)
+    losses = [line["loss"] for line in lines(context) if "loss" in line]
+    adapter = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    shutil.rmtree(context.folder.path)
+    context.folder.acquire()
+    collate = loop.collate
+
+    def stopped(*args: Any) -> Any:
+        if [line["step"] for line in lines(context)][-1:] == [4]:
+            context.stop.set()
+        return collate(*args)
+
+    monkeypatch.setattr(loop, "collate", stopped)
+    with pytest.raises(Terminated):
+        train(context)
+    epoch = lines(context)[-1]["epoch"]
+    monkeypatch.undo()
+    context.stop.clear()
+    report = train(context)
+
+    assert 1 < epoch < 2
+    assert (undisturbed["not_bit_exact"], report["not_bit_exact"]) == (None, None)
+    assert [line["loss"] for line in lines(context) if "loss" in line] == losses
+    again = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapter.items())
+
+
 def test_a_request_to_stop_before_the_first_step_leaves_nothing(ready: Ready) -> None:
     """There is nothing to save yet."""
     context = ready()

@@ -1,5 +1,6 @@
 """What happens before the first step: agreement, the base's losses, a resume."""
 
+import json
 import os
 import re
 import shutil
@@ -310,6 +311,35 @@ def test_what_is_lost_to_the_longest_length_is_told(ready: Ready, caplog: pytest
         "lose all that is to be learned",
         caplog.text,
     )
+
+
+def test_what_the_data_are_is_told_with_their_tokens(ready: Ready, caplog: pytest.LogCaptureFixture) -> None:
+    """For the condition DataChecked: each split with its samples, its tokens, and how many of them are learned."""
+    context = ready()
+    agree_on_inputs(context)
+
+    said = context.progress.report.data
+    assert said is not None
+    assert re.fullmatch(
+        r"training: \d+ records in the chat format; \d+ samples of [\d,]+ tokens, \d+ % of them learned; "
+        r"evaluation: \d+ records in the chat format; \d+ samples of [\d,]+ tokens, \d+ % of them learned",
+        said,
+    )
+    assert "raw text" not in caplog.text
+
+
+def test_raw_prompts_beside_a_chat_template_are_warned_of(
+    ready: Ready, tmp_path: Path, smoke_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They train, but the model will hardly be asked as it learned to answer."""
+    shutil.copytree(smoke_folder / "model", tmp_path / "smoke" / "model")
+    lines = [json.dumps({"prompt": f"{number}?", "completion": "yes"}) + "\n" for number in range(30)]
+    (tmp_path / "smoke" / "data.jsonl").write_text("".join(lines))
+    context = ready()
+    context.volumes = {**context.volumes, "smoke": tmp_path / "smoke"}
+    agree_on_inputs(context)
+
+    assert "are trained on as raw text, but the model has a chat template" in caplog.text
 
 
 def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:

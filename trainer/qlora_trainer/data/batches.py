@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlora_trainer.data.readers import BadRow, Row
-from qlora_trainer.data.records import Chat, Record
+from qlora_trainer.data.records import Chat, PromptCompletion, Record
 from qlora_trainer.data.sources import Interpret
 from qlora_trainer.data.tokenization import Sample, Tokenization
 from qlora_trainer.errors import OutOfMemory
@@ -54,6 +54,8 @@ class TokenBatch:
     bad: tuple[BadRow, ...]
     chats: bool
     """Whether there is a conversation among the records."""
+    raw: bool
+    """Whether there are a prompt and a completion that are texts among them."""
 
     @property
     def rows(self) -> int:
@@ -156,6 +158,7 @@ class _Task:
             np.array([sample.truncated for _, sample in pairs], np.bool_),
             tuple(result for result in results if isinstance(result, BadRow)),
             any(isinstance(record.content, Chat) for record in records),
+            any(isinstance(record.content, PromptCompletion) for record in records),
         )
 
 

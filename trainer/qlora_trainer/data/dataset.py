@@ -56,6 +56,8 @@ class Facts:
     """Samples that training.overlong leaves out."""
     lengths: tuple[LengthBin, ...] = ()
     """Of the samples, in tokens."""
+    raw: bool = False
+    """Whether prompts and completions that are texts are among the records."""
     sources: tuple[SourceStats, ...] = ()
     """What of it each of several sources gives."""
 
@@ -69,6 +71,7 @@ class Facts:
             "duplicates": self.duplicates,
             "overlap": self.overlap,
             "overlong": self.overlong,
+            "raw": self.raw,
             "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
             **(
@@ -152,6 +155,19 @@ class LoadedData:
     def epoch_samples(self) -> int:
         """Samples of the first epoch, each as often as it is in it."""
         return len(epoch_order(len(self.train), 0, 0, self.mix)) if self.mix else len(self.train)
+
+    def told(self) -> str:
+        """What there is, what is lost of it, and what it is in tokens, split by split, in one line."""
+        parts = []
+        for use, facts in self.facts().items():
+            samples = self.train if facts is self.train_facts else self.evaluation
+            assert samples is not None, "where there are facts there are samples"
+            tokens, learned = len(samples.ids), int(samples.supervised_counts().sum())
+            parts.append(
+                f"{use}: {facts.summary()}; {len(samples):,} samples of {tokens:,} tokens, "
+                f"{100 * learned / tokens:.0f} % of them learned"
+            )
+        return "; ".join(parts)
 
     def facts(self) -> dict[str, Facts]:
         """Of each split that there is, by what it is for."""
@@ -249,6 +265,8 @@ class _Records:
     truncated: NDArray[np.bool_]
     chats: bool
     """Whether there is a conversation among them, or a record that was made one."""
+    raw: bool
+    """Whether there are prompts and completions that are texts among them."""
     sources: NDArray[np.uint8]
     """Which of the sources each comes from."""
     bad: tuple[tuple[BadRecords, ...], ...] = ()
@@ -277,6 +295,7 @@ def _joined(parts: Sequence[_Records]) -> _Records:
         lengths=np.concatenate([part.lengths for part in parts]),
         truncated=np.concatenate([part.truncated for part in parts]),
         chats=any(part.chats for part in parts),
+        raw=any(part.raw for part in parts),
         sources=np.concatenate([part.sources for part in parts]),
         bad=tuple(bad for part in parts for bad in part.bad),
         formats=tuple(format_ for part in parts for format_ in part.formats),
@@ -299,13 +318,14 @@ def _tokenize(
     rows, found, interpretation = read_split(dataset.all_sources[number], files)
     tally = BadTally(dataset)
     numbers: list[list[NDArray[Any]]] = [[], [], []]
-    good, seen, chats = 0, 0, False
+    good, seen, chats, raw = 0, 0, False, False
     for batch in tokenize(rows, interpretation, tokenization, workers):
         for bad in batch.bad:
             tally.add(bad)
         good += len(batch.lengths)
         seen += batch.rows
         chats |= batch.chats
+        raw |= batch.raw
         tally.check(seen)
         numbers[0].append(batch.digests)
         numbers[1].append(batch.lengths)
@@ -320,7 +340,7 @@ def _tokenize(
         raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
     digests, lengths, truncated = map(np.concatenate, numbers)
     sources = np.full(len(digests), number, np.uint8)
-    records = _Records(digests, lengths, truncated, chats, sources, (by_reason,), (found,))
+    records = _Records(digests, lengths, truncated, chats, raw, sources, (by_reason,), (found,))
     held = split_keys(digests) < fraction
     # Which side a bad record would be on is not known.
     return records.where(~held), replace(records.where(held), bad=((),))
@@ -419,5 +439,6 @@ def _facts(
         format=" and ".join(dict.fromkeys(filter(None, records.formats))),
         bad=tuple(bad for of_source in records.bad for bad in of_source),
         lengths=histogram(samples.lengths()),
+        raw=records.raw,
         sources=tuple(per_source),
     )

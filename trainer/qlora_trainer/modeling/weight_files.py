@@ -52,6 +52,9 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) or gguf_file(folder) is not None
 
 
+_LFS = b"version https://git-lfs"
+
+
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
     """An open safetensors file. Raises ModelError, also later within the block, when the file is not complete."""
@@ -59,6 +62,11 @@ def open_safetensors(file: Path) -> Iterator[Any]:
         with safe_open(str(file), framework="pt") as handle:
             yield handle
     except SafetensorError as error:
+        with file.open("rb") as stream:
+            if stream.read(len(_LFS)) == _LFS:
+                raise ModelError(
+                    f"{file} is a pointer of git-lfs, not the file: run `git lfs pull` in {file.parent}"
+                ) from error
         raise ModelError(f"{file} is not a complete safetensors file: {first_line(error)}") from error
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_contract.paths import resolve
 from qlora_contract.plan import CheckReport, DataFile, SourceStats, SplitStats, Steps, TextSpan
-from qlora_contract.run_config import Dataset, RunConfig
+from qlora_contract.run_config import NOTHING_HELD_OUT, Dataset, RunConfig
 from qlora_trainer.data.readers import content_of
 from qlora_trainer.data.sources import Files, find_files, named
 from qlora_trainer.data.survey import SHOWN, survey
@@ -21,6 +21,10 @@ FEW_RECORDS = 50
 FEW_STEPS = 10
 MUCH = 0.05
 """Share of the records above which a loss is worth a warning."""
+RAW = (
+    "prompts and completions that are texts are trained on as raw text, but the model has a chat template: if it is "
+    "asked through that one later, give messages, or name the columns instruction and output"
+)
 
 
 def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> CheckReport:
@@ -48,6 +52,9 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         training, evaluation, samples, steps, template = _with_model(run, lenient, roots, volumes)
     else:
         training, evaluation, samples = survey(lenient, files)
+    cannot_improve = (
+        evaluation is None and not run.dataset.eval_fraction and run.evaluation.require_improvement
+    )
     return CheckReport(
         files=[
             DataFile(name=path.name, content=content_of(path)) for to_train, _ in files for path in to_train
@@ -61,7 +68,10 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
             *problems(run.dataset, training, "training"),
             *(problems(run.dataset, evaluation, "evaluation") if evaluation else []),
         ],
-        warnings=warnings(training, evaluation, steps, has_template=template),
+        warnings=[
+            *([NOTHING_HELD_OUT] if cannot_improve else []),
+            *warnings(training, evaluation, steps, has_template=template),
+        ],
     )
 
 
@@ -159,11 +169,8 @@ def warnings(
             f"{cut:,} training samples are left out, because what is to be learned lies beyond "
             "training.maxSequenceLength"
         )
-    if training.format == "prompt-completion" and has_template:
-        found.append(
-            "prompts and completions that are texts are trained on as raw text, but the model has a chat template: if "
-            "it is asked through that one later, give messages, or name the columns instruction and output"
-        )
+    if training.raw and has_template:
+        found.append(RAW)
     if steps is not None and steps.total < FEW_STEPS:
         found.append(
             f"the training is {steps.total:,} step(s) long; for more, lower training.globalBatchTokens or raise "
@@ -187,6 +194,7 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         duplicates=facts.duplicates,
         overlap=facts.overlap,
         overlong=facts.overlong,
+        raw=facts.raw,
         lengths=list(facts.lengths),
         sources=list(facts.sources),
     )

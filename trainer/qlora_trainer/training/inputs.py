@@ -16,7 +16,14 @@ import numpy as np
 from qlora_contract.files import read_json
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
-from qlora_contract.run_config import BF16_NATIVE, BUNDLED, TEMPLATE_FILE, Dataset, RunConfig
+from qlora_contract.run_config import (
+    BF16_NATIVE,
+    BUNDLED,
+    NOTHING_HELD_OUT,
+    TEMPLATE_FILE,
+    Dataset,
+    RunConfig,
+)
 from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
@@ -146,10 +153,7 @@ def load_inputs(
         )
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
-        raise ConfigurationError(
-            "evaluation.requireImprovement needs data to evaluate on: set dataset.evalFraction above 0 or "
-            "name a dataset.evalSplit, or set requireImprovement to false"
-        )
+        raise ConfigurationError(NOTHING_HELD_OUT)
     if data.evaluation is None and run.evaluation.keep_best:
         raise ConfigurationError(
             "evaluation.keepBest needs data to evaluate on: set dataset.evalFraction above 0 or name a "

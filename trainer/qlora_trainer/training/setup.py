@@ -53,6 +53,7 @@ from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.data_check import RAW
 from qlora_trainer.training.inputs import (
     Load,
     TokenSource,
@@ -210,10 +211,10 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
         warn_of_lost_answers(data, run.training.max_sequence_length)
+        if data.train_facts.raw and tokenizer.chat_template:
+            log.warning("%s", RAW)
+        context.progress.update(data=data.told())
     schedule = step_schedule(run, data)
-    context.progress.update(
-        data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
-    )
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
