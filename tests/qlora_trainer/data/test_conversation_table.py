@@ -203,10 +203,20 @@ TURNS = st.fixed_dictionaries(
         "thinking": st.sampled_from(["Hm.", None]),
     },
 )
+USUAL_TURNS = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "human", "assistant", "gpt", "model", "system", "developer"]),
+        "content": st.one_of(ANSWERS, ANSWERS.map(lambda text: [{"type": "text", "text": text}])),
+    },
+    optional={"weight": st.sampled_from([0, 1, None])},
+)
 NAMES_PLACE = r"f\.jsonl: line 3: (.*(messages|tools)(\[\d\]| |: )|every turn of the assistant)"
 
 
-@given(turns=st.lists(TURNS, max_size=5), name=st.sampled_from([family.name for family in FAMILIES]))
+@given(
+    turns=st.one_of(st.lists(USUAL_TURNS, max_size=5), st.lists(st.one_of(USUAL_TURNS, TURNS), max_size=4)),
+    name=st.sampled_from([family.name for family in FAMILIES]),
+)
 @settings(deadline=None, max_examples=300)
 def test_turns_of_any_roles_are_learned_right_or_refused_by_record_and_turn(
     turns: list[dict[str, Any]], name: str

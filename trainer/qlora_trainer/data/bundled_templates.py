@@ -236,8 +236,8 @@ def _with_own_for_tools(text: str, own: ChatTemplate, template: Make) -> str:
         lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}",
         own.source_with_tools.removesuffix("\n"),  # which no template writes
     )
-    mine, theirs = (_written(each, answered) or "" for each in (own, bundled))
-    end = theirs.removeprefix(mine) if theirs.startswith(mine) else ""  # what an own template may leave out
+    shorter, longer = (_written(each, answered) or "" for each in (own, bundled))
+    end = longer.removeprefix(shorter) if longer.startswith(shorter) else ""  # what an own one may leave out
     ended = _ENDED.replace("END", ascii(end)) if end else ""
     joined = template(_IF_TOOLS + unmarked + ended + _ELSE + text + _END)
     declares = False
