@@ -153,7 +153,7 @@ def plan(run: RunConfig) -> PlanReport:
     from qlora_trainer.modeling.stored.formats import description
     from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of
-    from qlora_trainer.training.inputs import default_compute_dtype, load_inputs
+    from qlora_trainer.training.inputs import default_compute_dtype, lengths_in_rows, load_inputs
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
@@ -164,7 +164,7 @@ def plan(run: RunConfig) -> PlanReport:
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(shape, run, dtype, len(data.train))
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    schedule = StepSchedule(lengths_in_rows(data.train, run), run.training, data.train.group_offsets)
     first = schedule.step(0).bins[0][0]
     evaluation = None
     if data.evaluation is not None and data.evaluation_facts is not None:

@@ -27,10 +27,6 @@ from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name of each tensor of an adapter, whatever its method."""
-
-
 USE_BY_NAME = """\
 from peft import AutoPeftModelForCausalLM
 
@@ -66,7 +62,7 @@ def write_adapter(
     """
     staged = staging_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
-    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
+    tensors = parameters.published()
     with translate_os_errors(f"writing the adapter to {folder.path}"):
         staged.mkdir(parents=True)
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -94,12 +90,10 @@ def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:
     Raises:
         TrainerError: the file does not hold exactly the adapter's tensors.
     """
-    written = load_file(staged / ADAPTER_WEIGHTS)
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in written.items()}
-    if tensors.keys() != parameters.named.keys():
+    written, expected = load_file(staged / ADAPTER_WEIGHTS), parameters.published()
+    if {name: t.shape for name, t in written.items()} != {name: t.shape for name, t in expected.items()}:
         raise TrainerError(f"{staged} does not hold the tensors that were written to it")
-    for name, parameter in parameters.named.items():
-        parameter.data.copy_(tensors[name])
+    parameters.load_published(written)
 
 
 def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE
-from qlora_trainer.artifacts.adapter import PEFT_PREFIX
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX
 from qlora_trainer.errors import ModelError
 
 _MATRIX = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<layer>.+)\.lora_(?P<which>[AB])\.weight")

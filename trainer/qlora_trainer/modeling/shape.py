@@ -52,7 +52,7 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         stored_bytes=bytes_per_weight(folder),
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
-        adapter_weights=method_for(adapter).parameter_count(linears),
+        adapter_weights=method_for(adapter).parameter_count(linears, config),
         further_kept=further_kept(
             dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
             config.hidden_size,

@@ -69,6 +69,7 @@ def _with_model(
     from qlora_trainer.training.inputs import (
         TokenSource,
         into_passing_files,
+        lengths_in_rows,
         tokenization_options,
     )
 
@@ -76,9 +77,9 @@ def _with_model(
     tokenizer = read_tokenizer(folder)
     began = datetime.datetime.now().astimezone()
     options = tokenization_options(run, tokenizer, folder, root, began)
-    longest = run.training.max_sequence_length
+    longest = run.own_tokens
     data = into_passing_files(TokenSource(lenient, root, tokenizer, longest, options))
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+    schedule = StepSchedule(lengths_in_rows(data.train, run), run.training, data.train.group_offsets)
     numbers = sorted({0, len(data.train) // 2, len(data.train) - 1})[:SHOWN]
     samples = [
         [
@@ -184,8 +185,9 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
 def steps_of(samples: "Samples", run: RunConfig, schedule: "StepSchedule") -> Steps:
     """The steps of the first epoch and of the whole training."""
     from qlora_trainer.data import packing
+    from qlora_trainer.training.inputs import lengths_in_rows
 
-    training, lengths, groups = run.training, samples.lengths(), samples.group_offsets
+    training, lengths, groups = run.training, lengths_in_rows(samples, run), samples.group_offsets
     order = packing.epoch_permutation(len(samples) if groups is None else len(groups) - 1, training.seed, 0)
     bins = packing.pack(lengths, order, training.max_sequence_length, training.packing, groups)
     tokens = packing.bin_lengths(bins, lengths)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_contract.memory import Dtype, ModelShape
 from qlora_contract.paths import resolve
@@ -121,7 +122,7 @@ def load_inputs(
     source = resolve(run.dataset_uri, volumes)
     tokenizer = read_tokenizer(folder)
     options = tokenization_options(run, tokenizer, folder, source, began, advance)
-    data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, longest, options))
+    data = (by or into_passing_files)(TokenSource(run.dataset, source, tokenizer, run.own_tokens, options))
     check_tokens(data, tokenizer, shape, folder)
     if data.evaluation is None and run.evaluation.require_improvement:
         raise ConfigurationError(
@@ -131,6 +132,11 @@ def load_inputs(
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
+
+
+def lengths_in_rows(samples: Samples, run: RunConfig) -> NDArray[np.int64]:
+    """(samples,): what each takes of a row and of a step, its virtual tokens included."""
+    return samples.lengths() + run.adapter.virtual_tokens
 
 
 def tokenization_options(

@@ -51,7 +51,13 @@ from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
-from qlora_trainer.training.inputs import Load, TokenSource, default_compute_dtype, load_inputs
+from qlora_trainer.training.inputs import (
+    Load,
+    TokenSource,
+    default_compute_dtype,
+    lengths_in_rows,
+    load_inputs,
+)
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 from qlora_trainer.training.optimizer import AdapterAdamW
 
@@ -192,8 +198,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
             log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
-        warn_of_lost_answers(data, run.training.max_sequence_length)
-    schedule = StepSchedule(data.train.lengths(), run.training, data.train.group_offsets)
+        warn_of_lost_answers(data, run.own_tokens)
+    schedule = StepSchedule(lengths_in_rows(data.train, run), run.training, data.train.group_offsets)
     context.progress.update(
         data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
     )
@@ -387,7 +393,9 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
     if inputs.memory.checkpointing == "full":
         model.enable_gradient_checkpointing()
     dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
-    parameters = method_for(run.adapter).attach(model, seed=run.training.seed, dropout=dropout)
+    parameters = method_for(run.adapter).attach(
+        model, seed=run.training.seed, dropout=dropout, encode=lambda text: list(inputs.tokenizer(text).input_ids)
+    )
     optimizer = AdapterAdamW(
         parameters,
         lr=run.training.learning_rate,
