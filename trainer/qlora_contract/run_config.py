@@ -357,7 +357,9 @@ class RunConfig(ContractModel):
                 "maxSequenceLength counts virtual tokens, too: it must be at least 8 more than numVirtualTokens"
             )
         if self.adapter.method != "lora" and set(self.output.formats) != {"adapter"}:
-            raise ValueError("only an adapter of method lora can become part of the weights: leave formats out")
+            raise ValueError(
+                "only an adapter of method lora can become part of the weights: leave formats out"
+            )
         return self
 
     @property

@@ -273,9 +273,7 @@ def test_an_adapter_of_the_release_before_counts_as_published(tmp_path: Path) ->
 
     assert folder.finished()
     assert folder.report()["adapter_sha256"] == sha256(folder.adapter / ADAPTER_WEIGHTS)
-    assert all(
-        torch.equal(p, written[f"{PEFT_PREFIX}{name}"]) for name, p in parameters.named.items()
-    )
+    assert all(torch.equal(p, written[f"{PEFT_PREFIX}{name}"]) for name, p in parameters.named.items())
     assert adapter.adapter_config(folder.run, parameters, "/volumes/team/smoke/model") == config
     assert isinstance(PeftConfig.from_pretrained(str(folder.adapter)), LoraConfig)
 

@@ -142,9 +142,7 @@ class BaseModel:
             parts.append(padding)
             lengths.append(padding)
         of_segments = None if cached is None else [*cached[:samples], None][: len(lengths)]
-        states = self._run(
-            torch.cat(positions), lengths, of_segments, inputs_embeds=torch.cat(pieces)[None]
-        )
+        states = self._run(torch.cat(positions), lengths, of_segments, inputs_embeds=torch.cat(pieces)[None])
         found = iter(torch.split(states, parts))
         kept = []
         for begin in begins[:samples]:

@@ -64,9 +64,7 @@ class Prefix:
 
     def lengths(self, own: Sequence[int]) -> list[int]:
         """Tokens of each segment with its prefix, from its own tokens."""
-        return [
-            length + self.count * begins for length, begins in zip(own, self.segments, strict=True)
-        ]
+        return [length + self.count * begins for length, begins in zip(own, self.segments, strict=True)]
 
     def lay_before(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, own: Sequence[int]

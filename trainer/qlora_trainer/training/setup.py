@@ -394,7 +394,10 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         model.enable_gradient_checkpointing()
     dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
     parameters = method_for(run.adapter).attach(
-        model, seed=run.training.seed, dropout=dropout, encode=lambda text: list(inputs.tokenizer(text).input_ids)
+        model,
+        seed=run.training.seed,
+        dropout=dropout,
+        encode=lambda text: list(inputs.tokenizer(text).input_ids),
     )
     optimizer = AdapterAdamW(
         parameters,
