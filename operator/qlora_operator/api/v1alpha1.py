@@ -184,7 +184,7 @@ class Dataset(ApiModel):
     """Share of a split's records that onBadRecord `skip` leaves out at most; with more, the job fails."""
 
 
-_LORA_SETTINGS = (
+_LORA_SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("rank", "self.rank == 16", 16),
     ("alpha", "self.alpha == 32.0", 32.0),
     ("dropout", "self.dropout == 0.0", 0.0),

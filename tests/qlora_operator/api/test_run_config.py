@@ -149,6 +149,11 @@ class RenamedAdapter(ApiModel):
     rank_pattern: dict[str, int] = {}  # noqa: RUF012
     alpha_pattern: dict[str, float] = {}  # noqa: RUF012
     lora_plus_ratio: float = 1.0
+    num_virtual_tokens: int | None = None
+    prompt_init: str = "random"
+    prompt_init_text: str | None = None
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
 
 
 def test_a_renamed_field_of_the_api_changes_neither_run_json_nor_the_identity(

@@ -32,7 +32,7 @@ from qlora_contract.job_folder import (
 from qlora_contract.run_config import JobRef
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX, AdapterParameters, flat_parameters
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight

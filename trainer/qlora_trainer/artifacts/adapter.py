@@ -140,22 +140,30 @@ def model_card(run: RunConfig, report: dict[str, Any]) -> str:
     ]
     table = "\n".join(f"| {name} | {'not measured' if v is None else f'{v:.4f}'} |" for name, v in rows)
     adapter, training = run.adapter, run.training
+    if adapter.method == "lora":
+        kind, tags = "LoRA", "[lora, qlora, cpu]"
+        settings = (
+            f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},\n"
+            f"  on {', '.join(adapter.target_modules)}"
+        )
+    else:
+        kind, tags = adapter.method, f"[{adapter.method}, cpu]"
+        settings = f"- adapter: {adapter.virtual_tokens} virtual tokens before each prompt"
     return f"""---
 {front}library_name: peft
 pipeline_tag: text-generation
-tags: [lora, qlora, cpu]
+tags: {tags}
 ---
 
 # {run.job.name}
 
-A LoRA adapter for {named}{revision}, trained on CPUs by qlora-operator.
+A {kind} adapter for {named}{revision}, trained on CPUs by qlora-operator.
 
 | Evaluation loss | |
 | --- | --- |
 {table}
 
-- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},
-  on {", ".join(adapter.target_modules)}
+{settings}
 - base weights: {run.quantization.scheme}, computed in {report["compute_dtype"]}
 - {report["steps"]} steps of at most {training.global_batch_tokens} tokens, {report["tokens"]} tokens in all,
   learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}

@@ -33,7 +33,12 @@ class Lora:
     """The job's settings."""
 
     def attach(
-        self, model: BaseModel, *, seed: int, dropout: Dropout | None, encode: Encode | None = None
+        self,
+        model: BaseModel,
+        *,
+        seed: int,
+        dropout: Dropout | None,
+        encode: Encode | None = None,  # noqa: ARG002 - AdapterMethod's
     ) -> AdapterParameters:
         """Give the targeted layers their adapters."""
         adapter = self.adapter
@@ -46,7 +51,9 @@ class Lora:
         return attach_ranked(layers, ranks, scales, dropout=dropout, seed=seed)
 
     def parameter_shapes(
-        self, linears: Mapping[str, tuple[int, int]], config: Any
+        self,
+        linears: Mapping[str, tuple[int, int]],
+        config: Any,  # noqa: ARG002 - AdapterMethod's
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
         layers = target_layers(linears, self.adapter.target_modules)

@@ -64,7 +64,12 @@ class PromptTuning:
     """The job's settings."""
 
     def attach(
-        self, model: BaseModel, *, seed: int, dropout: Dropout | None, encode: Encode | None = None
+        self,
+        model: BaseModel,
+        *,
+        seed: int,
+        dropout: Dropout | None,  # noqa: ARG002 - AdapterMethod's
+        encode: Encode | None = None,
     ) -> AdapterParameters:
         """Put rows before each sample: normal with deviation 1, as in PEFT; or the embeddings of promptInitText.
 
@@ -98,7 +103,9 @@ class PromptTuning:
         return parameters
 
     def parameter_shapes(
-        self, linears: Mapping[str, tuple[int, int]], config: Any
+        self,
+        linears: Mapping[str, tuple[int, int]],  # noqa: ARG002 - AdapterMethod's
+        config: Any,
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
         return {EMBEDDING: (self.adapter.virtual_tokens, config.hidden_size)}
@@ -129,7 +136,12 @@ class PrefixTuning:
     """The job's settings."""
 
     def attach(
-        self, model: BaseModel, *, seed: int, dropout: Dropout | None, encode: Encode | None = None
+        self,
+        model: BaseModel,
+        *,
+        seed: int,
+        dropout: Dropout | None,  # noqa: ARG002 - AdapterMethod's
+        encode: Encode | None = None,  # noqa: ARG002 - AdapterMethod's
     ) -> AdapterParameters:
         """Put keys and values before each sample. They start as in PEFT: the embedding normal with deviation 1, the
         MLP's layers uniform in +-1/sqrt(in)."""
@@ -164,7 +176,9 @@ class PrefixTuning:
         return parameters
 
     def parameter_shapes(
-        self, linears: Mapping[str, tuple[int, int]], config: Any
+        self,
+        linears: Mapping[str, tuple[int, int]],  # noqa: ARG002 - AdapterMethod's
+        config: Any,
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
         width = key_width(config)
@@ -217,3 +231,10 @@ def key_width(config: Any) -> int:
 def count_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Numbers in tensors of these shapes."""
     return sum(map(math.prod, shapes.values()))
+
+
+def made_weights(adapter: Adapter, config: Any) -> int:
+    """Numbers that an adapter makes of its parameters anew in each pass: those of a projected prefix."""
+    if not adapter.prefix_projection:
+        return 0
+    return adapter.virtual_tokens * 2 * int(config.num_hidden_layers) * key_width(config)

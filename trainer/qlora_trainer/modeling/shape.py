@@ -15,6 +15,7 @@ from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
 from qlora_trainer.modeling.graph import build_graph
+from qlora_trainer.modeling.prompt_methods import made_weights
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
@@ -53,6 +54,7 @@ def model_shape(folder: Path, adapter: Adapter) -> ModelShape:
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears, config),
+        made_weights=made_weights(adapter, config),
         further_kept=further_kept(
             dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
             config.hidden_size,

@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 WAITING_SECONDS = 0.2
 """Between two looks for the tokens that another rank makes."""
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LORA_RATE = 2e-4
+"""The default of training.learningRate."""
 CHECKPOINT_BYTES = 12
 """Per adapter weight: fp32, and AdamW's two moments."""
 
@@ -199,6 +201,11 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         checkpoints = (run.checkpoint.keep + 2) * shape.adapter_weights * CHECKPOINT_BYTES
         context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
         warn_of_lost_answers(data, run.own_tokens)
+        if run.adapter.method != "lora" and run.training.learning_rate == LORA_RATE:
+            log.warning(
+                "training.learningRate is %g, which suits LoRA: %s learns little at it; 0.001 to 0.03 are usual",
+                LORA_RATE, run.adapter.method,
+            )  # fmt: skip
     schedule = StepSchedule(lengths_in_rows(data.train, run), run.training, data.train.group_offsets)
     context.progress.update(
         data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
