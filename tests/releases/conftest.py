@@ -151,6 +151,10 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
     if training.get("globalBatchTokens", 8192) < training.get("maxSequenceLength", 1024):
         training.pop("globalBatchTokens", None)
         training.pop("maxSequenceLength", None)
+    if training.get("maxSequenceLength", 1024) < 16:
+        training["maxSequenceLength"] = 16
+        if training.get("globalBatchTokens", 8192) < 16:
+            training["globalBatchTokens"] = 16
     topology.setdefault("memoryPerRank", "2Gi")
     if (
         topology.get("ranksPerPod") != "auto"
@@ -164,9 +168,33 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
             section.pop("revision", None)
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
+    _of_one_method(spec.get("adapter", {}), spec.get("output", {}))
     if "destination" not in spec.get("output", {}):
         spec.get("output", {}).pop("credentialsSecret", None)
     return {"workspace": "pvc://team/work", **spec}
+
+
+LORA = ("rank", "alpha", "dropout", "targetModules", "rslora", "rankPattern", "alphaPattern", "loraPlusRatio")
+VIRTUAL = ("numVirtualTokens", "promptInit", "promptInitText", "prefixProjection", "encoderHiddenSize")
+
+
+def _of_one_method(adapter: dict[str, Any], output: dict[str, Any]) -> None:
+    """Keep of a random adapter what its method has, in place."""
+    method = adapter.get("method", "lora")
+    for name in VIRTUAL if method == "lora" else LORA:
+        adapter.pop(name, None)
+    if method == "lora":
+        return
+    adapter["numVirtualTokens"] = min(adapter.get("numVirtualTokens", 3), 5)
+    output.pop("formats", None)
+    if method == "prefix-tuning" or adapter.get("promptInit") != "text":
+        adapter.pop("promptInit", None)
+        adapter.pop("promptInitText", None)
+    else:
+        adapter.setdefault("promptInitText", "Answer.")
+    if method == "prompt-tuning" or not adapter.get("prefixProjection"):
+        adapter.pop("prefixProjection", None)
+        adapter.pop("encoderHiddenSize", None)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from builders import job_manifest
 from qlora_operator.api.loader import parse_api_object
 from qlora_operator.api.run_config import cannot_write, to_run_config
 from qlora_operator.api.schema import Schema, custom_resource_definition
+from qlora_operator.api.v1alpha1 import Adapter, QLoRAJobSpec
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TIME = "2026-01-31T11:00:00Z"
@@ -290,5 +291,13 @@ def rules_of(crd: dict[str, Any]) -> set[str]:
 
 
 def test_no_rule_is_added_to_jobs_that_are_stored(old_crd: dict[str, Any]) -> None:
-    """A rule that a stored job breaks would make every later write to it fail: a new one must hold for them all."""
-    assert rules_of(custom_resource_definition()) - rules_of(old_crd) == set()
+    """A rule that a stored job breaks would make every later write to it fail: a new one must hold for them all.
+
+    Those about methods of adapters do: stored jobs have the method lora and no field that came with the others. Their
+    twins in Python are put to random jobs of release 0.1.0 in test_forms.py, which reads all of them.
+    """
+    about_methods = {rule.cel for rule in Adapter.rules} | {
+        rule.cel for rule in QLoRAJobSpec.rules if "self.adapter." in rule.cel
+    }
+    assert rules_of(custom_resource_definition()) - rules_of(old_crd) <= about_methods
+    assert "enum" in schema_of(old_crd)["properties"]["spec"]["properties"]["adapter"]["properties"]["method"]

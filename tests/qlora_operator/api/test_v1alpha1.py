@@ -646,6 +646,18 @@ def test_a_bad_job_is_refused_where_it_is_bad(
 
 
 GOOD = {
+    "prefix tuning": {"spec.adapter": {**PREFIX, "prefixProjection": True, "encoderHiddenSize": 64}},
+    "prompt tuning from a text": {
+        "spec.adapter": {
+            "method": "prompt-tuning",
+            "numVirtualTokens": 8,
+            "promptInit": "text",
+            "promptInitText": "Answer.",
+        }
+    },
+    "LoRA's defaults beside another method, as API servers add them": {
+        "spec.adapter": {**PREFIX, "rank": 16, "alpha": 32, "dropout": 0, "targetModules": ["all-linear"]}
+    },
     "by steps": {"spec.training": {"maxSteps": 400}},
     "null is as good as absent": {"spec.training": {"epochs": 1, "maxSteps": None}, "spec.adapter": None},
     "a batch of one sequence": {"spec.training.globalBatchTokens": 1024},
