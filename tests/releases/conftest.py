@@ -187,12 +187,12 @@ def _of_one_method(adapter: dict[str, Any], output: dict[str, Any]) -> None:
         return
     adapter["numVirtualTokens"] = min(adapter.get("numVirtualTokens", 3), 5)
     output.pop("formats", None)
-    if method == "prefix-tuning" or adapter.get("promptInit") != "text":
+    if adapter.get("promptInit") != "text":
         adapter.pop("promptInit", None)
         adapter.pop("promptInitText", None)
     else:
         adapter.setdefault("promptInitText", "Answer.")
-    if method == "prompt-tuning" or not adapter.get("prefixProjection"):
+    if method == "prompt-tuning" or "promptInit" in adapter or not adapter.get("prefixProjection"):
         adapter.pop("prefixProjection", None)
         adapter.pop("encoderHiddenSize", None)
 

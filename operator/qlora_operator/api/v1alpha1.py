@@ -239,7 +239,9 @@ class Adapter(ApiModel):
     """Trained tokens before each sample, of prompt-tuning and prefix-tuning, which need it; 20 to 100 are usual. They
     count in maxSequenceLength and globalBatchTokens as the sample's own tokens do."""
     prompt_init: Literal["random", "text"] = "random"
-    """What prompt-tuning starts with: `random`, as PEFT draws it, or the embeddings of promptInitText."""
+    """What virtual tokens start as: `random`, as PEFT draws them, far from anything that the model knows; or `text`,
+    the embeddings, or the keys and values, of promptInitText, from which few steps are enough. Not with
+    prefixProjection."""
     prompt_init_text: str | None = Field(default=None, min_length=1, max_length=4096)
     """What the model is to do, in words. Repeated or cut off to numVirtualTokens tokens."""
     prefix_projection: bool = False
@@ -257,9 +259,13 @@ class Adapter(ApiModel):
             field=("numVirtualTokens",),
         ),
         Rule(
-            cel="self.method == 'prompt-tuning' || !has(self.promptInit) || self.promptInit == 'random'",
-            holds=lambda adapter: adapter.method == "prompt-tuning" or adapter.prompt_init == "random",
-            message="is of method prompt-tuning alone: only its virtual tokens can start as the embeddings of a text",
+            cel="(self.method != 'lora' && !(has(self.prefixProjection) && self.prefixProjection)) || "
+            "!has(self.promptInit) || self.promptInit == 'random'",
+            holds=lambda adapter: (
+                (adapter.method != "lora" and not adapter.prefix_projection)
+                or adapter.prompt_init == "random"
+            ),
+            message="only virtual tokens can start as a text, and not those that prefixProjection makes: leave it out",
             field=("promptInit",),
         ),
         Rule(

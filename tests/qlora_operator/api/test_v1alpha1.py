@@ -396,10 +396,17 @@ BAD = {
             "loraPlusRatio": 4,
         }.items()
     },
-    "prefix tuning that starts as a text": (
-        {"spec.adapter": {**PREFIX, "promptInit": "text", "promptInitText": "Answer."}},
+    "an MLP that starts as a text": (
+        {
+            "spec.adapter": {
+                **PREFIX,
+                "prefixProjection": True,
+                "promptInit": "text",
+                "promptInitText": "Answer.",
+            }
+        },
         "spec.adapter.promptInit",
-        "of method prompt-tuning alone",
+        "not those that prefixProjection makes",
     ),
     "a prompt of a text without the text": (
         {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "promptInit": "text"}},

@@ -343,6 +343,30 @@ def test_a_prompt_starts_as_peft_draws_it_or_as_a_text(small_model: Make) -> Non
         method_for(text).attach(model, seed=0, dropout=None, encode=lambda _: [])
 
 
+@pytest.mark.parametrize("family", ["glm", "gemma3_text"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_virtual_tokens_of_a_text_are_read_as_that_text(
+    family: str, method: str, dtype: torch.dtype, small_model: Make
+) -> None:
+    """Untrained, they give a sample the logits that it has behind the text's tokens, whatever the method."""
+    folder, text, own = small_model(family, **LIVELY), [4, 9, 2, 77], [5, 17, 251]
+    model = load_model(folder, Unquantized(), dtype)
+    ids = np.array([*text, *own], np.int32)
+    mask = np.zeros(len(ids), np.uint8)
+    behind = collate(Samples(ids, mask, np.array([0, len(ids)])), [0], 1 if dtype == torch.float32 else 64)
+    with torch.no_grad():
+        expected = model.logits(model.hidden_states(behind)[len(text) : len(ids)])
+    fields = {"numVirtualTokens": 4, "promptInit": "text", "promptInitText": "Say what it is."}
+    method_for(Adapter(method=method, **fields)).attach(model, seed=0, dropout=None, encode=lambda _: text)
+    alone = collate(Samples(ids[4:], mask[4:], np.array([0, 3])), [0], 1 if dtype == torch.float32 else 64)
+    with torch.no_grad():
+        found = model.logits(model.hidden_states(alone)[:3])
+
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_the_start_depends_on_the_seed_alone(kind: str, small_model: Make) -> None:
     """Every rank starts with the same numbers; another seed gives others; MLPs are drawn within +-1/sqrt(in)."""

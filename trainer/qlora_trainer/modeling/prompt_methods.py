@@ -15,9 +15,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_contract.run_config import Adapter
+from qlora_trainer.data.collate import Batch, pad_multiple
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, Encode, flat_parameters
 from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import Dropout, seeded_generator
 from qlora_trainer.modeling.virtual_tokens import PrefixTokens, SoftPrompt
 
@@ -83,12 +85,7 @@ class PromptTuning:
         with torch.no_grad():
             embedding.normal_(generator=generator)
             if self.adapter.prompt_init == "text" and encode is not None:
-                assert self.adapter.prompt_init_text is not None
-                ids = encode(self.adapter.prompt_init_text)
-                if not ids:
-                    raise ModelError("adapter.promptInitText has no tokens: write what the model is to do")
-                rows = graph.get_input_embeddings()(torch.tensor(ids))
-                embedding.copy_(rows[torch.arange(len(embedding)) % len(ids)])
+                embedding.copy_(graph.get_input_embeddings()(_text_ids(self.adapter, encode)))
         config = graph.config
         matrix = Matrix(
             lambda: embedding,
@@ -141,10 +138,16 @@ class PrefixTuning:
         *,
         seed: int,
         dropout: Dropout | None,  # noqa: ARG002 - AdapterMethod's
-        encode: Encode | None = None,  # noqa: ARG002 - AdapterMethod's
+        encode: Encode | None = None,
     ) -> AdapterParameters:
-        """Put keys and values before each sample. They start as in PEFT: the embedding normal with deviation 1, the
-        MLP's layers uniform in +-1/sqrt(in)."""
+        """Put keys and values before each sample.
+
+        They start as in PEFT: the embedding normal with deviation 1, the MLP's layers uniform in +-1/sqrt(in); or as
+        the keys and values of promptInitText (Li and Liang 2021).
+
+        Raises:
+            ModelError: the text has no tokens.
+        """
         config: Any = model.graph.config
         parameters = flat_parameters(self.parameter_shapes({}, config))
         for name, parameter in parameters.named.items():
@@ -156,6 +159,9 @@ class PrefixTuning:
                     layer = parameters.named[f"{name.rpartition('.')[0]}.weight"]
                     bound = 1.0 / math.sqrt(layer.shape[1])
                     parameter.uniform_(-bound, bound, generator=generator)
+        if self.adapter.prompt_init == "text" and encode is not None:
+            ids = _text_ids(self.adapter, encode)
+            parameters.named[EMBEDDING].data.copy_(keys_and_values(model, ids))
         width = key_width(config)
         matrix = Matrix(
             _maker(parameters.named),
@@ -208,6 +214,40 @@ class PrefixTuning:
             "prefix_projection": self.adapter.prefix_projection,
             **parameters.form.sizes,
         }
+
+
+def _text_ids(adapter: Adapter, encode: Encode) -> Tensor:
+    """The text's tokens, repeated or cut off to the number of virtual tokens. Raises ModelError."""
+    assert adapter.prompt_init_text is not None
+    ids = encode(adapter.prompt_init_text)
+    if not ids:
+        raise ModelError("adapter.promptInitText has no tokens: write what the model is to do")
+    return torch.tensor(ids)[torch.arange(adapter.virtual_tokens) % len(ids)]
+
+
+@torch.no_grad()
+def keys_and_values(model: BaseModel, ids: Tensor) -> Tensor:
+    """What the base's layers keep of these tokens: (tokens, 2 * layers * width of keys), fp32.
+
+    A sample behind them is then read as if it stood behind the text.
+    """
+    count, padding = len(ids), -len(ids) % pad_multiple(model.dtype)
+    sequence = CachedSequence(count)
+    batch = Batch(
+        torch.cat([ids, ids.new_zeros(padding)]),
+        torch.cat([torch.arange(count), torch.arange(padding)]),
+        [count, padding] if padding else [count],
+        padding,
+        logit_positions=torch.empty(0, dtype=torch.int64),
+        targets=torch.empty(0, dtype=torch.int64),
+    )
+    was_training = model.graph.training
+    model.graph.eval()
+    model.hidden_states(batch, [sequence, None][: len(batch.lengths)])
+    model.graph.train(was_training)
+    graph: Any = model.graph
+    kept = [each[0] for layer in range(graph.config.num_hidden_layers) for each in sequence.of_layer(layer)]
+    return torch.stack(kept).permute(2, 0, 1, 3).reshape(count, -1).float()
 
 
 def _maker(named: Mapping[str, nn.Parameter]) -> Callable[[], Tensor]:
