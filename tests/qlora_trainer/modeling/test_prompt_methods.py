@@ -15,11 +15,12 @@ import builders
 from model_folders import stock_model
 from qlora_contract.run_config import Adapter
 from qlora_trainer.artifacts import checkpoint
-from qlora_trainer.artifacts.adapter import reload_adapter, write_adapter
+from qlora_trainer.artifacts.adapter import model_card, reload_adapter, write_adapter
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
+from qlora_trainer.export.adapter_weights import read_adapter
 from qlora_trainer.inference.generation import generate
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -390,6 +391,29 @@ def test_the_plan_counts_what_is_trained(family: str, kind: str, small_model: Ma
     folder = small_model(family, **LIVELY)
     _, parameters = ours(folder, kind)
 
-    assert model_shape(folder, adapter_of(kind)).adapter_weights == sum(
-        p.numel() for p in parameters.named.values()
-    )
+    shape = model_shape(folder, adapter_of(kind))
+
+    assert shape.adapter_weights == sum(p.numel() for p in parameters.named.values())
+    made = 0 if kind != "projected" else TOKENS * 2 * shape.layers * shape.kv_heads * shape.head_size
+    assert shape.made_weights == made
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_no_export_takes_virtual_tokens_for_weights(kind: str, small_model: Make, tmp_path: Path) -> None:
+    """An export names the adapter's kind; the card names its method, and how it is loaded."""
+    folder = small_model("llama", **LIVELY)
+    run = builders.a_run(version=2, adapter=ADAPTERS[kind])
+    written = write_adapter(JobFolder(tmp_path, run), ours(folder, kind)[1], str(folder))
+    report = {
+        "provenance": {"base_model": None}, "base_eval_loss": 3.0, "base_eval_loss_quantized": 3.1, "eval_loss": 2.0,
+        "compute_dtype": "bf16", "steps": 9, "tokens": 99,
+    }  # fmt: skip
+
+    with pytest.raises(
+        ModelError, match=r"kind (PROMPT|PREFIX)_TUNING: only LoRA's become part of the weights"
+    ):
+        read_adapter(written)
+    card = model_card(run, report)
+    assert f"A {run.adapter.method} adapter for" in card
+    assert f"{TOKENS} virtual tokens" in card
+    assert "PeftModel.from_pretrained" in card
