@@ -194,13 +194,16 @@ _LORA_SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("alphaPattern", "!has(self.alphaPattern) || size(self.alphaPattern) == 0", {}),
     ("loraPlusRatio", "!has(self.loraPlusRatio) || self.loraPlusRatio == 1.0", 1.0),
 )
-"""Settings that other methods do not have: name, its being at its default in CEL, and that default."""
+"""Settings that other methods do not have: name, its being at its default in CEL, and that default.
+
+An API server puts rules to the section's own default, {}, as well, in which `method` is not set.
+"""
 
 
 def _of_lora(field: str, at_default: str, default: Any) -> Rule:
     name = to_snake(field)
     return Rule(
-        cel=f"self.method == 'lora' || {at_default}",
+        cel=f"!has(self.method) || self.method == 'lora' || {at_default}",
         holds=lambda adapter: adapter.method == "lora" or getattr(adapter, name) == default,
         message="is a setting of method lora, which prompt-tuning and prefix-tuning do not have: leave it out",
         field=(field,),
@@ -253,13 +256,13 @@ class Adapter(ApiModel):
     rules = (
         *(_of_lora(*setting) for setting in _LORA_SETTINGS),
         Rule(
-            cel="has(self.numVirtualTokens) == (self.method != 'lora')",
+            cel="has(self.numVirtualTokens) == (has(self.method) && self.method != 'lora')",
             holds=lambda adapter: (adapter.num_virtual_tokens is not None) == (adapter.method != "lora"),
             message="prompt-tuning and prefix-tuning need a number of virtual tokens, such as 32; lora has none",
             field=("numVirtualTokens",),
         ),
         Rule(
-            cel="(self.method != 'lora' && !(has(self.prefixProjection) && self.prefixProjection)) || "
+            cel="(has(self.method) && self.method != 'lora' && !(has(self.prefixProjection) && self.prefixProjection)) || "
             "!has(self.promptInit) || self.promptInit == 'random'",
             holds=lambda adapter: (
                 (adapter.method != "lora" and not adapter.prefix_projection)
@@ -275,7 +278,8 @@ class Adapter(ApiModel):
             field=("promptInitText",),
         ),
         Rule(
-            cel="self.method == 'prefix-tuning' || !has(self.prefixProjection) || !self.prefixProjection",
+            cel="(has(self.method) && self.method == 'prefix-tuning') || "
+            "!has(self.prefixProjection) || !self.prefixProjection",
             holds=lambda adapter: adapter.method == "prefix-tuning" or not adapter.prefix_projection,
             message="is of method prefix-tuning alone: it makes keys and values",
             field=("prefixProjection",),
