@@ -262,8 +262,8 @@ class Adapter(ApiModel):
             field=("numVirtualTokens",),
         ),
         Rule(
-            cel="(has(self.method) && self.method != 'lora' && !(has(self.prefixProjection) && self.prefixProjection)) || "
-            "!has(self.promptInit) || self.promptInit == 'random'",
+            cel="!has(self.promptInit) || self.promptInit == 'random' || (has(self.method) && self.method != 'lora' && "
+            "!(has(self.prefixProjection) && self.prefixProjection))",
             holds=lambda adapter: (
                 (adapter.method != "lora" and not adapter.prefix_projection)
                 or adapter.prompt_init == "random"
