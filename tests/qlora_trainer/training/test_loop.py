@@ -28,6 +28,7 @@ from qlora_trainer.errors import (
     NoImprovement,
     Terminated,
 )
+from qlora_trainer.modeling.adapter_methods import adapters_disabled
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import (
@@ -35,6 +36,7 @@ from qlora_trainer.training.loop import (
     check_improved,
     check_same_adapter,
     compare_with_best,
+    evaluate_adapter,
     finish,
     is_due,
     run_steps,
@@ -65,6 +67,35 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
     assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
+
+
+VIRTUAL: dict[str, dict[str, Any]] = {
+    "prompt": {"method": "prompt-tuning", "promptInit": "text", "promptInitText": "Answer."},
+    "prefix": {"method": "prefix-tuning", "promptInit": "text", "promptInitText": "Answer."},
+    "projected": {"method": "prefix-tuning", "prefixProjection": True},
+}
+
+
+@pytest.mark.parametrize("adapter", VIRTUAL.values(), ids=VIRTUAL)
+def test_a_job_of_virtual_tokens_trains_evaluates_and_publishes(
+    ready: Ready, adapter: dict[str, Any]
+) -> None:
+    """The base's loss is without them; PEFT's one tensor is published, and has the loss that the report says."""
+    context = ready(
+        adapter={**adapter, "numVirtualTokens": 6}, evaluation={"everySteps": 2, "requireImprovement": False}
+    )
+    report = train(context)
+    losses = [line["eval_loss"] for line in lines(context) if "eval_loss" in line]
+    tensors = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    state = prepare(context)  # from the last checkpoint
+    with adapters_disabled(state.model):
+        base = evaluate_adapter(context, state)
+
+    assert losses[0] == report["base_eval_loss_quantized"] == base
+    assert losses[-1] == report["eval_loss"] != base
+    assert evaluate_adapter(context, state) == pytest.approx(report["eval_loss"], rel=1e-6)
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {"prompt_embeddings": 6}
+    assert context.folder.finished()
 
 
 def test_a_job_leaves_a_page_as_far_as_it_got(ready: Ready) -> None:
