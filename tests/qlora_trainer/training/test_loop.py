@@ -491,7 +491,7 @@ def test_generation_stops_by_itself_after_training(
 
 @pytest.fixture
 def overfits(ready: Ready, tmp_path: Path) -> Ready:
-    """ready(**fields of evaluation and checkpoint): what it learns by heart soon harms it elsewhere."""
+    """ready(**fields of adapter, evaluation and checkpoint): what it learns by heart soon harms it elsewhere."""
     answers = {"train": "one one one one", "other": "six"}
     folder = tmp_path / "overfits"
     folder.mkdir()
@@ -508,6 +508,7 @@ def overfits(ready: Ready, tmp_path: Path) -> Ready:
             evaluation={"everySteps": 1, "keepBest": True, "requireImprovement": False}
             | fields.get("evaluation", {}),
             checkpoint={"everySteps": 1, "keep": 1} | fields.get("checkpoint", {}),
+            adapter=fields.get("adapter", {}),
         )
 
     return make
@@ -536,6 +537,24 @@ def test_the_best_step_is_published(overfits: Ready) -> None:
     assert sorted(path.name for path in context.folder.checkpoints.iterdir()) == [kept.name, "step-00000008"]
     for name, tensor in load_file(kept / checkpoint.ADAPTER_FILE).items():
         assert torch.equal(published[f"base_model.model.{name}"], tensor)
+
+
+@pytest.mark.parametrize("adapter", VIRTUAL.values(), ids=VIRTUAL)
+def test_the_best_step_of_virtual_tokens_is_published(overfits: Ready, adapter: dict[str, Any]) -> None:
+    """And not those of the last step, which were written and evaluated before it was chosen."""
+    context = overfits(adapter={**adapter, "numVirtualTokens": 6})
+    report = train(context)
+    losses = curve(context)
+    best = min(losses, key=losses.__getitem__)
+    state = prepare(context)
+    checkpoint.load_adapter(checkpoint.path_of(context.folder, best), state.parameters)
+    published = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+
+    assert best < 8
+    assert report["published_step"] == best
+    assert report["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    for name, tensor in state.parameters.published().items():
+        assert torch.equal(published[name], tensor)
 
 
 def test_training_ends_once_it_gets_no_better(overfits: Ready) -> None:
@@ -656,13 +675,27 @@ def test_which_step_is_the_best(losses: list[float | None], best: int | None, wa
     assert (state.best_step, state.evaluations_since_best) == (best, waited)
 
 
-def test_a_job_goes_on_from_another_jobs_adapter(ready: Ready, tmp_path: Path) -> None:
+SIX = {"numVirtualTokens": 6}
+
+
+@pytest.mark.parametrize(
+    ("first_of", "again_of"),
+    [
+        pytest.param({}, {}, id="lora"),
+        pytest.param(VIRTUAL["prompt"] | SIX, {"method": "prompt-tuning"} | SIX, id="prompt"),
+        pytest.param(VIRTUAL["prefix"] | SIX, {"method": "prefix-tuning"} | SIX, id="prefix"),
+        pytest.param(VIRTUAL["projected"] | SIX, {"method": "prefix-tuning"} | SIX, id="a-prefix-of-an-MLP"),
+    ],
+)
+def test_a_job_goes_on_from_another_jobs_adapter(
+    ready: Ready, tmp_path: Path, first_of: dict[str, Any], again_of: dict[str, Any]
+) -> None:
     """Its first loss is where the other ended; the report names what it began with, also after a restart without it."""
-    first = ready(training={"learningRate": 0.01, "maxSteps": 6})
+    first = ready(adapter=first_of, training={"learningRate": 0.01, "maxSteps": 6})
     before = train(first)
     shutil.move(first.folder.path, tmp_path / "first")
     settings = {
-        "adapter": {"initialAdapter": "pvc://team/first/adapter"},
+        "adapter": again_of | {"initialAdapter": "pvc://team/first/adapter"},
         "training": {"learningRate": 1e-9},
         "evaluation": {"everySteps": 1},
     }

@@ -31,6 +31,9 @@ class PublishedForm(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the model compute with these. Training does not go on from there."""
 
+    def make(self) -> None:
+        """Make the model compute with what the parameters give, whatever was loaded."""
+
 
 @dataclass
 class AdapterParameters:
@@ -48,6 +51,13 @@ class AdapterParameters:
         """(n,) fp32: what the backward passes have added up."""
         assert self.flat.grad is not None
         return self.flat.grad
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters to tensors of the same names and shapes, and make the model compute with them."""
+        for name, parameter in self.named.items():
+            parameter.data.copy_(tensors[name])
+        if self.form is not None:
+            self.form.make()
 
     def published(self) -> dict[str, Tensor]:
         """What the finished adapter's file holds."""

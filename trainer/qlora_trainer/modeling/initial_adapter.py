@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -146,7 +145,5 @@ def parameter_of(tensor: str) -> str:
 def load(folder: Path, parameters: AdapterParameters) -> str:
     """Set the parameters to those of an adapter that `check` has passed; sha256 of its file."""
     tensors = {parameter_of(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
-    with torch.no_grad():
-        for name, parameter in parameters.named.items():
-            parameter.copy_(tensors[name])
+    parameters.load(tensors)
     return sha256(folder / ADAPTER_WEIGHTS)

@@ -35,18 +35,18 @@ class Matrix:
     """The finished adapter's matrix: made from the parameters, until one is loaded in its place.
 
     Args:
-        make: makes it.
+        maker: makes it.
         sizes: those of the model that PEFT's adapter_config.json has.
     """
 
-    def __init__(self, make: Callable[[], Tensor], sizes: Mapping[str, int]) -> None:
-        self._make = make
+    def __init__(self, maker: Callable[[], Tensor], sizes: Mapping[str, int]) -> None:
+        self._maker = maker
         self.sizes = sizes
         self._loaded: Tensor | None = None
 
     def __call__(self) -> Tensor:
         """(virtual tokens, numbers of each), fp32."""
-        return self._make() if self._loaded is None else self._loaded
+        return self._maker() if self._loaded is None else self._loaded
 
     def tensors(self) -> dict[str, Tensor]:
         """It, by PEFT's name."""
@@ -56,6 +56,10 @@ class Matrix:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this one."""
         self._loaded = tensors[PUBLISHED].float().clone()
+
+    def make(self) -> None:
+        """Make it again."""
+        self._loaded = None
 
 
 @dataclass(frozen=True)
