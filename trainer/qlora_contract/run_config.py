@@ -64,7 +64,9 @@ ISA_TIERS: tuple[IsaTier, ...] = ("amx_bf16", "avx512_bf16", "avx512", "avx2")
 BF16_NATIVE: frozenset[str] = frozenset({"amx_bf16", "avx512_bf16"})
 """Tiers whose processors compute in bf16 natively; elsewhere it is emulated, 2-5 times slower than fp32."""
 
-RunStage = Literal["fetch", "train", "publish"]
+RunStage = Literal["fetch", "train", "export", "publish"]
+TRANSFERS: tuple[RunStage, ...] = ("fetch", "publish")
+"""Stages that reach the network, and alone see credentials."""
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
 Overlong = Literal["truncate", "drop", "error"]
@@ -302,8 +304,8 @@ class RunConfig(ContractModel):
     version: RunConfigVersion = RUN_CONFIG_VERSION
     """The version that the job's image reads: `to_json` writes that one."""
     stage: RunStage = "train"
-    """What the attempt does: fetch remote sources into the workspace, train, or send the adapter to
-    output.destination."""
+    """What the attempt does: fetch remote sources into the workspace, train, make output.formats of the finished
+    adapter, or send them to output.destination."""
     job: JobRef
     fetched: ResolvedRevisions = ResolvedRevisions()
     """Revisions to train on; for the stage `fetch`, those that are known already."""

@@ -310,8 +310,8 @@ class Output(ApiModel):
     formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
     """What is made once training is done: `adapter`, in PEFT's format, always; `merged`, the original weights with the
     adapter in them, which every program loads that loads the base; `gguf`, files for llama.cpp and Ollama. They are in
-    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. They are made
-    by the first rank, and take its time and disk space, but hardly more memory than it has."""
+    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. A pod
+    of one rank makes them when the ranks have left their nodes; it has what each of them had."""
     gguf_types: list[GgufType] = Field(default=["q8_0"], min_length=1, max_length=4)
     """Which GGUF files `gguf` makes: `f16`, `q8_0` and `q4_k_m` are the whole model, of 2, 1.1 and 0.6 bytes a weight;
     `lora` is the adapter alone, for a base that is in GGUF already. The default is half the size of `f16`, and hardly

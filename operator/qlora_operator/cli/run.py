@@ -34,11 +34,13 @@ PROGRESS_SECONDS = 0.5
 RESUME_HINT: dict[RunStage, str] = {
     "fetch": "run the same command again to continue from there",
     "train": "run the same command again to continue from the last checkpoint",
+    "export": "run the same command again to make what is missing",
     "publish": "run the same command again to upload the adapter",
 }
 STOPPING: dict[RunStage, str] = {
     "fetch": "stopping ...",
     "train": "stopping after a checkpoint ... (press Ctrl-C again to stop immediately, without one)",
+    "export": "stopping ...",
     "publish": "stopping ...",
 }
 
@@ -52,7 +54,7 @@ def run(
     price: Price | None = None,
     launcher: Sequence[str] = processes.LAUNCHER,
 ) -> int:
-    """Fetch what is remote, train, and upload the adapter to its destination. Returns 0, or 128 + a signal's number.
+    """Fetch what is remote, train, export, and upload the adapter. Returns 0, or 128 + a signal's number.
 
     Args:
         job: what to train.
@@ -74,11 +76,11 @@ def run(
             local.display.print(f"ignored, because only the operator acts on it: {', '.join(ignored)}")
         if local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
-            if local.lacks_exports() and (code := local.fetch() or local.train(launcher, cpus)):
+            if local.lacks_exports() and (code := local.fetch()):
                 return code
         elif code := local.fetch() or local.train(launcher, cpus):
             return code
-        if code := local.publish():
+        if code := local.export(launcher, cpus) or local.publish():
             return code
         local.print_result()
         return 0
@@ -168,6 +170,14 @@ class LocalRun:
                 f"training ended without an error, but {self.folder} has no complete adapter; see {outcome.log}"
             )
         return self._exit_code(outcome, "train")
+
+    def export(self, launcher: Sequence[str], cpus: Sequence[Sequence[int]]) -> int:
+        """Make of the adapter what output.formats asks for."""
+        if not self.lacks_exports():
+            return 0
+        if code := self._stopped_before("export"):
+            return code
+        return self._exit_code(self._run_stage(self.next_config("export"), launcher, cpus[:1]), "export")
 
     def publish(self) -> int:
         """Upload the adapter to its destination, if it has one."""

@@ -5,9 +5,9 @@ from typing import Any
 
 from qlora_contract.paths import CREDENTIALS_ROOT, RUN_CONFIG_PATH, VOLUMES_ROOT, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import RunStage
+from qlora_contract.run_config import TRANSFERS, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import TMP_BYTES, shm_bytes
+from qlora_operator.api.pod_resources import TMP_BYTES, shm_bytes, stage_topology
 from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.settings import Settings
 
@@ -22,18 +22,22 @@ Volume = tuple[dict[str, Any], dict[str, Any]]
 def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Volume]:
     """Every volume of a pod: claims, run.json, and what can be written besides the workspace. Credentials only
     for what the stage transfers: no rank sees any."""
-    sources = [spec.model.source, spec.dataset.source] if stage == "train" else []
+    sources = {"train": [spec.model.source, spec.dataset.source], "export": [spec.model.source]}.get(
+        stage, []
+    )
     uris = [spec.workspace, *(uri for uri in sources if not is_remote(uri))]
     workspace = split_pvc(spec.workspace)[0]
     run_config = f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"
     secrets = {
         "fetch": {"model": spec.model.credentials_secret, "dataset": spec.dataset.credentials_secret},
         "train": {},
+        "export": {},
         "publish": {"output": spec.output.credentials_secret},
     }[stage]
+    shm = shm_bytes(stage_topology(spec.topology, stage))
     ca_bundle = settings.transfer.ca_bundle_config_map
     authorities = []
-    if ca_bundle is not None and stage != "train":
+    if ca_bundle is not None and stage in TRANSFERS:
         items = [{"key": CA_BUNDLE.name, "path": CA_BUNDLE.name}]
         config_map = {"configMap": {"name": ca_bundle, "items": items}}
         authorities = [_volume("ca-bundle", config_map, CA_BUNDLE.parent, readOnly=True)]
@@ -68,7 +72,7 @@ def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Vol
         ),
         *authorities,
         _volume("tmp", {"emptyDir": {"medium": "Memory", "sizeLimit": str(TMP_BYTES)}}, TMP),
-        _volume("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(shm_bytes(spec.topology))}}, SHM),
+        _volume("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(shm)}}, SHM),
     ]
 
 
