@@ -34,6 +34,12 @@ NAMED = {
     "a bucket": ("s3://bucket", "bucket", "bucket", "."),
     "a bucket, with a slash": ("s3://bucket/", "bucket", "bucket", "."),
     "a folder of a bucket": ("s3://my.bucket-1/a b/c", "bucket", "my.bucket-1", "a b/c"),
+    "an artifact": (
+        "oci://registry.example:5000/team/a-b_c.d:v1.0",
+        "artifact",
+        "registry.example:5000/team/a-b_c.d",
+        "v1.0",
+    ),
     "two dots within a name": ("s3://bucket/a..b/..c", "bucket", "bucket", "a..b/..c"),
 }
 
@@ -68,6 +74,12 @@ REFUSED = {
     "a line break at the end": "hf://org/name\n",
     "a null character": "s3://bucket/a\0",
     "a name that is a path": "hf://../name",
+    "an artifact without a tag": "oci://registry.example/team/adapter",
+    "an artifact by its digest": f"oci://registry.example/team/adapter@sha256:{'0' * 64}",
+    "an artifact without a registry": "oci:///team/adapter:v1",
+    "an artifact of a name in capitals": "oci://registry.example/Team/adapter:v1",
+    "a login in the address of a registry": "oci://user:password@registry.example/team:v1",
+    "an artifact that leads upwards": "oci://registry.example/../adapter:v1",
     "a name that is hidden": "hf://org/.git",
 }
 
@@ -76,7 +88,8 @@ REFUSED = {
 def test_another_uri_is_refused_with_the_forms_that_are_right(uri: str) -> None:
     """What is no remote URI is never guessed at."""
     with pytest.raises(
-        InvalidUriError, match="is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
+        InvalidUriError,
+        match="is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or ",
     ):
         parse_remote(uri)
 

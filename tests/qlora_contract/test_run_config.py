@@ -259,7 +259,7 @@ def shape(schema: Any, classes: dict[str, Any]) -> Any:
     }
 
 
-PINNED = {2: "4f44a15803727084"}
+PINNED = {2: "c5a5b0cea86979fa"}
 """Version of run.json -> hash over its schema."""
 
 

@@ -16,6 +16,10 @@ BUCKET = r"[a-z0-9][-a-z0-9.]{1,61}[a-z0-9]"
 PATH = r"(/[^/\x00-\x1f\x7f]+)*/?"
 CLAIM = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
 
+REGISTRY = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(:[0-9]{1,5})?"
+REPOSITORY = r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
+TAG = "[A-Za-z0-9_][-A-Za-z0-9._]{0,127}"
+
 _PVC_FORM = f"pvc://{CLAIM}{PATH}"
 _HUB_FORM = f"{HUB_NAME}/{HUB_NAME}"
 _S3_FORM = f"s3://{BUCKET}{PATH}"
@@ -25,7 +29,7 @@ MIN_URI, MAX_URI = 6, 512
 PVC_PATTERN = f"^({_PVC_FORM})$"
 MODEL_PATTERN = f"^({_PVC_FORM}|hf://{_HUB_FORM}/?|{_S3_FORM})$"
 DATASET_PATTERN = f"^({_PVC_FORM}|hf://datasets/{_HUB_FORM}{PATH}|{_S3_FORM})$"
-DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM})$"
+DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM}|oci://{REGISTRY}/{REPOSITORY}:{TAG})$"
 SECRET_PATTERN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"  # noqa: S105 - the name of one
 REVISION_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._/]*$"
 
@@ -33,7 +37,9 @@ _HUB_DATASET = re.compile(rf"hf://datasets/(?P<root>{HUB_NAME}/{HUB_NAME})(?P<pa
 _HUB_MODEL = re.compile(rf"hf://(?P<root>{HUB_NAME}/{HUB_NAME})/?")
 _S3 = re.compile(rf"s3://(?P<root>{BUCKET})(?P<path>{PATH})")
 
-Kind = Literal["model", "dataset", "bucket"]
+_OCI = re.compile(rf"oci://(?P<root>{REGISTRY}/{REPOSITORY}):(?P<tag>{TAG})")
+
+Kind = Literal["model", "dataset", "bucket", "artifact"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,11 @@ class Remote:
 
     uri: str
     kind: Kind
-    """A model or a dataset of the Hub, or a bucket of S3."""
+    """A model or a dataset of the Hub, a bucket of S3, or an artifact of an OCI registry."""
     root: str
-    """`org/name` of the Hub, or the bucket."""
+    """`org/name` of the Hub, the bucket, or `registry/name`."""
     path: PurePosixPath
-    """Within it; `.` for all of it."""
+    """Within it; `.` for all of it. Of an artifact: the tag."""
 
     @property
     def cache_folder(self) -> str:
@@ -67,8 +73,10 @@ def parse_remote(uri: str) -> Remote:
         return Remote(uri, "bucket", found["root"], _relative(uri, found["path"]))
     if found := _HUB_MODEL.fullmatch(uri):
         return Remote(uri, "model", found["root"], PurePosixPath())
+    if found := _OCI.fullmatch(uri):
+        return Remote(uri, "artifact", found["root"], PurePosixPath(found["tag"]))
     raise InvalidUriError(
-        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name or s3://bucket/path"
+        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or oci://registry/name:tag"
     )
 
 

@@ -381,14 +381,16 @@ SINCE: Mapping[str, int] = {
     "tracking.mlflow.uri": 2,
     "training.overlong=drop": 2,
     "training.overlong=error": 2,
+    "output.destination=oci://": 2,
     "output.formats": 2,
     "output.ggufTypes": 2,
     "quantization.blockSize=128": 2,
     "quantization.scheme=fp4": 2,
     "quantization.scheme=int8": 2,
 }
-"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
-value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
+"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`), or a
+scheme of a URI (`output.destination=oci://`): every field and value is of version 1 unless it stands here. A trainer of
+an earlier version must not get what it does not know."""
 
 
 def newer_than(run: RunConfig, version: int) -> list[str]:
@@ -410,3 +412,5 @@ def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[str]:
             yield from _leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}={value}"
+            if isinstance(value, str) and "://" in value:
+                yield f"{path}{name}={value.partition('://')[0]}://"

@@ -278,5 +278,7 @@ class QLoRAJobStatus(StatusModel):
     """Text for `kubectl get`, derived from the other fields."""
     start_time: Time | None = None
     """When the job was first active: not suspended, and admitted by its queue. Reset when it is resumed."""
+    notified: list[str] | None = Field(default=None, max_length=8)
+    """What the receiver of notifications was told: what happened, and when. Unset: nothing."""
     completion_time: Time | None = None
     """When it finished, successfully or not."""

@@ -303,10 +303,11 @@ class Output(ApiModel):
     destination: str | None = Field(
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
     )
-    """`hf://org/name` or `s3://bucket/path` to which a copy of the adapter is uploaded. Unset: it stays in the
-    workspace only."""
+    """`hf://org/name`, `s3://bucket/path` or, as an OCI artifact, `oci://registry/name:tag` to which a copy of the
+    adapter is uploaded. Unset: it stays in the workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
+    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret; for oci://
+    it is of type kubernetes.io/dockerconfigjson."""
     formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
     """What is made once training is done: `adapter`, in PEFT's format, always; `merged`, the original weights with the
     adapter in them, which every program loads that loads the base; `gguf`, files for llama.cpp and Ollama. They are in

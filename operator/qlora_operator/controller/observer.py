@@ -55,6 +55,7 @@ class Observer:
             create_error=self._facts.create_error(uid),
             children_missing=self._facts.children_missing(uid),
             network_exists=self._facts.network_exists(uid),
+            delivered=self._facts.delivered(uid),
             startup_grace=startup_grace(self._cache.starting),
         )
 

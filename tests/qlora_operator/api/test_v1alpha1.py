@@ -289,12 +289,12 @@ BAD = {
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination among the datasets": (
         {"spec.output": {"destination": "hf://datasets/org/name"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination leaves its bucket": (
         {"spec.output": {"destination": "s3://bucket/.."}},

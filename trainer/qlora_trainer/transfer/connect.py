@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from qlora_contract.remote import Remote
-from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, Role, read_credentials
+from qlora_trainer.transfer.credentials import DOCKER_CONFIG, HUB_KEYS, S3_KEYS, Role, read_credentials
 from qlora_trainer.transfer.hub import Hub
+from qlora_trainer.transfer.oci import Oci
 from qlora_trainer.transfer.s3 import S3
 
 READ_SECONDS = 60.0
@@ -28,3 +29,11 @@ def connect(remote: Remote, role: Role, environ: Mapping[str, str], limit_second
     if remote.kind == "bucket":
         return S3(remote, read_credentials(role, S3_KEYS, environ), environ, read_seconds)
     return Hub(remote, read_credentials(role, HUB_KEYS, environ), environ, read_seconds)
+
+
+def connect_destination(remote: Remote, environ: Mapping[str, str], limit_seconds: float) -> Hub | S3 | Oci:
+    """As `connect`, of what may be sent to, with the credentials for output."""
+    if remote.kind == "artifact":
+        credentials = read_credentials("output", (DOCKER_CONFIG,), environ)
+        return Oci(remote, credentials, environ, min(READ_SECONDS, limit_seconds))
+    return connect(remote, "output", environ, limit_seconds)
