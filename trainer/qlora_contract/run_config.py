@@ -214,6 +214,7 @@ class Mlflow(ContractModel):
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
+    credentials_secret: SecretName | None = None
 
 
 class Tracking(ContractModel):
@@ -377,6 +378,7 @@ SINCE: Mapping[str, int] = {
     "evaluation.prompts": 2,
     "tracking": 2,
     "tracking.mlflow": 2,
+    "tracking.mlflow.credentialsSecret": 2,
     "tracking.mlflow.experiment": 2,
     "tracking.mlflow.uri": 2,
     "training.overlong=drop": 2,

@@ -78,6 +78,7 @@ OPERATOR_ONLY = (
     "spec.model.credentialsSecret",
     "spec.dataset.credentialsSecret",
     "spec.output.credentialsSecret",
+    "spec.tracking.mlflow.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
     "spec.image",
@@ -324,10 +325,13 @@ class Mlflow(ApiModel):
     server is down."""
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
-    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it.
-    Without credentials: the server must take metrics from the job's pods."""
+    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it."""
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
     """Name of the experiment, which is created if there is none."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret in the job's namespace for the server: keys `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, or
+    `MLFLOW_TRACKING_TOKEN`. It is mounted in the pods that train, and rank 0 reads it. Unset: the server must take
+    metrics from the job's pods without. `qlora run` reads the variables of these names instead."""
 
 
 class Tracking(ApiModel):
@@ -679,4 +683,7 @@ def ignored_by_run(job: QLoRAJob) -> list[str]:
 def _is_set(model: Any, path: list[str]) -> bool:
     fields = {info.alias: name for name, info in type(model).model_fields.items()}
     name = fields[path[0]]
-    return name in model.model_fields_set and (len(path) == 1 or _is_set(getattr(model, name), path[1:]))
+    value = getattr(model, name)
+    if name not in model.model_fields_set or value is None:
+        return False
+    return len(path) == 1 or _is_set(value, path[1:])

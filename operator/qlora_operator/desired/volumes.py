@@ -21,16 +21,17 @@ Volume = tuple[dict[str, Any], dict[str, Any]]
 
 def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Volume]:
     """Every volume of a pod: claims, run.json, and what can be written besides the workspace. Credentials only
-    for what the stage transfers: no rank sees any."""
+    for what the stage reaches: ranks see at most those for the tracking server."""
     sources = {"train": [spec.model.source, spec.dataset.source], "export": [spec.model.source]}.get(
         stage, []
     )
     uris = [spec.workspace, *(uri for uri in sources if not is_remote(uri))]
     workspace = split_pvc(spec.workspace)[0]
     run_config = f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"
+    mlflow = spec.tracking.mlflow
     secrets = {
         "fetch": {"model": spec.model.credentials_secret, "dataset": spec.dataset.credentials_secret},
-        "train": {},
+        "train": {"tracking": mlflow.credentials_secret if mlflow is not None else None},
         "export": {},
         "publish": {"output": spec.output.credentials_secret},
     }[stage]

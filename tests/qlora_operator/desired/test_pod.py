@@ -582,7 +582,7 @@ def test_credentials_are_files_of_transfers_only(
     pod, spec = template_of(attempt), attempt["job"].spec
     named = {
         "fetch": [spec.model.credentials_secret, spec.dataset.credentials_secret],
-        "train": [],
+        "train": [spec.tracking.mlflow.credentials_secret if spec.tracking.mlflow is not None else None],
         "export": [],
         "publish": [spec.output.credentials_secret],
     }[attempt["stage"]]
