@@ -223,9 +223,10 @@ def stricter(old: Schema, new: Schema, path: str) -> Iterator[str]:
             limit = f"{bound}{unit}"
             if limit in new and (limit not in old or tighter(old[limit], new[limit])):
                 yield f"{path} has the bound {limit} {new[limit]}"
+    if old.get("pattern") != new.get("pattern") and not widened(old.get("pattern"), new.get("pattern")):
+        yield f"{path} has another pattern"
     for same in (
         "type",
-        "pattern",
         "default",
         "format",
         "x-kubernetes-list-type",
@@ -233,6 +234,12 @@ def stricter(old: Schema, new: Schema, path: str) -> Iterator[str]:
     ):
         if old.get(same) != new.get(same):
             yield f"{path} has another {same}"
+
+
+def widened(old: str | None, new: str | None) -> bool:
+    """Whether a pattern is an older one with more alternatives: `^(a|b)$` became `^(a|b|c)$`."""
+    alternatives = old is not None and old.startswith("^(") and old.endswith(")$")
+    return old is not None and new is not None and alternatives and new.startswith(f"{old[:-2]}|")
 
 
 def schema_of(crd: dict[str, Any]) -> Schema:
@@ -257,11 +264,17 @@ def test_every_job_that_is_stored_stays_valid(old_crd: dict[str, Any]) -> None:
         (lambda spec: spec["properties"]["backoffLimit"].update(default=9), "has another default"),
         (lambda spec: spec["properties"]["image"].update(pattern="^a$"), "has another pattern"),
         (
+            lambda spec: spec["properties"]["output"]["properties"]["destination"].update(
+                pattern="^(hf://a|s3://b)$"
+            ),
+            "has another pattern",
+        ),
+        (
             lambda spec: spec["properties"]["isa"]["properties"]["allowed"]["items"]["enum"].remove("avx2"),
             "may not be avx2",
         ),
     ],
-    ids=["removed", "required", "bound", "default", "pattern", "value"],
+    ids=["removed", "required", "bound", "default", "pattern", "alternatives", "value"],
 )
 def test_a_stricter_definition_is_noticed(
     change: Callable[[Schema], object], fault: str, old_crd: dict[str, Any]
