@@ -47,6 +47,7 @@ VALUES: Object = {
             "s3://back\\*slash",
             "https://data.example/*",
         ],
+        "allowedTracking": ["http://mlflow:5000", "http://mine:5000"],
         "limits": {"pods": 4, "ranks": 8, "cpus": 16, "memory": "64Gi"},
         "defaults": {"priorityClassName": "batch", "queueName": "team"},
         "allowed": {
@@ -245,6 +246,27 @@ def test_who_creates_a_job_needs_the_rights_to_what_it_names(
         assert error.code == 403
         with pytest.raises(ApiError, match=said):
             raise error
+
+
+MLFLOW = {"uri": "http://mlflow:5000", "credentialsSecret": "hub"}
+
+
+def test_a_tracking_servers_secret_is_looked_at_whenever_it_goes_elsewhere(guarded: Guarded) -> None:
+    """Tracking may change: who adds a Secret to it, or sends it to another server, must be allowed to get it."""
+    said = "spec.tracking.mlflow.credentialsSecret hub: .*:only-jobs may not get this Secret"
+    guarded.users["owner"].post(guarded.jobs, job("plain"))
+    guarded.users["owner"].post(guarded.jobs, job("tracked", tracking={"mlflow": MLFLOW}))
+    stranger = guarded.users["only-jobs"]
+
+    with pytest.raises(ApiError, match=said):
+        stranger.patch(f"{guarded.jobs}/plain", {"spec": {"tracking": {"mlflow": MLFLOW}}})
+    with pytest.raises(ApiError, match=said):
+        stranger.patch(
+            f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"uri": "http://mine:5000"}}}}
+        )
+    stranger.patch(f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"experiment": "other"}}}})
+    stranger.patch(f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"credentialsSecret": None}}}})
+    guarded.users["owner"].patch(f"{guarded.jobs}/plain", {"spec": {"tracking": {"mlflow": MLFLOW}}})
 
 
 def test_applying_is_creating(guarded: Guarded) -> None:

@@ -45,11 +45,13 @@ PROGRESS_SECONDS = 0.5
 RESUME_HINT: dict[RunStage, str] = {
     "fetch": "run the same command again to continue from there",
     "train": "run the same command again to continue from the last checkpoint",
+    "export": "run the same command again to make what is missing",
     "publish": "run the same command again to upload the adapter",
 }
 STOPPING: dict[RunStage, str] = {
     "fetch": "stopping ...",
     "train": "stopping after a checkpoint ... (press Ctrl-C again to stop immediately, without one)",
+    "export": "stopping ...",
     "publish": "stopping ...",
 }
 
@@ -63,7 +65,7 @@ def run(
     price: Price | None = None,
     launcher: Sequence[str] = processes.LAUNCHER,
 ) -> int:
-    """Fetch what is remote, train, and upload the adapter to its destination. Returns 0, or 128 + a signal's number.
+    """Fetch what is remote, train, export, and upload the adapter. Returns 0, or 128 + a signal's number.
 
     Args:
         job: what to train.
@@ -89,7 +91,8 @@ def run(
             if told := compile_kernels():
                 local.display.print(told)
             with local.own_cpus(machine) as cpus:
-                if code := local.fetch() or local.train(launcher, cpus):
+                code = local.fetch() or (0 if finished else local.train(launcher, cpus))
+                if code := code or local.export(launcher, cpus):
                     return code
         if code := local.publish():
             return code
@@ -220,6 +223,14 @@ class LocalRun:
                 f"training ended without an error, but {self.folder} has no complete adapter; see {outcome.log}"
             )
         return self._exit_code(outcome, "train")
+
+    def export(self, launcher: Sequence[str], cpus: Sequence[Sequence[int]]) -> int:
+        """Make of the adapter what output.formats asks for."""
+        if not self.lacks_exports():
+            return 0
+        if code := self._stopped_before("export"):
+            return code
+        return self._exit_code(self._run_stage(self.next_config("export"), launcher, cpus[:1]), "export")
 
     def publish(self) -> int:
         """Upload the adapter to its destination, if it has one."""

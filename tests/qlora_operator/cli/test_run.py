@@ -170,6 +170,38 @@ def test_a_job_that_is_done_is_not_trained_again(machine: Machine) -> None:
     assert "eval loss  1.5000" in out
 
 
+EXPORTS = """
+if run.get("stage", "train") == "train":
+    if rank == 0:
+        publish()
+    end(0, "trained")
+print("exports with", size)
+for form in ("merged", "gguf-q8_0"):
+    made = folder / "exports" / form
+    made.mkdir(parents=True)
+    (made / "model").write_bytes(b"weights")
+    files = {"model": hashlib.sha256(b"weights").hexdigest()}
+    (made / "manifest.json").write_text(json.dumps({"files": files, "adapter_sha256": "None"}))
+    (made / "export_report.json").write_text("{}")
+end(0, "exported")
+"""
+
+
+def test_other_formats_are_made_after_training_by_one_rank(machine: Machine) -> None:
+    """As on a cluster; a job that has them is finished."""
+    output = {"formats": ["merged", "gguf"]}
+
+    code, out, err = machine.run(
+        f"if rank == 0:\n    identify()\n{EXPORTS}", "--verbose", pods=2, output=output
+    )
+    again, second, _ = machine.run("sys.exit(1)", output=output, pods=2)
+
+    assert (code, again, err) == (0, 0, "")
+    assert out.count("exports with 1") == 1
+    assert f"exported   {machine.job / 'exports' / 'merged'}" in out
+    assert "is already finished" in second
+
+
 def test_a_folder_of_another_job_is_refused(machine: Machine) -> None:
     """Nothing is started over another spec's results."""
     machine.job.mkdir(parents=True)
