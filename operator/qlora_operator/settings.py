@@ -147,7 +147,7 @@ class Settings(ContractModel):
     allowed_sources: list[str] = Field(default=["*"])
     """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
     characters. `https://` addresses must be named as such: `https://data.example/*`, and so must those to which the
-    servers redirect."""
+    servers redirect, and `oci://` destinations: `oci://registry.example/team/*`."""
     allowed_tracking: list[str] = Field(default=[])
     """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
     characters."""

@@ -44,7 +44,10 @@ _S3 = re.compile(rf"s3://(?P<root>{BUCKET})(?P<path>{PATH})")
 _WEB = re.compile(rf"https://(?P<root>{HOST})(?P<path>{WEB_PATH})")
 _OCI = re.compile(rf"oci://(?P<root>{REGISTRY}/{REPOSITORY}):(?P<tag>{TAG})")
 
-WEB = "https://"
+WEB, OCI = "https://", "oci://"
+SERVERS = (WEB, OCI)
+"""How what names a server of its own begins: a job could ask whatever the cluster's network reaches, unless the
+administrator names the servers."""
 
 Kind = Literal["model", "dataset", "bucket", "web", "artifact"]
 
@@ -146,9 +149,10 @@ def fits(text: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
 
 
-def web_allowed(uri: str, patterns: Sequence[str]) -> bool:
-    """Whether patterns of allowed sources allow an `https://` address: only those do that begin so."""
-    return any(fits(uri, pattern) for pattern in patterns if pattern.startswith(WEB))
+def source_allowed(uri: str, patterns: Sequence[str]) -> bool:
+    """Whether patterns of allowed sources allow a source or destination: a server only those that begin as it does."""
+    scheme = next((scheme for scheme in SERVERS if uri.startswith(scheme)), "")
+    return any(fits(uri, pattern) for pattern in patterns if pattern.startswith(scheme))
 
 
 def _relative(uri: str, path: str) -> PurePosixPath:

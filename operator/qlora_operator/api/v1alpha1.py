@@ -847,8 +847,6 @@ def ignored_by_run(job: QLoRAJob) -> list[str]:
 def _is_set(model: Any, path: list[str]) -> bool:
     if isinstance(model, list):
         return any(_is_set(each, path) for each in model)
-    if model is None:
-        return False
     fields = {info.alias: name for name, info in type(model).model_fields.items()}
     name = fields[path[0]]
     value = getattr(model, name)

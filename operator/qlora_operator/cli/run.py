@@ -18,6 +18,7 @@ from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_re
 from qlora_contract.plan import Machine
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
+from qlora_operator.api.pod_resources import stage_topology
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
 from qlora_operator.cli import job_folder, processes
@@ -90,7 +91,7 @@ def run(
         if not finished or local.lacks_exports():
             if told := compile_kernels():
                 local.display.print(told)
-            with local.own_cpus(machine) as cpus:
+            with local.own_cpus(machine, "export" if finished else "train") as cpus:
                 code = local.fetch() or (0 if finished else local.train(launcher, cpus))
                 if code := code or local.export(launcher, cpus):
                     return code
@@ -154,13 +155,13 @@ class LocalRun:
     """What holds the job's CPUs, once it has some."""
 
     @contextmanager
-    def own_cpus(self, machine: Machine) -> Iterator[list[list[int]]]:
-        """The CPUs of each launcher, which no other `qlora run` takes meanwhile.
+    def own_cpus(self, machine: Machine, stage: RunStage) -> Iterator[list[list[int]]]:
+        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile.
 
         Raises:
             PlacementError: too few are left by other jobs, and pinning is strict.
         """
-        written = self.job.spec.topology
+        written = stage_topology(self.job.spec.topology, stage)
         with ExitStack() as held:
             try:
                 locks = CpuLocks(lock_file())

@@ -101,7 +101,8 @@ class Operator:
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.cache = ObjectCache()
         self.leadership = self._leadership(os.environ.get(LEASE_ENV) or "")
-        self.client = ApiClient(self.metrics, self.leadership.may_write if self.leadership else lambda: True)
+        may_write = self.leadership.may_write if self.leadership else lambda: True
+        self.client = ApiClient(self.metrics, may_write)
         self.facts = JobFacts()
         self.poller = ProgressPoller(self.client, self.facts, lambda key: self.queue.add(key))  # noqa: PLW0108 - made below
         self.notifier = Notifier(
@@ -109,6 +110,7 @@ class Operator:
             self.metrics,
             lambda key: self.queue.add(key),  # noqa: PLW0108 - made below
             self.client.clock.now,
+            may_write,
         )
         self.reconciler = Reconciler(
             self.client, self.cache, self.facts, self.poller, self.notifier, self.settings, self.metrics
@@ -144,12 +146,12 @@ class Operator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.queue.stop()
+        await self.notifier.close()
         if self.leadership is not None:
             await self.leadership.release()
             await self.leadership.client.__aexit__()
         self.metrics.leader.set(0)
         await self.poller.close()
-        await self.notifier.close()
         await self._server.cleanup()
         await self.client.__aexit__()
 

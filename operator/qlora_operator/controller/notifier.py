@@ -1,7 +1,8 @@
 """Delivers notices to the address in the administrator's settings, beside the reconciliations, which wait for nothing.
 
 At least once: what has been delivered is written into the job's status by its next reconciliation, and whoever comes
-after this operator delivers the rest. A receiver tells duplicates by their id.
+after this operator delivers the rest. A receiver tells duplicates by their id. A copy that may not write, since another
+may lead, does not send either: it could not note what it has sent.
 """
 
 import asyncio
@@ -40,6 +41,7 @@ class Notifier:
         metrics: Metrics,
         changed: Callable[[Key], None],
         now: Callable[[], datetime],
+        may_send: Callable[[], bool],
         first_retry_seconds: float = FIRST_RETRY_SECONDS,
     ) -> None:
         """Prepare a notifier; `start` opens its session.
@@ -49,9 +51,11 @@ class Notifier:
             metrics: count deliveries.
             changed: called with the key of each job of which something was delivered.
             now: the API server's time.
+            may_send: whether no other copy of the operator can lead.
             first_retry_seconds: between the first two tries; twice as long each time after that.
         """
         self._facts, self._metrics, self._changed, self._now = facts, metrics, changed, now
+        self._may_send = may_send
         self._first_retry_seconds = first_retry_seconds
         self._pending: dict[str, asyncio.Task[None]] = {}
 
@@ -106,6 +110,8 @@ class Notifier:
     async def _post(self, url: str, event: dict[str, Any]) -> str | None:
         """Send it once; why that failed, or None."""
         async with self._free:
+            while not self._may_send():
+                await asyncio.sleep(self._first_retry_seconds)
             try:
                 timeout = aiohttp.ClientTimeout(total=POST_SECONDS)
                 headers = {"Content-Type": CONTENT_TYPE}

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from qlora_operator.cli.cpu_locks import FOLDER_ENV
+
 pytestmark = pytest.mark.process
 
 DRIVER = """
@@ -200,6 +202,30 @@ def test_other_formats_are_made_after_training_by_one_rank(machine: Machine) -> 
     assert out.count("exports with 1") == 1
     assert f"exported   {machine.job / 'exports' / 'merged'}" in out
     assert "is already finished" in second
+
+
+HELD = """
+from qlora_operator.cli.cpu_locks import busy_cpus
+print("CPUs held:", len(busy_cpus(range(os.cpu_count()))))
+"""
+
+
+def test_what_only_exports_holds_the_cpus_of_one_rank(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are left to other jobs: nothing trains."""
+    monkeypatch.setenv(FOLDER_ENV, str(machine.folder))
+
+    code, trained, err = machine.run(
+        f"if rank == 0:\n    identify()\n    publish()\n{HELD}", "--verbose", pods=2
+    )
+    again, exported, _ = machine.run(
+        HELD + EXPORTS, "--verbose", pods=2, output={"formats": ["merged", "gguf"]}
+    )
+
+    assert (code, again, err) == (0, 0, "")
+    assert "CPUs held: 2" in trained
+    assert "CPUs held: 1" in exported
 
 
 def test_a_folder_of_another_job_is_refused(machine: Machine) -> None:

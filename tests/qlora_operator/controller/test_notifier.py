@@ -30,6 +30,7 @@ class Receiver:
         self.statuses = list(statuses)
         self.got: list[tuple[str, Any]] = []
         self.now = NOW
+        self.leads = True
         self.changed: list[Key] = []
         self.facts = JobFacts()
         self.metrics = Metrics(CollectorRegistry(), "1")
@@ -60,7 +61,12 @@ def run(receiver: Receiver, play: Play) -> None:
         await site.start()
         port = runner.addresses[0][1]
         notifier = Notifier(
-            receiver.facts, receiver.metrics, receiver.changed.append, lambda: receiver.now, 0.01
+            receiver.facts,
+            receiver.metrics,
+            receiver.changed.append,
+            lambda: receiver.now,
+            lambda: receiver.leads,
+            0.01,
         )
         notifier.start()
         try:
@@ -139,3 +145,21 @@ def test_an_operator_that_stops_leaves_what_is_not_delivered() -> None:
     run(receiver, play)
 
     assert receiver.facts.delivered("u") == frozenset()
+
+
+def test_a_copy_that_may_no_longer_write_tells_nobody() -> None:
+    """Another may lead by now, and tell; once this one is sure again to lead, it goes on."""
+    receiver = Receiver(503)
+
+    async def play(notifier: Notifier, url: str) -> None:
+        notifier.offer(KEY, "u", url, STARTED, EVENT)
+        await until(lambda: receiver.told("failed"))
+        receiver.leads = False
+        await asyncio.sleep(0.1)  # several times the pause between two tries
+        assert len(receiver.got) == 1
+        receiver.leads = True
+        await until(lambda: receiver.changed)
+
+    run(receiver, play)
+
+    assert len(receiver.got) == 2

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import yaml
 
 from qlora_contract.remote import parse_remote
 from qlora_trainer.errors import Fenced, TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import DOCKER_CONFIG, Credentials, redact
-from qlora_trainer.transfer.oci import login_of, manifest_of
+from qlora_trainer.transfer.oci import Oci, login_of, manifest_of
 from qlora_trainer.transfer.publish import publish
 from qlora_trainer.transfer.retry import Retrier
 from testcluster import binaries
@@ -91,6 +92,31 @@ def test_a_manifest_depends_on_the_files_alone() -> None:
     one, other = {"a": blob_of(b"1"), "b": blob_of(b"2")}, {"b": blob_of(b"2"), "a": blob_of(b"1")}
 
     assert manifest_of(one) == manifest_of(other)
+
+
+@pytest.mark.parametrize(
+    "elsewhere", ["http://10.0.0.1/x", "http://registry.example/v2/x", "ftp://registry.example/x"]
+)
+def test_uploads_go_nowhere_without_tls(elsewhere: str, tmp_path: Path) -> None:
+    """A registry may keep blobs elsewhere, but sends nobody's login or adapter over the network in plain text."""
+    asked: list[str] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(f"{request.method} {request.url}")
+        return httpx2.Response(*((404, {}) if request.method == "HEAD" else (202, {"Location": elsewhere})))
+
+    (tmp_path / "a").write_bytes(b"weights")
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    registry = Oci(parse_remote("oci://registry.example/team/a:v1"), Credentials("output"), {"HOME": "/"}, 1)
+    registry._client = httpx2.Client(transport=httpx2.MockTransport(answer))
+
+    with pytest.raises(TransferRefused, match="without TLS"):
+        registry.upload(tmp_path, ["a"], lambda: None, lambda _: None, Retrier(1))
+
+    assert [line.split("/v2/")[0] for line in asked] == [
+        "HEAD https://registry.example",
+        "POST https://registry.example",
+    ]
 
 
 # --- with one

@@ -225,7 +225,15 @@ class Oci:
     def _location(self, answer: httpx2.Response) -> str:
         if "Location" not in answer.headers:
             raise TransientError(f"{self._remote.uri}: the answer of {self._registry} is not a registry's")
-        return str(httpx2.URL(self._base).join(answer.headers["Location"]))
+        base = httpx2.URL(self._base)
+        target = base.join(answer.headers["Location"])
+        if target.scheme != "https" and (target.scheme, target.netloc) != (base.scheme, base.netloc):
+            # The login would follow, or the cluster's network be asked.
+            raise TransferRefused(
+                f"{self._remote.uri}: {self._registry} wants its uploads at {target.scheme}://{target.host}, without "
+                "TLS; a registry behind a proxy must know that its own address begins with https://"
+            )
+        return str(target)
 
     # --- requests
 
