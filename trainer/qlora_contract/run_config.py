@@ -23,7 +23,6 @@ from qlora_contract.remote import (
     PVC_PATTERN,
     REVISION_PATTERN,
     SECRET_PATTERN,
-    WEB,
     NamedSource,
     fetched_uri,
     is_remote,
@@ -76,7 +75,9 @@ MAX_SOURCES = 32
 """Of a dataset. What all of them resolve to must fit into a termination message."""
 MAX_WEIGHT = 100.0
 
-RunStage = Literal["fetch", "train", "publish"]
+RunStage = Literal["fetch", "train", "export", "publish"]
+TRANSFERS: tuple[RunStage, ...] = ("fetch", "publish")
+"""Stages that reach the network, and alone see credentials for it."""
 RecordFormat = Literal["auto", "chat", "prompt-completion", "alpaca", "text"]
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
@@ -289,6 +290,7 @@ class Mlflow(ContractModel):
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
+    credentials_secret: SecretName | None = None
 
 
 class Tracking(ContractModel):
@@ -395,8 +397,8 @@ class RunConfig(ContractModel):
     version: RunConfigVersion = RUN_CONFIG_VERSION
     """The version that the job's image reads: `to_json` writes that one."""
     stage: RunStage = "train"
-    """What the attempt does: fetch remote sources into the workspace, train, or send the adapter to
-    output.destination."""
+    """What the attempt does: fetch remote sources into the workspace, train, make output.formats of the finished
+    adapter, or send them to output.destination."""
     job: JobRef
     fetched: ResolvedRevisions = ResolvedRevisions()
     """Revisions to train on; for the stage `fetch`, those that are known already."""
@@ -506,18 +508,21 @@ SINCE: Mapping[str, int] = {
     "evaluation.prompts": 2,
     "tracking": 2,
     "tracking.mlflow": 2,
+    "tracking.mlflow.credentialsSecret": 2,
     "tracking.mlflow.experiment": 2,
     "tracking.mlflow.uri": 2,
     "training.overlong=drop": 2,
     "training.overlong=error": 2,
+    "output.destination=oci://": 2,
     "output.formats": 2,
     "output.ggufTypes": 2,
     "quantization.blockSize=128": 2,
     "quantization.scheme=fp4": 2,
     "quantization.scheme=int8": 2,
 }
-"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
-value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
+"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`), or a
+scheme of a URI (`output.destination=oci://`): every field and value is of version 1 unless it stands here. A trainer of
+an earlier version must not get what it does not know."""
 
 
 def newer_than(run: RunConfig, version: int) -> list[str]:
@@ -539,5 +544,5 @@ def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[str]:
             yield from _leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}={value}"
-            if isinstance(value, str) and value.startswith(WEB):
-                yield f"{path}{name}={WEB}"
+            if isinstance(value, str) and "://" in value:
+                yield f"{path}{name}={value.partition('://')[0]}://"

@@ -88,6 +88,7 @@ OPERATOR_ONLY = (
     "spec.dataset.credentialsSecret",
     "spec.dataset.sources.credentialsSecret",
     "spec.output.credentialsSecret",
+    "spec.tracking.mlflow.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
     "spec.image",
@@ -532,15 +533,16 @@ class Output(ApiModel):
     destination: str | None = Field(
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
     )
-    """`hf://org/name` or `s3://bucket/path` to which a copy of the adapter is uploaded. Unset: it stays in the
-    workspace only."""
+    """`hf://org/name`, `s3://bucket/path` or, as an OCI artifact, `oci://registry/name:tag` to which a copy of the
+    adapter is uploaded. Unset: it stays in the workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
+    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret; for oci://
+    it is of type kubernetes.io/dockerconfigjson."""
     formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
     """What is made once training is done: `adapter`, in PEFT's format, always; `merged`, the original weights with the
     adapter in them, which every program loads that loads the base; `gguf`, files for llama.cpp and Ollama. They are in
-    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. They are made
-    by the first rank, and take its time and disk space, but hardly more memory than it has."""
+    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. A pod
+    of one rank makes them when the ranks have left their nodes; it has what each of them had."""
     gguf_types: list[GgufType] = Field(default=["q8_0"], min_length=1, max_length=4)
     """Which GGUF files `gguf` makes: `f16`, `q8_0` and `q4_k_m` are the whole model, of 2, 1.1 and 0.6 bytes a weight;
     `lora` is the adapter alone, for a base that is in GGUF already. The default is half the size of `f16`, and hardly
@@ -552,10 +554,13 @@ class Mlflow(ApiModel):
     server is down."""
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
-    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it.
-    Without credentials: the server must take metrics from the job's pods."""
+    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it."""
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
     """Name of the experiment, which is created if there is none."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret in the job's namespace for the server: keys `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, or
+    `MLFLOW_TRACKING_TOKEN`. It is mounted in the pods that train, and rank 0 reads it. Unset: the server must take
+    metrics from the job's pods without. `qlora run` reads the variables of these names instead."""
 
 
 class Tracking(ApiModel):
@@ -975,8 +980,9 @@ def ignored_by_run(job: QLoRAJob) -> list[str]:
 def _is_set(model: Any, path: list[str]) -> bool:
     if isinstance(model, list):
         return any(_is_set(each, path) for each in model)
-    if model is None:
-        return False
     fields = {info.alias: name for name, info in type(model).model_fields.items()}
     name = fields[path[0]]
-    return name in model.model_fields_set and (len(path) == 1 or _is_set(getattr(model, name), path[1:]))
+    value = getattr(model, name)
+    if name not in model.model_fields_set or value is None:
+        return False
+    return len(path) == 1 or _is_set(value, path[1:])

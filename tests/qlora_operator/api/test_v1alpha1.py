@@ -344,12 +344,12 @@ BAD = {
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination among the datasets": (
         {"spec.output": {"destination": "hf://datasets/org/name"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination leaves its bucket": (
         {"spec.output": {"destination": "s3://bucket/.."}},
@@ -915,6 +915,7 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
         "spec.model.credentialsSecret",
         "spec.dataset.credentialsSecret",
         "spec.dataset.sources.credentialsSecret",
+        "spec.tracking.mlflow.credentialsSecret",
     }
     assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]
 

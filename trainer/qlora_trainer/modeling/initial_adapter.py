@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from qlora_contract.files import sha256
+from qlora_contract.files import read_json, sha256
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
@@ -107,7 +107,7 @@ def check(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]])
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder. Raises ModelError where there is none."""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        config = read_json(folder / ADAPTER_CONFIG)
     except FileNotFoundError as error:
         raise ModelError(
             f"adapter.initialAdapter: {folder} has no {ADAPTER_CONFIG}: it must be the folder of an adapter as PEFT "
