@@ -103,7 +103,9 @@ def test_uploads_go_nowhere_without_tls(elsewhere: str, tmp_path: Path) -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         asked.append(f"{request.method} {request.url}")
-        return httpx2.Response(*((404, {}) if request.method == "HEAD" else (202, {"Location": elsewhere})))
+        if request.method == "HEAD":
+            return httpx2.Response(404)
+        return httpx2.Response(202, headers={"Location": elsewhere})
 
     (tmp_path / "a").write_bytes(b"weights")
     (tmp_path / "manifest.json").write_text('{"files": {}}')
