@@ -56,7 +56,7 @@ def figures(total: int, **more: Any) -> MemoryFigures:
 
 def details(memory: MemoryFigures) -> PlanReport:
     """What the trainer might measure."""
-    numbers = dict.fromkeys(set(ModelShape.model_fields) - {"tied"}, 1)
+    numbers = dict.fromkeys(set(ModelShape.model_fields) - {"tied", "beside_layers"}, 1)
     split = {
         "format": "alpaca",
         "records": 12,
