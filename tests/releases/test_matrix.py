@@ -316,6 +316,9 @@ HOLD_FOR_STORED_JOBS = {
     "!has(self.adapter.initialAdapter) ||": "none has that field",
     "!has(self.keepBest) ||": "none has that field",
     "!has(self.earlyStoppingPatience) ||": "none has that field",
+    "has(self.end) != has(self.durationSeconds)": "is of a window of spec.schedule, which none has",
+    "self.start.matches(": "likewise",
+    "!has(self.end) ||": "likewise",
 }
 """How a rule begins that came after release 0.1.0: why every job that is stored keeps to it."""
 

@@ -190,7 +190,7 @@ def test_parents_of_defaults_have_a_default() -> None:
     optional = {
         name: node
         for name, node in spec["properties"].items()
-        if "properties" in node and name not in spec["required"]
+        if "properties" in node and name not in spec["required"] and "required" not in node
     }
 
     assert {
@@ -378,7 +378,7 @@ def without_words(schema: Any) -> Any:
     }
 
 
-PINNED = {"v1alpha1": "5d02466996876c5d"}
+PINNED = {"v1alpha1": "a567535641dfff8e"}
 """Stored version of the API -> hash over its schema."""
 
 
