@@ -68,7 +68,9 @@ class ModelShape(ContractModel):
     largest_linear: int
     """Weights of the largest of them."""
     adapter_weights: int
-    """Weights of A and B over all adapted layers."""
+    """Numbers that are trained: with LoRA, those of A and B over all adapted layers."""
+    made_weights: int = 0
+    """Numbers that the adapter makes of its weights in each micro-batch: keys and values of a projected prefix."""
     further_kept: int = 0
     """Numbers of a token in a layer that the backward pass needs beside those of a Llama layer."""
 
@@ -82,7 +84,7 @@ class MemoryEstimate:
     base: int
     """Frozen weights, with embedding and head."""
     adapter: int
-    """Adapter, its gradient and AdamW's two moments."""
+    """Adapter, its gradient and AdamW's two moments; and what it makes of its weights, with a gradient."""
     activations: int
     """Kept for the backward pass of one micro-batch."""
     scratch: int
@@ -199,7 +201,7 @@ def estimate(
     return MemoryEstimate(
         runtime=runtime_bytes(run.layout) + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
         base=weight_bytes(shape.linear_weights, run.quantization, e) + embedding,
-        adapter=shape.adapter_weights * 4 * 4,
+        adapter=shape.adapter_weights * 4 * 4 + shape.made_weights * 4 * 2,
         activations=activations if compiled else int(activations * PLAIN_SLACK),
         scratch=scratch,
         micro_batch_tokens=tokens,

@@ -16,6 +16,7 @@ from qlora_operator.status import (
     conditions,
     cost,
     holds,
+    notices,
     policies,
     progress_status,
     running,
@@ -91,9 +92,10 @@ def _suspend_or_resume(builder: StatusBuilder) -> None:
             builder.event("Normal", hold.reason, hold.message)
     elif held_by is not None:
         assert before is not None
-        builder.set_false(ConditionType.SUSPENDED, Reason.RESUMED, holds.resumed(view.spec, held_by))
+        reason, why = holds.resumed(view.spec, held_by)
+        builder.set_false(ConditionType.SUSPENDED, reason, why)
         builder.set(start_time=_start_time_after(view, before), message="resumed")
-        builder.event("Normal", Reason.RESUMED, "resumed")
+        builder.event("Normal", reason, "resumed")
     # In a queue the clock starts when the queue admits the job.
     queued = view.job.queue_name is not None
     if builder.status.start_time is None and hold is None and not queued:
@@ -295,4 +297,5 @@ def _summarize(builder: StatusBuilder) -> None:
         restarts=view.restarts,
         window=window,
         columns=columns(min(ready, world_size or 0), world_size, view.status.progress, view.restarts, shown),
+        notified=notices.notified(view.status, sorted(view.seen.delivered)),
     )

@@ -41,11 +41,13 @@ def hold(spec: QLoRAJobSpec, now: datetime) -> Hold | None:
     return Hold(Reason.OUTSIDE_WINDOWS, why, why)
 
 
-def resumed(spec: QLoRAJobSpec, held_by: str) -> str:
-    """Why a job that was held for this reason no longer is."""
+def resumed(spec: QLoRAJobSpec, held_by: str) -> tuple[Reason, str]:
+    """Why a job that was held for this reason no longer is: the condition's reason and message."""
     if held_by == Reason.SUSPENDED:
-        return "spec.suspend is false again"
-    return "spec.schedule was removed" if spec.schedule is None else "a window of spec.schedule is open"
+        return Reason.RESUMED, "spec.suspend is false again"
+    if spec.schedule is None:
+        return Reason.RESUMED, "spec.schedule was removed"
+    return Reason.WINDOW_OPEN, "a window of spec.schedule is open"
 
 
 def window_status(schedule: Schedule, now: datetime) -> WindowStatus | None:

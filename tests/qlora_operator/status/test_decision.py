@@ -388,9 +388,9 @@ HELD = ("True", "Suspended", "spec.suspend is true")
         pytest.param(
             {"schedule": DAYS},
             OUTSIDE,
-            ("False", "Resumed", "a window of spec.schedule is open"),
+            ("False", "WindowOpen", "a window of spec.schedule is open"),
             "2026-01-31T11:30:00Z",
-            ["Resumed"],
+            ["WindowOpen"],
             id="its window opens",
         ),
         pytest.param(
