@@ -582,7 +582,7 @@ TAKEN: dict[str, tuple[Object, str | None]] = {
 @pytest.fixture(scope="module")
 def as_operator(api_cluster: Cluster, guarded: Guarded) -> Iterator[Client]:
     """Whoever has the operator's token."""
-    client = make_user(api_cluster, guarded.namespace, OPERATOR, [may("batch", "jobs", ["create"])])
+    client = make_user(api_cluster, guarded.namespace, OPERATOR, [may("batch", "jobs", ["create", "patch"])])
     path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs{DRY}"
 
     def holds() -> bool:
@@ -615,3 +615,22 @@ def test_the_operators_token_is_worth_no_more_than_its_jobs(
         return
     with pytest.raises(ApiError, match=said):
         as_operator.post(path, changed(body, change))
+
+
+def test_the_operators_token_changes_only_annotations_of_jobs(guarded: Guarded, as_operator: Client) -> None:
+    """Whoever has it cannot let a Job out of its queue, or give it other pods."""
+    made = QLoRAJob.model_validate(merged(job(), {"metadata": {"namespace": guarded.namespace}}))
+    body = attempt_job(made, uid="u", attempt=7, isa="avx2", image="a:1", settings=guarded.settings)
+    body["spec"]["suspend"] = True
+    for container in body["spec"]["template"]["spec"]["containers"]:
+        container["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
+    body["spec"]["template"]["spec"]["volumes"] = [{"name": "tmp", "emptyDir": {}}]
+    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs"
+    as_operator.post(path, body)
+
+    changed_job = as_operator.patch(
+        f"{path}/{made.metadata.name}-a7", {"metadata": {"annotations": {"a": "b"}}}
+    )
+    assert changed_job["metadata"]["annotations"]["a"] == "b"
+    with pytest.raises(ApiError, match="only annotations"):
+        as_operator.patch(f"{path}/{made.metadata.name}-a7", {"spec": {"suspend": False}})

@@ -55,6 +55,10 @@ TOPOLOGY_HASH_ANNOTATION = f"{GROUP}/held-fields"
 If it differs from the job's, the job was suspended, changed and resumed while the operator was not watching. The name
 is that of release 0.1.0: running Jobs carry it, and an operator of that release looks for it."""
 
+CHECKPOINT_ANNOTATION = f"{GROUP}/checkpoint-time"
+"""On an attempt's Job: when its newest checkpoint was made, RFC 3339. What it has done since is lost if its pods are
+killed at once, which a scheduler may want to know that looks for pods to preempt."""
+
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
 
