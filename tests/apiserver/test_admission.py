@@ -617,20 +617,27 @@ def test_the_operators_token_is_worth_no_more_than_its_jobs(
         as_operator.post(path, changed(body, change))
 
 
-def test_the_operators_token_changes_only_annotations_of_jobs(guarded: Guarded, as_operator: Client) -> None:
+def test_the_operators_token_changes_only_annotations_of_jobs(
+    api_cluster: Cluster, guarded: Guarded, as_operator: Client
+) -> None:
     """Whoever has it cannot let a Job out of its queue, or give it other pods."""
-    made = QLoRAJob.model_validate(merged(job(), {"metadata": {"namespace": guarded.namespace}}))
-    body = attempt_job(made, uid="u", attempt=7, isa="avx2", image="a:1", settings=guarded.settings)
-    body["spec"]["suspend"] = True
-    for container in body["spec"]["template"]["spec"]["containers"]:
-        container["volumeMounts"] = [{"name": "tmp", "mountPath": "/tmp"}]
-    body["spec"]["template"]["spec"]["volumes"] = [{"name": "tmp", "emptyDir": {}}]
-    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs"
-    as_operator.post(path, body)
-
-    changed_job = as_operator.patch(
-        f"{path}/{made.metadata.name}-a7", {"metadata": {"annotations": {"a": "b"}}}
+    spec = {"managedBy": "example.org/nobody"}  # the Job is collected without its owner
+    wanted = merged(job(), {"metadata": {"name": "owner", "namespace": guarded.namespace}, "spec": spec})
+    owner = api_cluster.client.post(
+        f"/apis/qlora.dev/v1alpha1/namespaces/{guarded.namespace}/qlorajobs", wanted
     )
-    assert changed_job["metadata"]["annotations"]["a"] == "b"
+    body = attempt_job(
+        QLoRAJob.model_validate(wanted),
+        uid=owner["metadata"]["uid"],
+        attempt=0,
+        isa="avx2",
+        image="a:1",
+        settings=guarded.settings,
+    )
+    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs"
+    as_operator.post(path, merged(body, {"spec": {"suspend": True}}))
+
+    patched = as_operator.patch(f"{path}/owner-a0", {"metadata": {"annotations": {"a": "b"}}})
+    assert patched["metadata"]["annotations"]["a"] == "b"
     with pytest.raises(ApiError, match="only annotations"):
-        as_operator.patch(f"{path}/{made.metadata.name}-a7", {"spec": {"suspend": False}})
+        as_operator.patch(f"{path}/owner-a0", {"spec": {"suspend": False}})
