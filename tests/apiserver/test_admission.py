@@ -582,7 +582,7 @@ TAKEN: dict[str, tuple[Object, str | None]] = {
 @pytest.fixture(scope="module")
 def as_operator(api_cluster: Cluster, guarded: Guarded) -> Iterator[Client]:
     """Whoever has the operator's token."""
-    client = make_user(api_cluster, guarded.namespace, OPERATOR, [may("batch", "jobs", ["create"])])
+    client = make_user(api_cluster, guarded.namespace, OPERATOR, [may("batch", "jobs", ["create", "patch"])])
     path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs{DRY}"
 
     def holds() -> bool:
@@ -615,3 +615,29 @@ def test_the_operators_token_is_worth_no_more_than_its_jobs(
         return
     with pytest.raises(ApiError, match=said):
         as_operator.post(path, changed(body, change))
+
+
+def test_the_operators_token_changes_only_annotations_of_jobs(
+    api_cluster: Cluster, guarded: Guarded, as_operator: Client
+) -> None:
+    """Whoever has it cannot let a Job out of its queue, or give it other pods."""
+    spec = {"managedBy": "example.org/nobody"}  # the Job is collected without its owner
+    wanted = merged(job(), {"metadata": {"name": "owner", "namespace": guarded.namespace}, "spec": spec})
+    owner = api_cluster.client.post(
+        f"/apis/qlora.dev/v1alpha1/namespaces/{guarded.namespace}/qlorajobs", wanted
+    )
+    body = attempt_job(
+        QLoRAJob.model_validate(wanted),
+        uid=owner["metadata"]["uid"],
+        attempt=0,
+        isa="avx2",
+        image="a:1",
+        settings=guarded.settings,
+    )
+    path = f"/apis/batch/v1/namespaces/{guarded.namespace}/jobs"
+    as_operator.post(path, merged(body, {"spec": {"suspend": True}}))
+
+    patched = as_operator.patch(f"{path}/owner-a0", {"metadata": {"annotations": {"a": "b"}}})
+    assert patched["metadata"]["annotations"]["a"] == "b"
+    with pytest.raises(ApiError, match="only annotations"):
+        as_operator.patch(f"{path}/owner-a0", {"spec": {"suspend": False}})

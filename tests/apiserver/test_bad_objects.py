@@ -80,6 +80,15 @@ def tolerating(**fields: object) -> Object:
     return {"spec.scheduling": {"tolerations": [fields]}}
 
 
+WINDOW = "spec.schedule.windows[0]"
+CRON = "five fields as cron has them"
+
+
+def opening(**fields: object) -> Object:
+    """A change that gives the job one window."""
+    return {"spec.schedule": {"windows": [fields]}}
+
+
 def selecting(key: str, value: object = "a") -> Object:
     """A change that gives the job a node selector."""
     return {"spec.scheduling": {"nodeSelector": {key: value}}}
@@ -295,6 +304,23 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "queue with a space": ({"spec.scheduling": {"queueName": "a b"}}, "spec.scheduling.queueName", "match"),
     "queue of 64 characters": ({"spec.scheduling": {"queueName": "q" * 64}}, "queueName", "Too long"),
     "queue is empty": ({"spec.scheduling": {"queueName": ""}}, "spec.scheduling.queueName", "at least 1 chars"),
+    # the schedule
+    "no windows": ({"spec.schedule": {"timeZone": "UTC"}}, "spec.schedule.windows", "Required value"),
+    "windows, and none of them": ({"spec.schedule": {"windows": []}}, "spec.schedule.windows", "at least 1 items"),
+    "17 windows": (
+        {"spec.schedule": {"windows": [{"start": "0 0 * * *", "durationSeconds": 60}] * 17}}, "windows", "Too many"),
+    "window without a start": (opening(durationSeconds=60), f"{WINDOW}.start", "Required value"),
+    "window without an end": (opening(start="0 0 * * *"), WINDOW, "exactly one of end and durationSeconds"),
+    "window with two ends": (
+        opening(start="0 0 * * *", end="0 1 * * *", durationSeconds=60), WINDOW, "exactly one of end"),
+    "window at 25 o'clock": (opening(start="0 25 * * *", durationSeconds=60), f"{WINDOW}.start", CRON),
+    "window at 20:00": (opening(start="20:00 daily", durationSeconds=60), f"{WINDOW}.start", CRON),
+    "window until six fields": (opening(start="0 0 * * *", end="0 0 6 * * *"), f"{WINDOW}.end", CRON),
+    "window of 59 seconds": (opening(start="0 0 * * *", durationSeconds=59), f"{WINDOW}.durationSeconds", f"{LOW} 60"),
+    "window of a duration in words": (opening(start="0 0 * * *", durationSeconds="10h"), "durationSeconds", "integer"),
+    "zone with a space": (
+        {"spec.schedule": {"timeZone": "New York", "windows": [{"start": "0 0 * * *", "durationSeconds": 60}]}},
+        "spec.schedule.timeZone", "should match"),
     # the rest
     "manager without a domain": ({"spec.managedBy": "kueue"}, "spec.managedBy", "should match"),
     "manager without a path": ({"spec.managedBy": "a.io/"}, "spec.managedBy", "should match"),

@@ -13,6 +13,7 @@ from testcluster.chart import operator_role
 from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.faulty import FaultyProxy, answer
+from testcluster.rank_zero import rank_zero
 from testcluster.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -60,6 +61,7 @@ def tour(
         job.kubelet.succeeded(pod)
     jobs = f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs"
     wait_for(lambda: not client.items(jobs), or_else="the end of the job by its TTL")
+    makes_a_checkpoint(make_job)
     job = make_job("stays")
     for pod in job.run():
         job.kubelet.succeeded(pod)
@@ -94,6 +96,23 @@ def is_refused(make_job: Callable[..., Any]) -> None:
     """A job whose pods are refused: the operator looks at the Events of its Job."""
     job = make_job("refused", scheduling={"priorityClassName": "none"})
     job.until(lambda status: "are refused" in status.get("message", ""))
+
+
+def makes_a_checkpoint(make_job: Callable[..., Any]) -> None:
+    """Rank 0 tells of a checkpoint: the operator annotates the attempt's Job, whose next attempt knows it at once."""
+    job = make_job("saves")
+    made = "2026-01-31T11:00:00Z"
+    with rank_zero() as rank:
+        checkpoint = {"step": 3, "time": made, "uri": "pvc://work/here/jobs/saves/checkpoints/3"}
+        rank.tell(job.get()["metadata"]["uid"], step=3, checkpoint=checkpoint)
+        first, second = job.pods(0)
+        job.kubelet.running(first, ip=rank.address)
+        job.kubelet.running(second)
+        job.until_gang(
+            0, lambda gang: gang["metadata"]["annotations"].get("qlora.dev/checkpoint-time") == made, 40
+        )
+    job.kubelet.failed(first, 50)
+    job.until_gang(1, lambda gang: gang["metadata"]["annotations"]["qlora.dev/checkpoint-time"] == made)
 
 
 def loses_its_quota(client: Client, make_job: Callable[..., Any]) -> None:

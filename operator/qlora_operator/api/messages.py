@@ -25,6 +25,7 @@ _FORMS = {
     v1alpha1.SUBDOMAIN_PATTERN: "lower-case letters, digits, '-' and '.', at most {maxLength} characters",
     v1alpha1.MANAGER_PATTERN: "a controller such as kueue.x-k8s.io/multikueue, at most 63 characters",
     v1alpha1.IMAGE_PATTERN: "an image, such as registry.example/team/trainer@sha256:...",
+    v1alpha1.TIME_ZONE_PATTERN: "the name of a time zone, such as Europe/Berlin, at most 64 characters",
     TRACKING_URI_PATTERN: "a server's address such as http://mlflow.tracking.svc:5000, without user or query, at most "
     "512 characters",
     remote.PVC_PATTERN: "pvc://claim/path, at most 512 characters",

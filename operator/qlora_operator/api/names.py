@@ -55,6 +55,10 @@ TOPOLOGY_HASH_ANNOTATION = f"{GROUP}/held-fields"
 If it differs from the job's, the job was suspended, changed and resumed while the operator was not watching. The name
 is that of release 0.1.0: running Jobs carry it, and an operator of that release looks for it."""
 
+CHECKPOINT_ANNOTATION = f"{GROUP}/checkpoint-time"
+"""On an attempt's Job: when its newest checkpoint was made, RFC 3339. What it has done since is lost if its pods are
+killed at once, which a scheduler may want to know that looks for pods to preempt."""
+
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
 
@@ -145,7 +149,7 @@ class Phase(StrEnum):
     PUBLISHING = "Publishing"
     """Training is done; the adapter is being verified and stored, exported, or sent to output.destination."""
     SUSPENDED = "Suspended"
-    """Suspended by spec.suspend."""
+    """Suspended by spec.suspend, or outside the windows of spec.schedule."""
     SUCCEEDED = "Succeeded"
     """Ended with a verified adapter."""
     FAILED = "Failed"
@@ -156,7 +160,8 @@ class ConditionType(StrEnum):
     """The conditions of a job, each with status True, False or Unknown."""
 
     SUSPENDED = "Suspended"
-    """spec.suspend is true: pods that still run are stopped, and no others start."""
+    """spec.suspend is true, or no window of spec.schedule is open: pods that still run are stopped, and no others
+    start."""
     INITIALIZED = "Initialized"
     """Everything that the ranks need in order to start exists."""
     QUOTA_RESERVED = "QuotaReserved"
@@ -266,6 +271,10 @@ class Reason(StrEnum):
     """Suspended: spec.suspend is true."""
     RESUMED = "Resumed"
     """Not Suspended: spec.suspend was true and is now false."""
+    OUTSIDE_WINDOWS = "OutsideWindows"
+    """Suspended: no window of spec.schedule is open; the message says until when."""
+    WINDOW_OPEN = "WindowOpen"
+    """Not Suspended: a window of spec.schedule has opened."""
     STEPPED_DOWN = "SteppedDown"
     """Not Running: no node of the tier had room within isa.stepDownSeconds; a tier with other nodes is tried."""
     REQUEUED = "Requeued"

@@ -240,6 +240,7 @@ def printer_columns() -> list[Schema]:
         ("Dtype", "string", ".status.placement.dtype"),
         ("Checkpoint", "integer", ".status.checkpoint.step"),
         ("Adapter", "string", ".status.adapter.uri"),
+        ("Window", "string", ".status.columns.window"),
         ("Message", "string", ".status.message"),
     ]
     return [

@@ -223,6 +223,15 @@ class Provenance(StatusModel):
     """sha256 of the fields of spec that shape the result, in hexadecimal: the same in every release."""
 
 
+class WindowStatus(StatusModel):
+    """Whether a window of spec.schedule is open."""
+
+    open: bool
+    """Whether the job may run."""
+    until: Time | None = None
+    """When that changes. Unset: not for more than a week, if it is open; never, if it is not."""
+
+
 class Columns(StatusModel):
     """Ready-made text for `kubectl get`, which can neither join two fields nor round a number."""
 
@@ -238,6 +247,8 @@ class Columns(StatusModel):
     """progress.etaSeconds for people: `9m`."""
     restarts: str | None = None
     """Restarts of both kinds: `0`."""
+    window: str | None = None
+    """window, by the clock of spec.schedule: `closed until 2026-12-01T20:00:00+01:00`."""
 
 
 class QLoRAJobStatus(StatusModel):
@@ -276,6 +287,7 @@ class QLoRAJobStatus(StatusModel):
     """What the adapter was made from."""
     cost: Cost | None = None
     """What the job has cost."""
+    window: WindowStatus | None = None
     columns: Columns | None = None
     """Text for `kubectl get`, derived from the other fields."""
     start_time: Time | None = None

@@ -46,6 +46,7 @@ from qlora_contract.run_config import (
     RecordFormat,
 )
 from qlora_operator.api import names, quantity
+from qlora_operator.api.cron import CRON_PATTERN, MAX_CRON, is_cron
 from qlora_operator.api.rules import ApiModel, Rule
 from qlora_operator.api.status import QLoRAJobStatus, StatusModel
 
@@ -64,6 +65,8 @@ SUBDOMAIN_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-
 MANAGER_PATTERN = SUBDOMAIN_PATTERN.removesuffix("$") + "/[-A-Za-z0-9/._~%!$&'()*+,;=:]+$"
 """A controller's name as batch/v1 has it: a domain, a slash, a path."""
 IMAGE_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._:/@]*$"
+TIME_ZONE_PATTERN = "^[A-Za-z][-A-Za-z0-9_+]*(/[A-Za-z0-9][-A-Za-z0-9_+]*)*$"
+MAX_WINDOWS = 16
 MAX_LABEL_KEY = 317
 """A prefix of 253 characters, a slash, a name of 63."""
 
@@ -76,6 +79,7 @@ MUTABLE = frozenset(
         "infrastructureBackoffLimit",
         "pendingDeadlineSeconds",
         "progressDeadlineSeconds",
+        "schedule",
         "tracking",
     }
 )
@@ -91,6 +95,7 @@ OPERATOR_ONLY = (
     "spec.tracking.mlflow.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
+    "spec.schedule",
     "spec.image",
     "spec.suspend",
     "spec.managedBy",
@@ -782,9 +787,56 @@ class Scheduling(ApiModel):
     )
 
 
+def _is_cron(field: str, may_be_unset: str = "") -> Rule:
+    """A rule, not a pattern: whoever breaks it would read all of that."""
+    return Rule(
+        cel=f"{may_be_unset}self.{field}.matches('{CRON_PATTERN}')",
+        holds=lambda window: getattr(window, field) is None or is_cron(getattr(window, field)),
+        message=(
+            "must be five fields as cron has them, such as `0 20 * * MON-FRI`: minute (0-59), hour (0-23), day of the "
+            "month (1-31), month (1-12 or JAN-DEC), day of the week (0-7 or SUN-SAT)"
+        ),
+        field=(field,),
+    )
+
+
+class Window(ApiModel):
+    """A time in which the job may run: from its start until its end, or for a duration."""
+
+    start: str = Field(min_length=9, max_length=MAX_CRON)
+    """When the window opens, as cron has it: minute, hour, day of the month, month, day of the week. `0 20 * * MON-FRI`
+    is eight in the evening of every working day. A range may go round: `22-5`, `FRI-MON`."""
+    end: str | None = Field(default=None, min_length=9, max_length=MAX_CRON)
+    """When it closes, in the same form: the first such time after each start. By the clock, whatever the hours between
+    are."""
+    duration_seconds: int | None = Field(default=None, ge=60, le=31 * 86_400)
+    """In place of end: seconds after which it closes."""
+
+    rules = (
+        _is_cron("start"),
+        _is_cron("end", "!has(self.end) || "),
+        Rule(
+            cel="has(self.end) != has(self.durationSeconds)",
+            holds=lambda window: (window.end is None) != (window.duration_seconds is None),
+            message="exactly one of end and durationSeconds must be given",
+        ),
+    )
+
+
+class Schedule(ApiModel):
+    """When the job may run. Outside its windows it is suspended: its pods stop after a checkpoint, and it goes on in
+    the next window, at no cost to any limit. May change at any time."""
+
+    time_zone: str | None = Field(default=None, min_length=1, max_length=64, pattern=TIME_ZONE_PATTERN)
+    """Time zone of the windows' clock, by its name in the IANA database, such as `Europe/Berlin`. A time that the clock
+    skips in spring comes when it has skipped it; one that comes twice in autumn counts the first time. Unset: UTC."""
+    windows: list[Window] = Field(min_length=1, max_length=MAX_WINDOWS)
+    """The times in which the job may run. They may overlap."""
+
+
 class QLoRAJobSpec(ApiModel):
-    """What to train, on what, and how. Immutable except for suspend, the deadlines and the limits, and for topology and
-    scheduling while the job is suspended."""
+    """What to train, on what, and how. Immutable except for suspend, schedule, the deadlines and the limits, and for
+    topology and scheduling while suspend is true."""
 
     workspace: str = Field(min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN)
     """Folder that the job works in, as `pvc://claim/path`: fetched sources, and under `jobs/<name>` its checkpoints
@@ -802,6 +854,7 @@ class QLoRAJobSpec(ApiModel):
     isa: Isa = Isa()
     distributed: Distributed = Distributed()
     scheduling: Scheduling = Scheduling()
+    schedule: Schedule | None = None
     image: str | None = Field(default=None, min_length=1, max_length=512, pattern=IMAGE_PATTERN)
     """Trainer image, which the cluster's administrator must allow. Unset: the administrator's default. The first
     attempt fixes it for the later ones."""
@@ -815,7 +868,8 @@ class QLoRAJobSpec(ApiModel):
     """Seconds after which a finished job is deleted; the workspace stays. Unset: never."""
     active_deadline_seconds: int | None = Field(default=None, ge=1, le=MAX_SECONDS)
     """Seconds, restarts included, after which an active job fails with DeadlineExceeded. The time starts over when the
-    job is resumed. A trained adapter is sent to output.destination however long that takes. Unset: no limit."""
+    job is resumed, and stands still outside the windows of schedule. A trained adapter is sent to output.destination
+    however long that takes. Unset: no limit."""
     backoff_limit: int = Field(default=3, ge=0, le=MAX_RESTARTS)
     """Restarts after failures that the job itself caused; one more fails it with BackoffLimitExceeded. The default
     is low, since such failures tend to repeat. Permanent failures, such as bad data, are never retried."""

@@ -168,6 +168,10 @@ class ApiClient:
         metadata = body["metadata"]
         return await self._request("PUT", resource, metadata["namespace"], metadata["name"], body=body)
 
+    async def patch(self, resource: Resource, namespace: str, name: str, body: Mapping[str, Any]) -> Raw:
+        """Merge into an object (RFC 7386). Raises ApiError with code 409 when it has another uid than the patch."""
+        return await self._request("PATCH", resource, namespace, name, body=body)
+
     async def save_status(self, raw: Mapping[str, Any]) -> Raw:
         """Replace a job's status. Raises ApiError with code 409 when the job has changed since it was read."""
         metadata = raw["metadata"]
@@ -256,7 +260,8 @@ class ApiClient:
     ) -> tuple[int, Mapping[str, str], bytes]:
         client = self._client
         assert client is not None
-        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Accept": "application/json", "Content-Type": kind}
         headers["User-Agent"] = names.COMPONENT
         await client.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
         url = client.configuration.host + path

@@ -1,6 +1,7 @@
 """Act: create and delete a job's children."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -31,10 +32,13 @@ from qlora_operator.status.actions import (
     DeletePod,
     RestoreNetwork,
     StartAttempt,
+    TellCheckpoint,
 )
 from qlora_operator.status.observation import ReasonMessage
 from qlora_operator.status.sanitize import sanitize
 from qlora_operator.status.waiting import is_quota_error
+
+log = logging.getLogger(__name__)
 
 
 class Children:
@@ -55,6 +59,8 @@ class Children:
                 if not await self._client.delete(BATCH_JOBS, namespace, name, job_uid):
                     self._cache.drop_attempt_job(uid, name, job_uid)
                     return False
+            case TellCheckpoint():
+                await self._tell_checkpoint(namespace, action)
             case DeleteNetwork():
                 await self._delete_network(job, uid)
             case DeletePod(name, pod_uid):
@@ -89,6 +95,7 @@ class Children:
             shun=action.shun,
             stage=action.stage,
             fetched=action.fetched,
+            checkpoint_time=action.checkpoint_time,
             requested=action.requested,
         )
         # A Job that is refused is tried again and again, and the rest need not be.
@@ -104,6 +111,19 @@ class Children:
             children.append(self._restore(SERVICES, ranks_service(job, uid=uid), uid, is_ranks_service))
         await asyncio.gather(*children)
         self._facts.set_children_complete(uid)
+
+    async def _tell_checkpoint(self, namespace: str, action: TellCheckpoint) -> None:
+        """Annotate an attempt's Job. Training goes on without: the Job may just have gone, or the operator's role be of
+        an earlier release."""
+        metadata = {"uid": action.uid, "annotations": {names.CHECKPOINT_ANNOTATION: action.time}}
+        try:
+            found = await self._client.patch(BATCH_JOBS, namespace, action.name, {"metadata": metadata})
+        except ApiError as error:
+            if error.code not in (403, 404, 409, 422):
+                raise
+            log.debug("%s could not be annotated: %s", action.name, error)
+        else:
+            self._cache.put_attempt_job(found)
 
     async def _delete_network(self, job: QLoRAJob, uid: str) -> None:
         namespace, name = str(job.metadata.namespace), job.metadata.name

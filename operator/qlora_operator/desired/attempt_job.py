@@ -29,6 +29,7 @@ def attempt_job(
     shun: Sequence[str] = (),
     stage: RunStage = "train",
     fetched: ResolvedRevisions = NOTHING_FETCHED,
+    checkpoint_time: str | None = None,
     requested: str | None = None,
 ) -> dict[str, Any]:
     """The batch/v1 Job of one attempt. It is created once and never changed; its first failed pod ends it.
@@ -44,6 +45,7 @@ def attempt_job(
         shun: names of nodes that the pods go to if there are no others.
         stage: what the attempt is to do.
         fetched: what the remote sources stand for, as far as that is known.
+        checkpoint_time: when the newest checkpoint was made, RFC 3339; None where that is not known.
         requested: when the attempt was decided upon, RFC 3339; None where that is not known.
     """
     pods = stage_pods(job.spec.topology, stage)
@@ -54,7 +56,10 @@ def attempt_job(
         "kind": "Job",
         "metadata": {
             **metadata(job, uid, name, ROLES[stage], attempt),
-            "annotations": {names.TOPOLOGY_HASH_ANNOTATION: topology_hash(job.spec)},
+            "annotations": {
+                names.TOPOLOGY_HASH_ANNOTATION: topology_hash(job.spec),
+                **({names.CHECKPOINT_ANNOTATION: checkpoint_time} if checkpoint_time is not None else {}),
+            },
         },
         "spec": {
             "completionMode": "Indexed",

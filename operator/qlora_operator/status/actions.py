@@ -21,6 +21,8 @@ class StartAttempt:
     shun: tuple[str, ...] = ()
     stage: RunStage = "train"
     fetched: ResolvedRevisions = NOTHING_FETCHED
+    checkpoint_time: str | None = None
+    """When the checkpoint was made that it goes on from, RFC 3339, as far as that is known."""
     requested: str | None = None
     """When it was decided upon, RFC 3339: from then on it waits."""
 
@@ -44,6 +46,16 @@ class DeleteAttemptJob:
 
 
 @dataclass(frozen=True)
+class TellCheckpoint:
+    """Write into an attempt's Job when its newest checkpoint was made."""
+
+    name: str
+    uid: str
+    time: str
+    """RFC 3339."""
+
+
+@dataclass(frozen=True)
 class DeletePod:
     """Delete a pod that has lost its Job."""
 
@@ -56,7 +68,9 @@ class DeleteJob:
     """Delete the QLoRAJob itself."""
 
 
-Action = StartAttempt | RestoreNetwork | DeleteNetwork | DeleteAttemptJob | DeletePod | DeleteJob
+Action = (
+    StartAttempt | RestoreNetwork | DeleteNetwork | DeleteAttemptJob | TellCheckpoint | DeletePod | DeleteJob
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,13 @@ from qlora_operator.api.status import Columns, Progress, Restarts
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"), (1, "s"))
 
 
-def columns(ready: int, world_size: int | None, progress: Progress | None, restarts: Restarts) -> Columns:
+def columns(
+    ready: int,
+    world_size: int | None,
+    progress: Progress | None,
+    restarts: Restarts,
+    window: str | None = None,
+) -> Columns:
     """The text of the columns.
 
     Args:
@@ -13,6 +19,7 @@ def columns(ready: int, world_size: int | None, progress: Progress | None, resta
         world_size: all ranks; None while that is unknown.
         progress: of rank 0.
         restarts: of both kinds.
+        window: whether one of the schedule's is open, and until when.
     """
     progress = progress or Progress()
     total = progress.total_steps
@@ -25,6 +32,7 @@ def columns(ready: int, world_size: int | None, progress: Progress | None, resta
         else None,
         eta=duration(progress.eta_seconds) if progress.eta_seconds is not None else None,
         restarts=str(restarts.user + restarts.infrastructure),
+        window=window,
     )
 
 

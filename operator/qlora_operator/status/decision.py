@@ -9,12 +9,13 @@ from datetime import datetime
 
 from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import CONTROLLER, ConditionType, Reason
-from qlora_operator.api.status import QLoRAJobStatus, Restarts
+from qlora_operator.api.status import Condition, QLoRAJobStatus, Restarts
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import (
     completion,
     conditions,
     cost,
+    holds,
     notices,
     policies,
     progress_status,
@@ -33,7 +34,7 @@ from qlora_operator.status.failure import exit_codes
 from qlora_operator.status.observation import Observation
 from qlora_operator.status.restarts import charge, placement_after
 from qlora_operator.status.starting import START_CHECKS
-from qlora_operator.status.view import ReadRequired
+from qlora_operator.status.view import JobView, ReadRequired
 
 REFUSED_LOOK_SECONDS = 120.0
 """How often at least children are tried again that the API server refuses, for a quota say."""
@@ -53,7 +54,7 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
             _suspend_or_resume(builder)
         if builder.view.open_attempt is not None:
             _reconcile_attempt(builder)
-        if not (builder.view.finished or job.spec.suspend):
+        if not (builder.view.finished or builder.view.hold is not None):
             _start_next_attempt(builder)
         builder.act(*teardown.delete_leftover_jobs(builder.view))
         # A finished job is deleted after its time to live.
@@ -78,19 +79,38 @@ def managed_elsewhere(job: QLoRAJob) -> bool:
 def _suspend_or_resume(builder: StatusBuilder) -> None:
     """The condition Suspended, and the clock of activeDeadlineSeconds."""
     view = builder.view
-    suspended = view.is_true(ConditionType.SUSPENDED)
-    if view.spec.suspend and not suspended:
-        builder.set_true(ConditionType.SUSPENDED, Reason.SUSPENDED, "spec.suspend is true")
-        builder.set(message="held by spec.suspend")
-        builder.event("Normal", Reason.SUSPENDED, "held by spec.suspend")
-    elif suspended and not view.spec.suspend:
-        builder.set_false(ConditionType.SUSPENDED, Reason.RESUMED, "spec.suspend is false again")
-        builder.set(start_time=None, message="resumed")
-        builder.event("Normal", Reason.RESUMED, "resumed")
+    hold, before = view.hold, view.condition(ConditionType.SUSPENDED)
+    held_by = before.reason if before is not None and before.status == "True" else None
+    if hold is not None and before is not None and (held_by, before.message) == (hold.reason, hold.why):
+        pass  # it says so
+    elif hold is not None:
+        if held_by == Reason.SUSPENDED != hold.reason:  # the user resumes it, outside its windows
+            builder.set(start_time=None)
+        builder.set_true(ConditionType.SUSPENDED, hold.reason, hold.why)
+        builder.set(message=hold.message)
+        if held_by != hold.reason:
+            builder.event("Normal", hold.reason, hold.message)
+    elif held_by is not None:
+        assert before is not None
+        reason, why = holds.resumed(view.spec, held_by)
+        builder.set_false(ConditionType.SUSPENDED, reason, why)
+        builder.set(start_time=_start_time_after(view, before), message="resumed")
+        builder.event("Normal", reason, "resumed")
     # In a queue the clock starts when the queue admits the job.
     queued = view.job.queue_name is not None
-    if builder.status.start_time is None and not view.spec.suspend and not queued:
+    if builder.status.start_time is None and hold is None and not queued:
         builder.set(start_time=rfc3339(view.now))
+
+
+def _start_time_after(view: JobView, suspended: Condition) -> str | None:
+    """From when activeDeadlineSeconds counts in a job that is resumed: anew, but outside its windows the clock only
+    stood still. In a queue it did so anyway, and is set when the queue admits the job."""
+    start = view.status.start_time
+    if start is None or suspended.reason != Reason.OUTSIDE_WINDOWS:
+        return None
+    if conditions.is_false(view.status.conditions, ConditionType.QUOTA_RESERVED):
+        return start
+    return rfc3339(parse_time(start) + (view.now - parse_time(suspended.last_transition_time)))
 
 
 # --- the open attempt
@@ -144,7 +164,7 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         return
     if end.budget == Budget.NONE:
         builder.set_false(ConditionType.RUNNING, end.reason, end.message)
-        if end.reason != Reason.SUSPENDED:
+        if end.reason not in policies.HELD:
             builder.event("Normal", end.reason, end.message)
         return
     progressed = policies.made_progress(builder.status.attempts)
@@ -264,10 +284,18 @@ def _summarize(builder: StatusBuilder) -> None:
     trains = view.open_attempt is not None and view.stage == "train"
     world_size = view.world_size or view.placement.world_size
     ready = job.ready * (world_size or 0) // pods if job is not None and trains else 0
+    schedule, window, shown = view.spec.schedule, None, None
+    if schedule is not None and not view.finished:
+        window = holds.window_status(schedule, view.now)
+    if schedule is not None and window is not None:
+        shown = holds.column(schedule, window)
+        if look_at := holds.look_at(window, view.now):
+            builder.requeue_at(look_at)
     builder.set(
         observed_generation=view.job.metadata.generation,
         phase=conditions.phase(view.status.conditions),
         restarts=view.restarts,
+        window=window,
+        columns=columns(min(ready, world_size or 0), world_size, view.status.progress, view.restarts, shown),
         notified=notices.notified(view.status, sorted(view.seen.delivered)),
-        columns=columns(min(ready, world_size or 0), world_size, view.status.progress, view.restarts),
     )

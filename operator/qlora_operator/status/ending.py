@@ -126,11 +126,11 @@ def node_silent(view: JobView) -> AttemptEnd | NotYet | None:
 # --- the user wants it to end
 
 
-def suspension_requested(view: JobView) -> AttemptEnd | None:
-    """The user suspends the job."""
-    if not view.spec.suspend:
+def held(view: JobView) -> AttemptEnd | None:
+    """The user suspends the job, or its window has closed."""
+    if view.hold is None:
         return None
-    return AttemptEnd(Reason.SUSPENDED, "spec.suspend is true", Budget.NONE)
+    return AttemptEnd(view.hold.reason, view.hold.why, Budget.NONE)
 
 
 def spec_changed(view: JobView) -> AttemptEnd | None:
@@ -211,7 +211,7 @@ END_CHECKS: tuple[EndCheck, ...] = (
     parallelism_changed,  # its ranks would wait for pods that do not come
     pod_disrupted,  # its ranks are about to lose a peer
     node_silent,  # they have lost one, and nobody takes it away
-    suspension_requested,  # at no cost, so after what costs a restart
+    held,  # at no cost, so after what costs a restart
     spec_changed,  # likewise: the next attempt is made from the new spec
     *JOB_DEADLINES,
     progress_deadline_exceeded,  # it runs, and hangs

@@ -12,6 +12,7 @@ from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time
 from qlora_operator.api.names import (
     ATTEMPT_LABEL,
+    CHECKPOINT_ANNOTATION,
     QUEUE_LABEL,
     TOPOLOGY_HASH_ANNOTATION,
     TRAINER_CONTAINER,
@@ -63,6 +64,8 @@ class AttemptJob:
     """When it was started, or admitted by its queue."""
     parallelism: int | None = None
     """How many pods it is to have at a time."""
+    checkpoint_time: datetime | None = None
+    """When the newest checkpoint was made, as the Job itself says."""
     topology_hash: str | None = None
     """A hash of those spec fields that may only change while the job is suspended, as they were when it was made."""
 
@@ -203,7 +206,7 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
     metadata, status = raw["metadata"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or [] if c.get("status") == "True"}
     failing = conditions.get("FailureTarget") or conditions.get("Failed")
-    labels = metadata.get("labels") or {}
+    labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     return AttemptJob(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -219,7 +222,8 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         failed="Failed" in conditions,
         admitted_at=parse_time(status["startTime"]) if status.get("startTime") else None,
         parallelism=raw["spec"].get("parallelism"),
-        topology_hash=(metadata.get("annotations") or {}).get(TOPOLOGY_HASH_ANNOTATION),
+        checkpoint_time=aware_time(annotations.get(CHECKPOINT_ANNOTATION)),
+        topology_hash=annotations.get(TOPOLOGY_HASH_ANNOTATION),
     )
 
 
@@ -289,6 +293,15 @@ def _unready_since(ready: Mapping[str, Any] | None) -> datetime | None:
 def _controller_uid(metadata: Mapping[str, Any]) -> str | None:
     owners = metadata.get("ownerReferences") or []
     return next((str(owner["uid"]) for owner in owners if owner.get("controller")), None)
+
+
+def aware_time(text: str | None) -> datetime | None:
+    """The time that others have written; None for what is no RFC 3339."""
+    try:
+        found = parse_time(text or "")
+    except ValueError:
+        return None
+    return None if found.tzinfo is None else found
 
 
 def _number(text: str | None) -> int:

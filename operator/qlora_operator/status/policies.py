@@ -17,7 +17,9 @@ UNSCHEDULED = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
 """Ends of an attempt whose pods found no nodes: the next tier has its turn."""
 DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.EXPORTED, Reason.SUCCEEDED})
 """Ends of an attempt that did what it was for."""
-NO_COST = DONE | UNSCHEDULED | {Reason.SUSPENDED, Reason.REQUEUED, Reason.FINISHED}
+HELD = frozenset({Reason.SUSPENDED, Reason.OUTSIDE_WINDOWS})
+"""Ends of an attempt whose job is suspended, by its user or by the time of day."""
+NO_COST = DONE | UNSCHEDULED | HELD | {Reason.REQUEUED, Reason.FINISHED}
 """Ends of an attempt that cost no restart and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0

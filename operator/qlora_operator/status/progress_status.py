@@ -15,7 +15,7 @@ from qlora_operator.api.status import (
     RankStatus,
 )
 from qlora_operator.status.failure import termination_report
-from qlora_operator.status.observation import Pod
+from qlora_operator.status.observation import Pod, aware_time
 
 MAX_KWH = 1e7
 """The most energy of a job that is believed: a thousand machines for a year."""
@@ -109,6 +109,13 @@ def dtype(pods: Sequence[Pod]) -> str | None:
     """The data type in which pods that have ended completed a step, by their reports."""
     reports = (termination_report(pod) for pod in pods)
     return next((report.compute_dtype for report in reports if report is not None and report.step), None)
+
+
+def checkpoint_time(known: CheckpointStatus | None, now: datetime) -> str | None:
+    """When the newest checkpoint was made, RFC 3339; None if that is unknown. Not in the future, whatever the clock of
+    rank 0 says."""
+    made = aware_time(known.time) if known is not None else None
+    return None if made is None else rfc3339(min(made, now))
 
 
 def checkpoint_step(known: CheckpointStatus | None, pods: Sequence[Pod]) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import ConditionType, Reason
 from qlora_operator.status import conditions, policies, progress_status, stages
-from qlora_operator.status.actions import RestoreNetwork
+from qlora_operator.status.actions import RestoreNetwork, TellCheckpoint
 from qlora_operator.status.builder import StatusBuilder
 from qlora_operator.status.observation import AttemptJob, Pod
 from qlora_operator.status.view import JobView
@@ -21,6 +21,9 @@ HELD_LOOK_SECONDS = 30.0
 
 QUEUE_LOOK_SECONDS = 300.0
 """How often at least a queue is asked why it has not admitted a job."""
+
+CHECKPOINT_TOLD = timedelta(minutes=5)
+"""Minimum time between two checkpoints that an attempt's Job is annotated with."""
 
 _REASONS = {
     "Starting": Reason.LOADING,
@@ -140,8 +143,20 @@ def _run(builder: StatusBuilder, job: AttemptJob) -> None:
         builder.set(**_facts(view, pods))
         if report and report.data:
             builder.set_true(ConditionType.DATA_CHECKED, Reason.DATA_READ, report.data)
+        if time := _checkpoint_to_tell(builder.view, job):
+            builder.act(TellCheckpoint(job.name, job.uid, time))
     if job.ready < view.desired_pods:
         builder.requeue_at(view.after(policies.LOOK_SECONDS))
+
+
+def _checkpoint_to_tell(view: JobView, job: AttemptJob) -> str | None:
+    """When the newest checkpoint was made, if the Job's annotation is older by CHECKPOINT_TOLD: no more often than that
+    is it written, and by no more is it wrong."""
+    time = progress_status.checkpoint_time(view.status.checkpoint, view.now)
+    if time is None or job.deleting:
+        return None
+    before = job.checkpoint_time
+    return time if before is None or parse_time(time) - before >= CHECKPOINT_TOLD else None
 
 
 def _facts(view: JobView, pods: Sequence[Pod]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import Reason
 from qlora_operator.api.run_config import cannot_write, config_hash, initial_version
 from qlora_operator.api.status import Attempt, Provenance
-from qlora_operator.status import policies, stages
+from qlora_operator.status import policies, progress_status, stages
 from qlora_operator.status.actions import StartAttempt
 from qlora_operator.status.checks import Blocked, StartCheck
 from qlora_operator.status.observation import Read
@@ -132,5 +132,6 @@ def create_children(view: JobView) -> StartAttempt:
         shun=policies.shunned(view.status.attempts, view.now),
         stage=attempt.stage,
         fetched=stages.fetched(view.status),
+        checkpoint_time=progress_status.checkpoint_time(view.status.checkpoint, view.now),
         requested=attempt.start,
     )

@@ -35,7 +35,7 @@ def tear_down(view: JobView) -> Teardown:
     if job is not None and not job.finished and not job.deleting:
         # A Job that fails by itself keeps its pods, for their logs.
         fails = job.failing is not None or (disruption(view.pods) is not None and not job.suspended)
-        if view.spec.suspend or not fails:
+        if view.hold is not None or not fails:
             actions.append(DeleteAttemptJob(job.name, job.uid))
     actions += delete_orphans(view)
     active = view.active_pods

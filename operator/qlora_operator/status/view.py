@@ -11,7 +11,7 @@ from qlora_operator.api.names import ConditionType
 from qlora_operator.api.pod_resources import stage_pods
 from qlora_operator.api.status import Attempt, Condition, Placement, Provenance, QLoRAJobStatus, Restarts
 from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec
-from qlora_operator.status import conditions
+from qlora_operator.status import conditions, holds
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, WarningEvent
 
 
@@ -50,6 +50,11 @@ class JobView:
     """As decided so far."""
 
     # --- the job
+
+    @property
+    def hold(self) -> holds.Hold | None:
+        """What suspends the job now."""
+        return holds.hold(self.spec, self.now)
 
     @property
     def spec(self) -> QLoRAJobSpec:
@@ -206,7 +211,7 @@ class JobView:
         job = self.attempt_job
         if job is None:
             return False
-        if self.spec.suspend or job.failing is not None:
+        if self.hold is not None or job.failing is not None:
             return True
         if job.suspended:
             return False

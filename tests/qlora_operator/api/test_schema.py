@@ -190,7 +190,7 @@ def test_parents_of_defaults_have_a_default() -> None:
     optional = {
         name: node
         for name, node in spec["properties"].items()
-        if "properties" in node and name not in spec["required"]
+        if "properties" in node and name not in spec["required"] and "required" not in node
     }
 
     assert {
@@ -378,7 +378,7 @@ def without_words(schema: Any) -> Any:
     }
 
 
-PINNED = {"v1alpha1": "828c89c2e7c9603b"}
+PINNED = {"v1alpha1": "c6eaeb5b5070bdc6"}
 """Stored version of the API -> hash over its schema."""
 
 

@@ -80,6 +80,7 @@ DEFAULTS = {
     "isa": {"allowed": ["amx_bf16", "avx512_bf16", "avx512", "avx2"], "stepDownSeconds": 300},
     "distributed": {"backend": "gloo", "timeoutSeconds": 300, "rendezvousTimeoutSeconds": 1800},
     "scheduling": {"nodeSelector": {}, "tolerations": [], "priorityClassName": None, "queueName": None},
+    "schedule": None,
     "image": None,
     "suspend": False,
     "managedBy": None,
@@ -706,6 +707,26 @@ BAD = {
         "spec.scheduling.queueName",
         "at most 63",
     ),
+    "zone with a space": (
+        {"spec.schedule": {"timeZone": "New York", "windows": [{"start": "0 0 * * *", "end": "0 1 * * *"}]}},
+        "spec.schedule.timeZone",
+        "a time zone, such as Europe/Berlin",
+    ),
+    "window at 20:00": (
+        {"spec.schedule": {"windows": [{"start": "20:00 daily", "durationSeconds": 60}]}},
+        "spec.schedule.windows[0].start",
+        "five fields as cron has them, such as `0 20 * * MON-FRI`",
+    ),
+    "end at minute 60": (
+        {"spec.schedule": {"windows": [{"start": "0 0 * * *", "end": "60 0 * * *"}]}},
+        "spec.schedule.windows[0].end",
+        "minute (0-59)",
+    ),
+    "window without an end": (
+        {"spec.schedule": {"windows": [{"start": "0 0 * * *"}]}},
+        "spec.schedule.windows[0]",
+        "exactly one of end and durationSeconds",
+    ),
     "manager without a domain": ({"spec.managedBy": "kueue"}, "spec.managedBy", "a controller such as"),
     "manager with a bad domain": ({"spec.managedBy": "A.io/b"}, "spec.managedBy", "a controller such as"),
     "manager without a path": ({"spec.managedBy": "a.io/"}, "spec.managedBy", "a controller such as"),
@@ -773,6 +794,21 @@ GOOD = {
     },
     "an image by digest": {"spec.image": "registry.example:5000/a/b@sha256:" + "0" * 64},
     "a queue": {"spec.scheduling": {"queueName": "team.queue-1"}},
+    "nights and weekends": {
+        "spec.schedule": {
+            "timeZone": "America/Argentina/Buenos_Aires",
+            "windows": [
+                {"start": "0 20 * * MON-THU", "end": "0 6 * * *"},
+                {"start": "0 20 * * fri", "durationSeconds": 58 * 3600},
+            ],
+        }
+    },
+    "a zone whose name has digits": {
+        "spec.schedule": {
+            "timeZone": "Etc/GMT+12",
+            "windows": [{"start": "*/5 22-5 1,15 1-12 0-7/2", "durationSeconds": 60}],
+        }
+    },
     "managed by this operator": {"spec.managedBy": names.CONTROLLER},
     "managed by another": {"spec.managedBy": "kueue.x-k8s.io/multikueue"},
     "delete at once": {"spec.ttlSecondsAfterFinished": 0},

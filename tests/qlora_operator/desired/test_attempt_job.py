@@ -215,6 +215,18 @@ def test_what_kueue_is_told_of_a_job_its_jobs_and_pods_say(
     assert "other" not in annotations
 
 
+@pytest.mark.parametrize("time", [None, "2026-01-31T12:00:00Z"])
+def test_a_job_says_how_old_its_checkpoint_is(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings], time: str | None
+) -> None:
+    """In an annotation, which is absent as long as there is none."""
+    job = attempt_job(
+        a_job(), uid="u", attempt=1, isa="avx2", image="a", settings=settings(), checkpoint_time=time
+    )
+
+    assert job["metadata"]["annotations"].get("qlora.dev/checkpoint-time") == time
+
+
 def test_the_demo_renders_as_reviewed(settings: Callable[..., Settings]) -> None:
     """All children of the demo's first attempt, as golden/demo.yaml shows them."""
     (job,) = load_jobs(str(DEMO))

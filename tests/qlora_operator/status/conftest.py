@@ -19,6 +19,7 @@ from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, topology_hash
 from qlora_operator.status import conditions, stages
 from qlora_operator.status.actions import Action, Decision, DeleteAttemptJob, DeletePod, StartAttempt
 from qlora_operator.status.decision import decide
+from qlora_operator.status.holds import hold
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, ReasonMessage
 from qlora_operator.status.view import JobView
 
@@ -206,6 +207,7 @@ class Cluster:
     def _start(self, action: StartAttempt) -> None:
         number = action.attempt
         assert not self._finished(self.job.status), "a finished job gets no attempt"
+        assert hold(self.job.spec, self.now) is None, "a job gets no attempt outside its windows"
         self._check_stage(action)
         if not any(batch_job.attempt == number for batch_job in self.batch_jobs.values()):
             assert not [pod for pod in self.pods.values() if not pod.finished], "two jobs at a time"
@@ -430,6 +432,9 @@ class Cluster:
         self.tiers = ("avx512",)
         for _ in range(rounds):
             self.now += timedelta(seconds=30)
+            found = hold(self.job.spec, self.now)
+            if found is not None and "2026-02" in found.message:
+                self.set_spec(schedule=None)
             if self.job.spec.suspend:
                 self.set_spec(suspend=False)
             self.let_in(suspended=False)

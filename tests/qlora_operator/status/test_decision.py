@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_contract.cost import Price
 from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType, Phase, Reason
+from qlora_operator.api.v1alpha1 import Schedule
 from qlora_operator.status import conditions
 from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
 from qlora_operator.status.observation import AttemptJob, ReasonMessage
@@ -43,7 +44,16 @@ happenings = st.one_of(
     st.tuples(st.just("delete Job"), st.booleans()),
     st.tuples(st.just("nodes"), st.booleans()),
     st.tuples(st.just("pods"), st.integers(1, 3)),
+    st.tuples(st.just("schedule"), st.sampled_from([None, "never", "now and then"])),
 )
+
+SCHEDULES = {
+    None: None,
+    # At noon on the last day of January it is closed until the next evening.
+    "never": {"timeZone": "Europe/Berlin", "windows": [{"start": "0 20 1 2 *", "end": "0 6 * * *"}]},
+    "nights": {"timeZone": "Europe/Berlin", "windows": [{"start": "0 20 * * *", "end": "0 6 * * *"}]},
+    "now and then": {"windows": [{"start": "*/10 * * * *", "durationSeconds": 240}]},
+}
 
 
 def calm(cluster: Any, rounds: int) -> None:
@@ -78,6 +88,12 @@ def resize(cluster: Any, pods: int) -> None:
         cluster.set_spec(topology=cluster.job.spec.topology.model_copy(update={"pods": pods}))
 
 
+def schedule(cluster: Any, name: str | None) -> None:
+    """The user changes when the job may run."""
+    found = SCHEDULES[name]
+    cluster.set_spec(schedule=None if found is None else Schedule.model_validate(found))
+
+
 TO_CLUSTER: dict[str, Callable[[Any, Any], Any]] = {
     "reconcile": lambda cluster, _: cluster.reconcile(),
     "die": lambda cluster, line: cluster.reconcile(dies=line),
@@ -90,6 +106,7 @@ TO_CLUSTER: dict[str, Callable[[Any, Any], Any]] = {
     "queue": lambda cluster, hold: cluster.let_in(suspended=hold),
     "delete Job": delete_jobs,
     "pods": resize,
+    "schedule": schedule,
 }
 TO_POD: dict[str, Callable[[Any, Any, int], Any]] = {
     "run": lambda cluster, pod, _: cluster.runs(pod.uid),
@@ -340,6 +357,146 @@ def test_the_condition_suspended_follows_the_spec(
     assert [(c.status, c.reason) for c in found.conditions if c.type == "Suspended"] == [after][: bool(after)]
     assert found.start_time == start
     assert found.attempt == attempt
+
+
+# --- windows
+
+
+NIGHTS = {"timeZone": "Europe/Berlin", "windows": [{"start": "0 20 * * *", "end": "0 6 * * *"}]}
+"""Closed at the tests' noon, which is one in the afternoon there."""
+EVENING = "2026-01-31T20:00:00+01:00"
+DAYS = {"windows": [{"start": "0 6 * * *", "end": "0 20 * * *"}]}
+OUTSIDE = ("True", "OutsideWindows", f"outside the windows of spec.schedule until {EVENING}")
+HELD = ("True", "Suspended", "spec.suspend is true")
+
+
+@pytest.mark.parametrize(
+    ("spec", "before", "after", "start", "events"),
+    [
+        pytest.param({"schedule": NIGHTS}, None, OUTSIDE, START, ["OutsideWindows"], id="its window closes"),
+        pytest.param({"schedule": NIGHTS}, OUTSIDE, OUTSIDE, START, [], id="it is closed"),
+        pytest.param(
+            {"schedule": NIGHTS},
+            ("True", "OutsideWindows", "outside until yesterday"),
+            OUTSIDE,
+            START,
+            [],
+            id="another schedule keeps it closed",
+        ),
+        pytest.param({"schedule": NIGHTS, "suspend": True}, OUTSIDE, HELD, START, ["Suspended"], id="the user, too"),
+        pytest.param({"schedule": NIGHTS}, HELD, OUTSIDE, None, ["OutsideWindows"], id="the user no longer"),
+        pytest.param(
+            {"schedule": DAYS},
+            OUTSIDE,
+            ("False", "WindowOpen", "a window of spec.schedule is open"),
+            "2026-01-31T11:30:00Z",
+            ["WindowOpen"],
+            id="its window opens",
+        ),
+        pytest.param(
+            {"schedule": DAYS}, HELD, ("False", "Resumed", "spec.suspend is false again"), RESUMED, ["Resumed"],
+            id="resumed in its window",
+        ),
+        pytest.param(
+            {}, OUTSIDE, ("False", "Resumed", "spec.schedule was removed"), "2026-01-31T11:30:00Z", ["Resumed"],
+            id="no schedule any more",
+        ),
+        pytest.param({"schedule": DAYS}, None, None, START, [], id="its window was open all along"),
+    ],
+)  # fmt: skip
+def test_the_condition_suspended_follows_the_windows(
+    ask: Callable[..., Decision],
+    spec: dict[str, Any],
+    before: tuple[str, str, str] | None,
+    after: tuple[str, str, str] | None,
+    start: str | None,
+    events: list[str],
+) -> None:
+    """The user's word goes before the time of day. Outside its windows, half an hour here, the clock of
+    activeDeadlineSeconds only stands still."""
+    names = ("status", "reason", "message")
+    said = [] if before is None else [
+        {"type": "Suspended", "lastTransitionTime": END, **dict(zip(names, before, strict=True))}
+    ]  # fmt: skip
+
+    decision = ask(between("Suspended", conditions=said), [], [], spec=spec)
+
+    status = decision.status
+    found = [(c.status, c.reason, c.message) for c in status.conditions if c.type == "Suspended"]
+    assert found == [after][: after is not None]
+    assert status.start_time == start
+    assert [event.reason for event in decision.events if event.reason != "Started"] == events
+    assert (status.phase == Phase.SUSPENDED) == (after is not None and after[0] == "True")
+    assert status.attempt == (0 if status.phase == Phase.SUSPENDED else 1)
+
+
+def test_the_clock_does_not_stand_still_twice(ask: Callable[..., Decision]) -> None:
+    """A job that waited in its queue when its window closed: the queue sets the clock when it admits the next
+    attempt, by all the time since the job came into the queue."""
+    waits = {
+        "type": "QuotaReserved",
+        "status": "False",
+        "reason": "Queued",
+        "message": "",
+        "lastTransitionTime": END,
+    }
+    closed = {**waits, "type": "Suspended", "status": "True", "reason": "OutsideWindows"}
+    spec = {"schedule": DAYS, "scheduling": {"queueName": "q"}}
+
+    assert (
+        ask(between("OutsideWindows", conditions=[closed, waits]), [], [], spec=spec).status.start_time
+        == START
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "window", "column", "look_at"),
+    [
+        (NIGHTS, (False, "2026-01-31T19:00:00Z"), f"closed until {EVENING}", "2026-01-31T19:00:00Z"),
+        (
+            DAYS,
+            (True, "2026-01-31T20:00:00Z"),
+            "open until 2026-01-31T20:00:00+00:00",
+            "2026-01-31T20:00:00Z",
+        ),
+        (
+            {"windows": [{"start": "* * * * *", "durationSeconds": 60}]},
+            (True, None),
+            "open",
+            "2026-01-31T13:00:00Z",
+        ),
+        ({**NIGHTS, "timeZone": "Atlantis"}, None, None, None),
+        ({"windows": [{"start": "0 0 30 2 *", "durationSeconds": 60}]}, None, None, None),
+        (None, None, None, None),
+    ],
+)
+def test_a_job_says_until_when_its_window_is_open_or_closed(
+    ask: Callable[..., Decision], running: Any, make_attempt_job: Any, make_pod: Any,
+    schedule: Any, window: tuple[bool, str | None] | None, column: str | None, look_at: str | None,
+) -> None:  # fmt: skip
+    """In the status for programs, in a column for people; and it is decided again then."""
+    attempt_job, pods = make_attempt_job(ready=2, parallelism=2), [make_pod(0), make_pod(1)]
+
+    decision = ask(running(), [attempt_job], pods, spec={} if schedule is None else {"schedule": schedule})
+
+    status = decision.status
+    assert (None if status.window is None else (status.window.open, status.window.until)) == window
+    assert status.columns is not None
+    assert status.columns.window == column
+    if status.phase == Phase.RUNNING:
+        assert (decision.look_at and rfc3339(decision.look_at)) == look_at
+
+
+def test_a_schedule_that_cannot_be_followed_holds_the_job(ask: Callable[..., Decision]) -> None:
+    """A job whose nodes belong to others by day does not run by day because of a typo: it says what is wrong."""
+    decision = ask(None, [], [], spec={"schedule": {**NIGHTS, "timeZone": "Atlantis"}})
+
+    assert decision.actions == ()
+    assert decision.status.phase == Phase.SUSPENDED
+    assert decision.status.message == (
+        "suspended until spec.schedule.timeZone is corrected: Atlantis is no time zone that is known here; it must be "
+        "one of the IANA database, such as Europe/Berlin"
+    )
 
 
 FINISHED = [
@@ -698,6 +855,58 @@ def test_a_suspended_job_continues_with_its_stage(
     assert status.provenance == known
     played.settle()
     assert played.job.status.phase == Phase.SUCCEEDED
+
+
+@RUNNING
+@EACH_STAGE
+def test_a_job_goes_on_in_its_next_window(cluster: Callable[..., Any], stage: str, running: bool) -> None:
+    """A window that closes ends the attempt after a checkpoint, at no cost to any budget, and nothing starts by day,
+    whoever restarts the operator; the next window goes on with the same stage."""
+    played = cluster(
+        "all of them", backoffLimit=0, infrastructureBackoffLimit=0, activeDeadlineSeconds=36_000
+    )
+    reach(played, stage, running=running)
+    before = played.job.status.attempt
+    schedule(played, "nights")
+
+    look(played)
+    assert (played.job.status.phase, played.job.status.attempts[-1].reason) == (
+        Phase.SUSPENDED,
+        "OutsideWindows",
+    )
+    for pod in played.living():
+        played.ends(pod.uid, 50)
+    for _ in range(3):
+        look(played)
+    for _ in range(5):
+        played.watched = {}
+        look(played, 3600)
+        assert (played.living(), played.batch_jobs, played.job.status.attempt) == ([], {}, before)
+    pass_time(played, 2 * 3600)
+    until_pods(played)
+
+    status = played.job.status
+    assert [attempt.reason for attempt in status.attempts[before:]] == ["OutsideWindows", None]
+    assert stage_of(played) == (stage, before + 1)
+    assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+
+
+def test_a_job_leaves_its_queue_outside_its_windows(cluster: Callable[..., Any]) -> None:
+    """Its Job would take quota by day that it may not use; in the next window it queues again."""
+    played = cluster(scheduling={"queueName": "q"})
+    look(played)
+    schedule(played, "nights")
+    for _ in range(4):
+        look(played)
+    assert (played.batch_jobs, played.job.status.phase) == ({}, Phase.SUSPENDED)
+
+    look(played, 8 * 3600)
+    look(played)
+
+    assert played.job.status.phase == Phase.QUEUED
+    assert played.job.status.attempts[0].reason == "OutsideWindows"
 
 
 @pytest.mark.parametrize("stage", ["fetch", "train"])

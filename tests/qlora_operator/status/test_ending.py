@@ -201,7 +201,7 @@ ADMITTED = {"type": "QuotaReserved", "status": "True", "reason": "Admitted", "me
         (ending.job_suspended_again, 9, {"suspended": True}, [], QUEUED, "Requeued", "none"),
         (ending.parallelism_changed, 9, {"parallelism": 3}, [], {}, "JobChanged", "infrastructure"),
         (ending.pod_disrupted, 9, {}, [DRAINED], {}, "Drained", "infrastructure"),
-        (ending.suspension_requested, 9, {}, [], {"suspend": True}, "Suspended", "none"),
+        (ending.held, 9, {}, [], {"suspend": True}, "Suspended", "none"),
         (ending.spec_changed, 9, OTHER_TOPOLOGY, [], {}, "Suspended", "none"),
         (ending.half_placed, 999, {}, [{"node": "n"}, WAITS], {}, "Released", "none"),
         (ending.unschedulable_tier, 999, {}, [WAITS, WAITS], {}, "SteppedDown", "none"),

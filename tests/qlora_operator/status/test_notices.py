@@ -37,6 +37,9 @@ CASES: dict[str, tuple[QLoRAJobStatus, list[str]]] = {
     ),
     "held": (status_of(condition("Suspended", "True", "Suspended")), [f"suspended-{LATE}"]),
     "let go": (status_of(condition("Suspended", "False", "Resumed")), [f"resumed-{LATE}"]),
+    # Every evening and every morning, of every job: that is a plan, not news.
+    "outside its windows": (status_of(condition("Suspended", "True", "OutsideWindows")), []),
+    "in a window again": (status_of(condition("Suspended", "False", "WindowOpen")), []),
     "over while held": (status_of(condition("Suspended", "False", "Finished")), []),
     "complete": (
         status_of(condition("Complete", "True", "Succeeded"), attempts=UP),

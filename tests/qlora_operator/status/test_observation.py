@@ -47,6 +47,11 @@ FAILING = {"failing": ReasonMessage("R", "m"), "failing_since": NOON}
         pytest.param({"metadata": {"labels": {}}}, {"attempt": -1}, id="no attempt"),
         pytest.param({"metadata": {"labels": {"qlora.dev/attempt": "x"}}}, {"attempt": -1}, id="no number"),
         pytest.param({"metadata": {"annotations": {}}}, {"topology_hash": None}, id="annotation taken away"),
+        pytest.param(
+            {"metadata": {"annotations": {"qlora.dev/checkpoint-time": "2026-01-31T12:00:00Z"}}},
+            {"topology_hash": None, "checkpoint_time": NOON},
+            id="with a checkpoint",
+        ),
         pytest.param({"spec": {"suspend": True}}, {"suspended": True}, id="suspended"),
         pytest.param(
             {"metadata": {"labels": {"qlora.dev/attempt": "3", "kueue.x-k8s.io/queue-name": "q"}}},

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from qlora_contract.progress import ProgressReport
+from qlora_contract.progress import CheckpointRef, ProgressReport
 from qlora_contract.units import parse_time, rfc3339
-from qlora_operator.status.actions import Decision, RestoreNetwork
-from qlora_operator.status.observation import WarningEvent
+from qlora_operator.status.actions import Decision, RestoreNetwork, TellCheckpoint
+from qlora_operator.status.observation import WarningEvent, aware_time
 
 Status = Callable[..., dict[str, Any]]
 
@@ -332,3 +332,40 @@ def test_a_queue_that_admits_nothing_is_quoted(
 
     assert decision.status.message == message
     assert decision.look_at == now + timedelta(seconds=looks_again)
+
+
+NEVER, EARLIER = None, "2026-01-31T11:54:00Z"
+
+
+@pytest.mark.parametrize(
+    ("annotated", "made", "told"),
+    [
+        pytest.param(NEVER, EARLIER, EARLIER, id="the first"),
+        pytest.param(EARLIER, EARLIER, None, id="the same"),
+        pytest.param(EARLIER, "2026-01-31T11:58:59Z", None, id="one soon after"),
+        pytest.param(EARLIER, "2026-01-31T11:59:00Z", "2026-01-31T11:59:00Z", id="one after five minutes"),
+        pytest.param(EARLIER, "2026-01-31T13:59:00Z", "2026-01-31T12:00:00Z", id="of a clock that is ahead"),
+        pytest.param("2026-01-31T11:59:00Z", "2026-01-31T13:59:00Z", None, id="again of that clock"),
+        pytest.param(NEVER, "yesterday", None, id="no time"),
+        pytest.param(NEVER, "2026-01-31T11:54:00", None, id="a time of no zone"),
+        pytest.param("nonsense", EARLIER, EARLIER, id="somebody edited it"),
+    ],
+)
+def test_the_attempts_job_says_when_the_newest_checkpoint_was_made(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    annotated: str | None,
+    made: str,
+    told: str | None,
+) -> None:
+    """At most every five minutes, whatever rank 0 reports."""
+    job = make_attempt_job(ready=2, parallelism=2, checkpoint_time=aware_time(annotated))
+    report = ProgressReport(
+        job_uid="u", attempt=0, stage="Training", step=3, total_steps=9, epoch=0.1, updated_time=made,
+        checkpoint=CheckpointRef(step=3, time=made, uri="pvc://a/b"),
+    )  # fmt: skip
+
+    decision = ask(running(), [job], progress=report)
+
+    assert decision.actions == (() if told is None else (TellCheckpoint("job-a0", "job-uid-0", told),))

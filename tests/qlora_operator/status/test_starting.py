@@ -134,3 +134,25 @@ def test_orphans_in_the_way_are_deleted(make_view: Callable[..., Any], make_pod:
 
     assert blocked is not None
     assert blocked.actions == (DeletePod("job-a0-0", "pod-0-0"),)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "told"),
+    [
+        (None, None),
+        ({"step": 3}, None),
+        ({"step": 3, "time": START}, START),
+        ({"step": 3, "time": "x"}, None),
+    ],
+)
+def test_an_attempt_knows_the_checkpoint_that_it_goes_on_from(
+    ask: Callable[..., Decision], checkpoint: dict[str, Any] | None, told: str | None
+) -> None:
+    """Its Job says from the start when that was made, without another request."""
+    ended = {"attempt": 0, "start": START, "end": START, "reason": "Drained"}
+    status = {"attempt": 0, "attempts": [ended], "placement": {"isa": "avx512"}, "checkpoint": checkpoint}
+
+    (action,) = ask(status, [], []).actions
+
+    assert isinstance(action, StartAttempt)
+    assert action.checkpoint_time == told
