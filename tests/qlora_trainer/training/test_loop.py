@@ -65,6 +65,16 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
     assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
+    named = {
+        "tokenizing",
+        "loading the model",
+        "first step",
+        "evaluating the base",
+        "training",
+        "evaluating the adapter",
+    }
+    assert named < report["timeline"].keys()
+    assert all(report["timeline"][name] > 0 for name in named)
 
 
 def test_a_job_leaves_a_page_as_far_as_it_got(ready: Ready) -> None:

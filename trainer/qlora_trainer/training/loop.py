@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri, read_manifest
-from qlora_contract.progress import CheckpointRef, Work
+from qlora_contract.progress import FIRST_STEP, CheckpointRef, Work, timeline_text
 from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
@@ -82,9 +82,10 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
+    first = loop.step
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
-        context.progress.update(stage="Training")
+        begin_step(context, loop.step - first)
         metrics, stop = one_step(context, state)
         context.rate.step(metrics.tokens, metrics.seconds)
         context.progress.count_tokens(metrics.tokens)
@@ -112,6 +113,15 @@ def run_steps(context: RankContext, state: TrainState) -> None:
         if save_is_due(context, state, time.monotonic() - saved_at):
             save(context, state)
             saved_at = time.monotonic()
+
+
+def begin_step(context: RankContext, done: int) -> None:
+    """Tell that a step begins, after so many of this attempt; after the first one, what the wait for it went into."""
+    context.progress.update(stage="Training")
+    if done == 0:
+        context.progress.turn_to(FIRST_STEP)
+    elif done == 1 and context.is_rank_zero:
+        log.info("%s", timeline_text(context.progress.timeline))
 
 
 def open_metrics(context: RankContext, step: int) -> MetricsLog | None:
@@ -440,6 +450,7 @@ def facts_of(
     report = training_report(context.run, state.schedule, state.loop, state.dtype, loss, ranks)
     report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
     report["evaluated"] = evaluated(state)
+    report["timeline"] = {what: round(seconds, 3) for what, seconds in context.progress.timeline.items()}
     report["plan"] = {
         "memory_bytes": state.memory.total,
         "memory_per_rank_bytes": context.run.layout.memory_per_rank,
