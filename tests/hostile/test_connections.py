@@ -177,6 +177,9 @@ def test_strangers_of_the_process_manager_are_dropped(inputs: int) -> None:
                 sock.sendall(b"cmd=finalize\n")
                 assert sock.recv(99) == b"cmd=finalize_ack\n"
         serving.result(PATIENCE)
+        for connection in server.connections:  # in life its process ends
+            connection.sock.close()
+        server.selector.close()
 
 
 # --- live progress

@@ -75,8 +75,9 @@ def run_rank() -> int:
     """Start up, train, report; the exit code."""
     context: RankContext | None = None
     heartbeat: Heartbeat | None = None
-    rank = World.from_environ(os.environ).rank
+    rank = 0
     try:
+        rank = World.from_environ(os.environ).rank
         with on_service_cpus():
             context = open_context()
             heartbeat = start_heartbeat(context)

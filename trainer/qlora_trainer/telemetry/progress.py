@@ -82,13 +82,13 @@ class Progress:
         """
         with self._lock:
             self._activity += 1
-            if "stage" in changes:
-                self._turn_to(_CALLED[changes["stage"]])
             fields = {name: getattr(self._report, name) for name in ProgressReport.model_fields}
             # Reports are read leniently; what we write ourselves is not.
             self._report = ProgressReport.model_validate(
                 fields | changes | {"updated_time": now()}, extra="forbid"
             )
+            if "stage" in changes:
+                self._turn_to(_CALLED[self._report.stage])
 
     def begin(self, work: Work | None) -> None:
         """Say what is being done from now on, besides steps; None: nothing that is counted."""
