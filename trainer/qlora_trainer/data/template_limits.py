@@ -31,7 +31,7 @@ MAX_WIDTH = 100_000
 """The largest number that a template may pad, indent or wrap with."""
 MAX_BITS = 100_000
 """Of a number that a template makes."""
-PART = 64
+PART = 256
 """Characters that anything in a list or a map counts as, besides its own."""
 # fmt: off
 DEEP = frozenset((
