@@ -72,6 +72,25 @@ def test_ranks_of_two_hosts_reach_each_other(
     assert [rank.returncode for rank in ranks] == [0] * size
 
 
+@pytest.mark.parametrize("family", ["ipv6"])
+def test_a_job_runs_where_hosts_have_ipv6_alone(
+    hosts: list[list[str]],
+    make_job: Callable[..., Any],
+    two: Any,
+    assert_same_bits: Callable[..., None],
+) -> None:
+    """From the ranks' meeting to the adapter, by gloo as by the libraries above, to the bits of one host's job."""
+    job = make_job()
+    job.hosts = hosts
+    job.extra_environ = {"MASTER_ADDR": RANK_0["ipv6"]}
+
+    with job.start(2, pods=2) as attempt:
+        ends = attempt.wait()
+
+    assert [end.code for end in ends] == [ExitCode.DONE] * 2, ends[0].log + ends[1].log
+    assert_same_bits(job, two)
+
+
 def test_partition_is_noticed_on_both_sides(
     backend: str, hosts: list[list[str]], make_job: Callable[..., Any]
 ) -> None:

@@ -7,7 +7,7 @@ import weakref
 from qlora_trainer.host.process_memory import process_memory, resident_needed
 
 INTERVAL_SECONDS = 0.2
-LARGEST_SHARE = 0.001
+LARGEST_SHARE = 0.0005
 """Of the time, at most, that goes into proportional counts: the kernel walks all pages for them, 5 ms per GiB of small
 ones, and meanwhile no thread of the process can map memory. Between them what a process has grown by is looked at,
 which the kernel always knows."""
