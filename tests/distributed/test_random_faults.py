@@ -84,20 +84,19 @@ class Game:
 
     def moment(self) -> tuple[str, bool]:
         """Wait for a random moment of the attempt; what it is, and whether the attempt still runs then."""
-        match self.random.choice(["start", "step", "step", "end"]):
-            case "start" if not self.job.last_step():
-                seconds = self.random.uniform(0, 12)
-                return f"{seconds:.0f} s after the start", not self.wait(
-                    lambda: False, seconds
-                ) and not self.is_over()
-            case "end":
-                seconds = self.random.uniform(0, 1.5)
-                there = self.wait(lambda: LAST_STEP in self.job.checkpoints())
-                self.wait(lambda: False, seconds)
-                return f"{seconds:.1f} s after the last step", there and not self.is_over()
-            case _:
-                step = self.random.randint(min(self.job.last_step() + 1, LAST_STEP), LAST_STEP)
-                return f"at step {step}", self.wait(lambda: self.job.last_step() >= step)
+        known = self.job.last_step()
+        kind = self.random.choice(["start", "step", "step", "end"])
+        if kind == "start" or known >= LAST_STEP:  # all steps are done: this attempt only has to publish
+            seconds = self.random.uniform(0, 15)
+            self.wait(lambda: False, seconds)
+            return f"{seconds:.0f} s later", not self.is_over()
+        if kind == "end":
+            seconds = self.random.uniform(0, 1.5)
+            there = self.wait(lambda: LAST_STEP in self.job.checkpoints())
+            self.wait(lambda: False, seconds)
+            return f"{seconds:.1f} s after the last step", there and not self.is_over()
+        step = self.random.randint(known + 1, LAST_STEP)
+        return f"at step {step}", self.wait(lambda: self.job.last_step() >= step)
 
 
 # --- faults
