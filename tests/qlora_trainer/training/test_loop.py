@@ -444,7 +444,7 @@ def test_the_norm_of_a_long_gradient_does_not_stop_growing(monkeypatch: pytest.M
     assert loop.gradient_norm(gradient[:100]) == float(gradient[:100].norm())
     monkeypatch.setattr(loop, "NORM_PIECE", 10_000)
 
-    assert loop.gradient_norm(gradient) == pytest.approx(expected, rel=1e-6)
+    assert loop.gradient_norm(gradient) == pytest.approx(expected, rel=1e-5)  # in one piece: 4.7e-4
 
 
 @pytest.mark.parametrize(
