@@ -101,9 +101,14 @@ repeated:  ## Say which tests had to be repeated since the last time it was aske
 e2e: demo-data cluster-build  ## Run the tests on two real nodes (root; about 30 GB of disk)
 	$(call tier,-m "nodes and not soak")
 
-soak: setup  ## Run the long random tests
+# Faults that are drawn anew each time: `make soak SOAK_SEED=...` repeats those of a seed, which stands in the tests' names.
+soak: export SOAK_SEED ?= $(shell date +%s)
+soak: export SOAK_TABLE ?= $(CACHE)/soak-faults.txt
+soak: demo-data $(VENV)/.backends  ## Run the long random tests; 200 faults of running jobs are listed in .cache/soak-faults.txt
 	$(CLUSTER) build --tier fleet
-	$(PYTEST) $(WAITING) -m soak
+	@rm -f $(SOAK_TABLE)
+	$(PYTEST) -n 2 -m "soak and slow"
+	$(PYTEST) $(WAITING) -m "soak and not slow"
 
 sanitize: setup  ## The kernel library's tests under the sanitizers of addresses, undefined behaviour and threads (g++)
 	$(BIN)/python tests/support/sanitized_kernels.py address,undefined

@@ -1,11 +1,11 @@
 """What can go wrong in the middle of a job, and what is left then."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from disturbances import fill, small_disk
 from qlora_contract.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -193,54 +194,26 @@ def test_adapter_without_improvement_is_published_only_if_allowed(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """mount(size) -> a folder with a file system of its own, of that size."""
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path:
-        folder = tmp_path / "work"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(
-                f"a full disk needs a small file system, and mounting one failed: {done.stderr.strip()}"
-            )
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path, leave: int) -> Path:
-    """Fill a file system but for `leave` bytes."""
-    path = folder / "filler"
-    with path.open("wb", buffering=0) as stream:
-        try:
-            while stream.write(b"\1" * 65_536) == 65_536:
-                pass
-        except OSError:
-            pass
-        stream.truncate(stream.tell() - leave)
-    return path
+    with contextlib.ExitStack() as mounted:
+        yield lambda size: mounted.enter_context(small_disk(tmp_path / "work", size))
 
 
 def test_disk_that_fills_up_keeps_the_last_checkpoint(
     make_job: Callable[..., Any],
     alone: Any,
-    small_disk: Callable[[str], Path],
+    disk: Callable[[str], Path],
     assert_same_bits: Callable[..., None],
 ) -> None:
     """No space for a checkpoint ends the job with the older ones whole; with space again it goes on from them."""
-    disk = small_disk("8m")
-    job = make_job(root=disk)
+    root = disk("8m")
+    job = make_job(root=root)
     with job.start(1) as attempt:
         attempt.until_step(7)
         rank = attempt.ranks()[0]
         rank.suspend()
-        filler = fill(disk, leave=65_536)
+        filler = fill(root, leave=65_536)
         kept = job.checkpoints()
         rank.resume()
         (end,) = attempt.wait()
@@ -258,10 +231,10 @@ def test_disk_that_fills_up_keeps_the_last_checkpoint(
 
 
 def test_full_disk_is_found_before_the_first_step(
-    make_job: Callable[..., Any], small_disk: Callable[[str], Path]
+    make_job: Callable[..., Any], disk: Callable[[str], Path]
 ) -> None:
     """A workspace without room for the checkpoints is refused before anything is trained."""
-    job = make_job(root=small_disk("1m"))
+    job = make_job(root=disk("1m"))
 
     end = job.run()
 

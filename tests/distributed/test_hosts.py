@@ -9,19 +9,10 @@ from typing import Any
 
 import pytest
 
+from disturbances import RANK_0, set_link, two_hosts
 from qlora_contract.exit_codes import ExitCode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-ADDRESSES = {"ipv4": ("10.78.0.1/24", "10.78.0.2/24"), "ipv6": ("fd78::1/64", "fd78::2/64")}
-RANK_0 = {family: pair[0].partition("/")[0] for family, pair in ADDRESSES.items()}
-ALONE = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && hostname "$0" && exec "$@"'
-"""What a process does before its command, in mounts and a host name of its own."""
-
-
-def ip(*words: str) -> None:
-    """The command `ip`."""
-    subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -33,25 +24,8 @@ def family() -> str:
 @pytest.fixture
 def hosts(family: str) -> Iterator[list[list[str]]]:
     """The beginning of a command that shall run on either host."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    names = [f"ql{os.getpid()}{side}" for side in "ab"]
-    for name in names:
-        ip("netns", "add", name)
-    try:
-        ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "link0", "netns", names[1])
-        for name, address in zip(names, ADDRESSES[family], strict=True):
-            # Of use at once, and the only one: an address of the link's own is of none for a second or two, and
-            # libraries that try all addresses fail by it.
-            ip("-n", name, "link", "set", "link0", "addrgenmode", "none")
-            fresh = ["nodad"] if family == "ipv6" else []
-            ip("-n", name, "address", "add", address, "dev", "link0", *fresh)
-            for device in ("lo", "link0"):
-                ip("-n", name, "link", "set", device, "up")
-        yield [["ip", "netns", "exec", name, "unshare", "-mu", "sh", "-c", ALONE, name] for name in names]
-    finally:
-        for name in names:
-            ip("netns", "delete", name)
+    with two_hosts(family) as hosts:
+        yield hosts
 
 
 SCRIPT = """
@@ -98,6 +72,25 @@ def test_ranks_of_two_hosts_reach_each_other(
     assert [rank.returncode for rank in ranks] == [0] * size
 
 
+@pytest.mark.parametrize("family", ["ipv6"])
+def test_a_job_runs_where_hosts_have_ipv6_alone(
+    hosts: list[list[str]],
+    make_job: Callable[..., Any],
+    two: Any,
+    assert_same_bits: Callable[..., None],
+) -> None:
+    """From the ranks' meeting to the adapter, by gloo as by the libraries above, to the bits of one host's job."""
+    job = make_job()
+    job.hosts = hosts
+    job.extra_environ = {"MASTER_ADDR": RANK_0["ipv6"]}
+
+    with job.start(2, pods=2) as attempt:
+        ends = attempt.wait()
+
+    assert [end.code for end in ends] == [ExitCode.DONE] * 2, ends[0].log + ends[1].log
+    assert_same_bits(job, two)
+
+
 def test_partition_is_noticed_on_both_sides(
     backend: str, hosts: list[list[str]], make_job: Callable[..., Any]
 ) -> None:
@@ -108,7 +101,7 @@ def test_partition_is_noticed_on_both_sides(
 
     with job.start(2, pods=2) as attempt:
         attempt.until_step(6)
-        ip("-n", hosts[0][3], "link", "set", "link0", "down")
+        set_link(hosts[0], "down")
         ends = attempt.wait()
 
     assert [end.code for end in ends] == [ExitCode.LOST_PEER] * 2, ends[0].log + ends[1].log

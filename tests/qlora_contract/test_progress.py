@@ -5,7 +5,13 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from qlora_contract.progress import CheckpointRef, ProgressReport, RankFacts, TerminationReport
+from qlora_contract.progress import (
+    CheckpointRef,
+    ProgressReport,
+    RankFacts,
+    TerminationReport,
+    timeline_text,
+)
 from qlora_contract.run_config import ResolvedRevisions
 
 PROGRESS = ProgressReport(
@@ -92,3 +98,19 @@ def test_a_report_of_ranks_says_nothing_of_transfers() -> None:
     """Only a fetch tells what was fetched, and only an upload where the copy is."""
     assert (TERMINATION.fetched, TERMINATION.published_uri) == (None, None)
     assert (FETCHED.published_uri, PUBLISHED.fetched) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("timeline", "text"),
+    [
+        pytest.param({}, "", id="nothing yet"),
+        pytest.param({"imports": 8.0, "training": 0.01}, "imports 8.0 s", id="no first step"),
+        pytest.param({"a": 1.0, "first step": 2.0}, "3.0 s to the end of the first step: a 1.0 s, first step 2.0 s",
+                     id="the first step"),
+        pytest.param({"a": 1.0, "first step": 2.0, "b": 3.0},
+                     "3.0 s to the end of the first step: a 1.0 s, first step 2.0 s; then b 3.0 s", id="more"),
+    ],
+)  # fmt: skip
+def test_a_timeline_says_what_came_before_the_first_step(timeline: dict[str, float], text: str) -> None:
+    """The wait for the first step is what a user feels; what took no time is left out."""
+    assert timeline_text(timeline) == text

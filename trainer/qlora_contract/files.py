@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ def sync_folder(folder: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file durably: a reader, or the machine after a crash, sees the old text or the new one.
 
-    The temporary file beside it is named `.NAME.PID.tmp`; a process that is killed leaves it behind.
+    The temporary file beside it has a name that nobody else has: processes of two pods mostly have the same number. A
+    process that is killed leaves it behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         sync_file(temporary)
         temporary.replace(path)
         sync_folder(path.parent)

@@ -1,5 +1,6 @@
 """What the trainer reports: live progress, and how it ended."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -8,6 +9,28 @@ from qlora_contract.base import ContractModel
 from qlora_contract.run_config import ResolvedRevisions
 
 Stage = Literal["Starting", "Fetching", "Training", "Evaluating", "Publishing", "Uploading", "Done"]
+
+
+FIRST_STEP = "first step"
+"""What a timeline calls the first step of an attempt; all before it is what a user waits for."""
+
+
+def timeline_text(timeline: Mapping[str, float]) -> str:
+    """Seconds by what they went into, as a sentence: `14.0 s to the end of the first step: imports 8.1 s, ...`.
+
+    What took less than a twentieth of a second is left out.
+    """
+    names = list(timeline)
+    start = names[: names.index(FIRST_STEP) + 1] if FIRST_STEP in timeline else []
+
+    def parts(of: Sequence[str]) -> str:
+        return ", ".join(f"{name} {timeline[name]:.1f} s" for name in of if timeline[name] >= 0.05)
+
+    rest = parts(names[len(start) :])
+    if not start:
+        return rest
+    until = f"{sum(timeline[name] for name in start):.1f} s to the end of the first step: {parts(start)}"
+    return f"{until}; then {rest}" if rest else until
 
 
 class _Report(ContractModel):

@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from qlora_contract.env import RANKS_ENV, RUN_CONFIG_ENV
+from qlora_contract.env import LAUNCHED_ENV, RANKS_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import COLLATERAL, COLLATERAL_DELAY_SECONDS
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import RUN_CONFIG_PATH, volume_map
@@ -75,8 +75,9 @@ def run_rank() -> int:
     """Start up, train, report; the exit code."""
     context: RankContext | None = None
     heartbeat: Heartbeat | None = None
-    rank = World.from_environ(os.environ).rank
+    rank = 0
     try:
+        rank = World.from_environ(os.environ).rank
         with on_service_cpus():
             context = open_context()
             heartbeat = start_heartbeat(context)
@@ -112,6 +113,7 @@ def open_context() -> RankContext:
     run = read_run(Path(os.environ.get(RUN_CONFIG_ENV, str(RUN_CONFIG_PATH))))
     volumes = volume_map()
     folder = JobFolder(job_path(run.workspace, run.job.name, volumes), run)
+    imported = time.monotonic()
     group = Group.open(
         world,
         run.distributed.backend,
@@ -119,6 +121,8 @@ def open_context() -> RankContext:
         run.distributed.rendezvous_timeout_seconds,
     )
     context = RankContext(run, group, folder, volumes=volumes, stop=stop)
+    context.progress.spent("imports", imported - float(os.environ.get(LAUNCHED_ENV, imported)))
+    context.progress.spent("meeting the other ranks", time.monotonic() - imported)
     if context.is_rank_zero:
         only_here = bool(volumes)  # set by `qlora run`; in a pod the operator connects from outside
         ProgressServer(context.progress, "127.0.0.1" if only_here else "", port_from_environ(os.environ))

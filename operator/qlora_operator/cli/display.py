@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qlora_contract.progress import ProgressReport
+from qlora_contract.progress import ProgressReport, timeline_text
 from qlora_contract.units import format_bytes, format_bytes_done, format_duration, now
 
 PLAIN_SECONDS = 15.0
@@ -269,6 +269,8 @@ def _training_lines(report: dict[str, Any]) -> list[str]:
         ),
         f"memory     {format_bytes(report['peak_memory_bytes'])} peak per rank",
     ]
+    if timeline := report.get("timeline"):
+        lines.append(f"time       {timeline_text({name: float(timeline[name]) for name in timeline})}")
     if report.get("not_bit_exact"):
         lines.append(f"resumed    not bit-exact: {report['not_bit_exact']}")
     return lines

@@ -94,7 +94,7 @@ def start(
     common = environment(volumes) | {
         RUN_CONFIG_ENV: str(folder / RUN_CONFIG),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port(besides=progress_port)),
+        "MASTER_PORT": str(free_port()),
         PARENT_DEATH_ENV: str(os.getpid()),
         PRICE_ENV: "" if price is None else str(price),
     }
@@ -126,14 +126,17 @@ def start(
     return launchers
 
 
-def free_port(besides: int = 0) -> int:
-    """A port of the loopback interface that is free now, other than `besides`."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port != besides:
-            return port
+def free_port() -> int:
+    """A port of the loopback interface that is free, and is given to nobody else while this process lives.
+
+    It stays bound: ranks take seconds to listen there, and who allows it, as servers do, may all the same.
+    """
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    port = int(probe.getsockname()[1])
+    probe.detach()
+    return port
 
 
 def kill(launchers: Sequence[Launcher]) -> None:

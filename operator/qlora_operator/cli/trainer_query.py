@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from pydantic import ValidationError
 
 from qlora_contract import entry_points
 from qlora_contract.plan import PlanResponse
+from qlora_contract.units import format_duration
 from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
+SILENT_SECONDS = 15.0
+"""After which, again and again, it is said that an answer is still awaited: large data take minutes."""
 KERNELS = (sys.executable, "-m", entry_points.KERNELS)
 TRAINER_PACKAGES = (
     "boto3",
@@ -70,23 +74,40 @@ def query_trainer(
     Raises:
         ProcessError: it could not be started, or did not answer.
     """
+    began = time.monotonic()
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*command, *arguments],
             env=environment(volumes or {}) | (OFFLINE if offline else {}),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
         )
     except OSError as error:
         raise ProcessError(f"{command[0]} could not be started: {error.strerror}") from error
-    lines = done.stdout.strip().splitlines()
+    with process:
+        try:
+            while True:
+                try:
+                    stdout, stderr = process.communicate(timeout=SILENT_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    so_far = format_duration(time.monotonic() - began)
+                    print(
+                        f"still reading the model and the data, for {so_far} so far",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        except BaseException:
+            process.kill()
+            raise
+    lines = stdout.strip().splitlines()
     try:
         return PlanResponse.model_validate_json(lines[-1] if lines else "")
     except ValidationError:
-        errors = done.stderr.strip().splitlines() or ["it wrote nothing to stderr"]
+        errors = stderr.strip().splitlines() or ["it wrote nothing to stderr"]
         raise ProcessError(
-            f"`{' '.join(command[1:])}` exited with code {done.returncode} without an answer: {errors[-1]}"
+            f"`{' '.join(command[1:])}` exited with code {process.returncode} without an answer: {errors[-1]}"
         ) from None

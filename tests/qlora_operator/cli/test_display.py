@@ -269,6 +269,16 @@ def test_a_result_tells_no_more_than_is_known(fields: dict[str, Any], line: str 
     assert told == ([line] if line else [])
 
 
+def test_a_result_tells_where_the_time_went() -> None:
+    """What a user waited for first, and what came after it."""
+    timeline = {"imports": 8.12, "tokenizing": 0.01, "first step": 2.0, "training": 30.25}
+
+    assert result_lines(RESULT | {"timeline": timeline}, Path("a"))[-1] == (
+        "time       10.1 s to the end of the first step: imports 8.1 s, first step 2.0 s; then training 30.2 s"
+    )
+    assert "damaged" in result_lines(RESULT | {"timeline": {"imports": "long"}}, Path("a"))[-1]
+
+
 def test_an_inexact_resume_is_told() -> None:
     """The reason why the result may differ in the last bits stands in the result."""
     assert result_lines(RESULT | {"not_bit_exact": "world_size 1 -> 2"}, Path("a"))[-1] == (

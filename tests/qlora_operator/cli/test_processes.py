@@ -49,10 +49,12 @@ def test_a_program_that_is_not_there_is_named(tmp_path: Path, a_job: Callable[..
         processes.start(run, tmp_path, [[0], [0]], {}, [lock.fileno()], 1, ("./no-such-program",))
 
 
-def test_a_port_is_free_and_another() -> None:
-    """Somebody can listen at it, and two that are asked for differ."""
-    first = processes.free_port()
-    second = processes.free_port(besides=first)
+def test_a_port_is_kept_for_the_one_who_listens_later() -> None:
+    """Servers of both families can listen at it, while whoever asks for a free one gets another."""
+    port = processes.free_port()
+    assert port not in {processes.free_port() for _ in range(20)}
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
 
-    assert first != second
-    socket.create_server(("127.0.0.1", second)).close()
+    socket.create_server(("127.0.0.1", port)).close()
+    socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True).close()

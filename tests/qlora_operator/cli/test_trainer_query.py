@@ -37,6 +37,17 @@ def test_a_planner_without_an_answer_is_quoted(program: str, said: str) -> None:
         query_trainer(command=(sys.executable, "-c", program))
 
 
+def test_a_planner_that_takes_long_is_waited_for_aloud(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody looks at a terminal without a word for minutes; the answer comes all the same."""
+    monkeypatch.setattr(trainer_query, "SILENT_SECONDS", 0.05)
+    program = "import time; time.sleep(1); print('{}')"
+
+    assert query_trainer(command=(sys.executable, "-c", program)).error is None
+    assert "still reading the model and the data, for 0s so far" in capfd.readouterr().err
+
+
 def test_the_working_folder_is_no_place_to_import_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from torch.distributed import HashStore
 from qlora_contract.exit_codes import ExitCode
 from qlora_trainer.distributed import World
 from qlora_trainer.distributed.heartbeat import Heartbeat
+from qlora_trainer.distributed.peer_monitor import MOST_STRANGERS
 from qlora_trainer.distributed.peers import Farewell, Hello, LostPeer, encode
 from qlora_trainer.errors import RendezvousError
 
@@ -166,6 +167,7 @@ def test_the_main_thread_can_wait_for_the_verdict(circle: Callable[..., Circle])
         pytest.param(encode(Hello(1, "x", "TOKEN")).replace(b"1", b'"1"'), id="rank-as-text"),
         pytest.param(encode(Hello(1, "x", "TOKEN")).replace(b"1", b"null"), id="rank-null"),
         pytest.param(b"[" * 60_000 + b"\n", id="nested-too-deep"),
+        pytest.param(encode(Hello(1, "x", "\ud800")), id="half-a-character"),
     ],
 )
 def test_strangers_are_dropped_and_change_nothing(circle: Callable[..., Circle], hello: bytes) -> None:
@@ -180,6 +182,29 @@ def test_strangers_are_dropped_and_change_nothing(circle: Callable[..., Circle],
     world.members[1].farewell("still heard", 1)
 
     assert world.members[0].lost(PATIENCE) == LostPeer(1, "host-1", "ended: UNEXPECTED: still heard")
+
+
+def test_many_strangers_keep_no_rank_out() -> None:
+    """Of those that connect and say nothing the oldest make room."""
+    store, lost = HashStore(), []
+    members = [
+        Heartbeat(World(rank, 2, rank, "127.0.0.1", 1), store, 60.0, lost.append, "a") for rank in range(2)
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(members[0].start)
+        port = json.loads(store.get("heartbeat"))["port"]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(MOST_STRANGERS + 9)]
+        try:
+            assert strangers[0].recv(1) == b""
+            members[1].start()
+            starting.result(PATIENCE)
+        finally:
+            for sock in strangers:
+                sock.close()
+    for member in members:
+        member.goodbye()
+
+    assert lost == []
 
 
 def test_a_rank_that_never_comes_is_lost(circle: Callable[..., Circle]) -> None:

@@ -3,12 +3,14 @@
 import gc
 import mmap
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from qlora_trainer.host import memory_sampler
 from qlora_trainer.host.memory_sampler import MemorySampler
+from qlora_trainer.host.process_memory import ProcessMemory
 
 MIB = 2**20
 
@@ -24,6 +26,31 @@ def test_a_peak_stays_after_the_memory_is_given_back() -> None:
     sampler.sample()
 
     assert sampler.peak_needed - sampler.baseline.needed >= 60 * MIB
+
+
+def test_large_memory_is_counted_rarely_and_its_peaks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes to walk all pages, that is a thousandth of the time; a peak meanwhile is kept."""
+    monkeypatch.setattr(memory_sampler, "INTERVAL_SECONDS", 0.01)
+    count, counted = memory_sampler.process_memory, threading.Semaphore(0)
+
+    def slowly() -> ProcessMemory:
+        time.sleep(0.1)
+        counted.release()
+        return count()
+
+    monkeypatch.setattr(memory_sampler, "process_memory", slowly)
+    sampler = MemorySampler()
+    assert counted.acquire(timeout=60)  # the baseline
+    assert counted.acquire(timeout=60)  # the first of its own; the next is due in a hundred seconds
+    with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as used:
+        for page in range(0, len(used), mmap.PAGESIZE):
+            used[page] = 1
+        deadline = time.monotonic() + 30
+        while sampler.peak_needed - sampler.baseline.needed < 60 * MIB and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    assert sampler.peak_needed - sampler.baseline.needed >= 60 * MIB
+    assert not counted.acquire(blocking=False)
 
 
 def test_mapped_files_are_told_apart(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -89,3 +90,11 @@ def test_processor_time_grows_with_work_alone() -> None:
         assert processor_seconds(waiting.pid) < 60
 
     assert processor_seconds(waiting.pid) == 0
+
+
+def test_a_process_knows_when_it_was_started() -> None:
+    """Before its first line ran, and after the one that started it."""
+    before = time.monotonic()
+    started, first_line = map(float, output_of("print(started_at(), time.monotonic())").split())
+
+    assert before - 0.02 < started < first_line

@@ -113,6 +113,22 @@ def test_the_out_of_memory_sentence(a_run: Callable[..., RunConfig]) -> None:
     )
 
 
+def test_the_out_of_memory_sentence_names_the_largest_parts(a_run: Callable[..., RunConfig]) -> None:
+    """Where the rank had come to know what it needs."""
+    parts = {
+        "runtime": 1 << 28,
+        "base": 3 << 30,
+        "adapter": 1 << 20,
+        "activations": 1 << 30,
+        "scratch": 1 << 26,
+    }
+    killed = RankExit(1, -9, memory_plan=parts)
+
+    assert "(planned 4.31 GiB a rank: base 3.00 GiB, activations 1.00 GiB, runtime 256 MiB): raise" in (
+        summarize([killed], a_run(), oom=True, limit=4 << 30).cause
+    )
+
+
 def test_ranks_that_share_memory_are_said_to(a_run: Callable[..., RunConfig]) -> None:
     """With `auto` memoryPerRank is the pod's, and the number of ranks is not the user's to lower."""
     run = a_run(layout={"ranksPerPod": "auto", "memoryPerRank": 3 << 30})

@@ -176,6 +176,18 @@ def test_bf16_chunks_equal_the_whole(monkeypatch: pytest.MonkeyPatch, rows: int)
     assert float(whole) == pytest.approx(alone, rel=1e-3)
 
 
+def test_the_factor_from_above_is_not_rounded() -> None:
+    """A step's 1 / 387 in bf16 would be 1 / 386.2: all of its gradients would be off by as much."""
+    hidden, head, targets = case()
+    hidden = hidden.bfloat16().requires_grad_()
+    whole, part = (
+        torch.autograd.grad(summed_cross_entropy(hidden, head.bfloat16(), targets, None) / count, hidden)[0]
+        for count in (1, 387)
+    )
+
+    assert torch.equal(part, (whole.float() / 387).bfloat16())
+
+
 def test_without_gradient_nothing_is_kept() -> None:
     """Under no_grad the loss is the same number, and has no graph."""
     hidden, head, targets = case()

@@ -42,6 +42,18 @@ def test_only_foreseen_errors_are_renamed(number: int, kind: type[Exception]) ->
     assert type(raised.value) is kind
 
 
+def test_a_folder_survives_a_crash_right_after_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of it and of its new parents are made durable, each in the folder that it is in; nothing else is."""
+    synced: list[Path] = []
+    monkeypatch.setattr(atomic.files, "sync_folder", synced.append)
+    atomic.make_folder(tmp_path / "jobs" / "name" / "checkpoints")
+    atomic.make_folder(tmp_path / "jobs" / "name" / "checkpoints")
+
+    assert synced == [tmp_path / "jobs" / "name", tmp_path / "jobs", tmp_path]
+
+
 def sealed(folder: Path, text: str = "text") -> Path:
     """A folder with a file and its manifest."""
     folder.mkdir()

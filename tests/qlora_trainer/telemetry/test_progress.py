@@ -63,6 +63,33 @@ def test_whatever_is_done_advances_the_report() -> None:
     ]
 
 
+def test_a_timeline_has_every_second_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the work at hand, or the stage where no more is known, in the order in which each was first done."""
+    clock = [10.0]
+    monkeypatch.setattr("qlora_trainer.telemetry.progress.time.monotonic", lambda: clock[0])
+    live = Progress(START)
+    live.spent("imports", 5.0)
+    steps: list[tuple[float, Callable[[], None]]] = [
+        (1.0, lambda: live.begin(Work(name="tokenizing", unit="records"))),
+        (2.0, lambda: live.begin(None)),
+        (0.5, lambda: live.update(stage="Training")),
+        (0.0, lambda: live.turn_to("first step")),
+        (3.0, lambda: live.update(step=1)),
+        (0.0, lambda: live.update(stage="Training")),
+        (4.0, lambda: live.update(stage="Evaluating")),
+        (7.0, lambda: live.update(stage="Training")),
+    ]
+    for seconds, step in steps:
+        clock[0] += seconds
+        step()
+    clock[0] += 1.0
+
+    assert {name: spent for name, spent in live.timeline.items() if spent} == {
+        "imports": 5.0, "preparing": 1.5, "tokenizing": 2.0, "first step": 3.0, "training": 5.0, "evaluating": 7.0
+    }  # fmt: skip
+    assert list(live.timeline)[:3] == ["imports", "preparing", "tokenizing"]
+
+
 def test_an_attempt_starts_with_what_is_known(a_run: Callable[..., RunConfig]) -> None:
     """Before anything is done the report says which attempt it is and what it does."""
     report = starting_report(a_run(), "Fetching")

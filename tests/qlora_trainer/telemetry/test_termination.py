@@ -34,6 +34,19 @@ def test_a_rank_started_by_hand_reports_to_nobody(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_rank_needs_its_memory_for_outlives_it(tmp_path: Path) -> None:
+    """Beside its report, which one that is killed never writes; whatever else is there is no plan."""
+    path = tmp_path / "rank-0.json"
+    before = termination.read_memory_plan(path)
+    termination.write_memory_plan({"base": 7}, {termination.REPORT_ENV: str(path)})
+    termination.write_memory_plan({"base": 8}, {})
+
+    assert (before, termination.read_memory_plan(path)) == ({}, {"base": 7})
+    for text in ("", "[]", '{"base": "x"}', '{"base": null}'):
+        (tmp_path / "rank-0.json.memory").write_text(text)
+        assert termination.read_memory_plan(path) == {}
+
+
 @pytest.mark.parametrize("text", [None, b"", b'{"version": 1, "exitC', b'{"version": 2}', b"\xff"])
 def test_a_missing_or_foreign_report_is_none(tmp_path: Path, text: bytes | None) -> None:
     """A rank that was killed leaves none, and garbage is not trusted."""

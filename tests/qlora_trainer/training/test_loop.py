@@ -67,6 +67,16 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
     assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
+    named = {
+        "tokenizing",
+        "loading the model",
+        "first step",
+        "evaluating the base",
+        "training",
+        "evaluating the adapter",
+    }
+    assert named < report["timeline"].keys()
+    assert all(report["timeline"][name] > 0 for name in named)
 
 
 VIRTUAL: dict[str, dict[str, Any]] = {
@@ -413,6 +423,64 @@ def test_an_adapter_must_improve_on_the_base_if_the_job_says_so(
     else:
         with pytest.raises(error):
             check_improved(base, loss, required=required)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "says"),
+    [
+        pytest.param("the base", ModelError, "the base's own loss", id="of the base"),
+        pytest.param("the adapter", Diverged, "the eval loss after step 2", id="of a step"),
+        pytest.param("the unquantized base", None, "", id="of what is only reported"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_not_recorded(
+    ready: Ready, monkeypatch: pytest.MonkeyPatch, what: str, error: type[Exception] | None, says: str
+) -> None:
+    """It ends the job where something is held against it, and is left out of the report where nothing is."""
+    evaluate = loop.evaluate
+
+    def not_a_number(*args: Any) -> float | None:
+        of = args[5] if len(args) > 5 else "the adapter"
+        return math.nan if of == what else evaluate(*args)
+
+    monkeypatch.setattr(loop, "evaluate", not_a_number)
+    context = ready(evaluation={"everySteps": 2})
+    if error is None:
+        assert train(context)["base_eval_loss"] is None
+    else:
+        with pytest.raises(error, match=says):
+            train(context)
+
+    assert "NaN" not in (context.folder.path / METRICS).read_text()
+    assert context.folder.finished() == (error is None)
+
+
+def test_weights_that_are_no_numbers_are_not_published(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without evaluation data nothing else would show it."""
+    stage = loop.stage_adapter
+
+    def damaged(context: RankContext, state: TrainState) -> float | None:
+        state.parameters.flat.data[7] = math.inf
+        return stage(context, state)
+
+    monkeypatch.setattr(loop, "stage_adapter", damaged)
+    context = ready(dataset={"evalFraction": 0.0}, evaluation={"requireImprovement": False})
+    with pytest.raises(Diverged, match="has weights that are not finite numbers"):
+        train(context)
+
+    assert not context.folder.adapter.exists()
+    assert not list(context.folder.path.glob(".adapter*"))
+
+
+def test_the_norm_of_a_long_gradient_does_not_stop_growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is small beside the sum so far still counts; a short gradient's norm is torch's own."""
+    gradient = torch.ones(1_000_064)
+    gradient[:64] = 4096.0
+    expected = math.sqrt(64 * 4096.0**2 + 1e6)
+    assert loop.gradient_norm(gradient[:100]) == float(gradient[:100].norm())
+    monkeypatch.setattr(loop, "NORM_PIECE", 10_000)
+
+    assert loop.gradient_norm(gradient) == pytest.approx(expected, rel=1e-5)  # in one piece: 4.7e-4
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, wraps
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
@@ -28,6 +29,21 @@ COPIES = 128
 """How often a text may be copied while it is put together: templates add a message at a time to what they have."""
 MAX_WIDTH = 100_000
 """The largest number that a template may pad, indent or wrap with."""
+MAX_BITS = 100_000
+"""Of a number that a template makes."""
+PART = 256
+"""Characters that anything in a list or a map counts as, besides its own."""
+# fmt: off
+DEEP = frozenset((
+    "capitalize", "center", "dictsort", "e", "escape", "forceescape", "format", "groupby", "indent", "join", "lower",
+    "pprint", "replace", "safe", "sort", "string", "striptags", "sum", "title", "tojson", "trim", "truncate", "unique",
+    "upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr",
+))
+# fmt: on
+"""Filters that look at all that is in what they are given."""
+
+
+T = TypeVar("T")
 
 
 class LimitError(Exception):
@@ -60,10 +76,36 @@ class _Meter:
         if self.characters < 0:
             raise LimitError("puts together far more text than the conversation has")
 
+    def weigh(self, *values: Any) -> int:
+        """Reserve, and return, the characters of values with all that is in them, once for each place it stands in."""
+        before = self.characters
+        waiting = list(values)
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, Namespace):
+                value = value._Namespace__attrs
+            if isinstance(value, str | bytes):
+                self.reserve(len(value))
+            elif isinstance(value, Mapping):
+                self.reserve(2 * PART * len(value))
+                waiting += value.keys()
+                waiting += value.values()
+            elif isinstance(value, list | tuple | set | frozenset):
+                self.reserve(PART * len(value))
+                waiting += value
+            else:
+                self.reserve(PART)
+        return before - self.characters
+
 
 def _size(value: Sequence[Any]) -> int:
-    """Bytes, about."""
-    return len(value) if isinstance(value, str) else 8 * len(value)
+    """Bytes, about, without what is in its parts."""
+    return len(value) if isinstance(value, str | bytes) else 8 * len(value)
+
+
+def _check_bits(bits: int) -> None:
+    if bits > MAX_BITS:
+        raise LimitError(f"makes a number of more than {MAX_BITS} bits")
 
 
 def _too_wide() -> NoReturn:
@@ -81,10 +123,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=theirs.trim_blocks,
             lstrip_blocks=theirs.lstrip_blocks,
             extensions=[type(extension) for extension in theirs.extensions.values()],
+            finalize=self._written,
         )
         self.meter = _Meter()
         self.filters.update({name: self._bounded(name, run) for name, run in theirs.filters.items()})
         self.globals.update(theirs.globals)
+        del self.globals["lipsum"]  # as much text as it is asked for, and of use to nobody here
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_Metered(self).visit(source), *args, **kwargs)
@@ -94,33 +138,49 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Counts a round of a loop, or a call of a macro: read there, since that costs less than a call."""
         self.meter.step()
 
+    def weighed(self, value: T) -> T:
+        """A list, tuple or map that has just been made."""
+        self.meter.weigh(value)
+        return value
+
+    def _written(self, value: T) -> T:
+        """What is about to be written."""
+        if not isinstance(value, str):
+            self.meter.weigh(value)
+        return value
+
     def join_texts(self, *parts: Any) -> str:
         """The operator `~`."""
-        texts = [str(part) for part in parts]
-        self.meter.reserve(sum(map(len, texts)))
-        return "".join(texts)
+        self.meter.weigh(*parts)
+        return "".join(map(str, parts))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator, once it is known what it makes."""
         match operator:
             case "+" if isinstance(left, Sequence) and isinstance(right, Sequence):
                 self.meter.reserve(_size(left) + _size(right))
+            case "*" if isinstance(left, int) and isinstance(right, int):
+                _check_bits(left.bit_length() + right.bit_length())
             case "*":
                 for many, times in ((left, right), (right, left)):
                     if isinstance(many, Sequence) and isinstance(times, int):
-                        self.meter.reserve(_size(many) * max(times, 0))
+                        self.meter.reserve(self.meter.weigh(many) * max(times, 0))
             case "**" if not (isinstance(right, int | float) and abs(right) <= 64):
                 raise LimitError("raises a number to a power above 64")
-            case "%" if isinstance(left, str):
-                self._check_format(left)
+            case "**" if isinstance(left, int):
+                _check_bits(int(left.bit_length() * abs(right)))
+            case "%" if isinstance(left, str | bytes):
+                self._check_format(left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """A call, once it is known what a method of a text makes."""
+        """A call, once it is known what a method of a text or a number makes."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own str.format around Python's
         owner = getattr(method, "__self__", None)
-        if isinstance(owner, str):
+        if isinstance(owner, str | bytes | int):
             __self._check(method.__name__, owner, args, kwargs)
+        elif __obj is dict or __obj is Namespace:
+            __self.meter.weigh(*args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
 
     def _bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,40 +195,42 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def _check(self, name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Count what a filter, or a method of a text, is about to make."""
-        for argument in (*args, *kwargs.values()):
-            if (
-                isinstance(argument, int)
-                and argument > MAX_WIDTH
-                and name not in ("default", "d", "round", "int")
-            ):
-                _too_wide()
-        text = isinstance(value, str)
-        if text and name in ("format", "format_map"):
-            self._check_format(value)
-        texts = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, str)]
-        if text and name == "replace" and texts:
-            self.meter.reserve(len(value) + value.count(texts[0]) * len(texts[-1]))
-        elif name == "join":
-            # A text joins its argument, a filter joins its value.
-            glue, joined = (
-                (value, args[0])
-                if text and args and not isinstance(args[0], str)
-                else ("".join(texts), value)
-            )
-            count = len(joined) if hasattr(joined, "__len__") else 0
-            self.meter.reserve(len(glue) * count)
-        elif text:
-            self.meter.reserve(len(value))
-
-    @staticmethod
-    def _check_format(text: str) -> None:
-        if re.search(r"\d{6,}|\*", text):
+        """Count what a filter, or a method of a text or a number, is about to make."""
+        given = (*args, *kwargs.values())
+        width = max((each for each in given if isinstance(each, int)), default=0)
+        if width > MAX_WIDTH and name not in ("default", "d", "round", "int"):
             _too_wide()
+        texts = [each for each in given if isinstance(each, str | bytes)]
+        if isinstance(value, str | bytes):
+            self.meter.reserve(len(value))
+            if name in ("format", "format_map"):
+                self._check_format(value, given)
+            elif name == "replace" and texts:
+                self.meter.reserve((len(value) // max(1, len(texts[0])) + 1) * len(texts[-1]))
+            elif name in ("indent", "expandtabs", "wordwrap"):
+                self.meter.reserve(len(value) * max([width if name != "wordwrap" else 0, *map(len, texts)]))
+            elif name == "join" and args and not isinstance(args[0], str | bytes):
+                self.meter.weigh(args[0])
+                self.meter.reserve(len(value) * (len(args[0]) if hasattr(args[0], "__len__") else 0))
+        elif name in DEEP:
+            weight = self.meter.weigh(value)
+            if name == "tojson":
+                self.meter.reserve(weight * width)
+            elif name == "join":
+                self.meter.reserve(weight // PART * sum(map(len, texts)))
+
+    def _check_format(self, text: str | bytes, values: Any) -> None:
+        """Count what a format is about to make of values, each of which may stand in each of its places."""
+        form = text if isinstance(text, str) else text.decode("latin-1")
+        if re.search(r"\d{6,}|\*", form):
+            _too_wide()
+        places = form.count("%") + form.count("{")
+        widths = sum(int(number) for number in re.findall(r"\d{1,5}", form)) if places else 0
+        self.meter.reserve(widths + places * self.meter.weigh(values))
 
 
 class _Metered(NodeTransformer):
-    """Puts a count into every loop and macro, and measures what `~` joins."""
+    """Puts a count into every loop and macro, and measures what `~` joins and what lists and maps hold."""
 
     def __init__(self, environment: BoundedEnvironment) -> None:
         self._environment = environment
@@ -180,10 +242,34 @@ class _Metered(NodeTransformer):
 
     visit_Macro = visit_CallBlock = visit_For  # noqa: N815
 
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict | nodes.Name) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load" or _is_constant(node):
+            return node
+        return self._call("weighed", [node], node.lineno)
+
+    visit_Tuple = visit_Dict = visit_List  # noqa: N815
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:  # noqa: N802
+        """The arguments of a macro that it does not name are a list and a map, too."""
+        return self.visit_List(node) if node.name in ("varargs", "kwargs") else node
+
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        join = nodes.EnvironmentAttribute("join_texts")
-        return nodes.Call(join, node.nodes, [], None, None, lineno=node.lineno, environment=self._environment)
+        return self._call("join_texts", node.nodes, node.lineno)
+
+    def _call(self, name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
+        method = nodes.EnvironmentAttribute(name)
+        return nodes.Call(method, arguments, [], None, None, lineno=line, environment=self._environment)
+
+
+def _is_constant(node: nodes.Expr) -> bool:
+    """Whether it is what the template's text says, whose size nobody needs to measure."""
+    try:
+        node.as_const()
+    except nodes.Impossible:
+        return False
+    return True
 
 
 @lru_cache(maxsize=32)

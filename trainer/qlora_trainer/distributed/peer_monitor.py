@@ -29,6 +29,8 @@ BEAT_SECONDS = 2.0
 """Between two beats, at most; a tenth of the timeout when that is less."""
 FLUSH_SECONDS = 1.0
 """How long a last message may take to be sent."""
+MOST_STRANGERS = 256
+"""Connections that have not said which rank they are; of more the oldest is closed. A rank says it at once."""
 DRAIN_SECONDS = 2.0
 """How long a rank that leaves waits for its peers to have read why."""
 
@@ -86,7 +88,10 @@ class PeerConnections:
             elif self._listener is not None and key.fileobj is self._listener:
                 with contextlib.suppress(OSError):  # it went before we came
                     self.add(self._listener.accept()[0])
-        return readable
+        strangers = [connection for connection in self.open if connection.rank is None]
+        for connection in strangers[:-MOST_STRANGERS]:
+            self.close(connection)
+        return [connection for connection in readable if connection in self.open]
 
     def ranks(self) -> set[int]:
         """The ranks that have registered."""

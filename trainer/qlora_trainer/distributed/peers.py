@@ -79,6 +79,8 @@ def decode(line: bytes) -> Message:
         of.name: of.type for of in fields(kind)
     }:
         raise ValueError("not a message of a peer")
+    for text in (value for value in values.values() if isinstance(value, str)):
+        text.encode()  # JSON has half characters, which are none: UnicodeEncodeError is a ValueError
     return kind(**values)
 
 

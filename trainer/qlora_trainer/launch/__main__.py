@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_contract.entry_points import RANK
-from qlora_contract.env import PARENT_DEATH_ENV, RUN_CONFIG_ENV
+from qlora_contract.env import LAUNCHED_ENV, PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.paths import RUN_CONFIG_PATH
 from qlora_contract.progress import TerminationReport
@@ -22,7 +22,7 @@ from qlora_trainer.errors import ConfigurationError, RendezvousError, Terminated
 from qlora_trainer.host.cgroups import memory_limit, oom_kills
 from qlora_trainer.host.isa import Isa, probe
 from qlora_trainer.host.numa import huge_pages
-from qlora_trainer.host.process import die_with_parent
+from qlora_trainer.host.process import die_with_parent, started_at
 from qlora_trainer.launch.environment import (
     allocator,
     master_address,
@@ -88,7 +88,11 @@ def launch(command: Sequence[str], environ: Mapping[str, str], stop: Stop) -> Te
     for line in layout.lines():
         log(line)
     counts = rank_counts(run, index, len(layout.ranks), environ, stop)
-    with_allocator = {**environ, **memory_settings(environ, huge_pages(), allocator())}
+    with_allocator = {
+        **environ,
+        **memory_settings(environ, huge_pages(), allocator()),
+        LAUNCHED_ENV: str(started_at()),
+    }
     environments = [
         rank_environment(run, counts, index, local, assignment, with_allocator)
         for local, assignment in enumerate(layout.ranks)

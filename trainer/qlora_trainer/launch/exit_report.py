@@ -2,16 +2,19 @@
 
 import os
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from qlora_contract.exit_codes import ExitCode, dominant_exit_code
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.launch.supervisor import Rank
-from qlora_trainer.telemetry.termination import read_rank_report
+from qlora_trainer.telemetry.termination import read_memory_plan, read_rank_report
 
+LARGEST_PARTS = 3
+"""Parts of a rank's memory that are named when it ran out."""
 SIGNAL_HINTS: dict[int, str] = {
     signal.SIGKILL: ", which the launcher did not send; the pod's cgroup counts no kill for exceeding its memory limit",
     signal.SIGILL: ": it executed an instruction that this processor does not have",
@@ -32,12 +35,15 @@ class RankExit:
     """The last line that it wrote to stderr."""
     report: TerminationReport | None = None
     """What it reported itself."""
+    memory_plan: Mapping[str, int] = field(default_factory=dict)
+    """What it needed its memory for, bytes by part; empty where it did not come to know."""
 
 
 def rank_exit(rank: Rank) -> RankExit:
     """How a rank whose process has exited did so."""
     report = read_rank_report(rank.report)
-    return RankExit(rank.rank, rank.process.wait(), rank.killed_by_launcher, rank.last_error, report)
+    plan = read_memory_plan(rank.report)
+    return RankExit(rank.rank, rank.process.wait(), rank.killed_by_launcher, rank.last_error, report, plan)
 
 
 def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int | None) -> TerminationReport:
@@ -62,7 +68,7 @@ def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int |
     winners = [end for end in candidates if dominant_exit_code([code_of(end)]) == code]
     winner = next((end for end in winners if end.report is not None), winners[0])
     if code == ExitCode.OUT_OF_MEMORY and winner.code < 0:
-        cause = out_of_memory_cause(winner.rank, limit, run)
+        cause = out_of_memory_cause(winner.rank, limit, run, winner.memory_plan)
     elif winner.report is not None and winner.report.exit_code == winner.code:
         cause = winner.report.cause
     else:
@@ -75,20 +81,26 @@ def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int |
     return base.model_copy(update={"exit_code": code, "reason": reason, "cause": cause})
 
 
-def out_of_memory_cause(rank: int, limit: int | None, run: RunConfig) -> str:
+def out_of_memory_cause(
+    rank: int, limit: int | None, run: RunConfig, plan: Mapping[str, int] = MappingProxyType({})
+) -> str:
     """The sentence for a rank that the kernel killed for memory.
 
     Args:
         rank: which.
         limit: the pod's memory limit in bytes; None: unknown.
         run: the job.
+        plan: RankExit.memory_plan.
     """
     layout = run.layout
+    largest = sorted(plan, key=lambda part: -plan[part])[:LARGEST_PARTS]
+    parts = ", ".join(f"{part} {format_bytes(plan[part])}" for part in largest)
+    planned = f" (planned {format_bytes(sum(plan.values()))} a rank: {parts})" if parts else ""
     allowed = "its memory limit" if limit is None else f"its memory limit of {format_bytes(limit)}"
     sharing = "ranks that share" if layout.ranks_per_pod == "auto" else f"{layout.ranks_per_pod} rank(s) of"
     return (
         f"rank {rank} was killed because the pod reached {allowed} with {sharing} "
-        f"memoryPerRank {format_bytes(layout.memory_per_rank)}: raise topology.memoryPerRank, or lower "
+        f"memoryPerRank {format_bytes(layout.memory_per_rank)}{planned}: raise topology.memoryPerRank, or lower "
         "training.microBatchTokens or training.maxSequenceLength"
     )
 

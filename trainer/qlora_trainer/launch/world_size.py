@@ -22,6 +22,8 @@ from qlora_trainer.host.network import connect, listen, resolve
 
 CONNECT_SECONDS = 5.0
 RETRY_SECONDS = 0.25
+REQUEST_SECONDS = 10.0
+"""For a launcher to say who it is, once it has connected; it does at once."""
 POLL_SECONDS = 0.1
 """How soon a request to stop, or the last pod, is noticed."""
 
@@ -99,9 +101,12 @@ async def _serve(own: JoinRequest, host: str, port: int, seconds: float) -> list
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            joined[writer] = _checked(await reader.readline(), own, f"{host}:{port}")
+            async with asyncio.timeout(REQUEST_SECONDS):
+                line = await reader.readline()
+            joined[writer] = _checked(line, own, f"{host}:{port}")
             await reader.read(1)  # until the connection ends
-        except (WorldSizeError, OSError, ValueError) as error:  # ValueError: an endless line
+        # ValueError: an endless line. TimeoutError, which is an OSError: a stranger that says nothing.
+        except (WorldSizeError, OSError, ValueError) as error:
             writer.write(_line(JoinReply(error=str(error))))
         except asyncio.CancelledError:
             pass  # we are done; Python 3.11 logs a handler that ends as cancelled as an error

@@ -77,7 +77,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
         gradient = ctx.gradient
         ctx.gradient = None
-        return gradient.mul_(grad_outputs[0].to(gradient.dtype)), None, None, None
+        # A plain number: as one of bf16 it would put all gradients of a step off by up to 0.2 %.
+        return gradient.mul_(float(grad_outputs[0])), None, None, None
 
 
 def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -78,6 +78,7 @@ def render(
         _section("Data", _facts(_data(report))),
         _section("What it cost", _facts(_cost(cost))),
         _section("Provenance", _facts(_flat(_mapping(report.get("provenance"))))),
+        _section("Where the time of the last attempt went", _facts(_timeline(report))),
         _section("Memory of a rank", _facts(_memory(report))),
         _section("Configuration", _facts(_flat(_mapping(report.get("configuration"))))),
         "</div>",
@@ -246,6 +247,11 @@ def _memory(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if name in plan:
             rows.append((name.replace("_", " "), _plain(plan[name])))
     return rows
+
+
+def _timeline(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    spent = _mapping(report.get("timeline"))
+    return [(name, f"{value:,.1f} s") for name, of in spent.items() if (value := _number(of)) is not None]
 
 
 def _cost(cost: Cost | None) -> list[tuple[str, str]]:

@@ -39,9 +39,12 @@ def translate_os_errors(doing: str) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises as translate_os_errors does."""
+    """Make a folder and its parents, durably. Raises as translate_os_errors does."""
     with translate_os_errors(f"making {path}"):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in missing:
+            files.sync_folder(folder.parent)
 
 
 def write_atomically(path: Path, text: str) -> None:

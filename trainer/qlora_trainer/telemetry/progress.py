@@ -1,6 +1,7 @@
 """Live progress: the newest report, and the rate of training it is made from."""
 
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -20,6 +21,18 @@ def starting_report(run: RunConfig, stage: Stage = "Starting") -> ProgressReport
         epoch=0.0,
         updated_time=now(),
     )
+
+
+_CALLED: dict[Stage, str] = {
+    "Starting": "preparing",
+    "Fetching": "fetching",
+    "Training": "training",
+    "Evaluating": "evaluating",
+    "Publishing": "publishing",
+    "Uploading": "uploading",
+    "Done": "ending",
+}
+"""What a timeline calls a stage, where nothing more is known of what is done in it."""
 
 
 class Rate:
@@ -58,6 +71,8 @@ class Progress:
         self._work_done = 0
         self._advances: int | None = None
         self._activity = 0
+        self._spent: dict[str, float] = {}
+        self._at, self._since = "preparing", time.monotonic()
 
     def update(self, **changes: Any) -> None:
         """Change fields of the report, by their snake_case names, and set its time.
@@ -72,12 +87,15 @@ class Progress:
             self._report = ProgressReport.model_validate(
                 fields | changes | {"updated_time": now()}, extra="forbid"
             )
+            if "stage" in changes:
+                self._turn_to(_CALLED[self._report.stage])
 
     def begin(self, work: Work | None) -> None:
         """Say what is being done from now on, besides steps; None: nothing that is counted."""
         with self._lock:
             self._activity += 1
             self._work, self._work_done = work, 0
+            self._turn_to(work.name if work is not None else _CALLED[self._report.stage])
 
     def advance(self, amount: int) -> None:
         """Count what was just done, in the unit of the work at hand."""
@@ -90,6 +108,28 @@ class Progress:
         """Add a step's tokens, over all ranks."""
         with self._lock:
             self._tokens += tokens
+
+    def spent(self, what: str, seconds: float) -> None:
+        """Add to the timeline what was done before there was a report."""
+        with self._lock:
+            self._spent[what] = seconds
+
+    def turn_to(self, what: str) -> None:
+        """Name, for the timeline, what is done from now on, where the stage says too little."""
+        with self._lock:
+            self._turn_to(what)
+
+    def _turn_to(self, what: str) -> None:
+        now_ = time.monotonic()
+        self._spent[self._at] = self._spent.get(self._at, 0.0) + now_ - self._since
+        self._at, self._since = what, now_
+
+    @property
+    def timeline(self) -> dict[str, float]:
+        """Seconds of this attempt by what they went into, in the order in which that was first done."""
+        with self._lock:
+            self._turn_to(self._at)
+            return dict(self._spent)
 
     @property
     def activity(self) -> int:

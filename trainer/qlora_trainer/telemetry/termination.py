@@ -1,5 +1,6 @@
 """Why a process ended: how a rank tells its launcher, and the launcher or a transfer tells Kubernetes."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qlora_contract.env import TERMINATION_LOG_ENV
+from qlora_contract.files import read_json
 from qlora_contract.paths import TERMINATION_LOG, TERMINATION_REPORT_BYTES
 from qlora_contract.progress import TerminationReport
 
@@ -25,6 +27,25 @@ def write_rank_report(report: TerminationReport, environ: Mapping[str, str] = os
     part = path.with_name(path.name + ".part")
     part.write_bytes(to_bytes(report))
     part.replace(path)  # a rank that is killed while it writes leaves no report rather than half of one
+
+
+def write_memory_plan(parts: Mapping[str, int], environ: Mapping[str, str] = os.environ) -> None:
+    """Leave beside the report what this rank needs its memory for, bytes by part: a rank that is killed for it cannot
+    say so any more."""
+    if name := environ.get(REPORT_ENV):
+        _memory_plan_of(Path(name)).write_text(json.dumps(dict(parts)))
+
+
+def read_memory_plan(report: Path) -> dict[str, int]:
+    """What the rank of this report needed its memory for; empty where it did not come to know."""
+    try:
+        return {str(part): int(size) for part, size in read_json(_memory_plan_of(report)).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _memory_plan_of(report: Path) -> Path:
+    return report.with_name(report.name + ".memory")
 
 
 def read_rank_report(path: Path) -> TerminationReport | None:

@@ -8,9 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import ADAPTER_WEIGHTS, CHECKPOINTS, METRICS, job_uri, read_manifest
-from qlora_contract.progress import CheckpointRef, Work
+from qlora_contract.progress import FIRST_STEP, CheckpointRef, Work, timeline_text
 from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
@@ -29,7 +32,7 @@ from qlora_trainer.errors import (
 )
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
-from qlora_trainer.modeling.adapter_parameters import checksum
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters, checksum
 from qlora_trainer.modeling.families import read_model
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.stored.formats import description
@@ -44,6 +47,8 @@ from qlora_trainer.training.tracking import Tracking
 
 log = logging.getLogger(__name__)
 
+NORM_PIECE = 1 << 26
+"""Weights whose gradient's norm is taken at once."""
 STOPPED_AT_THE_START = "asked to stop before the first step"
 STOPPED_AT_THE_END = "asked to stop after the last step; its checkpoint is kept"
 
@@ -82,9 +87,10 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
+    first = loop.step
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
-        context.progress.update(stage="Training")
+        begin_step(context, loop.step - first)
         metrics, stop = one_step(context, state)
         context.rate.step(metrics.tokens, metrics.seconds)
         context.progress.count_tokens(metrics.tokens)
@@ -112,6 +118,15 @@ def run_steps(context: RankContext, state: TrainState) -> None:
         if save_is_due(context, state, time.monotonic() - saved_at):
             save(context, state)
             saved_at = time.monotonic()
+
+
+def begin_step(context: RankContext, done: int) -> None:
+    """Tell that a step begins, after so many of this attempt; after the first one, what the wait for it went into."""
+    context.progress.update(stage="Training")
+    if done == 0:
+        context.progress.turn_to(FIRST_STEP)
+    elif done == 1 and context.is_rank_zero:
+        log.info("%s", timeline_text(context.progress.timeline))
 
 
 def open_metrics(context: RankContext, step: int) -> MetricsLog | None:
@@ -183,7 +198,7 @@ def one_step(context: RankContext, state: TrainState) -> tuple[StepMetrics, bool
     if reduced.sums["unfinished"]:
         raise StopRequested
     context.group.all_reduce_sum(parameters.gradient)
-    norm = float(parameters.gradient.norm())
+    norm = gradient_norm(parameters.gradient)
     check_finite(loop.step, reduced.sums["loss"], norm)
     if norm > training.max_grad_norm:
         parameters.gradient.mul_(training.max_grad_norm / norm)
@@ -256,6 +271,12 @@ def accumulate(context: RankContext, state: TrainState, step: Step, count: int) 
     return sums
 
 
+def gradient_norm(gradient: Tensor) -> float:
+    """Of a flat gradient. In pieces, since torch adds up in fp32: beyond 2^24 terms a lane a sum stops growing."""
+    norms = [float(piece.norm()) for piece in torch.split(gradient, NORM_PIECE)]
+    return norms[0] if len(norms) == 1 else math.hypot(*norms)
+
+
 def check_same_adapter(step: int, checksums: list[float]) -> None:
     """Raise AdaptersDiffer unless all ranks, given in order, have the same adapter after so many steps."""
     other = [rank for rank, found in enumerate(checksums) if found != checksums[0]]
@@ -283,6 +304,11 @@ def evaluate_between_steps(context: RankContext, state: TrainState) -> float | N
     """The adapter's eval loss after the step that was just done, which may be the best. Raises StopRequested."""
     context.progress.update(stage="Evaluating")
     loss = evaluate_adapter(context, state)
+    if loss is not None and not math.isfinite(loss):
+        raise Diverged(
+            f"the eval loss after step {state.loop.step} is not a finite number; the last checkpoint is kept. "
+            "Try a lower learningRate, a longer warm-up or cleaner data"
+        )
     context.progress.update(eval_loss=loss)
     if context.run.evaluation.keep_best:
         compare_with_best(state.loop, loss)
@@ -335,6 +361,11 @@ def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLo
             state.memory.micro_batch_tokens,
             "the base",
         )
+    if loss is not None and not math.isfinite(loss):
+        raise ModelError(
+            f"the base's own loss on the evaluation data, in {state.dtype}, is not a finite number, so nothing can be "
+            "compared with it: see whether its weights are whole, and set training.computeDtype to fp32"
+        )
     state.loop.base_eval_loss_quantized = loss
     state.base_losses = replace(state.base_losses, quantized=loss)
     if context.is_rank_zero:
@@ -370,6 +401,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     digest = sha256(staged / ADAPTER_WEIGHTS)
     context.group.barrier()  # all have read the staged files: rank 0 may move or remove them
     try:
+        check_finite_weights(state.parameters)
         check_improved(loop.base_eval_loss_quantized, loss, required=run.evaluation.require_improvement)
     except (Diverged, NoImprovement):
         if context.is_rank_zero:
@@ -440,6 +472,7 @@ def facts_of(
     report = training_report(context.run, state.schedule, state.loop, state.dtype, loss, ranks)
     report["data"] = {use: facts.report() for use, facts in state.data.facts().items()}
     report["evaluated"] = evaluated(state)
+    report["timeline"] = {what: round(seconds, 3) for what, seconds in context.progress.timeline.items()}
     report["plan"] = {
         "memory_bytes": state.memory.total,
         "memory_per_rank_bytes": context.run.layout.memory_per_rank,
@@ -506,14 +539,27 @@ def measure_unquantized(
     base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
     samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
     if known is None:
-        known = evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base")
+        known = finite(evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base"))
         if context.is_rank_zero:
             base_losses.write(context.folder, replace(state.base_losses, unquantized=known))
     run = context.run
     parameters = method_for(run.adapter).attach(base, seed=run.training.seed, dropout=None)
     adapter.reload_adapter(staged, parameters)
     what = "the adapter on the unquantized base"
-    return known, evaluate(context, state.objective, base, samples, micro_batch, what)
+    return known, finite(evaluate(context, state.objective, base, samples, micro_batch, what))
+
+
+def finite(loss: float | None) -> float | None:
+    """A loss for the report; None where it is no finite number, which JSON does not have."""
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def check_finite_weights(parameters: AdapterParameters) -> None:
+    """Raise Diverged for a weight that is no finite number: without evaluation data nothing else would show it."""
+    if not torch.isfinite(parameters.flat).all():
+        raise Diverged(
+            "the finished adapter has weights that are not finite numbers; the last checkpoint is kept"
+        )
 
 
 def check_improved(base_loss: float | None, loss: float | None, *, required: bool) -> None:

@@ -51,6 +51,7 @@ from qlora_trainer.modeling.shape import model_shape
 from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.quantization.schemes import scheme_of
+from qlora_trainer.telemetry.termination import write_memory_plan
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.data_check import RAW
@@ -197,6 +198,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     samples = max(len(data.train), data.epoch_samples)
     chosen = memory.choose(shape, run, dtype, samples, compiled=library.loaded() is not None)
     check_memory(run, chosen, os.environ)
+    write_memory_plan(chosen.parts())
     check_same_on_all_ranks(
         context,
         {

@@ -10,6 +10,7 @@ of it. Nothing ends MPI but the end of the process, since groups come and go.
 
 import functools
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -100,14 +101,19 @@ def _enter_world(store: Store, rank: int, size: int) -> str:
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         _managers.append(started)
+        assert started.stdin is not None
         assert started.stdout is not None
-        store.set("mpi/manager", started.stdout.readline().decode().strip())  # its port
-    port = int(store.get("mpi/manager"))
+        token = secrets.token_hex(16)
+        started.stdin.write(f"{token}\n".encode())
+        started.stdin.flush()
+        store.set("mpi/manager", f"{started.stdout.readline().decode().strip()} {token}")
+    port_text, token = store.get("mpi/manager").decode().split()
+    port = int(port_text)
     address = resolve(store_host(store, os.environ), port)
     root = EXTENSION.find("impi-rt", "libmpi.so.12").parents[1]
     os.environ.update(settings(interface_towards(address), root, os.environ))
     # A connection of ours, since MPI cannot make one to an IPv6 address.
-    manager = pmi.connect(address, port, rank)
+    manager = pmi.connect(address, port, rank, token)
     os.environ.update(PMI_FD=str(manager.detach()), PMI_RANK=str(rank), PMI_SIZE=str(size))
     return f"{port} {rank}"
 

@@ -6,15 +6,16 @@ Written by hand, because the alternatives need more than they give: mpirun (Hydr
 between hosts, where our launchers have started them already; PMIx is a library and a daemon on every host. What MPI
 asks for is nine commands, and the store of c10d cannot answer them: MPI speaks PMI only.
 
-Listens on a free port and writes the port to standard output. Ends when every
-rank has finalized, when one is lost, or when standard input, whose other end rank 0
-has, is closed. A process of its own, since MPI asks without Python's lock. It
+Reads a token, a line, from standard input, listens on a free port and writes the port to standard output. Only who
+has the token is a rank. Ends when every rank has finalized, when one is lost, or when standard input, whose other end
+rank 0 has, is closed. A process of its own, since MPI asks without Python's lock. It
 imports the standard library only, and is run by its path, so that it starts at once.
 
 The wire format is MPICH's simple PMI: lines of `cmd=NAME key=value ...`.
 """
 
 import contextlib
+import secrets
 import selectors
 import socket
 import sys
@@ -26,6 +27,8 @@ _LONGEST = 1024
 _LINE = 16_384
 _ANSWER_SECONDS = 60.0
 _WELCOME_LINES = 4
+_MOST_STRANGERS = 256
+"""Connections that have not said which rank they are; of more the oldest is closed. A rank says it at once."""
 
 Message = dict[str, str]
 
@@ -124,11 +127,11 @@ class KeyValueSpace:
                 raise ValueError(f"PMI command {name!r} is unknown")
 
 
-def connect(host: str, port: int, rank: int) -> socket.socket:
+def connect(host: str, port: int, rank: int, token: str) -> socket.socket:
     """A rank's connection to the manager, as MPI expects it in PMI_FD. Raises OSError."""
     with contextlib.ExitStack() as failing:
         sock = failing.enter_context(socket.create_connection((host, port), timeout=_ANSWER_SECONDS))
-        sock.sendall(line(cmd="initack", pmiid=rank).encode())
+        sock.sendall(line(cmd="initack", pmiid=rank, token=token).encode())
         received = b""
         while received.count(b"\n") < _WELCOME_LINES:
             part = sock.recv(_LINE)
@@ -157,6 +160,7 @@ class Server:
 
     listener: socket.socket
     space: KeyValueSpace
+    token: str
     connections: list[_Connection] = field(default_factory=list)
     selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     broken: bool = False
@@ -174,12 +178,20 @@ class Server:
                 if key.fd == parent:
                     return
                 if isinstance(key.data, _Connection):
-                    self._read(key.data)
+                    if key.data in self.connections:  # it may just have made room for another
+                        self._read(key.data)
                 else:
-                    sock, _ = self.listener.accept()
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    self.connections.append(_Connection(sock))
-                    self.selector.register(sock, selectors.EVENT_READ, self.connections[-1])
+                    with contextlib.suppress(OSError):  # it went before we came
+                        self._accept()
+
+    def _accept(self) -> None:
+        sock, _ = self.listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connections.append(_Connection(sock))
+        self.selector.register(sock, selectors.EVENT_READ, self.connections[-1])
+        strangers = [connection for connection in self.connections if connection.rank is None]
+        if len(strangers) > _MOST_STRANGERS:
+            self._close(strangers[0])
 
     def _read(self, connection: _Connection) -> None:
         try:
@@ -190,15 +202,24 @@ class Server:
             if received and len(connection.inbox) <= _LINE:
                 return
         except (OSError, ValueError, KeyError) as error:
-            print(f"pmi: rank {connection.rank}: {error!r}", file=sys.stderr, flush=True)
+            if connection.rank is not None:  # strangers would fill the log
+                print(f"pmi: rank {connection.rank}: {error!r}", file=sys.stderr, flush=True)
+        self._close(connection)
+        self.broken |= connection.rank is not None and connection.rank not in self.space.finalized
+
+    def _close(self, connection: _Connection) -> None:
         self.selector.unregister(connection.sock)
         self.connections.remove(connection)
         connection.sock.close()
-        self.broken |= connection.rank is not None and connection.rank not in self.space.finalized
 
     def _receive(self, connection: _Connection, message: Message) -> None:
-        if message["cmd"] == "initack":
-            connection.rank = int(message["pmiid"])
+        if message["cmd"] == "initack" and connection.rank is None:
+            rank = int(message["pmiid"])
+            if not secrets.compare_digest(message["token"].encode(), self.token.encode()):
+                raise ValueError("it does not know the token")
+            if rank not in range(self.space.size) or any(rank == other.rank for other in self.connections):
+                raise ValueError(f"rank {rank} is here already, or is none")
+            connection.rank = rank
             facts = (("size", self.space.size), ("rank", connection.rank), ("debug", 0))
             replies = [line(cmd="initack"), *(line(cmd="set", **{name: value}) for name, value in facts)]
             connection.sock.sendall("".join(replies).encode())
@@ -214,12 +235,13 @@ class Server:
 def main(arguments: list[str]) -> None:
     """Serve the world of the command line."""
     size, mapping = arguments
+    token = sys.stdin.readline().strip()
     if socket.has_dualstack_ipv6():
         listener = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
     else:
         listener = socket.create_server(("", 0), backlog=1024)
     print(listener.getsockname()[1], flush=True)
-    Server(listener, KeyValueSpace(int(size), mapping)).serve(sys.stdin.fileno())
+    Server(listener, KeyValueSpace(int(size), mapping), token).serve(sys.stdin.fileno())
 
 
 if __name__ == "__main__":
