@@ -14,11 +14,10 @@ from qlora_operator.cli.main import main
 def test_the_text_is_a_valid_job(target: str, tmp_path: Path) -> None:
     """For a machine with the paths as they are, for a cluster with a claim's in their place."""
     where = str(tmp_path / "work") if target == "machine" else "pvc://team/a/work"
-    answers = Answers(str(tmp_path / "my model: 1"), str(tmp_path / "d.jsonl"), target, where, "first")
+    answers = Answers(str(tmp_path / "my model: 1"), str(tmp_path / "d.jsonl"), target, where, "first", {})
     file = tmp_path / "job.yaml"
-    file.write_text(
-        job_text(answers, Found(report=None, has_template=False, weights=2**30, positions=512), tmp_path)
-    )
+    found = Found(report=None, has_template=False, weights=2**30, positions=512, memory="768Mi")
+    file.write_text(job_text(answers, found, tmp_path))
     job = one_job(str(file), None)
     root = "pvc://team/a" if target == "cluster" else f"pvc://this-machine{tmp_path}"
 
@@ -26,6 +25,7 @@ def test_the_text_is_a_valid_job(target: str, tmp_path: Path) -> None:
     assert job.spec.dataset.source == f"{root}/d.jsonl"
     assert job.spec.workspace == f"{root}/work"
     assert job.spec.training.max_sequence_length == 512
+    assert job.spec.topology.memory_per_rank == ("5Gi" if target == "cluster" else "768Mi")
 
 
 def test_a_length_holds_nearly_all_samples() -> None:

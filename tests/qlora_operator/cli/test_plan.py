@@ -287,7 +287,7 @@ def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:
     """All of it, in a few lines."""
     out = shown(a_plan(details=details(figures(512))))
 
-    assert "demo: 1 rank(s), avx512, computing in fp32\nweights stored in GGUF, Q4_K, F32\n" in out
+    assert "demo: 1 rank(s), avx512, computing in fp32\nweights   GGUF, Q4_K, F32\n" in out
     assert "memory    512 MiB of 1.00 GiB per rank (MiB: base 512)" in out
     assert (
         "10 samples from 12 alpaca records, 4,000 tokens, 1,000 of them trained on; 3 truncated; "

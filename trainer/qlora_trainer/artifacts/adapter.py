@@ -6,10 +6,12 @@ It is written to a staging folder, reloaded from there and evaluated by the call
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
@@ -89,12 +91,9 @@ def write_adapter(
     """
     staged = staging_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
-    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
     with translate_os_errors(f"writing the adapter to {folder.path}"):
         staged.mkdir(parents=True)
-        save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
-        config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
-        (staged / ADAPTER_CONFIG).write_text(config)
+        write_peft(staged, folder.run, parameters, base)
         if tokenizer is not None:
             write_tokenizer(tokenizer, staged)
             # The template beside an adapter is that of its data, and not one that the model happens to have.
@@ -102,6 +101,20 @@ def write_adapter(
         if chat_template is not None:
             (staged / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return staged
+
+
+def write_peft(into: Path, run: RunConfig, parameters: AdapterParameters, base: str | None) -> None:
+    """Write the two files that make a folder an adapter for PEFT. Raises OSError.
+
+    Args:
+        into: the folder.
+        run: the job.
+        parameters: the adapter, named by its method.
+        base: as for write_adapter.
+    """
+    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
+    save_tensors(tensors, into / ADAPTER_WEIGHTS, {"format": "pt"})
+    (into / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(run, parameters, base), indent=2))
 
 
 def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", staged: Path) -> None:
@@ -125,18 +138,33 @@ def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str | No
     }
 
 
+def base_model(run: RunConfig) -> str | None:
+    """The model that the adapter names as its base: `org/name` for one of the Hub, else None.
+
+    A path means nothing elsewhere, and the Hub refuses a card with one.
+    """
+    if not is_remote(run.model.source):
+        return None
+    remote = parse_remote(run.model.source)
+    return remote.root if remote.kind == "model" else None
+
+
 def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:
     """Replace the trained weights by the written ones: what is evaluated next is what was written.
 
     Raises:
         TrainerError: the file does not hold exactly the adapter's tensors.
     """
-    written = load_file(staged / ADAPTER_WEIGHTS)
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in written.items()}
+    tensors = without_prefix(load_file(staged / ADAPTER_WEIGHTS))
     if tensors.keys() != parameters.named.keys():
         raise TrainerError(f"{staged} does not hold the tensors that were written to it")
     for name, parameter in parameters.named.items():
         parameter.data.copy_(tensors[name])
+
+
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of PEFT's file by the names that parameters have here."""
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:

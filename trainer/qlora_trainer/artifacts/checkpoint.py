@@ -1,8 +1,8 @@
 """Checkpoints: all that a restart needs, complete or not there.
 
-`checkpoints/step-00000010/` holds the adapter and the optimizer's moments (safetensors), state.json, and
-manifest.json, written last, with the sha256 of the others. The folder is written under a temporary name and renamed,
-and only while the fence still names this attempt.
+`checkpoints/step-00000010/` holds the adapter as PEFT has it, so that PEFT opens the folder, the optimizer's moments
+(safetensors), state.json, and manifest.json, written last, with the sha256 of the others. The folder is written under a
+temporary name and renamed, and only while the fence still names this attempt.
 """
 
 import json
@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.files import read_json
-from qlora_contract.job_folder import MANIFEST, read_manifest
+from qlora_contract.job_folder import ADAPTER_WEIGHTS, MANIFEST, read_manifest
 from qlora_contract.units import first_line, now
+from qlora_trainer.artifacts.adapter import base_model, without_prefix, write_peft
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Raised when an older trainer could not continue from what this one writes; a new field alone does not need it."""
 ADAPTER_FILE = "adapter.safetensors"
+"""The adapter again, with the names that release 0.1.0 reads: after a rollback it goes on from here. It costs a quarter
+of a checkpoint, until that release is no longer the one before."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
@@ -92,6 +95,7 @@ def save(
     try:
         with translate_os_errors(f"writing checkpoint {final}"):
             temporary.mkdir()
+            write_peft(temporary, folder.run, parameters, base_model(folder.run))
             save_tensors({name: p.data for name, p in parameters.named.items()}, temporary / ADAPTER_FILE)
             save_tensors(optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER_FILE)
             stored = {_STORED_NAMES.get(name, name): value for name, value in asdict(state).items()}
@@ -156,7 +160,9 @@ def load_adapter(path: Path, parameters: AdapterParameters) -> None:
     Raises:
         ConfigurationError: it is of other layers or shapes; nothing is loaded.
     """
-    adapter = _tensors(path / ADAPTER_FILE)
+    weights = path / ADAPTER_WEIGHTS
+    # Release 0.1.0 has written none.
+    adapter = without_prefix(_tensors(weights)) if weights.exists() else _tensors(path / ADAPTER_FILE)
     expected = {name: p.shape for name, p in parameters.named.items()}
     if {name: t.shape for name, t in adapter.items()} != expected:
         raise ConfigurationError(
