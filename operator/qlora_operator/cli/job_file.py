@@ -8,7 +8,7 @@ import argparse
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ EPOCHS = 3
 """Of a job without a file: what small data want at least."""
 NOT_WRITTEN = "1Gi"
 """memoryPerRank of a job without a file, which the API requires, until the machine's takes its place."""
-FLAGS = {"spec.model.source": "--model", "spec.dataset.source": "--data", "spec.workspace": "--workspace"}
+FLAGS = {
+    "metadata.name": "--name",
+    "spec.model.source": "--model",
+    "spec.dataset.source": "--data",
+    "spec.dataset.columns": "--columns",
+    "spec.workspace": "--workspace",
+}
 
 
 def given_job(options: argparse.Namespace) -> QLoRAJob:
@@ -58,12 +64,8 @@ def given_job(options: argparse.Namespace) -> QLoRAJob:
             "a file)",
             USAGE,
         )
-    if given := columns(getattr(options, "columns", [])):
-        settings = [
-            *(Setting(f"dataset.columns.{ours}={theirs}") for ours, theirs in given.items()),
-            *settings,
-        ]
-    return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings)
+    named = columns(options.columns)
+    return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings, named)
 
 
 def one_job(file: str, name: str | None, settings: Sequence[Setting] = ()) -> QLoRAJob:
@@ -90,20 +92,26 @@ def amendment(file: str, settings: Sequence[Setting] = ()) -> Amend:
 
 
 def job_of_flags(
-    model: str, data: str, name: str | None, workspace: str, settings: Sequence[Setting] = ()
+    model: str,
+    data: str,
+    name: str | None,
+    workspace: str,
+    settings: Sequence[Setting] = (),
+    named: Mapping[str, str] | None = None,
 ) -> QLoRAJob:
     """A job for a first try, with defaults for all else.
 
-    Its name follows from the model and the data, so that the same command goes on with the same job.
+    Its name follows from the model and the data, so that the same command goes on with the same job. `named`: the
+    columns of the data, as dataset.columns.
     """
-    document = {
+    document: dict[str, Any] = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
         "metadata": {"name": name or job_name(model, data)},
         "spec": {
             "workspace": workspace if is_uri(workspace) else local_uri(_absolute(workspace)),
             "model": {"source": model},
-            "dataset": {"source": data},
+            "dataset": {"source": data, **({"columns": dict(named)} if named else {})},
             "training": {
                 "epochs": EPOCHS,
                 "maxSequenceLength": usual_length(None if is_uri(model) else _absolute(model)),
@@ -120,15 +128,20 @@ def job_of_flags(
     try:
         job = parse_job(document)
     except InvalidJobError as error:
-        raise InvalidFileError(
-            [Fault(FLAGS.get(path, "--name" if path == "metadata.name" else "--set"), message,
-                   "" if path in FLAGS or path == "metadata.name" else path) for path, message in error.faults]
-        ) from error  # fmt: skip
+        raise InvalidFileError([_of_flags(message, path) for path, message in error.faults]) from error
     assert job is not None, "it says that it is one"
     if not has_memory:
         # So that placement.local.on_this_machine fills it in.
         job.spec.topology.model_fields_set.discard("memory_per_rank")
     return job
+
+
+def _of_flags(message: str, path: str) -> Fault:
+    """What is wrong with a job without a file, by the argument that says it."""
+    if path in FLAGS:
+        return Fault(FLAGS[path], message, "")
+    flag = next((flag for field, flag in FLAGS.items() if path.startswith(f"{field}.")), "--set")
+    return Fault(flag, message, path)
 
 
 def columns(texts: Sequence[str]) -> dict[str, str]:

@@ -155,6 +155,31 @@ def test_what_is_wrong_with_flags_is_told_of_flags() -> None:
     assert "did you mean hf://org/name?" in text
     assert "did you mean hf://datasets/org/data?" in text
     assert "--set: spec.training.epochs: is the number 0" in text
+    with pytest.raises(
+        InvalidFileError, match=r"^--columns: spec\.dataset\.columns\.answer: no such field"
+    ) as refused:
+        job_of_flags("/m", "/d.csv", None, "work", named={"answer": "a"})
+
+
+def test_columns_of_a_job_without_a_file_are_taken_as_they_are() -> None:
+    """Whatever the file's own names look like."""
+    job = job_of_flags(
+        "/m", "/d.csv", None, "work", named={"instruction": "Question #1: text", "output": "2"}
+    )
+
+    assert job.spec.dataset.columns.instruction == "Question #1: text"
+    assert job.spec.dataset.columns.output == "2"
+
+
+def test_a_misspelt_name_in_a_folder_that_is_there_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`data/docs.json` is then no repository of the Hub, and what is near it can be said."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    job = job_of_flags("hf://a/b", "data/docs.json", None, "work")
+
+    assert job.spec.dataset.source == f"pvc://this-machine{tmp_path}/data/docs.json"
 
 
 @pytest.mark.parametrize(
