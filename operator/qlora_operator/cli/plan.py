@@ -310,7 +310,7 @@ def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
         _print(console, line)
     console.print()
     how = "green and underlined" if console.color_system else "between [[ and ]]"
-    _print(console, f"first sample; what is trained on is {how}:")
+    _print(console, f"first sample of the first step; what is trained on is {how}:")
     console.print(sample_text(details.sample, marked=not console.color_system), soft_wrap=True)
     console.print()
 
