@@ -15,6 +15,7 @@ from qlora_contract.plan import CheckReport, LengthBin
 from qlora_contract.units import format_bytes
 from qlora_operator.api import names
 from qlora_operator.api.loader import STDIN, parse_job
+from qlora_operator.api.quantity import parse_memory
 from qlora_operator.api.v1alpha1 import Topology, Training
 from qlora_operator.api.yaml_reader import read_documents
 from qlora_operator.cli import check, early_checks
@@ -67,7 +68,7 @@ class Found:
     positions: int | None
     """Tokens that the model can read at once."""
     memory: str
-    """memoryPerRank of a job for this machine."""
+    """What a rank can have on this machine."""
 
 
 def init(options: argparse.Namespace, ask: Callable[[str], str] = input) -> int:
@@ -303,12 +304,10 @@ def _about_weights(found: Found) -> str:
 
 
 def _memory(on_cluster: bool, found: Found) -> str:
-    if not on_cluster:
-        return found.memory
-    if found.weights is None:
-        return CLUSTER_MEMORY
+    """memoryPerRank: what is surely enough; on this machine no more than there is, so that others may use the rest."""
     # NF4 is a quarter of bf16; activations and the rest of a small batch are a few GiB.
-    return f"{-(-found.weights // 2**31) + 4}Gi"
+    enough = CLUSTER_MEMORY if found.weights is None else f"{-(-found.weights // 2**31) + 4}Gi"
+    return enough if on_cluster else min(enough, found.memory, key=parse_memory)
 
 
 def _joined(*parts: str) -> str:

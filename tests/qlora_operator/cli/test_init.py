@@ -38,7 +38,7 @@ def test_small_data_get_small_batches_and_columns_their_names(tmp_path: Path) ->
         {"files": [], "unit": "tokens", "training": split, "samples": [], "problems": [], "warnings": []}
     )
     columns = {"instruction": "Question: ", "output": "answer"}
-    found = Found(report, has_template=True, weights=None, positions=None, memory="1Gi")
+    found = Found(report, has_template=True, weights=None, positions=None, memory="64Gi")
     answers = Answers("hf://a/b", str(tmp_path / "d.csv"), "machine", "qlora", "first", columns)
     file = tmp_path / "job.yaml"
     file.write_text(job_text(answers, found, tmp_path))
@@ -47,6 +47,7 @@ def test_small_data_get_small_batches_and_columns_their_names(tmp_path: Path) ->
     assert job.spec.dataset.columns.instruction == "Question: "
     assert job.spec.training.max_sequence_length == 256
     assert job.spec.training.global_batch_tokens == 256
+    assert job.spec.topology.memory_per_rank == "16Gi"
 
 
 def test_a_length_holds_nearly_all_samples() -> None:
