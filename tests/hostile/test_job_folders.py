@@ -19,7 +19,6 @@ from hostile import HUGE, INPUTS, attack, damaged_bytes, damaged_json, json_text
 from qlora_contract.cost import AttemptRecord
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
-    ADAPTER_WEIGHTS,
     ANSWERS,
     ATTEMPTS,
     BASE_LOSSES,
@@ -34,7 +33,7 @@ from qlora_contract.job_folder import (
 )
 from qlora_contract.remote import parse_remote
 from qlora_trainer.artifacts import base_losses, checkpoint
-from qlora_trainer.artifacts.checkpoint import OPTIMIZER_FILE, STATE_FILE, LoopState
+from qlora_trainer.artifacts.checkpoint import ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog
 from qlora_trainer.errors import ConfigurationError, Fenced
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -129,7 +128,7 @@ def test_what_is_damaged_below_is_right(resume: Callable[..., LoopState | None])
 
 
 @INPUTS
-@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, OPTIMIZER_FILE, STATE_FILE, MANIFEST])
+@pytest.mark.parametrize("name", [ADAPTER_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST])
 def test_a_damaged_file_of_a_checkpoint_is_refused(
     resume: Callable[..., LoopState | None], right: Path, name: str, inputs: int
 ) -> None:
@@ -151,7 +150,7 @@ def test_facts_of_a_checkpoint_that_are_something_else_are_refused(
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        pytest.param(ADAPTER_WEIGHTS, HUGE.to_bytes(8, "little") + b"{}", id="a header of 2^60 bytes"),
+        pytest.param(ADAPTER_FILE, HUGE.to_bytes(8, "little") + b"{}", id="a header of 2^60 bytes"),
         pytest.param(OPTIMIZER_FILE, b"", id="an empty file"),
         pytest.param(STATE_FILE, nested().encode(), id="JSON nested deep"),
         pytest.param(STATE_FILE, b'{"step": -1}', id="a step below 0"),
@@ -233,8 +232,9 @@ def acquire(folder: JobFolder) -> None:
 def pin(folder: JobFolder) -> None:
     """What a fetch does."""
     revisions = PinnedRevisions(folder.path, RUN)
-    revisions.get("model")
-    revisions.set("model", "b")
+    model = RUN.sources[0]
+    revisions.get(model)
+    revisions.set(model, "b")
 
 
 def draw(folder: JobFolder) -> None:

@@ -6,12 +6,10 @@ It is written to a staging folder, reloaded from there and evaluated by the call
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from qlora_contract.files import sha256
 from qlora_contract.job_folder import (
@@ -27,7 +25,7 @@ from qlora_contract.run_config import RunConfig
 from qlora_contract.units import first_line
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX, method_for
+from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
@@ -112,8 +110,7 @@ def write_peft(into: Path, run: RunConfig, parameters: AdapterParameters, base: 
         parameters: the adapter, named by its method.
         base: as for write_adapter.
     """
-    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
-    save_tensors(tensors, into / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_tensors(parameters.published(), into / ADAPTER_WEIGHTS, {"format": "pt"})
     (into / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(run, parameters, base), indent=2))
 
 
@@ -155,16 +152,10 @@ def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:
     Raises:
         TrainerError: the file does not hold exactly the adapter's tensors.
     """
-    tensors = without_prefix(load_file(staged / ADAPTER_WEIGHTS))
-    if tensors.keys() != parameters.named.keys():
+    written, expected = load_file(staged / ADAPTER_WEIGHTS), parameters.published()
+    if {name: t.shape for name, t in written.items()} != {name: t.shape for name, t in expected.items()}:
         raise TrainerError(f"{staged} does not hold the tensors that were written to it")
-    for name, parameter in parameters.named.items():
-        parameter.data.copy_(tensors[name])
-
-
-def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of PEFT's file by the names that parameters have here."""
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    parameters.load_published(written)
 
 
 def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
@@ -232,22 +223,30 @@ def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) ->
         prompt=PROMPTS[chat],
     )
     terms = f"`{license_}`, as the base model's card has it" if license_ else "not stated"
+    if adapter.method == "lora":
+        kind, tags = "LoRA", "[lora, qlora, cpu]"
+        settings = (
+            f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},\n"
+            f"  on {', '.join(adapter.target_modules)}"
+        )
+    else:
+        kind, tags = adapter.method, f"[{adapter.method}, cpu]"
+        settings = f"- adapter: {adapter.virtual_tokens} virtual tokens before each prompt"
     return f"""---
 {front}library_name: peft
 pipeline_tag: text-generation
-tags: [lora, qlora, cpu]
+tags: {tags}
 ---
 
 # {run.job.name}
 
-A LoRA adapter for {named}{revision}, trained on CPUs by qlora-operator.
+A {kind} adapter for {named}{revision}, trained on CPUs by qlora-operator.
 
 | Evaluation loss | |
 | --- | --- |
 {table}
 
-- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},
-  on {", ".join(adapter.target_modules)}
+{settings}
 - base weights: {run.quantization.scheme}, computed in {report["compute_dtype"]}
 - {report["steps"]} steps of at most {training.global_batch_tokens} tokens, {report["tokens"]} tokens in all,
   learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}

@@ -1,8 +1,8 @@
 """Checkpoints: all that a restart needs, complete or not there.
 
-`checkpoints/step-00000010/` holds the adapter as PEFT has it, so that PEFT opens the folder, the optimizer's moments
-(safetensors), state.json, and manifest.json, written last, with the sha256 of the others. The folder is written under a
-temporary name and renamed, and only while the fence still names this attempt.
+`checkpoints/step-00000010/` holds the adapter as PEFT has it, so that PEFT opens the folder; the parameters and the
+optimizer's moments (safetensors), state.json, and manifest.json, written last, with the sha256 of the others. It is
+written under a temporary name and renamed, and only while the fence still names this attempt.
 """
 
 import json
@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_contract.files import read_json
-from qlora_contract.job_folder import ADAPTER_WEIGHTS, MANIFEST, read_manifest
+from qlora_contract.job_folder import MANIFEST, read_manifest
 from qlora_contract.units import first_line, now
-from qlora_trainer.artifacts.adapter import base_model, without_prefix, write_peft
+from qlora_trainer.artifacts.adapter import base_model, write_peft
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Raised when an older trainer could not continue from what this one writes; a new field alone does not need it."""
 ADAPTER_FILE = "adapter.safetensors"
-"""The adapter again, with the names that release 0.1.0 reads: after a rollback it goes on from here. It costs a quarter
-of a checkpoint, until that release is no longer the one before."""
+"""The parameters by their names, which a resume reads: PEFT's file has what an adapter computes with, not always
+what is trained (prefix tuning trains a network that makes it). Release 0.1.0 reads nothing else, after a rollback."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
@@ -160,16 +160,13 @@ def load_adapter(path: Path, parameters: AdapterParameters) -> None:
     Raises:
         ConfigurationError: it is of other layers or shapes; nothing is loaded.
     """
-    weights = path / ADAPTER_WEIGHTS
-    # Release 0.1.0 has written none.
-    adapter = without_prefix(_tensors(weights)) if weights.exists() else _tensors(path / ADAPTER_FILE)
+    adapter = _tensors(path / ADAPTER_FILE)
     expected = {name: p.shape for name, p in parameters.named.items()}
     if {name: t.shape for name, t in adapter.items()} != expected:
         raise ConfigurationError(
             f"{path} holds an adapter for other layers or of another rank; remove it to start over"
         )
-    for name, parameter in parameters.named.items():
-        parameter.data.copy_(adapter[name])
+    parameters.load(adapter)
 
 
 def read_state(path: Path) -> LoopState:
