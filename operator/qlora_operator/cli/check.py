@@ -96,17 +96,6 @@ def _existing(name: str, what: str) -> Path:
     return path
 
 
-def columns(texts: Sequence[str]) -> dict[str, str]:
-    """`ours=theirs` of every --columns. Raises CommandError for another form."""
-    pairs = [text.partition("=") for listed in texts for text in listed.split(",")]
-    for ours, equals, theirs in pairs:
-        if not (ours and equals and theirs):
-            raise CommandError(
-                "--columns: must be NAME=COLUMN, such as instruction=question,output=answer", USAGE
-            )
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
 def check(question: Question) -> CheckReport:
     """What the trainer tells of the data.
 

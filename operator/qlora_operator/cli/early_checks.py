@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_contract.containers import split_name
+from qlora_contract.containers import CONTAINERS, split_name
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, TRAINING_REPORT
+from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, TRAINING_REPORT
 from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote
 from qlora_contract.units import format_bytes
@@ -167,14 +167,31 @@ def _newest_snapshot(path: Path) -> Path | None:
 
 
 def adapter_fault(path: Path) -> str | None:
-    """Why a path is not the folder of an adapter; None: nothing is seen to be wrong."""
+    """Why a path is not the folder of an adapter, and what it is instead; None: nothing is seen to be wrong."""
     if not os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a folder is closed to us
         return missing(path)
-    if not (path / ADAPTER_CONFIG).is_file():
-        inner = path / ADAPTER
-        near = f"; did you mean {inner}?" if (inner / ADAPTER_CONFIG).is_file() else ""
-        return f"{path} has no {ADAPTER_CONFIG}: an adapter is a folder in PEFT's format{near}"
-    return None
+    if not path.is_dir():
+        return f"{path} is a file; an adapter is a folder in PEFT's format: {path.parent}"
+    weights = path / ADAPTER_WEIGHTS
+    if (path / ADAPTER_CONFIG).is_file():
+        if is_pointer(weights):
+            return f"{weights} is a pointer of git-lfs, not the file: run `git lfs pull` in {path}"
+        return None if weights.is_file() else f"{path} has no {ADAPTER_WEIGHTS}"
+    if inner := _inner_adapter(path):
+        return f"{path} has no {ADAPTER_CONFIG}; did you mean {inner}?"
+    if (path / "config.json").is_file():
+        return f"{path} is a whole model, not an adapter: to train on it, name it as model.source"
+    return f"{path} has no {ADAPTER_CONFIG}: an adapter is a folder in PEFT's format"
+
+
+def _inner_adapter(path: Path) -> Path | None:
+    """Of a job's folder its adapter, or else its newest checkpoint; of any other folder the last adapter in it."""
+    below = [
+        path / ADAPTER,
+        *sorted(path.glob(f"{CHECKPOINTS}/*"), reverse=True),
+        *sorted(path.glob("*"), reverse=True),
+    ]
+    return next((each for each in below if (each / ADAPTER_CONFIG).is_file()), None)
 
 
 def data_fault(path: Path) -> str | None:
@@ -190,8 +207,11 @@ def data_fault(path: Path) -> str | None:
     files = [name for _, _, found in os.walk(path) for name in found]
     if not files:
         return f"{path} is an empty folder"
-    if "config.json" in files and not any(split_name(name) and name != "config.json" for name in files):
+    readable = [name for name in files if split_name(name) and name != "config.json"]
+    if "config.json" in files and (not readable or any(_is_weights(name) for name in files)):
         return f"{path} has a model in it, no data"
+    if not readable:
+        return f"{path} has no file that can be read: they must be {', '.join(sorted(CONTAINERS))}"
     return None
 
 

@@ -47,6 +47,7 @@ examples:
   qlora run job.yaml
   qlora run --model ./SmolLM2-135M-Instruct --data docs.jsonl --set training.maxSteps=20
   qlora run job.yaml --volume team-data=/srv/data --name second
+  qlora run --model ./SmolLM2-135M-Instruct --data faq.csv --columns instruction=question,output=answer
   adapter=$(qlora run job.yaml --quiet)
 """,
     "export": """\

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,17 @@ from qlora_contract.plan import CheckReport, LengthBin
 from qlora_contract.units import format_bytes
 from qlora_operator.api import names
 from qlora_operator.api.loader import STDIN, parse_job
+from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.v1alpha1 import Topology, Training
 from qlora_operator.api.yaml_reader import read_documents
 from qlora_operator.cli import check, early_checks
-from qlora_operator.cli.job_file import WORKSPACE, amendment, is_uri, job_name, memory_for_a_try
+from qlora_operator.cli.job_file import WORKSPACE, amendment, columns, is_uri, job_name
 from qlora_operator.cli.model_facts import has_template, positions, usual_length
+from qlora_operator.cli.plan import batch_tokens
 from qlora_operator.cli.processes import ProcessError
-from qlora_operator.cli.trainer_query import require_trainer
+from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import CommandError, Fault, InvalidFileError, InvalidJobError
+from qlora_operator.placement.local import on_this_machine
 
 TARGETS = ("machine", "cluster")
 USAGE = 2
@@ -34,6 +38,7 @@ COVERED = 0.99
 """Share of the samples that are not to be cut off."""
 SMALL = 5000
 """Records: fewer are seen more than once."""
+USUAL_BATCH: int = Training.model_fields["global_batch_tokens"].default
 CLUSTER_MEMORY = "16Gi"
 """Of a rank, where the model is not seen."""
 
@@ -47,6 +52,8 @@ class Answers:
     target: str
     where: str
     name: str
+    columns: Mapping[str, str]
+    """dataset.columns."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Found:
     """Bytes of the model's weights."""
     positions: int | None
     """Tokens that the model can read at once."""
+    memory: str
+    """What a rank can have on this machine."""
 
 
 def init(options: argparse.Namespace, ask: Callable[[str], str] = input) -> int:
@@ -119,7 +128,9 @@ def _answers(options: argparse.Namespace, ask: Callable[[str], str] | None) -> A
         raise CommandError("nothing more was answered, and nothing is written", USAGE) from None
     if target == "cluster" and not where.startswith("pvc://"):
         raise CommandError(f"--where {where}: on a cluster a job works on a claim, pvc://CLAIM/PATH", USAGE)
-    return Answers(model, data, target, where, options.name or job_name(model, data))
+    return Answers(
+        model, data, target, where, options.name or job_name(model, data), columns(options.columns)
+    )
 
 
 def look(answers: Answers) -> Found:
@@ -140,7 +151,10 @@ def look(answers: Answers) -> Found:
             require_trainer()
             print("looking at the data ...", file=sys.stderr)
             length = {"max_sequence_length": usual_length(model)}
-            report = check.check(check.of_paths(str(data), None if model is None else str(model), {}, length))
+            dataset = {"columns": answers.columns} if answers.columns else {}
+            report = check.check(
+                check.of_paths(str(data), None if model is None else str(model), dataset, length)
+            )
         except ProcessError as error:
             print(f"the data are not looked at: {error}", file=sys.stderr)
         except CommandError as error:
@@ -150,7 +164,17 @@ def look(answers: Answers) -> Found:
         None if model is None else has_template(model),
         None if model is None else sum(f.stat().st_size for f in model.glob("*.safetensors")) or None,
         None if model is None else positions(model),
+        _memory_here(),
     )
+
+
+def _memory_here() -> str:
+    """As much as a rank can have where each NUMA cluster of this machine has one."""
+    machine = query_trainer().machine
+    assert machine is not None, "without arguments, the planner answers with the machine"
+    nothing = Topology(memory_per_rank=CLUSTER_MEMORY)
+    nothing.model_fields_set.clear()
+    return on_this_machine(nothing, machine).memory_per_rank
 
 
 def _path(text: str) -> Path:
@@ -233,10 +257,23 @@ def job_text(answers: Answers, found: Found, folder: Path) -> str:
                 "the model has no chat template: one that fits it is chosen",
             )
         )
+    if answers.columns:
+        mapping = ", ".join(f"{ours}: {json.dumps(theirs)}" for ours, theirs in answers.columns.items())
+        lines.append(f"    columns: {{{mapping}}}  # what the data call them")
     epochs = 1 if records > SMALL else 3
     lines += [
         "  training:",
         _line(4, "epochs", str(epochs), "passes over the data; or maxSteps in its place"),
+    ]
+    if (
+        report
+        and in_tokens
+        and (batch := batch_tokens(report.training.tokens * epochs, length)) < USUAL_BATCH
+    ):
+        lines.append(
+            _line(4, "globalBatchTokens", str(batch), "of a step: less than usual, since the data are few")
+        )
+    lines += [
         _line(4, "learningRate", "2e-4", "lower it if the eval loss rises"),
         _line(
             4,
@@ -267,12 +304,10 @@ def _about_weights(found: Found) -> str:
 
 
 def _memory(on_cluster: bool, found: Found) -> str:
-    if not on_cluster:
-        return f"{memory_for_a_try() // 2**20}Mi"
-    if found.weights is None:
-        return CLUSTER_MEMORY
+    """memoryPerRank: what is surely enough; on this machine no more than there is, so that others may use the rest."""
     # NF4 is a quarter of bf16; activations and the rest of a small batch are a few GiB.
-    return f"{-(-found.weights // 2**31) + 4}Gi"
+    enough = CLUSTER_MEMORY if found.weights is None else f"{-(-found.weights // 2**31) + 4}Gi"
+    return enough if on_cluster else min(enough, found.memory, key=parse_memory)
 
 
 def _joined(*parts: str) -> str:

@@ -8,7 +8,7 @@ import argparse
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,15 @@ WORKSPACE = "qlora"
 """Where a job without a file works, in the working directory."""
 EPOCHS = 3
 """Of a job without a file: what small data want at least."""
-MEMORY_SHARE = 0.8
-"""Of the memory that is free, what a job without a file may take."""
-FLAGS = {"spec.model.source": "--model", "spec.dataset.source": "--data", "spec.workspace": "--workspace"}
+NOT_WRITTEN = "1Gi"
+"""memoryPerRank of a job without a file, which the API requires, until the machine's takes its place."""
+FLAGS = {
+    "metadata.name": "--name",
+    "spec.model.source": "--model",
+    "spec.dataset.source": "--data",
+    "spec.dataset.columns": "--columns",
+    "spec.workspace": "--workspace",
+}
 
 
 def given_job(options: argparse.Namespace) -> QLoRAJob:
@@ -44,10 +50,11 @@ def given_job(options: argparse.Namespace) -> QLoRAJob:
     settings = [Setting(text) for text in getattr(options, "set", [])]
     model, data = getattr(options, "model", None), getattr(options, "data", None)
     if options.file is not None:
-        if given := [flag for flag, value in (("--model", model), ("--data", data)) if value is not None]:
+        flags = {"--model": model, "--data": data, "--columns": getattr(options, "columns", None) or None}
+        if given := [flag for flag, value in flags.items() if value is not None]:
             raise CommandError(
                 f"{' and '.join(given)} make a job without a file, and {options.file} is one: leave out the one or the "
-                "other, or change a field of the file with --set model.source=... or dataset.source=...",
+                "other, or change a field of the file with --set, such as --set dataset.source=...",
                 USAGE,
             )
         return one_job(options.file, options.name, settings)
@@ -57,7 +64,8 @@ def given_job(options: argparse.Namespace) -> QLoRAJob:
             "a file)",
             USAGE,
         )
-    return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings)
+    named = columns(options.columns)
+    return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings, named)
 
 
 def one_job(file: str, name: str | None, settings: Sequence[Setting] = ()) -> QLoRAJob:
@@ -84,38 +92,67 @@ def amendment(file: str, settings: Sequence[Setting] = ()) -> Amend:
 
 
 def job_of_flags(
-    model: str, data: str, name: str | None, workspace: str, settings: Sequence[Setting] = ()
+    model: str,
+    data: str,
+    name: str | None,
+    workspace: str,
+    settings: Sequence[Setting] = (),
+    named: Mapping[str, str] | None = None,
 ) -> QLoRAJob:
     """A job for a first try, with defaults for all else.
 
-    Its name follows from the model and the data, so that the same command goes on with the same job.
+    Its name follows from the model and the data, so that the same command goes on with the same job. `named`: the
+    columns of the data, as dataset.columns.
     """
-    document = {
+    document: dict[str, Any] = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
         "metadata": {"name": name or job_name(model, data)},
         "spec": {
             "workspace": workspace if is_uri(workspace) else local_uri(_absolute(workspace)),
             "model": {"source": model},
-            "dataset": {"source": data},
+            "dataset": {"source": data, **({"columns": dict(named)} if named else {})},
             "training": {
                 "epochs": EPOCHS,
                 "maxSequenceLength": usual_length(None if is_uri(model) else _absolute(model)),
             },
             # A first try is never refused because something else computes here, too.
-            "topology": {"memoryPerRank": f"{memory_for_a_try() // 2**20}Mi", "pinning": "best-effort"},
+            "topology": {"pinning": "best-effort"},
         },
     }
-    amend = amendment(STDIN, settings)
+    document = amendment(STDIN, settings)(document)
+    topology = document["spec"].setdefault("topology", {})
+    has_memory = not isinstance(topology, dict) or "memoryPerRank" in topology
+    if not has_memory:
+        topology["memoryPerRank"] = NOT_WRITTEN
     try:
-        job = parse_job(amend(document))
+        job = parse_job(document)
     except InvalidJobError as error:
-        raise InvalidFileError(
-            [Fault(FLAGS.get(path, "--name" if path == "metadata.name" else "--set"), message,
-                   "" if path in FLAGS or path == "metadata.name" else path) for path, message in error.faults]
-        ) from error  # fmt: skip
+        raise InvalidFileError([_of_flags(message, path) for path, message in error.faults]) from error
     assert job is not None, "it says that it is one"
+    if not has_memory:
+        # So that placement.local.on_this_machine fills it in.
+        job.spec.topology.model_fields_set.discard("memory_per_rank")
     return job
+
+
+def _of_flags(message: str, path: str) -> Fault:
+    """What is wrong with a job without a file, by the argument that says it."""
+    if path in FLAGS:
+        return Fault(FLAGS[path], message, "")
+    flag = next((flag for field, flag in FLAGS.items() if path.startswith(f"{field}.")), "--set")
+    return Fault(flag, message, path)
+
+
+def columns(texts: Sequence[str]) -> dict[str, str]:
+    """`ours=theirs` of every --columns. Raises CommandError for another form."""
+    pairs = [text.partition("=") for listed in texts for text in listed.split(",")]
+    for ours, equals, theirs in pairs:
+        if not (ours and equals and theirs):
+            raise CommandError(
+                "--columns: must be NAME=COLUMN, such as instruction=question,output=answer", USAGE
+            )
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def job_name(model: str, data: str) -> str:
@@ -133,26 +170,6 @@ def job_name(model: str, data: str) -> str:
     of_data = plain(stem(data))[:half]
     name = f"{plain(model)[: names.MAX_JOB_NAME - 1 - len(of_data)]}-{of_data}".strip("-")
     return name if name[:1].isalpha() else f"job-{name}"[: names.MAX_JOB_NAME].strip("-")
-
-
-def memory_for_a_try() -> int:
-    """Bytes that a job without a file gets: most of what is free now, of the machine and of our cgroup."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _text("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    used = _text("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
-    return max(int(MEMORY_SHARE * available) // 2**28, 1) * 2**28
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 # --- paths
@@ -183,7 +200,8 @@ def _sections(value: Any, parents: Sequence[str]) -> Iterator[dict[str, Any]]:
 def uri_of(value: str, folder: Path, *, may_be_a_repository: bool) -> str | None:
     """The URI of a path; None for what is none.
 
-    What has no scheme is a path. `org/name` is one if it exists: otherwise it is probably meant to be of the Hub.
+    What has no scheme is a path. `org/name` is one if it exists, or if there is a folder `org`, where a name is then
+    misspelled: otherwise it is probably meant to be of the Hub.
     """
     if is_uri(value) or not value or "\0" in value:
         return None
@@ -192,7 +210,7 @@ def uri_of(value: str, folder: Path, *, may_be_a_repository: bool) -> str | None
     except RuntimeError:  # ~somebody who does not exist
         return None
     hub = may_be_a_repository and re.fullmatch(f"{HUB_NAME}/{HUB_NAME}", value)
-    return local_uri(path) if not hub or os.path.lexists(path) else None
+    return local_uri(path) if not hub or os.path.lexists(path) or path.parent.is_dir() else None
 
 
 def is_uri(value: str) -> bool:

@@ -35,11 +35,13 @@ from qlora_operator.cli.display import printable
 from qlora_operator.cli.help_texts import EXAMPLES, exit_codes
 from qlora_operator.cli.job_file import (
     WORKSPACE,
+    columns,
     given_job,
     on_a_cluster,
     one_job,
     volumes_with_this_machine,
 )
+from qlora_operator.cli.job_folder import WorkspaceError
 from qlora_operator.cli.settings import Setting
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
@@ -150,6 +152,9 @@ def parser() -> argparse.ArgumentParser:
     beginning.add_argument(
         "--data", metavar="DATA", help="a file or folder, hf://datasets/org/name or s3://bucket/path"
     )
+    beginning.add_argument(
+        "--columns", action="append", default=[], metavar="NAME=COLUMN,...", help="as dataset.columns"
+    )
     beginning.add_argument("--name", help="of the job; default: made of the model's and the data's")
     beginning.add_argument(
         "--where",
@@ -235,6 +240,9 @@ def parser() -> argparse.ArgumentParser:
         )
         without.add_argument(
             "--data", metavar="DATA", help="a file or folder, hf://datasets/org/name or s3://bucket/path"
+        )
+        without.add_argument(
+            "--columns", action="append", default=[], metavar="NAME=COLUMN,...", help="as dataset.columns"
         )
         without.add_argument(
             "--workspace",
@@ -397,7 +405,7 @@ def _check(options: argparse.Namespace) -> int:
             )
         dataset = {"format": options.format, "train_split": options.split, "eval_split": options.eval_split}
         if options.columns:
-            dataset["columns"] = check.columns(options.columns)
+            dataset["columns"] = columns(options.columns)
         training = {"max_sequence_length": options.max_length}
         question = check.of_paths(options.data, options.model, _given(dataset), _given(training))
     report = check.check(question)
@@ -447,7 +455,8 @@ def _run(options: argparse.Namespace) -> int:
     early_checks.require_place(job, volumes)
     if finished_report(folder) is None:
         early_checks.require_inputs(job, volumes)
-        run.say(console, on_a_cluster(job))
+        # A job without a file will not go to a cluster as it is.
+        run.say(console, options.file and on_a_cluster(job))
         run.say(console, job.spec.output.destination and check_destination(job.spec.output.destination))
     else:
         run.say(console, early_checks.newer_inputs(job, volumes, folder))
@@ -457,6 +466,12 @@ def _run(options: argparse.Namespace) -> int:
         )
     try:
         code = run.run(job, volumes, console, verbose=options.verbose, price=price)
+    except WorkspaceError as error:
+        if options.file is not None:
+            raise
+        raise CommandError(
+            str(error).replace("another metadata.name", "another --name"), error.code
+        ) from None
     except CommandError as error:
         if error.code != ExitCode.NO_IMPROVEMENT:
             raise

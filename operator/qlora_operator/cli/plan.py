@@ -1,5 +1,6 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.speed import TimeEstimate, time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
-from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob, Training
 from qlora_operator.cli.cpu_locks import busy_cpus
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
@@ -47,6 +48,8 @@ RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
 """How much of a sample is shown; `-o json` has all of it."""
 MEBIBYTE = 2**20
+FEW_STEPS = 20
+"""Fewer hardly learn anything: the first of them only raise the learning rate."""
 
 
 class RankPlace(RankPlan):
@@ -69,7 +72,7 @@ class JobPlan(ContractModel):
     ranks: list[RankPlace]
     """Empty when they do not fit this machine."""
     notes: list[str]
-    """What may surprise about where they run, and why it is so."""
+    """What may surprise about where they run, and how long, and why it is so."""
     problems: list[str]
     """Why the job cannot run here, or not as it is."""
     exit_code: int
@@ -119,6 +122,7 @@ def job_plan(
             CommandError(problem, ExitCode.INVALID_CONFIGURATION)
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
+        notes += few_steps(run, details)
     time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(
@@ -209,6 +213,34 @@ def query(
     return answer
 
 
+def few_steps(run: RunConfig, details: PlanReport) -> list[str]:
+    """That a job has too few steps to learn, and what makes more of them, in a sentence; nothing if it was asked to."""
+    training, steps = run.training, details.steps
+    if training.max_steps is not None or steps.total >= FEW_STEPS:
+        return []
+    remedies = [f"raise training.epochs to {math.ceil(steps.epochs * FEW_STEPS / steps.total):,}"]
+    smaller = batch_tokens(details.training.tokens * steps.epochs, training.max_sequence_length)
+    if smaller < training.global_batch_tokens:
+        remedies.insert(
+            0, f"lower training.globalBatchTokens, now {training.global_batch_tokens:,}, to {smaller:,}"
+        )
+    return [f"{steps.total} step(s) are too few to learn much: {', or '.join(remedies)}"]
+
+
+def batch_tokens(tokens: float, sample: int) -> int:
+    """training.globalBatchTokens that makes FEW_STEPS steps at least of so many tokens: a power of two times a sample.
+
+    Args:
+        tokens: of all passes over the data.
+        sample: of the longest sample, which a step must hold.
+    """
+    default: int = Training.model_fields["global_batch_tokens"].default
+    size = sample
+    while 2 * size <= min(default, tokens / FEW_STEPS):
+        size *= 2
+    return size
+
+
 # --- showing it
 
 
@@ -217,7 +249,7 @@ def show(plan: JobPlan, console: Console) -> None:
     ranks = "one rank per NUMA cluster" if plan.world_size is None else f"{plan.world_size} rank(s)"
     _print(console, f"{plan.name}: {ranks}, {plan.isa}, computing in {plan.compute_dtype}")
     if plan.details is not None and plan.details.stored_in:
-        _print(console, f"weights stored in {plan.details.stored_in}")
+        _print(console, f"weights   {plan.details.stored_in}")
     if plan.ranks:
         console.print(ranks_table(plan.ranks))
         if len(plan.ranks) > RANKS_SHOWN:
@@ -280,7 +312,7 @@ def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
         _print(console, line)
     console.print()
     how = "green and underlined" if console.color_system else "between [[ and ]]"
-    _print(console, f"first sample; what is trained on is {how}:")
+    _print(console, f"first sample of the first step; what is trained on is {how}:")
     console.print(sample_text(details.sample, marked=not console.color_system), soft_wrap=True)
     console.print()
 

@@ -1,6 +1,7 @@
 """The pods of a job on one machine: the ISA tier of all, the ranks and CPUs of each, and whether memory suffices."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qlora_contract.cpus import format_cpu_list, partition
 from qlora_contract.exit_codes import ExitCode
@@ -14,6 +15,10 @@ from qlora_operator.errors import CommandError
 
 MOST_CPUS_PER_RANK = 1024
 """As the API has it."""
+MEMORY_SHARE = 0.8
+"""Of the memory that is free, what ranks may take whose job does not say how much."""
+MEMORY_STEP = 256 * 2**20
+"""Such a rank's bytes are a multiple of it: a number that people can read."""
 
 
 class PlacementError(CommandError):
@@ -43,21 +48,26 @@ def on_this_machine(topology: Topology, machine: Machine) -> Topology:
     """The topology, with what the job leaves out filled in so that it uses the machine.
 
     Without cpusPerRank all CPUs are shared among the ranks. Without ranksPerPod either there is one for each NUMA
-    cluster, or as many fewer as memoryPerRank leaves room for. Only what the job's file has counts as written: the API
-    server, which fills in defaults, knows no such machine.
+    cluster, or as many fewer as memoryPerRank leaves room for. Without memoryPerRank, as in a job without a file, the
+    ranks share most of the memory that is free. Only what the job's file has counts as written: the API server, which
+    fills in defaults, knows no such machine.
     """
-    written = topology.model_fields_set
-    if "cpus_per_rank" in written:
-        return topology
-    ranks = topology.ranks_per_pod
-    if "ranks_per_pod" not in written:
-        room, memory = machine.clusters, machine.free_memory or machine.memory
-        if memory is not None:
-            room = min(room, memory // parse_memory(topology.memory_per_rank))
-        ranks = max(1, room // topology.pods)
-    sharing = topology.pods * (1 if ranks == "auto" else ranks)
-    cpus = min(max(1, machine.usable_cpus // sharing), MOST_CPUS_PER_RANK)
-    return topology.model_copy(update={"ranks_per_pod": ranks, "cpus_per_rank": cpus})
+    written, filled_in = topology.model_fields_set, dict[str, Any]()
+    ranks, memory = topology.ranks_per_pod, machine.free_memory or machine.memory
+    if "cpus_per_rank" not in written:
+        if "ranks_per_pod" not in written:
+            room = machine.clusters
+            if memory is not None and "memory_per_rank" in written:
+                room = min(room, memory // parse_memory(topology.memory_per_rank))
+            ranks = max(1, room // topology.pods)
+        sharing = topology.pods * (1 if ranks == "auto" else ranks)
+        cpus = min(max(1, machine.usable_cpus // sharing), MOST_CPUS_PER_RANK)
+        filled_in = {"ranks_per_pod": ranks, "cpus_per_rank": cpus}
+    if "memory_per_rank" not in written and memory is not None:
+        sharing = topology.pods * (1 if ranks == "auto" else ranks)
+        steps = int(MEMORY_SHARE * memory / sharing) // MEMORY_STEP
+        filled_in["memory_per_rank"] = f"{max(1, steps) * MEMORY_STEP // 2**20}Mi"
+    return topology.model_copy(update=filled_in)
 
 
 def with_topology(job: QLoRAJob, topology: Topology) -> QLoRAJob:

@@ -12,7 +12,6 @@ from rich.console import Console
 from qlora_contract.plan import CheckReport, LengthBin
 from qlora_operator.cli import check
 from qlora_operator.cli.main import main
-from qlora_operator.errors import CommandError
 
 pytestmark = pytest.mark.process
 
@@ -180,13 +179,6 @@ def test_a_job_file_is_told_from_data(
     Path(name).write_text(text)
 
     assert check.is_job_file(name) is expected
-
-
-def test_columns_are_pairs() -> None:
-    """In one argument or in several."""
-    assert check.columns(["a=b,c=d", "e=f"]) == {"a": "b", "c": "d", "e": "f"}
-    with pytest.raises(CommandError, match="NAME=COLUMN"):
-        check.columns(["a=b,c"])
 
 
 def test_what_is_neither_a_file_nor_a_folder_is_refused(

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,9 @@ def test_data_that_are_none_are_named(tmp_path: Path) -> None:
     assert "is a pointer of git-lfs" in (data_fault(folder / "b.jsonl") or "")
     assert data_fault(tmp_path / "e") == f"{tmp_path}/e is an empty folder"
     assert "has a model in it" in (data_fault(files(tmp_path / "m", config_dot_json="{}")) or "")
+    files(tmp_path / "m", tokenizer_dot_json="{}", model_dot_safetensors="x")
+    assert "has a model in it" in (data_fault(tmp_path / "m") or "")
+    assert "must be .arrow, .csv," in (data_fault(files(tmp_path / "p", a_dot_pdf="x")) or "")
 
 
 def test_what_is_missing_is_told_with_what_is_near(tmp_path: Path) -> None:
@@ -97,6 +101,76 @@ def test_all_that_is_wrong_with_a_job_is_told_at_once(a_job: Callable[..., QLoRA
 
     assert refused.value.code == 12
     assert [line.partition(":")[0] for line in str(refused.value).splitlines()] == ["the model", "the data"]
+
+
+def test_a_wrong_source_of_several_is_named_by_its_place(
+    job_document: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each of those that are wrong; remote ones are left to the transfer."""
+    files(tmp_path, m__config_dot_json="{}", a_dot_csv="x", empty_dot_jsonl="")
+    uris = ["pvc://c/a.csv", "pvc://c/b.csv", "hf://datasets/o/n", "pvc://c/empty.jsonl"]
+    document = job_document(model={"source": "pvc://c/m"})
+    document["spec"]["dataset"] = {"sources": [{"source": uri} for uri in uris]}
+    job = QLoRAJob.model_validate(document)
+    with pytest.raises(CommandError) as refused:
+        require_inputs(job, {"c": tmp_path})
+
+    assert refused.value.code == 11
+    assert str(refused.value).splitlines() == [
+        f"the data (dataset.sources[1]): {tmp_path}/b.csv: no such file or folder; did you mean {tmp_path}/a.csv?",
+        f"the data (dataset.sources[3]): {tmp_path}/empty.jsonl is empty",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        pytest.param({"adapter_config_dot_json": "{}", "adapter_model_dot_safetensors": "x"}, None, id="one"),
+        pytest.param({}, "{}/a has no adapter_config.json", id="an empty folder"),
+        pytest.param({"config_dot_json": "{}"}, "{}/a is a whole model", id="a model"),
+        pytest.param({"adapter__adapter_config_dot_json": "{}"}, "did you mean {}/a/adapter?", id="a job"),
+        pytest.param(
+            {
+                "checkpoints__step-00000009__adapter_config_dot_json": "{}",
+                "checkpoints__step-00000010__adapter_config_dot_json": "{}",
+                "checkpoints__step-00000011__adapter_dot_safetensors": "x",
+            },
+            "did you mean {}/a/checkpoints/step-00000010?",
+            id="a job that is not finished",
+        ),
+        pytest.param(
+            {"step-00000010__adapter_config_dot_json": "{}"},
+            "did you mean {}/a/step-00000010?",
+            id="checkpoints",
+        ),
+        pytest.param({"adapter_config_dot_json": "{}"}, "has no adapter_model.safetensors", id="no weights"),
+        pytest.param(
+            {"adapter_config_dot_json": "{}", "adapter_model_dot_safetensors": POINTER},
+            "adapter_model.safetensors is a pointer of git-lfs",
+            id="a pointer",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_adapter_is_named_for_what_it_is(
+    contents: dict[str, str], said: str | None, a_job: Callable[..., QLoRAJob], tmp_path: Path
+) -> None:
+    """A job's folder, its checkpoints, a model: where an adapter to go on from is asked for."""
+    files(tmp_path, m__config_dot_json="{}", d_dot_jsonl="x")
+    files(tmp_path / "a", **contents)
+    job = a_job(
+        model={"source": "pvc://c/m"},
+        dataset={"source": "pvc://c/d.jsonl"},
+        adapter={"initialAdapter": "pvc://c/a"},
+    )
+    if said is None:
+        require_inputs(job, {"c": tmp_path})
+        return
+    with pytest.raises(CommandError) as refused:
+        require_inputs(job, {"c": tmp_path})
+
+    assert refused.value.code == 12
+    assert str(refused.value).startswith("the initial adapter: ")
+    assert said.format(tmp_path) in str(refused.value)
 
 
 def test_a_workspace_that_is_a_file_is_refused(a_job: Callable[..., QLoRAJob], tmp_path: Path) -> None:

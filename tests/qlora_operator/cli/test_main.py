@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from builders import a_run
+from qlora_contract.job_folder import IDENTITY, identity_text
 from qlora_operator.cli.main import claims, main, parse_volumes
 from qlora_operator.errors import CommandError
 
@@ -226,6 +228,36 @@ def test_without_a_file_model_and_data_are_needed(capsys: pytest.CaptureFixture[
     """Both."""
     assert main(["run"]) == 2
     assert "give a job's file, or both --model and --data" in capsys.readouterr().err
+
+
+def test_a_job_without_a_file_is_told_of_its_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not of fields of a file that nobody wrote, nor of a cluster that the job cannot go to as it is."""
+    model, data, work = tmp_path / "m", tmp_path / "d.jsonl", tmp_path / "w"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    data.write_text("{}")
+    folder = work / "jobs" / "m-d"
+    folder.mkdir(parents=True)
+    (folder / IDENTITY).write_text(identity_text(a_run()))
+    arguments = ["run", "--model", str(model), "--data", str(data), "--workspace", str(work)]
+
+    assert main([*arguments, "--columns", "instruction=q,output=a"]) == 10
+    out, error = capsys.readouterr()
+    assert "holds the results of another spec" in error
+    assert "choose another --name, or remove the folder" in error
+    assert "cluster" not in out
+    assert main([*arguments, "--columns", "q"]) == 2
+    assert "--columns: must be NAME=COLUMN" in capsys.readouterr().err
+
+
+def test_columns_of_a_job_file_are_written_there(
+    job_file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--columns goes with --model and --data."""
+    assert main(["run", job_file(), "--columns", "instruction=q"]) == 2
+    assert "error: --columns make a job without a file" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_early_imports_no_library_of_the_trainer(tmp_path: Path) -> None:

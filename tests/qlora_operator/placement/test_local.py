@@ -165,6 +165,34 @@ def test_what_is_left_out_is_what_the_machine_has(
     assert (placed.ranks_per_pod, placed.cpus_per_rank) == expected
 
 
+@pytest.mark.parametrize(
+    ("topology", "machine", "expected"),
+    [
+        pytest.param({}, {"clusters": 1}, (1, "32768Mi"), id="one cluster"),
+        pytest.param({}, {"clusters": 2}, (2, "16384Mi"), id="a rank for each of two clusters"),
+        pytest.param({}, {"clusters": 2, "freeMemory": 20 * GIB}, (2, "8192Mi"), id="what is free"),
+        pytest.param({"ranksPerPod": 4}, {"clusters": 2}, (4, "8192Mi"), id="ranks as written"),
+        pytest.param({"ranksPerPod": "auto"}, {"clusters": 2}, ("auto", "32768Mi"), id="auto: the pod's"),
+        pytest.param({"pods": 2}, {"clusters": 4}, (2, "8192Mi"), id="several pods"),
+        pytest.param({"cpusPerRank": 8, "ranksPerPod": 2}, {}, (2, "16384Mi"), id="CPUs as written"),
+        pytest.param({}, {"memory": 200 * 2**20}, (1, "256Mi"), id="a step at least"),
+        pytest.param({}, {"memory": None}, (1, "1Gi"), id="unknown"),
+        pytest.param({"memoryPerRank": "30Gi"}, {"clusters": 2}, (1, "30Gi"), id="memory as written"),
+    ],
+)
+def test_ranks_share_the_memory_of_a_job_that_asks_for_none(
+    topology: dict[str, Any], machine: dict[str, Any], expected: tuple[Any, str]
+) -> None:
+    """Most of what is free, divided by as many ranks as the machine gets."""
+    asked = a_topology(**topology)
+    if "memoryPerRank" not in topology:
+        asked.model_fields_set.discard("memory_per_rank")
+    placed = on_this_machine(asked, a_machine(**{"cpus": 64, "memory": 40 * GIB} | machine))
+
+    assert (placed.ranks_per_pod, placed.memory_per_rank) == expected
+    assert memory_shortage(placed, a_machine(memory=400 * GIB)) is None
+
+
 def test_cpus_of_other_jobs_are_not_taken() -> None:
     """Those that are free serve; and without pinning strict, when none is, the job shares."""
     busy = {0: "job other (process 17)", 1: "job other (process 17)"}

@@ -113,6 +113,19 @@ def test_a_model_of_the_hub_has_its_commit(tmp_path: Path, source: str, expected
     assert "for `org/name` at c0ffee, trained" in adapter.model_card(folder.run, report)
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        pytest.param("pvc://data/model", None, id="claim"),
+        pytest.param("hf://org/name", "org/name", id="hub"),
+        pytest.param("s3://team/models/name", None, id="s3"),
+    ],
+)
+def test_the_base_has_a_name_that_stock_tools_can_load(source: str, expected: str | None) -> None:
+    """By its name on the Hub, from where stock tools fetch it; else none: a folder of a pod means nothing elsewhere."""
+    assert adapter.base_model(a_run(model={"source": source})) == expected
+
+
 def test_named_targets_stay_as_they_were_named(tmp_path: Path) -> None:
     """Whole paths are not shortened: peft would adapt more layers than were trained."""
     settings = {"rank": 2, "alpha": 4.0, "targetModules": ["layers.0.mlp.up_proj"]}

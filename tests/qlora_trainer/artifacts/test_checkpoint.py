@@ -18,14 +18,20 @@ from torch import Tensor
 
 from builders import a_run
 from crashes import CRASH_AT
-from qlora_contract.job_folder import FENCE, MANIFEST
+from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FENCE, MANIFEST
+from qlora_contract.run_config import Adapter
 from qlora_trainer.artifacts import checkpoint
+from qlora_trainer.artifacts.adapter import write_adapter
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
+from qlora_trainer.modeling import initial_adapter
+from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters, flat_parameters
+from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
+from qlora_trainer.quantization.schemes import Unquantized
 from qlora_trainer.storage.job_folder import JobFolder
 
 pytestmark = pytest.mark.process
@@ -122,7 +128,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE]
+FILES = [
+    ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG,
+    checkpoint.ADAPTER_FILE,
+    checkpoint.OPTIMIZER_FILE,
+    checkpoint.STATE_FILE,
+]
 DAMAGES: dict[str, Any] = {
     **{f"flipped-{name}": lambda path, name=name: flip(path / name) for name in FILES},
     **{f"missing-{name}": lambda path, name=name: (path / name).unlink() for name in [*FILES, MANIFEST]},
@@ -225,6 +237,83 @@ def test_a_checkpoint_of_the_release_before_is_read(tmp_path: Path) -> None:
     assert state.determinism_key["kernels"] == "reference"
     assert state.determinism_key["alignment"] == ALIGNMENT
     assert checkpoint.optimizer_tensors(parameters, optimizer)["step"] == 4
+
+
+def test_a_checkpoint_is_the_adapter_that_would_be_published(tmp_path: Path) -> None:
+    """Byte for byte, so that PEFT opens the one as it opens the other, whatever the family and the method."""
+    folder = JobFolder(tmp_path, a_run(model={"source": "hf://org/name"}, fetched={"model": "c0ffee"}))
+    folder.acquire()
+    parameters, optimizer = small_adapter()
+    train(parameters, optimizer, 2)
+    path = checkpoint.save(folder, parameters, optimizer, LoopState(step=2), keep=1)
+    published = write_adapter(folder, parameters, "org/name")
+
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+        assert (path / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_peft_opens_a_checkpoint(tmp_path: Path, small_model: Callable[..., Path]) -> None:
+    """Stock PEFT computes with it what it computes with the weights that were trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = small_model("qwen2")
+    run = a_run(adapter={"rank": 2, "alpha": 8.0, "targetModules": ["q_proj", "up_proj"]})
+    model = load_model(base, Unquantized(), torch.float32)
+    parameters = method_for(run.adapter).attach(model, seed=0, dropout=None)
+    parameters.flat.data.normal_(generator=torch.Generator().manual_seed(1))
+    folder = JobFolder(tmp_path, run)
+    folder.acquire()
+    optimizer = torch.optim.AdamW([parameters.flat], lr=0.1, fused=True)
+    path = checkpoint.save(folder, parameters, optimizer, LoopState(step=1), keep=1)
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    weights = dict(stock.named_parameters())
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        untrained = stock(ids).logits
+        theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(path))(ids).logits
+        for name, b in parameters.named.items():
+            if name.endswith("lora_B.weight"):
+                a = parameters.named[name.replace("lora_B", "lora_A")]
+                weights[name.replace("lora_B.", "")].add_(b @ a, alpha=8.0 / 2)
+        ours = stock(ids).logits
+
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-3)
+    assert (theirs - untrained).abs().max() > 1
+
+
+def test_a_job_goes_on_from_a_checkpoint_of_another(tmp_path: Path) -> None:
+    """adapter.initialAdapter may name one: it is checked and loaded as a finished adapter is."""
+    parameters, optimizer = small_adapter()
+    train(parameters, optimizer, 2)
+    settings = {"rank": 2, "alpha": 4.0, "targetModules": ["all-linear"]}
+    folder = JobFolder(tmp_path, a_run(adapter=settings))
+    folder.acquire()
+    path = checkpoint.save(folder, parameters, optimizer, LoopState(step=2), keep=1)
+    shapes = {name: tuple(p.shape) for name, p in parameters.named.items()}
+    initial_adapter.check(path, Adapter.model_validate(settings), shapes)
+    other = flat_parameters(shapes)
+    initial_adapter.load(path, other)
+
+    assert torch.equal(other.flat.data, parameters.flat.data)
+
+
+def test_the_release_before_goes_on_from_a_checkpoint_of_this_one(tmp_path: Path) -> None:
+    """After a rollback: it knows one file of the adapter, of the same format and with its own names."""
+    parameters, optimizer = small_adapter()
+    train(parameters, optimizer, 2)
+    path = checkpoint.save(acquired(tmp_path), parameters, optimizer, LoopState(step=2), keep=1)
+    theirs = RELEASE / "begun" / "checkpoints" / "step-00000004"
+
+    assert {file.name for file in theirs.iterdir()} <= {file.name for file in path.iterdir()}
+    assert json.loads((path / MANIFEST).read_text())["format"] == 1
+    tensors = load_file(path / "adapter.safetensors")
+    assert all(
+        name.endswith((".lora_A.weight", ".lora_B.weight"))
+        for name in load_file(theirs / "adapter.safetensors")
+    )
+    assert tensors.keys() == parameters.named.keys()
+    assert all(torch.equal(tensors[name], each.data) for name, each in parameters.named.items())
 
 
 def test_fields_of_a_later_release_are_passed_over(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from builders import a_run
 from qlora_contract.identity import identity_fields, identity_hash
-from qlora_contract.run_config import ModelSource, ResolvedRevisions
+from qlora_contract.run_config import ResolvedRevisions
 from qlora_trainer.artifacts.checkpoint import LoopState
-from qlora_trainer.artifacts.training_report import base_model, training_report
+from qlora_trainer.artifacts.training_report import training_report
 from qlora_trainer.data.packing import StepSchedule
 
 pytestmark = pytest.mark.process
@@ -61,21 +61,6 @@ def test_the_provenance_says_what_the_adapter_was_made_from() -> None:
     assert provenance["config_hash"] == identity_hash(identity_fields(RUN))
     assert provenance["versions"]["torch"] == torch.__version__
     assert provenance["versions"]["python"] == platform.python_version()
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        pytest.param("pvc://data/model", None, id="claim"),
-        pytest.param("hf://org/name", "org/name", id="hub"),
-        pytest.param("s3://team/models/name", None, id="s3"),
-    ],
-)
-def test_the_base_has_a_name_that_stock_tools_can_load(source: str, expected: str | None) -> None:
-    """By its name on the Hub, from where stock tools fetch it; else none: a folder of a pod means nothing elsewhere."""
-    run = RUN.model_copy(update={"model": ModelSource(source=source)})
-
-    assert base_model(run) == expected
 
 
 def test_fetched_revisions_are_in_the_provenance() -> None:

@@ -210,11 +210,11 @@ REFUSED: dict[str, tuple[dict[str, bytes], str]] = {
     ),
     "question and answer": (
         {"d.jsonl": lines({"question": ASKED, "answer": SAID})},
-        r"did you mean dataset\.columns: \{instruction: question, output: answer\}\?",
+        r"did you mean dataset\.columns: \{instruction: question, output: answer\} ",
     ),
     "prompt and response": (
         {"d.jsonl": lines({"prompt": ASKED, "response": SAID})},
-        r"did you mean dataset\.columns: \{instruction: prompt, output: response\}\?",
+        r"did you mean dataset\.columns: \{instruction: prompt, output: response\} ",
     ),
     "questions in CSV": (
         {"qa.csv": b"question,answer\nWhat?,It is so.\n"},

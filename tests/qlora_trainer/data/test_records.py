@@ -125,9 +125,9 @@ def test_names_what_is_wrong_in_a_pair(fields: dict[str, Any], error: str) -> No
         ({**CHAT, **PAIR}, "fits more than one format, chat and prompt-completion; set dataset.format"),
         (
             {"question": "x", "answer": "y", "id": 1},
-            r"\(its columns: question, answer, id\); did you mean .*\{instruction: question, output: answer\}\?; a rec",
+            r"\(its columns: question, answer, id\); did you .*--columns instruction=question,output=answer\)\?; a rec",
         ),
-        ({"Content": "x"}, r"did you mean dataset\.columns: \{text: Content\}\?"),
+        ({"Content": "x"}, r"did you mean dataset\.columns: \{text: Content\} "),
         ({"a": 1, "b": 2}, r"\(its columns: a, b\); dataset\.columns says which of them is what"),
         (
             {"prompt": "x", "chosen": "y", "rejected": "z"},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import builders
 from model_folders import stock_model
+from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_contract.run_config import Adapter
 from qlora_trainer.artifacts import checkpoint
 from qlora_trainer.artifacts.adapter import model_card, reload_adapter, write_adapter
@@ -289,7 +290,7 @@ def test_the_finished_adapter_is_peft_s(kind: str, small_model: Make, tmp_path: 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_resumed_training_repeats_an_undisturbed_one(kind: str, small_model: Make, tmp_path: Path) -> None:
-    """After a checkpoint is loaded, parameters and moments go on bit for bit."""
+    """After a checkpoint is loaded, parameters and moments go on bit for bit; peft's files in it are the adapter."""
     folder, samples = small_model("llama", **LIVELY), random_samples()
     job = JobFolder(tmp_path, builders.a_run(version=2, adapter=ADAPTERS[kind]))
     job.acquire()
@@ -305,8 +306,12 @@ def test_a_resumed_training_repeats_an_undisturbed_one(kind: str, small_model: M
             optimizer.step()
         return parameters, optimizer
 
-    saved = checkpoint.save(job, *trained(2), LoopState(step=2), keep=1)
+    parameters, optimizer = trained(2)
+    saved = checkpoint.save(job, parameters, optimizer, LoopState(step=2), keep=1)
+    published = write_adapter(job, parameters, None)
 
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        assert (saved / name).read_bytes() == (published / name).read_bytes()
     assert torch.equal(trained(2, saved)[0].flat, trained(4)[0].flat)
 
 

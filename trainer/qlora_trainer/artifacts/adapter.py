@@ -89,12 +89,9 @@ def write_adapter(
     """
     staged = staging_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
-    tensors = parameters.published()
     with translate_os_errors(f"writing the adapter to {folder.path}"):
         staged.mkdir(parents=True)
-        save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
-        config = json.dumps(adapter_config(folder.run, parameters, base), indent=2)
-        (staged / ADAPTER_CONFIG).write_text(config)
+        write_peft(staged, folder.run, parameters, base)
         if tokenizer is not None:
             write_tokenizer(tokenizer, staged)
             # The template beside an adapter is that of its data, and not one that the model happens to have.
@@ -102,6 +99,19 @@ def write_adapter(
         if chat_template is not None:
             (staged / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     return staged
+
+
+def write_peft(into: Path, run: RunConfig, parameters: AdapterParameters, base: str | None) -> None:
+    """Write the two files that make a folder an adapter for PEFT. Raises OSError.
+
+    Args:
+        into: the folder.
+        run: the job.
+        parameters: the adapter, named by its method.
+        base: as for write_adapter.
+    """
+    save_tensors(parameters.published(), into / ADAPTER_WEIGHTS, {"format": "pt"})
+    (into / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(run, parameters, base), indent=2))
 
 
 def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", staged: Path) -> None:
@@ -123,6 +133,17 @@ def adapter_config(run: RunConfig, parameters: AdapterParameters, base: str | No
         "revision": run.fetched.model if run.model.source.startswith("hf://") else None,
         "inference_mode": True,
     }
+
+
+def base_model(run: RunConfig) -> str | None:
+    """The model that the adapter names as its base: `org/name` for one of the Hub, else None.
+
+    A path means nothing elsewhere, and the Hub refuses a card with one.
+    """
+    if not is_remote(run.model.source):
+        return None
+    remote = parse_remote(run.model.source)
+    return remote.root if remote.kind == "model" else None
 
 
 def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:

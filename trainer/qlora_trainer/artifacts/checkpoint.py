@@ -1,8 +1,8 @@
 """Checkpoints: all that a restart needs, complete or not there.
 
-`checkpoints/step-00000010/` holds the adapter and the optimizer's moments (safetensors), state.json, and
-manifest.json, written last, with the sha256 of the others. The folder is written under a temporary name and renamed,
-and only while the fence still names this attempt.
+`checkpoints/step-00000010/` holds the adapter as PEFT has it, so that PEFT opens the folder; the parameters and the
+optimizer's moments (safetensors), state.json, and manifest.json, written last, with the sha256 of the others. It is
+written under a temporary name and renamed, and only while the fence still names this attempt.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import Tensor
 from qlora_contract.files import read_json
 from qlora_contract.job_folder import MANIFEST, read_manifest
 from qlora_contract.units import first_line, now
+from qlora_trainer.artifacts.adapter import base_model, write_peft
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Raised when an older trainer could not continue from what this one writes; a new field alone does not need it."""
 ADAPTER_FILE = "adapter.safetensors"
+"""The parameters by their names, which a resume reads: PEFT's file has what an adapter computes with, not always
+what is trained (prefix tuning trains a network that makes it). Release 0.1.0 reads nothing else, after a rollback."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
@@ -92,6 +95,7 @@ def save(
     try:
         with translate_os_errors(f"writing checkpoint {final}"):
             temporary.mkdir()
+            write_peft(temporary, folder.run, parameters, base_model(folder.run))
             save_tensors({name: p.data for name, p in parameters.named.items()}, temporary / ADAPTER_FILE)
             save_tensors(optimizer_tensors(parameters, optimizer), temporary / OPTIMIZER_FILE)
             stored = {_STORED_NAMES.get(name, name): value for name, value in asdict(state).items()}

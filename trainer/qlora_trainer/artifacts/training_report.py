@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from qlora_contract.identity import identity_fields, identity_hash
-from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import now
 from qlora_trainer.artifacts.checkpoint import LoopState
@@ -71,17 +70,6 @@ def configuration(run: RunConfig) -> dict[str, Any]:
         if isinstance(section, dict):
             section.pop("credentialsSecret", None)
     return fields
-
-
-def base_model(run: RunConfig) -> str | None:
-    """The model that the adapter names as its base: `org/name` for one of the Hub, else None.
-
-    A path means nothing elsewhere, and the Hub refuses a card with one.
-    """
-    if not is_remote(run.model.source):
-        return None
-    remote = parse_remote(run.model.source)
-    return remote.root if remote.kind == "model" else None
 
 
 def license_of(model_folder: Path) -> str | None:

@@ -312,7 +312,10 @@ def _nearest(fields: Mapping[str, Any]) -> str:
         return f"{shown}: it is a list of records within an object; write that list to the file"
     if columns := suggested_columns(names):
         mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
-        return f"{shown}; did you mean dataset.columns: {{{mapping}}}?"
+        option = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
+        return (
+            f"{shown}; did you mean dataset.columns: {{{mapping}}} (without a job file, --columns {option})?"
+        )
     return f"{shown}; dataset.columns says which of them is what"
 
 

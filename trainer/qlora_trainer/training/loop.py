@@ -18,7 +18,7 @@ from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
-from qlora_trainer.artifacts.training_report import base_model, license_of, training_report
+from qlora_trainer.artifacts.training_report import license_of, training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
@@ -435,7 +435,7 @@ def stage_adapter(context: RankContext, state: TrainState) -> float | None:
     template = state.data.template
     if context.is_rank_zero:
         portable = template.portable if template else None
-        base = base_model(context.run)
+        base = adapter.base_model(context.run)
         adapter.write_adapter(context.folder, state.parameters, base, portable, state.tokenizer)
     context.group.barrier()
     adapter.reload_adapter(adapter.staging_folder(context.folder), state.parameters)
@@ -482,7 +482,7 @@ def facts_of(
     }
     family, config = read_model(state.model_folder)
     report["provenance"] |= {
-        "base_model": base_model(context.run),
+        "base_model": adapter.base_model(context.run),
         "auto_class": family.auto_class,
         "license": license_of(state.model_folder),
         "weights_sha256": state.loop.weights_sha256,
