@@ -16,7 +16,7 @@ from qlora_contract.memory import (
     estimate,
     step_seconds,
 )
-from qlora_contract.quantization import SCHEMES, SchemeName
+from qlora_contract.quantization import SchemeName
 from qlora_contract.run_config import (
     ISA_TIERS,
     Adapter,
@@ -92,20 +92,6 @@ def test_ranks_of_a_pod_share_what_they_have_imported() -> None:
 
     assert each.runtime < one.runtime < 4 * each.runtime
     assert one.total - each.total == one.runtime - each.runtime
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_only_plain_torch_needs_room_for_a_whole_matrix(scheme: SchemeName) -> None:
-    """Whatever the weights are kept in, the kernel library takes them as they are."""
-    asked = run(quantization=Quantization(scheme=scheme))
-    wider = LLAMA_8B.model_copy(update={"largest_linear": 2 * LLAMA_8B.largest_linear})
-
-    def more(compiled: bool) -> int:
-        two = (estimate(each, asked, "bf16", 8192, "full", compiled=compiled) for each in (wider, LLAMA_8B))
-        return next(two).total - next(two).total
-
-    assert more(compiled=True) == 0
-    assert more(compiled=False) == 6 * LLAMA_8B.largest_linear
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -90,7 +90,7 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward pass of one micro-batch."""
     scratch: int
-    """Logits, gradients in flight; in plain torch dequantized weights, too."""
+    """Dequantized weights, logits, gradients in flight."""
     micro_batch_tokens: int
     checkpointing: Checkpointing
 
@@ -193,10 +193,9 @@ def estimate(
     embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
     activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled)
-    # While a layer is at work in the backward pass: its gradients, and what it has computed again.
-    layer = 6 * tokens * widest * e
-    if not compiled:  # which makes the whole matrix for each product, in fp32 and in the compute dtype
-        layer += shape.largest_linear * (4 + e)
+    # While a layer is at work in the backward pass: its gradients, its weights where they are dequantized as a whole,
+    # and what it has computed again.
+    layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
     if checkpointing == "full":
         layer += layer_bytes(shape, tokens, dtype, compiled=compiled)
     # The loss comes before the first of them.
