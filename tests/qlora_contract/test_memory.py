@@ -16,6 +16,7 @@ from qlora_contract.memory import (
     estimate,
     step_seconds,
 )
+from qlora_contract.quantization import SchemeName
 from qlora_contract.run_config import (
     ISA_TIERS,
     Adapter,
@@ -275,13 +276,20 @@ LLAMA_8B = ModelShape(
     bins=st.integers(1, 40),
     cpus=st.integers(1, 128),
     isa=st.sampled_from(ISA_TIERS),
+    compiled=st.booleans(),
     asked=st.fixed_dictionaries(
         {"gradient_checkpointing": st.sampled_from(["auto", "none", "full"])},
         optional={"micro_batch_tokens": st.integers(1, 40_000)},
     ),
 )
 def test_more_memory_never_makes_a_step_slower(
-    shape: ModelShape, memory: list[int], bins: int, cpus: int, isa: IsaTier, asked: dict[str, Any]
+    shape: ModelShape,
+    memory: list[int],
+    bins: int,
+    cpus: int,
+    isa: IsaTier,
+    compiled: bool,
+    asked: dict[str, Any],
 ) -> None:
     """By the model that the choice is made with, whatever is left to be chosen."""
     times = []
@@ -289,31 +297,46 @@ def test_more_memory_never_makes_a_step_slower(
         config = run(limit, global_batch_tokens=1024 * bins, **asked)
         layout = config.layout.model_copy(update={"cpus_per_rank": cpus})
         config = config.model_copy(update={"layout": layout, "isa": isa})
-        times.append(step_seconds(shape, config, choose(shape, config, "bf16")))
+        chosen = choose(shape, config, "bf16", compiled=compiled)
+        times.append(step_seconds(shape, config, chosen, compiled=compiled))
 
     assert times == sorted(times, reverse=True)
 
 
 @pytest.mark.parametrize(
-    ("memory", "isa", "cpus", "expected"),
+    ("memory", "scheme", "isa", "cpus", "compiled", "expected"),
     [
-        pytest.param(14, "amx_bf16", 56, ("full", 8192), id="AMX, nothing else fits"),
-        pytest.param(16, "amx_bf16", 56, ("full", 8192), id="AMX, one bin would fit without recomputing"),
-        pytest.param(80, "amx_bf16", 56, ("none", 8192), id="AMX, all fits"),
+        pytest.param(10, "nf4", "amx_bf16", 56, True, ("full", 4096), id="nothing else fits"),
+        pytest.param(14, "nf4", "amx_bf16", 56, True, ("none", 1024), id="one bin fits without recomputing"),
+        pytest.param(80, "nf4", "amx_bf16", 56, True, ("none", 8192), id="all fits"),
         pytest.param(
-            13, "avx512", 4, ("none", 1024), id="slow products: recomputing costs more than dequantizing"
+            16, "nf4", "amx_bf16", 56, False, ("full", 8192), id="plain torch, AMX: fewer passes are faster"
+        ),
+        pytest.param(
+            15,
+            "nf4",
+            "avx512",
+            4,
+            False,
+            ("none", 1024),
+            id="plain torch: recomputing costs more than passes",
+        ),
+        pytest.param(
+            28, "none", "amx_bf16", 56, False, ("none", 1024), id="plain torch: nothing to dequantize"
         ),
     ],
 )
 def test_recomputing_is_weighed_against_dequantizing(
-    memory: int, isa: IsaTier, cpus: int, expected: tuple[str, int]
+    memory: int, scheme: SchemeName, isa: IsaTier, cpus: int, compiled: bool, expected: tuple[str, int]
 ) -> None:
-    """A pass over all weights costs as much as the products of some thousand tokens where these are fast."""
-    config = run(memory * GIB)
+    """In plain torch a pass over all weights costs as much as the products of some thousand tokens where these are
+    fast, so that recomputing in one micro-batch beats several without. The kernel library dequantizes for some hundred
+    rows at a time, however many there are."""
+    config = run(memory * GIB, quantization=Quantization(scheme=scheme))
     config = config.model_copy(
         update={"isa": isa, "layout": config.layout.model_copy(update={"cpus_per_rank": cpus})}
     )
-    found = choose(LLAMA_8B, config, "bf16")
+    found = choose(LLAMA_8B, config, "bf16", compiled=compiled)
 
     assert (found.checkpointing, found.micro_batch_tokens) == expected
 

@@ -92,7 +92,8 @@ def test_core_hours_are_those_of_the_whole_time() -> None:
     ],
 )
 def test_evaluations_are_counted(every: int | None, times: int) -> None:
-    """Each is a forward pass over what is held out: less than half of training on as much."""
+    """Each is a forward pass over what is held out: less than half of training on as much. What is not quantized is one
+    base, not two."""
     time = the_time(a_job(evaluation={"everySteps": every}), evaluation=HELD_OUT)
     one = (
         HELD_OUT.tokens * flops_per_token(SMOLLM2, HELD_OUT, None) / (2 * RATES["avx512_bf16", "bf16"].flops)
@@ -100,6 +101,10 @@ def test_evaluations_are_counted(every: int | None, times: int) -> None:
 
     assert time.evaluation_seconds == pytest.approx(times * one)
     assert the_time().evaluation_seconds == 0.0
+    plain = the_time(
+        a_job(evaluation={"everySteps": every}, quantization={"scheme": "none"}), evaluation=HELD_OUT
+    )
+    assert plain.evaluation_seconds == pytest.approx((times - 2) * one)
     assert flops_per_token(SMOLLM2, HELD_OUT, None) < flops_per_token(SMOLLM2, HELD_OUT, "none") / 2
 
 

@@ -39,10 +39,14 @@ PLAIN_SLACK = 1.5
 """In plain torch: freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size;
 measured. The compiled passes leave none that counts."""
 
+STRIP_SECONDS = 0.15e-9
+"""Of one weight on one core, to make the strip that rows are multiplied with: 0.05 to 0.3 by tier, in prototypes."""
+STRIP_ROWS = 512
+"""Rows that the kernel library multiplies with a strip before it makes it anew, at most."""
 DEQUANTIZE_SECONDS = 0.8e-9
-"""Of one weight on one core: 0.6 to 0.9 measured."""
+"""Of one weight on one core in plain torch, which dequantizes the whole matrix: 0.6 to 0.9 measured."""
 DEQUANTIZE_THREADS = 8
-"""Cores after which more do not dequantize faster: memory is the limit."""
+"""Cores after which more do not dequantize whole matrices faster: memory is the limit."""
 CORE_FLOPS: dict[str, float] = {"amx_bf16": 4e11, "avx512_bf16": 1e11, "avx512": 6e10, "avx2": 3e10}
 """By tier, what a core does in large products, from published figures: the order of magnitude is enough to choose."""
 
@@ -272,7 +276,11 @@ def choose(
             micro_batches = -(-bins // most)
             candidates.append(at(-(-bins // micro_batches) * one_bin, mode))
     fitting = [each for each in candidates if each.total <= limit]
-    return min(fitting, key=lambda each: (step_seconds(shape, run, each), each.total), default=candidates[-1])
+    return min(
+        fitting,
+        key=lambda each: (step_seconds(shape, run, each, compiled=compiled), each.total),
+        default=candidates[-1],
+    )
 
 
 def share_of_bins(run: RunConfig) -> int:
@@ -282,16 +290,24 @@ def share_of_bins(run: RunConfig) -> int:
     )
 
 
-def step_seconds(shape: ModelShape, run: RunConfig, chosen: MemoryEstimate) -> float:
+def step_seconds(
+    shape: ModelShape, run: RunConfig, chosen: MemoryEstimate, *, compiled: bool = True
+) -> float:
     """About how long a rank's share of a step takes, to compare choices: not for anybody to see.
 
     Each micro-batch dequantizes all weights and multiplies its tokens with them: forward, for the gradient of its
-    input, and once more when activations are recomputed.
+    input, and once more when activations are recomputed. The kernel library dequantizes whatever the weights are kept
+    in, for so many rows at a time: of large micro-batches as often as of small ones.
     """
     passes = 3 if chosen.checkpointing == "full" else 2
     bins = share_of_bins(run)
     micro_batches = -(-bins // max(1, chosen.micro_batch_tokens // run.training.max_sequence_length))
     tokens, cpus = bins * run.training.max_sequence_length, run.layout.cpus_per_rank
-    dequantize = DEQUANTIZE_SECONDS / min(cpus, DEQUANTIZE_THREADS)
+    if compiled:
+        dequantize = max(micro_batches, tokens / STRIP_ROWS) * STRIP_SECONDS / cpus
+    elif run.quantization.scheme == "none":
+        dequantize = 0.0
+    else:
+        dequantize = micro_batches * DEQUANTIZE_SECONDS / min(cpus, DEQUANTIZE_THREADS)
     multiply = 2 * tokens / (CORE_FLOPS[run.isa] * cpus)
-    return shape.linear_weights * passes * (micro_batches * dequantize + multiply)
+    return shape.linear_weights * passes * (dequantize + multiply)

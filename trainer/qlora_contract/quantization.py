@@ -48,7 +48,7 @@ SCHEMES: dict[str, SchemeFacts] = {
     "nf4": SchemeFacts("4-bit NormalFloat (Dettmers et al. 2023), bytes equal to bitsandbytes'", _four_bits),
     "fp4": SchemeFacts("4-bit floats, bytes equal to bitsandbytes'", _four_bits),
     "int8": SchemeFacts(
-        "8 bits and a scale for each row, multiplied with in plain torch",
+        "8 bits and a scale for each row",
         # 4 bytes of scale for each row; a row of the smallest models has 576 weights, so that it is less elsewhere.
         lambda weights, _settings, _compute_bytes: weights * (1 + 4 / 576),
     ),

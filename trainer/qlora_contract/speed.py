@@ -101,8 +101,9 @@ def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
     evaluation = 0.0
     if plan.evaluation is not None:
         every = run.evaluation.every_steps
-        # The quantized and the unquantized base, each without and with the finished adapter.
-        times = 4 + (0 if every is None else (steps.total - 1) // every)
+        # The quantized and the unquantized base, where they are two, each without and with the finished adapter.
+        bases = 1 if run.quantization.scheme == "none" else 2
+        times = 2 * bases + (0 if every is None else (steps.total - 1) // every)
         one = plan.evaluation.tokens * flops_per_token(shape, plan.evaluation, None) / speed
         evaluation = times * one
     weights = shape.linear_weights + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernel_tiers import PASS_TIERS, running
+from qlora_trainer.kernels.library import TIERS
 from qlora_trainer.modeling import lora_linear
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, Mask, philox, seeded_generator
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
-from qlora_trainer.quantization.schemes import Nf4
+from qlora_trainer.quantization.schemes import Int8, Nf4, Scheme, Unquantized
 
 pytestmark = pytest.mark.process
 
@@ -110,6 +112,26 @@ def test_gradcheck_with_dropout() -> None:
     ]
 
     assert torch.autograd.gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("scheme", [Nf4(double=True), Int8(), Unquantized()], ids=str)
+def test_gradcheck_of_the_kernel_library(tier: str, scheme: Scheme) -> None:
+    """Of fp32: the layer is linear in each of its inputs, so that differences over any distance are exact."""
+    with running(tier):
+        weight = scheme.freeze("w", randn(33, IN, seed=1), torch.float32)
+
+        def run(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            made = LoraLinear("layer", weight, randn(33, seed=9))
+            made.attach(a, b, SCALE, None)  # type: ignore[arg-type]  # gradcheck's own leaves
+            result: Tensor = made(x)
+            return result
+
+        inputs = [randn(*s, seed=n).requires_grad_() for n, s in enumerate([(3, IN), (2, IN), (33, 2)])]
+
+        assert hasattr(weight, "linear_with")
+        with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that this is not float64
+            assert torch.autograd.gradcheck(run, inputs, eps=1.0, atol=1e-4, rtol=1e-4)
 
 
 def test_layer_without_adapter_passes_gradients_through() -> None:

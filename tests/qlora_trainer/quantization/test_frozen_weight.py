@@ -1,25 +1,40 @@
-"""What every frozen weight promises to the layers above it."""
+"""What every frozen weight promises to the layers above it.
+
+Products bit for bit are plain torch's promise; those of the kernel library are held against it in test_compiled.py.
+"""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernel_tiers import running
+from qlora_trainer.kernels.library import REFERENCE
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.nf4 import quantize_nf4
-from qlora_trainer.quantization.schemes import AsStored, Nf4, Scheme, Unquantized
+from qlora_trainer.quantization.schemes import AsStored, Int8, Nf4, Scheme, Unquantized
 
 pytestmark = pytest.mark.process
 
 SCHEMES = {
     "nf4": Nf4(double=False),
     "nf4-double": Nf4(double=True),
+    "int8": Int8(),
     "none": Unquantized(),
     "as stored": AsStored(),
 }
 FLOATS = [torch.float32, torch.bfloat16]
 OUT, IN, ROWS = 10, 70, 6
+
+
+@pytest.fixture(autouse=True)
+def plain_torch() -> Iterator[None]:
+    """Whatever is compiled."""
+    with running(REFERENCE):
+        yield
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from kernel_tiers import library_of
+from qlora_contract.quantization import SCHEMES
 from qlora_trainer.kernels import library
 from qlora_trainer.kernels.library import KERNELS_ENV, Library
 from qlora_trainer.quantization import kernels
+from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
+from qlora_trainer.quantization.int8 import Int8Weight, quantize_int8
 from qlora_trainer.quantization.kernels import reference
-from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
+from qlora_trainer.quantization.kernels.compiled import (
+    CompiledDenseWeight,
+    CompiledInt8Weight,
+    CompiledNf4Weight,
+)
 from qlora_trainer.quantization.nf4 import Nf4Matrix, quantize_nf4
 
 pytestmark = pytest.mark.process
@@ -37,7 +44,7 @@ def avx2(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "compiled"), [("nf4", True), ("none", False), ("int8", False)], ids=["nf4", "none", "int8"]
+    ("scheme", "compiled"), [*((scheme, True) for scheme in SCHEMES), ("unheard of", False)]
 )
 def test_the_choice_is_logged_once(
     scheme: str, compiled: bool, avx2: Library, caplog: pytest.LogCaptureFixture
@@ -60,7 +67,19 @@ def test_without_the_library_the_reference_multiplies(monkeypatch: pytest.Monkey
 
     assert isinstance(weight, reference.Nf4Weight)
     assert weight.matrix is matrix
-    assert kernels.name("nf4") == "reference"
+    assert isinstance(kernels.int8_weight(quantize_int8(torch.randn(4, 64), name="w")), Int8Weight)
+    assert isinstance(kernels.dense_weight(torch.randn(4, 64), torch.float32), UnquantizedWeight)
+    assert {kernels.name(scheme) for scheme in SCHEMES} == {"reference"}
+
+
+@pytest.mark.parametrize("shape", [(5, 96), (1, 1), (70, 33)], ids=str)
+def test_of_8_bits_and_of_unquantized_weights_every_shape_fits(avx2: Library, shape: tuple[int, int]) -> None:
+    """Their rows have no blocks. What is computed in float64, as checks of gradients do, is left to plain torch."""
+    tensor = torch.randn(shape)
+
+    assert isinstance(kernels.int8_weight(quantize_int8(tensor, name="w")), CompiledInt8Weight)
+    assert isinstance(kernels.dense_weight(tensor, torch.bfloat16), CompiledDenseWeight)
+    assert isinstance(kernels.dense_weight(tensor, torch.float64), UnquantizedWeight)
 
 
 def test_shapes_that_do_not_fit_are_left_to_the_reference(
@@ -87,7 +106,8 @@ def test_a_tile_unit_that_multiplies_wrongly_is_not_used(
     monkeypatch.setattr(kernels, "agree", lambda one, other: (one, other.tier) != (found, "amx_emulated"))
 
     assert isinstance(kernels.nf4_weight(reference_matrix()), reference.Nf4Weight)
-    assert kernels.name("nf4") == "reference"
+    assert isinstance(kernels.dense_weight(torch.randn(4, 64), torch.bfloat16), UnquantizedWeight)
+    assert kernels.name("nf4") == kernels.name("none") == "reference"
     assert sum("tile unit multiplies otherwise" in message for message in caplog.messages) == 1
 
 

@@ -105,7 +105,7 @@ def test_unquantized_weights_are_copies_and_stored_ones_are_not() -> None:
 # --- a scheme that the rest of the code has never heard of
 
 
-class Int8Rows:
+class RowsOf8Bits:
     """A weight in 8 bits with a scale per row, which multiplies without ever making W."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -138,21 +138,21 @@ class Int8Rows:
 
 
 @dataclass(frozen=True)
-class Int8:
+class Rows8:
     """The scheme of such weights."""
 
     def freeze(self, _name: str, tensor: Tensor, _dtype: torch.dtype) -> FrozenWeight:
         """(out, in) -> 8 bits a number and a scale a row."""
-        return Int8Rows(tensor)
+        return RowsOf8Bits(tensor)
 
 
 @pytest.fixture
-def int8(monkeypatch: pytest.MonkeyPatch) -> Quantization:
-    """Register the scheme `int8`: an entry in each table, and no more."""
+def rows8(monkeypatch: pytest.MonkeyPatch) -> Quantization:
+    """Register the scheme `rows8`: an entry in each table, and no more."""
     facts = contract.SchemeFacts("8 bits, a scale per row", lambda weights, _settings, _bytes: weights)
-    monkeypatch.setitem(contract.SCHEMES, "int8", facts)
-    monkeypatch.setitem(schemes.IMPLEMENTATIONS, "int8", lambda _settings: Int8())
-    return Quantization().model_copy(update={"scheme": "int8"})
+    monkeypatch.setitem(contract.SCHEMES, "rows8", facts)
+    monkeypatch.setitem(schemes.IMPLEMENTATIONS, "rows8", lambda _settings: Rows8())
+    return Quantization().model_copy(update={"scheme": "rows8"})
 
 
 def random_samples() -> Samples:
@@ -163,7 +163,7 @@ def random_samples() -> Samples:
     return Samples(ids, mask, np.array([0, 25, 40]))
 
 
-def test_a_new_scheme_is_two_entries(int8: Quantization, small_model: Callable[..., Path]) -> None:
+def test_a_new_scheme_is_two_entries(rows8: Quantization, small_model: Callable[..., Path]) -> None:
     """A model whose weights are stored in a new scheme is planned for, loaded and trained; nothing else was touched."""
     folder = small_model("qwen2", vocab_size=300, initializer_range=0.12)
     run = RunConfig(
@@ -171,8 +171,8 @@ def test_a_new_scheme_is_two_entries(int8: Quantization, small_model: Callable[.
         dataset=Dataset(source="pvc://data/d.jsonl"), adapter=Adapter(rank=4), training=Training(max_steps=1),
         layout=Layout(memory_per_rank=2**34), isa="avx2",
     )  # fmt: skip
-    planned = choose(model_shape(folder, run.adapter), run.model_copy(update={"quantization": int8}), "fp32")
-    model = load_model(folder, scheme_of(int8), torch.float32)
+    planned = choose(model_shape(folder, run.adapter), run.model_copy(update={"quantization": rows8}), "fp32")
+    model = load_model(folder, scheme_of(rows8), torch.float32)
     model.graph.train()
     parameters = method_for(run.adapter).attach(model, seed=0, dropout=None)
     optimizer = torch.optim.AdamW([parameters.flat], lr=1e-2, fused=True)
@@ -189,7 +189,7 @@ def test_a_new_scheme_is_two_entries(int8: Quantization, small_model: Callable[.
         losses.append(float(loss.detach()))
 
     linear_weights = sum(math.prod(layer.shape) for layer in model.linears.values())
-    assert {type(layer.weight) for layer in model.linears.values()} == {Int8Rows}
+    assert {type(layer.weight) for layer in model.linears.values()} == {RowsOf8Bits}
     assert planned.base == linear_weights + model.head.nbytes
     assert losses[2] < losses[1] < losses[0]
-    assert kernels.name("int8") == "reference"
+    assert kernels.name("rows8") == "reference"

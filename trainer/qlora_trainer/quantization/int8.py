@@ -13,7 +13,10 @@ _SMALLEST = 1e-36
 
 
 class Int8Weight:
-    """A FrozenWeight of codes * absmax / 127; it is dequantized for each product."""
+    """A FrozenWeight of codes * absmax / 127; it is dequantized for each product.
+
+    Right for every shape, and the twin that the kernel library is tested against.
+    """
 
     def __init__(self, codes: Tensor, absmax: Tensor) -> None:
         self.codes = codes
@@ -28,16 +31,18 @@ class Int8Weight:
         return out, in_
 
     @property
+    def scales(self) -> Tensor:
+        """float32 (out,): what a code is multiplied by."""
+        return self.absmax.div(127)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the codes and the scales."""
         return self.codes.nbytes + self.absmax.nbytes
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The matrix (out, in): code * (absmax / 127) in float32, rounded once to dtype."""
-        if out is not None:
-            check_out(out, dtype, self.shape)
-        weight = self.codes.float().mul_(self.absmax.div(127)[:, None])
-        return weight.to(dtype) if out is None else out.copy_(weight)
+        """The matrix (out, in); see `dequantize_int8`."""
+        return dequantize_int8(self.codes, self.scales, dtype, out)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(rows, in) -> (rows, out)."""
@@ -46,6 +51,14 @@ class Int8Weight:
     def linear_grad_input(self, dy: Tensor) -> Tensor:
         """(rows, out) -> (rows, in)."""
         return dy @ self.dequantize(dy.dtype)
+
+
+def dequantize_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Codes (out, in) * scales (out,) in float32, rounded once to dtype. Raises ValueError where `out` does not fit."""
+    if out is not None:
+        check_out(out, dtype, (codes.shape[0], codes.shape[1]))
+    weight = codes.float().mul_(scales[:, None])
+    return weight.to(dtype) if out is None else out.copy_(weight)
 
 
 def quantize_int8(weight: Tensor, *, name: str) -> Int8Weight:

@@ -67,7 +67,7 @@ class Int8:
 
     def freeze(self, name: str, tensor: Tensor, _dtype: torch.dtype) -> FrozenWeight:
         """(out, in) -> 8 bits a number and a scale for each row."""
-        return quantize_int8(tensor, name=name)
+        return kernels.int8_weight(quantize_int8(tensor, name=name))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Unquantized:
 
     def freeze(self, name: str, tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
         """(out, in) -> a copy in `dtype`."""
-        return UnquantizedWeight(finite(name, tensor).to(dtype, copy=True))
+        return kernels.dense_weight(finite(name, tensor), dtype)
 
 
 @dataclass(frozen=True)

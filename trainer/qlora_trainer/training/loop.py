@@ -410,7 +410,7 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     unquantized = None
     if state.data.evaluation is not None:
         try:
-            loop.base_eval_loss, unquantized = measure_unquantized(context, state, staged)
+            loop.base_eval_loss, unquantized = measure_unquantized(context, state, staged, loss)
         except StopRequested:
             raise Terminated(STOPPED_AT_THE_END) from None
         except StopHere:
@@ -511,10 +511,11 @@ def evaluated(state: TrainState) -> dict[str, int] | None:
 
 
 def measure_unquantized(
-    context: RankContext, state: TrainState, staged: Path
+    context: RankContext, state: TrainState, staged: Path, loss: float | None
 ) -> tuple[float | None, float | None]:
     """The eval losses of the base as stored, in the compute dtype, alone and with the adapter, as servers run it.
 
+    Without quantization these are the weights that were trained on, and both are measured already.
     None where its weights exceed memoryPerRank; what is known of the base already is not measured again. Numbers for
     the report alone, so they come last. The weights are mapped from their files, not copied. Their size is held against
     memoryPerRank all the same, since a model that does not fit would be read from disk again for every micro-batch.
@@ -523,10 +524,13 @@ def measure_unquantized(
         context: this rank's.
         state: loses its model, parameters and optimizer.
         staged: the folder of the finished adapter.
+        loss: the adapter's, on the base that it was trained on.
 
     Raises:
         StopRequested, StopHere: a rank was asked to stop in the meantime.
     """
+    if context.run.quantization.scheme == "none":
+        return state.loop.base_eval_loss_quantized, loss
     chosen = state.memory
     weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
     known = state.loop.base_eval_loss

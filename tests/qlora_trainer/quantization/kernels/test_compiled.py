@@ -1,4 +1,5 @@
-"""NF4 by the kernel library, on every tier that this machine has, against the reference and an oracle in float64."""
+"""Weights of every scheme by the kernel library, on every tier that this machine has, against the reference and an
+oracle in float64."""
 
 import os
 
@@ -7,9 +8,15 @@ import torch
 from torch import Tensor
 
 from kernel_tiers import EVERY_TIER, library_of
-from qlora_trainer.quantization.frozen_weight import LowRank
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, LowRank, UnquantizedWeight
+from qlora_trainer.quantization.int8 import quantize_int8
 from qlora_trainer.quantization.kernels import compiled
-from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
+from qlora_trainer.quantization.kernels.compiled import (
+    CompiledDenseWeight,
+    CompiledInt8Weight,
+    CompiledNf4Weight,
+    CompiledWeight,
+)
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import (
     BLOCK,
@@ -27,6 +34,19 @@ DOUBLE = pytest.mark.parametrize("double", [False, True], ids=["plain", "double"
 SHAPES = [(1, 64), (31, 192), (96, 128), (257, 64), (576, 576), (70, 2112), (2112, 64)]
 """Rows off the strip of 32 and the tile of 16; sums in one chunk, in several, and in more than one part."""
 BY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+FORMS = ["nf4", "int8", "none", "none, other type"]
+"""The last is kept in bfloat16 and computed with in float32, or the other way round."""
+BY_FORM = pytest.mark.parametrize("form", FORMS)
+FORMS_AND_SHAPES = [
+    *(("nf4", shape) for shape in SHAPES),
+    *(
+        (form, shape)
+        for form in FORMS[1:]
+        for shape in [(31, 70), (33, 257), (96, 128), (70, 2090), (2090, 33)]
+    ),
+]
+"""Rows of 4 bits begin with a block; those of the others may be of any length."""
+BY_FORM_AND_SHAPE = pytest.mark.parametrize(("form", "shape"), FORMS_AND_SHAPES, ids=str)
 ROWS = [0, 1, 3, 31, 257]
 FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.1}
 ROUNDED = {torch.float32: 3e-7, torch.bfloat16: 5e-3}
@@ -39,10 +59,21 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(tier: str, weight: Tensor, *, double: bool = True) -> tuple[CompiledNf4Weight, Nf4Weight]:
-    """The same quantized weight, compiled and plain."""
+def nf4_pair(tier: str, weight: Tensor, *, double: bool = True) -> tuple[CompiledNf4Weight, Nf4Weight]:
+    """The same weight in NF4, compiled and plain."""
     matrix = quantize_nf4(weight, double=double, name="w")
     return CompiledNf4Weight(matrix, library_of(tier)), Nf4Weight(matrix)
+
+
+def pair(tier: str, weight: Tensor, form: str, dtype: torch.dtype) -> tuple[CompiledWeight, FrozenWeight]:
+    """The same weight in a form, to be computed with in `dtype`, compiled and plain."""
+    if form == "nf4":
+        return nf4_pair(tier, weight)
+    if form == "int8":
+        quantized = quantize_int8(weight, name="w")
+        return CompiledInt8Weight(quantized, library_of(tier)), quantized
+    kept = weight.to(dtype if form == "none" else next(other for other in FACTOR if other != dtype))
+    return CompiledDenseWeight(kept, library_of(tier)), UnquantizedWeight(kept)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -63,7 +94,22 @@ def test_what_is_multiplied_with_has_the_reference_s_bits(
     tier: str, dtype: torch.dtype, double: bool, shape: tuple[int, int]
 ) -> None:
     """The product with the identity matrix is the dequantized weight, bit for bit, both ways."""
-    ours, reference = pair(tier, randn(*shape) * 0.02, double=double)
+    ours, reference = nf4_pair(tier, randn(*shape) * 0.02, double=double)
+    expected = reference.dequantize(dtype)
+
+    assert torch.equal(bits(expected), bits(ours.linear_grad_input(torch.eye(shape[0], dtype=dtype))))
+    assert torch.equal(bits(expected), bits(ours.linear(torch.eye(shape[1], dtype=dtype), None).t()))
+
+
+@EVERY_TIER
+@DTYPES
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("shape", [(1, 1), (31, 70), (96, 128), (257, 33), (70, 2090)], ids=str)
+def test_other_forms_are_multiplied_with_as_the_reference_has_them(
+    tier: str, dtype: torch.dtype, form: str, shape: tuple[int, int]
+) -> None:
+    """The same of 8 bits and of what is not quantized, in either type."""
+    ours, reference = pair(tier, randn(*shape) * 0.02, form, dtype)
     expected = reference.dequantize(dtype)
 
     assert torch.equal(bits(expected), bits(ours.linear_grad_input(torch.eye(shape[0], dtype=dtype))))
@@ -106,14 +152,14 @@ def test_every_code_under_scales_of_all_sizes(tier: str, dtype: torch.dtype) -> 
 
 @EVERY_TIER
 @DTYPES
-@BY_SHAPE
+@BY_FORM_AND_SHAPE
 @pytest.mark.parametrize("rows", ROWS)
 def test_errors_are_no_larger_than_the_reference_s(
-    tier: str, dtype: torch.dtype, shape: tuple[int, int], rows: int
+    tier: str, dtype: torch.dtype, form: str, shape: tuple[int, int], rows: int
 ) -> None:
     """Against float64, by norms, times a small factor: sums in another order round otherwise, and torch sums few
     rows in more pieces than many."""
-    ours, reference = pair(tier, randn(*shape) * 0.02)
+    ours, reference = pair(tier, randn(*shape) * 0.02, form, dtype)
     weight = reference.dequantize(torch.float32).double()
     x, bias, dy = (
         randn(*size, seed=1).to(dtype) for size in ((rows, shape[1]), (shape[0],), (rows, shape[0]))
@@ -141,13 +187,13 @@ def low_rank(shape: tuple[int, int], rank: int) -> LowRank:
 
 @EVERY_TIER
 @DTYPES
-@BY_SHAPE
+@BY_FORM_AND_SHAPE
 @RANKS
 def test_errors_with_low_rank_are_no_larger_than_the_reference_s(
-    tier: str, dtype: torch.dtype, shape: tuple[int, int], rank: int
+    tier: str, dtype: torch.dtype, form: str, shape: tuple[int, int], rank: int
 ) -> None:
     """Both products and both gradients, against float64; the reference rounds A and B, too."""
-    ours, reference = pair(tier, randn(*shape) * 0.02)
+    ours, reference = pair(tier, randn(*shape) * 0.02, form, dtype)
     low = low_rank(shape, rank)
     a, b, scale = low.a.to(dtype), low.b.to(dtype), low.scale
     weight = reference.dequantize(torch.float32).double()
@@ -177,11 +223,12 @@ def test_errors_with_low_rank_are_no_larger_than_the_reference_s(
 
 @EVERY_TIER
 @DTYPES
+@BY_FORM
 @pytest.mark.parametrize("rows", ROWS)
-def test_parts_of_a_product_with_low_rank(tier: str, dtype: torch.dtype, rows: int) -> None:
+def test_parts_of_a_product_with_low_rank(tier: str, dtype: torch.dtype, form: str, rows: int) -> None:
     """A given inner product is used as it is; one that is not to be added leaves the base's product."""
     shape = (96, 2112)
-    ours, _ = pair(tier, randn(*shape) * 0.02)
+    ours, _ = pair(tier, randn(*shape) * 0.02, form, dtype)
     low = low_rank(shape, 5)
     x, dy, bias = (randn(*size).to(dtype) for size in ((rows, 2112), (rows, 96), (96,)))
     y, down = ours.linear_with(x, bias, low, None)
@@ -202,10 +249,11 @@ def test_parts_of_a_product_with_low_rank(tier: str, dtype: torch.dtype, rows: i
 
 @EVERY_TIER
 @DTYPES
-def test_with_low_rank_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype) -> None:
+@BY_FORM
+def test_with_low_rank_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype, form: str) -> None:
     """Neither does what lies beside a row."""
     shape = (200, 1088)
-    ours, _ = pair(tier, randn(*shape) * 0.02)
+    ours, _ = pair(tier, randn(*shape) * 0.02, form, dtype)
     low = low_rank(shape, 16)
     x, dy = randn(600, 1088).to(dtype), randn(600, 200).to(dtype)
     results = []
@@ -248,7 +296,7 @@ def test_low_ranks_that_do_not_fit_are_refused(
     a: Tensor, b: Tensor, inner: Tensor | None, message: str
 ) -> None:
     """Before C reads past their end."""
-    ours, _ = pair("avx2", randn(32, 64))
+    ours, _ = nf4_pair("avx2", randn(32, 64))
 
     with pytest.raises(ValueError, match=message):
         ours.linear_with(torch.zeros(5, 64), None, LowRank(a, b, 1.0), inner)
@@ -256,9 +304,10 @@ def test_low_ranks_that_do_not_fit_are_refused(
 
 @EVERY_TIER
 @DTYPES
-def test_a_row_does_not_depend_on_the_rows_beside_it(tier: str, dtype: torch.dtype) -> None:
+@BY_FORM
+def test_a_row_does_not_depend_on_the_rows_beside_it(tier: str, dtype: torch.dtype, form: str) -> None:
     """Alone, among others, or beside a row of NaN, it has the same bits."""
-    ours, _ = pair(tier, randn(96, 1088) * 0.02)
+    ours, _ = pair(tier, randn(96, 1088) * 0.02, form, dtype)
     x, dy = randn(700, 1088).to(dtype), randn(700, 96).to(dtype)
     y, dx = ours.linear(x, None), ours.linear_grad_input(dy)
 
@@ -279,7 +328,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(tier: str, dtype: torch.dty
 @DOUBLE
 def test_weights_of_zero_give_zero(tier: str, dtype: torch.dtype, double: bool) -> None:
     """And nothing but the bias."""
-    ours, _ = pair(tier, torch.zeros(70, 128), double=double)
+    ours, _ = nf4_pair(tier, torch.zeros(70, 128), double=double)
     bias = randn(70).to(dtype)
 
     assert torch.equal(ours.linear(randn(5, 128).to(dtype), None), torch.zeros(5, 70, dtype=dtype))
@@ -289,9 +338,26 @@ def test_weights_of_zero_give_zero(tier: str, dtype: torch.dtype, double: bool) 
 
 @EVERY_TIER
 @DTYPES
-def test_negative_zeros_count_as_zeros(tier: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_weights_of_zero_give_zero_in_other_forms(
+    tier: str, dtype: torch.dtype, form: str, zero: float
+) -> None:
+    """Whatever the zeros' sign."""
+    ours, _ = pair(tier, torch.full((70, 70), zero), form, dtype)
+    bias = randn(70).to(dtype)
+
+    assert not ours.linear(randn(5, 70).to(dtype), None).any()
+    assert torch.equal(ours.linear(randn(5, 70).to(dtype), bias), bias.expand(5, -1))
+    assert not ours.linear_grad_input(randn(5, 70).to(dtype)).any()
+
+
+@EVERY_TIER
+@DTYPES
+@BY_FORM
+def test_negative_zeros_count_as_zeros(tier: str, dtype: torch.dtype, form: str) -> None:
     """In x and in the bias."""
-    ours, _ = pair(tier, randn(70, 128))
+    ours, _ = pair(tier, randn(70, 128), form, dtype)
     nothing = torch.full((3, 128), -0.0, dtype=dtype)
 
     assert not ours.linear(nothing, torch.full((70,), -0.0, dtype=dtype)).any()
@@ -300,11 +366,12 @@ def test_negative_zeros_count_as_zeros(tier: str, dtype: torch.dtype) -> None:
 
 @EVERY_TIER
 @DTYPES
-def test_outliers_keep_the_others_exact(tier: str, dtype: torch.dtype) -> None:
+@BY_FORM
+def test_outliers_keep_the_others_exact(tier: str, dtype: torch.dtype, form: str) -> None:
     """Weights and activations a million times the rest: the error is still the reference's."""
     weight, x = randn(64, 192) * 0.02, randn(33, 192, seed=1)
     weight[5, 100], x[:, 17], x[4, 4] = 2e4, 1e6, -1e30
-    ours, reference = pair(tier, weight)
+    ours, reference = pair(tier, weight, form, dtype)
     x = x.to(dtype)
     exact = x.double() @ reference.dequantize(torch.float32).double().t()
 
@@ -314,10 +381,16 @@ def test_outliers_keep_the_others_exact(tier: str, dtype: torch.dtype) -> None:
 
 @EVERY_TIER
 @DTYPES
+@BY_FORM
 @pytest.mark.parametrize(("of_x", "of_w"), [(1e-39, 1.0), (1.0, 1e-39), (1e-30, 1e-10)], ids=["x", "w", "y"])
-def test_denormals_are_themselves_or_zero(tier: str, dtype: torch.dtype, of_x: float, of_w: float) -> None:
+def test_denormals_are_themselves_or_zero(
+    tier: str, dtype: torch.dtype, form: str, of_x: float, of_w: float
+) -> None:
     """What lies below the smallest normal number may be flushed to zero, and is never worse than that."""
-    ours, reference = pair(tier, randn(40, 128) * of_w, double=False)
+    values = randn(40, 128) * of_w
+    ours, reference = (
+        nf4_pair(tier, values, double=False) if form == "nf4" else pair(tier, values, form, dtype)
+    )
     weight = reference.dequantize(torch.float32).double()
     x = (randn(9, 128) * of_x).to(dtype)
     exact = x.double() @ weight.t()
@@ -333,9 +406,10 @@ def test_denormals_are_themselves_or_zero(tier: str, dtype: torch.dtype, of_x: f
 
 @EVERY_TIER
 @DTYPES
-def test_inputs_of_any_layout(tier: str, dtype: torch.dtype) -> None:
+@BY_FORM
+def test_inputs_of_any_layout(tier: str, dtype: torch.dtype, form: str) -> None:
     """Transposed, strided, expanded or at an odd offset: as if contiguous, and left as they are."""
-    ours, _ = pair(tier, randn(96, 128))
+    ours, _ = pair(tier, randn(96, 128), form, dtype)
     base = randn(40, 300).to(dtype)
     for x in (base[:, :128], base.t()[:128, :].t(), base[:, 1:257:2], base[:1, 3:131].expand(4, -1)):
         before = x.clone()
@@ -347,12 +421,12 @@ def test_inputs_of_any_layout(tier: str, dtype: torch.dtype) -> None:
 
 @EVERY_TIER
 @DTYPES
-@BY_SHAPE
+@BY_FORM_AND_SHAPE
 def test_nothing_is_written_beyond_the_result(
-    tier: str, dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    tier: str, dtype: torch.dtype, form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every element of the result is written, and none behind or before it."""
-    ours, _ = pair(tier, randn(*shape))
+    ours, _ = pair(tier, randn(*shape), form, dtype)
     x, dy = randn(33, shape[1]).to(dtype), randn(33, shape[0]).to(dtype)
     expected = ours.linear(x, None), ours.linear_grad_input(dy)
     guards = []
@@ -373,9 +447,10 @@ def test_nothing_is_written_beyond_the_result(
 
 @EVERY_TIER
 @DTYPES
-def test_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype) -> None:
+@BY_FORM
+def test_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype, form: str) -> None:
     """Threads share columns, never a sum."""
-    ours, _ = pair(tier, randn(200, 1088))
+    ours, _ = pair(tier, randn(200, 1088), form, dtype)
     x, dy = randn(600, 1088).to(dtype), randn(600, 200).to(dtype)
     results = []
     for threads in (1, 2, 3, 7):
@@ -388,9 +463,10 @@ def test_the_number_of_threads_changes_no_bit(tier: str, dtype: torch.dtype) -> 
 
 
 @EVERY_TIER
-def test_a_forked_child_computes_the_same(tier: str) -> None:
+@BY_FORM
+def test_a_forked_child_computes_the_same(tier: str, form: str) -> None:
     """With threads of its own, which the parent's fork did not copy."""
-    ours, _ = pair(tier, randn(200, 128))
+    ours, _ = pair(tier, randn(200, 128), form, torch.float32)
     x = randn(60, 128)
     torch.set_num_threads(3)
     expected = ours.linear(x, None)
@@ -403,9 +479,10 @@ def test_a_forked_child_computes_the_same(tier: str) -> None:
 
 
 @EVERY_TIER
-def test_a_call_leaves_the_thread_s_rounding_as_it_was(tier: str) -> None:
+@BY_FORM
+def test_a_call_leaves_the_thread_s_rounding_as_it_was(tier: str, form: str) -> None:
     """Denormals are zeros within the kernel only."""
-    ours, _ = pair(tier, randn(64, 64))
+    ours, _ = pair(tier, randn(64, 64), form, torch.float32)
     ours.linear(randn(3, 64), None)
 
     assert float(torch.tensor([1e-40]) * 0.5) > 0
@@ -431,11 +508,31 @@ def test_the_quantizer_s_numbers_come_back(double: bool, shape: tuple[int, int])
     assert weight.nbytes == matrix.nbytes + filled // 2 + filled // BLOCK * (1 if double else 4)
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("shape", [(96, 128), (31, 70)], ids=str)
+def test_other_forms_take_no_more_than_what_fills_them_up(form: str, shape: tuple[int, int]) -> None:
+    """Rows and columns to 32: for models' sizes the bytes are the scheme's, and memory of their own."""
+    weight = randn(*shape)
+    ours, reference = pair("avx2", weight, form, torch.float32)
+    filled = (shape[0] + -shape[0] % 32) * (shape[1] + -shape[1] % 32)
+    of_number = {"int8": 1, "none": 4, "none, other type": 2}[form]
+    of_row = 4 if form == "int8" else 0
+    expected = reference.dequantize(torch.float32).clone()
+
+    assert ours.shape == shape
+    assert ours.nbytes == filled * of_number + (shape[0] + -shape[0] % 32) * of_row
+    weight.fill_(7.0)
+    assert torch.equal(expected, ours.dequantize(torch.float32))
+
+
 @DTYPES
-@DOUBLE
-def test_dequantizing_is_the_reference_s(dtype: torch.dtype, double: bool) -> None:
+@pytest.mark.parametrize("form", ["nf4, fp32 scales", *FORMS])
+def test_dequantizing_is_the_reference_s(dtype: torch.dtype, form: str) -> None:
     """The same bits, into new memory or into what is given; what does not fit is refused."""
-    ours, reference = pair("avx2", randn(70, 192), double=double)
+    weight = randn(70, 192)
+    ours, reference = (
+        pair("avx2", weight, form, dtype) if form in FORMS else nf4_pair("avx2", weight, double=False)
+    )
     out = torch.empty(70, 192, dtype=dtype)
 
     assert ours.dequantize(dtype, out) is out
@@ -460,9 +557,10 @@ def test_dequantizing_is_the_reference_s(dtype: torch.dtype, double: bool) -> No
     ],
     ids=["columns", "vector", "float64", "bias", "bias-dtype"],
 )
-def test_what_does_not_fit_is_refused(x: Tensor, bias: Tensor | None, message: str) -> None:
+@BY_FORM
+def test_what_does_not_fit_is_refused(x: Tensor, bias: Tensor | None, message: str, form: str) -> None:
     """Before C reads past its end."""
-    ours, _ = pair("avx2", randn(32, 64))
+    ours, _ = pair("avx2", randn(32, 64), form, torch.float32)
 
     with pytest.raises(ValueError, match=message):
         ours.linear(x, bias)

@@ -22,11 +22,11 @@ const qlora::Tier* tier_of(int number) {
 #define QLORA_API extern "C" __attribute__((visibility("default")))
 
 // See LinearCall in tier.hpp.
-QLORA_API int qlora_nf4_linear(int tier, int threads, const qlora::Nf4Matrix* weight, const qlora::LowRank* low_rank,
-                               int transposed, int is_bf16, int64_t rows, const void* x, const void* bias, void* y) {
+QLORA_API int qlora_linear(int tier, int threads, int form, const void* weight, const qlora::LowRank* low_rank, int transposed,
+                           int is_bf16, int64_t rows, const void* x, const void* bias, void* y) {
   const qlora::Tier* t = tier_of(tier);
   if (!t) return no_such_tier;
-  return t->nf4_linear({weight, low_rank, transposed != 0, is_bf16 != 0, rows, x, bias, y, threads}) ? ok : no_memory;
+  return t->linear({form, weight, low_rank, transposed != 0, is_bf16 != 0, rows, x, bias, y, threads}) ? ok : no_memory;
 }
 
 // See SumOfOuterCall in tier.hpp.

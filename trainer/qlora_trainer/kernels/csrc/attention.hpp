@@ -4,7 +4,7 @@
 // write to the same gradient and what is added up is added in one order. Its keys and values are widened and laid out for
 // the products once. Scores exist a block of kQueries x kKeys at a time: forward with the softmax kept up while blocks of
 // keys pass by (Milakov and Gimelshein 2018), backward made again from each row's statistics (Dao et al. 2022). Blocks
-// that no query sees are skipped.
+// that no query sees are skipped, and so is of a block what no row of a tile of kTileRows queries sees.
 #pragma once
 #include <cstring>
 
@@ -54,6 +54,9 @@ inline void multiply(const float* a, int64_t row, int64_t step, const float* b, 
   int64_t j = 0;
   for (; j + kWide * Vec::width <= columns; j += kWide * Vec::width)
     multiply_columns<kWide>(a, row, step, b + j, b_row, c + j, c_row, rows, depth, add_to);
+  if constexpr (kWide > 2)
+    for (; j + 2 * Vec::width <= columns; j += 2 * Vec::width)
+      multiply_columns<2>(a, row, step, b + j, b_row, c + j, c_row, rows, depth, add_to);
   for (; j < columns; j += Vec::width) multiply_columns<1>(a, row, step, b + j, b_row, c + j, c_row, rows, depth, add_to);
 }
 
@@ -85,18 +88,20 @@ inline void widen_rows(HeadRows<T> x, int64_t rows, int64_t size, int64_t padded
 // (length, size) -> (blocks, size, kKeys): keys lie along the vectors. What is beyond the length is 0.
 template <class T>
 inline void transpose_blocks(HeadRows<T> x, int64_t length, int64_t size, float* out) {
+  constexpr int64_t side = Vec::width;
+  alignas(64) float square[side * side], turned[side * side];
   for (int64_t start = 0; start < length; start += kKeys, out += size * kKeys) {
     const int64_t rows = least<int64_t>(kKeys, length - start);
     if (rows < kKeys) memset(out, 0, sizeof(float) * static_cast<size_t>(size * kKeys));
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* const from = x.data + (start + r) * x.stride;
+    for (int64_t r = 0; r < rows; r += side)
       each_vector(size, [&](int64_t i, auto at) {
-        float values[Vec::width];
-        store(values, at.load(from + i));
-        const int64_t here = least<int64_t>(Vec::width, size - i);
-        for (int64_t j = 0; j < here; ++j) out[(i + j) * kKeys + r] = values[j];
+        const T* const from = x.data + (start + r) * x.stride + i;
+        for (int64_t j = 0; j < side; ++j) store(square + j * side, r + j < rows ? at.load(from + j * x.stride) : zero());
+        float* const to = out + i * kKeys + r;
+        if (i + side <= size) return transpose(square, side, to, kKeys);
+        transpose(square, side, turned, side);
+        for (int64_t j = 0; i + j < size; ++j) store(to + j * kKeys, load(turned + j * side));
       });
-    }
   }
 }
 
@@ -114,6 +119,12 @@ inline void cap(float* scores, int64_t rows, int64_t wide, float softcap) {
   for (int64_t r = 0; r < rows; ++r, scores += kKeys)
     for (int64_t c = 0; c < wide; c += Vec::width)
       store(scores + c, mul(set1(softcap), tanh(mul(load(scores + c), set1(1.0f / softcap)))));
+}
+
+// How many of a block's keys, `columns` from `start` on, the last of `rows` queries from `position` on sees.
+QLORA_INLINE int64_t seen_of(int64_t position, int64_t rows, int64_t start, int64_t columns) {
+  const int64_t before = position + rows - start;
+  return before < 0 ? 0 : least(columns, before);
 }
 
 // The start of the first block of keys that the query at `position` sees.
@@ -183,10 +194,17 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
       fill(s.fade, kQueries, 0.0f);
       fill(s.added, kQueries, 0.0f);
       for (int64_t j = first_block(i, a.window); j < i + rows; j += kKeys) {
-        const int64_t columns = least<int64_t>(kKeys, i + rows - j), wide = rounded_up(columns, Vec::width);
-        multiply(s.query, padded, 1, s.keys + j * size, kKeys, s.scores, kKeys, rows, wide, size, false);
-        if (a.softcap != 0.0f) cap(s.scores, rows, wide, a.softcap);
+        const int64_t columns = least<int64_t>(kKeys, i + rows - j);
+        for (int64_t t = 0; t < rows; t += kTileRows) {
+          const int64_t here = least<int64_t>(kTileRows, rows - t);
+          const int64_t wide = rounded_up(seen_of(i + t, here, j, columns), Vec::width);
+          float* const scores = s.scores + t * kKeys;
+          multiply(s.query + t * padded, padded, 1, s.keys + j * size, kKeys, scores, kKeys, here, wide, size, false);
+          if (a.softcap != 0.0f) cap(scores, here, wide, a.softcap);
+        }
         for (int64_t r = 0; r < rows; ++r) {
+          const int64_t t = r / kTileRows * kTileRows, here = least<int64_t>(kTileRows, rows - t);
+          const int64_t wide = rounded_up(seen_of(i + t, here, j, columns), Vec::width);
           float* const scores = s.scores + r * kKeys;
           hide(scores, i + r, j, wide, a.window);
           Vec most = set1(s.most[r]);
@@ -211,7 +229,10 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
           float* const sums = s.sums + r * padded;
           for (int64_t c = 0; c < padded; c += Vec::width) store(sums + c, mul(load(sums + c), set1(s.fade[r])));
         }
-        multiply(s.scores, kKeys, 1, s.values + j * padded, padded, s.sums, padded, rows, padded, columns, true);
+        for (int64_t t = 0; t < rows; t += kTileRows) {
+          const int64_t here = least<int64_t>(kTileRows, rows - t), seen = seen_of(i + t, here, j, columns);
+          multiply(s.scores + t * kKeys, kKeys, 1, s.values + j * padded, padded, s.sums + t * padded, padded, here, padded, seen, true);
+        }
       }
       for (int64_t r = 0; r < rows; ++r) {
         const float factor = 1.0f / s.total[r];
@@ -257,10 +278,18 @@ inline bool attention_grad(const Attention& a, const AttentionTask& task) {
       const int64_t start = first_block(i, a.window);
       float slopes[kKeys];
       for (int64_t j = start; j < i + rows; j += kKeys) {
-        const int64_t columns = least<int64_t>(kKeys, i + rows - j), wide = rounded_up(columns, Vec::width);
-        multiply(s.query, padded, 1, s.keys + j * size, kKeys, s.probabilities, kKeys, rows, wide, size, false);
-        multiply(s.doutput, padded, 1, s.values + j * size, kKeys, s.dscores, kKeys, rows, wide, size, false);
+        const int64_t columns = least<int64_t>(kKeys, i + rows - j), all = rounded_up(columns, Vec::width);
+        for (int64_t t = 0; t < rows; t += kTileRows) {
+          const int64_t here = least<int64_t>(kTileRows, rows - t);
+          const int64_t wide = rounded_up(seen_of(i + t, here, j, columns), Vec::width);
+          multiply(s.query + t * padded, padded, 1, s.keys + j * size, kKeys, s.probabilities + t * kKeys, kKeys, here, wide, size,
+                   false);
+          multiply(s.doutput + t * padded, padded, 1, s.values + j * size, kKeys, s.dscores + t * kKeys, kKeys, here, wide, size,
+                   false);
+        }
         for (int64_t r = 0; r < rows; ++r) {
+          const int64_t t = r / kTileRows * kTileRows, here = least<int64_t>(kTileRows, rows - t);
+          const int64_t wide = rounded_up(seen_of(i + t, here, j, columns), Vec::width);
           float *const probabilities = s.probabilities + r * kKeys, *const dscores = s.dscores + r * kKeys;
           if (a.softcap != 0.0f) {  // dS = dL (1 - (L / softcap)^2), L = softcap tanh(S / softcap)
             cap(probabilities, 1, wide, a.softcap);
@@ -277,10 +306,22 @@ inline bool attention_grad(const Attention& a, const AttentionTask& task) {
           }
           if (a.softcap != 0.0f)
             for (int64_t c = 0; c < wide; c += Vec::width) store(dscores + c, mul(load(dscores + c), load(slopes + c)));
+          // A tile of keys may reach beyond what this row sees of them.
+          fill(probabilities + wide, all - wide, 0.0f);
+          fill(dscores + wide, all - wide, 0.0f);
         }
-        multiply(s.probabilities, 1, kKeys, s.doutput, padded, s.dvalues + j * padded, padded, columns, padded, rows, true);
-        multiply(s.dscores, 1, kKeys, s.query, padded, s.dkeys + j * padded, padded, columns, padded, rows, true);
-        multiply(s.dscores, kKeys, 1, s.key_rows + j * padded, padded, s.dquery, padded, rows, padded, columns, j != start);
+        for (int64_t t = 0; t < columns; t += kTileRows) {
+          const int64_t here = least<int64_t>(kTileRows, columns - t), skipped = j + t > i ? j + t - i : 0;
+          const float *const p = s.probabilities + skipped * kKeys + t, *const ds = s.dscores + skipped * kKeys + t;
+          float *const dvalues = s.dvalues + (j + t) * padded, *const dkeys = s.dkeys + (j + t) * padded;
+          multiply(p, 1, kKeys, s.doutput + skipped * padded, padded, dvalues, padded, here, padded, rows - skipped, true);
+          multiply(ds, 1, kKeys, s.query + skipped * padded, padded, dkeys, padded, here, padded, rows - skipped, true);
+        }
+        for (int64_t t = 0; t < rows; t += kTileRows) {
+          const int64_t here = least<int64_t>(kTileRows, rows - t), seen = seen_of(i + t, here, j, columns);
+          multiply(s.dscores + t * kKeys, kKeys, 1, s.key_rows + j * padded, padded, s.dquery + t * padded, padded, here, padded, seen,
+                   j != start);
+        }
       }
       for (int64_t r = 0; r < rows; ++r) {
         T* const to = static_cast<T*>(a.dquery) + ((first + r) * a.heads + head) * size;

@@ -1,6 +1,7 @@
-// Strips (nf4_strip.hpp) of matrices that are not quantized: LoRA's, and activations whose rows are summed over.
+// Strips (strip.hpp) of matrices that are not quantized: LoRA's, activations whose rows are summed over, and weights.
 #pragma once
-#include "nf4_strip.hpp"
+#include "strip.hpp"
+#include "tier.hpp"
 
 namespace qlora::QLORA_TIER {
 
@@ -31,8 +32,63 @@ QLORA_INLINE void strip_over_rows(const X* x, int64_t stride, int64_t first, int
         if (row + i < rows) __builtin_memcpy(filled[i], two[i], static_cast<size_t>(columns) * sizeof(X));
         two[i] = filled[i];
       }
-    for (int j = 0; j < kStrip; j += Vec::width) store_two<is_bf16>(strip + j, load(two[0] + j), load(two[1] + j));
+    for (int j = 0; j < kStrip; j += Vec::width) {
+      if constexpr (is_bf16 && sizeof(X) == sizeof(bf16))
+        store_pairs(strip + j, two[0] + j, two[1] + j);
+      else
+        store_two<is_bf16>(strip + j, load(two[0] + j), load(two[1] + j));
+    }
   }
+}
+
+// Numbers of a weight from column n0 and index k0 on, both multiples of 32.
+template <class X>
+QLORA_INLINE const X* numbers_of(const DenseMatrix& w, int64_t n0, int64_t k0) {
+  return static_cast<const X*>(w.numbers) + n0 * pieces_of(w.k, kBlock) * kBlock + k0 * kStrip;
+}
+
+// Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks. Of the type that is computed in, it lies there already.
+template <bool is_bf16>
+QLORA_INLINE const float* strip_over_k(const DenseMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room) {
+  const auto* dwords = w.is_bf16 ? reinterpret_cast<const float*>(numbers_of<bf16>(w, n0, k0)) : numbers_of<float>(w, n0, k0);
+  if (w.is_bf16 == is_bf16) return dwords;
+  float* strip = room;
+  for (int64_t two = 0; two < blocks * kBlock / 2; ++two, strip += kDwordsOfTwo<is_bf16>, dwords += kDwordsOfTwo<!is_bf16>)
+    for (int j = 0; j < kStrip; j += Vec::width) {
+      Vec even, odd;
+      if constexpr (is_bf16) {
+        even = load(dwords + j);
+        odd = load(dwords + kStrip + j);
+      } else {
+        load_pairs(dwords + j, even, odd);
+      }
+      store_two<is_bf16>(strip + j, even, odd);
+    }
+  return room;
+}
+
+// A block of 32 n x 32 k, k along its columns.
+template <bool is_bf16, class X>
+QLORA_INLINE void block_over_n(const DenseMatrix& w, int64_t k0, int64_t n0, float* strip) {
+  constexpr int64_t dwords = kBlock * sizeof(X) / sizeof(float);  // of a column of the block
+  const auto* const block = reinterpret_cast<const float*>(numbers_of<X>(w, n0, k0));
+  alignas(64) float turned[kStrip * dwords];
+  for (int64_t i = 0; i < dwords; i += Vec::width)
+    for (int64_t j = 0; j < kStrip; j += Vec::width) transpose(block + i * kStrip + j, kStrip, turned + j * dwords + i, dwords);
+  strip_over_rows<is_bf16>(reinterpret_cast<const X*>(turned), kBlock, 0, 1, kStrip, kBlock, strip);
+}
+
+// Columns k0 to k0 + 31, the sum over n: n0 to n0 + 32 blocks, both multiples of 32.
+template <bool is_bf16>
+QLORA_INLINE const float* strip_over_n(const DenseMatrix& w, int64_t k0, int64_t n0, int64_t blocks, float* const room) {
+  constexpr int64_t made = kBlock / 2 * kDwordsOfTwo<is_bf16>;  // dwords of a block
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (w.is_bf16)
+      block_over_n<is_bf16, bf16>(w, k0, n0 + b * kBlock, room + b * made);
+    else
+      block_over_n<is_bf16, float>(w, k0, n0 + b * kBlock, room + b * made);
+  }
+  return room;
 }
 
 }  // namespace qlora::QLORA_TIER

@@ -1,18 +1,21 @@
-// y = x W^T + bias and y = x W for W in NF4, which is never whole in memory, with LoRA's products beside them.
+// y = x W^T + bias and y = x W, with LoRA's products beside them. W is kept in one of several forms; what is quantized is
+// never whole in memory.
 //
 // Both are one product, (rows, depth) x (depth, columns). Columns are cut into strips of 32, which threads share; the sum
 // is never cut between threads, so that their number changes no bit. In order:
 //   for each panel of rows, as many as first- and second-level cache like
 //     for each 4 KiB of a row of x: pack the panel (multiply.hpp)
-//       for each strip: for each chunk of the sum: dequantize it into first-level cache, multiply all rows with it
-// A strip is dequantized once for each panel, which is a few percent of the work at some hundred rows.
+//       for each strip: for each chunk of the sum: make it in first-level cache, multiply all rows with it
+// A strip is made once for each panel, which is a few percent of the work at some hundred rows.
 //
 // A product of low rank is more of the same: LoRA's first matrix is a strip or some more, which a packed panel is
 // multiplied with at once; what comes out is packed as 32 more indices of the sum, or some more, for which each strip
 // has the second matrix. So it costs no pass over x or y, and y is rounded once.
 #pragma once
 #include "dense_strip.hpp"
+#include "int8_strip.hpp"
 #include "multiply.hpp"
+#include "nf4_strip.hpp"
 #include "threads.hpp"
 
 namespace qlora::QLORA_TIER {
@@ -81,10 +84,38 @@ struct LowRankElements {
   QLORA_INLINE float second(int64_t r, int64_t i) const { return transposed ? a(r, i) : b(i, r); }
 };
 
+// A weight (n, k) as a product sees it: what makes strips of it, in either direction.
+struct StripMaker {
+  using Make = const float*(const void* weight, int64_t column, int64_t start, int64_t blocks, float* room);
+  const void* weight;
+  int64_t n, k;
+  Make *over_k, *over_n;
+};
+
+template <bool is_bf16, class Weight>
+StripMaker maker_for(const void* weight) {
+  const auto& w = *static_cast<const Weight*>(weight);
+  return {weight, w.n, w.k,
+          [](const void* of, int64_t column, int64_t start, int64_t blocks, float* room) {
+            return strip_over_k<is_bf16>(*static_cast<const Weight*>(of), column, start, blocks, room);
+          },
+          [](const void* of, int64_t column, int64_t start, int64_t blocks, float* room) {
+            return strip_over_n<is_bf16>(*static_cast<const Weight*>(of), column, start, blocks, room);
+          }};
+}
+
+template <bool is_bf16>
+StripMaker maker_for(const LinearCall& call) {
+  if (call.form == kInt8) return maker_for<is_bf16, Int8Matrix>(call.weight);
+  if (call.form == kDense) return maker_for<is_bf16, DenseMatrix>(call.weight);
+  return maker_for<is_bf16, Nf4Matrix>(call.weight);
+}
+
 template <class Unit, class X>
 bool product(const LinearCall& call) {
   if (call.rows == 0) return true;
-  const Nf4Matrix& w = *call.weight;
+  const StripMaker w = maker_for<Unit::is_bf16>(call);
+  StripMaker::Make* const make_strip = call.transposed ? w.over_n : w.over_k;
   const int64_t depth = call.transposed ? w.n : w.k, columns = call.transposed ? w.k : w.n;
   const int64_t strips = pieces_of(columns, kStrip), blocks = pieces_of(depth, kBlock);
   const auto* const x = static_cast<const X*>(call.x);
@@ -154,9 +185,9 @@ bool product(const LinearCall& call) {
       if (!y) continue;
       parallel_for(call.threads, strips, [&](int64_t first, int64_t last) {
         const int64_t strip_blocks = inner_blocks > chunk_blocks ? inner_blocks : chunk_blocks;
-        auto* const strip = static_cast<float*>(scratch(Slot::strip, strip_blocks * steps * kStrip * sizeof(float)));
+        auto* const room = static_cast<float*>(scratch(Slot::strip, strip_blocks * steps * kStrip * sizeof(float)));
         auto* sums = kept ? kept : static_cast<float*>(scratch(Slot::sums, panel * kStrip * sizeof(float)));
-        if (!strip || !sums) {
+        if (!room || !sums) {
           __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
           return;
         }
@@ -166,10 +197,7 @@ bool product(const LinearCall& call) {
           if (kept) sums = kept + s * panel * kStrip;
           for (int64_t chunk = 0; chunk < here; chunk += chunk_blocks) {
             const int64_t length = least(chunk_blocks, here - chunk), start = (part + chunk) * kBlock;
-            if (call.transposed)
-              strip_over_n<Unit::is_bf16>(w, s * kStrip, start, length, strip);
-            else
-              strip_over_k<Unit::is_bf16>(w, s * kStrip, start, length, strip);
+            const float* const strip = make_strip(w.weight, s * kStrip, start, length, room);
             for (int64_t r = 0; r < rows; r += Unit::rows)
               unit.multiply(packed + (r * pieces + chunk * steps / kPiece * Unit::rows) * kPiece, strip,
                             length * steps / kPiece, sums + r * kStrip, static_cast<int>(least<int64_t>(Unit::rows, rows - r)), kStrip,
@@ -178,9 +206,9 @@ bool product(const LinearCall& call) {
           if (part + here < blocks) continue;
           if (inner_blocks) {
             dense_strip<Unit::is_bf16>([&](int64_t r, int64_t i) { return elements.second(r, s * kStrip + i); }, 0, inner_blocks,
-                                       low.rank, columns - s * kStrip, strip);
+                                       low.rank, columns - s * kStrip, room);
             for (int64_t r = 0; r < rows; r += Unit::rows)
-              unit.multiply(inner + r * inner_pieces * kPiece, strip, inner_pieces, sums + r * kStrip,
+              unit.multiply(inner + r * inner_pieces * kPiece, room, inner_pieces, sums + r * kStrip,
                             static_cast<int>(least<int64_t>(Unit::rows, rows - r)), kStrip, true);
           }
           finish(sums, rows, least<int64_t>(kStrip, columns - s * kStrip), bias ? bias + s * kStrip : nullptr,
@@ -192,7 +220,7 @@ bool product(const LinearCall& call) {
   return memory;
 }
 
-inline bool nf4_linear(const LinearCall& call) {
+inline bool linear(const LinearCall& call) {
   if (!call.is_bf16) return product<VectorUnit<Floats>, float>(call);
 #ifdef QLORA_TILES
   return product<TileUnit, bf16>(call);

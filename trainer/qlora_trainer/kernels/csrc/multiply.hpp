@@ -6,8 +6,8 @@
 //
 // Each gives sums (rows, 32), or only the first columns of them: += if `accumulate`, else =. A row's sum does not depend on the rows beside it.
 #pragma once
-#include "nf4_strip.hpp"
 #include "simd.hpp"
+#include "strip.hpp"
 #include "tiles.hpp"
 
 namespace qlora::QLORA_TIER {

@@ -1,17 +1,11 @@
-// NF4 -> a strip: 32 columns of what a product multiplies with, dequantized into first-level cache.
-//
-// A strip has `steps` rows of 32 dwords. Of floats, a step is one index of the sum, and a dword the weight of a column. Of
-// bf16, a step is two indices, and a dword the two weights, the lower index in its low half: what both the dot product and
-// the tile unit take. Every weight is level * scale in float, rounded once.
+// 4 bits -> a strip (strip.hpp). Every weight is level * scale in float, rounded once.
 #pragma once
-#include "simd.hpp"
+#include "strip.hpp"
 #include "tier.hpp"
 
 namespace qlora::QLORA_TIER {
 
-constexpr int kStrip = 32;   // columns
-constexpr int kBlock = 32;   // indices of the sum that are dequantized together: steps of floats, or twice those of bf16
-constexpr int kTile = 16;    // n, or pairs of k, of a block of codes
+constexpr int kTile = 16;  // n, or pairs of k, of a block of codes
 
 // Scales of `count` n from n0 on for the kth block of k: in place, or written to `room`.
 QLORA_INLINE const float* scales_of(const Nf4Matrix& w, int64_t kth, int64_t n0, int64_t count, float* room) {
@@ -28,24 +22,11 @@ QLORA_INLINE const float* scales_of(const Nf4Matrix& w, int64_t kth, int64_t n0,
 
 QLORA_INLINE __m128i high_codes(__m128i bytes) { return _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)); }
 QLORA_INLINE __m128i low_codes(__m128i bytes) { return _mm_and_si128(bytes, _mm_set1_epi8(15)); }
-QLORA_INLINE __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-
-// Two indices of the sum, the even one and the one after it, of Vec::width columns.
-template <bool is_bf16>
-QLORA_INLINE void store_two(float* strip, Vec even, Vec odd) {
-  if constexpr (is_bf16) {
-    store_pairs(strip, even, odd);
-  } else {
-    store(strip, even);
-    store(strip + kStrip, odd);
-  }
-}
-template <bool is_bf16>
-constexpr int kDwordsOfTwo = is_bf16 ? kStrip : 2 * kStrip;
 
 // Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks, k0 a multiple of 32.
 template <bool is_bf16>
-QLORA_INLINE void strip_over_k(const Nf4Matrix& w, int64_t n0, int64_t k0, int64_t blocks, float* strip) {
+QLORA_INLINE const float* strip_over_k(const Nf4Matrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room_of_strip) {
+  float* strip = room_of_strip;
   const Table16 levels(w.levels);
   const int64_t np = pieces_of(w.n, kStrip) * kStrip;
   alignas(64) float room[kStrip];
@@ -63,27 +44,13 @@ QLORA_INLINE void strip_over_k(const Nf4Matrix& w, int64_t n0, int64_t k0, int64
         }
       }
   }
-}
-
-// Rows become columns: byte j of row i goes to byte i of row j. Each of the four rounds turns the eight bits of (i, j) by
-// one place.
-QLORA_INLINE void transpose16(__m128i* rows) {
-  __m128i other[16];
-  for (int round = 0; round < 2; ++round) {
-    for (int i = 0; i < 8; ++i) {
-      other[2 * i] = _mm_unpacklo_epi8(rows[i], rows[i + 8]);
-      other[2 * i + 1] = _mm_unpackhi_epi8(rows[i], rows[i + 8]);
-    }
-    for (int i = 0; i < 8; ++i) {
-      rows[2 * i] = _mm_unpacklo_epi8(other[i], other[i + 8]);
-      rows[2 * i + 1] = _mm_unpackhi_epi8(other[i], other[i + 8]);
-    }
-  }
+  return room_of_strip;
 }
 
 // Columns k0 to k0 + 31, k0 a multiple of 32, the sum over n: n0 to n0 + 32 blocks, n0 a multiple of 32.
 template <bool is_bf16>
-QLORA_INLINE void strip_over_n(const Nf4Matrix& w, int64_t k0, int64_t n0, int64_t blocks, float* strip) {
+QLORA_INLINE const float* strip_over_n(const Nf4Matrix& w, int64_t k0, int64_t n0, int64_t blocks, float* const room_of_strip) {
+  float* strip = room_of_strip;
   const Table16 levels(w.levels);
   const int64_t np = pieces_of(w.n, kStrip) * kStrip;
   alignas(64) float room[kBlock];
@@ -108,6 +75,7 @@ QLORA_INLINE void strip_over_n(const Nf4Matrix& w, int64_t k0, int64_t n0, int64
       }
     }
   }
+  return room_of_strip;
 }
 
 }  // namespace qlora::QLORA_TIER

@@ -186,6 +186,85 @@ QLORA_INLINE void store_pairs(float* p, Vec first, Vec second) {
 #endif
 }
 
+// The same of bf16 as they are: first and second have Vec::width each.
+QLORA_INLINE void store_pairs(float* p, const bf16* first, const bf16* second) {
+#ifdef __AVX512F__
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first)));
+  const __m256i high = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(second)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+#endif
+}
+
+// The first of such pairs, and the second, as floats.
+QLORA_INLINE void load_pairs(const float* p, Vec& first, Vec& second) {
+#ifdef __AVX512F__
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  second = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+#else
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  first = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+  second = {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+#endif
+}
+
+// Of 16 signed bytes, the Vec::width from number `start` on, as floats: a multiple of that.
+QLORA_INLINE Vec floats_of(__m128i bytes, int start) {
+#ifdef __AVX512F__
+  (void)start;  // there is only 0
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+#else
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(start ? _mm_unpackhi_epi64(bytes, bytes) : bytes))};
+#endif
+}
+
+// A square of Vec::width x Vec::width dwords: rows become columns. Rows are so many dwords apart.
+QLORA_INLINE void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+#ifdef __AVX512F__
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_row);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)  // a[i + c] has columns c, c + 4, c + 8, c + 12 of four rows
+    for (int c = 0; c < 4; c += 2) {
+      const __m512d low = _mm512_castps_pd(b[i + c / 2]), high = _mm512_castps_pd(b[i + c / 2 + 2]);
+      a[i + c] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + c + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), even1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd), odd1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(to + c * to_row, _mm512_shuffle_f32x4(even0, even1, 0x88));
+    _mm512_storeu_ps(to + (c + 4) * to_row, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+    _mm512_storeu_ps(to + (c + 8) * to_row, _mm512_shuffle_f32x4(even0, even1, 0xdd));
+    _mm512_storeu_ps(to + (c + 12) * to_row, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+  }
+#else
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_row);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)  // a[i + c] has columns c and c + 4 of four rows
+    for (int c = 0; c < 4; c += 2) {
+      const __m256d low = _mm256_castps_pd(b[i + c / 2]), high = _mm256_castps_pd(b[i + c / 2 + 2]);
+      a[i + c] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      a[i + c + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(to + c * to_row, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(to + (c + 4) * to_row, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+#endif
+}
+
 // A table of 16 floats, looked up by codes of 0 to 15.
 struct Table16 {
 #ifdef __AVX512F__

@@ -6,8 +6,10 @@ namespace qlora {
 
 struct bf16;
 
-// A weight W (n, k) in 4 bits (NF4 or FP4, by its levels), k a multiple of `block`, its rows filled up with zeros to a
-// multiple of 32, np. Blocks of 32 k x 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
+// What a weight W (n, k) is kept in. Its rows are filled up with zeros to a multiple of 32, np.
+enum Form { kFourBits = 0, kInt8 = 1, kDense = 2 };
+
+// In 4 bits (NF4 or FP4, by its levels), k a multiple of `block`. Blocks of 32 k x 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
 //   codes[k / 32][np / 16][16 pairs of k][16 n]   a byte: the code of the even k in its high half, of the odd k below
 // and the scale of `block` weights along k, either as it is or in 8 bits:
 //   scale[k / block][np]  =  scales   or
@@ -22,6 +24,20 @@ struct Nf4Matrix {
   float scale_offset;
   int64_t n, k;
   int64_t block;  // k that share a scale, a multiple of 32
+};
+
+// In 8 bits, code * scale of its row; k is filled up with zeros to a multiple of 32, kp.
+struct Int8Matrix {
+  const int8_t* codes;  // [np / 32][kp][32 n]
+  const float* scales;  // (np,)
+  int64_t n, k;
+};
+
+// As it is, in strips: k is filled up as above.
+struct DenseMatrix {
+  const void* numbers;  // float [np / 32][kp][32 n], or bf16 [np / 32][kp / 2][32 n][2 k]
+  bool is_bf16;
+  int64_t n, k;
 };
 
 // A product of low rank beside W's: with A (rank, k), B (n, rank) and a scale s,
@@ -40,7 +56,8 @@ struct LowRank {
 // y = x W^T + bias, or y = x W when `transposed`. x (rows, k or n), bias (n or k,) or nullptr and y are row-major and of
 // one type. Without y, the inner product of low rank alone is made.
 struct LinearCall {
-  const Nf4Matrix* weight;
+  int form;
+  const void* weight;  // of that form's struct
   const LowRank* low_rank;  // or nullptr
   bool transposed;
   bool is_bf16;  // else float
@@ -65,7 +82,7 @@ struct SumOfOuterCall {
 };
 
 struct Tier {
-  bool (*nf4_linear)(const LinearCall& call);  // false: no memory for scratch
+  bool (*linear)(const LinearCall& call);  // false: no memory for scratch
   bool (*sum_of_outer)(const SumOfOuterCall& call);  // false: no memory for scratch
   // The vector layer, a primitive each, for its tests: (n,) -> (n,).
   void (*to_bf16)(const float* x, bf16* y, int64_t n);

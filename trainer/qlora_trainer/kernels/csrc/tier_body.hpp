@@ -11,7 +11,7 @@ namespace qlora::QLORA_TIER {
 
 extern const Tier tier;
 const Tier tier = {
-    .nf4_linear = nf4_linear,
+    .linear = linear,
     .sum_of_outer = sum_of_outer,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,

@@ -1,8 +1,8 @@
-"""The kernels of quantized weights: the one place that says which implementation runs.
+"""The kernels of frozen weights: the one place that says which implementation runs.
 
-A kernel is a FrozenWeight of its own, made of the quantizer's numbers when a model is loaded: thus it may keep them in
-the order that it multiplies in. `compiled` is chosen where the kernel library is there and the weight's shape fits,
-else `reference`, plain torch; never by timing them in the run: the choice must be the same after a restart.
+A kernel is a FrozenWeight of its own, made of a scheme's numbers when a model is loaded: thus it may keep them in the
+order that it multiplies in. `compiled` is chosen where the kernel library is there and the weight fits, else plain
+torch, called `reference`; never by timing them in the run: the choice must be the same after a restart.
 """
 
 import functools
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.kernels import library
-from qlora_trainer.quantization.frozen_weight import FrozenWeight, LowRank
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, LowRank, UnquantizedWeight
+from qlora_trainer.quantization.int8 import Int8Weight
 from qlora_trainer.quantization.kernels import compiled, reference
 from qlora_trainer.quantization.nf4 import Nf4Matrix, quantize_nf4
 
 log = logging.getLogger(__name__)
 
-COMPILED_SCHEMES = {"nf4", "fp4"}
+COMPILED_SCHEMES = {"nf4", "fp4", "int8", "none"}
 """Schemes whose weights the kernel library multiplies with."""
 
 
@@ -33,21 +34,41 @@ def name(scheme: str) -> str:
     Raises:
         ConfigurationError: QLORA_KERNELS names what cannot run here.
     """
-    found = library.loaded()
-    chosen = found.name if found and scheme in COMPILED_SCHEMES and is_right(found) else library.REFERENCE
+    found = _usable()
+    chosen = found.name if found and scheme in COMPILED_SCHEMES else library.REFERENCE
     log.info("kernels of %s weights: %s", scheme, chosen)
     return chosen
 
 
+def _usable() -> library.Library | None:
+    """The library, where it multiplies rightly."""
+    found = library.loaded()
+    return found if found and is_right(found) else None
+
+
 def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     """The weight (out, in) in the form of the implementation that runs. Takes the matrix over."""
-    found = library.loaded()
-    if found is None or not is_right(found):
+    found = _usable()
+    if found is None:
         return reference.Nf4Weight(matrix)
     if not compiled.fits(matrix):
         _log_misfit(matrix.shape, matrix.block)
         return reference.Nf4Weight(matrix)
     return compiled.CompiledNf4Weight(matrix, found)
+
+
+def int8_weight(weight: Int8Weight) -> FrozenWeight:
+    """The same of 8 bits: every shape fits."""
+    found = _usable()
+    return weight if found is None else compiled.CompiledInt8Weight(weight, found)
+
+
+def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
+    """A copy of a tensor (out, in) in the compute dtype, in the form of the implementation that runs."""
+    found = _usable()
+    if found is None or dtype not in compiled.DENSE_TYPES:
+        return UnquantizedWeight(tensor.to(dtype, copy=True))
+    return compiled.CompiledDenseWeight(tensor.to(dtype), found)
 
 
 @functools.cache

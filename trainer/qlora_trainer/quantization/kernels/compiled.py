@@ -1,7 +1,8 @@
-"""NF4 and FP4 by the kernel library: the weight is multiplied with in strips, and is never whole in memory.
+"""Weights of every scheme by the kernel library: they are multiplied with in strips, and never whole in memory.
 
-The quantizer's bytes are put into the order that the library multiplies in, once, when a model is loaded; nothing is
-added to them but what fills the rows up to a multiple of 32. One order serves x W^T and dy W.
+Numbers are put into the order that the library multiplies in, once, when a model is loaded; nothing is added to them
+but what fills rows and columns up to a multiple of 32. One order serves x W^T and dy W. A scheme is that order, and in
+the library what makes a strip of it; all else is common.
 """
 
 import ctypes
@@ -9,15 +10,17 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from qlora_trainer.kernels.library import Library
-from qlora_trainer.quantization.frozen_weight import LowRank
+from qlora_trainer.quantization.frozen_weight import LowRank, check_out
+from qlora_trainer.quantization.int8 import Int8Weight, dequantize_int8
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NestedScales, Nf4Matrix
 
 _STRIP = 32
-"""Rows are filled up to a multiple of this."""
+"""Rows, and columns, are filled up to a multiple of this."""
 _TILE = 16
 """Rows, and pairs of columns, of a block of codes."""
 
@@ -36,9 +39,10 @@ class _LowRank(ctypes.Structure):
     )
 
 
-class _Matrix(ctypes.Structure):
+class _Nf4Matrix(ctypes.Structure):
     """Nf4Matrix of tier.hpp."""
 
+    form = 0
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("levels", ctypes.c_void_p),
@@ -53,12 +57,38 @@ class _Matrix(ctypes.Structure):
     )
 
 
+class _Int8Matrix(ctypes.Structure):
+    """Int8Matrix of tier.hpp."""
+
+    form = 1
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+class _DenseMatrix(ctypes.Structure):
+    """DenseMatrix of tier.hpp."""
+
+    form = 2
+    _fields_ = (
+        ("numbers", ctypes.c_void_p),
+        ("is_bf16", ctypes.c_bool),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+_Matrix = _Nf4Matrix | _Int8Matrix | _DenseMatrix
+
+
 @functools.cache
 def _linear(library: Library) -> Callable[..., None]:
     pointer, whole = ctypes.c_void_p, ctypes.c_int
     return library.function(
-        "nf4_linear", ctypes.POINTER(_Matrix), ctypes.POINTER(_LowRank), whole, whole, ctypes.c_int64, pointer, pointer,
-        pointer,
+        "linear", whole, pointer, ctypes.POINTER(_LowRank), whole, whole, ctypes.c_int64, pointer, pointer, pointer,
     )  # fmt: skip
 
 
@@ -70,71 +100,33 @@ def _sum_of_outer(library: Library) -> Callable[..., None]:
     )
 
 
+DENSE_TYPES = (torch.float32, torch.bfloat16)
+"""Of tensors that the library multiplies with as they are."""
+
+
 def fits(matrix: Nf4Matrix) -> bool:
     """Whether the library multiplies with a matrix: each row must begin with a block of its own."""
     return matrix.shape[1] % matrix.block == 0
 
 
-class CompiledNf4Weight:
-    """A FrozenWeight of the kernel library that fuses low-rank products. Takes the matrix over; its shape must fit."""
+class CompiledWeight:
+    """What weights of the kernel library have in common: products, with those of low rank in the same pass.
 
-    def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
-        assert fits(matrix), matrix.shape
-        self._shape, self._block, self._levels = matrix.shape, matrix.block, matrix.levels
+    Args:
+        matrix: as C takes it; a subclass keeps the memory that it names.
+        library: that multiplies.
+    """
+
+    def __init__(self, matrix: _Matrix, library: Library) -> None:
+        self._matrix = matrix
+        self._shape = (matrix.n, matrix.k)
         self._call = _linear(library)
         self._sum_of_outer = _sum_of_outer(library)
-        rows = matrix.shape[0]
-        self.codes = _codes_to_blocks(matrix)
-        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
-        if isinstance(matrix.scales, NestedScales):
-            nested = matrix.scales
-            self.scales: Tensor | NestedScales = NestedScales(
-                _scales_to_columns(nested.codes, rows), nested.absmax, nested.offset
-            )
-        else:
-            self.scales = _scales_to_columns(matrix.scales, rows)
-        self._matrix = self._struct()
-
-    def _struct(self) -> _Matrix:
-        nested = self.scales if isinstance(self.scales, NestedScales) else None
-        return _Matrix(
-            codes=self.codes.data_ptr(),
-            levels=self._levels.data_ptr(),
-            scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
-            scale_codes=nested.codes.data_ptr() if nested else None,
-            scale_levels=DYNAMIC_LEVELS.data_ptr(),
-            scale_absmax=nested.absmax.data_ptr() if nested else None,
-            scale_offset=float(nested.offset) if nested else 0.0,
-            n=self._shape[0],
-            k=self._shape[1],
-            block=self._block,
-        )
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self._shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes and the scales."""
-        return self.codes.nbytes + self.scales.nbytes
-
-    @property
-    def matrix(self) -> Nf4Matrix:
-        """The quantizer's numbers, put back into its order."""
-        rows, columns = self._shape
-        packed = self.codes.permute(1, 3, 0, 2).reshape(-1, columns // 2)[:rows].reshape(-1)
-        if isinstance(self.scales, NestedScales):
-            codes = self.scales.codes.t()[:rows].reshape(-1)
-            scales: Tensor | NestedScales = NestedScales(codes, self.scales.absmax, self.scales.offset)
-        else:
-            scales = self.scales.t()[:rows].reshape(-1)
-        return Nf4Matrix(packed, scales, self._shape, self._block, self._levels)
-
-    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """The matrix (out, in), by the reference."""
-        return reference.dequantize(self.matrix, dtype, out)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(rows, in) -> (rows, out), in float32 or bfloat16."""
@@ -223,6 +215,7 @@ class CompiledNf4Weight:
         bias = None if bias is None else bias.contiguous()
         self._call(
             torch.get_num_threads(),
+            self._matrix.form,
             ctypes.byref(self._matrix),
             None if low_rank is None else ctypes.byref(low_rank),
             transposed,
@@ -234,16 +227,138 @@ class CompiledNf4Weight:
         )
 
 
+class CompiledNf4Weight(CompiledWeight):
+    """A FrozenWeight in 4 bits. Takes the matrix over; its shape must fit."""
+
+    def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
+        assert fits(matrix), matrix.shape
+        self._block, self._levels = matrix.block, matrix.levels
+        rows = matrix.shape[0]
+        self.codes = _codes_to_blocks(matrix)
+        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
+        if isinstance(matrix.scales, NestedScales):
+            nested = matrix.scales
+            self.scales: Tensor | NestedScales = NestedScales(
+                _scales_to_columns(nested.codes, rows), nested.absmax, nested.offset
+            )
+        else:
+            self.scales = _scales_to_columns(matrix.scales, rows)
+        super().__init__(self._struct(*matrix.shape), library)
+
+    def _struct(self, rows: int, columns: int) -> _Nf4Matrix:
+        nested = self.scales if isinstance(self.scales, NestedScales) else None
+        return _Nf4Matrix(
+            codes=self.codes.data_ptr(),
+            levels=self._levels.data_ptr(),
+            scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
+            scale_codes=nested.codes.data_ptr() if nested else None,
+            scale_levels=DYNAMIC_LEVELS.data_ptr(),
+            scale_absmax=nested.absmax.data_ptr() if nested else None,
+            scale_offset=float(nested.offset) if nested else 0.0,
+            n=rows,
+            k=columns,
+            block=self._block,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def matrix(self) -> Nf4Matrix:
+        """The quantizer's numbers, put back into its order."""
+        rows, columns = self._shape
+        packed = self.codes.permute(1, 3, 0, 2).reshape(-1, columns // 2)[:rows].reshape(-1)
+        if isinstance(self.scales, NestedScales):
+            codes = self.scales.codes.t()[:rows].reshape(-1)
+            scales: Tensor | NestedScales = NestedScales(codes, self.scales.absmax, self.scales.offset)
+        else:
+            scales = self.scales.t()[:rows].reshape(-1)
+        return Nf4Matrix(packed, scales, self._shape, self._block, self._levels)
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The matrix (out, in), by the reference."""
+        return reference.dequantize(self.matrix, dtype, out)
+
+
+class CompiledInt8Weight(CompiledWeight):
+    """A FrozenWeight in 8 bits."""
+
+    def __init__(self, weight: Int8Weight, library: Library) -> None:
+        rows, columns = weight.shape
+        self.codes = _to_strips(weight.codes)
+        """int8 (out / 32, in, 32), out and in filled up."""
+        self.scales = F.pad(weight.scales, (0, -rows % _STRIP))
+        """float32 (out,), filled up."""
+        matrix = _Int8Matrix(self.codes.data_ptr(), self.scales.data_ptr(), rows, columns)
+        super().__init__(matrix, library)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The matrix (out, in), with the reference's bits."""
+        codes = _from_strips(self.codes, *self._shape)
+        return dequantize_int8(codes, self.scales[: self._shape[0]], dtype, out)
+
+
+class CompiledDenseWeight(CompiledWeight):
+    """A FrozenWeight that is not quantized: a copy of the tensor, in float32 or bfloat16."""
+
+    def __init__(self, tensor: Tensor, library: Library) -> None:
+        assert tensor.dtype in DENSE_TYPES, tensor.dtype
+        rows, columns = tensor.shape
+        self.numbers = _to_strips(tensor)
+        """float32 (out / 32, in, 32), or pairs of bfloat16 (out / 32, in / 2, 64), out and in filled up."""
+        matrix = _DenseMatrix(self.numbers.data_ptr(), tensor.dtype == torch.bfloat16, rows, columns)
+        super().__init__(matrix, library)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers."""
+        return self.numbers.nbytes
+
+    def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The matrix (out, in) in `dtype`."""
+        matrix = _from_strips(self.numbers, *self._shape)
+        if out is None:
+            return matrix.to(dtype)
+        check_out(out, dtype, self._shape)
+        return out.copy_(matrix)
+
+
+def _to_strips(matrix: Tensor) -> Tensor:
+    """(rows, columns), filled up -> (rows / 32, columns, 32), or of bfloat16 (rows / 32, columns / 2, 64): in pairs."""
+    rows, columns = matrix.shape
+    if rows % _STRIP or columns % _STRIP:
+        matrix = F.pad(matrix, (0, -columns % _STRIP, 0, -rows % _STRIP))
+    matrix = matrix.contiguous()
+    units = matrix.view(torch.int32) if matrix.dtype == torch.bfloat16 else matrix
+    strips = units.view(-1, _STRIP, units.shape[1]).transpose(1, 2)
+    # Always a copy: the tensor may be mapped from a file.
+    return strips.clone(memory_format=torch.contiguous_format).view(matrix.dtype)
+
+
+def _from_strips(strips: Tensor, rows: int, columns: int) -> Tensor:
+    """What _to_strips was given: new memory."""
+    units = strips.view(torch.int32) if strips.dtype == torch.bfloat16 else strips
+    whole = units.transpose(1, 2).reshape(-1, units.shape[1]).contiguous().view(strips.dtype)
+    return whole[:rows, :columns].contiguous()
+
+
 def _codes_to_blocks(matrix: Nf4Matrix) -> Tensor:
     """Bytes row after row (out * in / 2,) -> (in / 32, out / 16, 16 pairs of columns, 16 rows)."""
     shape = matrix.shape
     rows = matrix.packed.view(shape[0], -1)
     zero = int(matrix.levels.abs().argmin())  # code of the level 0
-    filled = torch.nn.functional.pad(rows, (0, 0, 0, -shape[0] % _STRIP), value=zero << 4 | zero)
+    filled = F.pad(rows, (0, 0, 0, -shape[0] % _STRIP), value=zero << 4 | zero)
     return filled.view(-1, _TILE, shape[1] // 32, _TILE).permute(2, 0, 3, 1).contiguous()
 
 
 def _scales_to_columns(scales: Tensor, rows: int) -> Tensor:
     """Scales, or their codes, row after row (out * in / block,) -> (in / block, out filled up)."""
     of_rows = scales.view(rows, -1)
-    return torch.nn.functional.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()
+    return F.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()
