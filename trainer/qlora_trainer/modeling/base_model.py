@@ -48,6 +48,8 @@ class BaseModel:
     """What the logits are divided by; hidden_states has done it."""
     softcap: float | None = None
     """Logits l become softcap * tanh(l / softcap); None: they stay."""
+    use: object = None
+    """What keeps the files that weights are mapped from, as long as there is a reference to it."""
 
     def hidden_states(self, batch: Batch, cached: Sequence[CachedSequence | None] | None = None) -> Tensor:
         """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another.

@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_trainer.kernels.library import Library
 from qlora_trainer.quantization.frozen_weight import LowRank
 from qlora_trainer.quantization.kernels import reference
-from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NestedScales, Nf4Matrix
+from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NESTED_BLOCK, NestedScales, Nf4Matrix
 
 _STRIP = 32
 """Rows are filled up to a multiple of this."""
@@ -80,26 +80,77 @@ class CompiledNf4Weight:
 
     def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
         assert fits(matrix), matrix.shape
-        self._shape, self._block, self._levels = matrix.shape, matrix.block, matrix.levels
-        self._call = _linear(library)
-        self._sum_of_outer = _sum_of_outer(library)
         rows = matrix.shape[0]
-        self.codes = _codes_to_blocks(matrix)
-        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
         if isinstance(matrix.scales, NestedScales):
             nested = matrix.scales
-            self.scales: Tensor | NestedScales = NestedScales(
+            scales: Tensor | NestedScales = NestedScales(
                 _scales_to_columns(nested.codes, rows), nested.absmax, nested.offset
             )
         else:
-            self.scales = _scales_to_columns(matrix.scales, rows)
+            scales = _scales_to_columns(matrix.scales, rows)
+        self._set(_codes_to_blocks(matrix), scales, matrix.shape, matrix.block, matrix.levels, library)
+
+    @classmethod
+    def of_blocks(
+        cls,
+        codes: Tensor,
+        scales: Tensor | NestedScales,
+        shape: tuple[int, int],
+        block: int,
+        levels: Tensor,
+        library: Library,
+    ) -> "CompiledNf4Weight":
+        """The weight whose `codes` and `scales` these are, already in the library's order.
+
+        Raises ValueError where they do not fit the shape: C would read past their end.
+        """
+        rows, columns = shape
+        filled = rows + -rows % _STRIP
+        of_rows = (columns // block, filled)
+        nested = scales if isinstance(scales, NestedScales) else None
+        expected: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
+            "codes": (codes, torch.uint8, (columns // 32, filled // _TILE, _TILE, _TILE))
+        }
+        if nested is None:
+            assert isinstance(scales, Tensor)
+            expected["scales"] = (scales, torch.float32, of_rows)
+        else:
+            expected["codes of scales"] = (nested.codes, torch.uint8, of_rows)
+            blocks = -(-rows * (columns // block) // NESTED_BLOCK)
+            expected["scales of scales"] = (nested.absmax, torch.float32, (blocks,))
+            expected["offset"] = (nested.offset, torch.float32, ())
+        for name, (tensor, dtype, size) in expected.items():
+            if tensor.dtype != dtype or tuple(tensor.shape) != size or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {list(tensor.shape)} where {dtype} {list(size)}, contiguous, belongs"
+                )
+        weight = cls.__new__(cls)
+        weight._set(codes, scales, shape, block, levels, library)
+        return weight
+
+    def _set(
+        self,
+        codes: Tensor,
+        scales: Tensor | NestedScales,
+        shape: tuple[int, int],
+        block: int,
+        levels: Tensor,
+        library: Library,
+    ) -> None:
+        self._shape, self.block, self.levels = shape, block, levels
+        self._call = _linear(library)
+        self._sum_of_outer = _sum_of_outer(library)
+        self.codes = codes
+        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
+        self.scales = scales
+        """(in / block, out filled up), or their codes, and what is in NestedScales besides."""
         self._matrix = self._struct()
 
     def _struct(self) -> _Matrix:
         nested = self.scales if isinstance(self.scales, NestedScales) else None
         return _Matrix(
             codes=self.codes.data_ptr(),
-            levels=self._levels.data_ptr(),
+            levels=self.levels.data_ptr(),
             scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
             scale_codes=nested.codes.data_ptr() if nested else None,
             scale_levels=DYNAMIC_LEVELS.data_ptr(),
@@ -107,7 +158,7 @@ class CompiledNf4Weight:
             scale_offset=float(nested.offset) if nested else 0.0,
             n=self._shape[0],
             k=self._shape[1],
-            block=self._block,
+            block=self.block,
         )
 
     @property
@@ -130,7 +181,7 @@ class CompiledNf4Weight:
             scales: Tensor | NestedScales = NestedScales(codes, self.scales.absmax, self.scales.offset)
         else:
             scales = self.scales.t()[:rows].reshape(-1)
-        return Nf4Matrix(packed, scales, self._shape, self._block, self._levels)
+        return Nf4Matrix(packed, scales, self._shape, self.block, self.levels)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (out, in), by the reference."""
