@@ -96,7 +96,9 @@ def test_the_large_tensors_are_mapped_and_aligned(small_model: Make, tmp_path: P
 
     for tensor in tensors:
         assert tensor.data_ptr() % image_module.ALIGNMENT == 0
-        assert any(start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end for start, end in mapped)
+        assert any(
+            start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end for start, end in mapped
+        )
 
 
 class Kept(NamedTuple):

@@ -232,7 +232,9 @@ def test_whatever_decides_about_an_image_is_in_its_key(
     assert len(keys) == 6
 
 
-def test_an_unquantized_model_has_no_image(tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unquantized_model_has_no_image(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It would be as large as the model. That is no matter for a warning."""
     assert not _cache(tmp_path, model, Quantization(scheme="none")).can_keep(1, 1)
     assert caplog.text == ""
@@ -250,7 +252,9 @@ def test_what_is_damaged_is_made_anew(
     path.unlink()
     if how != "gone":
         content[len(content) // 2] ^= 1
-        path.write_bytes(b"" if how == "empty" else content[: -len(content) // 2] if how == "cut" else content)
+        path.write_bytes(
+            b"" if how == "empty" else content[: -len(content) // 2] if how == "cut" else content
+        )
 
     assert _read(_cache(tmp_path, model)) is None
     assert ("is damaged" in caplog.text) == ((file, how) != (META, "gone"))

@@ -87,9 +87,7 @@ def _of_type(name: str, dtype: torch.dtype) -> Callable[[Parts], Parts]:
         ("nf4", _of_type("codes", torch.int16)),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(
-    scheme: str, change: Callable[[Parts], Parts], tier: str
-) -> None:
+def test_parts_that_do_not_fit_are_refused(scheme: str, change: Callable[[Parts], Parts], tier: str) -> None:
     """They are never multiplied with."""
     with running(tier), pytest.raises(ValueError, match="belongs"):
         weight_of(change(parts_of(_made(SCHEMES[scheme]))))

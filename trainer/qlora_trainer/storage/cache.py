@@ -36,7 +36,9 @@ UNUSED_SECONDS = 7 * 86_400
 """After which an entry may be removed where room runs short. Locks do not reach across every kind of volume."""
 MAX_SHARE = 0.25
 """Of the workspace's file system, for all entries of a cache: beyond it, too, what was not used for long is removed."""
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST
+)  # fmt: skip
 
 Writer = tuple[str, int, int]
 """A job's uid, its attempt and the pod: of these no two processes write at once."""
