@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from kernel_tiers import running
+from qlora_contract.quantization import MAPPED
+from qlora_contract.run_config import Quantization
 from qlora_trainer.kernels.library import REFERENCE
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.int8 import Int8Weight
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.parts import Parts, parts_of, weight_of
-from qlora_trainer.quantization.schemes import Fp4, Int8, Nf4, Scheme
+from qlora_trainer.quantization.schemes import Fp4, Int8, Nf4, Scheme, scheme_of
 
 pytestmark = pytest.mark.process
 
@@ -110,6 +112,16 @@ def test_what_the_library_made_needs_the_library() -> None:
         parts = parts_of(_made(SCHEMES["nf4"]))
     with running(REFERENCE), pytest.raises(ValueError, match="does not run here"):
         weight_of(parts)
+
+
+def test_every_scheme_that_is_kept_can_be_taken_apart() -> None:
+    """By a job's settings."""
+    for scheme in sorted(MAPPED):
+        settings = Quantization.model_validate({"scheme": scheme})
+        weight = _made(scheme_of(settings))
+        assert torch.equal(
+            weight_of(parts_of(weight)).dequantize(torch.float32), weight.dequantize(torch.float32)
+        )
 
 
 def test_kinds_are_told_apart() -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from qlora_contract import files
-from qlora_contract.quantization import MAPPED, QuantizationSettings
+from qlora_contract.quantization import MAPPED
+from qlora_contract.run_config import Quantization
 from qlora_trainer import modeling, quantization
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.image import Damaged, Image, Table, describe
@@ -50,7 +51,7 @@ LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
 class ImageCache:
     """The images of a workspace, as one process of a job uses them."""
 
-    def __init__(self, workspace: Path, writer: Writer, model: Path, settings: QuantizationSettings) -> None:
+    def __init__(self, workspace: Path, writer: Writer, model: Path, settings: Quantization) -> None:
         """The images of one model, quantized in one way.
 
         Args:
