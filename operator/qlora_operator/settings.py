@@ -74,6 +74,14 @@ class Allowed(ContractModel):
     """Workspaces, such as `pvc://team-*`."""
 
 
+class NotificationSettings(ContractModel):
+    """Who is told of what happens to jobs. Jobs cannot name anybody: the operator sends to no address of theirs."""
+
+    url: str | None = Field(default=None, max_length=2048, pattern=r"^https?://[^\s\x00-\x1f\x7f]+$")
+    """Address that gets a CloudEvent, by POST, when a job starts, succeeds, fails, is suspended or resumed. Unset:
+    none."""
+
+
 class NamespaceSettings(ContractModel):
     """What differs in one namespace. What is set here replaces the whole of what holds elsewhere."""
 
@@ -83,6 +91,8 @@ class NamespaceSettings(ContractModel):
     """What jobs get there."""
     allowed: Allowed | None = None
     """What jobs may name there."""
+    notifications: NotificationSettings | None = None
+    """Who is told of jobs there."""
 
 
 class CostSettings(ContractModel):
@@ -137,7 +147,7 @@ class Settings(ContractModel):
     allowed_sources: list[str] = Field(default=["*"])
     """Sources and destinations that jobs may name, such as `pvc://*` or `hf://our-org/*`; `*` stands for any
     characters. `https://` addresses must be named as such: `https://data.example/*`, and so must those to which the
-    servers redirect."""
+    servers redirect, and `oci://` destinations: `oci://registry.example/team/*`."""
     allowed_tracking: list[str] = Field(default=[])
     """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
     characters."""
@@ -153,6 +163,8 @@ class Settings(ContractModel):
     """How remote sources are fetched, and adapters sent."""
     costs: CostSettings = CostSettings()
     """What CPUs cost."""
+    notifications: NotificationSettings = NotificationSettings()
+    """Who is told of what happens to jobs."""
     image_pull_policy: str = Field(default="IfNotPresent", pattern="^(Always|IfNotPresent|Never)$")
     """When nodes fetch the trainer image."""
     image_pull_secrets: list[str] = Field(default=[])

@@ -199,6 +199,7 @@ STAGES: dict[str, tuple[int, str, Object]] = {
         "Running",
         {"adapterUri": "pvc://work/here/jobs/job/adapter", "baseEvalLoss": 3.0, "evalLoss": 2.0},
     ),
+    "export": (1, "Publishing", {}),
     "publish": (1, "Publishing", {"publishedUri": "s3://bucket/adapters/job"}),
 }
 """Stage -> its pods, the phase in which it runs, and what its pods report at the end."""

@@ -46,7 +46,9 @@ VALUES: Object = {
             f"s3://x{INJECTION}",
             "s3://back\\*slash",
             "https://data.example/*",
+            "oci://registry.example/team/*",
         ],
+        "allowedTracking": ["http://mlflow:5000", "http://mine:5000"],
         "limits": {"pods": 4, "ranks": 8, "cpus": 16, "memory": "64Gi"},
         "defaults": {"priorityClassName": "batch", "queueName": "team"},
         "allowed": {
@@ -227,6 +229,12 @@ RIGHTS: dict[str, tuple[str, Object, str | None]] = {
         {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "hf://datasets/our.org/d"}]}},
         None,
     ),
+    "an adapter to start from": ("owner", {"adapter": {"initialAdapter": "pvc://data/jobs/a/adapter"}}, None),
+    "another team's adapter": (
+        "owner",
+        {"adapter": {"initialAdapter": "pvc://payroll/jobs/a/adapter"}},
+        "spec.adapter.initialAdapter names a claim that you may not get",
+    ),
     "every claim": ("every-claim", {"workspace": "pvc://anything"}, None),
 }
 
@@ -247,6 +255,27 @@ def test_who_creates_a_job_needs_the_rights_to_what_it_names(
             raise error
 
 
+MLFLOW = {"uri": "http://mlflow:5000", "credentialsSecret": "hub"}
+
+
+def test_a_tracking_servers_secret_is_looked_at_whenever_it_goes_elsewhere(guarded: Guarded) -> None:
+    """Tracking may change: who adds a Secret to it, or sends it to another server, must be allowed to get it."""
+    said = "spec.tracking.mlflow.credentialsSecret hub: .*:only-jobs may not get this Secret"
+    guarded.users["owner"].post(guarded.jobs, job("plain"))
+    guarded.users["owner"].post(guarded.jobs, job("tracked", tracking={"mlflow": MLFLOW}))
+    stranger = guarded.users["only-jobs"]
+
+    with pytest.raises(ApiError, match=said):
+        stranger.patch(f"{guarded.jobs}/plain", {"spec": {"tracking": {"mlflow": MLFLOW}}})
+    with pytest.raises(ApiError, match=said):
+        stranger.patch(
+            f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"uri": "http://mine:5000"}}}}
+        )
+    stranger.patch(f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"experiment": "other"}}}})
+    stranger.patch(f"{guarded.jobs}/tracked", {"spec": {"tracking": {"mlflow": {"credentialsSecret": None}}}})
+    guarded.users["owner"].patch(f"{guarded.jobs}/plain", {"spec": {"tracking": {"mlflow": MLFLOW}}})
+
+
 def test_applying_is_creating(guarded: Guarded) -> None:
     """A job that comes to be by a server-side apply is looked at like any other."""
     applied = f"{guarded.jobs}/applied{DRY}&fieldManager=test"
@@ -258,10 +287,17 @@ def test_applying_is_creating(guarded: Guarded) -> None:
 
 def test_another_user_may_hold_a_job(guarded: Guarded) -> None:
     """Only creation asks for the rights: who may patch jobs may suspend one whose Secret he may not get."""
-    guarded.users["owner"].post(guarded.jobs, job("held", model=HUB_MODEL))
-    patched = guarded.users["only-jobs"].patch(f"{guarded.jobs}/held", {"spec": {"suspend": True}})
+    source = {"source": "hf://datasets/our.org/d", "credentialsSecret": "hub"}
+    named = {
+        "one": {"model": HUB_MODEL},
+        "several": {"dataset": {"sources": [source, {"source": "pvc://data/a"}]}},
+        "continued": {"adapter": {"initialAdapter": "pvc://data/jobs/a/adapter"}},
+    }
+    for name, fields in named.items():
+        guarded.users["owner"].post(guarded.jobs, job(name, **fields))
+        patched = guarded.users["only-jobs"].patch(f"{guarded.jobs}/{name}", {"spec": {"suspend": True}})
 
-    assert patched["spec"]["suspend"]
+        assert patched["spec"]["suspend"]
 
 
 def test_what_was_looked_at_stays(guarded: Guarded) -> None:
@@ -324,6 +360,8 @@ ASKED: dict[str, Object] = {
     "sources: one is not": {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "s3://other/m"}]}},
     "sources: of the web": {"dataset": {"sources": [{"source": "https://other.example/d.jsonl"}]}},
     "destination: allowed": {"output": {"destination": "s3://shared/models/out"}},
+    "destination: a registry": {"output": {"destination": "oci://registry.example/team/a:v1"}},
+    "destination: a registry, not named": {"output": {"destination": "oci://registry.example/other/a:v1"}},
     "destination: another": {"output": {"destination": "hf://other/out"}},
     "pods: the most": {"topology": {"pods": 4, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},
     "pods: one more": {"topology": {"pods": 5, "cpusPerRank": 1, "memoryPerRank": "1Gi"}},

@@ -184,6 +184,31 @@ BAD: dict[str, tuple[Object, str, str]] = {
     "alpha 0": ({"spec.adapter.alpha": 0}, "spec.adapter.alpha", "should be greater than 0"),
     "dropout 1": ({"spec.adapter.dropout": 1}, "spec.adapter.dropout", "should be less than 1"),
     "unknown method": ({"spec.adapter.method": "dora"}, "spec.adapter.method", 'supported values: "lora"'),
+    "prefix tuning without tokens": (
+        {"spec.adapter": {"method": "prefix-tuning"}}, "spec.adapter.numVirtualTokens", "number of virtual tokens"),
+    "LoRA with virtual tokens": ({"spec.adapter.numVirtualTokens": 8}, "numVirtualTokens", "lora has none"),
+    "prompt tuning with a rank": (
+        {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "rank": 8}}, "spec.adapter.rank",
+        "is a setting of method lora"),
+    "prefix tuning of chosen layers": (
+        {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8, "targetModules": ["q_proj"]}},
+        "spec.adapter.targetModules", "is a setting of method lora"),
+    "a prompt of a text without the text": (
+        {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "promptInit": "text"}},
+        "spec.adapter.promptInitText", "belongs to promptInit text"),
+    "virtual tokens that fill a sequence": (
+        {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 1020}}, "numVirtualTokens", "at least 8 more"),
+    "going on from an adapter and from a text": (
+        {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8, "promptInit": "text",
+         "promptInitText": "Answer.", "initialAdapter": "pvc://team/jobs/first/adapter"}},
+        "spec.adapter.initialAdapter", "leave out promptInit"),
+    "going on from an MLP": (
+        {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8, "prefixProjection": True,
+         "initialAdapter": "pvc://team/jobs/first/adapter"}},
+        "spec.adapter.initialAdapter", "whose MLP no finished adapter has"),
+    "a prefix merged into the weights": (
+        {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8}, "spec.output": {"formats": ["merged"]}},
+        "spec.output.formats", "only an adapter of method lora"),
     "rsLoRA, which does not exist yet": ({"spec.adapter.rsLoRA": True}, "spec.adapter.rsLoRA", UNKNOWN),
     "no target module": ({"spec.adapter.targetModules": []}, "spec.adapter.targetModules", "at least 1 items"),
     "65 target modules": ({"spec.adapter.targetModules": ["a"] * 65}, "spec.adapter.targetModules", "Too many"),

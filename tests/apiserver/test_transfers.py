@@ -91,6 +91,29 @@ def test_every_stage_has_its_own_pods(make_remote_job: MakeJob, witness: Witness
     assert witness.faults == []
 
 
+def test_formats_are_made_by_one_pod_when_the_ranks_have_left(make_remote_job: MakeJob) -> None:
+    """The adapter is known by then; what is made of it is sent with it."""
+    job = make_remote_job(output={**OUTPUT, "formats": ["merged", "gguf"]})
+    job.done(job.goes(0, "fetch"), "fetch")
+    job.done(job.goes(1, "train"), "train")
+
+    (exporter,) = job.goes(2, "export")
+    assert secrets(exporter) == []
+    assert exporter["metadata"]["labels"]["qlora.dev/role"] == "exporter"
+    assert run_config(exporter)["stage"] == "export"
+    status = job.status
+    assert status["adapter"]["uri"] == "pvc://work/here/jobs/job/adapter"
+    assert "exports" not in status["adapter"]
+    assert job.condition("Running")["reason"] == "Exporting"
+    job.done([exporter], "export")
+
+    job.done(job.goes(3, "publish"), "publish")
+    status = job.until_phase("Succeeded")
+    assert status["adapter"]["exports"] == ["merged", "gguf-q8_0"]
+    assert [each["reason"] for each in status["attempts"]] == ["Fetched", "Trained", "Exported", "Succeeded"]
+    assert status["restarts"] == NO_RESTARTS
+
+
 def test_what_kubectl_shows_of_stages(make_remote_job: MakeJob, api_cluster: Cluster) -> None:
     """The columns follow the stages, and the events tell the end of each."""
     job = make_remote_job()

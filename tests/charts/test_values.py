@@ -92,6 +92,11 @@ def series() -> set[str]:
     metrics = Metrics(registry, "1")
     metrics.restarts.labels("Stalled", "user")
     metrics.jobs_finished.labels("team", "Failed")
+    for counter in (metrics.core_hours, metrics.queue_seconds, metrics.lost_steps, metrics.energy):
+        counter.labels("team")
+    metrics.cost.labels("team", "EUR")
+    metrics.exports.labels("team", "merged")
+    metrics.notifications.labels("failed")
     metrics.api_request("get", "jobs", 200, 0.1)
     names = {sample.name for family in registry.collect() for sample in family.samples}
     return names | {family.name for family in registry.collect()}

@@ -4,7 +4,7 @@ import pytest
 
 from doc_blocks import NOT_RUN, PROGRAMS, blocks, commands, needs_cluster, reason_not_to_run
 
-LANGUAGES = {"sh", "text", "yaml", "python", "lua"}
+LANGUAGES = {"json", "sh", "text", "yaml", "python", "lua"}
 
 
 def test_every_block_says_what_it_is() -> None:

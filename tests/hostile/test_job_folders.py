@@ -232,8 +232,9 @@ def acquire(folder: JobFolder) -> None:
 def pin(folder: JobFolder) -> None:
     """What a fetch does."""
     revisions = PinnedRevisions(folder.path, RUN)
-    revisions.get("model")
-    revisions.set("model", "b")
+    model = RUN.sources[0]
+    revisions.get(model)
+    revisions.set(model, "b")
 
 
 def draw(folder: JobFolder) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from builders import OMIT, a_run, changed, run_fields
 from qlora_contract import run_config
 from qlora_contract.identity import (
+    MOST_SHOWN,
     differences,
     identity,
     identity_fields,
@@ -205,6 +206,16 @@ def test_what_differs_is_named() -> None:
     assert (
         differences(identity_fields(old), identity_fields(new))
         == "adapter.rank: 16, now 8, training.seed: 1, now 0"
+    )
+
+
+def test_of_a_long_value_that_differs_the_beginning_is_shown() -> None:
+    """A chat template may have thousands of characters."""
+    old, new = ({"dataset": {"chatTemplate": letter * 5000}} for letter in "ab")
+
+    assert differences(old, new) == (
+        f'dataset.chatTemplate: "{"a" * (MOST_SHOWN - 1)}... (5,002 characters), now '
+        f'"{"b" * (MOST_SHOWN - 1)}... (5,002 characters)'
     )
 
 

@@ -41,6 +41,12 @@ NAMED = {
         "a.example:8443",
         "d%20e.csv",
     ),
+    "an artifact": (
+        "oci://registry.example:5000/team/a-b_c.d:v1.0",
+        "artifact",
+        "registry.example:5000/team/a-b_c.d",
+        "v1.0",
+    ),
     "two dots within a name": ("s3://bucket/a..b/..c", "bucket", "bucket", "a..b/..c"),
 }
 
@@ -80,6 +86,12 @@ REFUSED = {
     "a line break at the end": "hf://org/name\n",
     "a null character": "s3://bucket/a\0",
     "a name that is a path": "hf://../name",
+    "an artifact without a tag": "oci://registry.example/team/adapter",
+    "an artifact by its digest": f"oci://registry.example/team/adapter@sha256:{'0' * 64}",
+    "an artifact without a registry": "oci:///team/adapter:v1",
+    "an artifact of a name in capitals": "oci://registry.example/Team/adapter:v1",
+    "a login in the address of a registry": "oci://user:password@registry.example/team:v1",
+    "an artifact that leads upwards": "oci://registry.example/../adapter:v1",
     "a name that is hidden": "hf://org/.git",
 }
 
@@ -89,7 +101,7 @@ def test_another_uri_is_refused_with_the_forms_that_are_right(uri: str) -> None:
     """What is no remote URI is never guessed at."""
     with pytest.raises(
         InvalidUriError,
-        match="is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or https",
+        match="is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path, https://host/path or oci",
     ):
         parse_remote(uri)
 

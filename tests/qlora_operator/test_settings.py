@@ -67,7 +67,7 @@ FULL = {
         "tolerations": ["example.org/*"],
         "workspaces": ["pvc://team-*"],
     },
-    "namespaces": {"team-b": {"limits": None, "defaults": None, "allowed": None}},
+    "namespaces": {"team-b": {"limits": None, "defaults": None, "allowed": None, "notifications": None}},
     "transfer": {
         "serviceAccountName": "transfers",
         "cpu": "500m",
@@ -81,6 +81,7 @@ FULL = {
         "s3Region": "eu-1",
     },
     "costs": {"pricePerCoreHour": 0.04, "currency": "EUR"},
+    "notifications": {"url": "https://events.example/qlora"},
     "imagePullPolicy": "Always",
     "imagePullSecrets": ["pull"],
     "runAsUser": None,
@@ -116,6 +117,10 @@ FAULTS = {
     "an empty image": ({"trainerImage": ""}, "trainerImage: String should have at least 1 character"),
     "an unknown setting": ({**LEAST, "image": "a"}, "image: Extra inputs are not permitted"),
     "a setting in another spelling": ({**LEAST, "allowed-sources": []}, "allowed-sources: Extra inputs"),
+    "notifications by mail": (
+        {**LEAST, "notifications": {"url": "mailto:a@b"}},
+        "notifications.url: String should match",
+    ),
     "an unknown limit": ({**LEAST, "limits": {"gpus": 1}}, "limits.gpus: Extra inputs are not permitted"),
     "a price below zero": (
         {**LEAST, "costs": {"pricePerCoreHour": -1}},

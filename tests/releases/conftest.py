@@ -150,15 +150,24 @@ def _consistent_evaluation(evaluation: dict[str, Any]) -> None:
         evaluation.pop("earlyStoppingPatience", None)
 
 
-def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
-    """A random spec after the rules between its fields."""
-    training, topology = spec.setdefault("training", {}), spec.setdefault("topology", {})
+def _consistent_training(training: dict[str, Any]) -> None:
+    """A random section `training` after its rules, with room for a few virtual tokens."""
     if ("epochs" in training) == ("maxSteps" in training):
         training.pop("maxSteps", None)
         training["epochs"] = 2
     if training.get("globalBatchTokens", 8192) < training.get("maxSequenceLength", 1024):
         training.pop("globalBatchTokens", None)
         training.pop("maxSequenceLength", None)
+    if training.get("maxSequenceLength", 1024) < 16:
+        training["maxSequenceLength"] = 16
+        if training.get("globalBatchTokens", 8192) < 16:
+            training["globalBatchTokens"] = 16
+
+
+def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
+    """A random spec after the rules between its fields."""
+    training, topology = spec.setdefault("training", {}), spec.setdefault("topology", {})
+    _consistent_training(training)
     topology.setdefault("memoryPerRank", "2Gi")
     if (
         topology.get("ranksPerPod") != "auto"
@@ -186,9 +195,33 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
     _consistent_evaluation(spec.get("evaluation", {}))
+    _of_one_method(spec.get("adapter", {}), spec.get("output", {}))
     if "destination" not in spec.get("output", {}):
         spec.get("output", {}).pop("credentialsSecret", None)
     return {"workspace": "pvc://team/work", **spec}
+
+
+LORA = ("rank", "alpha", "dropout", "targetModules", "rslora", "rankPattern", "alphaPattern", "loraPlusRatio")
+VIRTUAL = ("numVirtualTokens", "promptInit", "promptInitText", "prefixProjection", "encoderHiddenSize")
+
+
+def _of_one_method(adapter: dict[str, Any], output: dict[str, Any]) -> None:
+    """Keep of a random adapter what its method has, in place."""
+    method = adapter.get("method", "lora")
+    for name in VIRTUAL if method == "lora" else LORA:
+        adapter.pop(name, None)
+    if method == "lora":
+        return
+    adapter["numVirtualTokens"] = min(adapter.get("numVirtualTokens", 3), 5)
+    output.pop("formats", None)
+    if adapter.get("promptInit") != "text":
+        adapter.pop("promptInit", None)
+        adapter.pop("promptInitText", None)
+    else:
+        adapter.setdefault("promptInitText", "Answer.")
+    if method == "prompt-tuning" or "promptInit" in adapter or not adapter.get("prefixProjection"):
+        adapter.pop("prefixProjection", None)
+        adapter.pop("encoderHiddenSize", None)
 
 
 @pytest.fixture(scope="session")

@@ -316,6 +316,15 @@ HOLD_FOR_STORED_JOBS = {
     "!has(self.adapter.initialAdapter) ||": "none has that field",
     "!has(self.keepBest) ||": "none has that field",
     "!has(self.earlyStoppingPatience) ||": "none has that field",
+    "!has(self.method) || self.method == 'lora' ||": "lora was the only method",
+    "has(self.numVirtualTokens) ==": "lora was the only method, and none has that field",
+    "!has(self.promptInit) ||": "none has that field",
+    "has(self.promptInitText) ==": "none has that field, nor promptInit",
+    "(has(self.method) && self.method == 'prefix-tuning') || !has(self.prefixProjection)": "none has that field",
+    "!has(self.encoderHiddenSize) ||": "none has that field",
+    "!has(self.initialAdapter) ||": "none has that field",
+    "!has(self.adapter.numVirtualTokens) ||": "none has that field",
+    "self.adapter.method == 'lora' ||": "lora was the only method",
 }
 """How a rule begins that came after release 0.1.0: why every job that is stored keeps to it."""
 

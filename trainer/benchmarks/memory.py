@@ -60,6 +60,32 @@ CASES: dict[str, Case] = {
     "135M-int8": Case("SmolLM2-135M", training=NONE, scheme="int8"),
     "135M-none": Case("SmolLM2-135M", training=NONE, scheme="none"),
     "135M-fp32": Case("SmolLM2-135M", length=512, training={**NONE, "computeDtype": "fp32"}),
+    "135M-prompt": Case(
+        "SmolLM2-135M", training=NONE, adapter={"method": "prompt-tuning", "numVirtualTokens": 32}
+    ),
+    "135M-prefix": Case(
+        "SmolLM2-135M", training=NONE, adapter={"method": "prefix-tuning", "numVirtualTokens": 32}
+    ),
+    "135M-prefix-short": Case(
+        "SmolLM2-135M",
+        length=256,
+        bins=4,
+        training=NONE,
+        adapter={"method": "prefix-tuning", "numVirtualTokens": 128},
+    ),
+    "135M-prefix-recomputed": Case(
+        "SmolLM2-135M", bins=2, training=FULL, adapter={"method": "prefix-tuning", "numVirtualTokens": 32}
+    ),
+    "135M-projected": Case(
+        "SmolLM2-135M",
+        training=NONE,
+        adapter={
+            "method": "prefix-tuning",
+            "numVirtualTokens": 128,
+            "prefixProjection": True,
+            "encoderHiddenSize": 512,
+        },
+    ),
     "360M": Case("SmolLM2-360M", length=512, training=NONE),
     "0.5B-recomputed": Case("Qwen2.5-0.5B", length=512, training=FULL),
     "1B-recomputed": Case("Llama-3.2-1B", length=256, training=FULL),
@@ -137,7 +163,7 @@ def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any
         "length": case.length,
         "tokens": report["plan"]["micro_batch_tokens"],
         "checkpointing": report["plan"]["checkpointing"],
-        "dropout": case.adapter.get("dropout", 0.0),
+        "adapter": case.adapter,
         "ranks": case.ranks,
         "kernel": report["kernel"],
         "imports_bytes": largest["imports_bytes"],

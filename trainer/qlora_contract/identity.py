@@ -14,6 +14,9 @@ from typing import Any
 
 from qlora_contract.run_config import RunConfig
 
+MOST_SHOWN = 120
+"""Characters of a value that are told where identities differ."""
+
 _SHAPING: dict[str, set[str]] = {
     "model": {"source", "revision"},
     "dataset": {"source", "revision", "format", "trainSplit", "evalSplit", "evalFraction"},
@@ -142,4 +145,9 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
         for key in sorted({*old, *new}):
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
     elif old != new:
-        yield f"{path}: {json.dumps(old)}, now {json.dumps(new)}"
+        yield f"{_brief(path)}: {_brief(json.dumps(old))}, now {_brief(json.dumps(new))}"
+
+
+def _brief(text: str) -> str:
+    """The beginning of a text that may be a whole chat template."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"

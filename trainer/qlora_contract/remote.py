@@ -20,6 +20,10 @@ WEB_PATH = r"(/[-A-Za-z0-9._~%!$&'()*+,;=:@]+)+"
 """Of a file: neither a query nor a fragment, which may hold credentials."""
 CLAIM = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
 
+REGISTRY = r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(:[0-9]{1,5})?"
+REPOSITORY = r"[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
+TAG = "[A-Za-z0-9_][-A-Za-z0-9._]{0,127}"
+
 _PVC_FORM = f"pvc://{CLAIM}{PATH}"
 _HUB_FORM = f"{HUB_NAME}/{HUB_NAME}"
 _S3_FORM = f"s3://{BUCKET}{PATH}"
@@ -29,7 +33,7 @@ MIN_URI, MAX_URI = 6, 512
 PVC_PATTERN = f"^({_PVC_FORM})$"
 MODEL_PATTERN = f"^({_PVC_FORM}|hf://{_HUB_FORM}/?|{_S3_FORM})$"
 DATASET_PATTERN = f"^({_PVC_FORM}|hf://datasets/{_HUB_FORM}{PATH}|{_S3_FORM}|https://{HOST}{WEB_PATH})$"
-DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM})$"
+DESTINATION_PATTERN = f"^(hf://{_HUB_FORM}/?|{_S3_FORM}|oci://{REGISTRY}/{REPOSITORY}:{TAG})$"
 SECRET_PATTERN = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"  # noqa: S105 - the name of one
 REVISION_PATTERN = "^[A-Za-z0-9][-A-Za-z0-9._/]*$"
 
@@ -38,10 +42,14 @@ _HUB_MODEL = re.compile(rf"hf://(?P<root>{HUB_NAME}/{HUB_NAME})/?")
 _S3 = re.compile(rf"s3://(?P<root>{BUCKET})(?P<path>{PATH})")
 
 _WEB = re.compile(rf"https://(?P<root>{HOST})(?P<path>{WEB_PATH})")
+_OCI = re.compile(rf"oci://(?P<root>{REGISTRY}/{REPOSITORY}):(?P<tag>{TAG})")
 
-WEB = "https://"
+WEB, OCI = "https://", "oci://"
+SERVERS = (WEB, OCI)
+"""How what names a server of its own begins: a job could ask whatever the cluster's network reaches, unless the
+administrator names the servers."""
 
-Kind = Literal["model", "dataset", "bucket", "web"]
+Kind = Literal["model", "dataset", "bucket", "web", "artifact"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,11 @@ class Remote:
 
     uri: str
     kind: Kind
-    """A model or a dataset of the Hub, a bucket of S3, or a file of a web server."""
+    """A model or a dataset of the Hub, a bucket of S3, a file of a web server, or an artifact of an OCI registry."""
     root: str
-    """`org/name` of the Hub, the bucket, or the server with its port."""
+    """`org/name` of the Hub, the bucket, the server with its port, or `registry/name`."""
     path: PurePosixPath
-    """Within it; `.` for all of it."""
+    """Within it; `.` for all of it. Of an artifact: the tag."""
 
     @property
     def cache_folder(self) -> str:
@@ -128,8 +136,11 @@ def parse_remote(uri: str) -> Remote:
         return Remote(uri, "model", found["root"], PurePosixPath())
     if found := _WEB.fullmatch(uri):
         return Remote(uri, "web", found["root"], _relative(uri, found["path"]))
+    if found := _OCI.fullmatch(uri):
+        return Remote(uri, "artifact", found["root"], PurePosixPath(found["tag"]))
     raise InvalidUriError(
-        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path or https://host/path"
+        f"{uri!r} is not of the form hf://org/name, hf://datasets/org/name, s3://bucket/path, https://host/path or "
+        "oci://registry/name:tag"
     )
 
 
@@ -138,9 +149,10 @@ def fits(text: str, pattern: str) -> bool:
     return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
 
 
-def web_allowed(uri: str, patterns: Sequence[str]) -> bool:
-    """Whether patterns of allowed sources allow an `https://` address: only those do that begin so."""
-    return any(fits(uri, pattern) for pattern in patterns if pattern.startswith(WEB))
+def source_allowed(uri: str, patterns: Sequence[str]) -> bool:
+    """Whether patterns of allowed sources allow a source or destination: a server only those that begin as it does."""
+    scheme = next((scheme for scheme in SERVERS if uri.startswith(scheme)), "")
+    return any(fits(uri, pattern) for pattern in patterns if pattern.startswith(scheme))
 
 
 def _relative(uri: str, path: str) -> PurePosixPath:

@@ -23,7 +23,6 @@ from qlora_contract.remote import (
     PVC_PATTERN,
     REVISION_PATTERN,
     SECRET_PATTERN,
-    WEB,
     NamedSource,
     fetched_uri,
     is_remote,
@@ -58,6 +57,11 @@ CHAT_TEMPLATE_PATTERN = (
     rf"^({BUNDLED}[a-z0-9-]+|{TEMPLATE_FILE}[A-Za-z0-9_][A-Za-z0-9._-]*\.jinja|[\s\S]*\{{[\s\S]*)$"
 )
 
+MAX_VIRTUAL_TOKENS = 4096
+"""Of prompt and prefix tuning; published recipes have 8 to 256."""
+MIN_OWN_TOKENS = 8
+"""What maxSequenceLength leaves at least for a sample's own tokens."""
+
 MAX_RANKS = 1024
 """Ranks of a job. Every rank holds a connection to every other."""
 
@@ -71,11 +75,14 @@ MAX_SOURCES = 32
 """Of a dataset. What all of them resolve to must fit into a termination message."""
 MAX_WEIGHT = 100.0
 
-RunStage = Literal["fetch", "train", "publish"]
+RunStage = Literal["fetch", "train", "export", "publish"]
+TRANSFERS: tuple[RunStage, ...] = ("fetch", "publish")
+"""Stages that reach the network, and alone see credentials for it."""
 RecordFormat = Literal["auto", "chat", "prompt-completion", "alpaca", "text"]
 Pinning = Literal["strict", "best-effort"]
 MemoryTier = Literal["any", "hbm"]
 Overlong = Literal["truncate", "drop", "error"]
+AdapterMethodName = Literal["lora", "prompt-tuning", "prefix-tuning"]
 OutputFormat = Literal["adapter", "merged", "gguf"]
 GgufType = Literal["f16", "q8_0", "q4_k_m", "lora"]
 RanksPerPod = Annotated[int, Field(ge=1, le=64)] | Literal["auto"]
@@ -180,7 +187,7 @@ class Dataset(ContractModel):
 class Adapter(ContractModel):
     """The adapter that is trained."""
 
-    method: Literal["lora"] = "lora"
+    method: AdapterMethodName = "lora"
     rank: int = Field(default=16, ge=1, le=512)
     alpha: float = Field(default=32.0, gt=0, le=4096)
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -192,6 +199,26 @@ class Adapter(ContractModel):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
     initial_adapter: PvcUri | None = None
+    num_virtual_tokens: int | None = Field(default=None, ge=1, le=MAX_VIRTUAL_TOKENS)
+    prompt_init: Literal["random", "text"] = "random"
+    prompt_init_text: str | None = Field(default=None, min_length=1, max_length=4096)
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = Field(default=None, ge=1, le=65_536)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that stand before each sample and count in its length; 0 with LoRA."""
+        return self.num_virtual_tokens or 0
+
+    @model_validator(mode="after")
+    def _has_what_its_method_needs(self) -> Self:
+        if (self.num_virtual_tokens is None) != (self.method == "lora"):
+            raise ValueError("numVirtualTokens belongs to prompt-tuning and prefix-tuning, which need it")
+        if (self.prompt_init_text is None) != (self.prompt_init == "random"):
+            raise ValueError("promptInitText belongs to promptInit: text, which needs it")
+        if self.initial_adapter is not None and (self.prompt_init == "text" or self.prefix_projection):
+            raise ValueError("initialAdapter goes with neither promptInit: text nor prefixProjection")
+        return self
 
 
 class Quantization(ContractModel):
@@ -263,6 +290,7 @@ class Mlflow(ContractModel):
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
+    credentials_secret: SecretName | None = None
 
 
 class Tracking(ContractModel):
@@ -369,8 +397,8 @@ class RunConfig(ContractModel):
     version: RunConfigVersion = RUN_CONFIG_VERSION
     """The version that the job's image reads: `to_json` writes that one."""
     stage: RunStage = "train"
-    """What the attempt does: fetch remote sources into the workspace, train, or send the adapter to
-    output.destination."""
+    """What the attempt does: fetch remote sources into the workspace, train, make output.formats of the finished
+    adapter, or send them to output.destination."""
     job: JobRef
     fetched: ResolvedRevisions = ResolvedRevisions()
     """Revisions to train on; for the stage `fetch`, those that are known already."""
@@ -392,6 +420,23 @@ class RunConfig(ContractModel):
     """Seconds between SIGTERM and SIGKILL."""
     progress_deadline_seconds: int = Field(default=1800, ge=1, le=2_147_483_647)
     """Seconds without anything done after which the ranks are restarted."""
+
+    @model_validator(mode="after")
+    def _fits_its_method(self) -> Self:
+        if self.adapter.virtual_tokens + MIN_OWN_TOKENS > self.training.max_sequence_length:
+            raise ValueError(
+                "maxSequenceLength counts virtual tokens, too: it must be at least 8 more than numVirtualTokens"
+            )
+        if self.adapter.method != "lora" and set(self.output.formats) != {"adapter"}:
+            raise ValueError(
+                "only an adapter of method lora can become part of the weights: leave formats out"
+            )
+        return self
+
+    @property
+    def own_tokens(self) -> int:
+        """Of the longest sample: maxSequenceLength without the virtual tokens before it."""
+        return self.training.max_sequence_length - self.adapter.virtual_tokens
 
     @property
     def sources(self) -> list[NamedSource]:
@@ -435,8 +480,15 @@ def _local(source: str, revision: str | None, workspace: str) -> str:
 
 SINCE: Mapping[str, int] = {
     "adapter.alphaPattern": 2,
+    "adapter.encoderHiddenSize": 2,
     "adapter.initialAdapter": 2,
     "adapter.loraPlusRatio": 2,
+    "adapter.method=prefix-tuning": 2,
+    "adapter.method=prompt-tuning": 2,
+    "adapter.numVirtualTokens": 2,
+    "adapter.prefixProjection": 2,
+    "adapter.promptInit": 2,
+    "adapter.promptInitText": 2,
     "adapter.rankPattern": 2,
     "adapter.rslora": 2,
     **dict.fromkeys((f"dataset.columns.{name}" for name in Columns.model_fields), 2),
@@ -456,18 +508,21 @@ SINCE: Mapping[str, int] = {
     "evaluation.prompts": 2,
     "tracking": 2,
     "tracking.mlflow": 2,
+    "tracking.mlflow.credentialsSecret": 2,
     "tracking.mlflow.experiment": 2,
     "tracking.mlflow.uri": 2,
     "training.overlong=drop": 2,
     "training.overlong=error": 2,
+    "output.destination=oci://": 2,
     "output.formats": 2,
     "output.ggufTypes": 2,
     "quantization.blockSize=128": 2,
     "quantization.scheme=fp4": 2,
     "quantization.scheme=int8": 2,
 }
-"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`): every field and
-value is of version 1 unless it stands here. A trainer of an earlier version must not get what it does not know."""
+"""The version that brought a field (`training.someField`) or a value (`quantization.scheme=int8`), or a
+scheme of a URI (`output.destination=oci://`): every field and value is of version 1 unless it stands here. A trainer of
+an earlier version must not get what it does not know."""
 
 
 def newer_than(run: RunConfig, version: int) -> list[str]:
@@ -489,5 +544,5 @@ def _leaves(fields: Mapping[str, Any], path: str) -> Iterator[str]:
             yield from _leaves(value, f"{path}{name}.")
         else:
             yield f"{path}{name}={value}"
-            if isinstance(value, str) and value.startswith(WEB):
-                yield f"{path}{name}={WEB}"
+            if isinstance(value, str) and "://" in value:
+                yield f"{path}{name}={value.partition('://')[0]}://"

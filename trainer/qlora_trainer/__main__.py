@@ -81,7 +81,7 @@ def run_rank() -> int:
             context = open_context()
             heartbeat = start_heartbeat(context)
             watch_for_stalls(context, heartbeat)
-        ending = train_unless_finished(context)
+        ending = train_or_export(context)
         leave_together(context, heartbeat)
     except BaseException as error:
         if not isinstance(error, TrainerError):
@@ -192,19 +192,27 @@ def loss_of(lost: LostPeer, context: RankContext) -> TrainerError:
     return PeerLost(str(lost))
 
 
-def train_unless_finished(context: RankContext) -> TerminationReport:
-    """Train, unless an earlier attempt has finished this very job, and export what is not exported yet."""
+def train_or_export(context: RankContext) -> TerminationReport:
+    """What run.json asks for: train, unless an earlier attempt has finished this very job; or export what is not
+    exported yet. Raises TrainerError."""
     if context.is_rank_zero:
         context.folder.acquire()
     if context.group.all_gather_object(context.is_rank_zero and context.folder.finished())[0]:
         log.info("already finished: %s", context.folder.adapter)
         report = context.folder.report()
+    elif context.run.stage == "export":
+        raise ConfigurationError(
+            f"{context.folder.path} has no finished adapter: run the job to its end first"
+        )
     else:
         if context.is_rank_zero:
             context.books.open()
         context.progress.update(ranks=context.group.all_gather_object(context.rank_info()))
         report = train(context)
-    export(context)
+    if context.run.stage == "export":
+        context.books.open()
+        export(context)
+        report = context.folder.report()
     return success_report(context, report)
 
 

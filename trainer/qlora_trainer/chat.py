@@ -154,7 +154,7 @@ class Assistant:
         limit = request.max_tokens
         if self.positions is not None:
             longest = max(map(len, ids))
-            limit = min(limit, self.positions - longest)
+            limit = min(limit, self.positions - self.model.virtual_tokens - longest)
             if limit < 1:
                 raise DataError(
                     f"the conversation has {longest} tokens, and the model reads {self.positions}: begin a new one, "

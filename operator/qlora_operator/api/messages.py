@@ -31,7 +31,8 @@ _FORMS = {
     remote.MODEL_PATTERN: "pvc://claim/path, hf://org/name or s3://bucket/path, at most 512 characters",
     remote.DATASET_PATTERN: "pvc://claim/path, hf://datasets/org/name/path, s3://bucket/path, or https://host/path "
     "without user and query, at most 512 characters",
-    remote.DESTINATION_PATTERN: "hf://org/name or s3://bucket/path, at most 512 characters",
+    remote.DESTINATION_PATTERN: "hf://org/name, s3://bucket/path or oci://registry/name:tag, at most 512 "
+    "characters",
     remote.SECRET_PATTERN: "the name of a Secret: lower-case letters, digits, '-' and '.'",
     remote.REVISION_PATTERN: "a branch, tag or commit of the Hub, at most 128 characters",
 }

@@ -13,8 +13,14 @@ SHM_BYTES_PER_RANK = 64 * 2**20
 
 
 def stage_pods(topology: Topology, stage: RunStage) -> int:
-    """Pods of an attempt: a transfer has one, however many train."""
+    """Pods of an attempt: a transfer, or an export, has one, however many train."""
     return topology.pods if stage == "train" else 1
+
+
+def stage_topology(topology: Topology, stage: RunStage) -> Topology:
+    """The topology of an attempt's processes: what an adapter is exported by is one rank, which has what each rank has
+    that trains. That is enough: the trained model is gone by then, and a shard of it at a time is merged."""
+    return topology.model_copy(update={"pods": 1, "ranks_per_pod": 1}) if stage == "export" else topology
 
 
 def resource_multiplier(topology: Topology) -> int:

@@ -5,10 +5,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from qlora_contract import run_config as wire
+from qlora_contract.export import ExportForm, forms_of
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.run_config import RUN_CONFIG_VERSION, RUN_CONFIG_VERSIONS, newer_than, oldest_version
+from qlora_operator.api.pod_resources import stage_topology
 from qlora_operator.api.quantity import parse_memory
-from qlora_operator.api.v1alpha1 import Dataset, QLoRAJob, Topology, Tracking
+from qlora_operator.api.v1alpha1 import Dataset, QLoRAJob, QLoRAJobSpec, Topology, Tracking
 
 DEFAULT_NAMESPACE = "default"
 NOTHING_FETCHED = wire.ResolvedRevisions()
@@ -61,7 +63,7 @@ def to_run_config(
         output=carry_over(wire.Output, spec.output),
         tracking=tracking(spec.tracking),
         distributed=carry_over(wire.Distributed, spec.distributed),
-        layout=layout(spec.topology),
+        layout=layout(stage_topology(spec.topology, stage)),
         isa=isa,
         termination_grace_period_seconds=spec.termination_grace_period_seconds,
         progress_deadline_seconds=spec.progress_deadline_seconds,
@@ -80,6 +82,11 @@ def dataset(written: Dataset) -> wire.Dataset:
     return carry_over(
         wire.Dataset, written, columns=carry_over(wire.Columns, written.columns), sources=sources
     )
+
+
+def export_forms(spec: QLoRAJobSpec) -> list[ExportForm]:
+    """What output.formats asks for besides the adapter."""
+    return forms_of(carry_over(wire.Output, spec.output))
 
 
 def tracking(written: Tracking) -> wire.Tracking:

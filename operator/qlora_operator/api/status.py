@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from qlora_contract.base import ContractModel
+from qlora_contract.export import EXPORT_FORMS
 from qlora_contract.run_config import IsaTier, RunStage
 from qlora_operator.api import names
 
@@ -61,7 +62,8 @@ class Attempt(StatusModel):
     attempt: int
     """Number of the attempt, from 0."""
     stage: RunStage = "train"
-    """What it does: `fetch` remote sources, `train`, or `publish` the adapter to output.destination."""
+    """What it does: `fetch` remote sources, `train`, `export` the adapter into output.formats, or `publish` it to
+    output.destination."""
     start: Time | None = None
     """When its ranks were requested."""
     running: Time | None = None
@@ -172,12 +174,14 @@ class AdapterStatus(StatusModel):
     """Eval loss of the base model without the adapter."""
     eval_loss: float | None = None
     """Eval loss with the adapter, measured after reading it back from uri."""
+    exports: list[str] | None = Field(default=None, max_length=len(EXPORT_FORMS))
+    """What was made of it besides, each in `jobs/<name>/exports`: `merged`, `gguf-q8_0`. Unset: nothing."""
     published_uri: str | None = None
     """Where its copy at output.destination is, with the revision if there is one."""
 
 
 class Cost(StatusModel):
-    """What the training attempts that have ended cost; what transfers cost is not counted."""
+    """What the attempts that have ended and trained or exported cost; what transfers cost is not counted."""
 
     core_hours: float | None = None
     """CPUs of all ranks times hours, from when all ranks were up to when the last pod was gone."""
@@ -276,5 +280,7 @@ class QLoRAJobStatus(StatusModel):
     """Text for `kubectl get`, derived from the other fields."""
     start_time: Time | None = None
     """When the job was first active: not suspended, and admitted by its queue. Reset when it is resumed."""
+    notified: list[str] | None = Field(default=None, max_length=8)
+    """What the receiver of notifications was told: what happened, and when. Unset: nothing."""
     completion_time: Time | None = None
     """When it finished, successfully or not."""

@@ -11,6 +11,7 @@ import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.alias_generators import to_snake
 from pydantic_core import PydanticCustomError
 
 from qlora_contract.quantization import SCHEMES, SchemeName
@@ -33,9 +34,12 @@ from qlora_contract.run_config import (
     MAX_EVAL_FRACTION,
     MAX_RANKS,
     MAX_SOURCES,
+    MAX_VIRTUAL_TOKENS,
     MAX_WEIGHT,
+    MIN_OWN_TOKENS,
     OF_EACH_SOURCE,
     TRACKING_URI_PATTERN,
+    AdapterMethodName,
     GgufType,
     IsaTier,
     OutputFormat,
@@ -84,6 +88,7 @@ OPERATOR_ONLY = (
     "spec.dataset.credentialsSecret",
     "spec.dataset.sources.credentialsSecret",
     "spec.output.credentialsSecret",
+    "spec.tracking.mlflow.credentialsSecret",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
     "spec.image",
@@ -285,11 +290,39 @@ class Dataset(ApiModel):
         return [DatasetSource(source=self.source, **{name: getattr(self, name) for name in OF_EACH_SOURCE})]
 
 
+_LORA_SETTINGS: tuple[tuple[str, str, Any], ...] = (
+    ("rank", "self.rank == 16", 16),
+    ("alpha", "self.alpha == 32.0", 32.0),
+    ("dropout", "self.dropout == 0.0", 0.0),
+    ("targetModules", "self.targetModules == ['all-linear']", ["all-linear"]),
+    ("rslora", "!has(self.rslora) || !self.rslora", False),
+    ("rankPattern", "!has(self.rankPattern) || size(self.rankPattern) == 0", {}),
+    ("alphaPattern", "!has(self.alphaPattern) || size(self.alphaPattern) == 0", {}),
+    ("loraPlusRatio", "!has(self.loraPlusRatio) || self.loraPlusRatio == 1.0", 1.0),
+)
+"""Settings that other methods do not have: name, its being at its default in CEL, and that default.
+
+An API server puts rules to the section's own default, {}, as well, in which `method` is not set.
+"""
+
+
+def _of_lora(field: str, at_default: str, default: Any) -> Rule:
+    name = to_snake(field)
+    return Rule(
+        cel=f"!has(self.method) || self.method == 'lora' || {at_default}",
+        holds=lambda adapter: adapter.method == "lora" or getattr(adapter, name) == default,
+        message="is a setting of method lora, which prompt-tuning and prefix-tuning do not have: leave it out",
+        field=(field,),
+    )
+
+
 class Adapter(ApiModel):
     """The adapter that is trained."""
 
-    method: Literal["lora"] = "lora"
-    """`lora`: W x + (alpha / rank) B A x (Hu et al. 2021)."""
+    method: AdapterMethodName = "lora"
+    """`lora`: W x + (alpha / rank) B A x (Hu et al. 2021). `prompt-tuning`: trained rows before the embeddings of each
+    sample (Lester et al. 2021). `prefix-tuning`: trained keys and values before those of each sample, in every layer
+    (P-tuning v2, Liu et al. 2022). The last two learn at higher rates: set training.learningRate, 0.001 to 0.03."""
     rank: int = Field(default=16, ge=1, le=512)
     """Rows of A, columns of B."""
     alpha: float = Field(default=32.0, gt=0, le=4096)
@@ -315,8 +348,73 @@ class Adapter(ApiModel):
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN
     )
     """Adapter to go on from, with other data, say: a folder as PEFT writes it, `pvc://claim/path`, such as
-    `jobs/<name>/adapter` of a workspace. It must be of the same base, and method, ranks, alphas and layers must be
-    those of this job. Unset: a new adapter, which changes nothing before the first step."""
+    `jobs/<name>/adapter` of a workspace. It must be of the same base, and method, ranks, alphas and layers, or the
+    number of virtual tokens, must be those of this job. Unset: a new adapter; of method lora it changes nothing before
+    the first step."""
+    num_virtual_tokens: int | None = Field(default=None, ge=1, le=MAX_VIRTUAL_TOKENS)
+    """Trained tokens before each sample, of prompt-tuning and prefix-tuning, which need it; 20 to 100 are usual. They
+    count in maxSequenceLength and globalBatchTokens as the sample's own tokens do."""
+    prompt_init: Literal["random", "text"] = "random"
+    """What virtual tokens start as: `random`, as PEFT draws them, far from anything that the model knows; or `text`,
+    the embeddings, or the keys and values, of promptInitText, from which few steps are enough. Not with
+    prefixProjection."""
+    prompt_init_text: str | None = Field(default=None, min_length=1, max_length=4096)
+    """What the model is to do, in words. Repeated or cut off to numVirtualTokens tokens."""
+    prefix_projection: bool = False
+    """Whether an MLP makes the keys and values of prefix-tuning while it trains, which can help with few data; it is
+    not part of the finished adapter."""
+    encoder_hidden_size: int | None = Field(default=None, ge=1, le=65_536)
+    """The hidden width of that MLP. Unset: that of a layer's keys, as in PEFT."""
+
+    rules = (
+        *(_of_lora(*setting) for setting in _LORA_SETTINGS),
+        Rule(
+            cel="has(self.numVirtualTokens) == (has(self.method) && self.method != 'lora')",
+            holds=lambda adapter: (adapter.num_virtual_tokens is not None) == (adapter.method != "lora"),
+            message="prompt-tuning and prefix-tuning need a number of virtual tokens, such as 32; lora has none",
+            field=("numVirtualTokens",),
+        ),
+        Rule(
+            cel="!has(self.promptInit) || self.promptInit == 'random' || (has(self.method) && self.method != 'lora' && "
+            "!(has(self.prefixProjection) && self.prefixProjection))",
+            holds=lambda adapter: (
+                (adapter.method != "lora" and not adapter.prefix_projection)
+                or adapter.prompt_init == "random"
+            ),
+            message="only virtual tokens can start as a text, and not those that prefixProjection makes: leave it out",
+            field=("promptInit",),
+        ),
+        Rule(
+            cel="has(self.promptInitText) == (has(self.promptInit) && self.promptInit == 'text')",
+            holds=lambda adapter: (adapter.prompt_init_text is not None) == (adapter.prompt_init == "text"),
+            message="belongs to promptInit text, which needs it",
+            field=("promptInitText",),
+        ),
+        Rule(
+            cel="(has(self.method) && self.method == 'prefix-tuning') || "
+            "!has(self.prefixProjection) || !self.prefixProjection",
+            holds=lambda adapter: adapter.method == "prefix-tuning" or not adapter.prefix_projection,
+            message="is of method prefix-tuning alone: it makes keys and values",
+            field=("prefixProjection",),
+        ),
+        Rule(
+            cel="!has(self.encoderHiddenSize) || (has(self.prefixProjection) && self.prefixProjection)",
+            holds=lambda adapter: adapter.encoder_hidden_size is None or adapter.prefix_projection,
+            message="is the width of the MLP that prefixProjection asks for: set that to true, or leave this out",
+            field=("encoderHiddenSize",),
+        ),
+        Rule(
+            cel="!has(self.initialAdapter) || !((has(self.promptInit) && self.promptInit == 'text') || "
+            "(has(self.prefixProjection) && self.prefixProjection))",
+            holds=lambda adapter: (
+                adapter.initial_adapter is None
+                or (adapter.prompt_init == "random" and not adapter.prefix_projection)
+            ),
+            message="is what virtual tokens start as: leave out promptInit, and prefixProjection, whose MLP no "
+            "finished adapter has",
+            field=("initialAdapter",),
+        ),
+    )
 
 
 class Quantization(ApiModel):
@@ -435,15 +533,16 @@ class Output(ApiModel):
     destination: str | None = Field(
         default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=DESTINATION_PATTERN
     )
-    """`hf://org/name` or `s3://bucket/path` to which a copy of the adapter is uploaded. Unset: it stays in the
-    workspace only."""
+    """`hf://org/name`, `s3://bucket/path` or, as an OCI artifact, `oci://registry/name:tag` to which a copy of the
+    adapter is uploaded. Unset: it stays in the workspace only."""
     credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
-    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret."""
+    """Secret in the job's namespace to upload the copy with; the keys are those of model.credentialsSecret; for oci://
+    it is of type kubernetes.io/dockerconfigjson."""
     formats: list[OutputFormat] = Field(default=["adapter"], min_length=1, max_length=3)
     """What is made once training is done: `adapter`, in PEFT's format, always; `merged`, the original weights with the
     adapter in them, which every program loads that loads the base; `gguf`, files for llama.cpp and Ollama. They are in
-    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. They are made
-    by the first rank, and take its time and disk space, but hardly more memory than it has."""
+    `jobs/<name>/exports`, each opened again and compared with the trained model before it gets its name. A pod
+    of one rank makes them when the ranks have left their nodes; it has what each of them had."""
     gguf_types: list[GgufType] = Field(default=["q8_0"], min_length=1, max_length=4)
     """Which GGUF files `gguf` makes: `f16`, `q8_0` and `q4_k_m` are the whole model, of 2, 1.1 and 0.6 bytes a weight;
     `lora` is the adapter alone, for a base that is in GGUF already. The default is half the size of `f16`, and hardly
@@ -455,10 +554,13 @@ class Mlflow(ApiModel):
     server is down."""
 
     uri: str = Field(min_length=8, max_length=512, pattern=TRACKING_URI_PATTERN)
-    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it.
-    Without credentials: the server must take metrics from the job's pods."""
+    """Address of the server, such as `http://mlflow.tracking.svc:5000`; the cluster's administrator must allow it."""
     experiment: str = Field(default="qlora", min_length=1, max_length=256, pattern=COLUMN_PATTERN)
     """Name of the experiment, which is created if there is none."""
+    credentials_secret: str | None = Field(default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN)
+    """Secret in the job's namespace for the server: keys `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, or
+    `MLFLOW_TRACKING_TOKEN`. It is mounted in the pods that train, and rank 0 reads it. Unset: the server must take
+    metrics from the job's pods without. `qlora run` reads the variables of these names instead."""
 
 
 class Tracking(ApiModel):
@@ -747,6 +849,24 @@ class QLoRAJobSpec(ApiModel):
             field=("training",),
         ),
         Rule(
+            cel="!has(self.adapter.numVirtualTokens) || "
+            "self.adapter.numVirtualTokens + 8 <= self.training.maxSequenceLength",
+            holds=lambda spec: (
+                spec.adapter.num_virtual_tokens is None
+                or spec.adapter.num_virtual_tokens + MIN_OWN_TOKENS <= spec.training.max_sequence_length
+            ),
+            message="maxSequenceLength counts virtual tokens, too: it must be at least 8 more than numVirtualTokens",
+            field=("adapter", "numVirtualTokens"),
+        ),
+        Rule(
+            cel="self.adapter.method == 'lora' || !has(self.output.formats) || "
+            "self.output.formats.all(form, form == 'adapter')",
+            holds=lambda spec: spec.adapter.method == "lora" or set(spec.output.formats) <= {"adapter"},
+            message="only an adapter of method lora can become part of the weights, as merged and gguf need it: leave "
+            "formats out",
+            field=("output", "formats"),
+        ),
+        Rule(
             cel="!(self.workspace + '/').contains('/../')",
             holds=lambda spec: _stays_inside(spec.workspace),
             message=_INSIDE,
@@ -860,8 +980,9 @@ def ignored_by_run(job: QLoRAJob) -> list[str]:
 def _is_set(model: Any, path: list[str]) -> bool:
     if isinstance(model, list):
         return any(_is_set(each, path) for each in model)
-    if model is None:
-        return False
     fields = {info.alias: name for name, info in type(model).model_fields.items()}
     name = fields[path[0]]
-    return name in model.model_fields_set and (len(path) == 1 or _is_set(getattr(model, name), path[1:]))
+    value = getattr(model, name)
+    if name not in model.model_fields_set or value is None:
+        return False
+    return len(path) == 1 or _is_set(value, path[1:])

@@ -17,7 +17,7 @@ from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote
 from qlora_contract.units import format_bytes
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.cli.model_facts import read_json
+from qlora_operator.cli.model_facts import read_object
 from qlora_operator.errors import CommandError
 
 LEAST_FREE = 64 * 2**20
@@ -140,7 +140,7 @@ def _folder_for_a_model(path: Path, names: list[str]) -> str:
     if not names:
         return "is an empty folder"
     if ADAPTER_CONFIG in names:
-        base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         return (
             f"is an adapter{of}, not a whole model: give the model that it was trained on, or merge the two "

@@ -1,6 +1,5 @@
 """`qlora export`: what is made of a finished job's adapter, by a process of the trainer's."""
 
-import json
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from rich.console import Console
 from qlora_contract import entry_points
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.export import ExportForm, ExportRequest, export_events
+from qlora_contract.files import read_json
 from qlora_contract.job_folder import ADAPTER, EXPORT_REPORT, EXPORTS, finished_report
 from qlora_contract.paths import InvalidUriError, resolve
 from qlora_contract.plan import PlanError
@@ -203,7 +203,7 @@ class _Told:
 def _distance(folder: Path) -> str:
     """How far an export is the trained model, from its report."""
     try:
-        proof = json.loads((folder / EXPORT_REPORT).read_text())["proof"]
+        proof = read_json(folder / EXPORT_REPORT)["proof"]
         return (
             f": KL divergence {proof['kl_divergence']:.2g} nats (base {proof['base_kl_divergence']:.2g}), "
             f"the same next token {proof['greedy_agreement']:.0%} of the time"

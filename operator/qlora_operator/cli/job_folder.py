@@ -5,7 +5,6 @@ logs and reports.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import uuid
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.files import write_atomically
+from qlora_contract.files import read_json, write_atomically
 from qlora_contract.job_folder import (
     LOCK,
     LOGS,
@@ -70,8 +69,8 @@ def next_attempt(folder: Path) -> tuple[str, int]:
     Without a readable run.json the job gets a new uid and begins with attempt 0.
     """
     try:
-        job = JobRef.model_validate(json.loads((folder / RUN_CONFIG).read_text())["job"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        job = JobRef.model_validate(read_json(folder / RUN_CONFIG)["job"])
+    except (OSError, ValueError, KeyError, TypeError):
         return str(uuid.uuid4()), 0
     return job.uid, job.attempt + 1
 

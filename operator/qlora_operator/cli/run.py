@@ -18,6 +18,7 @@ from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_re
 from qlora_contract.plan import Machine
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
+from qlora_operator.api.pod_resources import stage_topology
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
 from qlora_operator.cli import job_folder, processes
@@ -45,13 +46,20 @@ PROGRESS_SECONDS = 0.5
 RESUME_HINT: dict[RunStage, str] = {
     "fetch": "run the same command again to continue from there",
     "train": "run the same command again to continue from the last checkpoint",
+    "export": "run the same command again to make what is missing",
     "publish": "run the same command again to upload the adapter",
 }
-FIRST: dict[RunStage, str] = {"fetch": "Connecting", "train": "Importing", "publish": "Connecting"}
+FIRST: dict[RunStage, str] = {
+    "fetch": "Connecting",
+    "train": "Importing",
+    "export": "Importing",
+    "publish": "Connecting",
+}
 """What a stage's processes do before they can report."""
 STOPPING: dict[RunStage, str] = {
     "fetch": "stopping ...",
     "train": "stopping after a checkpoint ... (press Ctrl-C again to stop immediately, without one)",
+    "export": "stopping ...",
     "publish": "stopping ...",
 }
 
@@ -65,7 +73,7 @@ def run(
     price: Price | None = None,
     launcher: Sequence[str] = processes.LAUNCHER,
 ) -> int:
-    """Fetch what is remote, train, and upload the adapter to its destination. Returns 0, or 128 + a signal's number.
+    """Fetch what is remote, train, export, and upload the adapter. Returns 0, or 128 + a signal's number.
 
     Args:
         job: what to train.
@@ -90,8 +98,9 @@ def run(
         if not finished or local.lacks_exports():
             if told := compile_kernels():
                 local.display.print(told)
-            with local.own_cpus(machine) as cpus:
-                if code := local.fetch() or local.train(launcher, cpus):
+            with local.own_cpus(machine, "export" if finished else "train") as cpus:
+                code = local.fetch() or (0 if finished else local.train(launcher, cpus))
+                if code := code or local.export(launcher, cpus):
                     return code
         if code := local.publish():
             return code
@@ -173,13 +182,13 @@ class LocalRun:
     """What holds the job's CPUs, once it has some."""
 
     @contextmanager
-    def own_cpus(self, machine: Machine) -> Iterator[list[list[int]]]:
-        """The CPUs of each launcher, which no other `qlora run` takes meanwhile.
+    def own_cpus(self, machine: Machine, stage: RunStage) -> Iterator[list[list[int]]]:
+        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile.
 
         Raises:
             PlacementError: too few are left by other jobs, and pinning is strict.
         """
-        written = self.job.spec.topology
+        written = stage_topology(self.job.spec.topology, stage)
         with ExitStack() as held:
             try:
                 locks = CpuLocks(lock_file())
@@ -242,6 +251,14 @@ class LocalRun:
                 f"training ended without an error, but {self.folder} has no complete adapter; see {outcome.log}"
             )
         return self._exit_code(outcome, "train")
+
+    def export(self, launcher: Sequence[str], cpus: Sequence[Sequence[int]]) -> int:
+        """Make of the adapter what output.formats asks for."""
+        if not self.lacks_exports():
+            return 0
+        if code := self._stopped_before("export"):
+            return code
+        return self._exit_code(self._run_stage(self.next_config("export"), launcher, cpus[:1]), "export")
 
     def publish(self) -> int:
         """Upload the adapter to its destination, if it has one."""

@@ -36,6 +36,7 @@ from qlora_operator.controller.api_client import (
 from qlora_operator.controller.cache import ObjectCache, job_uid_of, key_of, owner_key
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.leadership import Leadership
+from qlora_operator.controller.notifier import Notifier
 from qlora_operator.controller.progress_poller import ProgressPoller
 from qlora_operator.controller.reconciler import Reconciler
 from qlora_operator.controller.workqueue import WorkQueue
@@ -100,11 +101,19 @@ class Operator:
         self.metrics = metrics.Metrics(CollectorRegistry(), importlib.metadata.version("qlora-operator"))
         self.cache = ObjectCache()
         self.leadership = self._leadership(os.environ.get(LEASE_ENV) or "")
-        self.client = ApiClient(self.metrics, self.leadership.may_write if self.leadership else lambda: True)
+        may_write = self.leadership.may_write if self.leadership else lambda: True
+        self.client = ApiClient(self.metrics, may_write)
         self.facts = JobFacts()
         self.poller = ProgressPoller(self.client, self.facts, lambda key: self.queue.add(key))  # noqa: PLW0108 - made below
+        self.notifier = Notifier(
+            self.facts,
+            self.metrics,
+            lambda key: self.queue.add(key),  # noqa: PLW0108 - made below
+            self.client.clock.now,
+            may_write,
+        )
         self.reconciler = Reconciler(
-            self.client, self.cache, self.facts, self.poller, self.settings, self.metrics
+            self.client, self.cache, self.facts, self.poller, self.notifier, self.settings, self.metrics
         )
         self.queue = WorkQueue(self.reconciler, failed=self.metrics.reconcile_errors.inc)
         self.resynced = 0.0
@@ -117,6 +126,7 @@ class Operator:
         leads, and has everything queued."""
         await self.client.__aenter__()
         self.poller.start()
+        self.notifier.start()
         port = int(os.environ.get(PORT_ENV) or PORT)
         self._server = await metrics.serve(self.metrics.registry, port, self.liveness, self.readiness)
         with contextlib.suppress(ApiError, TimeoutError):
@@ -136,6 +146,7 @@ class Operator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.queue.stop()
+        await self.notifier.close()
         if self.leadership is not None:
             await self.leadership.release()
             await self.leadership.client.__aexit__()

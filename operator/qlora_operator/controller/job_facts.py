@@ -23,6 +23,7 @@ class JobFacts:
         self._create_errors: dict[str, ReasonMessage] = {}
         self._failures: dict[str, tuple[int, float]] = {}
         self._warned: dict[str, int | None] = {}
+        self._delivered: dict[str, set[str]] = {}
 
     def put_report(self, uid: str, report: ProgressReport) -> None:
         """Rank 0 has reported its progress."""
@@ -95,6 +96,18 @@ class JobFacts:
         self._warned[uid] = generation
         return known != generation
 
+    def set_delivered(self, uid: str, notice: str) -> None:
+        """A notice, by its key, was delivered."""
+        self._delivered.setdefault(uid, set()).add(notice)
+
+    def was_delivered(self, uid: str, notice: str) -> bool:
+        """Whether a notice was delivered since this operator started."""
+        return notice in self._delivered.get(uid, ())
+
+    def delivered(self, uid: str) -> frozenset[str]:
+        """Keys of the notices that were delivered since this operator started."""
+        return frozenset(self._delivered.get(uid, ()))
+
     def forget(self, uid: str) -> None:
         """The job is gone."""
         self._reports.pop(uid, None)
@@ -103,3 +116,4 @@ class JobFacts:
         self._create_errors.pop(uid, None)
         self._failures.pop(uid, None)
         self._warned.pop(uid, None)
+        self._delivered.pop(uid, None)

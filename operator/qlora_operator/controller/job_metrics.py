@@ -20,6 +20,11 @@ def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLo
         ),
     )
     _count_cost(metrics, key[0], before.cost or Cost(), after.cost or Cost())
+    made, known = (
+        set(status.adapter.exports or ()) if status.adapter else set() for status in (after, before)
+    )
+    for form in made - known:
+        metrics.exports.labels(key[0], form).inc()
     if after.phase in FINAL_PHASES and before.phase not in FINAL_PHASES:
         metrics.jobs_finished.labels(key[0], after.phase).inc()
     if after.attempt is not None and before.attempt != after.attempt:

@@ -151,6 +151,18 @@ class Metrics:
             ["namespace"],
             registry=registry,
         )
+        self.exports = Counter(
+            "qlora_exports",
+            "Exports of adapters since the operator started, by form: merged, gguf-q8_0",
+            ["namespace", "form"],
+            registry=registry,
+        )
+        self.notifications = Counter(
+            "qlora_notifications",
+            "Tries to notify the receiver in the operator's settings; result: delivered or failed",
+            ["result"],
+            registry=registry,
+        )
         self.reconcile_seconds = Histogram(
             "qlora_reconcile_duration_seconds", "Duration of one reconciliation of one job", registry=registry
         )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qlora_contract.run_config import RunStage
 from qlora_operator.api.names import Key
 from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling
@@ -54,6 +55,7 @@ class Observer:
             create_error=self._facts.create_error(uid),
             children_missing=self._facts.children_missing(uid),
             network_exists=self._facts.network_exists(uid),
+            delivered=self._facts.delivered(uid),
             startup_grace=startup_grace(self._cache.starting),
         )
 
@@ -119,7 +121,7 @@ def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None, settings: Settings) -
     if stage == "publish":
         demand = placement.transfer_demand(job, where, settings.transfer, stage)
         return nodes.feasible(demand, frozenset(), native_bf16_only=False)
-    found = _room_for_ranks(job, nodes, where)
+    found = _room_for_ranks(job, nodes, where, stage)
     if stage == "fetch" and not found.tiers:
         demand = placement.transfer_demand(job, where, settings.transfer, stage)
         found = nodes.feasible(demand, frozenset(), native_bf16_only=False)
@@ -131,10 +133,12 @@ def feasibility(job: QLoRAJob, nodes: NodeSnapshot | None, settings: Settings) -
     return found
 
 
-def _room_for_ranks(job: QLoRAJob, nodes: NodeSnapshot, where: Scheduling) -> placement.Feasibility:
+def _room_for_ranks(
+    job: QLoRAJob, nodes: NodeSnapshot, where: Scheduling, stage: RunStage
+) -> placement.Feasibility:
     known = job.status.placement if job.status else None
     avoid = frozenset(known.avoid if known else ())
-    found = nodes.feasible(placement.demand(job, where), avoid, native_bf16_only=_native(job))
+    found = nodes.feasible(placement.demand(job, where, stage), avoid, native_bf16_only=_native(job))
     if not (avoid and found.why):
         return found
     names = ", ".join(sorted(avoid))

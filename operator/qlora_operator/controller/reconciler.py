@@ -27,6 +27,7 @@ from qlora_operator.status.actions import Event
 from qlora_operator.status.api_failure import api_failure
 from qlora_operator.status.decision import decide, managed_elsewhere
 from qlora_operator.status.invalid_spec import invalid_spec_status
+from qlora_operator.status.notices import Notice, cloud_event, undelivered
 from qlora_operator.status.observation import Observation, Pod
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,13 @@ class ProgressTracker(Protocol):
         """Stop polling a job."""
 
 
+class Deliverer(Protocol):
+    """Notifies the receiver in the settings."""
+
+    def offer(self, key: Key, uid: str, url: str, notice: Notice, event: dict[str, Any]) -> None:
+        """Deliver an event to an address, unless that is under way."""
+
+
 class Reconciler:
     """Brings a job from the state it is in to the one it should be in."""
 
@@ -55,11 +63,12 @@ class Reconciler:
         cache: ObjectCache,
         facts: JobFacts,
         tracker: ProgressTracker,
+        deliverer: Deliverer,
         settings: Settings,
         metrics: Metrics,
     ) -> None:
         self._client, self._cache, self._facts = client, cache, facts
-        self._tracker, self._metrics = tracker, metrics
+        self._tracker, self._deliverer, self._metrics = tracker, deliverer, metrics
         self._settings = settings
         self._observer = Observer(client, cache, facts, settings)
         self._children = Children(client, cache, facts, settings)
@@ -109,6 +118,7 @@ class Reconciler:
         if not await self._save(raw, decision.status, always=bool(decision.actions)):
             return 0.0
         job_metrics.record(self._metrics, key, job.status, decision.status)
+        self._notify(key, uid, job, decision.status)
         try:
             for action in decision.actions:
                 if not await self._children.act(action, job, uid):
@@ -151,6 +161,14 @@ class Reconciler:
         return False
 
     # --- tell
+
+    def _notify(self, key: Key, uid: str, job: QLoRAJob, status: QLoRAJobStatus) -> None:
+        """Offer what the receiver, if there is one, was not told yet."""
+        url = self._settings.of(key[0]).notifications.url
+        if url is None or managed_elsewhere(job):
+            return
+        for notice in undelivered(status, self._client.clock.now()):
+            self._deliverer.offer(key, uid, url, notice, cloud_event(job, status, uid, notice))
 
     async def _tell_failure(self, key: Key, uid: str, error: ApiError) -> None:
         """What the API server fails at, in the status and an Event."""

@@ -4,7 +4,7 @@ The chart's admission policies refuse such jobs at once, but not every cluster h
 policy.
 """
 
-from qlora_contract.remote import WEB, NamedSource, fits, web_allowed
+from qlora_contract.remote import NamedSource, fits, source_allowed
 from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
@@ -26,7 +26,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():
-        if uri is not None and not _source_allowed(uri, settings):
+        if uri is not None and not source_allowed(uri, settings.allowed_sources):
             return Reason.SOURCE_NOT_ALLOWED, (
                 f"{field} {uri} is not allowed here: ask the administrator, or name another in another job"
             )
@@ -103,10 +103,3 @@ def _size_violation(spec: QLoRAJobSpec, settings: Settings) -> tuple[Reason, str
 def image_allowed(image: str, settings: Settings) -> bool:
     """Whether a job may name this image: the default one, or one that a pattern matches."""
     return image == settings.trainer_image or any(fits(image, p) for p in settings.allowed_images)
-
-
-def _source_allowed(uri: str, settings: Settings) -> bool:
-    """A web server must be named: `*` alone would let jobs ask whatever the cluster's network reaches."""
-    if uri.startswith(WEB):
-        return web_allowed(uri, settings.allowed_sources)
-    return any(fits(uri, pattern) for pattern in settings.allowed_sources)

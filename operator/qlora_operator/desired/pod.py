@@ -8,9 +8,9 @@ from qlora_contract import entry_points
 from qlora_contract.env import PRICE_ENV, PROGRESS_PORT, RENDEZVOUS_PORT, REQUESTED_ENV, WEB_SOURCES_ENV
 from qlora_contract.paths import TERMINATION_LOG
 from qlora_contract.remote import WEB
-from qlora_contract.run_config import IsaTier, RunConfig, RunStage
+from qlora_contract.run_config import TRANSFERS, IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import pod_cpus, pod_memory
+from qlora_operator.api.pod_resources import pod_cpus, pod_memory, stage_topology
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
 from qlora_operator.desired.defaults import scheduling
 from qlora_operator.desired.metadata import labels, pods_of
@@ -21,11 +21,13 @@ from qlora_operator.settings import Settings, TransferSettings
 ROLES: dict[RunStage, names.Role] = {
     "fetch": names.Role.FETCHER,
     "train": names.Role.TRAINER,
+    "export": names.Role.EXPORTER,
     "publish": names.Role.PUBLISHER,
 }
 _MODULES: dict[RunStage, str] = {
     "fetch": entry_points.TRANSFER,
     "train": entry_points.LAUNCH,
+    "export": entry_points.LAUNCH,
     "publish": entry_points.TRANSFER,
 }
 
@@ -84,7 +86,7 @@ def pod_template(
             **_placement(where, uid, None if tier is None else _affinity(tier, avoid, shun), settings),
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
-            **({"serviceAccountName": account} if account is not None and run.stage != "train" else {}),
+            **({"serviceAccountName": account} if account is not None and run.stage in TRANSFERS else {}),
             "containers": [_container(job, run, image, settings, requested)],
             "volumes": [volume for volume, _ in volumes(job.spec, run.stage, settings)],
         },
@@ -159,8 +161,10 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: s
     transfer, price = settings.transfer, settings.costs.price
     # The root is read-only, and the user has no home.
     common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
-    if run.stage == "train":
-        host = names.rank_zero_host(job.metadata.name, run.job.attempt) if has_service(job) else LOOPBACK
+    if run.stage not in TRANSFERS:
+        # What exports is alone.
+        alone = run.stage == "export" or not has_service(job)
+        host = LOOPBACK if alone else names.rank_zero_host(job.metadata.name, run.job.attempt)
         costs = {PRICE_ENV: None if price is None else str(price), REQUESTED_ENV: requested}
         known = {name: value for name, value in costs.items() if value is not None}
         return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **common}
@@ -213,9 +217,10 @@ def _resources(topology: Topology, stage: RunStage, transfer: TransferSettings) 
     pods exclusive CPUs. With best-effort pinning the pod may also use idle CPUs of its node. So may a transfer, which
     waits for the network most of the time.
     """
-    if stage != "train":
+    if stage in TRANSFERS:
         memory = {"memory": transfer.memory}
         return {"requests": {"cpu": transfer.cpu, **memory}, "limits": memory}
+    topology = stage_topology(topology, stage)
     memory = {"memory": str(pod_memory(topology))}
     both = {"cpu": str(pod_cpus(topology)), **memory}
     return {"requests": both, "limits": dict(both) if topology.pinning == "strict" else memory}

@@ -11,9 +11,9 @@ from qlora_contract.paths import (
     split_pvc,
 )
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import RunStage
+from qlora_contract.run_config import TRANSFERS, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import TMP_BYTES, shm_bytes
+from qlora_operator.api.pod_resources import TMP_BYTES, shm_bytes, stage_topology
 from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.settings import Settings
 
@@ -27,19 +27,22 @@ Volume = tuple[dict[str, Any], dict[str, Any]]
 
 def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Volume]:
     """Every volume of a pod: claims, run.json, and what can be written besides the workspace. Credentials only
-    for what the stage transfers: no rank sees any."""
-    sources = spec.read_uris if stage == "train" else []
+    for what the stage reaches: ranks see at most those for the tracking server."""
+    sources = {"train": spec.read_uris, "export": [spec.model.source]}.get(stage, [])
     uris = [spec.workspace, *(uri for uri in sources if not is_remote(uri))]
     workspace = split_pvc(spec.workspace)[0]
     run_config = f"metadata.annotations['{names.RUN_CONFIG_ANNOTATION}']"
+    mlflow = spec.tracking.mlflow
     secrets = {
         "fetch": {credentials_folder(source.field): source.credentials_secret for source in spec.sources},
-        "train": {},
+        "train": {"tracking": mlflow.credentials_secret if mlflow is not None else None},
+        "export": {},
         "publish": {"output": spec.output.credentials_secret},
     }[stage]
+    shm = shm_bytes(stage_topology(spec.topology, stage))
     ca_bundle = settings.transfer.ca_bundle_config_map
     authorities = []
-    if ca_bundle is not None and stage != "train":
+    if ca_bundle is not None and stage in TRANSFERS:
         items = [{"key": CA_BUNDLE.name, "path": CA_BUNDLE.name}]
         config_map = {"configMap": {"name": ca_bundle, "items": items}}
         authorities = [_volume("ca-bundle", config_map, CA_BUNDLE.parent, readOnly=True)]
@@ -74,7 +77,7 @@ def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Vol
         ),
         *authorities,
         _volume("tmp", {"emptyDir": {"medium": "Memory", "sizeLimit": str(TMP_BYTES)}}, TMP),
-        _volume("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(shm_bytes(spec.topology))}}, SHM),
+        _volume("shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(shm)}}, SHM),
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.api.pod_resources import pod_cpus, pod_memory
+from qlora_operator.api.pod_resources import pod_cpus, pod_memory, stage_topology
 from qlora_operator.api.quantity import parse_memory, parse_quantity
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Toleration
 from qlora_operator.settings import TransferSettings
@@ -134,13 +134,13 @@ def _floor(allocatable: Mapping[str, str], resource: str) -> int:
     return floor(parse_quantity(allocatable.get(resource, "0")))
 
 
-def demand(job: QLoRAJob, scheduling: Scheduling) -> Demand:
-    """What the pods of a job, which may run where `scheduling` says, require of their nodes."""
-    spec = job.spec
+def demand(job: QLoRAJob, scheduling: Scheduling, stage: RunStage = "train") -> Demand:
+    """What the pods of a job that train or export, and may run where `scheduling` says, require of their nodes."""
+    spec, topology = job.spec, stage_topology(job.spec.topology, stage)
     return Demand(
-        pods=spec.topology.pods,
-        cpus=pod_cpus(spec.topology),
-        memory=pod_memory(spec.topology),
+        pods=topology.pods,
+        cpus=pod_cpus(topology),
+        memory=pod_memory(topology),
         node_selector=scheduling.node_selector,
         tolerations=tuple(scheduling.tolerations),
         tiers=tuple(spec.isa.allowed),

@@ -5,6 +5,7 @@ from typing import Any
 
 from qlora_contract.run_config import ResolvedRevisions
 from qlora_operator.api.names import Reason
+from qlora_operator.api.run_config import export_forms
 from qlora_operator.api.status import AdapterStatus, Cost
 from qlora_operator.status import progress_status, stages
 from qlora_operator.status.checks import AttemptEnd, Budget
@@ -37,7 +38,9 @@ class StageResult:
 
 def stage_result(view: JobView) -> StageResult:
     """What the complete Job of the open attempt has done. Read.PODS."""
-    return {"fetch": _fetched, "train": _trained, "publish": _published}[view.stage](view)
+    return {"fetch": _fetched, "train": _trained, "export": _exported, "publish": _published}[view.stage](
+        view
+    )
 
 
 def _fetched(view: JobView) -> StageResult:
@@ -72,11 +75,36 @@ def _trained(view: JobView) -> StageResult:
     }
     if energy := progress_status.energy_kwh(view.pods):
         fields["cost"] = (view.status.cost or Cost()).model_copy(update={"energy_kwh": energy})
-    if spec.output.destination is not None:
+    return _finished(view, adapter, fields, Reason.TRAINED, "every rank is done")
+
+
+def _exported(view: JobView) -> StageResult:
+    known = view.status.adapter or AdapterStatus()
+    adapter = known.model_copy(update={"exports": [*export_forms(view.spec)]})
+    return _finished(view, adapter, {"adapter": adapter}, Reason.EXPORTED, "the exports are made")
+
+
+def _finished(
+    view: JobView, adapter: AdapterStatus, fields: dict[str, Any], reason: Reason, done: str
+) -> StageResult:
+    """The end of an attempt after which there is an adapter: of the job, unless something is still to be done with it.
+
+    Args:
+        view: the job.
+        adapter: as it is now.
+        fields: of the status, as they are now.
+        reason: why the attempt ended if the job goes on.
+        done: what is done if it does not.
+    """
+    spec = view.spec
+    if stages.next_stage(spec, view.status.model_copy(update={"adapter": adapter})) == "export":
+        message = f"the adapter is in {adapter.uri}; {', '.join(export_forms(spec))} of it are made next"
+    elif spec.output.destination is not None:
         message = f"the adapter is in {adapter.uri}; it is sent to {spec.output.destination} next"
-        return StageResult(AttemptEnd(Reason.TRAINED, message, Budget.NONE, (0,)), fields)
-    end = AttemptEnd(Reason.SUCCEEDED, "every rank is done", Budget.NONE, (0,))
-    return StageResult(end, fields, completes=_complete(adapter))
+    else:
+        end = AttemptEnd(Reason.SUCCEEDED, done, Budget.NONE, (0,))
+        return StageResult(end, fields, completes=_complete(adapter))
+    return StageResult(AttemptEnd(reason, message, Budget.NONE, (0,)), fields)
 
 
 def _published(view: JobView) -> StageResult:

@@ -61,6 +61,7 @@ def put(
 _RUNNING_PHASES: dict[str, Phase] = {
     Reason.FETCHING: Phase.FETCHING,
     Reason.PUBLISHING: Phase.PUBLISHING,
+    Reason.EXPORTING: Phase.PUBLISHING,
     Reason.UPLOADING: Phase.PUBLISHING,
 }
 

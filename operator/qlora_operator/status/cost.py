@@ -4,7 +4,7 @@ from datetime import datetime
 
 from qlora_contract.cost import Price
 from qlora_contract.units import parse_time
-from qlora_operator.api.pod_resources import pod_cpus
+from qlora_operator.api.pod_resources import pod_cpus, stage_topology
 from qlora_operator.api.status import Attempt, Cost, Progress
 from qlora_operator.api.v1alpha1 import Topology
 from qlora_operator.status.policies import DONE
@@ -31,8 +31,9 @@ def with_attempt(
         now: when its last pod was gone.
     """
     cost = known or Cost()
-    if attempt.stage != "train":
+    if attempt.stage not in ("train", "export"):
         return cost
+    topology = stage_topology(topology, attempt.stage)
     started = now if attempt.start is None else parse_time(attempt.start)
     # One that was done before anybody saw all of its ranks up ran from its start.
     never_up = started if attempt.reason in DONE else now

@@ -15,6 +15,7 @@ from qlora_operator.status import (
     completion,
     conditions,
     cost,
+    notices,
     policies,
     progress_status,
     running,
@@ -267,5 +268,6 @@ def _summarize(builder: StatusBuilder) -> None:
         observed_generation=view.job.metadata.generation,
         phase=conditions.phase(view.status.conditions),
         restarts=view.restarts,
+        notified=notices.notified(view.status, sorted(view.seen.delivered)),
         columns=columns(min(ready, world_size or 0), world_size, view.status.progress, view.restarts),
     )

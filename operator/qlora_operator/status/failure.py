@@ -28,6 +28,7 @@ _TRANSFER_MEMORY = (
 MORE_MEMORY: dict[RunStage, str] = {
     "train": "raise topology.memoryPerRank, or lower training.microBatchTokens or training.maxSequenceLength, "
     "in another job",
+    "export": "raise topology.memoryPerRank in another job of this name, which exports without training again",
     "fetch": _TRANSFER_MEMORY,
     "publish": _TRANSFER_MEMORY,
 }

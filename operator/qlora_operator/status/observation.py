@@ -180,6 +180,8 @@ class Observation:
     """The Service or the NetworkPolicy is known to be missing."""
     network_exists: bool = False
     """The Service or the NetworkPolicy is known to exist."""
+    delivered: frozenset[str] = frozenset()
+    """Keys of the notices that were delivered since this operator started."""
     startup_grace: timedelta = MIN_STARTUP_GRACE
     """How long pods may take to start before they are looked at, and how long between two looks."""
 

@@ -15,7 +15,7 @@ LOOK_SECONDS = 10.0
 """How often pods are looked at while an attempt starts or ends."""
 UNSCHEDULED = frozenset({Reason.STEPPED_DOWN, Reason.RELEASED})
 """Ends of an attempt whose pods found no nodes: the next tier has its turn."""
-DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.SUCCEEDED})
+DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.EXPORTED, Reason.SUCCEEDED})
 """Ends of an attempt that did what it was for."""
 NO_COST = DONE | UNSCHEDULED | {Reason.SUSPENDED, Reason.REQUEUED, Reason.FINISHED}
 """Ends of an attempt that cost no restart and are no failure."""

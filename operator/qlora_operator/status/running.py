@@ -38,6 +38,7 @@ _MESSAGES = {
     Reason.TRAINING: "training",
     Reason.EVALUATING: "evaluating",
     Reason.PUBLISHING: "the adapter is being verified and stored",
+    Reason.EXPORTING: "the adapter is being made into what output.formats asks for",
     Reason.FETCHING: "the remote sources are being fetched",
     Reason.UPLOADING: "the adapter is being sent to output.destination",
 }

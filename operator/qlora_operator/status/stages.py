@@ -1,4 +1,5 @@
-"""The stages of a job: remote sources are fetched, the ranks train, the adapter is sent to its destination.
+"""The stages of a job: remote sources are fetched, the ranks train, the adapter is exported, and it is sent to
+its destination.
 
 Each stage is an attempt of its own, so that whatever holds for attempts (never two at a time, budgets, lost
 nodes, suspension) holds for transfers as well.
@@ -9,6 +10,7 @@ from qlora_contract.remote import is_remote
 from qlora_contract.run_config import ResolvedRevisions, RunStage
 from qlora_contract.units import format_bytes_done
 from qlora_operator.api.names import Reason
+from qlora_operator.api.run_config import export_forms
 from qlora_operator.api.status import Provenance, QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJobSpec
 
@@ -18,7 +20,9 @@ def next_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
     known = fetched(status)
     if any(is_remote(source.uri) and known.of(source) is None for source in spec.sources):
         return "fetch"
-    return "train" if status.adapter is None else "publish"
+    if status.adapter is None:
+        return "train"
+    return "publish" if {*export_forms(spec)} <= {*(status.adapter.exports or ())} else "export"
 
 
 def current_stage(spec: QLoRAJobSpec, status: QLoRAJobStatus) -> RunStage:
@@ -42,12 +46,15 @@ def describe(spec: QLoRAJobSpec, stage: RunStage) -> str:
         if len(others) > 1:
             return f"fetches {first} and {len(others)} more sources"
         return f"fetches {' and '.join([first, *others])}"
+    if stage == "export":
+        return f"makes {', '.join(export_forms(spec))} of the adapter"
     return "starts" if stage == "train" else f"sends the adapter to {spec.output.destination}"
 
 
 RUNNING: dict[RunStage, Reason] = {
     "fetch": Reason.FETCHING,
     "train": Reason.LOADING,
+    "export": Reason.EXPORTING,
     "publish": Reason.UPLOADING,
 }
 """The reason of the condition Running before an attempt has reported anything."""

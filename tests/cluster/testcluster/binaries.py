@@ -40,6 +40,7 @@ PROGRAMS = {
     "coredns": Program("coredns", "github.com/coredns/coredns", 5, 1.5),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 5, 1.5),
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 5, 1.5),
+    "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 3, 1),
     "syft": Program("syft", "github.com/anchore/syft/cmd/syft", 4, 2),
 }
 _API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")

@@ -20,6 +20,7 @@ PATHS = {
     "coredns": "github.com/coredns/coredns",
     "helm": "helm.sh/helm/v4",
     "kwok": "sigs.k8s.io/kwok",
+    "registry": "github.com/distribution/distribution/v3",
     "syft": "github.com/anchore/syft",
 }
 """The Go module of each component."""

@@ -150,6 +150,11 @@ class RenamedAdapter(ApiModel):
     alpha_pattern: dict[str, float] = {}  # noqa: RUF012
     lora_plus_ratio: float = 1.0
     initial_adapter: str | None = None
+    num_virtual_tokens: int | None = None
+    prompt_init: str = "random"
+    prompt_init_text: str | None = None
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
 
 
 def test_several_sources_reach_the_ranks_each_with_its_own_settings(a_job: Callable[..., QLoRAJob]) -> None:

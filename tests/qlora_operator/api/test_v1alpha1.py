@@ -21,6 +21,7 @@ from qlora_operator.api.v1alpha1 import (
 )
 from qlora_operator.errors import InvalidJobError
 
+PREFIX: dict[str, Any] = {"method": "prefix-tuning", "numVirtualTokens": 8}
 SAMPLES = Path(__file__).parents[3] / "manifests/samples"
 
 DEFAULTS = {
@@ -35,6 +36,11 @@ DEFAULTS = {
         "alphaPattern": {},
         "loraPlusRatio": 1,
         "initialAdapter": None,
+        "numVirtualTokens": None,
+        "promptInit": "random",
+        "promptInitText": None,
+        "prefixProjection": False,
+        "encoderHiddenSize": None,
     },
     "quantization": {"scheme": "nf4", "blockSize": 64, "doubleQuantization": True},
     "training": {
@@ -338,12 +344,12 @@ BAD = {
     "destination on a claim": (
         {"spec.output": {"destination": "pvc://c/out"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination among the datasets": (
         {"spec.output": {"destination": "hf://datasets/org/name"}},
         "spec.output.destination",
-        "must be hf://org/name or s3://bucket/path",
+        "must be hf://org/name, s3://bucket/path or oci://registry/name:tag",
     ),
     "destination leaves its bucket": (
         {"spec.output": {"destination": "s3://bucket/.."}},
@@ -412,6 +418,98 @@ BAD = {
     "rank is a fraction": ({"spec.adapter.rank": 1.5}, "spec.adapter.rank", "is the number 1.5"),
     "alpha 0": ({"spec.adapter.alpha": 0}, "spec.adapter.alpha", "must be a number above 0, at most 4096"),
     "dropout 1": ({"spec.adapter.dropout": 1}, "spec.adapter.dropout", "from 0.0, below 1.0"),
+    "prefix tuning without tokens": (
+        {"spec.adapter": {"method": "prefix-tuning"}},
+        "spec.adapter.numVirtualTokens",
+        "need a number of virtual tokens",
+    ),
+    "LoRA with virtual tokens": (
+        {"spec.adapter.numVirtualTokens": 8},
+        "spec.adapter.numVirtualTokens",
+        "lora has none",
+    ),
+    **{
+        f"prompt tuning with LoRA's {field}": (
+            {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, field: value}},
+            f"spec.adapter.{field}",
+            "is a setting of method lora",
+        )
+        for field, value in {
+            "rank": 8,
+            "alpha": 8,
+            "dropout": 0.1,
+            "targetModules": ["q_proj"],
+            "rslora": True,
+            "rankPattern": {"q_proj": 2},
+            "alphaPattern": {"q_proj": 2},
+            "loraPlusRatio": 4,
+        }.items()
+    },
+    "an MLP that starts as a text": (
+        {
+            "spec.adapter": {
+                **PREFIX,
+                "prefixProjection": True,
+                "promptInit": "text",
+                "promptInitText": "Answer.",
+            }
+        },
+        "spec.adapter.promptInit",
+        "not those that prefixProjection makes",
+    ),
+    "a prompt of a text without the text": (
+        {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "promptInit": "text"}},
+        "spec.adapter.promptInitText",
+        "belongs to promptInit text",
+    ),
+    "a text for a random prompt": (
+        {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "promptInitText": "Answer."}},
+        "spec.adapter.promptInitText",
+        "belongs to promptInit text",
+    ),
+    "prompt tuning with an MLP": (
+        {"spec.adapter": {"method": "prompt-tuning", "numVirtualTokens": 8, "prefixProjection": True}},
+        "spec.adapter.prefixProjection",
+        "of method prefix-tuning alone",
+    ),
+    "the width of no MLP": (
+        {"spec.adapter": {**PREFIX, "encoderHiddenSize": 64}},
+        "spec.adapter.encoderHiddenSize",
+        "set that to true",
+    ),
+    "virtual tokens that fill a sequence": (
+        {"spec.adapter": {**PREFIX, "numVirtualTokens": 1020}},
+        "spec.adapter.numVirtualTokens",
+        "at least 8 more than numVirtualTokens",
+    ),
+    "going on from an adapter and from a text": (
+        {
+            "spec.adapter": {
+                **PREFIX,
+                "initialAdapter": "pvc://team/jobs/first/adapter",
+                "promptInit": "text",
+                "promptInitText": "Answer.",
+            }
+        },
+        "spec.adapter.initialAdapter",
+        "leave out promptInit",
+    ),
+    "going on from an MLP": (
+        {
+            "spec.adapter": {
+                **PREFIX,
+                "initialAdapter": "pvc://team/jobs/first/adapter",
+                "prefixProjection": True,
+            }
+        },
+        "spec.adapter.initialAdapter",
+        "prefixProjection, whose MLP no finished adapter has",
+    ),
+    "a prefix merged into the weights": (
+        {"spec.adapter": PREFIX, "spec.output.formats": ["adapter", "merged"]},
+        "spec.output.formats",
+        "only an adapter of method lora can become part of the weights",
+    ),
     "rsLoRA, which does not exist yet": (
         {"spec.adapter.rsLoRA": True},
         "spec.adapter.rsLoRA",
@@ -642,6 +740,19 @@ def test_a_bad_job_is_refused_where_it_is_bad(
 
 
 GOOD = {
+    "going on from a prefix": {"spec.adapter": {**PREFIX, "initialAdapter": "pvc://team/jobs/first/adapter"}},
+    "prefix tuning": {"spec.adapter": {**PREFIX, "prefixProjection": True, "encoderHiddenSize": 64}},
+    "prompt tuning from a text": {
+        "spec.adapter": {
+            "method": "prompt-tuning",
+            "numVirtualTokens": 8,
+            "promptInit": "text",
+            "promptInitText": "Answer.",
+        }
+    },
+    "LoRA's defaults beside another method, as API servers add them": {
+        "spec.adapter": {**PREFIX, "rank": 16, "alpha": 32, "dropout": 0, "targetModules": ["all-linear"]}
+    },
     "by steps": {"spec.training": {"maxSteps": 400}},
     "null is as good as absent": {"spec.training": {"epochs": 1, "maxSteps": None}, "spec.adapter": None},
     "a batch of one sequence": {"spec.training.globalBatchTokens": 1024},
@@ -804,6 +915,7 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
         "spec.model.credentialsSecret",
         "spec.dataset.credentialsSecret",
         "spec.dataset.sources.credentialsSecret",
+        "spec.tracking.mlflow.credentialsSecret",
     }
     assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from qlora_operator.cli.cpu_locks import FOLDER_ENV
+
 pytestmark = pytest.mark.process
 
 DRIVER = """
@@ -92,15 +94,15 @@ class Machine:
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
-        self, program: str, *options: str, pods: int = 1, output: int = subprocess.PIPE, **spec: Any
+        self, program: str, *options: str, pods: int = 1, stdout: int = subprocess.PIPE, **spec: Any
     ) -> subprocess.Popen[str]:
-        """Start a job whose ranks run `program`. `output`: a descriptor to print to."""
+        """Start a job whose ranks run `program`. `stdout`: a descriptor to print to."""
         (self.folder / "rank.py").write_text(RANK + textwrap.dedent(program))
         document = json.dumps(self.document(topology={"pods": pods}, **spec))
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, document, str(self.folder / "rank.py"), *options],
             cwd=self.folder,
-            stdout=output,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -180,6 +182,62 @@ def test_a_job_that_is_done_is_not_trained_again(machine: Machine) -> None:
     assert "eval loss  1.5000" in out
 
 
+EXPORTS = """
+if run.get("stage", "train") == "train":
+    if rank == 0:
+        publish()
+    end(0, "trained")
+print("exports with", size)
+for form in ("merged", "gguf-q8_0"):
+    made = folder / "exports" / form
+    made.mkdir(parents=True)
+    (made / "model").write_bytes(b"weights")
+    files = {"model": hashlib.sha256(b"weights").hexdigest()}
+    (made / "manifest.json").write_text(json.dumps({"files": files, "adapter_sha256": "None"}))
+    (made / "export_report.json").write_text("{}")
+end(0, "exported")
+"""
+
+
+def test_other_formats_are_made_after_training_by_one_rank(machine: Machine) -> None:
+    """As on a cluster; a job that has them is finished."""
+    output = {"formats": ["merged", "gguf"]}
+
+    code, out, err = machine.run(
+        f"if rank == 0:\n    identify()\n{EXPORTS}", "--verbose", pods=2, output=output
+    )
+    again, second, _ = machine.run("sys.exit(1)", output=output, pods=2)
+
+    assert (code, again, err) == (0, 0, "")
+    assert out.count("exports with 1") == 1
+    assert f"exported   {machine.job / 'exports' / 'merged'}" in out
+    assert "is already finished" in second
+
+
+HELD = """
+from qlora_operator.cli.cpu_locks import busy_cpus
+print("CPUs held:", len(busy_cpus(range(os.cpu_count()))))
+"""
+
+
+def test_what_only_exports_holds_the_cpus_of_one_rank(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are left to other jobs: nothing trains."""
+    monkeypatch.setenv(FOLDER_ENV, str(machine.folder))
+
+    code, trained, err = machine.run(
+        f"if rank == 0:\n    identify()\n    publish()\n{HELD}", "--verbose", pods=2
+    )
+    again, exported, _ = machine.run(
+        HELD + EXPORTS, "--verbose", pods=2, output={"formats": ["merged", "gguf"]}
+    )
+
+    assert (code, again, err) == (0, 0, "")
+    assert "CPUs held: 2" in trained
+    assert "CPUs held: 1" in exported
+
+
 def test_a_folder_of_another_job_is_refused(machine: Machine) -> None:
     """Nothing is started over another spec's results."""
     machine.job.mkdir(parents=True)
@@ -213,7 +271,7 @@ def test_a_terminal_shows_what_is_done_and_keeps_what_was(machine: Machine) -> N
         time.sleep(0.5)
         publish()
         """,
-        output=theirs,
+        stdout=theirs,
     )
     os.close(theirs)
     shown = b""

@@ -37,6 +37,7 @@ def counted(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[tuple[
         metrics.queue_seconds,
         metrics.lost_steps,
         metrics.energy,
+        metrics.exports,
     )
     samples = [sample for counter in counters for sample in next(iter(counter.collect())).samples]
     return {
@@ -58,6 +59,12 @@ MOVED = {**attempt(0, "Drained"), "restarts": {"user": 0, "infrastructure": 1}}
     ("before", "after", "labels"),
     [
         pytest.param(None, {"phase": "Pending"}, [], id="new"),
+        pytest.param(
+            {"adapter": {"exports": ["merged"]}},
+            {"adapter": {"exports": ["merged", "gguf-q8_0"]}},
+            [("team", "gguf-q8_0")],
+            id="exported",
+        ),
         pytest.param(None, attempt(), [()], id="its first attempt"),
         pytest.param(ENDED, attempt(1), [()], id="another attempt"),
         pytest.param(RUNNING, RUNNING, [], id="nothing new"),

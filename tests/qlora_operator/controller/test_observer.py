@@ -149,6 +149,18 @@ def test_a_transfer_waits_for_its_own_room_only(
     assert bool(found.why) is not bool(found.tiers)
 
 
+@pytest.mark.parametrize(("memory", "tiers"), [("64Mi", ("avx512",)), ("8Gi", ())])
+def test_an_export_waits_for_the_room_of_one_rank(memory: str, tiers: tuple[str, ...]) -> None:
+    """On the tier of the ranks; that of all four pods may be taken by then."""
+    topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 1, "memoryPerRank": memory}
+    output = {"formats": ["merged"]}
+    job = builders.a_job(
+        status=TRAINED, topology=topology, isa={"allowed": ["avx512"]}, **{**REMOTE, "output": output}
+    )
+
+    assert feasibility(job, small_nodes("avx512"), SMALL_ROOM).tiers == tiers
+
+
 def test_sources_are_fetched_on_the_tier_of_the_ranks() -> None:
     """The claim may be bound there: not on a better tier that has room for a small pod only."""
     big, small = snapshot(a=True, b=True), small_nodes("amx_bf16")

@@ -16,6 +16,7 @@ from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.controller.metrics import JobSample, Metrics
 from qlora_operator.controller.reconciler import Reconciler
 from qlora_operator.settings import Settings
+from qlora_operator.status.notices import Notice
 from qlora_operator.status.observation import Pod
 from testcluster.client import Client
 from testcluster.cluster import Cluster as Server
@@ -55,6 +56,17 @@ class Tracker:
         self.told.append("ended")
 
 
+class Deliverer:
+    """Remembers what it is offered."""
+
+    def __init__(self) -> None:
+        self.offered: list[tuple[str, dict[str, Any]]] = []
+
+    def offer(self, key: Key, uid: str, url: str, notice: Notice, event: dict[str, Any]) -> None:
+        """Something has happened."""
+        self.offered.append((url, event))
+
+
 class Table:
     """A reconciler, what it knows, and the job's namespace."""
 
@@ -64,8 +76,10 @@ class Table:
         self.path = PATH.format(namespace)
         self.store = ObjectCache()
         settings = Settings(trainer_image="registry.example/trainer:1")
-        self.facts, self.tracker = JobFacts(), Tracker()
-        self.reconciler = Reconciler(cluster, self.store, self.facts, self.tracker, settings, metrics)
+        self.facts, self.tracker, self.deliverer = JobFacts(), Tracker(), Deliverer()
+        self.reconciler = Reconciler(
+            cluster, self.store, self.facts, self.tracker, self.deliverer, settings, metrics
+        )
 
     def create(self, **spec: Any) -> dict[str, Any]:
         """A job, and the store knows it."""

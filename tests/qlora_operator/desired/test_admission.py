@@ -86,6 +86,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
         {"allowedSources": ["*", "https://data.example/*"]},
         None,
     ),
+    "a registry that nobody named": (
+        {"output": {"destination": "oci://registry.example/team/adapter:v1"}},
+        {},
+        (Reason.SOURCE_NOT_ALLOWED, "spec.output.destination oci://registry.example/team/adapter:v1"),
+    ),
+    "a registry that is named": (
+        {"output": {"destination": "oci://registry.example/team/adapter:v1"}},
+        {"allowedSources": ["*", "oci://registry.example/team/*"]},
+        None,
+    ),
     "a scheme that is not allowed": (
         {},
         {"allowedSources": ["pvc://*", "s3://*"]},

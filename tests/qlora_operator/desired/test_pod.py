@@ -17,7 +17,7 @@ from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, Run
 from qlora_operator.api import names
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.desired.pod import pod_template
+from qlora_operator.desired.pod import LOOPBACK, pod_template
 from qlora_operator.settings import Settings
 
 Make = Callable[..., dict[str, Any]]
@@ -496,6 +496,25 @@ def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
         assert violations(pod) == []
 
 
+def test_an_export_is_one_rank_alone(template: Make) -> None:
+    """With what each rank has that trained; the nodes of the others are free, and it meets nobody."""
+    topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 8, "memoryPerRank": "64Gi", "pinning": "strict"}
+    spec = {**REMOTE, "topology": topology, "output": {"formats": ["merged"]}}
+    pod = template(spec=spec, stage="export", transfer=NETWORK)
+    (container,) = pod["spec"]["containers"]
+
+    assert pod["metadata"]["labels"][names.ROLE_LABEL] == "exporter"
+    assert container["command"] == ["python", "-m", "qlora_trainer.launch"]
+    both = {"cpu": "8", "memory": str(64 * 2**30 + 256 * 2**20 + 64 * 2**20)}
+    assert container["resources"] == {"requests": both, "limits": both}
+    assert environment(pod)["MASTER_ADDR"] == LOOPBACK
+    assert "serviceAccountName" not in pod["spec"]
+    run = json.loads(pod["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
+    assert run["stage"] == "export"
+    assert (run["layout"].get("pods", 1), run["layout"].get("ranksPerPod", 1)) == (1, 1)
+    assert violations(pod) == []
+
+
 def test_the_administrator_sizes_transfers(template: Make) -> None:
     """transfer.cpu and transfer.memory are the transfers' alone."""
     transfer = {"cpu": "250m", "memory": "512Mi"}
@@ -563,7 +582,8 @@ def test_credentials_are_files_of_transfers_only(
     pod, spec = template_of(attempt), attempt["job"].spec
     named = {
         "fetch": [spec.model.credentials_secret, spec.dataset.credentials_secret],
-        "train": [],
+        "train": [spec.tracking.mlflow.credentials_secret if spec.tracking.mlflow is not None else None],
+        "export": [],
         "publish": [spec.output.credentials_secret],
     }[attempt["stage"]]
     mounted = [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume]
@@ -572,7 +592,7 @@ def test_credentials_are_files_of_transfers_only(
     assert mounted == [name for name in named if name is not None]
     assert [entry for entry in container["env"] if set(entry) != {"name", "value"}] == []
     assert "envFrom" not in container
-    account = attempt["settings"].transfer.service_account_name if attempt["stage"] != "train" else None
+    account = attempt["settings"].transfer.service_account_name if attempt["stage"] in TRANSFERS else None
     assert pod["spec"].get("serviceAccountName") == account
 
 

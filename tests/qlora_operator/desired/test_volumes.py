@@ -71,6 +71,21 @@ def test_each_claim_is_mounted_once(
     assert claims(found) == mounts
 
 
+def test_an_export_reads_the_model_and_no_data(made: Made) -> None:
+    """Everything else it needs is in the workspace, and no Secret is."""
+    secret = {"credentialsSecret": "s", "destination": "s3://bucket/p"}
+    found = made(
+        "export",
+        workspace="pvc://a/w",
+        model={"source": "pvc://b"},
+        dataset={"source": "pvc://c"},
+        output=secret,
+    )
+
+    assert claims(found) == [("a", "/volumes/a", False), ("b", "/volumes/b", True)]
+    assert [volume for volume, _ in found if "secret" in volume] == []
+
+
 @pytest.mark.parametrize("stage", ["fetch", "publish"])
 def test_transfers_need_the_workspace_alone(stage: RunStage, made: Made) -> None:
     """What lies on other claims is neither fetched nor sent, so a transfer does not mount them."""

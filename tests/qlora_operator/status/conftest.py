@@ -122,9 +122,9 @@ def starting_status(seconds: float, now: datetime, **status: Any) -> dict[str, A
 
 
 def transferring_status(stage: str, **status: Any) -> dict[str, Any]:
-    """The status of a job whose attempt 0 fetches, or sends, and is up."""
-    reason = {"fetch": "Fetching", "publish": "Uploading"}[stage]
-    known = running_status(stage=stage) | (TRAINED if stage == "publish" else {}) | status
+    """The status of a job whose attempt 0 fetches, exports or sends, and is up."""
+    reason = {"fetch": "Fetching", "export": "Exporting", "publish": "Uploading"}[stage]
+    known = running_status(stage=stage) | ({} if stage == "fetch" else TRAINED) | status
     said = {"type": "Running", "reason": reason, "status": "True", "message": "", "lastTransitionTime": START}
     known["conditions"] = [known["conditions"][0], said]
     return known

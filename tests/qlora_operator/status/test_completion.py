@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from qlora_operator.status.actions import Decision
-from qlora_operator.status.observation import Read
+from qlora_operator.status.observation import Read, ReasonMessage
 
 Status = Callable[..., dict[str, Any]]
 
+NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
 START = "2026-01-31T11:00:00Z"
 REMOTE = {
     "model": {"source": "hf://org/model"},
@@ -109,6 +111,71 @@ def test_a_transfer_is_not_judged_before_its_report_was_looked_for(
     assert decision.reads == {Read.PODS}
     assert decision.status.attempts[0].reason is None
     assert (decision.actions, decision.events) == ((), ())
+
+
+FORMATS = {"formats": ["merged", "gguf"]}
+
+
+@pytest.mark.parametrize(
+    ("output", "reason", "words"),
+    [
+        pytest.param(FORMATS, "Succeeded", "the exports are made", id="nowhere to send them"),
+        pytest.param(
+            {**FORMATS, "destination": "s3://bucket/adapters"},
+            "Exported",
+            "the adapter is in pvc://team/work/jobs/job/adapter; it is sent to s3://bucket/adapters next",
+            id="they are sent next",
+        ),
+    ],
+)
+def test_an_export_is_done_when_its_job_is(
+    transferring: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    output: dict[str, Any],
+    reason: str,
+    words: str,
+) -> None:
+    """Its pod needs to say nothing: it ends well only when everything is made and proven."""
+    before = transferring("export")
+
+    status = ask(before, [make_attempt_job(complete=True)], [], spec={**REMOTE, "output": output}).status
+
+    assert (status.attempts[0].reason, status.attempts[0].message) == (reason, words)
+    assert status.adapter.exports == ["merged", "gguf-q8_0"]
+    assert (status.phase == "Succeeded") == (reason == "Succeeded")
+
+
+def test_ranks_that_are_done_leave_their_nodes_before_the_export(
+    running: Status, ask: Callable[..., Decision], make_attempt_job: Any, make_pod: Any
+) -> None:
+    """The attempt ends, at no cost; the next one is the export."""
+    pods = [make_pod(0, phase="Succeeded", node="n", exit_code=0)]
+
+    status = ask(running(), [make_attempt_job(complete=True)], pods, spec={"output": FORMATS}).status
+
+    assert status.attempts[0].reason == "Trained"
+    assert "merged, gguf-q8_0 of it are made next" in status.attempts[0].message
+    assert status.adapter.exports is None
+    assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
+    assert status.phase != "Succeeded"
+
+
+def test_a_failed_export_leaves_the_adapter_in_the_status(
+    transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, make_pod: Any
+) -> None:
+    """The job fails by what it was asked for; what it trained is there."""
+    words = json.dumps({"version": 1, "exitCode": 12, "reason": "MODEL_UNUSABLE", "cause": "no merge"})
+    pods = [make_pod(0, phase="Failed", node="n", exit_code=12, termination_message=words)]
+    message = (
+        "Container trainer for pod ns/job-a0-0 failed with exit code 12 matching FailJob rule at index 1"
+    )
+    job = make_attempt_job(failing=ReasonMessage("PodFailurePolicy", message), failing_since=NOW)
+
+    status = ask(transferring("export"), [job], pods, spec={"output": FORMATS}).status
+
+    assert (status.phase, status.attempts[0].reason) == ("Failed", "ModelUnusable")
+    assert status.adapter.uri == "pvc://team/work/jobs/job/adapter"
 
 
 def test_a_source_keeps_the_revision_that_was_found_first(

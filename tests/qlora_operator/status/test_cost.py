@@ -69,6 +69,13 @@ def test_an_attempt_whose_ranks_were_never_seen_up(
     assert (cost["core_hours"], cost["queue_seconds"]) == (core_hours, queue_seconds)
 
 
+def test_an_export_costs_the_cpus_of_its_one_rank() -> None:
+    """The nodes of the other ranks are free by then."""
+    topology = Topology(pods=3, ranks_per_pod=2, cpus_per_rank=4, memory_per_rank="1Gi")
+
+    assert spent(topology=topology, stage="export")["core_hours"] == 4.0
+
+
 @pytest.mark.parametrize("stage", ["fetch", "publish"])
 def test_transfers_cost_nothing(stage: str) -> None:
     """They hold one CPU that mostly waits; what was spent before stays."""

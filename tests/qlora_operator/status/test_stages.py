@@ -14,6 +14,8 @@ from qlora_operator.status import stages
 
 MODEL = {"model": {"source": "hf://org/model"}}
 DATA = {"dataset": {"source": "s3://bucket/data.jsonl"}}
+FORMATS = {"formats": ["merged", "gguf"]}
+EXPORTS = {"output": FORMATS}
 OUT = {"output": {"destination": "s3://bucket/adapters"}}
 ALL = {**MODEL, **DATA, **OUT}
 MIX = {
@@ -46,6 +48,13 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any], RunStage]] = {
     "all that is remote was fetched": (MIX, {"provenance": {"datasetRevisions": ["d", "", "e"]}}, "train"),
     "trained": ({**DATA, **OUT}, known(dataset="d", **ADAPTER), "publish"),
     "trained on claims": (OUT, ADAPTER, "publish"),
+    "trained, and other formats are wanted": (EXPORTS, ADAPTER, "export"),
+    "one of them is made": (EXPORTS, {"adapter": {**ADAPTER["adapter"], "exports": ["merged"]}}, "export"),
+    "they are made": (
+        {"output": {**OUT["output"], **FORMATS}},
+        {"adapter": {**ADAPTER["adapter"], "exports": ["merged", "gguf-q8_0"]}},
+        "publish",
+    ),
 }
 
 
@@ -79,11 +88,12 @@ def test_fetched(status: dict[str, Any], fetched: ResolvedRevisions) -> None:
         (MODEL, "fetch", "fetches hf://org/model"),
         (DATA, "fetch", "fetches s3://bucket/data.jsonl"),
         (ALL, "fetch", "fetches hf://org/model and s3://bucket/data.jsonl"),
+        (EXPORTS, "export", "makes merged, gguf-q8_0 of the adapter"),
         (ALL, "publish", "sends the adapter to s3://bucket/adapters"),
         (MIX, "fetch", "fetches s3://bucket/a and s3://bucket/c"),
         ({**MODEL, **MIX}, "fetch", "fetches hf://org/model and 2 more sources"),
     ],
-    ids=["ranks", "a model", "data", "both", "the adapter", "two of three", "many"],
+    ids=["ranks", "a model", "data", "both", "formats", "the adapter", "two of three", "many"],
 )
 def test_an_attempt_is_described_by_what_it_does(
     make_job: Callable[..., QLoRAJob], spec: dict[str, Any], stage: RunStage, words: str
@@ -97,6 +107,7 @@ def test_every_stage_runs_in_its_own_words() -> None:
     assert stages.RUNNING == {
         "fetch": Reason.FETCHING,
         "train": Reason.LOADING,
+        "export": Reason.EXPORTING,
         "publish": Reason.UPLOADING,
     }
 

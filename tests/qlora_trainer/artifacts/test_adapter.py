@@ -32,7 +32,7 @@ from qlora_contract.job_folder import (
 from qlora_contract.run_config import JobRef
 from qlora_trainer.artifacts import adapter
 from qlora_trainer.errors import Fenced, StorageFull, TrainerError
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX, AdapterParameters, flat_parameters
 from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
@@ -350,15 +350,13 @@ def test_an_adapter_of_the_release_before_counts_as_published(tmp_path: Path) ->
     shutil.copytree(RELEASE / "finished", tmp_path / "job")
     folder = JobFolder(tmp_path / "job", load_run(RELEASE / "run.json"))
     written = load_file(folder.adapter / ADAPTER_WEIGHTS)
-    parameters = flat_parameters({n.removeprefix(adapter.PEFT_PREFIX): t.shape for n, t in written.items()})
+    parameters = flat_parameters({n.removeprefix(PEFT_PREFIX): t.shape for n, t in written.items()})
     adapter.reload_adapter(folder.adapter, parameters)
     config = json.loads((folder.adapter / ADAPTER_CONFIG).read_text())
 
     assert folder.finished()
     assert folder.report()["adapter_sha256"] == sha256(folder.adapter / ADAPTER_WEIGHTS)
-    assert all(
-        torch.equal(p, written[f"{adapter.PEFT_PREFIX}{name}"]) for name, p in parameters.named.items()
-    )
+    assert all(torch.equal(p, written[f"{PEFT_PREFIX}{name}"]) for name, p in parameters.named.items())
     assert adapter.adapter_config(folder.run, parameters, "/volumes/team/smoke/model") == config
     assert isinstance(PeftConfig.from_pretrained(str(folder.adapter)), LoraConfig)
 

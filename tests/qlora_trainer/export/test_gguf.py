@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import (
+    GGUF_FAMILIES,
     GgufNames,
     context_length,
     family_of,
@@ -78,6 +79,16 @@ def test_a_tensor_without_a_name_is_refused() -> None:
             "'dynamic' rotary",
             id="rope",
         ),
+        pytest.param(a_config("smollm3", no_rope_layers=[1, 0] * 4), "other no_rope_layers", id="smollm3"),
+        pytest.param(
+            a_config("gemma2", query_pre_attn_scalar=24), "another query_pre_attn_scalar", id="gemma2"
+        ),
+        pytest.param(
+            a_config("gemma2", head_dim=32, query_pre_attn_scalar=32, layer_types=["full_attention"] * 8),
+            "other layer_types",
+            id="gemma2 without windows",
+        ),
+        pytest.param(a_config("olmo2"), "tied embeddings", id="olmo2"),
         pytest.param(
             SimpleNamespace(model_type="llama", rope_parameters={}, hidden_act="gelu"),
             "hidden_act 'gelu'",
@@ -229,6 +240,46 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
     assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
     lora = str(out / "gguf-lora" / "demo-lora.gguf")
     assert by_llama_cpp(_base_as_gguf(demo_model, tmp_path), lora_path=lora) == expected
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    "gemma2": {"query_pre_attn_scalar": 32},
+    "olmo2": {"tie_word_embeddings": False},
+}
+"""What llama.cpp has fixed."""
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", sorted(GGUF_FAMILIES))
+def test_llama_cpp_computes_each_family_as_transformers_does(
+    kind: str,
+    llama_cpp: Any,
+    small_model: Callable[..., Path],
+    an_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """A small random model with everything special to its kind: twenty greedy tokens of f16 are equal."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = small_model(kind, dtype="float16", **NEEDED.get(kind, {}))
+    adapter = an_adapter(folder)
+    out = _export(folder, adapter, tmp_path / "out", "gguf-f16")
+    prompt = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    expected = list(prompt)
+    with torch.no_grad():
+        for _ in range(TOKENS):
+            expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+
+    loaded = llama_cpp.Llama(str(out / "gguf-f16" / "demo-f16.gguf"), n_ctx=256, verbose=False)
+    drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+
+    assert prompt + [next(drawn) for _ in range(TOKENS)] == expected
 
 
 @pytest.mark.slow

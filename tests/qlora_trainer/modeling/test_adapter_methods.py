@@ -130,9 +130,13 @@ class Shift:
 
     adapter: Adapter
 
-    def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
+    def attach(
+        self, model: BaseModel, *, seed: int, dropout: Dropout | None, encode: Any = None
+    ) -> AdapterParameters:
         """Add zeros."""
-        parameters = flat_parameters(self.parameter_shapes({n: x.shape for n, x in model.linears.items()}))
+        parameters = flat_parameters(
+            self.parameter_shapes({n: x.shape for n, x in model.linears.items()}, None)
+        )
         for name, layer in model.linears.items():
             layer.register_forward_hook(self.adding(parameters.named[f"{name}.shift"]))
         return parameters
@@ -142,13 +146,15 @@ class Shift:
         """A hook that adds the shift, unless the layer's adapters are disabled."""
         return lambda layer, _, out: out + shift if layer.enabled else out
 
-    def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(
+        self, linears: Mapping[str, tuple[int, int]], config: Any
+    ) -> dict[str, tuple[int, ...]]:
         """One vector (out,) a layer."""
         return {f"{name}.shift": (out,) for name, (out, _) in linears.items()}
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]]) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
         """The sum of their sizes."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes(linears).values())
+        return sum(math.prod(shape) for shape in self.parameter_shapes(linears, config).values())
 
     def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
         """PEFT has no such method."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from builders import run_fields
-from qlora_contract.run_config import RunConfig
+from qlora_contract.run_config import Adapter, RunConfig
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
@@ -170,7 +170,7 @@ def test_evaluation_leaves_training_alone(
     before = gradient(model, parameters, [EVERY], loss_of)
     state = torch.get_rng_state()
     context: Any = SimpleNamespace(
-        run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
+        run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20), adapter=Adapter()),
         world=SimpleNamespace(rank=0, size=1),
         stop=threading.Event(),
         progress=Progress(starting_report(RunConfig.model_validate_json(json.dumps(run_fields())))),
@@ -204,7 +204,7 @@ def test_evaluation_is_the_same_over_any_number_of_ranks(
             return ReducedScalars(stop_requested=False, sums={"loss": 1.0, "count": 1.0}, per_rank={})
 
         context: Any = SimpleNamespace(
-            run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20)),
+            run=SimpleNamespace(training=SimpleNamespace(max_sequence_length=20), adapter=Adapter()),
             world=SimpleNamespace(rank=rank, size=size),
             stop=threading.Event(),
             progress=Progress(starting_report(RunConfig.model_validate_json(json.dumps(run_fields())))),

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qlora_contract.run_config import Adapter
+from qlora_contract.run_config import Adapter, AdapterMethodName
 from qlora_trainer import smoke_model
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import initial_adapter
-from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX
-from qlora_trainer.modeling.adapter_parameters import flat_parameters
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX, flat_parameters
 from qlora_trainer.modeling.shape import adapter_shapes
 
 MINE = Adapter(rank=4, alpha=8, target_modules=["q_proj", "down_proj"])
@@ -95,6 +94,98 @@ def test_an_adapter_of_another_kind_is_refused(
         initial_adapter.check(stock(**theirs), adapter, adapter_shapes(base, adapter))
 
 
+VIRTUAL = {
+    "prompt-tuning": (PromptTuningConfig, {}),
+    "prefix-tuning": (PrefixTuningConfig, {}),
+    "projected": (PrefixTuningConfig, {"prefix_projection": True, "encoder_hidden_size": 8}),
+}
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """make(one of VIRTUAL) -> the folder of an adapter of four virtual tokens that peft has saved."""
+
+    def make(kind: str) -> Path:
+        config, fields = VIRTUAL[kind]
+        model = AutoModelForCausalLM.from_pretrained(base)
+        folder = tmp_path_factory.mktemp("adapter")
+        peft = get_peft_model(model, config(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4, **fields))
+        peft.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def tokens(method: AdapterMethodName, number: int = 4) -> Adapter:
+    """The settings of a job with virtual tokens."""
+    return Adapter(method=method, num_virtual_tokens=number)
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_training_begins_with_the_virtual_tokens_of_peft(
+    base: Path, stock_tokens: Callable[[str], Path], kind: str
+) -> None:
+    """Also with a prefix that an MLP has made: it is one like any other."""
+    mine = tokens("prompt-tuning" if kind == "prompt-tuning" else "prefix-tuning")
+    folder, shapes = stock_tokens(kind), adapter_shapes(base, mine)
+    initial_adapter.check(folder, mine, shapes)
+    parameters = flat_parameters(shapes)
+    initial_adapter.load(folder, parameters)
+    (written,) = load_file(folder / ADAPTER_WEIGHTS).values()
+
+    (parameter,) = parameters.named.values()
+    assert torch.equal(parameter, written)
+    assert parameter.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "mine", "says"),
+    [
+        pytest.param(
+            "prompt-tuning",
+            tokens("prefix-tuning"),
+            "is of the type PROMPT_TUNING, and must be PREFIX_TUNING, as adapter.method is prefix-tuning",
+            id="another-method",
+        ),
+        pytest.param("prompt-tuning", MINE, "type PROMPT_TUNING, and must be LORA", id="no-lora"),
+        pytest.param(
+            "prefix-tuning",
+            tokens("prefix-tuning", 5),
+            "trained with num_virtual_tokens 4, .*: set adapter.numVirtualTokens to 4",
+            id="another-number",
+        ),
+    ],
+)
+def test_virtual_tokens_of_another_kind_are_refused(
+    base: Path, stock_tokens: Callable[[str], Path], kind: str, mine: Adapter, says: str
+) -> None:
+    """The sentence names both values, and the field to change."""
+    with pytest.raises(ModelError, match=rf"^adapter\.initialAdapter: .*{says}"):
+        initial_adapter.check(stock_tokens(kind), mine, adapter_shapes(base, mine))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param(lambda t: torch.cat([t, t], dim=1), "it is of another base model", id="another-base"),
+        pytest.param(None, "must hold one tensor, prompt_embeddings, and holds other", id="another-tensor"),
+    ],
+)
+def test_virtual_tokens_that_do_not_fit_are_refused(
+    base: Path,
+    stock_tokens: Callable[[str], Path],
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    says: str,
+) -> None:
+    """Of a wider model, or of a file that peft has not written."""
+    folder, mine = stock_tokens("prompt-tuning"), tokens("prompt-tuning")
+    (matrix,) = load_file(folder / ADAPTER_WEIGHTS).values()
+    tensors = {"other": matrix} if change is None else {"prompt_embeddings": change(matrix)}
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    with pytest.raises(ModelError, match=says):
+        initial_adapter.check(folder, mine, adapter_shapes(base, mine))
+
+
 def test_an_adapter_of_another_base_is_refused(base: Path, stock: Callable[..., Path]) -> None:
     """Its matrices have other shapes."""
     folder = stock()
@@ -112,7 +203,7 @@ def test_an_adapter_of_another_base_is_refused(base: Path, stock: Callable[..., 
         pytest.param({ADAPTER_CONFIG: "[]"}, "is not a JSON object", id="a-list"),
         pytest.param(
             {ADAPTER_CONFIG: '{"peft_type": "IA3"}'},
-            "is of the type IA3, and must be LORA",
+            "is of the type IA3, and must be LORA, as adapter.method is lora",
             id="another-method",
         ),
         pytest.param({ADAPTER_CONFIG: None}, "has no adapter_model.safetensors", id="no-weights"),

@@ -150,13 +150,13 @@ def test_what_is_counted_is_what_is_attached() -> None:
     """Names, shapes and their number follow from the layers' shapes: A (rank, in) and B (out, rank) of each."""
     method = Lora(Adapter(rank=2, target_modules=["q_proj"]))
 
-    assert method.parameter_shapes(SHAPES) == {
+    assert method.parameter_shapes(SHAPES, None) == {
         "model.layers.0.q_proj.lora_A.weight": (2, 4),
         "model.layers.0.q_proj.lora_B.weight": (6, 2),
         "model.layers.1.q_proj.lora_A.weight": (2, 4),
         "model.layers.1.q_proj.lora_B.weight": (6, 2),
     }
-    assert method.parameter_count(SHAPES) == 2 * 2 * (4 + 6)
+    assert method.parameter_count(SHAPES, None) == 2 * 2 * (4 + 6)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_attaching_makes_the_parameters_that_were_counted(targets: list[str], sm
     parameters = method.attach(model, seed=3, dropout=None)
     expected = attach_adapters(target_layers(model.linears, targets), rank=5, alpha=7.0, dropout=None, seed=3)
 
-    shapes = method.parameter_shapes({name: layer.shape for name, layer in model.linears.items()})
+    shapes = method.parameter_shapes({name: layer.shape for name, layer in model.linears.items()}, None)
     assert {name: tuple(p.shape) for name, p in parameters.named.items()} == shapes
     assert list(parameters.named) == list(shapes)
     assert torch.equal(parameters.flat, expected.flat)
@@ -180,7 +180,7 @@ def test_a_missing_target_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(
         ModelError, match=r"no linear layer is called 'k_proj'; this model has: q_proj, up_proj"
     ):
-        Lora(Adapter(target_modules=["k_proj"])).parameter_count(SHAPES)
+        Lora(Adapter(target_modules=["k_proj"])).parameter_count(SHAPES, None)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_missing_target_is_refused_before_anything_is_loaded() -> None:
 def test_peft_is_told_what_rebuilds_the_adapter(targets: list[str], expected: list[str]) -> None:
     """LoRA's part of adapter_config.json: rank, alpha, dropout, and the layers by name."""
     method = Lora(Adapter(rank=2, alpha=6.0, dropout=0.25, target_modules=targets))
-    parameters = flat_parameters(method.parameter_shapes(SHAPES))
+    parameters = flat_parameters(method.parameter_shapes(SHAPES, None))
 
     assert method.peft_config(parameters) == {
         "peft_type": "LORA",
@@ -208,9 +208,9 @@ def test_peft_is_told_what_rebuilds_the_adapter(targets: list[str], expected: li
 def test_a_module_that_is_named_twice_is_adapted_once() -> None:
     """And is named once to PEFT."""
     once, twice = (Lora(Adapter(target_modules=targets)) for targets in (["q_proj"], ["q_proj", "q_proj"]))
-    parameters = flat_parameters(twice.parameter_shapes(SHAPES))
+    parameters = flat_parameters(twice.parameter_shapes(SHAPES, None))
 
-    assert twice.parameter_shapes(SHAPES) == once.parameter_shapes(SHAPES)
+    assert twice.parameter_shapes(SHAPES, None) == once.parameter_shapes(SHAPES, None)
     assert twice.peft_config(parameters)["target_modules"] == ["q_proj"]
 
 
@@ -262,7 +262,7 @@ def test_variants_are_those_of_stock_peft(
 
 def test_patterns_count_what_they_train() -> None:
     """A layer with a rank of its own has that many rows in what is told before anything is loaded."""
-    shapes = Lora(Adapter(rank=2, rank_pattern={"up_proj": 3})).parameter_shapes(SHAPES)
+    shapes = Lora(Adapter(rank=2, rank_pattern={"up_proj": 3})).parameter_shapes(SHAPES, None)
 
     assert {shape[0] for name, shape in shapes.items() if name.endswith("up_proj.lora_A.weight")} == {3}
     assert {shape[0] for name, shape in shapes.items() if name.endswith("q_proj.lora_A.weight")} == {2}
@@ -282,4 +282,4 @@ def test_patterns_count_what_they_train() -> None:
 def test_patterns_that_mean_nothing_are_refused(pattern: dict[str, int], message: str) -> None:
     """Maps have no order in Kubernetes, so that the first of two could not win, as it does in PEFT."""
     with pytest.raises(ModelError, match=message):
-        Lora(Adapter(rank_pattern=pattern)).parameter_count(SHAPES)
+        Lora(Adapter(rank_pattern=pattern)).parameter_count(SHAPES, None)

@@ -29,7 +29,7 @@ from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples, load
 from qlora_trainer.data.packing import Step
 from qlora_trainer.modeling.adapter_methods import method_for
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
@@ -175,7 +175,7 @@ def run_theirs(model: Any, samples: Samples) -> tuple[float, dict[str, Tensor]]:
         (loss / supervised).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     found = {
-        n.removeprefix(adapter_module.PEFT_PREFIX).replace(".default.", "."): p.grad
+        n.removeprefix(PEFT_PREFIX).replace(".default.", "."): p.grad
         for n, p in model.named_parameters()
         if p.requires_grad
     }
@@ -323,7 +323,7 @@ def test_published_adapter_is_loaded_whole(pair: Pair) -> None:
     """Stock peft finds in the written files exactly the tensors that it expects, with their values and scale."""
     loaded = {n: p for n, p in pair.theirs.named_parameters() if "lora_" in n}
     expected = {
-        f"{adapter_module.PEFT_PREFIX}{name.replace('.weight', '.default.weight')}": p
+        f"{PEFT_PREFIX}{name.replace('.weight', '.default.weight')}": p
         for name, p in pair.ours.parameters.named.items()
     }
 

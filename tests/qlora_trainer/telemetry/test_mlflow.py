@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qlora_trainer.telemetry import mlflow
-from qlora_trainer.telemetry.mlflow import MlflowRun, Target, metrics_of
+from qlora_trainer.telemetry.mlflow import MlflowRun, Target, authorization, metrics_of
 
 pytestmark = pytest.mark.process
 
@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.logins: list[str | None] = []
         self.answers: dict[str, Callable[[], tuple[int, dict[str, Any]]]] = {}
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -58,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = self.path.partition("?")[0].removeprefix("/proxy/api/2.0/mlflow/")
+        self.server.logins.append(self.headers.get("Authorization"))
         self.server.asked.append((path, json.loads(body or b"{}")))
         status, answer = self.server.answers.get(path, lambda: (200, {}))()
         text = json.dumps(answer).encode()
@@ -173,7 +175,7 @@ def test_nothing_is_lost_while_the_server_is_down(
 
     assert sorted(set(steps)) == list(range(1, 500))
     assert steps[-1] == 499
-    assert caplog.text.count("the tracking server") == 1
+    assert caplog.text.count("does not answer as it should") == 1
     assert all(len(body.get("metrics", [])) <= 1000 for body in server.calls("runs/log-batch"))
 
 
@@ -207,18 +209,106 @@ def test_a_server_that_is_down_holds_nothing_up(
         pytest.param(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": "no"}, id="wrong"),
     ],
 )
-def test_a_server_that_refuses_is_asked_no_more(
-    status: int, answer: dict[str, Any], server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_server_that_refuses_is_asked_again_later(
+    status: int,
+    answer: dict[str, Any],
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """To repeat what is refused helps nobody."""
-    server.answers["runs/create"] = lambda: (status, answer)
+    """Once it takes them nothing is lost, and the log says both, once."""
+    monkeypatch.setattr(mlflow, "REFUSED_SECONDS", 0.05)
+    answers = iter([(status, answer)] * 3)
+    server.answers["runs/create"] = lambda: next(answers, (200, {"run": {"info": {"run_id": "r1"}}}))
     run = MlflowRun(target(server.uri), tmp_path / "mlflow.json")
+    run.write({"step": 1, "loss": 2.0})
+    deadline = time.monotonic() + 10
+    while not sent(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.close("FINISHED")
+
+    assert len(server.calls("runs/create")) == 4
+    assert sent(server) == [(1, "loss", 2.0)]
+    assert caplog.text.count("refuses the metrics") == 1
+    assert caplog.text.count("takes the metrics again") == 1
+
+
+def test_a_server_that_refuses_does_not_hold_up_the_end(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log says what it lacks."""
+    server.answers["runs/create"] = lambda: (401, {})
+    run = MlflowRun(target(server.uri), tmp_path / "mlflow.json")
+    run.write({"step": 1, "loss": 2.0})
+    began = time.monotonic()
+    run.close("FINISHED")
+
+    assert time.monotonic() - began < 2
+    assert (
+        "give it MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        in caplog.text
+    )
+    assert not (tmp_path / "mlflow.json").exists()
+
+
+def test_a_run_that_is_deleted_meanwhile_is_made_anew(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was sent is gone with it; the rest is in another run."""
+    monkeypatch.setattr(mlflow, "REFUSED_SECONDS", 0.05)
+    gone = (404, {"error_code": "RESOURCE_DOES_NOT_EXIST"})
+    answers = iter([(200, {}), gone])  # its parameters, then metrics
+    server.answers["runs/log-batch"] = lambda: next(answers, (200, {}))
+    server.answers["runs/update"] = lambda: gone if len(server.calls("runs/create")) == 1 else (200, {})
+    run = MlflowRun(target(server.uri), tmp_path / "mlflow.json")
+    run.write({"step": 1, "loss": 2.0})
+    deadline = time.monotonic() + 10
+    while len(server.calls("runs/create")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.close("FINISHED")
+
+    assert sent(server)[-1] == (1, "loss", 2.0)
+
+
+LOGIN = "Basic dXNlcjp3b3Jk"
+CREDENTIALS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "none": ({}, {}),
+    "a name and a password": (
+        {"MLFLOW_TRACKING_USERNAME": "user", "MLFLOW_TRACKING_PASSWORD": "word"},
+        {"Authorization": LOGIN},
+    ),
+    "a token": ({"MLFLOW_TRACKING_TOKEN": "t0"}, {"Authorization": "Bearer t0"}),
+}
+
+
+@pytest.mark.parametrize(("known", "header"), CREDENTIALS.values(), ids=CREDENTIALS)
+def test_credentials_are_a_secrets_or_the_environments(
+    known: dict[str, str], header: dict[str, str], tmp_path: Path
+) -> None:
+    """A mounted Secret is all that counts; without one, what MLflow's own clients read."""
+    for name, value in known.items():
+        (tmp_path / name).write_text(f"{value}\n")
+
+    assert authorization(tmp_path, {"MLFLOW_TRACKING_TOKEN": "other"}) == header
+    assert authorization(None, known) == header
+
+
+def test_a_login_that_is_renewed_is_used(server: Server, tmp_path: Path) -> None:
+    """The kubelet replaces the files of a Secret."""
+    (tmp_path / "MLFLOW_TRACKING_TOKEN").write_text("first")
+    run = MlflowRun(target(server.uri, credentials=tmp_path), tmp_path / "mlflow.json")
+    deadline = time.monotonic() + 10
+    while not server.calls("runs/create"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / "MLFLOW_TRACKING_TOKEN").write_text("second")
     run.write({"step": 1, "loss": 2.0})
     run.close("FINISHED")
 
-    assert len(server.calls("runs/create")) == 1
-    assert "refuses the metrics" in caplog.text
-    assert not (tmp_path / "mlflow.json").exists()
+    assert (server.logins[0], server.logins[-1]) == ("Bearer first", "Bearer second")
 
 
 def test_a_redirect_is_not_followed(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

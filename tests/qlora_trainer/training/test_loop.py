@@ -28,6 +28,7 @@ from qlora_trainer.errors import (
     NoImprovement,
     Terminated,
 )
+from qlora_trainer.modeling.adapter_methods import adapters_disabled
 from qlora_trainer.training import loop
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.loop import (
@@ -35,6 +36,7 @@ from qlora_trainer.training.loop import (
     check_improved,
     check_same_adapter,
     compare_with_best,
+    evaluate_adapter,
     finish,
     is_due,
     run_steps,
@@ -65,6 +67,35 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     assert context.folder.finished()
     assert context.folder.report() == json.loads(json.dumps(report))
     assert report["data"]["training"]["records"] > report["data"]["evaluation"]["records"] > 0
+
+
+VIRTUAL: dict[str, dict[str, Any]] = {
+    "prompt": {"method": "prompt-tuning", "promptInit": "text", "promptInitText": "Answer."},
+    "prefix": {"method": "prefix-tuning", "promptInit": "text", "promptInitText": "Answer."},
+    "projected": {"method": "prefix-tuning", "prefixProjection": True},
+}
+
+
+@pytest.mark.parametrize("adapter", VIRTUAL.values(), ids=VIRTUAL)
+def test_a_job_of_virtual_tokens_trains_evaluates_and_publishes(
+    ready: Ready, adapter: dict[str, Any]
+) -> None:
+    """The base's loss is without them; PEFT's one tensor is published, and has the loss that the report says."""
+    context = ready(
+        adapter={**adapter, "numVirtualTokens": 6}, evaluation={"everySteps": 2, "requireImprovement": False}
+    )
+    report = train(context)
+    losses = [line["eval_loss"] for line in lines(context) if "eval_loss" in line]
+    tensors = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+    state = prepare(context)  # from the last checkpoint
+    with adapters_disabled(state.model):
+        base = evaluate_adapter(context, state)
+
+    assert losses[0] == report["base_eval_loss_quantized"] == base
+    assert losses[-1] == report["eval_loss"] != base
+    assert evaluate_adapter(context, state) == pytest.approx(report["eval_loss"], rel=1e-6)
+    assert {name: len(tensor) for name, tensor in tensors.items()} == {"prompt_embeddings": 6}
+    assert context.folder.finished()
 
 
 def test_a_job_leaves_a_page_as_far_as_it_got(ready: Ready) -> None:
@@ -460,7 +491,7 @@ def test_generation_stops_by_itself_after_training(
 
 @pytest.fixture
 def overfits(ready: Ready, tmp_path: Path) -> Ready:
-    """ready(**fields of evaluation and checkpoint): what it learns by heart soon harms it elsewhere."""
+    """ready(**fields of adapter, evaluation and checkpoint): what it learns by heart soon harms it elsewhere."""
     answers = {"train": "one one one one", "other": "six"}
     folder = tmp_path / "overfits"
     folder.mkdir()
@@ -477,6 +508,7 @@ def overfits(ready: Ready, tmp_path: Path) -> Ready:
             evaluation={"everySteps": 1, "keepBest": True, "requireImprovement": False}
             | fields.get("evaluation", {}),
             checkpoint={"everySteps": 1, "keep": 1} | fields.get("checkpoint", {}),
+            adapter=fields.get("adapter", {}),
         )
 
     return make
@@ -505,6 +537,24 @@ def test_the_best_step_is_published(overfits: Ready) -> None:
     assert sorted(path.name for path in context.folder.checkpoints.iterdir()) == [kept.name, "step-00000008"]
     for name, tensor in load_file(kept / checkpoint.ADAPTER_FILE).items():
         assert torch.equal(published[f"base_model.model.{name}"], tensor)
+
+
+@pytest.mark.parametrize("adapter", VIRTUAL.values(), ids=VIRTUAL)
+def test_the_best_step_of_virtual_tokens_is_published(overfits: Ready, adapter: dict[str, Any]) -> None:
+    """And not those of the last step, which were written and evaluated before it was chosen."""
+    context = overfits(adapter={**adapter, "numVirtualTokens": 6})
+    report = train(context)
+    losses = curve(context)
+    best = min(losses, key=losses.__getitem__)
+    state = prepare(context)
+    checkpoint.load_adapter(checkpoint.path_of(context.folder, best), state.parameters)
+    published = load_file(context.folder.adapter / ADAPTER_WEIGHTS)
+
+    assert best < 8
+    assert report["published_step"] == best
+    assert report["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+    for name, tensor in state.parameters.published().items():
+        assert torch.equal(published[name], tensor)
 
 
 def test_training_ends_once_it_gets_no_better(overfits: Ready) -> None:
@@ -625,13 +675,27 @@ def test_which_step_is_the_best(losses: list[float | None], best: int | None, wa
     assert (state.best_step, state.evaluations_since_best) == (best, waited)
 
 
-def test_a_job_goes_on_from_another_jobs_adapter(ready: Ready, tmp_path: Path) -> None:
+SIX = {"numVirtualTokens": 6}
+
+
+@pytest.mark.parametrize(
+    ("first_of", "again_of"),
+    [
+        pytest.param({}, {}, id="lora"),
+        pytest.param(VIRTUAL["prompt"] | SIX, {"method": "prompt-tuning"} | SIX, id="prompt"),
+        pytest.param(VIRTUAL["prefix"] | SIX, {"method": "prefix-tuning"} | SIX, id="prefix"),
+        pytest.param(VIRTUAL["projected"] | SIX, {"method": "prefix-tuning"} | SIX, id="a-prefix-of-an-MLP"),
+    ],
+)
+def test_a_job_goes_on_from_another_jobs_adapter(
+    ready: Ready, tmp_path: Path, first_of: dict[str, Any], again_of: dict[str, Any]
+) -> None:
     """Its first loss is where the other ended; the report names what it began with, also after a restart without it."""
-    first = ready(training={"learningRate": 0.01, "maxSteps": 6})
+    first = ready(adapter=first_of, training={"learningRate": 0.01, "maxSteps": 6})
     before = train(first)
     shutil.move(first.folder.path, tmp_path / "first")
     settings = {
-        "adapter": {"initialAdapter": "pvc://team/first/adapter"},
+        "adapter": again_of | {"initialAdapter": "pvc://team/first/adapter"},
         "training": {"learningRate": 1e-9},
         "evaluation": {"everySteps": 1},
     }

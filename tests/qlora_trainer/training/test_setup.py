@@ -312,6 +312,37 @@ def test_what_is_lost_to_the_longest_length_is_told(ready: Ready, caplog: pytest
     )
 
 
+def test_virtual_tokens_leave_the_samples_fewer(ready: Ready) -> None:
+    """They count in the longest length, in bins and in steps, on the ranks as in the plan."""
+    virtual = {"adapter": {"method": "prefix-tuning", "numVirtualTokens": 20}}
+    context = ready(**virtual)
+    inputs = agree_on_inputs(context)
+    step = inputs.schedule.step(0)
+    lengths = inputs.data.train.lengths()
+
+    assert int(lengths.max()) <= 96 - 20
+    assert step.bin_tokens == [sum(int(lengths[n]) + 20 for n in bin_) for bin_ in step.bins]
+    assert max(step.bin_tokens) <= 96
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate", "told"),
+    [
+        ({"method": "prompt-tuning", "numVirtualTokens": 4}, 2e-4, True),
+        ({"method": "prompt-tuning", "numVirtualTokens": 4}, 1e-2, False),
+        ({}, 2e-4, False),
+    ],
+    ids=["default", "set", "LoRA"],
+)
+def test_a_rate_that_suits_lora_alone_is_told(
+    ready: Ready, caplog: pytest.LogCaptureFixture, adapter: dict[str, Any], rate: float, told: bool
+) -> None:
+    """The default of training.learningRate is LoRA's."""
+    agree_on_inputs(ready(adapter=adapter, training={"learningRate": rate}))
+
+    assert ("prompt-tuning learns little at it" in caplog.text) == told
+
+
 def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     """A rank that is asked to stop does not read all of the data first."""
     context = ready()

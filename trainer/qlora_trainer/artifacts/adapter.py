@@ -25,7 +25,7 @@ from qlora_contract.run_config import RunConfig
 from qlora_contract.units import first_line
 from qlora_trainer.artifacts.tensors import save_tensors
 from qlora_trainer.errors import TrainerError
-from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX, method_for
+from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.storage.atomic import replace_folder, seal_folder, translate_os_errors, write_atomically
 from qlora_trainer.storage.job_folder import JobFolder
@@ -89,7 +89,7 @@ def write_adapter(
     """
     staged = staging_folder(folder)
     shutil.rmtree(staged, ignore_errors=True)
-    tensors = {f"{PEFT_PREFIX}{name}": p.data for name, p in parameters.named.items()}
+    tensors = parameters.published()
     with translate_os_errors(f"writing the adapter to {folder.path}"):
         staged.mkdir(parents=True)
         save_tensors(tensors, staged / ADAPTER_WEIGHTS, {"format": "pt"})
@@ -131,12 +131,10 @@ def reload_adapter(staged: Path, parameters: AdapterParameters) -> None:
     Raises:
         TrainerError: the file does not hold exactly the adapter's tensors.
     """
-    written = load_file(staged / ADAPTER_WEIGHTS)
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in written.items()}
-    if tensors.keys() != parameters.named.keys():
+    written, expected = load_file(staged / ADAPTER_WEIGHTS), parameters.published()
+    if {name: t.shape for name, t in written.items()} != {name: t.shape for name, t in expected.items()}:
         raise TrainerError(f"{staged} does not hold the tensors that were written to it")
-    for name, parameter in parameters.named.items():
-        parameter.data.copy_(tensors[name])
+    parameters.load_published(written)
 
 
 def publish(folder: JobFolder, staged: Path, report: dict[str, Any], metrics: list[dict[str, Any]]) -> None:
@@ -204,22 +202,30 @@ def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) ->
         prompt=PROMPTS[chat],
     )
     terms = f"`{license_}`, as the base model's card has it" if license_ else "not stated"
+    if adapter.method == "lora":
+        kind, tags = "LoRA", "[lora, qlora, cpu]"
+        settings = (
+            f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},\n"
+            f"  on {', '.join(adapter.target_modules)}"
+        )
+    else:
+        kind, tags = adapter.method, f"[{adapter.method}, cpu]"
+        settings = f"- adapter: {adapter.virtual_tokens} virtual tokens before each prompt"
     return f"""---
 {front}library_name: peft
 pipeline_tag: text-generation
-tags: [lora, qlora, cpu]
+tags: {tags}
 ---
 
 # {run.job.name}
 
-A LoRA adapter for {named}{revision}, trained on CPUs by qlora-operator.
+A {kind} adapter for {named}{revision}, trained on CPUs by qlora-operator.
 
 | Evaluation loss | |
 | --- | --- |
 {table}
 
-- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},
-  on {", ".join(adapter.target_modules)}
+{settings}
 - base weights: {run.quantization.scheme}, computed in {report["compute_dtype"]}
 - {report["steps"]} steps of at most {training.global_batch_tokens} tokens, {report["tokens"]} tokens in all,
   learning rate {training.learning_rate:g} ({training.schedule}), seed {training.seed}

@@ -162,8 +162,7 @@ def load_adapter(path: Path, parameters: AdapterParameters) -> None:
         raise ConfigurationError(
             f"{path} holds an adapter for other layers or of another rank; remove it to start over"
         )
-    for name, parameter in parameters.named.items():
-        parameter.data.copy_(adapter[name])
+    parameters.load(adapter)
 
 
 def read_state(path: Path) -> LoopState:

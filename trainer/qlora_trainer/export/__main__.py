@@ -2,8 +2,8 @@
 
     python -m qlora_trainer.export < request.json
 
-`qlora export` and the first rank of a job start it. A process of its own gives its memory back, and can be stopped at
-any moment: what it is making is then removed.
+`qlora export` and the rank of the stage `export` start it. A process of its own gives its memory back, and can
+be stopped at any moment: what it is making is then removed.
 """
 
 import logging

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlora_contract.files import read_json
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE
 from qlora_trainer.errors import ModelError
-from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX
 
 _MATRIX = re.compile(rf"{re.escape(PEFT_PREFIX)}(?P<layer>.+)\.lora_(?P<which>[AB])\.weight")
 _CHANGES_THE_FORMULA = (
@@ -65,6 +65,11 @@ def read_adapter(folder: Path) -> AdapterWeights:
     """
     try:
         config: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise ModelError(
+                f"{folder} is an adapter of PEFT's kind {kind}: only LoRA's become part of the weights, as merged and "
+                "gguf need it; serve this one beside its base model"
+            )
         alpha, alphas = float(config["lora_alpha"]), dict(config.get("alpha_pattern") or {})
         tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,13 +36,23 @@ class GgufFamily:
     architecture: str
     interleaved: bool
     """Rotary pairs are neighbors there, and half a head apart in transformers."""
+    norm_offset: float = 0.0
+    """What is added to the weights of norms there; transformers adds it while it computes."""
+    activation: str = "silu"
+    """Of the MLP."""
 
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    "gemma2": GgufFamily("gemma2", interleaved=False, norm_offset=1.0, activation="gelu_pytorch_tanh"),
+    "glm4": GgufFamily("glm4", interleaved=False),
+    "granite": GgufFamily("granite", interleaved=True),
     "llama": GgufFamily("llama", interleaved=True),
     "mistral": GgufFamily("llama", interleaved=True),
+    "olmo2": GgufFamily("olmo2", interleaved=False),
+    "phi3": GgufFamily("phi3", interleaved=False),
     "qwen2": GgufFamily("qwen2", interleaved=False),
     "qwen3": GgufFamily("qwen3", interleaved=False),
+    "smollm3": GgufFamily("smollm3", interleaved=True),
 }
 """By config.json's model_type."""
 
@@ -56,11 +66,34 @@ def family_of(config: Any) -> GgufFamily:
     rope = config.rope_parameters.get("rope_type", "default")
     if rope not in ROPE_TYPES:
         raise ModelError(f"a model with {rope!r} rotary embeddings cannot be exported to GGUF")
-    if config.hidden_act != "silu":
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != family.activation:
         raise ModelError(
-            f"a model with hidden_act {config.hidden_act!r} cannot be exported to GGUF; only silu can"
+            f"a {config.model_type!r} model with hidden_act {activation!r} cannot be exported to GGUF; only "
+            f"{family.activation} can"
+        )
+    if why := _fixed_otherwise(config):
+        raise ModelError(
+            f"a {config.model_type!r} model with {why} cannot be exported to GGUF: llama.cpp has it fixed"
         )
     return family
+
+
+def _fixed_otherwise(config: Any) -> str:
+    """What a model has that llama.cpp computes in one way only, which is another; empty: nothing."""
+    layers = range(config.num_hidden_layers) if hasattr(config, "num_hidden_layers") else ()
+    if config.model_type == "smollm3" and list(config.no_rope_layers) != [
+        int((i + 1) % 4 != 0) for i in layers
+    ]:
+        return "other no_rope_layers than every fourth"
+    if config.model_type == "olmo2" and config.tie_word_embeddings:
+        return "tied embeddings"
+    if config.model_type == "gemma2":
+        if config.query_pre_attn_scalar != config.head_dim:
+            return "another query_pre_attn_scalar than head_dim"
+        if config.layer_types != [("sliding_attention", "full_attention")[i % 2] for i in layers]:
+            return "other layer_types than one sliding and one full in turn"
+    return ""
 
 
 # --- names and order
@@ -90,13 +123,20 @@ class GgufNames:
 
     def to_gguf(self, path: str, rows: Tensor) -> Tensor:
         """The rows of a tensor of transformers in llama.cpp's order."""
+        if self._is_offset(path):
+            return rows.float() + self._family.norm_offset
         heads = self._heads(path)
         return rows if heads is None else _swap(rows, heads, 2)
 
     def from_gguf(self, path: str, rows: Tensor) -> Tensor:
         """The inverse of to_gguf."""
+        if self._is_offset(path):
+            return rows - self._family.norm_offset
         heads = self._heads(path)
         return rows if heads is None else _swap(rows, heads, rows.shape[0] // heads // 2)
+
+    def _is_offset(self, path: str) -> bool:
+        return self._family.norm_offset != 0 and path.endswith("norm.weight")
 
     def _heads(self, path: str) -> int | None:
         """Heads within which rows are reordered; None: they are not."""
@@ -324,10 +364,23 @@ class Metadata:
         writer.add_value_length(head)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_rope_dimension_count(head)
+        writer.add_rope_dimension_count(int(head * config.rope_parameters.get("partial_rotary_factor", 1.0)))
         self._add_rope(writer)
+        self._add_special_to_family(writer)
         self._add_vocabulary(writer)
         return writer
+
+    def _add_special_to_family(self, writer: gguf.GGUFWriter) -> None:
+        config = self.config
+        if config.model_type == "granite":
+            writer.add_attention_scale(config.attention_multiplier)
+            writer.add_embedding_scale(config.embedding_multiplier)
+            writer.add_residual_scale(config.residual_multiplier)
+            writer.add_logit_scale(config.logits_scaling)
+        if config.model_type == "gemma2":
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+            writer.add_sliding_window(config.sliding_window)
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
         rope = self.config.rope_parameters
@@ -371,10 +424,13 @@ def head_size(config: Any) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Tokens up to which the file computes what the model does: llama.cpp has no sliding window for these families."""
+    """Tokens up to which the file computes what the model does: llama.cpp has no sliding window for these families but
+    Gemma 2."""
     longest = int(config.max_position_embeddings)
     kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
+    slides = "sliding_attention" in kinds if kinds else config.model_type in ("mistral", "phi3")
+    if config.model_type == "gemma2":
+        return longest
     window = getattr(config, "sliding_window", None)
     return min(longest, int(window)) if slides and window else longest
 

@@ -84,7 +84,7 @@ def stream(
         for number, prompt in enumerate(prompts):
             answer = _Answer(
                 number,
-                CachedSequence(len(prompt) + max_new_tokens),
+                CachedSequence(model.virtual_tokens + len(prompt) + max_new_tokens),
                 seeded_generator(f"generate/{sampling.seed}/{number}"),
             )
             logits = _read_prompt(model, prompt, answer.sequence)
@@ -135,7 +135,7 @@ def _read_prompt(model: BaseModel, prompt: Sequence[int], sequence: CachedSequen
     positions = torch.cat([torch.arange(length), torch.arange(padding)])
     lengths = [length, padding] if padding else [length]
     states = model.hidden_states(_row(ids, positions, lengths, padding), [sequence, None][: len(lengths)])
-    sequence.advance(length)
+    sequence.advance(model.virtual_tokens + length)
     return model.logits(states[length - 1 : length])[0]
 
 

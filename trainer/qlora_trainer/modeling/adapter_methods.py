@@ -5,13 +5,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from qlora_contract.run_config import Adapter
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters, Encode
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.lora import Lora
 from qlora_trainer.modeling.lora_linear import Dropout
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the name of each tensor of an adapter, whatever its method."""
+from qlora_trainer.modeling.prompt_methods import PrefixTuning, PromptTuning
 
 
 class AdapterMethod(Protocol):
@@ -20,25 +18,30 @@ class AdapterMethod(Protocol):
     Linear layers are given by their paths in the checkpoint (`model.layers.0.mlp.up_proj`) and shapes (out, in).
     """
 
-    def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
+    def attach(
+        self, model: BaseModel, *, seed: int, dropout: Dropout | None, encode: Encode | None = None
+    ) -> AdapterParameters:
         """Give a model its adapter.
 
         Args:
-            model: its layers are changed in place; until the first step it computes what it did before.
+            model: it is changed in place. With LoRA it computes what it did before, until the first step.
             seed: what the adapter starts with depends on it and on names alone.
             dropout: masks of the adapter's inputs while training; None for none.
+            encode: a text's tokens, for an adapter that starts as one; None where another is loaded into it anyway.
 
         Raises:
             ModelError: the model lacks a layer that is to be adapted.
         """
 
-    def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(
+        self, linears: Mapping[str, tuple[int, int]], config: Any
+    ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that `attach` would make trainable, in its order.
 
-        The names are those in checkpoints, and after PEFT's prefix those in the finished adapter. Raises as `attach`.
+        The names are those in checkpoints. `config`: transformers', of the language model. Raises as `attach`.
         """
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]]) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
         """How many numbers those are. Raises as `attach`."""
 
     def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
@@ -47,6 +50,8 @@ class AdapterMethod(Protocol):
 
 METHODS: dict[str, Callable[[Adapter], AdapterMethod]] = {
     "lora": Lora,
+    "prompt-tuning": PromptTuning,
+    "prefix-tuning": PrefixTuning,
 }
 """By the name in the API, `adapter.method`."""
 
@@ -62,11 +67,12 @@ def adapters_disabled(model: BaseModel) -> Iterator[None]:
 
     Where layers are recomputed in the backward pass (gradient checkpointing), that pass belongs within it, too.
     """
-    before = {name: layer.enabled for name, layer in model.linears.items()}
+    parts = [*model.linears.values(), *([] if model.virtual is None else [model.virtual])]
+    before = [part.enabled for part in parts]
     try:
-        for layer in model.linears.values():
-            layer.enabled = False
+        for part in parts:
+            part.enabled = False
         yield
     finally:
-        for name, enabled in before.items():
-            model.linears[name].enabled = enabled
+        for part, enabled in zip(parts, before, strict=True):
+            part.enabled = enabled

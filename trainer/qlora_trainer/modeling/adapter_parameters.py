@@ -4,14 +4,35 @@ One all-reduce, one norm, one optimizer step, whatever the layers and the method
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16
 """Each parameter starts at a multiple of this many fp32 numbers, a cache line, so that a resumed run adds up alike."""
+
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the name of each tensor of an adapter that belongs to a layer."""
+
+Encode = Callable[[str], list[int]]
+"""A text's tokens."""
+
+
+class PublishedForm(Protocol):
+    """What the finished adapter's file holds, where that is not the parameters by their names."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by PEFT's names."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the model compute with these. Training does not go on from there."""
+
+    def make(self) -> None:
+        """Make the model compute with what the parameters give, whatever was loaded."""
 
 
 @dataclass
@@ -21,13 +42,36 @@ class AdapterParameters:
     flat: nn.Parameter
     """(n,) fp32; its grad is one flat buffer too."""
     named: dict[str, nn.Parameter]
-    """Name in checkpoints and in the finished adapter (`<layer>.lora_A.weight`) -> view of flat."""
+    """Name in checkpoints (`<layer>.lora_A.weight`) -> view of flat."""
+    form: PublishedForm | None = field(default=None, repr=False)
+    """None: the finished adapter holds the parameters by their names, after PEFT_PREFIX."""
 
     @property
     def gradient(self) -> Tensor:
         """(n,) fp32: what the backward passes have added up."""
         assert self.flat.grad is not None
         return self.flat.grad
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters to tensors of the same names and shapes, and make the model compute with them."""
+        for name, parameter in self.named.items():
+            parameter.data.copy_(tensors[name])
+        if self.form is not None:
+            self.form.make()
+
+    def published(self) -> dict[str, Tensor]:
+        """What the finished adapter's file holds."""
+        if self.form is not None:
+            return self.form.tensors()
+        return {f"{PEFT_PREFIX}{name}": p.data for name, p in self.named.items()}
+
+    def load_published(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the model compute with such tensors; they are of these names."""
+        if self.form is not None:
+            self.form.load(tensors)
+            return
+        for name, parameter in self.named.items():
+            parameter.data.copy_(tensors[f"{PEFT_PREFIX}{name}"])
 
 
 def checksum(parameters: AdapterParameters) -> int:

@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.passes import AttentionSettings, Passes, passes_for
+from qlora_trainer.modeling.virtual_tokens import Prefix
 
 NAME = "qlora_packed"
 
@@ -49,6 +50,7 @@ def packed_attention(
     softcap: float | None = None,
     segment_lengths: list[int] | None = None,
     cached: Sequence[CachedSequence | None] | None = None,
+    prefix: Prefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each segment.
@@ -66,6 +68,8 @@ def packed_attention(
         segment_lengths: tokens of each sample in order; they sum to tokens.
         cached: of each segment the sequence that it continues, whose earlier tokens it sees, too, and which keeps its
             keys and values; None for a segment by itself. Without gradients.
+        prefix: further keys and values that the tokens of segments see, as if they were the segments' first; a window
+            counts them.
 
     Returns:
         (1, tokens, heads, head size), and None for the weights.
@@ -79,6 +83,20 @@ def packed_attention(
         raise ValueError("packed attention takes neither a mask nor dropout")
     if query.shape[0] != 1 or sum(segment_lengths) != query.shape[2]:
         raise ValueError(f"segments of {sum(segment_lengths)} tokens do not cover {tuple(query.shape)}")
+    if prefix is not None:
+        layer: Any = module
+        rows = prefix.lay_before(layer.layer_idx, query, key, value, segment_lengths)
+        output, _none = packed_attention(
+            module,
+            *rows,
+            None,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            segment_lengths=prefix.lengths(segment_lengths),
+            cached=cached,
+        )
+        return prefix.drop(output, segment_lengths), None
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     settings = AttentionSettings(segment_lengths, sliding_window, scale, softcap)
     if cached is not None:
@@ -91,8 +109,8 @@ def packed_attention(
             return torch.cat(outputs, dim=2).transpose(1, 2), None
     passes = passes_for(query, key, value)
     if passes is not None:
-        output: Tensor = _PackedAttention.apply(query, key, value, settings, passes)
-        return output, None
+        attended: Tensor = _PackedAttention.apply(query, key, value, settings, passes)
+        return attended, None
     return _reference(query, key, value, settings), None
 
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qlora_trainer.data.collate import Batch
+from qlora_trainer.data.collate import Batch, pad_multiple
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.loss import cap, head_logits
+from qlora_trainer.modeling.virtual_tokens import PrefixTokens, SoftPrompt
 
 
 class Embedding(nn.Module):
@@ -50,21 +51,107 @@ class BaseModel:
     """Logits l become softcap * tanh(l / softcap); None: they stay."""
     use: object = None
     """What keeps the files that weights are mapped from, as long as there is a reference to it."""
+    virtual: SoftPrompt | PrefixTokens | None = None
+    """What each sample sees before its own tokens; None: nothing."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many tokens a sample sees before its own."""
+        return self.virtual.count if self.virtual is not None and self.virtual.enabled else 0
 
     def hidden_states(self, batch: Batch, cached: Sequence[CachedSequence | None] | None = None) -> Tensor:
         """What the head reads: (tokens, hidden size), in the compute dtype; no sample of the row sees another.
 
         Its product with the head is the logits, but for `softcap`. `cached`: of each sample in the row the sequence
-        that it continues (modeling.attention), without gradients.
+        that it continues (modeling.attention), without gradients. Virtual tokens stand before each sample, and before
+        one that a sequence begins with; rows of the padding may then be missing.
         """
-        states: Tensor = self.graph(
-            input_ids=batch.ids[None],
-            position_ids=batch.positions[None],
-            use_cache=False,
-            segment_lengths=batch.lengths,
-            **({} if cached is None else {"cached": cached}),
-        ).last_hidden_state[0]
+        states: Tensor
+        if self.virtual is None or not self.virtual.enabled:
+            states = self._run(batch.positions, batch.lengths, cached, input_ids=batch.ids[None])
+        else:
+            begins = [
+                not (cached and cached[number] and cached[number].length)  # type: ignore[union-attr]
+                for number in range(len(batch.lengths))
+            ]
+            if batch.padding:
+                begins[-1] = False
+            if isinstance(self.virtual, PrefixTokens):
+                states = self._behind_prefix(self.virtual, batch, cached, begins)
+            else:
+                states = self._behind_prompt(self.virtual, batch, cached, begins)
         return states if self.logits_divisor == 1.0 else states / self.logits_divisor
+
+    def _run(
+        self,
+        positions: Tensor,
+        lengths: list[int],
+        cached: Sequence[CachedSequence | None] | None,
+        **inputs: Any,
+    ) -> Tensor:
+        """The decoder's output (tokens, hidden size) for a row of segments."""
+        states: Tensor = self.graph(
+            position_ids=positions[None],
+            use_cache=False,
+            segment_lengths=lengths,
+            **({} if cached is None else {"cached": cached}),
+            **inputs,
+        ).last_hidden_state[0]
+        return states
+
+    def _behind_prefix(
+        self,
+        prefix: PrefixTokens,
+        batch: Batch,
+        cached: Sequence[CachedSequence | None] | None,
+        begins: list[bool],
+    ) -> Tensor:
+        """Samples that begin see the prefix's keys and values in every layer."""
+        behind = torch.tensor([prefix.count * each for each in begins])
+        positions = batch.positions + behind.repeat_interleave(torch.tensor(batch.lengths))
+        return self._run(
+            positions, batch.lengths, cached, input_ids=batch.ids[None], prefix=prefix.before(begins)
+        )
+
+    def _behind_prompt(
+        self,
+        prompt: SoftPrompt,
+        batch: Batch,
+        cached: Sequence[CachedSequence | None] | None,
+        begins: list[bool],
+    ) -> Tensor:
+        """Samples that begin have the prompt's rows before their own. The row gets a padding of its own."""
+        graph: Any = self.graph
+        samples = len(batch.lengths) - bool(batch.padding)
+        own = batch.lengths[:samples]
+        rows = graph.get_input_embeddings()(batch.ids[: batch.tokens])
+        prompts = iter(prompt.copies(sum(begins), rows.dtype))
+        pieces, positions, parts, lengths = [], [], [], []
+        for piece, places, begin in zip(
+            torch.split(rows, own), torch.split(batch.positions[: batch.tokens], own), begins, strict=False
+        ):
+            if begin:
+                pieces.append(next(prompts))
+                positions.append(torch.arange(prompt.count))
+                parts.append(prompt.count)
+            pieces.append(piece)
+            positions.append(places + prompt.count * begin)
+            parts.append(len(piece))
+            lengths.append(len(piece) + prompt.count * begin)
+        if padding := -sum(lengths) % pad_multiple(self.dtype):
+            pieces.append(rows.new_zeros(padding, rows.shape[1]))
+            positions.append(torch.arange(padding))
+            parts.append(padding)
+            lengths.append(padding)
+        of_segments = None if cached is None else [*cached[:samples], None][: len(lengths)]
+        states = self._run(torch.cat(positions), lengths, of_segments, inputs_embeds=torch.cat(pieces)[None])
+        found = iter(torch.split(states, parts))
+        kept = []
+        for begin in begins[:samples]:
+            if begin:
+                next(found)
+            kept.append(next(found))
+        return torch.cat(kept)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden size) of hidden_states -> (rows, vocabulary) fp32, without gradients."""

@@ -2,28 +2,46 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from qlora_contract.files import sha256
+from qlora_contract.files import read_json, sha256
 from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
-from qlora_trainer.modeling.adapter_methods import PEFT_PREFIX
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters
+from qlora_trainer.modeling.adapter_parameters import PEFT_PREFIX, AdapterParameters
+from qlora_trainer.modeling.prompt_methods import EMBEDDING, PUBLISHED
 
-FIELDS: Mapping[str, tuple[str, Any]] = {
-    "r": ("rank", 8),
-    "lora_alpha": ("alpha", 8),
-    "use_rslora": ("rslora", False),
-    "rank_pattern": ("rankPattern", {}),
-    "alpha_pattern": ("alphaPattern", {}),
+
+@dataclass(frozen=True)
+class Kind:
+    """What PEFT writes of a method's adapters."""
+
+    peft_type: str
+    fields: Mapping[str, tuple[str, Any]]
+    """Of PEFT's configuration: the field of a job that must be equal, and what stands for one that is not written."""
+
+
+VIRTUAL_TOKENS: Mapping[str, tuple[str, Any]] = {"num_virtual_tokens": ("numVirtualTokens", None)}
+KINDS: Mapping[str, Kind] = {
+    "lora": Kind(
+        "LORA",
+        {
+            "r": ("rank", 8),
+            "lora_alpha": ("alpha", 8),
+            "use_rslora": ("rslora", False),
+            "rank_pattern": ("rankPattern", {}),
+            "alpha_pattern": ("alphaPattern", {}),
+        },
+    ),
+    "prompt-tuning": Kind("PROMPT_TUNING", VIRTUAL_TOKENS),
+    "prefix-tuning": Kind("PREFIX_TUNING", VIRTUAL_TOKENS),
 }
-"""Of PEFT's configuration: the field of a job that must be equal, and what stands for one that is not written."""
+"""By `adapter.method`."""
 
 UNSUPPORTED: Mapping[str, Any] = {
     "use_dora": False,
@@ -46,9 +64,11 @@ def check(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]])
         ModelError: there is no adapter, or it is not of the same kind and layers.
     """
     config = read_config(folder)
-    if config.get("peft_type") != "LORA":
+    kind = KINDS[adapter.method]
+    if config.get("peft_type") != kind.peft_type:
         raise ModelError(
-            f"adapter.initialAdapter: {folder} is of the type {config.get('peft_type')}, and must be LORA"
+            f"adapter.initialAdapter: {folder} is of the type {config.get('peft_type')}, and must be {kind.peft_type}, "
+            f"as adapter.method is {adapter.method}"
         )
     for name, supported in UNSUPPORTED.items():
         if config.get(name, supported) not in (supported, [] if supported is None else supported):
@@ -56,7 +76,7 @@ def check(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]])
                 f"adapter.initialAdapter: {folder} has {name} {config[name]}, which cannot be trained here"
             )
     wanted = adapter.model_dump(by_alias=True)
-    for name, (field, default) in FIELDS.items():
+    for name, (field, default) in kind.fields.items():
         value = config.get(name, default)
         if value != wanted[field]:
             raise ModelError(
@@ -65,6 +85,11 @@ def check(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]])
             )
     found = tensor_shapes(folder)
     missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if (missing or unknown) and adapter.method != "lora":
+        raise ModelError(
+            f"adapter.initialAdapter: {folder} must hold one tensor, {PUBLISHED}, and holds "
+            f"{', '.join(sorted(found)) or 'none'}: save the adapter again by PEFT"
+        )
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is not trained here"
         raise ModelError(
@@ -82,7 +107,7 @@ def check(folder: Path, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]])
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder. Raises ModelError where there is none."""
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
+        config = read_json(folder / ADAPTER_CONFIG)
     except FileNotFoundError as error:
         raise ModelError(
             f"adapter.initialAdapter: {folder} has no {ADAPTER_CONFIG}: it must be the folder of an adapter as PEFT "
@@ -98,11 +123,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the adapter's tensors, without PEFT's prefix. Raises ModelError."""
+    """Name -> shape of the adapter's tensors, by the parameters' names. Raises ModelError."""
     path = folder / ADAPTER_WEIGHTS
     try:
         with safe_open(path, "pt") as file:
-            return {n.removeprefix(PEFT_PREFIX): tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            return {parameter_of(n): tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ModelError(
             f"adapter.initialAdapter: {folder} has no {ADAPTER_WEIGHTS}; an adapter in another format must be saved "
@@ -112,10 +137,13 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"adapter.initialAdapter: {path} cannot be read: {error}") from error
 
 
+def parameter_of(tensor: str) -> str:
+    """The name of the parameter that a tensor of an adapter's file is."""
+    return EMBEDDING if tensor == PUBLISHED else tensor.removeprefix(PEFT_PREFIX)
+
+
 def load(folder: Path, parameters: AdapterParameters) -> str:
     """Set the parameters to those of an adapter that `check` has passed; sha256 of its file."""
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in parameters.named.items():
-            parameter.copy_(tensors[f"{PEFT_PREFIX}{name}"])
+    tensors = {parameter_of(name): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    parameters.load(tensors)
     return sha256(folder / ADAPTER_WEIGHTS)

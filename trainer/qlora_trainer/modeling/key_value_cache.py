@@ -37,6 +37,10 @@ class CachedSequence:
         values[:, :, self.length : end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All that a layer has of memory: (1, key heads, capacity, head size) of keys, and of values."""
+        return self._layers[layer]
+
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has appended."""
         self.length += tokens

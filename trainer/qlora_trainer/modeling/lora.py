@@ -10,7 +10,7 @@ import torch
 
 from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
-from qlora_trainer.modeling.adapter_parameters import AdapterParameters, flat_parameters
+from qlora_trainer.modeling.adapter_parameters import AdapterParameters, Encode, flat_parameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.families import LANGUAGE_MODEL
 from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
@@ -32,7 +32,14 @@ class Lora:
     adapter: Adapter
     """The job's settings."""
 
-    def attach(self, model: BaseModel, *, seed: int, dropout: Dropout | None) -> AdapterParameters:
+    def attach(
+        self,
+        model: BaseModel,
+        *,
+        seed: int,
+        dropout: Dropout | None,
+        encode: Encode | None = None,  # noqa: ARG002 - AdapterMethod's
+    ) -> AdapterParameters:
         """Give the targeted layers their adapters."""
         adapter = self.adapter
         layers = target_layers(model.linears, adapter.target_modules)
@@ -43,7 +50,11 @@ class Lora:
         }
         return attach_ranked(layers, ranks, scales, dropout=dropout, seed=seed)
 
-    def parameter_shapes(self, linears: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(
+        self,
+        linears: Mapping[str, tuple[int, int]],
+        config: Any,  # noqa: ARG002 - AdapterMethod's
+    ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
         layers = target_layers(linears, self.adapter.target_modules)
         by_pattern(layers, self.adapter.alpha_pattern, self.adapter.alpha, "adapter.alphaPattern")
@@ -52,9 +63,9 @@ class Lora:
     def _ranks(self, layers: Mapping[str, Any]) -> dict[str, int]:
         return by_pattern(layers, self.adapter.rank_pattern, self.adapter.rank, "adapter.rankPattern")
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]]) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
         """Numbers that are trained."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes(linears).values())
+        return sum(math.prod(shape) for shape in self.parameter_shapes(linears, config).values())
 
     def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
         """LoRA's part of adapter_config.json; `all-linear` is spelled out as the names of the adapted layers.

@@ -15,6 +15,7 @@ from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
 from qlora_trainer.modeling.graph import build_graph
+from qlora_trainer.modeling.prompt_methods import made_weights
 from qlora_trainer.modeling.weight_files import bytes_per_weight
 
 
@@ -50,7 +51,9 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         stored_bytes=embedding_bytes,
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
-        adapter_weights=method_for(adapter).parameter_count(linears),
+        adapter_weights=method_for(adapter).parameter_count(linears, config),
+        beside_layers=adapter.method == "lora",
+        made_weights=made_weights(adapter, config),
         further_kept=further_kept(
             dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
             config.hidden_size,
@@ -64,7 +67,7 @@ def adapter_shapes(folder: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]
     """Name -> shape of what would be trained of the adapter, by config.json alone. Raises as model_shape."""
     family, config = read_model(folder)
     linears = _adaptable(_linears(_graph(folder, family, config), family), family)
-    return method_for(adapter).parameter_shapes(linears)
+    return method_for(adapter).parameter_shapes(linears, config)
 
 
 def _graph(folder: Path, family: Family, config: Any) -> nn.Module:

@@ -103,7 +103,9 @@ def state_of(report: Mapping[str, Any], attempts: Sequence[AttemptRecord]) -> st
         state = f"finished {report.get('finished') or ''}".strip()
         # What comes after the adapter may fail: exports.
         return (
-            state if not ended or ended.startswith("adapter published") else f"{state}; since then: {ended}"
+            state
+            if not ended or ended.startswith(("adapter published", "exported "))
+            else f"{state}; since then: {ended}"
         )
     as_of = f"as of {report['finished']}" if report.get("finished") else "unfinished"
     return f"not finished, {as_of}: {ended}" if ended else f"not finished, {as_of}"

@@ -2,14 +2,17 @@
 
 A thread of its own talks to the server. Training never waits for it: what it could not send is kept up to a bound, and
 one line of the log says that the server does not answer. Redirects are not followed and no proxy is asked: the
-administrator has allowed one address.
+administrator has allowed one address. A server that refuses is asked again some minutes later: a login may be put
+right, or renewed, while a job trains for days.
 """
 
+import base64
 import collections
 import http.client
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +31,8 @@ SEND_SECONDS = 2.0
 """How long lines are collected before they are sent together."""
 RETRY_SECONDS = (5.0, 60.0)
 """Between two tries while the server does not answer: the first pause, which doubles, and the longest."""
+REFUSED_SECONDS = 300.0
+"""Between two tries while the server refuses."""
 LAST_RETRY_SECONDS = 1.0
 """Between two tries at the end."""
 CLOSE_SECONDS = 10.0
@@ -41,11 +46,13 @@ MAX_PARAM_CHARACTERS = 6000
 _MAX_ANSWER = 2**20
 METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens", "seconds", "memory_peak", "epoch")
 """Of a line of metrics.jsonl, under the same names."""
+USERNAME, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
+"""Keys of the Secret, and variables of the environment where there is none; the names are MLflow's."""
 _LOST_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 class _RefusedError(Exception):
-    """The server answers that a request is wrong: to repeat it does not help."""
+    """The server answers that a request is wrong: to repeat it at once does not help."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{status} {code}: {message}")
@@ -61,6 +68,8 @@ class Target:
     run_name: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
+    credentials: Path | None = None
+    """Folder of a mounted Secret; read for each request, since it may be renewed. None: the environment's."""
 
 
 class MlflowRun:
@@ -106,14 +115,23 @@ class MlflowRun:
             closing = self._status is not None
             try:
                 self._send()
+                if self._said:
+                    self._said = False
+                    log.warning("the tracking server %s takes the metrics again", self._target.uri)
                 pause = RETRY_SECONDS[0]
                 if closing:
                     self._call("runs/update", run_id=self._run_id, status=self._status, end_time=_now())
                     return
                 self._wake.wait(SEND_SECONDS)
             except _RefusedError as error:
-                self._say(f"refuses the metrics ({error}); nothing more is sent")
-                return
+                self._say(
+                    f"refuses the metrics ({error}){self._hint(error)}; training goes on, and it is asked again"
+                )
+                if error.code in _LOST_RUN:
+                    self._run_id = None  # somebody may have deleted it
+                if closing:
+                    return
+                self._wake.wait(REFUSED_SECONDS)
             except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
                 what = str(error) or type(error).__name__
                 self._say(f"does not answer as it should ({what}); training goes on, and it is tried again")
@@ -200,13 +218,14 @@ class MlflowRun:
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         left = max(0.1, min(REQUEST_SECONDS, self._deadline - time.monotonic()))
         connection = kind(str(parts.hostname), parts.port, timeout=left)
+        headers = authorization(self._target.credentials)
         target = f"{parts.path.rstrip('/')}/api/2.0/mlflow/{path}"
         try:
             if method == "GET":
-                connection.request(method, f"{target}?{urlencode(fields)}")
+                connection.request(method, f"{target}?{urlencode(fields)}", headers=headers)
             else:
                 body = json.dumps(fields).encode()
-                connection.request(method, target, body, {"Content-Type": "application/json"})
+                connection.request(method, target, body, {"Content-Type": "application/json", **headers})
             response = connection.getresponse()
             answer = _object(response.read(_MAX_ANSWER))
         finally:
@@ -219,11 +238,36 @@ class MlflowRun:
             raise ValueError(f"status {response.status}")
         return answer
 
+    def _hint(self, error: _RefusedError) -> str:
+        if error.status not in (401, 403):
+            return ""
+        given = self._target.credentials or "the environment"
+        return f": give it {USERNAME} and {PASSWORD}, or {TOKEN}, that it takes; they are read from {given}"
+
     def _say(self, what: str) -> None:
         """Log it, the first time."""
         if not self._said:
             self._said = True
             log.warning("the tracking server %s %s", self._target.uri, what)
+
+
+def authorization(folder: Path | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The header that credentials make; none without any.
+
+    Args:
+        folder: of a mounted Secret; None: there is none.
+        environ: read in its place.
+    """
+    known = {} if folder is not None else environ
+    if folder is not None:
+        names = [name for name in (USERNAME, PASSWORD, TOKEN) if (folder / name).is_file()]
+        known = {name: (folder / name).read_text(errors="replace").strip() for name in names}
+    if token := known.get(TOKEN):
+        return {"Authorization": f"Bearer {token}"}
+    if user := known.get(USERNAME):
+        login = base64.b64encode(f"{user}:{known.get(PASSWORD, '')}".encode()).decode()
+        return {"Authorization": f"Basic {login}"}
+    return {}
 
 
 def metrics_of(line: Mapping[str, Any], at: int) -> list[dict[str, Any]]:

@@ -81,8 +81,7 @@ def _with_model(
     tokenizer = read_tokenizer(folder)
     began = datetime.datetime.now().astimezone()
     options = tokenization_options(run, tokenizer, folder, roots, began)
-    longest = run.training.max_sequence_length
-    data = into_passing_files(TokenSource(lenient, roots, tokenizer, longest, options))
+    data = into_passing_files(TokenSource(lenient, roots, tokenizer, run.own_tokens, options))
     schedule = step_schedule(run, data)
     numbers = sorted({0, len(data.train) // 2, len(data.train) - 1})[:SHOWN]
     samples = [

@@ -10,6 +10,7 @@ from qlora_trainer.data.dataset import Samples
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.inputs import lengths_in_rows
 from qlora_trainer.training.objective import Objective
 
 
@@ -38,7 +39,7 @@ def evaluate(
     """
     if samples is None:
         return None
-    lengths, groups = samples.lengths(), samples.group_offsets
+    lengths, groups = lengths_in_rows(samples, context.run), samples.group_offsets
     counts = objective.counts(samples)
     order = np.arange(len(samples) if groups is None else len(groups) - 1)
     longest = context.run.training.max_sequence_length

@@ -1,4 +1,5 @@
-"""What a job's output.formats asks for, made once its adapter is finished: by a process that the first rank starts."""
+"""What a job's output.formats asks for, made once its adapter is finished: by a process that the one rank of the stage
+`export` starts."""
 
 import json
 import logging
@@ -18,7 +19,6 @@ from qlora_contract.paths import resolve
 from qlora_contract.plan import PlanError
 from qlora_trainer.errors import Terminated, TrainerError
 from qlora_trainer.host.process import processor_seconds
-from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.storage.atomic import write_atomically
 from qlora_trainer.telemetry.progress import Progress
 from qlora_trainer.training.context import RankContext
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 EXPORTER = (sys.executable, "-m", entry_points.EXPORT)
 POLL_SECONDS = 1.0
-"""Between two times that the ranks ask one another whether the export is done, or they are to stop."""
+"""Between two looks whether the export is done, or to be stopped."""
 
 
 def check(forms: Sequence[ExportForm], model: Path) -> None:
@@ -48,45 +48,40 @@ def space(forms: Sequence[ExportForm], model: Path) -> int:
 
 
 def export(context: RankContext, command: Sequence[str] = EXPORTER) -> None:
-    """Make of the finished adapter what is not made of it yet. All ranks call this, and wait for the first.
+    """Make of the finished adapter what is not made of it yet.
 
     Args:
-        context: this rank's; its job is finished.
+        context: of the only rank; its job is finished.
         command: the exporter's command line.
 
     Raises:
-        Terminated: a rank was asked to stop; what is finished stays.
-        TrainerError: an export failed; the same on every rank. The adapter stays.
+        Terminated: the rank was asked to stop; what is finished stays.
+        TrainerError: an export failed. The adapter stays.
     """
-    forms = context.group.all_gather_object(_missing(context) if context.is_rank_zero else [])[0]
+    forms = _missing(context)
     if not forms:
         return
-    malloc_trim()  # the process needs what the trained model has given back
     context.progress.update(stage="Publishing")
-    process = Exporter(command, _request(context, forms), context.progress) if context.is_rank_zero else None
+    process = Exporter(command, _request(context, forms), context.progress)
     try:
-        done = False
-        while not done:
-            running = process is not None and process.runs(POLL_SECONDS)
-            if process is not None and process.worked():
+        while process.runs(POLL_SECONDS):
+            if process.worked():
                 context.progress.advance(0)
-            reduced = context.all_reduce_scalars({"running": float(running)})
-            done = not reduced.sums["running"]
-            if reduced.stop_requested and not done:
+            if context.stop.is_set():
                 raise Terminated(
                     "asked to stop while exporting; the adapter is finished, and what was exported is kept"
                 )
     finally:
-        if process is not None:
-            process.stop()
+        process.stop()
     context.progress.begin(None)
-    failure: PlanError | None = context.group.all_gather_object(process and process.failure())[0]
+    failure = process.failure()
     if failure is not None:
-        error = TrainerError(failure.cause)
+        error = TrainerError(
+            f"{failure.cause}; the adapter is finished, and stays in {context.folder.adapter}"
+        )
         error.exit_code, error.agreed = ExitCode(failure.code), True
         raise error
-    if context.is_rank_zero:
-        report(context)
+    report(context)
 
 
 def _missing(context: RankContext) -> list[ExportForm]:
@@ -116,7 +111,7 @@ def report(context: RankContext) -> None:
     """Tell in training_report.json how each export compares with the trained model."""
     folder = context.folder.path / EXPORTS
     reports = {form: read_json(folder / form / EXPORT_REPORT) for form in forms_of(context.run.output)}
-    whole = {**context.folder.report(), "exports": reports}
+    whole = {**context.folder.report(), "exports": reports, "cost": context.books.cost()}
     context.folder.check_fence()
     write_atomically(context.folder.path / TRAINING_REPORT, json.dumps(whole, indent=1))
     for form, made in reports.items():

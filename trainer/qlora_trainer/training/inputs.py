@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlora_contract.files import read_json
 from qlora_contract.memory import Dtype, ModelShape
@@ -138,7 +139,7 @@ def load_inputs(
     roots = [resolve(uri, volumes) for uri in run.dataset_uris]
     tokenizer = read_tokenizer(folder)
     options = tokenization_options(run, tokenizer, folder, roots, began, advance)
-    source = TokenSource(run.dataset, roots, tokenizer, longest, options)
+    source = TokenSource(run.dataset, roots, tokenizer, run.own_tokens, options)
     data = (by or into_passing_files)(source).of_dataset(run.dataset)
     if not data.epoch_samples:
         raise DataError(
@@ -158,6 +159,11 @@ def load_inputs(
     if data.evaluation is not None:
         data = replace(data, evaluation=bounded(data.evaluation, run.evaluation.max_tokens))
     return tokenizer, data
+
+
+def lengths_in_rows(samples: Samples, run: RunConfig) -> NDArray[np.int64]:
+    """(samples,): what each takes of a row and of a step, its virtual tokens included."""
+    return samples.lengths() + run.adapter.virtual_tokens
 
 
 def tokenization_options(
@@ -193,7 +199,7 @@ def tokenization_options(
 
 def step_schedule(run: RunConfig, data: LoadedData) -> StepSchedule:
     """Every step of a job's training."""
-    return StepSchedule(data.train.lengths(), run.training, data.train.group_offsets, data.mix)
+    return StepSchedule(lengths_in_rows(data.train, run), run.training, data.train.group_offsets, data.mix)
 
 
 def check_tokens(data: LoadedData, tokenizer: Any, shape: ModelShape, folder: Path) -> None:

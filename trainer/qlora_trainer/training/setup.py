@@ -69,6 +69,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LORA_RATE = 2e-4
+"""The default of training.learningRate."""
 CHECKPOINT_BYTES = 12
 """Per adapter weight: fp32, and AdamW's two moments."""
 
@@ -211,7 +213,12 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         for use, facts in data.facts().items():
             log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
         context.folder.check_space(space)
-        warn_of_lost_answers(data, run.training.max_sequence_length)
+        warn_of_lost_answers(data, run.own_tokens)
+        if run.adapter.method != "lora" and run.training.learning_rate == LORA_RATE:
+            log.warning(
+                "training.learningRate is %g, which suits LoRA: %s learns little at it; 0.001 to 0.03 are usual",
+                LORA_RATE, run.adapter.method,
+            )  # fmt: skip
     schedule = step_schedule(run, data)
     context.progress.update(
         data="; ".join(f"{use}: {facts.summary()}" for use, facts in data.facts().items())
@@ -404,7 +411,12 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
     if inputs.memory.checkpointing == "full":
         model.enable_gradient_checkpointing()
     dropout = Dropout(run.adapter.dropout, run.training.seed) if run.adapter.dropout else None
-    parameters = method_for(run.adapter).attach(model, seed=run.training.seed, dropout=dropout)
+    parameters = method_for(run.adapter).attach(
+        model,
+        seed=run.training.seed,
+        dropout=dropout,
+        encode=lambda text: list(inputs.tokenizer(text).input_ids),
+    )
     if run.adapter.initial_adapter is not None and inputs.checkpoint is None:
         initial = resolve(run.adapter.initial_adapter, context.volumes)
         inputs.loop.initial_adapter_sha256 = initial_adapter.load(initial, parameters)

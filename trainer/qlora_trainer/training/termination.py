@@ -5,6 +5,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.export import forms_of
 from qlora_contract.job_folder import adapter_uri
 from qlora_contract.progress import TerminationReport
 from qlora_contract.units import first_line
@@ -26,7 +27,7 @@ def success_report(context: RankContext, report: dict[str, Any]) -> TerminationR
     return TerminationReport(
         exit_code=0,
         reason="DONE",
-        cause="adapter published" + ("" if loss is None else f", eval loss {loss:.4f}"),
+        cause=_done(context, loss),
         rank=context.world.rank,
         host=socket.gethostname(),
         step=report["steps"],
@@ -40,6 +41,12 @@ def success_report(context: RankContext, report: dict[str, Any]) -> TerminationR
         adapter_sha256=report["adapter_sha256"],
         energy_kwh=report.get("cost", {}).get("energy_kwh"),
     )
+
+
+def _done(context: RankContext, loss: float | None) -> str:
+    if context.run.stage == "export":
+        return f"exported {', '.join(forms_of(context.run.output))}"
+    return "adapter published" + ("" if loss is None else f", eval loss {loss:.4f}")
 
 
 def failure_report(error: BaseException, rank: int, context: RankContext | None) -> TerminationReport:

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.job_folder import EVENTS, MLFLOW_RUN
+from qlora_contract.paths import CREDENTIALS_ROOT
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.event_file import EventFile
 from qlora_trainer.host.affinity import on_service_cpus
@@ -61,6 +62,7 @@ def target_of(run: RunConfig) -> Target:
     """Where the metrics of a job go, and what is said of it besides."""
     assert run.tracking.mlflow is not None
     fields = identity_fields(run)
+    secret = Path(CREDENTIALS_ROOT) / "tracking"
     params = {
         f"{section}.{name}": str(value)
         for section, values in fields.items()
@@ -70,6 +72,7 @@ def target_of(run: RunConfig) -> Target:
         uri=run.tracking.mlflow.uri,
         experiment=run.tracking.mlflow.experiment,
         run_name=run.job.name,
+        credentials=secret if secret.is_dir() else None,
         params={name: value for name, value in params.items() if value not in ("", "None")},
         tags={
             "qlora.namespace": run.job.namespace,

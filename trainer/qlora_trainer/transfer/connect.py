@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from qlora_contract.remote import NamedSource, Remote, parse_remote
-from qlora_trainer.transfer.credentials import HUB_KEYS, S3_KEYS, read_credentials
+from qlora_trainer.transfer.credentials import DOCKER_CONFIG, HUB_KEYS, S3_KEYS, read_credentials
 from qlora_trainer.transfer.hub import Hub
+from qlora_trainer.transfer.oci import Oci
 from qlora_trainer.transfer.s3 import S3
 from qlora_trainer.transfer.web import Web
 
@@ -37,3 +38,11 @@ def connect_source(source: NamedSource, environ: Mapping[str, str], limit_second
     if remote.kind == "web":
         return Web(remote, environ, min(READ_SECONDS, limit_seconds))
     return connect(remote, source.field, environ, limit_seconds)
+
+
+def connect_destination(remote: Remote, environ: Mapping[str, str], limit_seconds: float) -> Hub | S3 | Oci:
+    """As `connect`, for what may be sent to, with the credentials for output: that may also be an OCI registry."""
+    if remote.kind == "artifact":
+        credentials = read_credentials("output", (DOCKER_CONFIG,), environ)
+        return Oci(remote, credentials, environ, min(READ_SECONDS, limit_seconds))
+    return connect(remote, "output", environ, limit_seconds)

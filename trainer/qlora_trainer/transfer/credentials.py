@@ -1,6 +1,9 @@
 """Credentials from the files of a Secret, certificates by environment variable, and texts with secrets removed."""
 
+import base64
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +16,9 @@ HUB_KEYS = ("token",)
 S3_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 S3_SESSION_KEY = "AWS_SESSION_TOKEN"
 """Only temporary credentials have it."""
+
+DOCKER_CONFIG = ".dockerconfigjson"
+"""The key of a Secret of type kubernetes.io/dockerconfigjson."""
 
 _SECRET_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", S3_SESSION_KEY)
 _PROXY_NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -65,8 +71,8 @@ def _root(environ: Mapping[str, str]) -> Path:
 
 
 def _values(folder: Path) -> dict[str, str]:
-    """Key -> value of a mounted Secret, without the links that Kubernetes adds, whose names begin with a dot."""
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    """Key -> value of a mounted Secret, without the links that Kubernetes adds, whose names begin with two dots."""
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith("..")]
     return {path.name: path.read_text(errors="replace").strip() for path in files}
 
 
@@ -86,11 +92,27 @@ def ca_bundle(environ: Mapping[str, str], *names: str) -> str | None:
     return None
 
 
+def logins(text: str) -> set[str]:
+    """Every string of a Docker configuration, and what those of base64 stand for: passwords are among them."""
+    try:
+        entries = [entry for entry in json.loads(text)["auths"].values() if isinstance(entry, dict)]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return set()
+    secret = ("password", "auth", "identitytoken", "registrytoken")
+    found = {str(entry[name]) for entry in entries for name in secret if entry.get(name)}
+    decoded = set()
+    for value in found:
+        with suppress(ValueError):
+            decoded.add(base64.b64decode(value, validate=True).decode().partition(":")[2])
+    return found | decoded
+
+
 def redact(text: str, environ: Mapping[str, str]) -> str:
     """A text with all known secrets replaced by ***. A last guard: no message of ours quotes one."""
     root = _root(environ)
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     mounted = {value for folder in folders for value in _values(folder).values()}
+    mounted |= {login for value in mounted if "auths" in value for login in logins(value)}
     proxies = {environ.get(name) or environ.get(name.lower()) or "" for name in _PROXY_NAMES}
     passwords = {urlsplit(proxy).password or "" for proxy in proxies}
     secrets = mounted | passwords | {environ.get(name, "") for name in _SECRET_NAMES}

@@ -10,7 +10,8 @@ from qlora_contract.remote import parse_remote
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.storage.job_folder import JobFolder
-from qlora_trainer.transfer.connect import connect
+from qlora_trainer.transfer.connect import connect_destination
+from qlora_trainer.transfer.oci import Oci
 from qlora_trainer.transfer.retry import Retrier
 
 
@@ -43,7 +44,8 @@ def publish(
     manifest = read_manifest(folder.adapter)
     if manifest is None:
         raise ConfigurationError(f"{folder.adapter} is not a complete adapter; run the job to its end first")
-    # The adapter last: the URI of a Hub is that of the newest commit, and whoever finds the adapter finds the rest.
+    # The adapter last: the URI of a Hub is that of the newest commit, the manifest of a registry names all layers, and
+    # whoever finds the adapter finds the rest.
     parts = {f"{EXPORTS}/{form}/": folder.path / EXPORTS / form for form in forms_of(run.output)}
     for path in parts.values():
         if not is_exported(path, manifest["sha256"]):
@@ -52,10 +54,14 @@ def publish(
             )
     parts[""] = folder.adapter
     remote = parse_remote(run.output.destination)
-    server = retrier.call(lambda: connect(remote, "output", environ, retrier.limit_seconds))
+    server = retrier.call(lambda: connect_destination(remote, environ, retrier.limit_seconds))
     count(0, sum(file.stat().st_size for path in parts.values() for file in path.iterdir()))
     uri = ""
-    for under, path in parts.items():
-        names = sorted(read_json(path / MANIFEST)["files"])
-        uri = server.upload(path, names, folder.check_fence, lambda sent: count(sent, 0), retrier, under)
+    try:
+        for under, path in parts.items():
+            names = sorted(read_json(path / MANIFEST)["files"])
+            uri = server.upload(path, names, folder.check_fence, lambda sent: count(sent, 0), retrier, under)
+    finally:
+        if isinstance(server, Oci):
+            server.close()
     return uri

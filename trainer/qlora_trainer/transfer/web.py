@@ -10,7 +10,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx2
 
 from qlora_contract.env import WEB_SOURCES_ENV
-from qlora_contract.remote import WEB, Remote, web_allowed
+from qlora_contract.remote import WEB, Remote, source_allowed
 from qlora_trainer.errors import TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import ca_bundle
 from qlora_trainer.transfer.remote_files import RemoteFile, Selection
@@ -107,7 +107,7 @@ class Web:
                 "redirects are followed to such only"
             )
         plain = f"{WEB}{parts.netloc}{parts.path}"
-        if self._allowed is not None and not web_allowed(plain, self._allowed):
+        if self._allowed is not None and not source_allowed(plain, self._allowed):
             raise TransferRefused(
                 f"{self._remote.uri}: is redirected to {shown}, which is not allowed here: ask the administrator to "
                 "allow that address as a source, too"
