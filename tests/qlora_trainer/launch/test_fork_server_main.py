@@ -101,7 +101,18 @@ print(json.dumps(sorted(name for name in after - before if name not in sys.stdli
 """
 OURS = {"prometheus_client", "pydantic", "qlora_contract", "qlora_trainer", "tokenizers"}
 """Beside what every model of transformers needs, with what pydantic is made of."""
-LATE = {"bitsandbytes", "datasets", "gguf", "matplotlib", "mlflow", "pandas", "peft", "pyarrow", "scipy", "sklearn"}
+LATE = {
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "matplotlib",
+    "mlflow",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+}
 """What a rank may need in the end, or for some data, or that only tests need."""
 
 
