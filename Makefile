@@ -162,6 +162,7 @@ bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers, ea
 	$(BIN)/python trainer/benchmarks/pinning.py
 	$(BIN)/python trainer/benchmarks/allreduce.py
 	taskset -c 1 $(BIN)/python trainer/benchmarks/linear.py
+	$(BIN)/python trainer/benchmarks/load.py .cache/bench
 
 scale: setup  ## Measure the operator with 500 jobs (see operator/benchmarks/LOG.md)
 	PYTHONPATH=tests/cluster $(BIN)/python operator/benchmarks/scale.py

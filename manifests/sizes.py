@@ -95,7 +95,8 @@ well. It exits with 10 where the machine is too small.
 
 - **In files** is what is fetched: two bytes for each weight.
 - **Least memory**: activations are recomputed (`gradientCheckpointing: full`). **Fastest**: they are kept. Each is of
-  one rank; each further rank has its own. With `gradientCheckpointing: auto` a job takes what fits `memoryPerRank`.
+  one rank; each further rank of its pod has its own but for the quantized weights and what it has imported. With
+  `gradientCheckpointing: auto` a job takes what fits `memoryPerRank`.
 - **Hours** are those of the steps, with activations kept, in samples of 512 tokens of which half is learned, on all
   cores. They are reckoned from one rate per processor tier, and not measured for any model but SmolLM2-135M. Long
   samples take longer, and so may ranks that wait for memory rather than for products. The rates:
@@ -107,7 +108,8 @@ well. It exits with 10 where the machine is too small.
 `trainer/benchmarks/memory.py` runs jobs on random weights in the shapes of published models, which take as much memory
 as the published ones: three steps of samples that fill their bins, all of it learned, on a Zen 4 processor with the
 compiled kernels. The peak is the anonymous memory of the largest rank, in MiB; larger models than these were not run.
-Ranks of one pod share what they have imported, so each of two needs less than one alone.
+Ranks of one pod share what they have imported, so each of two needs less than one alone. In these runs each rank had
+its own copy of the quantized weights, and so has the estimate beside them; now ranks of a pod map them from one file.
 
 {measured}
 """
@@ -224,7 +226,8 @@ def estimate_of(case: dict[str, Any]) -> int:
         update={"quantization": quantization, "layout": layout, "training": training, "adapter": adapter}
     )
     shape = shape_of(SHAPES[case["model"]], adapter)
-    return memory.estimate(shape, run, case["dtype"], case["tokens"], case["checkpointing"]).total
+    tokens, mode = case["tokens"], case["checkpointing"]
+    return memory.estimate(shape, run, case["dtype"], tokens, mode, mapped=case.get("mapped", False)).total
 
 
 def main() -> int:

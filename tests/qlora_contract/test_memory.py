@@ -12,6 +12,7 @@ from qlora_contract.memory import (
     Dtype,
     ModelShape,
     activation_bytes,
+    base_bytes,
     choose,
     estimate,
     step_seconds,
@@ -88,10 +89,24 @@ def test_ranks_of_a_pod_share_what_they_have_imported() -> None:
     """They are forked from one process: each needs less than one alone, and all together more."""
     alone = run()
     four = alone.model_copy(update={"layout": alone.layout.model_copy(update={"ranks_per_pod": 4})})
-    one, each = (estimate(SMOLLM2, asked, "bf16", 1024, "none") for asked in (alone, four))
+    one, each = (estimate(SMOLLM2, asked, "bf16", 1024, "none", mapped=False) for asked in (alone, four))
 
     assert each.runtime < one.runtime < 4 * each.runtime
     assert one.total - each.total == one.runtime - each.runtime
+
+
+@pytest.mark.parametrize(("scheme", "shared"), [("nf4", 4), ("fp4", 4), ("int8", 4), ("none", 1)])
+def test_ranks_of_a_pod_share_the_base_that_they_map(scheme: str, shared: int) -> None:
+    """Where there is room for it in the workspace; an unquantized one is each rank's own."""
+    asked = run(quantization=Quantization.model_validate({"scheme": scheme}))
+    four = asked.model_copy(update={"layout": asked.layout.model_copy(update={"ranks_per_pod": 4})})
+    one, each, own = (
+        estimate(SMOLLM2, which, "bf16", 1024, "none", mapped=mapped).base
+        for which, mapped in ((asked, True), (four, True), (four, False))
+    )
+
+    assert own == one == base_bytes(SMOLLM2, asked, "bf16")
+    assert each == one // shared
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

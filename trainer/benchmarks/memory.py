@@ -167,7 +167,9 @@ def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any
         "ranks": case.ranks,
         "kernel": report["kernel"],
         "imports_bytes": largest["imports_bytes"],
-        "peak_bytes": largest["peak_anonymous_bytes"],
+        # Of a base that is mapped, a rank's part counts, as in the estimate.
+        "mapped": largest["mapped_model_bytes"] > 0,
+        "peak_bytes": largest["peak_anonymous_bytes"] + largest["mapped_model_bytes"] // case.ranks,
         "estimate_bytes": report["plan"]["memory_bytes"],
     }
 

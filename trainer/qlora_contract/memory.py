@@ -2,7 +2,8 @@
 
 `qlora plan` shows it, and every rank uses it to choose its micro-batch and
 whether to recompute activations, so that all ranks choose alike. Anonymous
-memory is meant; pages of mapped files can be dropped and are not counted.
+memory is meant, and the mapped base: its pages can be dropped, but every step
+reads all of them. Other mapped files are not counted.
 The counts of saved tensors follow transformers' Llama layer run eagerly, with
 our functions in it. docs/sizes.md shows how near estimates are to measured peaks.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qlora_contract.base import ContractModel
-from qlora_contract.quantization import weight_bytes
+from qlora_contract.quantization import MAPPED, weight_bytes
 from qlora_contract.run_config import Layout, RunConfig, Training
 
 Dtype = Literal["bf16", "fp32"]
@@ -89,7 +90,7 @@ class MemoryEstimate:
     runtime: int
     """Python, the libraries, and the numbers of the samples."""
     base: int
-    """Frozen weights, with embedding and head."""
+    """Frozen weights, with embedding and head: this rank's part where the ranks of its pod map them."""
     adapter: int
     """Adapter, its gradient and AdamW's two moments; and what it makes of its weights, with a gradient."""
     activations: int
@@ -193,6 +194,7 @@ def estimate(
     samples: int = 0,
     *,
     compiled: bool = True,
+    mapped: bool = True,
 ) -> MemoryEstimate:
     """What a rank needs at most when it runs `tokens` tokens at once.
 
@@ -204,9 +206,10 @@ def estimate(
         checkpointing: whether activations are recomputed.
         samples: those that are trained on.
         compiled: whether the kernel library computes, and not plain torch.
+        mapped: whether the workspace has room for the quantized base, so that the ranks of a pod map it.
     """
     e = BYTES[dtype]
-    embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
+    sharing = _ranks_of_pod(run.layout) if mapped and run.quantization.scheme in MAPPED else 1
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
     # One sample in each bin has the most tokens of its own.
     bins = tokens // run.training.max_sequence_length
@@ -221,7 +224,7 @@ def estimate(
     scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
         runtime=runtime_bytes(run.layout) + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
-        base=weight_bytes(shape.linear_weights, run.quantization, e) + embedding,
+        base=base_bytes(shape, run, dtype) // sharing,
         adapter=shape.adapter_weights * 4 * 4 + shape.made_weights * 4 * 2,
         activations=activations if compiled else int(activations * PLAIN_SLACK),
         scratch=scratch,
@@ -230,12 +233,22 @@ def estimate(
     )
 
 
+def base_bytes(shape: ModelShape, run: RunConfig, dtype: Dtype) -> int:
+    """Bytes of the frozen weights, with embedding and head."""
+    embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
+    return weight_bytes(shape.linear_weights, run.quantization, BYTES[dtype]) + embedding
+
+
+def _ranks_of_pod(layout: Layout) -> int:
+    return 1 if layout.ranks_per_pod == "auto" else layout.ranks_per_pod
+
+
 def runtime_bytes(layout: Layout) -> int:
     """What a rank holds before the model: its own, and its part of what it shares with the ranks of its pod.
 
     The process that they are forked from stays, and has a part as well.
     """
-    ranks = 1 if layout.ranks_per_pod == "auto" else layout.ranks_per_pod
+    ranks = _ranks_of_pod(layout)
     return RUNTIME_BYTES - SHARED_BYTES + SHARED_BYTES // ranks
 
 
@@ -244,13 +257,19 @@ def tokenizing_processes(layout: Layout) -> int:
 
     Its ranks hold nothing but their libraries meanwhile.
     """
-    ranks = 1 if layout.ranks_per_pod == "auto" else layout.ranks_per_pod
+    ranks = _ranks_of_pod(layout)
     room = ranks * (layout.memory_per_rank - RUNTIME_BYTES) // TOKENIZING_BYTES
     return max(1, min(layout.pod_cpus, room))
 
 
 def choose(
-    shape: ModelShape, run: RunConfig, dtype: Dtype, samples: int = 0, *, compiled: bool = True
+    shape: ModelShape,
+    run: RunConfig,
+    dtype: Dtype,
+    samples: int = 0,
+    *,
+    compiled: bool = True,
+    mapped: bool = True,
 ) -> MemoryEstimate:
     """The micro-batch and checkpointing that a job's ranks use: of what fits memoryPerRank, the fastest.
 
@@ -264,7 +283,7 @@ def choose(
     modes: list[Checkpointing] = ["none", "full"] if asked == "auto" else [asked]
 
     def at(tokens: int, mode: Checkpointing) -> MemoryEstimate:
-        return estimate(shape, run, dtype, tokens, mode, samples, compiled=compiled)
+        return estimate(shape, run, dtype, tokens, mode, samples, compiled=compiled, mapped=mapped)
 
     if training.micro_batch_tokens is not None:
         candidates = [at(max(training.micro_batch_tokens, one_bin), mode) for mode in modes]

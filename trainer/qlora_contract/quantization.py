@@ -59,6 +59,11 @@ SCHEMES: dict[str, SchemeFacts] = {
 }
 
 
+MAPPED = frozenset({"nf4", "fp4", "int8"})
+"""Schemes whose weights are quantized once into the workspace's cache, where it has room, and mapped from there. An
+unquantized model's would be as large as the model."""
+
+
 def weight_bytes(weights: int, settings: QuantizationSettings, compute_bytes: int) -> int:
     """Bytes of anonymous memory that so many linear weights take.
 

@@ -71,8 +71,8 @@ def test_a_server_that_is_not_here_is_planned_for(asked: list[str]) -> None:
 
 
 def test_ranks_are_as_many_as_memory_holds(asked: list[str]) -> None:
-    """Eight clusters with room for two copies of the base make fewer ranks than clusters, and none too large."""
-    plan = size_of_model("hf://org/name", imagined_of(64, "20Gi", "amx_bf16", 8), 1000)
+    """Eight clusters without room for what each rank has for itself make fewer ranks, and none too large."""
+    plan = size_of_model("hf://org/name", imagined_of(64, "8Gi", "amx_bf16", 8), 1000)
 
     assert 1 <= plan.ranks < 8
     assert plan.needs.total <= plan.memory_per_rank

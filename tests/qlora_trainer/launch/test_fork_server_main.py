@@ -86,3 +86,44 @@ def test_ranks_compute_in_parallel_though_imports_did(tmp_path: Path) -> None:
         with rank.stdout as out, rank.stderr:
             assert out.read() == b"4194304.0 4194304.0 2\n"
         assert rank.wait() == 0
+
+
+BESIDE_TRANSFORMERS = """
+import json, sys
+import torch
+import transformers.modeling_utils
+
+before = {name.partition(".")[0] for name in sys.modules}
+import qlora_trainer.__main__
+
+after = {name.partition(".")[0] for name in sys.modules}
+print(json.dumps(sorted(name for name in after - before if name not in sys.stdlib_module_names)))
+"""
+OURS = {"prometheus_client", "pydantic", "qlora_contract", "qlora_trainer", "tokenizers"}
+"""Beside what every model of transformers needs, with what pydantic is made of."""
+LATE = {
+    "bitsandbytes",
+    "datasets",
+    "gguf",
+    "matplotlib",
+    "mlflow",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+}
+"""What a rank may need in the end, or for some data, or that only tests need."""
+
+
+def test_ranks_start_with_little_beside_what_transformers_imports() -> None:
+    """Each module costs every start: what is needed later, or not by all, is imported where it is used."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_TRANSFORMERS], capture_output=True, text=True, check=True
+    )
+    found = set(json.loads(done.stdout.splitlines()[-1]))
+    of_pydantic = {"annotated_types", "pydantic_core", "typing_inspection"}
+
+    assert "qlora_trainer" in found
+    assert not found & LATE
+    assert found <= OURS | of_pydantic

@@ -49,6 +49,8 @@ class BaseModel:
     """What the logits are divided by; hidden_states has done it."""
     softcap: float | None = None
     """Logits l become softcap * tanh(l / softcap); None: they stay."""
+    use: object = None
+    """What keeps the files that weights are mapped from, as long as there is a reference to it."""
     virtual: SoftPrompt | PrefixTokens | None = None
     """What each sample sees before its own tokens; None: nothing."""
 

@@ -5,7 +5,7 @@ read from its file, dequantized if it is stored so, quantized if it belongs to a
 place, one at a time: a whole model in full precision never exists.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.graph import build_graph
+from qlora_trainer.modeling.image import Image, ImageWriter, Kept, Table
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.stored.reading import StoredWeight, stored_weights
@@ -46,15 +47,56 @@ def load_model(
         ModelError: for a model that is refused; for missing, misshapen, unknown or non-finite tensors, by name.
     """
     family, config = read_model(folder)
-    loader = _WeightLoader(build_graph(config, family, dtype), family, scheme, dtype)
+    graph = build_graph(config, family, dtype)
+    builder = _Builder(graph, family, dtype, copies=True)
     weights = stored_weights(folder, config) if stored is None else map(_as_stored, stored)
-    for weight in weights:
-        if weights_hash is not None:
-            for name, tensor in weight.stored.items():
-                weights_hash.add(name, tensor)
-        loader.load(weight)
-        advance(weight.nbytes)
-    return loader.finish(folder)
+    for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
+        builder.place(name, value)
+    return builder.finish()
+
+
+def write_image(
+    folder: Path,
+    scheme: Scheme,
+    into: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    weights_hash: WeightsHash | None = None,
+) -> Table:
+    """Write a model's image (modeling.image) into a folder, a weight at a time; its table.
+
+    Args:
+        folder: of the model, as load_model has it.
+        scheme: how linear weights are kept: one that quantizes them.
+        into: the folder.
+        advance, weights_hash: as load_model has them.
+
+    Raises:
+        ModelError: as load_model.
+        OSError: it cannot be written.
+    """
+    family, config = read_model(folder)
+    dtype = torch.float32  # no scheme that quantizes looks at it
+    graph = build_graph(config, family, dtype)
+    with ImageWriter(into) as image:
+        weights = stored_weights(folder, config)
+        for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
+            image.add(name, value)
+        return image.table
+
+
+def load_image(folder: Path, image: Image, dtype: torch.dtype) -> BaseModel:
+    """The model of an image, which it maps: to the bit what load_model makes.
+
+    Args:
+        folder: of the model that the image was made of.
+        image: of this model.
+        dtype: what is computed in.
+    """
+    family, config = read_model(folder)
+    builder = _Builder(build_graph(config, family, dtype), family, dtype, copies=False)
+    for name, value in image.weights():
+        builder.place(name, value)
+    return builder.finish()
 
 
 def _as_stored(named: tuple[str, Tensor]) -> StoredWeight:
@@ -62,56 +104,66 @@ def _as_stored(named: tuple[str, Tensor]) -> StoredWeight:
     return StoredWeight(name, {name: tensor}, lambda: tensor)
 
 
-class _WeightLoader:
+def _kept(
+    folder: Path,
+    graph: nn.Module,
+    family: Family,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    weights: Iterable[StoredWeight],
+    advance: Callable[[int], None],
+    weights_hash: WeightsHash | None,
+) -> Iterator[tuple[str, Kept]]:
+    """What of a checkpoint the graph has a place for, by name in the graph. Raises ModelError as load_model."""
+    sieve = _Sieve(graph, family, scheme, dtype)
+    for weight in weights:
+        if weights_hash is not None:
+            for name, tensor in weight.stored.items():
+                weights_hash.add(name, tensor)
+        if (found := sieve.take(weight)) is not None:
+            yield found
+        advance(weight.nbytes)
+    sieve.check(folder)
+
+
+class _Sieve:
     """Takes the tensors of a checkpoint in any order and keeps track of those still missing."""
 
     def __init__(self, graph: nn.Module, family: Family, scheme: Scheme, dtype: torch.dtype) -> None:
         self.graph, self.family, self.scheme, self.dtype = graph, family, scheme, dtype
         self.missing = {name: tuple(p.shape) for name, p in graph.named_parameters(remove_duplicate=True)}
         self.head_name = f"{family.head}.weight"
-        self.tied = bool(getattr(graph.config, "tie_word_embeddings", False))
+        self.tied = _is_tied(graph)
         if self.tied:
             self.missing.pop(self.head_name, None)
-        self.head: Tensor | None = None
+        self.embedding: Tensor | None = None
         self.tied_copy: Tensor | None = None
-        self.weights: dict[str, FrozenWeight] = {}
-        self.biases: dict[str, Tensor] = {}
 
-    def load(self, stored: StoredWeight) -> None:
-        """Take one weight. It is mapped from its file: what is kept is a copy, unless the scheme keeps it as it is.
+    def take(self, stored: StoredWeight) -> tuple[str, Kept] | None:
+        """Name in the graph and value of a weight, still mapped from its file unless it is quantized; None: not needed.
 
         Raises:
             ModelError: it is not one of those still missing, of another shape, not of floats, or not finite.
         """
         name = self.family.name_in_graph(stored.name)
         if name is None:
-            return
+            return None
         tensor = stored.read()
         if name not in self.missing and f"{self.family.decoder}.{name}" in self.missing:
             name = f"{self.family.decoder}.{name}"  # saved from the decoder alone
         if name.endswith("rotary_emb.inv_freq"):
-            return  # old checkpoints hold it; it is computed
+            return None  # old checkpoints hold it; it is computed
         if name == self.head_name and self.tied:
             self.tied_copy = tensor
-            return
+            return None
         self._check(name, tensor)
         path, _, leaf = name.rpartition(".")
         module = self.graph.get_submodule(path)
-        if name == self.head_name:
-            self.head = finite(name, tensor).clone()
-        elif isinstance(module, nn.Embedding):
-            weight = finite(name, tensor).clone()
-            factor = getattr(module, "scalar_embed_scale", 1.0)
-            self.graph.set_submodule(path, Embedding(weight, self.dtype, factor))
-            if self.tied:
-                self.head = weight
-        elif isinstance(module, nn.Linear) and leaf == "weight":
-            self.weights[path] = self._frozen(stored, name, tensor)
-        elif isinstance(module, nn.Linear):
-            self.biases[path] = finite(name, tensor).to(self.dtype, copy=True)
-        else:
-            value = finite(name, tensor).to(self.dtype, copy=True)
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+        if isinstance(module, nn.Linear) and leaf == "weight" and name != self.head_name:
+            return name, self._frozen(stored, name, tensor)
+        if isinstance(module, nn.Embedding):
+            self.embedding = tensor
+        return name, finite(name, tensor)
 
     def _frozen(self, stored: StoredWeight, name: str, tensor: Tensor) -> FrozenWeight:
         """A linear layer's weight (out, in), as the scheme keeps it."""
@@ -132,17 +184,58 @@ class _WeightLoader:
         if tuple(tensor.shape) != expected:
             raise ModelError(f"{name} has shape {tuple(tensor.shape)}; config.json says {expected}")
 
-    def finish(self, folder: Path) -> BaseModel:
-        """The finished model. Raises ModelError while something is missing, or the head is not what it is tied to."""
-        if self.missing or self.head is None:
-            names = ", ".join(sorted(self.missing)[:3]) or self.head_name
-            raise ModelError(
-                f"{folder} lacks {len(self.missing) or 1} of the model's tensors, such as {names}"
-            )
-        if self.tied_copy is not None and not torch.equal(self.tied_copy, self.head):
+    def check(self, folder: Path) -> None:
+        """Raise ModelError while something is missing, or the head is not what it is tied to."""
+        if self.missing:
+            names = ", ".join(sorted(self.missing)[:3])
+            raise ModelError(f"{folder} lacks {len(self.missing)} of the model's tensors, such as {names}")
+        if (
+            self.tied_copy is not None
+            and self.embedding is not None
+            and not torch.equal(self.tied_copy, self.embedding)
+        ):
             raise ModelError(
                 f"{self.head_name} differs from the embedding, to which config.json ties it (tie_word_embeddings)"
             )
+
+
+class _Builder:
+    """Puts weights into their places in the graph.
+
+    `copies`: whether what is kept in its stored dtype is copied, since it is mapped from the checkpoint's files.
+    """
+
+    def __init__(self, graph: nn.Module, family: Family, dtype: torch.dtype, *, copies: bool) -> None:
+        self.graph, self.family, self.dtype, self.copies = graph, family, dtype, copies
+        self.head: Tensor | None = None
+        self.weights: dict[str, FrozenWeight] = {}
+        self.biases: dict[str, Tensor] = {}
+
+    def place(self, name: str, value: Kept) -> None:
+        """Put a weight in its place."""
+        path, _, leaf = name.rpartition(".")
+        module = self.graph.get_submodule(path)
+        if not isinstance(value, Tensor):
+            self.weights[path] = value
+        elif name == f"{self.family.head}.weight":
+            self.head = self._own(value)
+        elif isinstance(module, nn.Embedding):
+            weight = self._own(value)
+            factor = getattr(module, "scalar_embed_scale", 1.0)
+            self.graph.set_submodule(path, Embedding(weight, self.dtype, factor))
+            if _is_tied(self.graph):
+                self.head = weight
+        elif isinstance(module, nn.Linear):
+            self.biases[path] = value.to(self.dtype, copy=True)
+        else:
+            setattr(module, leaf, nn.Parameter(value.to(self.dtype, copy=True), requires_grad=False))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        return tensor.clone() if self.copies else tensor
+
+    def finish(self) -> BaseModel:
+        """The finished model, once everything is in its place."""
+        assert self.head is not None
         in_order = [path for path, _ in self.graph.named_modules() if path in self.weights]
         linears: dict[str, LoraLinear] = {}
         for path in in_order:
@@ -167,3 +260,8 @@ class _WeightLoader:
     def _setting(self, name: str | None) -> float | None:
         """A number of config.json, None where the family has none."""
         return None if name is None else getattr(self.graph.config, name, None)
+
+
+def _is_tied(graph: nn.Module) -> bool:
+    """Whether the output head is the embedding."""
+    return bool(getattr(graph.config, "tie_word_embeddings", False))

@@ -142,3 +142,19 @@ def fingerprint(folder: Path) -> str:
             header = stream.read(min(length, 100_000_000))
         digest.update(f"{file.name} {file.stat().st_size}".encode() + header)
     return digest.hexdigest()
+
+
+def state_of_files(folder: Path) -> tuple[str, float]:
+    """A hash that is another one whenever a weight file was written to or replaced, and when that last happened.
+
+    Of `fingerprint`, and of each file's size, inode, and times of change: that of its content and that of its inode,
+    which no program can set. So the weights need not be read again to know that they are what they were; bits that a
+    disk has lost are not noticed. Raises as weight_files.
+    """
+    facts = [fingerprint(folder)]
+    changed = 0.0
+    for file in weight_files(folder):
+        found = file.stat()
+        facts.append(f"{file.name} {found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}")
+        changed = max(changed, found.st_mtime, found.st_ctime)
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest(), changed

@@ -63,6 +63,8 @@ class RankContext:
     `all_reduce_scalars` alone, so that all ranks do at the same place."""
     tokens_trained: int = 0
     """By this rank, in this attempt."""
+    mapped_bytes: int = 0
+    """Of the base, if the ranks of this pod map it."""
     progress: Progress = field(init=False)
     """The live report; rank 0 serves it."""
     tracking: Tracking | None = None
@@ -114,6 +116,7 @@ class RankContext:
             "peak_anonymous_bytes": self.memory.peak_needed,
             "peak_above_imports_bytes": self.memory.peak_needed - self.memory.baseline.needed,
             "imports_bytes": self.memory.baseline.needed,
+            "mapped_model_bytes": self.mapped_bytes,
             "cgroup_peak_bytes": cgroup_peak,
         }
 

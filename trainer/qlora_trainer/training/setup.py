@@ -45,14 +45,13 @@ from qlora_trainer.modeling import initial_adapter
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
-from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.lora_linear import GENERATOR, Dropout
 from qlora_trainer.modeling.shape import model_shape
-from qlora_trainer.modeling.weight_files import WeightsHash, fingerprint, weight_files
+from qlora_trainer.modeling.weight_files import fingerprint
 from qlora_trainer.quantization import kernels
-from qlora_trainer.quantization.schemes import scheme_of
 from qlora_trainer.telemetry.termination import write_memory_plan
 from qlora_trainer.training import exports
+from qlora_trainer.training.base import WAITING_SECONDS, load_base, pods_that_map
 from qlora_trainer.training.context import RankContext, StopRequested
 from qlora_trainer.training.data_check import RAW
 from qlora_trainer.training.inputs import (
@@ -71,8 +70,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WAITING_SECONDS = 0.2
-"""Between two looks for the tokens that another rank makes."""
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LORA_RATE = 2e-4
 """The default of training.learningRate."""
@@ -91,6 +88,8 @@ class Inputs:
     """LoopState.token_digests of the data."""
     schedule: StepSchedule
     memory: MemoryEstimate
+    mapped: bool
+    """Whether the ranks of this pod map the base."""
     dtype: Dtype
     determinism_key: dict[str, Any]
     checkpoint: Path | None
@@ -196,7 +195,12 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     default = default_compute_dtype(run, {isa for _, isa, *_ in of_ranks})
     dtype = used if run.training.compute_dtype == "auto" and used else default
     samples = max(len(data.train), data.epoch_samples)
-    chosen = memory.choose(shape, run, dtype, samples, compiled=library.loaded() is not None)
+    kept = run.checkpoint.keep + run.evaluation.keep_best + 2
+    checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
+    space = checkpoints + 2**20 + exports.space(forms, model_folder)
+    maps = pods_that_map(context, model_folder, memory.base_bytes(shape, run, dtype), space)
+    compiled, mapped = library.loaded() is not None, all(maps.values())
+    chosen = memory.choose(shape, run, dtype, samples, compiled=compiled, mapped=mapped)
     check_memory(run, chosen, os.environ)
     write_memory_plan(chosen.parts())
     check_same_on_all_ranks(
@@ -211,9 +215,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     if context.is_rank_zero:
         for use, facts in data.facts().items():
             log.log(logging.WARNING if facts.lost else logging.INFO, "%s data: %s", use, facts.summary())
-        kept = run.checkpoint.keep + run.evaluation.keep_best + 2
-        checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
-        context.folder.check_space(checkpoints + 2**20 + exports.space(forms, model_folder))
+        context.folder.check_space(space)
         warn_of_lost_answers(data, run.own_tokens)
         if data.train_facts.raw and tokenizer.chat_template:
             log.warning("%s", RAW)
@@ -240,7 +242,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
         context.world.rank, context.world.size, context.isa, dtype, torch.get_num_threads(), key["kernels"],
         chosen.micro_batch_tokens, chosen.checkpointing, schedule.total_steps, format_bytes(chosen.total),
     )  # fmt: skip
-    return Inputs(model_folder, tokenizer, data, tokens, schedule, chosen, dtype, key, resumed, loop)
+    own = maps[context.world.pod]
+    return Inputs(model_folder, tokenizer, data, tokens, schedule, chosen, own, dtype, key, resumed, loop)
 
 
 def once_per_pod(context: RankContext) -> Load:
@@ -402,25 +405,11 @@ def check_weights(context: RankContext, inputs: Inputs, weights: str) -> None:
 def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[TrainState, str]:
     """Load the quantized base, and attach a new adapter and its optimizer; with the state the hash of the weights.
 
-    The first rank of each pod takes it for all of them, which read the same files.
-
     Raises:
         ModelError: the weights cannot be used.
     """
     run = context.run
-    weights = sum(file.stat().st_size for file in weight_files(inputs.model_folder))
-    context.progress.begin(Work(name="loading the model", unit="bytes", total=weights))
-    weights_hash = WeightsHash(torch.get_num_threads()) if context.world.local_rank == 0 else None
-    model = load_model(
-        inputs.model_folder,
-        scheme_of(run.quantization),
-        DTYPES[inputs.dtype],
-        context.advance,
-        weights_hash,
-    )
-    context.progress.begin(None)
-    mine = (context.world.pod, weights_hash and weights_hash.hexdigest())
-    hashes = {pod: digest for pod, digest in context.group.all_gather_object(mine) if digest}
+    model, weights = load_base(context, inputs.model_folder, DTYPES[inputs.dtype], mapped=inputs.mapped)
     model.graph.train()
     if inputs.memory.checkpointing == "full":
         model.enable_gradient_checkpointing()
@@ -457,7 +446,7 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         loop=inputs.loop,
         base_losses=BaseLosses({}),
     )
-    return state, hashes[context.world.pod]
+    return state, weights
 
 
 def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:

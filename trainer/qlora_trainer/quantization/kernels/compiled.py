@@ -17,7 +17,7 @@ from qlora_trainer.kernels.library import Library
 from qlora_trainer.quantization.frozen_weight import LowRank, check_out
 from qlora_trainer.quantization.int8 import Int8Weight, dequantize_int8
 from qlora_trainer.quantization.kernels import reference
-from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NestedScales, Nf4Matrix
+from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NESTED_BLOCK, NestedScales, Nf4Matrix
 
 _STRIP = 32
 """Rows, and columns, are filled up to a multiple of this."""
@@ -232,24 +232,68 @@ class CompiledNf4Weight(CompiledWeight):
 
     def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
         assert fits(matrix), matrix.shape
-        self._block, self._levels = matrix.block, matrix.levels
         rows = matrix.shape[0]
-        self.codes = _codes_to_blocks(matrix)
-        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
         if isinstance(matrix.scales, NestedScales):
             nested = matrix.scales
-            self.scales: Tensor | NestedScales = NestedScales(
+            scales: Tensor | NestedScales = NestedScales(
                 _scales_to_columns(nested.codes, rows), nested.absmax, nested.offset
             )
         else:
-            self.scales = _scales_to_columns(matrix.scales, rows)
-        super().__init__(self._struct(*matrix.shape), library)
+            scales = _scales_to_columns(matrix.scales, rows)
+        self._set(_codes_to_blocks(matrix), scales, matrix.shape, matrix.block, matrix.levels, library)
+
+    @classmethod
+    def of_blocks(
+        cls,
+        codes: Tensor,
+        scales: Tensor | NestedScales,
+        shape: tuple[int, int],
+        block: int,
+        levels: Tensor,
+        library: Library,
+    ) -> "CompiledNf4Weight":
+        """The weight whose `codes` and `scales` these are, already in the library's order.
+
+        Raises ValueError where they do not fit the shape: C would read past their end.
+        """
+        rows, columns = shape
+        filled = rows + -rows % _STRIP
+        of_rows = (columns // block, filled)
+        nested = scales if isinstance(scales, NestedScales) else None
+        _check("codes", codes, torch.uint8, (columns // 32, filled // _TILE, _TILE, _TILE))
+        if nested is None:
+            assert isinstance(scales, Tensor)
+            _check("scales", scales, torch.float32, of_rows)
+        else:
+            _check("codes of scales", nested.codes, torch.uint8, of_rows)
+            blocks = -(-rows * (columns // block) // NESTED_BLOCK)
+            _check("scales of scales", nested.absmax, torch.float32, (blocks,))
+            _check("offset", nested.offset, torch.float32, ())
+        weight = cls.__new__(cls)
+        weight._set(codes, scales, shape, block, levels, library)
+        return weight
+
+    def _set(
+        self,
+        codes: Tensor,
+        scales: Tensor | NestedScales,
+        shape: tuple[int, int],
+        block: int,
+        levels: Tensor,
+        library: Library,
+    ) -> None:
+        self.block, self.levels = block, levels
+        self.codes = codes
+        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
+        self.scales = scales
+        """(in / block, out filled up), or their codes, and what is in NestedScales besides."""
+        CompiledWeight.__init__(self, self._struct(*shape), library)
 
     def _struct(self, rows: int, columns: int) -> _Nf4Matrix:
         nested = self.scales if isinstance(self.scales, NestedScales) else None
         return _Nf4Matrix(
             codes=self.codes.data_ptr(),
-            levels=self._levels.data_ptr(),
+            levels=self.levels.data_ptr(),
             scales=self.scales.data_ptr() if isinstance(self.scales, Tensor) else None,
             scale_codes=nested.codes.data_ptr() if nested else None,
             scale_levels=DYNAMIC_LEVELS.data_ptr(),
@@ -257,7 +301,7 @@ class CompiledNf4Weight(CompiledWeight):
             scale_offset=float(nested.offset) if nested else 0.0,
             n=rows,
             k=columns,
-            block=self._block,
+            block=self.block,
         )
 
     @property
@@ -275,7 +319,7 @@ class CompiledNf4Weight(CompiledWeight):
             scales: Tensor | NestedScales = NestedScales(codes, self.scales.absmax, self.scales.offset)
         else:
             scales = self.scales.t()[:rows].reshape(-1)
-        return Nf4Matrix(packed, scales, self._shape, self._block, self._levels)
+        return Nf4Matrix(packed, scales, self._shape, self.block, self.levels)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The matrix (out, in), by the reference."""
@@ -286,13 +330,32 @@ class CompiledInt8Weight(CompiledWeight):
     """A FrozenWeight in 8 bits."""
 
     def __init__(self, weight: Int8Weight, library: Library) -> None:
-        rows, columns = weight.shape
-        self.codes = _to_strips(weight.codes)
+        scales = F.pad(weight.scales, (0, -weight.shape[0] % _STRIP))
+        self._set(_to_strips(weight.codes), scales, weight.shape, library)
+
+    @classmethod
+    def of_strips(
+        cls, codes: Tensor, scales: Tensor, shape: tuple[int, int], library: Library
+    ) -> "CompiledInt8Weight":
+        """The weight whose `codes` and `scales` these are, already in the library's order.
+
+        Raises ValueError where they do not fit the shape: C would read past their end.
+        """
+        rows, columns = (size + -size % _STRIP for size in shape)
+        _check("codes", codes, torch.int8, (rows // _STRIP, columns, _STRIP))
+        _check("scales", scales, torch.float32, (rows,))
+        weight = cls.__new__(cls)
+        weight._set(codes, scales, shape, library)
+        return weight
+
+    def _set(self, codes: Tensor, scales: Tensor, shape: tuple[int, int], library: Library) -> None:
+        rows, columns = shape
+        self.codes = codes
         """int8 (out / 32, in, 32), out and in filled up."""
-        self.scales = F.pad(weight.scales, (0, -rows % _STRIP))
+        self.scales = scales
         """float32 (out,), filled up."""
         matrix = _Int8Matrix(self.codes.data_ptr(), self.scales.data_ptr(), rows, columns)
-        super().__init__(matrix, library)
+        CompiledWeight.__init__(self, matrix, library)
 
     @property
     def nbytes(self) -> int:
@@ -362,3 +425,10 @@ def _scales_to_columns(scales: Tensor, rows: int) -> Tensor:
     """Scales, or their codes, row after row (out * in / block,) -> (in / block, out filled up)."""
     of_rows = scales.view(rows, -1)
     return F.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)}, contiguous, belongs"
+        )

@@ -1,0 +1,114 @@
+"""Quantized weights taken apart into tensors, and put together again around tensors that lie elsewhere, in a file, say.
+
+Nothing is computed: a weight that was put together multiplies as the one that was taken apart, to the bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.kernels import library
+from qlora_trainer.quantization.frozen_weight import FrozenWeight
+from qlora_trainer.quantization.int8 import Int8Weight
+from qlora_trainer.quantization.kernels.compiled import CompiledInt8Weight, CompiledNf4Weight
+from qlora_trainer.quantization.kernels.reference import Nf4Weight
+from qlora_trainer.quantization.nf4 import FP4_LEVELS, NF4_LEVELS, NestedScales, Nf4Matrix
+
+LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
+COMPILED, REFERENCE = "compiled 4 bits", "4 bits"
+COMPILED_INT8, INT8 = "compiled int8", "int8"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a weight consists of."""
+
+    kind: str
+    """How it is put together."""
+    facts: dict[str, Any]
+    """What is no tensor, as JSON has it."""
+    tensors: Mapping[str, Tensor]
+
+
+def parts_of(weight: FrozenWeight) -> Parts:
+    """What a quantized weight consists of: its own tensors, not copies. Raises TypeError for one of another class."""
+    match weight:
+        case CompiledNf4Weight():
+            return _four_bits(
+                COMPILED, weight.codes, weight.scales, weight.shape, weight.block, weight.levels
+            )
+        case Nf4Weight(matrix=matrix):
+            return _four_bits(
+                REFERENCE, matrix.packed, matrix.scales, matrix.shape, matrix.block, matrix.levels
+            )
+        case CompiledInt8Weight():
+            tensors = {"codes": weight.codes, "scales": weight.scales}
+            return Parts(COMPILED_INT8, {"shape": list(weight.shape)}, tensors)
+        case Int8Weight():
+            return Parts(INT8, {}, {"codes": weight.codes, "absmax": weight.absmax})
+    raise TypeError(f"{type(weight).__name__} is no quantized weight")
+
+
+def weight_of(parts: Parts) -> FrozenWeight:
+    """The weight of these parts, which takes them over.
+
+    Raises:
+        KeyError: a part is missing, or the kind is unknown.
+        ValueError: the parts do not fit each other, or the kernel library that made them does not run here.
+    """
+    tensors, facts = parts.tensors, parts.facts
+    if parts.kind == INT8:
+        _check(tensors["codes"], torch.int8, tuple(tensors["codes"].shape))
+        _check(tensors["absmax"], torch.float32, tensors["codes"].shape[:1])
+        return Int8Weight(tensors["codes"], tensors["absmax"])
+    rows, columns = facts["shape"]
+    if parts.kind == COMPILED_INT8:
+        return CompiledInt8Weight.of_strips(tensors["codes"], tensors["scales"], (rows, columns), _loaded())
+    scales: Tensor | NestedScales = (
+        tensors["scales"]
+        if "scales" in tensors
+        else NestedScales(tensors["scale_codes"], tensors["scale_absmax"], tensors["scale_offset"])
+    )
+    block, levels = int(facts["block"]), LEVELS[facts["levels"]]
+    if parts.kind == REFERENCE:
+        _check(tensors["codes"], torch.uint8, (-(-rows * columns // 2),))
+        return Nf4Weight(Nf4Matrix(tensors["codes"], scales, (rows, columns), block, levels))
+    if parts.kind != COMPILED:
+        raise KeyError(parts.kind)
+    return CompiledNf4Weight.of_blocks(tensors["codes"], scales, (rows, columns), block, levels, _loaded())
+
+
+def _loaded() -> library.Library:
+    loaded = library.loaded()
+    if loaded is None:
+        raise ValueError("the kernel library does not run here")
+    return loaded
+
+
+def _four_bits(
+    kind: str,
+    codes: Tensor,
+    scales: Tensor | NestedScales,
+    shape: tuple[int, int],
+    block: int,
+    levels: Tensor,
+) -> Parts:
+    name = next(name for name, known in LEVELS.items() if known is levels)
+    tensors = {"codes": codes}
+    if isinstance(scales, NestedScales):
+        tensors |= {
+            "scale_codes": scales.codes,
+            "scale_absmax": scales.absmax,
+            "scale_offset": scales.offset,
+        }
+    else:
+        tensors["scales"] = scales
+    return Parts(kind, {"shape": list(shape), "block": block, "levels": name}, tensors)
+
+
+def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} belongs")
