@@ -13,7 +13,7 @@ from qlora_contract.run_config import Quantization
 from qlora_trainer.kernels.library import REFERENCE
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
 from qlora_trainer.quantization.int8 import Int8Weight
-from qlora_trainer.quantization.kernels.compiled import CompiledNf4Weight
+from qlora_trainer.quantization.kernels.compiled import CompiledInt8Weight, CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.parts import Parts, parts_of, weight_of
 from qlora_trainer.quantization.schemes import Fp4, Int8, Nf4, Scheme, scheme_of
@@ -84,7 +84,7 @@ def _of_type(name: str, dtype: torch.dtype) -> Callable[[Parts], Parts]:
     ("scheme", "change"),
     [
         ("nf4", _cut("codes")),
-        ("int8", _cut("absmax")),
+        ("int8", _cut("codes")),
         ("int8", _of_type("codes", torch.int16)),
         ("nf4", _of_type("codes", torch.int16)),
     ],
@@ -95,11 +95,13 @@ def test_parts_that_do_not_fit_are_refused(scheme: str, change: Callable[[Parts]
         weight_of(change(parts_of(_made(SCHEMES[scheme]))))
 
 
-@pytest.mark.parametrize("name", ["scale_codes", "scale_absmax"])
-def test_scales_past_whose_end_the_library_would_read_are_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "name"), [("nf4-double", "scale_codes"), ("nf4-double", "scale_absmax"), ("int8", "scales")]
+)
+def test_scales_past_whose_end_the_library_would_read_are_refused(scheme: str, name: str) -> None:
     """And so are scales of another shape than the matrix's."""
     with running("avx2"):
-        parts = parts_of(_made(SCHEMES["nf4-double"]))
+        parts = parts_of(_made(SCHEMES[scheme]))
         with pytest.raises(ValueError, match="belongs"):
             weight_of(_cut(name)(parts))
         with pytest.raises(ValueError, match="belongs"):
@@ -128,9 +130,10 @@ def test_kinds_are_told_apart() -> None:
     """By what multiplies; what is not quantized, and what nobody knows, is refused."""
     with running("avx2"):
         assert isinstance(weight_of(parts_of(_made(SCHEMES["nf4"]))), CompiledNf4Weight)
+        assert isinstance(weight_of(parts_of(_made(SCHEMES["int8"]))), CompiledInt8Weight)
     with running(REFERENCE):
         assert isinstance(weight_of(parts_of(_made(SCHEMES["nf4"]))), Nf4Weight)
-    assert isinstance(weight_of(parts_of(_made(SCHEMES["int8"]))), Int8Weight)
+        assert isinstance(weight_of(parts_of(_made(SCHEMES["int8"]))), Int8Weight)
     with pytest.raises(TypeError):
         parts_of(UnquantizedWeight(torch.zeros(2, 2)))
     with pytest.raises(KeyError):
