@@ -381,7 +381,7 @@ def _is_id(name: Any) -> bool:
     """Whether the Hub takes this for the name of a repository, whether or not there is such a one."""
     return (
         isinstance(name, str)
-        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
         and len(name) <= 96
         and "--" not in name
         and ".." not in name

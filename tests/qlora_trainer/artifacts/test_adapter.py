@@ -254,7 +254,10 @@ OF_ANYWHERE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": {"source": "hf://org/name"}, "dataset": {"source": "hf://datasets/org/data"}},
     ),
     "a web server": ({}, {"dataset": {"source": "https://data.example/a.jsonl"}}),
-    "prompt tuning": ({"base_model": "org/name"}, {"adapter": {"method": "prompt-tuning"}}),
+    "prompt tuning": (
+        {"base_model": "org/name"},
+        {"adapter": {"method": "prompt-tuning", "numVirtualTokens": 8}},
+    ),
 }
 
 

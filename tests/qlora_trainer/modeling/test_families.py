@@ -239,14 +239,9 @@ VLLM_REFUSES = {"glm": {"gate_up_proj"}, "glm4": {"gate_up_proj"}}
 """Layers that transformers has in one and vLLM in two: docs/serving.md says what to do."""
 
 
-def adapted(folder: Path, kind: str) -> list[str]:
+def adapted(folder: Path, kind: str, **config: Any) -> list[str]:
     """The layers that an adapter of `all-linear` names in a small model, of which only config.json is there."""
-    values: dict[str, Any] = {
-        **SMALL,
-        "vocab_size": 300,
-        "tie_word_embeddings": True,
-        **SMALL_OF.get(kind, {}),
-    }
+    values = {**SMALL, "vocab_size": 300, "tie_word_embeddings": True, **SMALL_OF.get(kind, {}), **config}
     if "vision_config" in values:
         vision = values.pop("vision_config")
         values = {"text_config": values, "vision_config": vision, "tie_word_embeddings": True}
@@ -280,8 +275,8 @@ def test_llama_cpp_has_a_tensor_for_every_layer_that_an_adapter_names(kind: str,
         "olmo2": {"tie_word_embeddings": False},
         "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
     }
-    layers = adapted(tmp_path, kind)
-    config = read_config(configure(tmp_path, **needed.get(kind, {})))
+    layers = adapted(tmp_path, kind, **needed.get(kind, {}))
+    config = read_config(tmp_path)
     names = [GgufNames(config).name(f"{name}.weight") for name in layers]
 
     assert len(set(names)) == len(layers)
