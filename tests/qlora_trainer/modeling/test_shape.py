@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model_folders import configure
 from qlora_contract.memory import ModelShape, activation_bytes
-from qlora_contract.run_config import Adapter
+from qlora_contract.run_config import Adapter, AdapterMethodName
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
@@ -164,6 +164,32 @@ def test_what_a_layer_keeps_is_what_the_estimate_says(
     )
 
     assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "glm"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_what_a_layer_keeps_behind_virtual_tokens_is_what_the_estimate_says(
+    kind: str, method: AdapterMethodName, small_model: Make, samples: Samples
+) -> None:
+    """No linear layer keeps its inputs; of tokens of a prefix attention alone keeps something."""
+    adapter = Adapter(method=method, num_virtual_tokens=16)
+    found = []
+    for layers in (2, 4):
+        folder = small_model(kind, **WORDS, num_hidden_layers=layers)
+        model = load_model(folder, Unquantized(), torch.float32)
+        model.graph.train()
+        method_for(adapter).attach(model, seed=0, dropout=None)
+        found.append(kept_bytes(model, samples))
+    virtual = 16 * len(samples)
+    estimated = activation_bytes(
+        model_shape(folder, adapter),
+        len(samples.ids) + virtual,
+        "fp32",
+        "none",
+        prefixed=virtual if method == "prefix-tuning" else 0,
+    )
+
+    assert found[1] - found[0] == pytest.approx(estimated / 2, rel=0.07)  # norms of so narrow layers count
 
 
 def kept_bytes(model: BaseModel, samples: Samples) -> int:

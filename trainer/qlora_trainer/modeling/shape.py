@@ -52,6 +52,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears, config),
+        beside_layers=adapter.method == "lora",
         made_weights=made_weights(adapter, config),
         further_kept=further_kept(
             dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
