@@ -31,7 +31,7 @@ RANKS := -n 2 --dist loadfile
 # Tests of the cluster wait most of the time; each process has a control plane of its own (0.5 GB).
 WAITING := -n 6 --dist worksteal
 
-.PHONY: help demo demo-data test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
+.PHONY: help demo demo-data demo-llama test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
 .PHONY: wheel release
 .PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak sanitize scale images manifest audit
 
@@ -76,6 +76,10 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 	@mkdir -p $(WORK)
 	$(BIN)/qlora run manifests/samples/demo.yaml --volume demo=$(CACHE)/demo
 	$(BIN)/python demo/ask.py $(MODEL) $(WORK)/jobs/demo/adapter
+
+demo-llama: demo $(VENV)/.bench  ## Ask the demo's model in llama.cpp too, which is compiled first
+	$(BIN)/qlora export $(WORK)/jobs/demo --format gguf --gguf-type q4_k_m --model $(MODEL)
+	$(BIN)/python demo/ask_llama.py $(WORK)/jobs/demo/exports/gguf-q4_k_m/demo-q4_k_m.gguf
 
 # --- the checks
 
@@ -156,7 +160,8 @@ manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; n
 	$(BIN)/python manifests/generate.py --helm "$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"
 
-bench: $(VENV)/.bench $(VENV)/.backends demo-data  ## Compare with the peers, each at length: hours on two cores (see trainer/benchmarks/LOG.md)
+bench: $(VENV)/.bench $(VENV)/.backends demo-llama  ## Compare with the peers, each at length: hours on two cores (see trainer/benchmarks/LOG.md)
+	$(BIN)/python -m pytest -q -n 0 tests/qlora_trainer/export/test_gguf.py -k llama_cpp
 	$(BIN)/python trainer/benchmarks/against_trl.py
 	$(BIN)/python trainer/benchmarks/convergence.py
 	$(BIN)/python trainer/benchmarks/pinning.py

@@ -23,6 +23,8 @@ from qlora_contract.job_folder import (
     ATTEMPTS,
     BASE_LOSSES,
     BEGAN,
+    EXPORT_REPORT,
+    EXPORTS,
     FENCE,
     IDENTITY,
     MANIFEST,
@@ -205,7 +207,9 @@ REPORT = {
     "job": "j", "eval_loss": 1.0, "base_eval_loss": 2.0, "steps": 3, "seconds": 1.0, "tokens": 9, "world_size": 2,
     "ranks": [{"rank": 0, "host": "h", "isa": "avx512", "peak_memory_bytes": 5}], "provenance": {"versions": {}},
     "configuration": {"training": {"seed": 1}}, "data": {"training": {"records": 3, "lengths": []}},
+    "adapter_sha256": "a",
 }  # fmt: skip
+EXPORT = f"{EXPORTS}/merged/{EXPORT_REPORT}"
 ANSWER = {"prompts": [{"prompt": "A?", "base": "B", "adapter": "C", "reference": "D"}]}
 SIDE_FILES: dict[str, str] = {
     FENCE: json.dumps({"uid": "u", "attempt": 0}),
@@ -216,6 +220,9 @@ SIDE_FILES: dict[str, str] = {
     METRICS: METRICS_LINES,
     TRAINING_REPORT: json.dumps(REPORT),
     ANSWERS: json.dumps(ANSWER),
+    EXPORT: json.dumps(
+        {"adapter_sha256": "a", "bytes": 5, "file": "j.gguf", "proof": {"kl_divergence": 0.1}}
+    ),
     FILE_NAME: json.dumps({"model": {"source": REMOTE, "revision": "main", "found": "a" * 40}}),
 }
 """The small files of a job's folder, as they are written."""
@@ -258,6 +265,7 @@ READERS: dict[str, Callable[[JobFolder], object]] = {
     METRICS: resume_log,
     TRAINING_REPORT: draw,
     ANSWERS: draw,
+    EXPORT: draw,
     FILE_NAME: pin,
 }
 """Who reads each of them."""
@@ -268,7 +276,7 @@ def start(place: Path) -> Callable[[str, bytes], None]:
     """start(name, data): read a job's folder where one file is this."""
     folder = JobFolder(place / "job", RUN)
 
-    folder.path.mkdir()
+    (folder.path / EXPORT).parent.mkdir(parents=True)
 
     def start(name: str, data: bytes) -> None:
         for each, text in SIDE_FILES.items():

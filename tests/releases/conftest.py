@@ -214,6 +214,9 @@ def _of_one_method(adapter: dict[str, Any], output: dict[str, Any]) -> None:
         return
     adapter["numVirtualTokens"] = min(adapter.get("numVirtualTokens", 3), 5)
     output.pop("formats", None)
+    if "initialAdapter" in adapter:  # which is what they start as
+        for name in ("promptInit", "prefixProjection"):
+            adapter.pop(name, None)
     if adapter.get("promptInit") != "text":
         adapter.pop("promptInit", None)
         adapter.pop("promptInitText", None)

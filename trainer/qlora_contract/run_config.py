@@ -270,7 +270,7 @@ class Evaluation(ContractModel):
     every_steps: Steps | None = None
     require_improvement: bool = True
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
-    prompts: int = Field(default=0, ge=0, le=1000)
+    prompts: int = Field(default=3, ge=0, le=1000)
     keep_best: bool = False
     early_stopping_patience: int | None = Field(default=None, ge=1, le=10_000)
 

@@ -40,7 +40,7 @@ from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
 from qlora_trainer.telemetry.stall_watch import watch
 from qlora_trainer.telemetry.termination import write_rank_report
-from qlora_trainer.training.context import RankContext
+from qlora_trainer.training.context import RankContext, collective_seconds
 from qlora_trainer.training.exports import export
 from qlora_trainer.training.loop import train
 from qlora_trainer.training.termination import failure_report, success_report
@@ -49,9 +49,6 @@ log = logging.getLogger("qlora_trainer")
 
 CULPRIT_SECONDS = 5.0
 """How long a rank whose collective failed waits for the heartbeat to name the lost peer."""
-STUCK_FACTOR = 2
-"""Limit of one collective, in units of progressDeadlineSeconds: of one that waits for nobody in particular. Dead and
-stopped peers are the heartbeat's business, one that hangs finds out by itself, and one that is slow may be so."""
 REPORT_SECONDS = 1.0
 """How long the report of a rank that hangs may take to be written."""
 STALLED_SHARE = 0.9
@@ -117,7 +114,7 @@ def open_context() -> RankContext:
     group = Group.open(
         world,
         run.distributed.backend,
-        max(STUCK_FACTOR * run.progress_deadline_seconds, run.distributed.timeout_seconds),
+        collective_seconds(run),
         run.distributed.rendezvous_timeout_seconds,
     )
     context = RankContext(run, group, folder, volumes=volumes, stop=stop)

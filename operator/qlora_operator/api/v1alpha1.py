@@ -495,9 +495,11 @@ class Evaluation(ApiModel):
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
     """Evaluate on at most so many tokens: samples are chosen by a hash of their tokens, the same ones each time, and at
     least one. The default takes about as long as three steps of the default size."""
-    prompts: int = Field(default=0, ge=0, le=1000)
+    prompts: int = Field(default=3, ge=0, le=1000)
     """Prompts of the held-out data that the base and the finished adapter answer at the end, side by side in the
-    report in the workspace, which is never uploaded. A minute is spent on each at most. 0: none."""
+    report in the workspace, which is never uploaded. A minute is spent on each at most. 0: none. The default shows
+    whether the adapter does what was meant, which no loss tells, and takes less than an evaluation as a rule: they
+    are answered together, in 32 tokens each."""
     keep_best: bool = False
     """Publish the adapter as it was at the evaluation with the lowest loss, in place of the last one, and keep that
     step's checkpoint until then. Requires everySteps. Off: the last step is published, as in transformers."""

@@ -21,7 +21,7 @@ from qlora_contract.plan import PlanError
 from qlora_contract.progress import ProgressReport, Work
 from qlora_contract.remote import fetched_uri, is_remote, parse_remote
 from qlora_contract.units import now
-from qlora_operator.cli import job_folder
+from qlora_operator.cli import job_folder, report
 from qlora_operator.cli.display import Display
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
@@ -55,16 +55,16 @@ def export(
     Raises:
         CommandError: the job is not finished, its base model is not found, or the export failed; with the exit code.
     """
-    report = finished_report(folder)
-    if report is None:
+    facts = finished_report(folder)
+    if facts is None:
         raise CommandError(f"{folder} has no complete adapter: run the job to its end first")
     request = ExportRequest(
         name=folder.name,
-        model=str((model or base_model(folder, report, volumes)).absolute()),
+        model=str((model or base_model(folder, facts, volumes)).absolute()),
         adapter=str(folder / ADAPTER),
         output=str((output or folder / EXPORTS).absolute()),
         forms=list(forms),
-        weights_sha256=report.get("provenance", {}).get("weights_sha256") or None,
+        weights_sha256=facts.get("provenance", {}).get("weights_sha256") or None,
     )
     stop = StopRequest()
     stop.listen()
@@ -79,6 +79,11 @@ def export(
         print_line(
             console, f"exported   {Path(request.output) / form}{_distance(Path(request.output) / form)}"
         )
+    if output is None:
+        try:
+            print_line(console, f"report     {report.write(folder, None)}")
+        except CommandError as error:  # what was exported is there all the same
+            print_line(console, f"the report was not written: {error}")
     return 0
 
 

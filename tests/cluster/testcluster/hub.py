@@ -263,17 +263,12 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.url}/{name}"})
 
     def _validate(self) -> None:
-        content = str(json.loads(self.body)["content"])
-        card = re.match(r"---\n(.*?)^---$", content, re.DOTALL | re.MULTILINE)
-        named = (yaml.safe_load(card[1]) or {}).get("base_model") if card else None
-        wrong = [name for name in (named if isinstance(named, list) else [named]) if not _is_model_id(name)]
-        if named is None or not wrong:
-            self._json({"errors": [], "warnings": []})
-            return
-        message = (
-            f'"base_model" with value "{wrong[0]}" is not valid. Use a model id from https://hf.co/models.'
-        )
-        self._send(400, json.dumps({"errors": [{"message": message}], "warnings": []}).encode(), {})
+        errors = [{"message": message} for message in card_errors(str(json.loads(self.body)["content"]))]
+        answer = {"errors": errors, "warnings": []}
+        if errors:
+            self._send(400, json.dumps(answer).encode(), {})
+        else:
+            self._json(answer)
 
     def _preupload(self, kind: str, name: str, revision: str) -> None:
         self._may_write()
@@ -321,9 +316,77 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _is_model_id(name: Any) -> bool:
-    """Whether the Hub takes this for the name of a model, whether or not there is such a model."""
-    return isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+_IDS = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0
+grok2-community h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0
+other pddl postgresql unknown unlicense wtfpl zlib
+"""
+LICENSES = frozenset(_IDS.split())
+
+
+def card_errors(content: str) -> list[str]:
+    """What the Hub finds wrong with the metadata of a card."""
+    card = re.match(r"---\n(.*?)^---$", content, re.DOTALL | re.MULTILINE)
+    if card is None:
+        return []
+    try:
+        front = yaml.safe_load(card[1]) or {}
+    except yaml.YAMLError as error:
+        return [f"YAML Metadata Error: {error}"]
+    found = [
+        f'"{key}" with value "{name}" is not valid. Use a {what} id from https://hf.co/{what}s.'
+        for key, what in (("base_model", "model"), ("datasets", "dataset"))
+        for name in _listed(front.get(key))
+        if not _is_id(name)
+    ]
+    found += [
+        f'"license" must be one of [{", ".join(sorted(LICENSES))}, array]'
+        for name in _listed(front.get("license"))
+        if name not in LICENSES
+    ]
+    if "license_name" in front and front.get("license") != "other":
+        found.append('"license_name" is only for a "license" that is "other"')
+    found += [
+        f'"{key}" must be {what}'
+        for key, kind, what in _KINDS
+        if key in front and not isinstance(front[key], kind)
+    ]
+    if not all(isinstance(tag, str) for tag in _listed(front.get("tags"))):
+        found.append('"tags" must be strings')
+    return found
+
+
+_KINDS: tuple[tuple[str, type, str], ...] = (
+    ("tags", list, "an array"),
+    ("datasets", list, "an array"),
+    ("library_name", str, "a string"),
+    ("pipeline_tag", str, "a string"),
+    ("license_name", str, "a string"),
+)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _is_id(name: Any) -> bool:
+    """Whether the Hub takes this for the name of a repository, whether or not there is such a one."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+        and len(name) <= 96
+        and "--" not in name
+        and ".." not in name
+        and not name.endswith(".git")
+    )
 
 
 def _upload_mode(path: str, files: Files) -> dict[str, Any]:

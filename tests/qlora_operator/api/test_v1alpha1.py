@@ -63,7 +63,7 @@ DEFAULTS = {
     "evaluation": {
         "everySteps": None,
         "maxTokens": 65536,
-        "prompts": 0,
+        "prompts": 3,
         "requireImprovement": True,
         "keepBest": False,
         "earlyStoppingPatience": None,

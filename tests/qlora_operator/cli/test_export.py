@@ -81,6 +81,7 @@ def test_each_form_is_shown_with_how_far_it_is_the_trained_model(
         f"exported   {made}: KL divergence 0.001 nats (base 0.5), the same next token 99% of the time"
         in shown.getvalue()
     )
+    assert f"report     {folder / 'report.html'}" in shown.getvalue()
     request = json.loads((made / "export_report.json").read_text())["request"]
     assert (request["name"], request["model"]) == ("mine", str(tmp_path / "model"))
 

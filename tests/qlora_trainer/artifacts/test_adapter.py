@@ -38,6 +38,7 @@ from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.quantization.frozen_weight import UnquantizedWeight
 from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
+from testcluster.hub import card_errors
 
 pytestmark = pytest.mark.process
 
@@ -229,6 +230,62 @@ def test_the_model_card_says_what_it_was_made_from_without_a_path(tmp_path: Path
     card = card_of(tmp_path, {"dataset_sha256": "0123456789abcdef"})
     assert "- data: private, sha256 0123456789ab\n- license: not stated; those of" in card
     assert "pvc://" not in card
+
+
+LICENSES = {
+    "apache-2.0": {"license": "apache-2.0"},
+    "llama3.2": {"license": "llama3.2"},
+    "other": {"license": "other"},
+    "house-terms-1.0": {"license": "other", "license_name": "house-terms-1.0"},
+    None: {},
+}
+
+
+@pytest.mark.parametrize(("stated", "expected"), LICENSES.items())
+def test_the_license_is_one_that_the_hub_takes(
+    tmp_path: Path, stated: str | None, expected: dict[str, str]
+) -> None:
+    """It refuses a card with any other, and knows their names as such of other licenses."""
+    card = card_of(tmp_path, {"license": stated})
+    front = yaml.safe_load(card.split("---\n", 2)[1])
+
+    assert card_errors(card) == []
+    assert {key: value for key, value in front.items() if key.startswith("license")} == expected
+
+
+@pytest.mark.parametrize("pattern", [{}, {"rankPattern": {"q_proj": 4}}, {"alphaPattern": {"q_proj": 4.0}}])
+def test_the_card_says_what_vllm_would_get_wrong(tmp_path: Path, pattern: dict[str, Any]) -> None:
+    """It reads one rank and one alpha for all layers."""
+    assert ("vLLM does not read" in card_of(tmp_path, {}, adapter=pattern)) == bool(pattern)
+
+
+OF_ANYWHERE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a claim": ({}, {}),
+    "a bucket": ({}, {"model": {"source": "s3://bucket/m"}, "dataset": {"source": "s3://bucket/d.jsonl"}}),
+    "the Hub": (
+        {"base_model": "org/name", "license": "mit"},
+        {"model": {"source": "hf://org/name"}, "dataset": {"source": "hf://datasets/org/data"}},
+    ),
+    "a web server": ({}, {"dataset": {"source": "https://data.example/a.jsonl"}}),
+    "prompt tuning": (
+        {"base_model": "org/name"},
+        {"adapter": {"method": "prompt-tuning", "numVirtualTokens": 8}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("provenance", "run"), OF_ANYWHERE.values(), ids=OF_ANYWHERE)
+def test_the_hub_takes_every_card(tmp_path: Path, provenance: dict[str, Any], run: dict[str, Any]) -> None:
+    """Wherever model and data come from."""
+    assert card_errors(card_of(tmp_path, provenance, **run)) == []
+
+
+def test_a_data_set_is_named_once(tmp_path: Path) -> None:
+    """However many of its files are sources."""
+    sources = [{"source": f"hf://datasets/org/data/{name}.jsonl", "weight": 1.0} for name in "ab"]
+    card = card_of(tmp_path, {}, dataset={"source": None, "sources": sources})
+
+    assert yaml.safe_load(card.split("---\n", 2)[1])["datasets"] == ["org/data"]
 
 
 @pytest.mark.parametrize(

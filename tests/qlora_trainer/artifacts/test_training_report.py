@@ -2,6 +2,7 @@
 
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from builders import a_run
 from qlora_contract.identity import identity_fields, identity_hash
 from qlora_contract.run_config import ResolvedRevisions
 from qlora_trainer.artifacts.checkpoint import LoopState
-from qlora_trainer.artifacts.training_report import training_report
+from qlora_trainer.artifacts.training_report import license_of, training_report
 from qlora_trainer.data.packing import StepSchedule
 
 pytestmark = pytest.mark.process
@@ -87,3 +88,29 @@ def test_an_inexact_resume_is_reported() -> None:
     reason = "world_size 4 -> 2"
 
     assert made([{"peak_memory_bytes": 1}], not_bit_exact=reason)["not_bit_exact"] == reason
+
+
+CARDS: dict[str, tuple[str, str | None]] = {
+    "of the Hub's": ("---\nlicense: apache-2.0\n---\n# m", "apache-2.0"),
+    "with Windows' ends of lines": ("---\r\nlicense: 'mit'\r\n---\r\n", "mit"),
+    "openrail++": ("---\nlicense: openrail++\n---\n", "openrail++"),
+    "with a name": (
+        "---\nlicense: other\nlicense_name: house-1.0\nlicense_link: LICENSE\n---\n",
+        "house-1.0",
+    ),
+    "with a name first": ("---\nlicense_name: house-1.0\nlicense: other\n---\n", "house-1.0"),
+    "without a name": ("---\nlicense: other\n---\n", "other"),
+    "a name that is not its own": ("---\nlicense: mit\nlicense_name: x\n---\n", "mit"),
+    "several": ("---\nlicense:\n- mit\n- gpl\n---\n", None),
+    "no metadata": ("# m\nlicense: mit\n", None),
+    "no card": ("", None),
+}
+
+
+@pytest.mark.parametrize(("card", "expected"), CARDS.values(), ids=CARDS)
+def test_the_license_is_what_the_base_s_card_states(card: str, expected: str | None, tmp_path: Path) -> None:
+    """By the Hub's name, or by its own where the Hub has none."""
+    if card:
+        (tmp_path / "README.md").write_text(card, newline="")
+
+    assert license_of(tmp_path) == expected

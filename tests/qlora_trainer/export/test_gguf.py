@@ -1,5 +1,7 @@
 """GGUF's names, order and types."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +172,7 @@ def test_llama3_stretches_waves_as_transformers_does(small_model: Callable[..., 
 
 PROMPT = "<|im_start|>user\nWhat does a list do?<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 20
+ASK = Path(__file__).parents[3] / "demo" / "ask_llama.py"
 
 
 class Silent:
@@ -286,17 +289,24 @@ def test_llama_cpp_computes_each_family_as_transformers_does(
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 def test_llama_cpp_answers_from_q4_k_m(
-    llama_cpp: Any, demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+    llama_cpp: Any,
+    demo_model: Path,
+    an_adapter: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    """By the chat template in the file."""
+    """By the chat template in the file, as `make demo-llama` asks."""
     out = _export(demo_model, an_adapter(demo_model, scale=0.1), tmp_path / "out", "gguf-q4_k_m")
 
-    model = llama_cpp.Llama(str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), n_ctx=256, verbose=False)
-    answer = model.create_chat_completion(
-        [{"role": "user", "content": "Hello"}], max_tokens=12, temperature=0.0
+    done = subprocess.run(
+        [sys.executable, ASK, str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), "Hello"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
 
-    assert answer["choices"][0]["message"]["content"].strip()
+    question, _, answer = done.stdout.partition("\nllama.cpp ")
+    assert question.split() == ["question", "Hello"]
+    assert answer.strip()
 
 
 def _base_as_gguf(folder: Path, tmp_path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Which models are refused by their config.json, and what a family says of its graph."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +9,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from model_folders import by_transformers, configure, stock_model
+from qlora_contract.run_config import Adapter
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
+from qlora_trainer.export.gguf import GGUF_FAMILIES, GgufNames
 from qlora_trainer.modeling import families
 from qlora_trainer.modeling.families import FAMILIES, WRAPPERS, Family, read_config, read_model
 from qlora_trainer.modeling.layers import FusedGatedMlp, GatedMlp, RmsNorm
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.lora import attach_adapters
+from qlora_trainer.modeling.lora import A, attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.modeling.shape import adapter_shapes
 from qlora_trainer.quantization.schemes import Unquantized
+from small_models import SMALL, SMALL_OF
 
 pytestmark = pytest.mark.process
 
@@ -214,3 +220,64 @@ def test_a_multimodal_model_s_head_is_the_stored_one(
     configure(folder, tie_word_embeddings=says)
 
     assert read_model(folder)[1].tie_word_embeddings == (says and not stored)
+
+
+# --- what servers call the layers
+
+_SPLIT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+VLLM: dict[str, set[str]] = {
+    **dict.fromkeys(FAMILIES.keys() | WRAPPERS.keys(), _SPLIT),
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "granitemoehybrid": {"q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"},
+}
+"""The layers that vLLM's model of a family takes matrices of, by the last part of their names. It refuses an adapter
+with any other, and passes over one with the right end whose path leads nowhere."""
+VLLM_PREFIXES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+"""How vLLM's multimodal models rename what an adapter names."""
+VLLM_PATH = re.compile(r"(language_model\.)?model\.layers\.[0-9]+\.(self_attn|mlp|shared_mlp)\.[a-z_]+")
+VLLM_REFUSES = {"glm": {"gate_up_proj"}, "glm4": {"gate_up_proj"}}
+"""Layers that transformers has in one and vLLM in two: docs/serving.md says what to do."""
+
+
+def adapted(folder: Path, kind: str, **config: Any) -> list[str]:
+    """The layers that an adapter of `all-linear` names in a small model, of which only config.json is there."""
+    values = {**SMALL, "vocab_size": 300, "tie_word_embeddings": True, **SMALL_OF.get(kind, {}), **config}
+    if "vision_config" in values:
+        vision = values.pop("vision_config")
+        values = {"text_config": values, "vision_config": vision, "tie_word_embeddings": True}
+    AutoConfig.for_model(kind, **values).save_pretrained(folder)
+    names = adapter_shapes(folder, Adapter(target_modules=["all-linear"]))
+    return [name.removesuffix(f".{A}") for name in names if name.endswith(f".{A}")]
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() | WRAPPERS.keys()))
+def test_vllm_finds_every_layer_that_an_adapter_names(kind: str, tmp_path: Path) -> None:
+    """Or refuses the adapter, which the user sees; none is passed over."""
+    layers = adapted(tmp_path, kind)
+    if kind in WRAPPERS:
+        layers = [
+            next((new + n.removeprefix(old) for old, new in VLLM_PREFIXES.items() if n.startswith(old)), n)
+            for n in layers
+        ]
+    unknown = {name.rpartition(".")[2] for name in layers} - VLLM[kind]
+
+    assert layers
+    assert [name for name in layers if not VLLM_PATH.fullmatch(name)] == []
+    assert all(name.startswith("language_model.") == (kind in WRAPPERS) for name in layers)
+    assert unknown == VLLM_REFUSES.get(kind, set())
+
+
+@pytest.mark.parametrize("kind", sorted(GGUF_FAMILIES))
+def test_llama_cpp_has_a_tensor_for_every_layer_that_an_adapter_names(kind: str, tmp_path: Path) -> None:
+    """Of its own, in each layer: it refuses an adapter with a tensor that the base lacks."""
+    needed = {
+        "gemma2": {"query_pre_attn_scalar": 32},
+        "olmo2": {"tie_word_embeddings": False},
+        "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+    }
+    layers = adapted(tmp_path, kind, **needed.get(kind, {}))
+    config = read_config(tmp_path)
+    names = [GgufNames(config).name(f"{name}.weight") for name in layers]
+
+    assert len(set(names)) == len(layers)
+    assert all(re.fullmatch(r"blk\.[0-9]+\.(attn|ffn)_[a-z_]+\.weight", name) for name in names)

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from qlora_contract.cost import AttemptRecord, parse_price
-from qlora_contract.job_folder import METRICS, REPORT_FACTS, REPORT_PAGE, TRAINING_REPORT
+from qlora_contract.job_folder import (
+    EXPORT_REPORT,
+    EXPORTS,
+    METRICS,
+    REPORT_FACTS,
+    REPORT_PAGE,
+    TRAINING_REPORT,
+)
 from qlora_trainer.report.files import page_of, write_page
 from qlora_trainer.storage.attempts import write_attempts
 
@@ -46,6 +53,37 @@ def test_the_price_of_the_day_counts(folder: Path) -> None:
 
     assert "12.00 CHF, at 2 CHF an hour" in str(page_of(folder, parse_price("2 CHF")))
     assert "no price given" in str(page_of(folder, None))
+
+
+COSTS: dict[str, tuple[object, str]] = {
+    "with a price": ({"price_per_core_hour": 0.5, "currency": "EUR"}, "3.00 EUR, at 0.5 EUR an hour"),
+    "without": ({"price_per_core_hour": None}, "no price given"),
+    "damaged": ({"price_per_core_hour": "much"}, "no price given"),
+    "no cost at all": ("none", "no price given"),
+}
+
+
+@pytest.mark.parametrize(("cost", "shown"), COSTS.values(), ids=COSTS)
+def test_without_a_price_the_job_s_own_counts(folder: Path, cost: object, shown: str) -> None:
+    """It was given when the job ran; writing the page again must not lose it."""
+    write_attempts(folder, [AttemptRecord(job_uid="u", attempt=0, began="b", seconds=7200, cpus=3)])
+    (folder / TRAINING_REPORT).write_text(json.dumps({"cost": cost}))
+
+    assert shown in str(page_of(folder, None))
+
+
+def test_exports_of_this_adapter_are_shown(folder: Path) -> None:
+    """Also those that `qlora export` made later; not one of an adapter of before, nor a folder without a report."""
+    (folder / TRAINING_REPORT).write_text(json.dumps({"adapter_sha256": "new"}))
+    for form, of in (("merged", "new"), ("gguf-f16", "old"), ("gguf-q8_0", None), ("other", "new")):
+        path = folder / EXPORTS / form / EXPORT_REPORT
+        path.parent.mkdir(parents=True)
+        if of is not None:
+            path.write_text(json.dumps({"adapter_sha256": of, "bytes": 2**30}))
+    page = str(page_of(folder, None))
+
+    assert "vllm serve exports/merged" in page
+    assert not any(f"<td>{form}</td>" in page for form in ("gguf-f16", "gguf-q8_0", "other"))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_contract.cost import AttemptRecord, cost_of, parse_price
-from qlora_trainer.report.page import render, state_of
+from qlora_trainer.report.page import render, serving_command, state_of
 
 HOSTILE = "</td></table><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&amp;'\""
 VOID = {"meta", "img", "link", "br"}
@@ -130,6 +130,7 @@ def rendered(report: dict[str, Any] = REPORT, metrics: list[dict[str, Any]] = ME
         pytest.param("2 steps made again after restarts, 0.00222 core-hours", id="lost work"),
         pytest.param("unknown: the processors' counters cannot be read here", id="energy"),
         pytest.param("a peer was lost", id="how attempts ended"),
+        pytest.param("attempt 1", id="timeline"),
         pytest.param("node-a", id="ranks"),
         pytest.param("finished 2026-01-01T01:00:00Z", id="state"),
     ],
@@ -137,6 +138,43 @@ def rendered(report: dict[str, Any] = REPORT, metrics: list[dict[str, Any]] = ME
 def test_the_page_shows(text: str) -> None:
     """What a reader looks for."""
     assert any(text in part for part in Page(rendered()).text)
+
+
+def an_export(**fields: Any) -> dict[str, Any]:
+    """export_report.json."""
+    proof = {
+        "kl_divergence": 0.0016,
+        "greedy_agreement": 0.98,
+        "adapter_share": 0.995,
+        "base_kl_divergence": 0.2,
+    }
+    return {"bytes": 138 * 2**20, "proof": proof, **fields}
+
+
+def test_exports_stand_beside_the_base_with_how_to_serve_them() -> None:
+    """Size, divergence, agreement, the adapter's effect, and a command."""
+    exports = {"merged": an_export(), "gguf-q8_0": an_export(file="demo-q8_0.gguf")}
+    text = Page(rendered(REPORT | {"exports": exports})).text
+    row = text.index("gguf-q8_0")
+
+    assert text[text.index("the base alone") + 1] == "0.2 nats"
+    assert text[row + 1 : row + 5] == ["138 MiB", "0.0016 nats", "98 %", "100 %"]
+    assert text[row + 5] == "llama-server -m exports/gguf-q8_0/demo-q8_0.gguf --jinja"
+    assert "Exports" not in Page(rendered()).text
+
+
+@pytest.mark.parametrize(
+    ("form", "file", "expected"),
+    [
+        ("merged", None, "vllm serve exports/merged"),
+        ("gguf-f16", "a.gguf", "llama-server -m exports/gguf-f16/a.gguf --jinja"),
+        ("gguf-lora", "a.gguf", "llama-server -m BASE.gguf --lora exports/gguf-lora/a.gguf --jinja"),
+        ("gguf-f16", "a; reboot", "llama-server -m 'exports/gguf-f16/a; reboot' --jinja"),
+    ],
+)
+def test_the_command_that_serves_an_export(form: str, file: str | None, expected: str) -> None:
+    """A name from a file is one word of it, whatever it is."""
+    assert serving_command(form, file) == expected
 
 
 def test_the_page_needs_nothing_else() -> None:
@@ -160,7 +198,7 @@ def everywhere(value: Any) -> Any:
 
 def test_no_text_can_do_anything() -> None:
     """Names, sources, messages and answers are shown as they are, and are never markup."""
-    report = everywhere(REPORT | {"answers": ANSWERS})
+    report = everywhere(REPORT | {"answers": ANSWERS, "exports": {"merged": an_export(file="f")}})
     hostile = [an_attempt(ended=HOSTILE, began=HOSTILE)]
     page = Page(render(report, METRICS, hostile, cost_of(hostile, None), HOSTILE))
 
@@ -253,5 +291,5 @@ def test_a_browser_shows_the_page_and_runs_nothing(tmp_path: Path) -> None:
     )
 
     assert "owned" not in re.findall(r"<title>(.*?)</title>", done.stdout)[0]
-    assert done.stdout.count("<svg") == 6
+    assert done.stdout.count("<svg") == 7
     assert "<script" not in done.stdout

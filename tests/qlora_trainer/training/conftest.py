@@ -62,6 +62,7 @@ SMALL: dict[str, Any] = {
     "training": {
         "maxSteps": 3, "globalBatchTokens": 500, "maxSequenceLength": 96, "learningRate": 0.003, "computeDtype": "fp32"
     },
+    "evaluation": {"prompts": 0},  # which takes as long as the rest, and is tested apart
     "layout": {"memoryPerRank": 2**33},
 }  # fmt: skip
 

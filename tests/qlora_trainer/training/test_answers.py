@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qlora_contract.job_folder import ADAPTER, ANSWERS, TRAINING_REPORT
+from qlora_contract.run_config import Evaluation, RunConfig
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import Terminated
 from qlora_trainer.report.files import page_of
@@ -182,9 +183,35 @@ def test_answers_change_neither_adapter_nor_losses(ready: Ready) -> None:
     assert (first["eval_loss"], first["base_eval_loss"]) == (second["eval_loss"], second["base_eval_loss"])
 
 
-def test_no_prompts_are_answered_unless_asked_for(ready: Ready) -> None:
+def test_unless_told_otherwise_three_are_answered(ready: Ready) -> None:
+    """So that every report shows what has changed."""
+    context = ready(evaluation={"prompts": Evaluation().prompts})
+    train(context)
+
+    assert len(json.loads((context.folder.path / ANSWERS).read_text())["prompts"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "seconds"),
+    [
+        pytest.param({}, 180.0, id="a minute for each"),
+        pytest.param({"progressDeadlineSeconds": 40}, 150.0, id="half of timeoutSeconds"),
+        pytest.param({"progressDeadlineSeconds": 160}, 160.0, id="half of two deadlines"),
+    ],
+)
+def test_no_rank_waits_too_long_for_the_answers(
+    a_run: Callable[..., RunConfig], timeouts: dict[str, Any], seconds: float
+) -> None:
+    """They are over before the collective in which the others wait gives up."""
+    assert answers.time_for(3, a_run(1, **timeouts)) == seconds
+
+
+def test_no_prompts_are_answered_without_any(ready: Ready) -> None:
     """Nor without held-out data."""
-    without_data = {"dataset": {"evalFraction": 0.0}, "evaluation": {"requireImprovement": False}}
+    without_data = {
+        "dataset": {"evalFraction": 0.0},
+        "evaluation": {"requireImprovement": False, "prompts": 3},
+    }
     for sections in ({"evaluation": {"prompts": 0}}, without_data):
         context = ready(**sections)
         train(context)

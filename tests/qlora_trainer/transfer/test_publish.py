@@ -184,17 +184,24 @@ def test_a_refusal_is_final(
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("base", ["/volumes/claim/model", "a b"])
+WRONG_CARDS = {
+    "base_model: /volumes/claim/model": '"base_model" with value ".*" is not valid',
+    "base_model: a b": '"base_model" with value ".*" is not valid',
+    "license: my-own-terms": '"license" must be one of ',
+    "license: mit\nlicense_name: mit": '"license_name" is only for',
+    "datasets: [./data.jsonl, org/data]": '"datasets" with value "./data.jsonl" is not valid',
+    "datasets: org/data": '"datasets" must be an array',
+    "tags: [1]": '"tags" must be strings',
+}
+
+
+@pytest.mark.parametrize(("front", "said"), WRONG_CARDS.items())
 def test_a_card_that_the_hub_refuses_is_refused_at_once(
-    send: Callable[..., str], transfers: Transfers, sound: Remotes, base: str
+    send: Callable[..., str], transfers: Transfers, sound: Remotes, front: str, said: str
 ) -> None:
     """In the Hub's words, before anything is sent: trying again would change nothing."""
-    write_adapter(
-        transfers.job() / "adapter", {**ADAPTER, "README.md": f"---\nbase_model: {base}\n---\n".encode()}
-    )
-    with pytest.raises(
-        TransferRefused, match=r'hf://org/adapter: .*"base_model" with value ".*" is not valid'
-    ):
+    write_adapter(transfers.job() / "adapter", {**ADAPTER, "README.md": f"---\n{front}\n---\n".encode()})
+    with pytest.raises(TransferRefused, match=f"hf://org/adapter: .*{said}"):
         send(**HUB)
 
     assert len(sound.hub.repositories["models", "org/adapter"].files) == 1

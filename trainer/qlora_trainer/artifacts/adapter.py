@@ -59,6 +59,20 @@ inputs = tokenizer("...", return_tensors="pt")""",
 """How to ask, by whether the data were conversations, which a chat template wrote."""
 
 
+_IDS = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0
+etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0
+grok2-community h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2
+llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0
+other pddl postgresql unknown unlicense wtfpl zlib
+"""
+HUB_LICENSES = frozenset(_IDS.split())
+"""What the Hub takes as `license` of a card. Another license is `other`, with its name as `license_name`."""
+
 FEW_POINTS = 60
 """A curve of fewer steps shows each as a dot: a line of one point cannot be seen."""
 
@@ -201,8 +215,10 @@ def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) ->
     provenance = report["provenance"]
     base, license_ = provenance["base_model"], provenance.get("license")
     front = f"base_model: {json.dumps(base)}\n" if base else ""
-    if license_:
+    if license_ in HUB_LICENSES:
         front += f"license: {json.dumps(license_)}\n"
+    elif license_:
+        front += f"license: other\nlicense_name: {json.dumps(license_)}\n"
     datasets = hub_datasets(run)
     if datasets:
         front += f"datasets: {json.dumps(datasets)}\n"
@@ -229,6 +245,11 @@ def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) ->
             f"- adapter: rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g},\n"
             f"  on {', '.join(adapter.target_modules)}"
         )
+        if adapter.rank_pattern or adapter.alpha_pattern:
+            settings += (
+                "\n- ranks and alphas of their own in some layers: vLLM does not read rank_pattern and alpha_pattern,\n"
+                "  and scales these layers wrongly without a word; give it the merged model"
+            )
     else:
         kind, tags = adapter.method, f"[{adapter.method}, cpu]"
         settings = f"- adapter: {adapter.virtual_tokens} virtual tokens before each prompt"
@@ -261,7 +282,7 @@ A {kind} adapter for {named}{revision}, trained on CPUs by qlora-operator.
 def hub_datasets(run: RunConfig) -> list[str]:
     """The data sets' names on the Hub, without data from elsewhere, whose path means nothing to others."""
     remotes = [parse_remote(each.source) for each in run.dataset.all_sources if is_remote(each.source)]
-    return [remote.root for remote in remotes if remote.kind == "dataset"]
+    return list(dict.fromkeys(remote.root for remote in remotes if remote.kind == "dataset"))
 
 
 def data_line(datasets: list[str], report: dict[str, Any]) -> str:

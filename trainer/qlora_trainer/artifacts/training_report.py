@@ -73,14 +73,19 @@ def configuration(run: RunConfig) -> dict[str, Any]:
 
 
 def license_of(model_folder: Path) -> str | None:
-    """The license that the base model's card states, as hubs name it; None without such a card."""
+    """The license that the base model's card states, as hubs name it; None without such a card.
+
+    Of one that hubs have no name for (`license: other`) the name that the card gives it, if any.
+    """
     try:
         card = (model_folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     front = re.match(r"---\n(.*?)\n---\n", card.replace("\r\n", "\n"), re.DOTALL)
-    stated = front and re.search(r"""^license: *["']?([a-z0-9.-]+)["']? *$""", front[1], re.MULTILINE)
-    return stated[1] if stated else None
+    lines = r"""^(license|license_name): *["']?([a-z0-9.+-]+)["']? *$"""
+    stated = dict(re.findall(lines, front[1] if front else "", re.MULTILINE))
+    license_ = stated.get("license")
+    return stated.get("license_name", license_) if license_ == "other" else license_
 
 
 def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:

@@ -4,12 +4,15 @@ What it shows comes from data, names and other releases: every text is escaped, 
 form is left out.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from qlora_contract.cost import AttemptRecord, Cost
+from qlora_contract.job_folder import EXPORTS
 from qlora_contract.units import format_bytes, format_duration
+from qlora_trainer.report import timeline
 from qlora_trainer.report.charts import Chart, Limit, Line, Point, svg
 
 LONGEST = 2_000
@@ -38,7 +41,8 @@ figure p { margin: 0 0 .3rem; min-height: 1.4rem; font-size: .8rem; color: var(-
 .key.limit::before { border-top: 2px dashed var(--c); } .key.mark::before { border-top: 2px dotted var(--dim); }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 12px; }
 .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .l0 { --c: var(--l0); } .l1 { --c: var(--l1); }
-path { fill: none; } .line { stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; } circle { fill: var(--c); }
+rect, circle { fill: var(--c); } path { fill: none; }
+.line { stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .grid { stroke: var(--edge); } .limit { stroke: var(--c); stroke-width: 1.5; stroke-dasharray: 6 4; }
 .mark { stroke: var(--dim); stroke-dasharray: 2 3; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; }
@@ -46,7 +50,7 @@ th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; 
   overflow-wrap: anywhere; }
 th { color: var(--dim); font-weight: 500; } .facts th { min-width: 13rem; }
 .columns { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
-.answers td { white-space: pre-wrap; min-width: 14rem; }
+.answers td { white-space: pre-wrap; min-width: 14rem; } .exports td:last-child { font-family: monospace; }
 footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -63,7 +67,8 @@ def render(
     """The page.
 
     Args:
-        report: training_report.json, or report.json of a job that is not finished.
+        report: training_report.json, or report.json of a job that is not finished; with `answers`, and with `exports`:
+            export_report.json by form.
         metrics: the lines of metrics.jsonl.
         attempts: attempts.json.
         cost: of these attempts; None where none was recorded.
@@ -73,7 +78,9 @@ def render(
     sections = [
         f'<div class="tiles">{"".join(_tiles(report, metrics, cost))}</div>',
         f'<div class="charts">{"".join(charts)}</div>' if any(charts) else "<p>No step is done yet.</p>",
+        _section("Timeline", timeline.svg(attempts, metrics)),
         _answers(_mapping(report.get("answers"))),
+        _exports(_mapping(report.get("exports"))),
         '<div class="columns">',
         _section("Data", _facts(_data(report))),
         _section("What it cost", _facts(_cost(cost))),
@@ -322,6 +329,53 @@ def _answers(answers: Mapping[str, Any]) -> str:
     if scores:
         table += _table(("of these answers", "base", "with the adapter"), scores)
     return _section("Answers to held-out prompts", table)
+
+
+_EXPORT_COLUMNS = (
+    "form",
+    "size",
+    "KL divergence from the trained model",
+    "same next token",
+    "the adapter's effect",
+    "to serve it, from the job's folder",
+)
+
+
+def _exports(exports: Mapping[str, Any]) -> str:
+    rows: list[list[str]] = []
+    for form, made in exports.items():
+        report = _mapping(made)
+        proof = _mapping(report.get("proof"))
+        if not rows and (base := _number(proof.get("base_kl_divergence"))) is not None:
+            rows.append(["the base alone", "", f"{base:.2g} nats", "", "", ""])
+        size, divergence = _number(report.get("bytes")), _number(proof.get("kl_divergence"))
+        rows.append(
+            [
+                form,
+                "" if size is None else format_bytes(round(size)),
+                "" if divergence is None else f"{divergence:.2g} nats",
+                _score(proof.get("greedy_agreement")),
+                _score(proof.get("adapter_share")),
+                serving_command(form, report.get("file")),
+            ]
+        )
+    return _section("Exports", _table(_EXPORT_COLUMNS, rows, "exports"))
+
+
+def serving_command(form: str, file: Any) -> str:
+    """What serves an export.
+
+    Args:
+        form: what it is, and its folder in `exports`.
+        file: its GGUF file; None where it has none.
+    """
+    folder = f"{EXPORTS}/{form}"
+    if file is None:
+        return f"vllm serve {shlex.quote(folder)}"
+    path = shlex.quote(f"{folder}/{file}")
+    if form == "gguf-lora":
+        return f"llama-server -m BASE.gguf --lora {path} --jinja"
+    return f"llama-server -m {path} --jinja"
 
 
 def _score(value: Any) -> str:

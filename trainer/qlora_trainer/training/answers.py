@@ -16,12 +16,13 @@ import numpy as np
 
 from qlora_contract.job_folder import ANSWERS
 from qlora_contract.progress import Work
+from qlora_contract.run_config import RunConfig
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.inference.generation import stream
 from qlora_trainer.modeling.adapter_methods import adapters_disabled
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.storage.atomic import write_atomically
-from qlora_trainer.training.context import RankContext, StopRequested
+from qlora_trainer.training.context import RankContext, StopRequested, collective_seconds
 from qlora_trainer.training.inputs import stop_ids
 from qlora_trainer.training.setup import TrainState
 
@@ -33,8 +34,8 @@ MIN_PROMPT = 2
 """Tokens: what is learned from its beginning, as a plain text is, has no prompt."""
 SECONDS_PER_PROMPT = 60.0
 """For both answers, on a slow or busy machine; as a rule it is far less."""
-TIMEOUTS = 3
-"""Of distributed.timeoutSeconds, all answers together take at most so many: the other ranks wait."""
+SHARE_OF_WAIT = 0.5
+"""Of how long the other ranks wait for this one: all answers together take no more."""
 PROMPT_CHARACTERS = 1_000
 """Of the end of a prompt, that are shown."""
 MAX_LABELS = 20
@@ -77,7 +78,7 @@ def _answer(context: RankContext, state: TrainState, samples: Samples, count: in
     tokenizer = state.tokenizer
     ends = {each.reference[-1] for each in chosen} & set(tokenizer.all_special_ids)
     stops = {*stop_ids(state.model_folder), *ends}
-    seconds = min(SECONDS_PER_PROMPT * len(chosen), TIMEOUTS * context.run.distributed.timeout_seconds)
+    seconds = time_for(len(chosen), context.run)
     total = 2 * NEW_TOKENS * len(chosen)
     context.progress.begin(Work(name="answering held-out prompts", unit="tokens", total=total))
     room = state.memory.micro_batch_tokens
@@ -113,6 +114,11 @@ def _answer(context: RankContext, state: TrainState, samples: Samples, count: in
     }
     context.folder.check_fence()
     write_atomically(context.folder.path / ANSWERS, json.dumps(found, indent=1))
+
+
+def time_for(count: int, run: RunConfig) -> float:
+    """Seconds that so many prompts may take, of both sides."""
+    return min(SECONDS_PER_PROMPT * count, SHARE_OF_WAIT * collective_seconds(run))
 
 
 def held_out(samples: Samples, count: int) -> list[HeldOut]:

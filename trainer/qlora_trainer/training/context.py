@@ -45,6 +45,16 @@ class ReducedScalars:
     """By name, each rank's own number, in rank order."""
 
 
+STUCK_FACTOR = 2
+"""Limit of one collective, in units of progressDeadlineSeconds: of one that waits for nobody in particular. Dead and
+stopped peers are the heartbeat's business, one that hangs finds out by itself, and one that is slow may be so."""
+
+
+def collective_seconds(run: RunConfig) -> float:
+    """How long a rank waits for the others in one collective, before it fails."""
+    return max(STUCK_FACTOR * run.progress_deadline_seconds, run.distributed.timeout_seconds)
+
+
 @dataclass
 class RankContext:
     """One rank's job, its peers, and what it reports to."""

@@ -1,0 +1,34 @@
+"""Ask a GGUF file a question in llama.cpp: `python demo/ask_llama.py FILE [QUESTION]`.
+
+By llama-cpp-python (`make demo-llama` compiles it), with the chat template that the file holds.
+"""
+
+import argparse
+
+QUESTION = "What does `itertools.chain` do?"
+"""That of demo/ask.py."""
+NEW_TOKENS = 64
+
+
+def answer(file: str, question: str) -> str:
+    """The model's greedy answer of at most NEW_TOKENS tokens."""
+    from llama_cpp import Llama
+
+    model = Llama(file, n_ctx=512, verbose=False)
+    asked = [{"role": "user", "content": question}]
+    made = model.create_chat_completion(asked, max_tokens=NEW_TOKENS, temperature=0.0)
+    return str(made["choices"][0]["message"]["content"]).strip()
+
+
+def main() -> None:
+    """Print question and answer."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", help="of `qlora export --format gguf`")
+    parser.add_argument("question", nargs="?", default=QUESTION)
+    options = parser.parse_args()
+    print(f"question           {options.question}")
+    print(f"llama.cpp          {answer(options.file, options.question)}")
+
+
+if __name__ == "__main__":
+    main()
