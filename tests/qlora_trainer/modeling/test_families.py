@@ -112,11 +112,14 @@ def test_refuses_what_it_cannot_train_exactly(
 NORMS = {
     "llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3_text": 13, "gemma3": 13, "phi3": 5, "glm": 5,
     "glm4": 9, "smollm3": 5, "granite": 5, "granitemoehybrid": 5, "olmo2": 9, "olmo3": 9, "ministral": 5,
-    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9,
+    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9, "qwen3_5_text": 7, "qwen3_5": 7,
 }  # fmt: skip
 """Of two decoder layers and behind them; some have norms of queries and keys, or behind attention and MLP, too."""
-LINEARS = {"phi3": 4, "glm": 6, "glm4": 6, "granitemoehybrid": 6, "qwen3_moe": 4 + 4 * 3}
-"""Of a decoder layer, where they are not seven."""
+LINEARS = {
+    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3), "qwen3_5_text": 8 + 7,
+    "qwen3_5": 8 + 7,
+}  # fmt: skip
+"""Of two decoder layers, where each has not seven."""
 MLPS = {"qwen3_moe": 4}
 """Of a decoder layer, where there is more than one."""
 
@@ -134,7 +137,7 @@ def test_every_layer_of_a_family_s_graph_is_ours(kind: str, norms: int, small_mo
 
     assert sum(isinstance(module, RmsNorm) for module in modules) == norms
     assert sum(isinstance(module, GatedMlp | FusedGatedMlp) for module in modules) == 2 * MLPS.get(kind, 1)
-    assert sum(isinstance(module, LoraLinear) for module in modules) == 2 * LINEARS.get(kind, 7)
+    assert sum(isinstance(module, LoraLinear) for module in modules) == LINEARS.get(kind, 14)
     assert not any(isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in modules)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling import delta_net
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.graph import build_graph
@@ -110,7 +111,8 @@ class _WeightLoader:
         elif isinstance(module, nn.Linear):
             self.biases[path] = finite(name, tensor).to(self.dtype, copy=True)
         else:
-            value = finite(name, tensor).to(self.dtype, copy=True)
+            dtype = torch.float32 if leaf in delta_net.FP32 else self.dtype
+            value = finite(name, tensor).to(dtype, copy=True)
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
     def _frozen(self, stored: StoredWeight, name: str, tensor: Tensor) -> FrozenWeight:
