@@ -41,7 +41,7 @@ measured. The compiled passes leave none that counts."""
 RECURRENT_NUMBERS = 2**20
 """Of the widest tensor that a recurrent layer makes at once, in fp32: it takes as many heads at a time, at least one
 (qlora_trainer.modeling.delta_net)."""
-RECURRENT_TENSORS = 40
+RECURRENT_TENSORS = 50
 """Tensors of that size that are there at the same time in the backward pass; measured."""
 
 DEQUANTIZE_SECONDS = 0.8e-9

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
+import builders
 from qlora_trainer.data.collate import collate
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.modeling import delta_net
@@ -52,11 +53,6 @@ def a_layer(heads: tuple[int, int, int, int], **config: Any) -> Any:
     return layer
 
 
-def ours_of(stock: Any) -> GatedDeltaNet:
-    """Ours with the same projections."""
-    return GatedDeltaNet(stock)
-
-
 def rows(tokens: int, seed: int = 1) -> Tensor:
     """(1, tokens, hidden size)."""
     return torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
@@ -83,27 +79,29 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert float((found[name] - tensor).norm() / tensor.norm()) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("taps", [4, 1])
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    ("heads", "taps"),
+    [*((heads, 4) for heads in HEADS.values()), (HEADS["wide keys"], 1)],
+    ids=[*HEADS, "no convolution"],
+)
 def test_packed_samples_give_what_transformers_gives_for_each_alone(
     heads: tuple[int, int, int, int], taps: int
 ) -> None:
     """The output and all gradients, of samples shorter and longer than a chunk."""
     stock = a_layer(heads, linear_conv_kernel_dim=taps)
-    ours = ours_of(stock)
+    ours = GatedDeltaNet(stock)
 
     found = with_gradients(stock, lambda x: ours(x, segment_lengths=LENGTHS))
     assert_close(found, with_gradients(stock, lambda x: by_stock(stock, x, LENGTHS)))
 
 
-@pytest.mark.parametrize("numbers", [1, 30_000])
-@pytest.mark.parametrize("block", [1, 200])
+@pytest.mark.parametrize(("numbers", "block"), [(1, 200), (30_000, 1)])
 def test_heads_and_samples_that_run_in_turn_change_nothing(
     numbers: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many of them memory allows at a time."""
     stock = a_layer(HEADS["a key for two values"])
-    ours = ours_of(stock)
+    ours = GatedDeltaNet(stock)
     expected = with_gradients(stock, lambda x: ours(x, segment_lengths=LENGTHS))
     monkeypatch.setattr(delta_net, "RECURRENT_NUMBERS", numbers)
     monkeypatch.setattr(delta_net, "BLOCK", block)
@@ -114,7 +112,7 @@ def test_heads_and_samples_that_run_in_turn_change_nothing(
 
 def test_a_sample_sees_nothing_of_its_neighbors() -> None:
     """Whatever stands before and behind it: not one bit differs, forward or backward."""
-    ours = ours_of(a_layer(HEADS["a key for two values"]))
+    ours = GatedDeltaNet(a_layer(HEADS["a key for two values"]))
     found = []
     for seed in (1, 2):
         x = rows(sum(LENGTHS), seed)
@@ -135,7 +133,7 @@ def test_a_sample_sees_nothing_of_its_neighbors() -> None:
 def test_a_sequence_goes_on_where_it_stopped(parts: list[int]) -> None:
     """Read in parts, beside another sequence and a segment that is none, it gives what it gives as a whole."""
     stock = a_layer(HEADS["a key for two values"])
-    ours, x, other = ours_of(stock), rows(130), rows(130, 2)
+    ours, x, other = GatedDeltaNet(stock), rows(130), rows(130, 2)
     one, two = CachedSequence(200), CachedSequence(200)
     found = []
     for first, second in zip(torch.split(x, parts, 1), torch.split(other, parts, 1), strict=True):
@@ -151,7 +149,7 @@ def test_a_sequence_goes_on_where_it_stopped(parts: list[int]) -> None:
 
 def test_bf16_is_rounded_once() -> None:
     """Of bf16 projections, what comes out of the core is fp32's to the last digit that bf16 has."""
-    core = ours_of(a_layer(HEADS["a key for two values"])).core
+    core = GatedDeltaNet(a_layer(HEADS["a key for two values"])).core
     heads = core.heads
     sizes = 2 * heads.keys * heads.key_size + heads.values * heads.value_size, heads.values * heads.value_size
     generator = torch.Generator().manual_seed(3)
@@ -167,7 +165,7 @@ def test_bf16_is_rounded_once() -> None:
 
 def test_samples_must_be_told_apart() -> None:
     """Without segments, or with other ones, nothing is computed."""
-    ours = ours_of(a_layer(HEADS["wide keys"]))
+    ours = GatedDeltaNet(a_layer(HEADS["wide keys"]))
 
     with pytest.raises(ValueError, match="samples would see each other"):
         ours(rows(5))
@@ -177,8 +175,6 @@ def test_samples_must_be_told_apart() -> None:
 
 def test_recomputed_layers_give_the_same_gradient(small_model: Callable[..., Path], samples: Samples) -> None:
     """With gradient checkpointing, bit for bit."""
-    import builders
-
     run = builders.a_run(adapter={"rank": 4, "targetModules": ["all-linear"]})
     gradients = []
     for recompute in (False, True):

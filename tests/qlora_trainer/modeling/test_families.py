@@ -88,6 +88,25 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "old dynamic rope": (
         lambda f: configure(f, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'",
     ),
+    **{
+        f"linear attention, {name}": (
+            lambda f, values=values: configure(f, model_type="qwen3_5_text", **values), message,
+        )
+        for name, values, message in (
+            ("another activation", {"hidden_act": "gelu"}, "the activation 'gelu' in its linear attention"),
+            (
+                "heads that do not divide", {"linear_num_value_heads": 3, "linear_num_key_heads": 2},
+                r"3 heads of values \(linear_num_value_heads\), which is no multiple of its 2 heads of keys",
+            ),
+            ("no gate", {"attn_output_gate": False}, "attention without a gate"),
+            ("no heads", {"linear_num_key_heads": 0}, "linear_num_key_heads is 0; expected is a whole number"),
+            ("far too many", {"linear_conv_kernel_dim": 10**6}, "linear_conv_kernel_dim is 1000000; expected"),
+            ("windows beside it", {"layer_types": ["linear_attention", "sliding_attention"]}, "'sliding_attention'"),
+        )
+    },
+    "a mixture of experts with linear attention": (
+        lambda f: configure(f, model_type="qwen3_5_moe_text"), "'qwen3_5_moe_text' model; supported are",
+    ),
     "attention of another kind": (
         lambda f: configure(f, layer_types=["full_attention", "linear_attention"]), "layers of 'linear_attention'",
     ),

@@ -137,12 +137,17 @@ def test_heads(kind: str, config: dict[str, Any], expected: tuple[int, int, int]
     assert len(weights["model.layers.0.mlp.up_proj.weight"]) == shape.intermediate
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
-)
+KEPT = {
+    kind: (kind, "full_attention")
+    for kind in sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
+} | {"qwen3_5_text, linear": ("qwen3_5_text", "linear_attention")}
+"""Kinds of models, and of their layers where these have kinds."""
+
+
+@pytest.mark.parametrize(("kind", "attention"), KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_layer_keeps_is_what_the_estimate_says(
-    kind: str, dtype: torch.dtype, small_model: Make, samples: Samples
+    kind: str, attention: str, dtype: torch.dtype, small_model: Make, samples: Samples
 ) -> None:
     """What autograd keeps of a token, layer for layer, is never more than estimated, and at least two thirds.
 
@@ -150,9 +155,7 @@ def test_what_a_layer_keeps_is_what_the_estimate_says(
     """
     found = []
     for layers in (2, 4):
-        kinds = (
-            {"layer_types": ["full_attention"] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
-        )
+        kinds = {"layer_types": [attention] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
         folder = small_model(kind, **WORDS, num_hidden_layers=layers, **kinds)
         model = load_model(folder, Unquantized(), dtype)
         model.graph.train()
@@ -164,6 +167,25 @@ def test_what_a_layer_keeps_is_what_the_estimate_says(
     )
 
     assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
+
+
+def test_layers_of_two_kinds_keep_what_they_keep_on_average(small_model: Make) -> None:
+    """Of a model with both, each kind counts by its share; attention's work is that of its own layers alone."""
+    kept = {}
+    for name, kinds in {
+        "full": ["full_attention"] * 4,
+        "linear": ["linear_attention"] * 4,
+        "mixed": [*["linear_attention"] * 3, "full_attention"],
+    }.items():
+        folder = small_model("qwen3_5_text", **WORDS, num_hidden_layers=4, layer_types=kinds)
+        kept[name] = model_shape(folder, Adapter())
+
+    full, linear, mixed = (kept[name] for name in ("full", "linear", "mixed"))
+    assert 4 * mixed.further_kept == 3 * linear.further_kept + full.further_kept
+    assert [shape.recurrent_layers for shape in (full, linear, mixed)] == [0, 4, 3]
+    assert (full.recurrent_width, full.recurrent_flops) == (0, 0)
+    assert mixed.recurrent_width == 2 * 32  # two heads of values share a key
+    assert mixed.recurrent_flops > 4 * 6 * 16 * 32
 
 
 def kept_bytes(model: BaseModel, samples: Samples) -> int:

@@ -348,7 +348,13 @@ class Group:
         ]
 
     def mix(
-        self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, block: Block, states: Sequence[State | None] | None
+        self,
+        qkv: Tensor,
+        z: Tensor,
+        b: Tensor,
+        a: Tensor,
+        block: Block,
+        states: Sequence[State | None] | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """(tokens, values) of these heads, and their state (value heads, key size, value size) behind each segment."""
         core, heads, tokens = self.core, self.core.heads, len(qkv)

@@ -262,7 +262,11 @@ FAMILIES: dict[str, Family] = {
 }
 """By config.json's model_type."""
 
-WRAPPERS = {"gemma3": "Gemma 3 4B, 12B, 27B", "mistral3": "Mistral Small 3.1 and later, Ministral 3", "qwen3_5": "Qwen3.5 0.8B to 27B (dense)"}
+WRAPPERS = {
+    "gemma3": "Gemma 3 4B, 12B, 27B",
+    "mistral3": "Mistral Small 3.1 and later, Ministral 3",
+    "qwen3_5": "Qwen3.5 0.8B to 27B (dense)",
+}
 """Multimodal models whose language model is of one of the FAMILIES, by config.json's model_type."""
 
 INSTEAD = {"chatglm": "zai-org/glm-4-9b-chat-hf (model_type glm) or zai-org/GLM-4-9B-0414 (glm4)"}

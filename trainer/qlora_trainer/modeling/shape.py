@@ -116,6 +116,11 @@ def routed(config: Any) -> int:
     return int(config.num_experts_per_tok * config.hidden_size + 4 * config.num_experts)
 
 
+SMALL_KEPT = 256
+"""Numbers of a token in a layer: scales of norms, attention's statistics, inner products of adapters. Elsewhere they
+are covered by attention's output, which memory.layer_bytes counts twice; where it is gated, it is there twice."""
+
+
 def _mean(numbers: Iterable[int]) -> int:
     """Rounded up."""
     found = list(numbers)
@@ -139,9 +144,9 @@ def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries: int, keys
     if "in_proj_qkv" in ends:
         projections = [ends[name] for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
         kept = sum(_out(module) for module in projections) + _out(ends["in_proj_z"])
-        return kept - 3 * queries - 2 * keys
+        return kept - 3 * queries - 2 * keys + SMALL_KEPT
     norms = sum(name.endswith("norm") for name in ends.keys() - {"q_norm", "k_norm"})
-    gate = 2 * queries if "q_proj" in ends and _out(ends["q_proj"]) == 2 * queries else 0
+    gate = 2 * queries + SMALL_KEPT if "q_proj" in ends and _out(ends["q_proj"]) == 2 * queries else 0
     projected = queries + keys if ends.keys() & {"q_norm", "qkv_proj"} else 0
     return max(0, norms - 2) * hidden + projected + gate
 
