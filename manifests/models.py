@@ -58,11 +58,10 @@ without quantization.
 
 Three of four layers of Qwen3.5 have a state in place of keys and values: a gated delta network. State and convolution
 begin anew with each packed sample, which sees nothing of its neighbors. The layers compute in fp32, in plain torch, and
-keep their inputs alone for the backward pass; A_log and dt_bias, of which decays are made, stay fp32. A sample of any
-length takes the same memory per token, and a prompt that is continued the same state. Adapters go on `in_proj_qkv`,
-`in_proj_z`, `in_proj_b`, `in_proj_a` and `out_proj` as on other linear layers; the convolution has none. `prefix-tuning`
-is refused, since these layers have no keys and values; `prompt-tuning` is not. Layers that predict further tokens
-(`mtp`) are passed over.
+keep their inputs alone for the backward pass; A_log and dt_bias, of which decays are made, stay fp32. Adapters go on
+`in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a` and `out_proj` as on other linear layers; the convolution has none.
+`prefix-tuning` is refused, since these layers have no keys and values; `prompt-tuning` is not. Layers that predict
+further tokens (`mtp`) are passed over.
 
 ## Lengths
 

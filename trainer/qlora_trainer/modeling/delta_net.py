@@ -174,7 +174,7 @@ class Core:
             for group in self.groups(block):
                 inputs = group.cut(block, qkv, z, b, a)
                 before = None if states is None else group.states(states[block.segments])
-                mixed, left = group.mix(*inputs, block, before)
+                mixed, left = group.mix(inputs, block, before)
                 out[block.rows, group.of_values] = mixed.to(out.dtype)
                 parts.append(left)
             if states is not None:
@@ -192,7 +192,7 @@ class Core:
             for group in self.groups(block):
                 with torch.enable_grad():
                     inputs = [x.detach().requires_grad_() for x in group.cut(block, qkv, z, b, a)]
-                    mixed, _ = group.mix(*inputs, block, None)
+                    mixed, _ = group.mix(inputs, block, None)
                 gradients = torch.autograd.grad(
                     mixed, inputs, dy[block.rows, group.of_values].to(mixed.dtype)
                 )
@@ -348,20 +348,18 @@ class Group:
         ]
 
     def mix(
-        self,
-        qkv: Tensor,
-        z: Tensor,
-        b: Tensor,
-        a: Tensor,
-        block: Block,
-        states: Sequence[State | None] | None,
+        self, inputs: Sequence[Tensor], block: Block, states: Sequence[State | None] | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """(tokens, values) of these heads, and their state (value heads, key size, value size) behind each segment."""
+        """(tokens, values) of these heads, and their state (value heads, key size, value size) behind each segment.
+
+        `inputs`: those of Core.run, as `cut` gives them.
+        """
+        qkv, z, b, a = inputs
         core, heads, tokens = self.core, self.core.heads, len(qkv)
         keys, per_key = self.stop - self.first, heads.per_key
         taps = torch.cat([core.convolution[part] for part in self._channels]).to(qkv.dtype)
-        inputs = None if states is None else [None if state is None else state[0] for state in states]
-        mixed = F.silu(convolve(qkv, taps, block, inputs))
+        before = None if states is None else [None if state is None else state[0] for state in states]
+        mixed = F.silu(convolve(qkv, taps, block, before))
         q, k, v = torch.split(
             mixed, [keys * heads.key_size, keys * heads.key_size, keys * per_key * heads.value_size], dim=1
         )
