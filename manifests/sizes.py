@@ -129,11 +129,11 @@ def page() -> str:
     return TEXT.format(length=LENGTH, sizes="\n".join(rows), bases=bases, measured="\n".join(measured()))
 
 
-def shape_of(config: dict[str, Any]) -> ModelShape:
+def shape_of(config: dict[str, Any], adapter: Adapter | None = None) -> ModelShape:
     """As the trainer reads it."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        return model_shape(Path(folder), Adapter(), weights=False)
+        return model_shape(Path(folder), adapter or Adapter(), weights=False)
 
 
 def row(name: str, shape: ModelShape) -> str:
@@ -180,7 +180,7 @@ def gib(figures: MemoryFigures) -> str:
 
 def measured() -> list[str]:
     """The table of what was measured, beside what is estimated now."""
-    lines = ["| Model | Base | Micro-batch | Activations | Dropout | Ranks | Measured | Estimate | Above |"]
+    lines = ["| Model | Base | Micro-batch | Activations | Adapter | Ranks | Measured | Estimate | Above |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for case in cases():
         estimate = estimate_of(case)
@@ -189,7 +189,7 @@ def measured() -> list[str]:
             f"{case['scheme']}, {case['dtype']}",
             f"{case['tokens'] // case['length']} x {case['length']:,}",
             {"none": "kept", "full": "recomputed"}[case["checkpointing"]],
-            f"{case['dropout']:g}",
+            adapter_of(case),
             f"{case['ranks']}",
             f"{case['peak_bytes'] / 2**20:,.0f}",
             f"{estimate / 2**20:,.0f}",
@@ -197,6 +197,15 @@ def measured() -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def adapter_of(case: dict[str, Any]) -> str:
+    """What is trained in a case."""
+    adapter = Adapter.model_validate(case["adapter"])
+    if adapter.method != "lora":
+        made = " of an MLP" if adapter.prefix_projection else ""
+        return f"{adapter.method}, {adapter.virtual_tokens} tokens{made}"
+    return f"lora, dropout {adapter.dropout:g}" if adapter.dropout else "lora"
 
 
 def cases() -> list[dict[str, Any]]:
@@ -209,8 +218,12 @@ def estimate_of(case: dict[str, Any]) -> int:
     run = run_of("avx512_bf16", 2)
     quantization = run.quantization.model_copy(update={"scheme": case["scheme"]})
     layout = run.layout.model_copy(update={"ranks_per_pod": case["ranks"]})
-    run = run.model_copy(update={"quantization": quantization, "layout": layout})
-    shape = shape_of(SHAPES[case["model"]])
+    training = run.training.model_copy(update={"max_sequence_length": case["length"]})
+    adapter = Adapter.model_validate(case["adapter"])
+    run = run.model_copy(
+        update={"quantization": quantization, "layout": layout, "training": training, "adapter": adapter}
+    )
+    shape = shape_of(SHAPES[case["model"]], adapter)
     return memory.estimate(shape, run, case["dtype"], case["tokens"], case["checkpointing"]).total
 
 

@@ -106,7 +106,27 @@ def test_plain_torch_needs_more_than_the_compiled_kernels(dtype: Dtype, mode: Ch
     assert compiled < plain
 
 
-def test_a_projected_prefix_is_held_with_its_gradient() -> None:
+def test_layers_without_adapters_keep_less() -> None:
+    """Those behind virtual tokens, and of a prefix's tokens attention alone."""
+    behind = SMOLLM2.model_copy(update={"beside_layers": False, "adapter_weights": 0})
+    virtual = {"method": "prompt-tuning", "numVirtualTokens": 512}
+    lora = estimate(behind.model_copy(update={"beside_layers": True}), run(), "bf16", 2048, "none")
+    prompt, prefix = (
+        estimate(
+            behind,
+            run().model_copy(update={"adapter": Adapter.model_validate(virtual | {"method": method})}),
+            "bf16",
+            2048,
+            "none",
+        )
+        for method in ("prompt-tuning", "prefix-tuning")
+    )
+
+    assert prefix.activations < prompt.activations
+    assert prefix.total < prompt.total < lora.total
+
+
+def test_a_prefix_is_held_with_its_gradient() -> None:
     """What an adapter makes of its weights in each micro-batch takes eight bytes a number."""
     made = SMOLLM2.model_copy(update={"made_weights": 1000})
 

@@ -129,6 +129,14 @@ def test_recurrent_layers_have_work_of_their_own_in_place_of_attention() -> None
     assert flops_per_token(recurrent, longer, None) - found == 2 * 10 * 8
 
 
+def test_virtual_tokens_are_multiplied_with_no_token() -> None:
+    """What is trained is no weight of a layer."""
+    behind = SMOLLM2.model_copy(update={"beside_layers": False})
+    none = SMOLLM2.model_copy(update={"adapter_weights": 0})
+
+    assert flops_per_token(behind, HELD_OUT, "none") == flops_per_token(none, HELD_OUT, "none")
+
+
 def test_no_tokens_are_no_fault() -> None:
     """A split of which nothing is used."""
     empty = SplitStats(records=0, truncated=0, dropped=0, samples=0, tokens=0, supervised_tokens=0)

@@ -74,8 +74,11 @@ class ModelShape(ContractModel):
     """Weights of the largest of them."""
     adapter_weights: int
     """Numbers that are trained: with LoRA, those of A and B over all adapted layers."""
+    beside_layers: bool = True
+    """Whether they stand beside linear layers, as LoRA's do: each token is multiplied with them, and its inputs of
+    those layers are kept."""
     made_weights: int = 0
-    """Numbers that the adapter makes of its weights in each micro-batch: keys and values of a projected prefix."""
+    """Numbers that the adapter makes of its weights in each micro-batch: keys and values of a prefix."""
     further_kept: int = 0
     """Numbers of a token in a layer, on average, that the backward pass needs beside those of a Llama layer."""
     recurrent_layers: int = 0
@@ -155,26 +158,37 @@ def problems(needs: Needs, available: int, training: Training, sharing: int = 1)
     return [f"{problem}: {', or '.join(remedies)}"]
 
 
-def layer_bytes(shape: ModelShape, tokens: int, dtype: Dtype, *, compiled: bool = True) -> int:
-    """Bytes that a layer keeps for its backward pass of `tokens` tokens.
+def layer_bytes(
+    shape: ModelShape, tokens: int, dtype: Dtype, *, compiled: bool = True, prefixed: int = 0
+) -> int:
+    """Bytes that a layer keeps for its backward pass of `tokens` tokens, of which `prefixed` are of a prefix.
 
-    By what autograd was seen to keep: two inputs of norms and two outputs of them, the attention's output, gate, up and
-    their product, all in the compute dtype; and what attention keeps: rotated q and k, v and the output, which are fp32
-    for short samples in plain torch.
+    By what autograd was seen to keep: two inputs of norms, gate and up; where adapters stand beside the layers, their
+    inputs, which are two outputs of norms, the attention's output and the product of gate and up; all in the compute
+    dtype. And what attention keeps: rotated q and k, v and the output, which are fp32 for short samples in plain torch.
+    Of tokens of a prefix attention keeps something, and the layer nothing else.
     """
     e = BYTES[dtype]
     q, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     attention = (e if compiled else 4) * (2 * q + 2 * kv)
-    return tokens * (e * (4 * shape.hidden + q + 3 * shape.intermediate + shape.further_kept) + attention)
+    inputs = 2 * shape.hidden + q + shape.intermediate if shape.beside_layers else 0
+    own = e * (2 * shape.hidden + 2 * shape.intermediate + shape.further_kept + inputs)
+    return (tokens - prefixed) * own + tokens * attention
 
 
 def activation_bytes(
-    shape: ModelShape, tokens: int, dtype: Dtype, checkpointing: Checkpointing, *, compiled: bool = True
+    shape: ModelShape,
+    tokens: int,
+    dtype: Dtype,
+    checkpointing: Checkpointing,
+    *,
+    compiled: bool = True,
+    prefixed: int = 0,
 ) -> int:
     """Bytes kept from the forward to the backward pass of `tokens` tokens: of all layers, or their inputs alone."""
     if checkpointing == "full":
-        return tokens * shape.layers * BYTES[dtype] * shape.hidden
-    return shape.layers * layer_bytes(shape, tokens, dtype, compiled=compiled)
+        return (tokens - prefixed) * shape.layers * BYTES[dtype] * shape.hidden
+    return shape.layers * layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
 
 
 def estimate(
@@ -201,12 +215,15 @@ def estimate(
     e = BYTES[dtype]
     embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
-    activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled)
+    # One sample in each bin has the most tokens of its own.
+    bins = tokens // run.training.max_sequence_length
+    prefixed = bins * run.adapter.virtual_tokens if run.adapter.method == "prefix-tuning" else 0
+    activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled, prefixed=prefixed)
     # While a layer is at work in the backward pass: its gradients, its weights where they are dequantized as a whole,
     # and what it has computed again.
     layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
     if checkpointing == "full":
-        layer += layer_bytes(shape, tokens, dtype, compiled=compiled)
+        layer += layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
     layer += recurrent_bytes(shape, min(tokens, run.training.max_sequence_length))
     # The loss comes before the first of them.
     scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer

@@ -357,6 +357,7 @@ def _plan(options: argparse.Namespace) -> int:
     needed = [job.spec.workspace if is_remote(uri) else uri for uri in job.spec.read_uris]
     missing = sorted(claims(*needed) - volumes.keys())
     if not missing:
+        require_trainer()
         early_checks.require_inputs(job, volumes)
     planned = plan.job_plan(job, volumes, missing, price)
     if options.output == "json":
@@ -442,15 +443,14 @@ def _run(options: argparse.Namespace) -> int:
     job, volumes = _job_and_volumes(options)
     folder = job_path(job.spec.workspace, job.metadata.name, volumes).absolute()
     console = _console(options)
+    require_trainer()
     early_checks.require_place(job, volumes)
     if finished_report(folder) is None:
         early_checks.require_inputs(job, volumes)
-        require_trainer()
         run.say(console, on_a_cluster(job))
         run.say(console, job.spec.output.destination and check_destination(job.spec.output.destination))
     else:
         run.say(console, early_checks.newer_inputs(job, volumes, folder))
-    require_trainer()
     if options.file is None:
         run.say(
             console, f"job {job.metadata.name}, results in {folder}; the same command goes on with this job"

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_folders import configure
-from qlora_contract.memory import ModelShape, activation_bytes
-from qlora_contract.run_config import Adapter
-from qlora_trainer.data.collate import collate
+from qlora_contract.memory import Dtype, ModelShape, activation_bytes
+from qlora_contract.run_config import Adapter, AdapterMethodName
+from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
@@ -142,29 +142,40 @@ KEPT = {
     for kind in sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
 } | {"qwen3_5_text, linear": ("qwen3_5_text", "linear_attention")}
 """Kinds of models, and of their layers where these have kinds."""
+BESIDE = {"rank": 1}
+PROMPT = {"method": "prompt-tuning", "num_virtual_tokens": 1}
+KEPT_BY = {name: (*case, BESIDE) for name, case in KEPT.items()} | {
+    f"{name}, behind a prompt": (*case, PROMPT) for name, case in KEPT.items() if case[0] == "qwen3_5_text"
+}
 
 
-@pytest.mark.parametrize(("kind", "attention"), KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize(("kind", "attention", "settings"), KEPT_BY.values(), ids=KEPT_BY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_layer_keeps_is_what_the_estimate_says(
-    kind: str, attention: str, dtype: torch.dtype, small_model: Make, samples: Samples
+    kind: str,
+    attention: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    small_model: Make,
+    samples: Samples,
 ) -> None:
     """What autograd keeps of a token, layer for layer, is never more than estimated, and at least two thirds.
 
     In bf16 the estimate is of plain torch's attention, which keeps fp32; the kernel library's keeps bf16.
     """
-    found = []
+    found, adapter = [], Adapter(**settings)
     for layers in (2, 4):
         kinds = {"layer_types": [attention] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
         folder = small_model(kind, **WORDS, num_hidden_layers=layers, **kinds)
         model = load_model(folder, Unquantized(), dtype)
         model.graph.train()
-        method_for(Adapter(rank=1)).attach(model, seed=0, dropout=None)
+        method_for(adapter).attach(model, seed=0, dropout=None)
         found.append(kept_bytes(model, samples))
-    shape = model_shape(folder, Adapter(rank=1))
-    estimated = activation_bytes(
-        shape, len(samples.ids), "fp32" if dtype == torch.float32 else "bf16", "none"
-    )
+    tokens = len(samples.ids)
+    if settings == PROMPT:  # one more for each sample, in a row with a padding of its own
+        tokens = -(-(tokens + len(samples)) // pad_multiple(dtype)) * pad_multiple(dtype)
+    wide: Dtype = "fp32" if dtype == torch.float32 else "bf16"
+    estimated = activation_bytes(model_shape(folder, adapter), tokens, wide, "none")
 
     assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
 
@@ -186,6 +197,32 @@ def test_layers_of_two_kinds_keep_what_they_keep_on_average(small_model: Make) -
     assert (full.recurrent_width, full.recurrent_flops) == (0, 0)
     assert mixed.recurrent_width == 2 * 32  # two heads of values share a key
     assert mixed.recurrent_flops > 4 * 6 * 16 * 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "glm"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_what_a_layer_keeps_behind_virtual_tokens_is_what_the_estimate_says(
+    kind: str, method: AdapterMethodName, small_model: Make, samples: Samples
+) -> None:
+    """No linear layer keeps its inputs; of tokens of a prefix attention alone keeps something."""
+    adapter = Adapter(method=method, num_virtual_tokens=16)
+    found = []
+    for layers in (2, 4):
+        folder = small_model(kind, **WORDS, num_hidden_layers=layers)
+        model = load_model(folder, Unquantized(), torch.float32)
+        model.graph.train()
+        method_for(adapter).attach(model, seed=0, dropout=None)
+        found.append(kept_bytes(model, samples))
+    virtual = 16 * len(samples)
+    estimated = activation_bytes(
+        model_shape(folder, adapter),
+        len(samples.ids) + virtual,
+        "fp32",
+        "none",
+        prefixed=virtual if method == "prefix-tuning" else 0,
+    )
+
+    assert found[1] - found[0] == pytest.approx(estimated / 2, rel=0.07)  # norms of so narrow layers count
 
 
 def kept_bytes(model: BaseModel, samples: Samples) -> int:

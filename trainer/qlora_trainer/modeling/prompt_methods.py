@@ -288,7 +288,7 @@ def count_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def made_weights(adapter: Adapter, config: Any) -> int:
-    """Numbers that an adapter makes of its parameters anew in each pass: those of a projected prefix."""
-    if not adapter.prefix_projection:
+    """Numbers that an adapter makes of its parameters anew in each pass: the keys and values of a prefix."""
+    if adapter.method != "prefix-tuning":
         return 0
     return adapter.virtual_tokens * 2 * int(config.num_hidden_layers) * key_width(config)

@@ -54,6 +54,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         linear_weights=sum(sizes),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears, config),
+        beside_layers=adapter.method == "lora",
         made_weights=made_weights(adapter, config),
         further_kept=_mean(
             further_kept(
@@ -61,6 +62,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
                 config.hidden_size,
                 config.num_attention_heads * head_size,
                 config.num_key_value_heads * head_size,
+                beside=adapter.method == "lora",
             )
             for layer in layers
         )
@@ -127,24 +129,28 @@ def _mean(numbers: Iterable[int]) -> int:
     return -(-sum(found) // len(found))
 
 
-def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries: int, keys: int) -> int:
+def further_kept(
+    layer: Mapping[str, nn.Module], hidden: int, queries: int, keys: int, *, beside: bool
+) -> int:
     """Numbers of a token that a decoder layer keeps for its backward pass, and a Llama layer does not.
 
     The inputs of norms behind attention and MLP, where there are norms before them, too; queries and keys before their
     norms; or the one projection that holds them beside the values. With a gate of attention's output, the gate, and its
-    projection beside the queries. A delta network keeps its projections and its output in place of all of attention's.
+    projection beside the queries. A delta network keeps its projections, and for an adapter its output, in place of all
+    that attention keeps.
 
     Args:
         layer: its modules by path.
         hidden: the hidden size.
         queries: all heads of them, times their size.
         keys: as queries.
+        beside: adapters stand beside linear layers, so that these keep their inputs.
     """
     ends = {path.rpartition(".")[2]: module for path, module in layer.items()}
     if "in_proj_qkv" in ends:
         projections = [ends[name] for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
-        kept = sum(_out(module) for module in projections) + _out(ends["in_proj_z"])
-        return kept - 3 * queries - 2 * keys + SMALL_KEPT
+        kept = sum(_out(module) for module in projections) - 2 * (queries + keys) + SMALL_KEPT
+        return kept + (_out(ends["in_proj_z"]) - queries if beside else 0)
     norms = sum(name.endswith("norm") for name in ends.keys() - {"q_norm", "k_norm"})
     gate = 2 * queries + SMALL_KEPT if "q_proj" in ends and _out(ends["q_proj"]) == 2 * queries else 0
     projected = queries + keys if ends.keys() & {"q_norm", "qkv_proj"} else 0

@@ -44,23 +44,24 @@ class PrefixTokens(VirtualTokens):
 
     def before(self, segments: Sequence[bool]) -> "Prefix":
         """What attention needs, for segments of which some begin a sample."""
-        by_layer = self.make().view(self.count, 2 * self.layers, self.key_heads, -1).permute(1, 2, 0, 3)
-        return Prefix(by_layer, segments)
+        by_layer = self.make().view(self.count, self.layers, 2, self.key_heads, -1).permute(1, 2, 3, 0, 4)
+        # Taken apart at once: their gradients are then put together once, and not a whole one made for each layer.
+        return Prefix(by_layer.unbind(), segments)
 
 
 @dataclass(frozen=True)
 class Prefix:
     """Keys and values that stand before segments of a row."""
 
-    by_layer: Tensor
-    """(2 * layers, key heads, count, head size) fp32: keys and values of layer n are 2 n and 2 n + 1."""
+    by_layer: Sequence[Tensor]
+    """Of each layer (2, key heads, count, head size) fp32: its keys, and its values."""
     segments: Sequence[bool]
     """Of each segment, whether they stand before it."""
 
     @property
     def count(self) -> int:
         """Tokens of the prefix."""
-        return self.by_layer.shape[2]
+        return self.by_layer[0].shape[2]
 
     def lengths(self, own: Sequence[int]) -> list[int]:
         """Tokens of each segment with its prefix, from its own tokens."""
@@ -84,7 +85,7 @@ class Prefix:
         _, heads, _, size = query.shape
         asked = query.new_zeros(1, heads, self.count, size)
         # A copy for each segment, in the type that is computed in: so gradients are added up in fp32.
-        copies = self.by_layer[2 * layer : 2 * layer + 2, None].expand(-1, sum(self.segments), -1, -1, -1)
+        copies = self.by_layer[layer].unsqueeze(1).expand(-1, sum(self.segments), -1, -1, -1)
         keys, values = (x.unsqueeze(1).unbind() for x in copies.to(key.dtype))
         return (
             self._interleave([asked] * len(keys), query, own),
