@@ -54,6 +54,15 @@ Each matrix of each expert is quantized by itself, and the router is not. Adapte
 beside experts, if a layer has one, peft has no name. bitsandbytes leaves experts unquantized, so the comparison is
 without quantization.
 
+## Linear attention
+
+Three of four layers of Qwen3.5 have a state in place of keys and values: a gated delta network. State and convolution
+begin anew with each packed sample, which sees nothing of its neighbors. The layers compute in fp32, in plain torch, and
+keep their inputs alone for the backward pass; A_log and dt_bias, of which decays are made, stay fp32. Adapters go on
+`in_proj_qkv`, `in_proj_z`, `in_proj_b`, `in_proj_a` and `out_proj` as on other linear layers; the convolution has none.
+`prefix-tuning` is refused, since these layers have no keys and values; `prompt-tuning` is not. Layers that predict
+further tokens (`mtp`) are passed over.
+
 ## Lengths
 
 `training.maxSequenceLength` may be at most `max_position_embeddings`, or what scaled rotary embeddings reach. With
@@ -64,8 +73,8 @@ tokens, not with their square.
 
 ## What is refused
 
-- Other mixtures of experts (`gpt_oss`, Granite with experts), models with Mamba or other recurrent layers
-  (Granite 4 `-h`, `qwen3_5`), and embedding models, which see the tokens behind each token.
+- Other mixtures of experts (`gpt_oss`, `qwen3_5_moe`, Granite with experts), models with Mamba layers (Granite 4 `-h`),
+  and embedding models, which see the tokens behind each token.
 - Models that only Python code of their own repository can build (`auto_map` in `config.json`): it is never run.
 {instead}
 - A tokenizer that makes tokens for which the embedding has no row.

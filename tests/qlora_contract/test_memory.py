@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_contract.memory import (
+    RECURRENT_NUMBERS,
+    RECURRENT_TENSORS,
     Checkpointing,
     Dtype,
     ModelShape,
@@ -146,6 +148,19 @@ def test_a_prefix_is_held_with_its_gradient() -> None:
 
     found, without = (estimate(shape, run(), "bf16", 1024, "none").adapter for shape in (made, SMOLLM2))
     assert found - without == 8000
+
+
+def test_a_recurrent_layer_at_work_takes_some_heads_or_one_over_the_longest_sample() -> None:
+    """As much as many heads at a time may; of longer samples what a single head takes, however many are in a batch."""
+    recurrent = SMOLLM2.model_copy(update={"recurrent_layers": 20, "recurrent_width": 256})
+
+    def more(tokens: int, longest: int) -> int:
+        job = run(max_sequence_length=longest, global_batch_tokens=2 * tokens)
+        found, without = (estimate(x, job, "bf16", tokens, "full").scratch for x in (recurrent, SMOLLM2))
+        return found - without
+
+    assert more(8192, 1024) == more(8192, 4096) == 4 * RECURRENT_TENSORS * RECURRENT_NUMBERS
+    assert more(8192, 8192) == more(16384, 8192) == 2 * more(8192, 4096)
 
 
 def test_an_untied_head_is_a_second_embedding() -> None:

@@ -120,6 +120,20 @@ def test_operations_are_those_of_the_products() -> None:
     assert flops_per_token(shape, split, "none") == 4 * 1000 + 6 * 10 + 4 * 800 * 0.25 + 6 * 10 * 8 * 2
 
 
+def test_recurrent_layers_have_work_of_their_own_in_place_of_attention() -> None:
+    """Forward once; computed again and twice as much in the backward pass; no matter how long samples are."""
+    split = SplitStats(records=2, truncated=0, dropped=0, samples=2, tokens=20, supervised_tokens=5)
+    shape = SMOLLM2.model_copy(update={"layers": 2, "heads": 2, "head_size": 4})
+    recurrent = shape.model_copy(update={"recurrent_layers": 1, "recurrent_flops": 1000})
+    longer = split.model_copy(update={"samples": 1})
+
+    found, attending = (flops_per_token(each, split, "none") for each in (recurrent, shape))
+    assert found - attending == 4 * 1000 - 6 * 10 * 8
+    found, attending = (flops_per_token(each, split, None) for each in (recurrent, shape))
+    assert found - attending == 1000 - 2 * 10 * 8
+    assert flops_per_token(recurrent, longer, None) - found == 2 * 10 * 8
+
+
 def test_virtual_tokens_are_multiplied_with_no_token() -> None:
     """What is trained is no weight of a layer."""
     behind = SMOLLM2.model_copy(update={"beside_layers": False})

@@ -195,6 +195,8 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
     _consistent_evaluation(spec.get("evaluation", {}))
+    if {"promptInit", "prefixProjection"} & spec.get("adapter", {}).keys():
+        spec["adapter"].pop("initialAdapter", None)
     _of_one_method(spec.get("adapter", {}), spec.get("output", {}))
     if "destination" not in spec.get("output", {}):
         spec.get("output", {}).pop("credentialsSecret", None)

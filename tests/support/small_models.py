@@ -22,11 +22,27 @@ _WINDOW = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_atten
 _GRANITE = {
     "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.5,
 }  # fmt: skip
+_QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}  # fmt: skip
 _GEMMA3 = {**_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 24}
 SMALL_OF: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "qwen3_moe": {
         "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
+    },
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5": {
+        "model_type": "qwen3_5_text", **_QWEN3_5,
+        "vision_config": {
+            "hidden_size": 64, "intermediate_size": 64, "depth": 1, "num_heads": 1, "patch_size": 4,
+            "out_hidden_size": 64, "num_position_embeddings": 16,
+        },
     },
     "gemma2": {
         **_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 3.0,

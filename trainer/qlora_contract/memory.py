@@ -39,6 +39,11 @@ PLAIN_LOSS_BYTES = 3 * 64 * 2**20
 PLAIN_SLACK = 1.5
 """In plain torch: freed blocks that malloc keeps because steps differ in size, and what oneDNN keeps for each size;
 measured. The compiled passes leave none that counts."""
+RECURRENT_NUMBERS = 2**20
+"""Of the widest tensor that a recurrent layer makes at once, in fp32: it takes as many heads at a time, at least one
+(qlora_trainer.modeling.delta_net)."""
+RECURRENT_TENSORS = 50
+"""Tensors of that size that are there at the same time in the backward pass; measured."""
 
 STRIP_SECONDS = 0.15e-9
 """Of one weight on one core, to make the strip that rows are multiplied with: 0.05 to 0.3 by tier, in prototypes."""
@@ -80,7 +85,13 @@ class ModelShape(ContractModel):
     made_weights: int = 0
     """Numbers that the adapter makes of its weights in each micro-batch: keys and values of a prefix."""
     further_kept: int = 0
-    """Numbers of a token in a layer that the backward pass needs beside those of a Llama layer."""
+    """Numbers of a token in a layer, on average, that the backward pass needs beside those of a Llama layer."""
+    recurrent_layers: int = 0
+    """Of the layers, those with a recurrent state in place of attention."""
+    recurrent_width: int = 0
+    """Numbers of a token in the widest tensor of a head of such a layer."""
+    recurrent_flops: int = 0
+    """Operations of a token in its recurrence, in a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +231,7 @@ def estimate(
     layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
     if checkpointing == "full":
         layer += layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
+    layer += recurrent_bytes(shape, min(tokens, run.training.max_sequence_length))
     # The loss comes before the first of them.
     scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
@@ -237,6 +249,13 @@ def base_bytes(shape: ModelShape, run: RunConfig, dtype: Dtype) -> int:
     """Bytes of the frozen weights, with embedding and head."""
     embedding = shape.vocabulary * shape.hidden * shape.stored_bytes * (1 if shape.tied else 2)
     return weight_bytes(shape.linear_weights, run.quantization, BYTES[dtype]) + embedding
+
+
+def recurrent_bytes(shape: ModelShape, longest: int) -> int:
+    """Bytes that a recurrent layer takes while it is at work: of some heads, or of one over the longest sample."""
+    if shape.recurrent_layers == 0:
+        return 0
+    return 4 * RECURRENT_TENSORS * max(RECURRENT_NUMBERS, longest * shape.recurrent_width)
 
 
 def _ranks_of_pod(layout: Layout) -> int:

@@ -67,7 +67,8 @@ def flops_per_token(shape: ModelShape, split: SplitStats, checkpointing: Checkpo
 
     A frozen weight takes part in two products of 2 operations: forward, and for the gradient of its input; one of an
     adapter beside it in three. The head has those of supervised tokens alone, and attention looks at half of a sample
-    on average.
+    on average. A recurrent layer has a number of its own, computes that again in its backward pass, and twice as much
+    besides.
 
     Args:
         shape: of the model.
@@ -75,14 +76,16 @@ def flops_per_token(shape: ModelShape, split: SplitStats, checkpointing: Checkpo
         checkpointing: of the training; None: forward alone, as in an evaluation.
     """
     supervised = split.supervised_tokens / max(split.tokens, 1)
-    attention = 2.0 * split.tokens / max(split.samples, 1) * shape.heads * shape.head_size * shape.layers
+    attending = shape.layers - shape.recurrent_layers
+    attention = 2.0 * split.tokens / max(split.samples, 1) * shape.heads * shape.head_size * attending
+    recurrence = float(shape.recurrent_flops * shape.recurrent_layers)
     beside = shape.adapter_weights if shape.beside_layers else 0
-    layers = 2.0 * (shape.linear_weights + beside) + attention
+    layers = 2.0 * (shape.linear_weights + beside) + attention + recurrence
     head = 2.0 * shape.vocabulary * shape.hidden * supervised
     if checkpointing is None:
         return layers + head
     recomputed = layers if checkpointing == "full" else 0.0
-    return 2 * (layers + head) + recomputed + 2.0 * beside + attention
+    return 2 * (layers + head) + recomputed + 2.0 * (beside + recurrence) + attention
 
 
 def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:

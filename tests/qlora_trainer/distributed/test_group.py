@@ -146,7 +146,7 @@ def test_a_peer_that_dies_while_connecting(backend: str, said: str, start_ranks:
     if world.rank == 1:
         connect = pmi.connect
         def die(*arguments):
-            if len(arguments) == 3:
+            if len(arguments) > 1:
                 connect(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         pmi.connect = ccl.interface_towards = die

@@ -42,6 +42,8 @@ def test_large_memory_is_counted_rarely_and_its_peaks_are_seen(monkeypatch: pyte
     sampler = MemorySampler()
     assert counted.acquire(timeout=60)  # the baseline
     assert counted.acquire(timeout=60)  # the first of its own; the next is due in a hundred seconds
+    while sampler._counted is sampler.baseline:
+        time.sleep(0.01)
     with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as used:
         for page in range(0, len(used), mmap.PAGESIZE):
             used[page] = 1

@@ -94,6 +94,25 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "old dynamic rope": (
         lambda f: configure(f, rope_parameters=None, rope_scaling={"type": "dynamic", "factor": 2.0}), "'dynamic'",
     ),
+    **{
+        f"linear attention, {name}": (
+            lambda f, values=values: configure(f, model_type="qwen3_5_text", **values), message,
+        )
+        for name, values, message in (
+            ("another activation", {"hidden_act": "gelu"}, "the activation 'gelu' in its linear attention"),
+            (
+                "heads that do not divide", {"linear_num_value_heads": 3, "linear_num_key_heads": 2},
+                r"3 heads of values \(linear_num_value_heads\), which is no multiple of its 2 heads of keys",
+            ),
+            ("no gate", {"attn_output_gate": False}, "attention without a gate"),
+            ("no heads", {"linear_num_key_heads": 0}, "linear_num_key_heads is 0; expected is a whole number"),
+            ("far too many", {"linear_conv_kernel_dim": 10**6}, "linear_conv_kernel_dim is 1000000; expected"),
+            ("windows beside it", {"layer_types": ["linear_attention", "sliding_attention"]}, "'sliding_attention'"),
+        )
+    },
+    "a mixture of experts with linear attention": (
+        lambda f: configure(f, model_type="qwen3_5_moe_text"), "'qwen3_5_moe_text' model; supported are",
+    ),
     "attention of another kind": (
         lambda f: configure(f, layer_types=["full_attention", "linear_attention"]), "layers of 'linear_attention'",
     ),
@@ -118,11 +137,14 @@ def test_refuses_what_it_cannot_train_exactly(
 NORMS = {
     "llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3_text": 13, "gemma3": 13, "phi3": 5, "glm": 5,
     "glm4": 9, "smollm3": 5, "granite": 5, "granitemoehybrid": 5, "olmo2": 9, "olmo3": 9, "ministral": 5,
-    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9,
+    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9, "qwen3_5_text": 7, "qwen3_5": 7,
 }  # fmt: skip
 """Of two decoder layers and behind them; some have norms of queries and keys, or behind attention and MLP, too."""
-LINEARS = {"phi3": 4, "glm": 6, "glm4": 6, "granitemoehybrid": 6, "qwen3_moe": 4 + 4 * 3}
-"""Of a decoder layer, where they are not seven."""
+LINEARS = {
+    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3), "qwen3_5_text": 8 + 7,
+    "qwen3_5": 8 + 7,
+}  # fmt: skip
+"""Of two decoder layers, where each has not seven."""
 MLPS = {"qwen3_moe": 4}
 """Of a decoder layer, where there is more than one."""
 
@@ -140,7 +162,7 @@ def test_every_layer_of_a_family_s_graph_is_ours(kind: str, norms: int, small_mo
 
     assert sum(isinstance(module, RmsNorm) for module in modules) == norms
     assert sum(isinstance(module, GatedMlp | FusedGatedMlp) for module in modules) == 2 * MLPS.get(kind, 1)
-    assert sum(isinstance(module, LoraLinear) for module in modules) == 2 * LINEARS.get(kind, 7)
+    assert sum(isinstance(module, LoraLinear) for module in modules) == LINEARS.get(kind, 14)
     assert not any(isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in modules)
 
 
@@ -225,16 +247,20 @@ def test_a_multimodal_model_s_head_is_the_stored_one(
 # --- what servers call the layers
 
 _SPLIT = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+_DELTA_NET = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}
 VLLM: dict[str, set[str]] = {
     **dict.fromkeys(FAMILIES.keys() | WRAPPERS.keys(), _SPLIT),
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text"), _SPLIT | _DELTA_NET),
     "granitemoehybrid": {"q_proj", "k_proj", "v_proj", "o_proj", "input_linear", "output_linear"},
 }
 """The layers that vLLM's model of a family takes matrices of, by the last part of their names. It refuses an adapter
 with any other, and passes over one with the right end whose path leads nowhere."""
 VLLM_PREFIXES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
 """How vLLM's multimodal models rename what an adapter names."""
-VLLM_PATH = re.compile(r"(language_model\.)?model\.layers\.[0-9]+\.(self_attn|mlp|shared_mlp)\.[a-z_]+")
+VLLM_PATH = re.compile(
+    r"(language_model\.)?model\.layers\.[0-9]+\.(self_attn|linear_attn|mlp|shared_mlp)\.[a-z_]+"
+)
 VLLM_REFUSES = {"glm": {"gate_up_proj"}, "glm4": {"gate_up_proj"}}
 """Layers that transformers has in one and vLLM in two: docs/serving.md says what to do."""
 

@@ -32,3 +32,21 @@ def test_a_sequence_longer_than_its_capacity_is_refused() -> None:
 
     with pytest.raises(ValueError, match="of 4 tokens does not fit into a cache for 3"):
         sequence.append(0, torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4))
+
+
+def test_a_recurrent_state_is_replaced_and_cannot_go_back() -> None:
+    """A layer has the state behind the last token alone: a sequence can begin anew, but not lose its end."""
+    sequence = CachedSequence(capacity=6)
+    assert sequence.state(0) is None
+    for value in (1.0, 2.0):
+        sequence.keep_state(0, torch.full((3, 4), value), torch.full((2, 4, 4), value))
+        sequence.advance(2)
+    kept = sequence.state(0)
+
+    assert kept is not None
+    assert [float(part.mean()) for part in kept] == [2.0, 2.0]
+    sequence.cut(4)
+    with pytest.raises(ValueError, match="state behind 4 tokens cannot be cut to 3"):
+        sequence.cut(3)
+    sequence.cut(0)
+    assert (sequence.length, sequence.state(0)) == (0, None)

@@ -152,7 +152,13 @@ def assert_same_gradients(parameters: AdapterParameters, model: Any) -> None:
 PACKED, UNPACKED = [[0, 1, 2], [3]], [[0], [1], [2], [3]]
 
 
-CASES = [(family, kind) for family in sorted({*FAMILIES, *WRAPPERS}) for kind in ("prompt", "prefix")]
+LINEAR = ("qwen3_5_text", "qwen3_5")
+"""Families in which some layers have no keys and values."""
+CASES = [
+    (family, kind)
+    for family in sorted({*FAMILIES, *WRAPPERS})
+    for kind in (("prompt",) if family in LINEAR else ("prompt", "prefix"))
+]
 
 
 @pytest.mark.parametrize(("family", "kind"), [*CASES, ("llama", "projected"), ("glm", "projected")])
@@ -170,6 +176,19 @@ def test_loss_gradients_and_logits_are_peft_s(family: str, kind: str, small_mode
         with torch.no_grad():
             expected = their_logits(stock, samples, number)
         assert float((logits - expected).abs().max()) <= LOGITS_TOLERANCE * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "projected"])
+@pytest.mark.parametrize("family", LINEAR)
+def test_a_prefix_needs_keys_and_values_in_every_layer(family: str, kind: str, small_model: Make) -> None:
+    """Layers of linear attention have none: refused before weights are read, and by whatever attaches it."""
+    folder = small_model(family, **LIVELY)
+    refused = "prefix-tuning, but 1 of the model's 2 layers have linear attention.*take lora or prompt-tuning"
+
+    with pytest.raises(ModelError, match=refused):
+        model_shape(folder, adapter_of(kind))
+    with pytest.raises(ModelError, match=refused):
+        ours(folder, kind)
 
 
 @pytest.mark.parametrize("scheme", [Nf4(double=True), Int8()], ids=["nf4", "int8"])

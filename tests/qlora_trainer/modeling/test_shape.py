@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_folders import configure
-from qlora_contract.memory import ModelShape, activation_bytes
+from qlora_contract.memory import Dtype, ModelShape, activation_bytes
 from qlora_contract.run_config import Adapter, AdapterMethodName
-from qlora_trainer.data.collate import collate
+from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
@@ -137,33 +137,66 @@ def test_heads(kind: str, config: dict[str, Any], expected: tuple[int, int, int]
     assert len(weights["model.layers.0.mlp.up_proj.weight"]) == shape.intermediate
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
-)
+KEPT = {
+    kind: (kind, "full_attention")
+    for kind in sorted(FAMILIES.keys() - {"ministral", "ministral3", "mistral", "smollm3", "qwen2"})
+} | {"qwen3_5_text, linear": ("qwen3_5_text", "linear_attention")}
+"""Kinds of models, and of their layers where these have kinds."""
+BESIDE = {"rank": 1}
+PROMPT = {"method": "prompt-tuning", "num_virtual_tokens": 1}
+KEPT_BY = {name: (*case, BESIDE) for name, case in KEPT.items()} | {
+    f"{name}, behind a prompt": (*case, PROMPT) for name, case in KEPT.items() if case[0] == "qwen3_5_text"
+}
+
+
+@pytest.mark.parametrize(("kind", "attention", "settings"), KEPT_BY.values(), ids=KEPT_BY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_a_layer_keeps_is_what_the_estimate_says(
-    kind: str, dtype: torch.dtype, small_model: Make, samples: Samples
+    kind: str,
+    attention: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    small_model: Make,
+    samples: Samples,
 ) -> None:
     """What autograd keeps of a token, layer for layer, is never more than estimated, and at least two thirds.
 
     In bf16 the estimate is of plain torch's attention, which keeps fp32; the kernel library's keeps bf16.
     """
-    found = []
+    found, adapter = [], Adapter(**settings)
     for layers in (2, 4):
-        kinds = (
-            {"layer_types": ["full_attention"] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
-        )
+        kinds = {"layer_types": [attention] * layers} if "layer_types" in SMALL_OF.get(kind, {}) else {}
         folder = small_model(kind, **WORDS, num_hidden_layers=layers, **kinds)
         model = load_model(folder, Unquantized(), dtype)
         model.graph.train()
-        method_for(Adapter(rank=1)).attach(model, seed=0, dropout=None)
+        method_for(adapter).attach(model, seed=0, dropout=None)
         found.append(kept_bytes(model, samples))
-    shape = model_shape(folder, Adapter(rank=1))
-    estimated = activation_bytes(
-        shape, len(samples.ids), "fp32" if dtype == torch.float32 else "bf16", "none"
-    )
+    tokens = len(samples.ids)
+    if settings == PROMPT:  # one more for each sample, in a row with a padding of its own
+        tokens = -(-(tokens + len(samples)) // pad_multiple(dtype)) * pad_multiple(dtype)
+    wide: Dtype = "fp32" if dtype == torch.float32 else "bf16"
+    estimated = activation_bytes(model_shape(folder, adapter), tokens, wide, "none")
 
     assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
+
+
+def test_layers_of_two_kinds_keep_what_they_keep_on_average(small_model: Make) -> None:
+    """Of a model with both, each kind counts by its share; attention's work is that of its own layers alone."""
+    kept = {}
+    for name, kinds in {
+        "full": ["full_attention"] * 4,
+        "linear": ["linear_attention"] * 4,
+        "mixed": [*["linear_attention"] * 3, "full_attention"],
+    }.items():
+        folder = small_model("qwen3_5_text", **WORDS, num_hidden_layers=4, layer_types=kinds)
+        kept[name] = model_shape(folder, Adapter())
+
+    full, linear, mixed = (kept[name] for name in ("full", "linear", "mixed"))
+    assert 4 * mixed.further_kept == 3 * linear.further_kept + full.further_kept
+    assert [shape.recurrent_layers for shape in (full, linear, mixed)] == [0, 4, 3]
+    assert (full.recurrent_width, full.recurrent_flops) == (0, 0)
+    assert mixed.recurrent_width == 2 * 32  # two heads of values share a key
+    assert mixed.recurrent_flops > 4 * 6 * 16 * 32
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "glm"])

@@ -53,6 +53,11 @@ LARGEST: dict[str, int] = {
     "max_position_embeddings": 2**31,
     "num_experts": 4096,
     "num_experts_per_tok": 4096,
+    "linear_num_key_heads": 4096,
+    "linear_num_value_heads": 4096,
+    "linear_key_head_dim": 2**14,
+    "linear_value_head_dim": 2**14,
+    "linear_conv_kernel_dim": 1024,
 }
 """Sizes of config.json -> many times the largest of any model: a graph of more would take all memory to be built."""
 MOST_LABELS = 100_000
@@ -101,6 +106,25 @@ def mixture_of_experts(config: Any) -> str | None:
     return None
 
 
+def other_delta_nets(config: Any) -> str | None:
+    """modeling.delta_net has one formula."""
+    if config.hidden_act != "silu":
+        return f"has the activation {str(config.hidden_act)[:40]!r} in its linear attention; only 'silu' is computed"
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        return (
+            f"has {config.linear_num_value_heads} heads of values (linear_num_value_heads), which is no multiple of "
+            f"its {config.linear_num_key_heads} heads of keys (linear_num_key_heads)"
+        )
+    if not getattr(config, "attn_output_gate", True):
+        return "has attention without a gate (attn_output_gate is false), which transformers does not build"
+    return None
+
+
+_REFUSALS: tuple[Refusal, ...] = (
+    formats.refusal, length_dependent_rope, bidirectional_attention, mixture_of_experts
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Norm:
     """Which modules compute layers.RmsNorm's formula, and how."""
@@ -137,10 +161,12 @@ class Family:
     logits_divisor: str | None = None
     """What in config.json the logits are divided by; None: they are not."""
     attention: frozenset[str] = frozenset({"full_attention", "sliding_attention"})
-    """The kinds of config.json's layer_types whose layers hand segments through to modeling.attention."""
-    refusals: tuple[Refusal, ...] = (
-        formats.refusal, length_dependent_rope, bidirectional_attention, mixture_of_experts
-    )  # fmt: skip
+    """The kinds of config.json's layer_types whose layers keep packed samples apart."""
+    delta_net: str | None = None
+    """Last part of the paths of the modules that compute delta_net.GatedDeltaNet's formula; None: it has none."""
+    untrained: tuple[str, ...] = ()
+    """Prefixes of stored tensors that are of no part of the causal language model."""
+    refusals: tuple[Refusal, ...] = _REFUSALS
     wrapped: bool = False
     """The checkpoint is a multimodal model's, whose language model this is."""
 
@@ -153,6 +179,8 @@ class Family:
 
     def name_in_graph(self, stored: str) -> str | None:
         """A stored tensor's name in transformers' causal language model; None: it is of a part that is not trained."""
+        if stored.startswith(self.untrained):
+            return None
         if not self.wrapped:
             return stored
         for prefix, path in _WRAPPED.items():
@@ -187,6 +215,7 @@ _WRAPPED: dict[str, str | None] = {
     "model.vision_tower.": None,
     "multi_modal_projector.": None,
     "model.multi_modal_projector.": None,
+    "model.visual.": None,
 }
 """Prefixes of tensors in multimodal checkpoints, as files have them or as in transformers' classes -> in the graph."""
 
@@ -202,6 +231,14 @@ FAMILIES: dict[str, Family] = {
         "Qwen3 30B-A3B, 235B-A22B",
         experts="experts",
         refusals=(formats.refusal, length_dependent_rope, bidirectional_attention),
+    ),
+    "qwen3_5_text": Family(
+        "the text part of Qwen3.5 0.8B to 27B (dense)",
+        norm=_GEMMA,
+        attention=frozenset({"full_attention", "linear_attention"}),
+        delta_net="linear_attn",
+        untrained=("mtp.",),  # layers that predict further tokens
+        refusals=(*_REFUSALS, other_delta_nets),
     ),
     "gemma2": Family("Gemma 2 2B, 9B, 27B", norm=_GEMMA, softcap="final_logit_softcapping"),
     "gemma3_text": Family(
@@ -225,7 +262,11 @@ FAMILIES: dict[str, Family] = {
 }
 """By config.json's model_type."""
 
-WRAPPERS = {"gemma3": "Gemma 3 4B, 12B, 27B", "mistral3": "Mistral Small 3.1 and later, Ministral 3"}
+WRAPPERS = {
+    "gemma3": "Gemma 3 4B, 12B, 27B",
+    "mistral3": "Mistral Small 3.1 and later, Ministral 3",
+    "qwen3_5": "Qwen3.5 0.8B to 27B (dense)",
+}
 """Multimodal models whose language model is of one of the FAMILIES, by config.json's model_type."""
 
 INSTEAD = {"chatglm": "zai-org/glm-4-9b-chat-hf (model_type glm) or zai-org/GLM-4-9B-0414 (glm4)"}

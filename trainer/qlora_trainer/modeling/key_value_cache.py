@@ -1,4 +1,7 @@
-"""What attention keeps of a sequence while it grows token by token: the keys and values of all its tokens."""
+"""What layers keep of a sequence while it grows token by token.
+
+Attention keeps the keys and values of all its tokens, a recurrent layer the state behind the last of them.
+"""
 
 from torch import Tensor
 
@@ -15,6 +18,7 @@ class CachedSequence:
         self.length = 0
         """Tokens that it holds."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the new tokens' keys and values behind the sequence's, and return those of all its tokens, as views.
@@ -41,12 +45,31 @@ class CachedSequence:
         """All that a layer has of memory: (1, key heads, capacity, head size) of keys, and of values."""
         return self._layers[layer]
 
+    def state(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """What a recurrent layer goes on from; None where the sequence begins."""
+        return self._states.get(layer)
+
+    def keep_state(self, layer: int, *state: Tensor) -> None:
+        """Replace it by the state behind the new tokens."""
+        inputs, heads = state
+        self._states[layer] = inputs, heads
+
     def advance(self, tokens: int) -> None:
         """Count tokens that every layer has appended."""
         self.length += tokens
 
     def cut(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens.
+
+        Raises:
+            ValueError: a recurrent layer has gone past them, and has no earlier state.
+        """
+        if length < self.length and self._states:
+            if length > 0:
+                raise ValueError(
+                    f"a recurrent layer's state behind {self.length} tokens cannot be cut to {length}"
+                )
+            self._states.clear()
         self.length = min(self.length, length)
 
     def _reserve(self, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from qlora_trainer.modeling.delta_net import GatedDeltaNet
 from qlora_trainer.modeling.families import Family
 from qlora_trainer.modeling.passes import ACTIVATIONS, passes_for
 
@@ -146,7 +147,7 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
 
 
 def fuse_layers(decoder: nn.Module, family: Family) -> None:
-    """Replace those of a decoder's norms and gated MLPs by the ones above whose formula they have.
+    """Replace those of a decoder's norms, gated MLPs and delta networks by ours whose formula they have.
 
     Args:
         decoder: transformers' graph, its weights loaded.
@@ -162,6 +163,8 @@ def fuse_layers(decoder: nn.Module, family: Family) -> None:
             decoder.set_submodule(path, RmsNorm(weight, getattr(module, norm.epsilon)))
         elif mlp_names and all(hasattr(module, name) for name in mlp_names):
             decoder.set_submodule(path, _mlp([getattr(module, name) for name in mlp_names], activation))
+        elif family.delta_net is not None and path.endswith(f".{family.delta_net}"):
+            decoder.set_submodule(path, GatedDeltaNet(module))
 
 
 def _mlp(layers: list[nn.Module], activation: str) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling import delta_net
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.graph import build_graph
@@ -228,7 +229,8 @@ class _Builder:
         elif isinstance(module, nn.Linear):
             self.biases[path] = value.to(self.dtype, copy=True)
         else:
-            setattr(module, leaf, nn.Parameter(value.to(self.dtype, copy=True), requires_grad=False))
+            dtype = torch.float32 if leaf in delta_net.FP32 else self.dtype
+            setattr(module, leaf, nn.Parameter(value.to(dtype, copy=True), requires_grad=False))
 
     def _own(self, tensor: Tensor) -> Tensor:
         return tensor.clone() if self.copies else tensor

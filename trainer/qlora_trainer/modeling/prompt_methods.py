@@ -190,7 +190,17 @@ class PrefixTuning:
         linears: Mapping[str, tuple[int, int]],  # noqa: ARG002 - AdapterMethod's
         config: Any,
     ) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what is trained."""
+        """Name -> shape of what is trained.
+
+        Raises:
+            ModelError: the model has layers without keys and values.
+        """
+        kinds = list(getattr(config, "layer_types", None) or ())
+        if linear := kinds.count("linear_attention"):
+            raise ModelError(
+                f"adapter.method is prefix-tuning, but {linear} of the model's {len(kinds)} layers have linear "
+                "attention, where there are no keys and values for a prefix to be: take lora or prompt-tuning"
+            )
         width = key_width(config)
         numbers, tokens = 2 * config.num_hidden_layers * width, self.adapter.virtual_tokens
         if not self.adapter.prefix_projection:

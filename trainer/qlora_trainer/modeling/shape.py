@@ -1,6 +1,6 @@
 """The numbers of a model that memory, time and the plan depend on, read from config.json alone."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from qlora_contract.run_config import Adapter
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.delta_net import CHUNK, Heads
 from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
 from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.prompt_methods import made_weights
@@ -38,6 +39,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
     linears = _adaptable(everything, family)
     sizes = [prod(shape) for shape in everything.values()]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = list(graph.get_submodule(f"{family.decoder}.layers").children())
     return ModelShape(
         hidden=config.hidden_size,
         intermediate=intermediate(config, family),
@@ -54,12 +56,18 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         adapter_weights=method_for(adapter).parameter_count(linears, config),
         beside_layers=adapter.method == "lora",
         made_weights=made_weights(adapter, config),
-        further_kept=further_kept(
-            dict(graph.get_submodule(f"{family.decoder}.layers.0").named_modules()),
-            config.hidden_size,
-            (config.num_attention_heads + config.num_key_value_heads) * head_size,
+        further_kept=_mean(
+            further_kept(
+                dict(layer.named_modules()),
+                config.hidden_size,
+                config.num_attention_heads * head_size,
+                config.num_key_value_heads * head_size,
+                beside=adapter.method == "lora",
+            )
+            for layer in layers
         )
         + (0 if family.experts is None else routed(config)),
+        **_recurrence(layers, family),
     )
 
 
@@ -110,20 +118,68 @@ def routed(config: Any) -> int:
     return int(config.num_experts_per_tok * config.hidden_size + 4 * config.num_experts)
 
 
-def further_kept(layer: Mapping[str, nn.Module], hidden: int, queries_and_keys: int) -> int:
+SMALL_KEPT = 256
+"""Numbers of a token in a layer: scales of norms, attention's statistics, inner products of adapters. Elsewhere they
+are covered by attention's output, which memory.layer_bytes counts twice; where it is gated, it is there twice."""
+
+
+def _mean(numbers: Iterable[int]) -> int:
+    """Rounded up."""
+    found = list(numbers)
+    return -(-sum(found) // len(found))
+
+
+def further_kept(
+    layer: Mapping[str, nn.Module], hidden: int, queries: int, keys: int, *, beside: bool
+) -> int:
     """Numbers of a token that a decoder layer keeps for its backward pass, and a Llama layer does not.
 
     The inputs of norms behind attention and MLP, where there are norms before them, too; queries and keys before their
-    norms; or the one projection that holds them beside the values.
+    norms; or the one projection that holds them beside the values. With a gate of attention's output, the gate, and its
+    projection beside the queries. A delta network keeps its projections, and for an adapter its output, in place of all
+    that attention keeps.
 
     Args:
         layer: its modules by path.
         hidden: the hidden size.
-        queries_and_keys: all heads of them, times their size.
+        queries: all heads of them, times their size.
+        keys: as queries.
+        beside: adapters stand beside linear layers, so that these keep their inputs.
     """
-    names = {path.rpartition(".")[2] for path in layer}
-    norms = sum(name.endswith("norm") for name in names - {"q_norm", "k_norm"})
-    return max(0, norms - 2) * hidden + (queries_and_keys if names & {"q_norm", "qkv_proj"} else 0)
+    ends = {path.rpartition(".")[2]: module for path, module in layer.items()}
+    if "in_proj_qkv" in ends:
+        projections = [ends[name] for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")]
+        kept = sum(_out(module) for module in projections) - 2 * (queries + keys) + SMALL_KEPT
+        return kept + (_out(ends["in_proj_z"]) - queries if beside else 0)
+    norms = sum(name.endswith("norm") for name in ends.keys() - {"q_norm", "k_norm"})
+    gate = 2 * queries + SMALL_KEPT if "q_proj" in ends and _out(ends["q_proj"]) == 2 * queries else 0
+    projected = queries + keys if ends.keys() & {"q_norm", "qkv_proj"} else 0
+    return max(0, norms - 2) * hidden + projected + gate
+
+
+def _out(linear: Any) -> int:
+    return int(linear.out_features)
+
+
+def _recurrence(layers: Sequence[nn.Module], family: Family) -> dict[str, int]:
+    """The part of a ModelShape about recurrent layers.
+
+    A token's operations: with the keys of its chunk twice, the triangular system, its values once; with the state three
+    times.
+    """
+    nets: list[Any] = [] if family.delta_net is None else [
+        net for layer in layers if (net := getattr(layer, family.delta_net, None)) is not None
+    ]  # fmt: skip
+    if not nets:
+        return {}
+    heads = Heads.of(nets[0])
+    k, v = heads.key_size, heads.value_size
+    of_head = 2 * CHUNK * (2 * k + v) + CHUNK * (k + v) + 6 * k * v
+    return {
+        "recurrent_layers": len(nets),
+        "recurrent_width": heads.width,
+        "recurrent_flops": heads.values * of_head,
+    }
 
 
 def positions(config: Any) -> int | None:

@@ -50,6 +50,24 @@ def test_a_form_that_is_not_read_is_refused_by_name(settings: dict[str, Any], me
     assert re.search(message, refused)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "fp8", "weight_block_size": ["x" * 5000, 128]},
+        {"quant_method": "gptq", "bits": "4" * 5000},
+        {"quant_method": "awq", "bits": 4, "version": "x" * 5000},
+        {"quant_method": "compressed-tensors", "format": "x" * 5000},
+    ],
+    ids=lambda settings: settings["quant_method"],
+)
+def test_a_refusal_repeats_no_long_text(settings: dict[str, Any]) -> None:
+    """Whatever config.json says of the form, what is wrong with it fits into a message."""
+    refused = formats.refusal(SimpleNamespace(quantization_config=settings))
+
+    assert refused is not None
+    assert len(refused) < 400
+
+
 @pytest.mark.parametrize("settings", [None, {"quant_method": "mxfp4"}, {"quant_method": "gptq", "bits": 4}])
 def test_a_form_that_is_read_is_not_refused(settings: dict[str, Any] | None) -> None:
     """Nor is an unquantized model."""

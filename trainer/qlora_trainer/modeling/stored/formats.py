@@ -39,7 +39,7 @@ def format_of(config: Any) -> Format | str:
         return f"has a quantization_config that makes no sense ({type(error).__name__}: {first_line(error)[:200]})"
     for found in matching:
         if isinstance(found, str):
-            return f"is stored in {found}; use another copy of the model, such as the unquantized one"
+            return f"is stored in {found[:200]}; use another copy of the model, such as the unquantized one"
         return found
     known = "fp8, compressed-tensors, bitsandbytes, mxfp4, gptq, awq"
     method = str(settings.get("quant_method"))[:40]
