@@ -204,7 +204,7 @@ class Client:
                 raise _error(error) from error
             return
         text = _call(lambda: self.core.read_namespaced_pod_log(pod, self.namespace, **arguments))
-        yield from text.splitlines()
+        yield from text.rstrip("\n").split("\n") if text else ()
 
     def pod(self, name: str, *, index: int = 0, attempt: int | None = None) -> str:
         """The name of a job's pod; arguments and errors as of `logs`."""

@@ -19,6 +19,8 @@ IN_SIGHT = timedelta(days=8)
 week."""
 MAX_MERGED = 1500
 """Windows that are put together at most: a day of minutes."""
+NO_ZONES = frozenset({"localtime", "posixrules", "Factory"})
+"""Files beside the time zones, which each machine fills as it likes."""
 UNKNOWN_LOOK = timedelta(hours=1)
 """When to look again at windows without an end in sight. MAX_MERGED of them reach farther."""
 
@@ -86,7 +88,10 @@ def in_zone(schedule: Schedule, at: datetime) -> str:
 
 
 def _zone(schedule: Schedule) -> ZoneInfo:
-    return ZoneInfo(schedule.time_zone or UTC_ZONE)
+    name = schedule.time_zone or UTC_ZONE
+    if name in NO_ZONES:
+        raise ValueError(name)
+    return ZoneInfo(name)
 
 
 def _pieces(window: Window, zone: ZoneInfo, now: datetime) -> Iterator[_Piece]:

@@ -103,9 +103,9 @@ def query_trainer(
         except BaseException:
             process.kill()
             raise
-    lines = stdout.strip().splitlines()
+    lines = stdout.strip().split("\n")  # not splitlines: texts of the data may hold other ends of lines
     try:
-        return PlanResponse.model_validate_json(lines[-1] if lines else "")
+        return PlanResponse.model_validate_json(lines[-1])
     except ValidationError:
         errors = stderr.strip().splitlines() or ["it wrote nothing to stderr"]
         raise ProcessError(

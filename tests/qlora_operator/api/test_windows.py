@@ -111,6 +111,7 @@ def test_windows_whose_end_never_comes_again_are_none() -> None:
         ([NIGHTS], "Europe/Berln", "Europe/Berln is no time zone"),
         ([NIGHTS], "Europe", "Europe is no time zone"),
         ([NIGHTS], "CEST", "CEST is no time zone"),
+        ([NIGHTS], "localtime", "localtime is no time zone"),  # a file that machines have beside the zones
         ([NIGHTS, ("0 0 30 2 *", 60)], None, "windows[1].start: 0 0 30 2 * names no day"),
         ([("0 0 1 1 *", "0 0 31 6 *")], None, "windows[0].end: 0 0 31 6 * names no day"),
     ],

@@ -1,5 +1,6 @@
 """Questions to the trainer, with real processes."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,13 @@ def test_a_planner_without_an_answer_is_quoted(program: str, said: str) -> None:
     """What it said last stands in the error."""
     with pytest.raises(ProcessError, match=said):
         query_trainer(command=(sys.executable, "-c", program))
+
+
+def test_an_answer_may_hold_what_unicode_calls_ends_of_lines() -> None:
+    """Texts of the web do, and the first sample is part of the answer."""
+    answer = json.dumps({"error": {"code": 11, "cause": "a\u2028b\u0085c\x0cd"}}, ensure_ascii=False)
+
+    assert query_trainer(command=(sys.executable, "-c", f"print({answer!r})")).error is not None
 
 
 def test_a_planner_that_takes_long_is_waited_for_aloud(

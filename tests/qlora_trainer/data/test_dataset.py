@@ -124,6 +124,18 @@ def test_a_split_of_a_folder_is_named(tmp_path: Path, tokenizer: Any) -> None:
     assert _texts(loaded.train, tokenizer) == ["ab<|im_end|>"]
 
 
+def test_records_that_cannot_be_used_are_named_where_too_few_are_left(tmp_path: Path, tokenizer: Any) -> None:
+    """They may be why there are too few."""
+    path = _write(tmp_path / "d.jsonl", ("a", "b"))
+    path.write_text(path.read_text() + "{\n")
+
+    with pytest.raises(
+        DataError,
+        match=r"can hold out none: .*; beside it 1 cannot be used, the first at d\.jsonl: line 2: .*JSON",
+    ):
+        load(_dataset(eval_fraction=0.5, on_bad_record="skip", max_bad_share=0.9), path, tokenizer, 100)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,25 @@ def test_a_change_of_the_code_makes_another_digest(tmp_path: Path) -> None:
     code_digest.cache_clear()
 
     assert len(digests) == 3
+
+
+def test_what_is_renamed_or_removed_meanwhile_is_passed_over(cache: Cache, tmp_path: Path) -> None:
+    """Jobs that share a workspace write, make room and clear up at the same time."""
+    other = Cache(tmp_path / "cache", ("other", 0, 0), "things", "there are none")
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            other.write(_write("x", f"k{number % 5}"))
+            number += 1
+
+    other.make_room(1, 1)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(1000):
+            assert cache.make_room(1, 1)
+    finally:
+        stop.set()
+        writer.join()

@@ -223,7 +223,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-NOT_ALWAYS_KNOWN = {"tier", "processor", "hosts", "transformers"}
+NOT_ALWAYS_KNOWN = {"tier", "processor", "hosts", "transformers", "warmup_steps"}
 """What release 0.1.0 did not record of a determinism key. There is nothing to compare with then."""
 
 

@@ -370,7 +370,7 @@ def _split_anyhow(
         copies = "1 record" if len(records) == 1 else f"{len(records)} records, all the same"
         raise DataError(
             f"{file}: has {copies}, so evalFraction {dataset.eval_fraction} can hold out none: give more, name an "
-            "evalSplit, or set 0 for no evaluation"
+            f"evalSplit, or set 0 for no evaluation{_beside(records.bad)}"
         )
     kept = held[records.lengths > 0]
     with SampleWriter(places[0]) as trained, SampleWriter(places[1]) as evaluated:
@@ -380,6 +380,15 @@ def _split_anyhow(
             writer.add(ids, mask, np.array([len(ids)]))
         sides = trained.finish(), evaluated.finish()
     return records.where(~held), replace(records.where(held), bad=((),) * len(records.bad)), *sides
+
+
+def _beside(bad: tuple[tuple[BadRecords, ...], ...]) -> str:
+    """The records that cannot be used, in a clause: they may be why there are too few."""
+    faults = [fault for of_source in bad for fault in of_source]
+    if not faults:
+        return ""
+    count, first = sum(fault.count for fault in faults), faults[0]
+    return f"; beside it {count} cannot be used, the first at {first.places[0]}: {first.reason}"
 
 
 def _facts(

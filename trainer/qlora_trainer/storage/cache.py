@@ -185,9 +185,10 @@ class Cache:
         for path in self.folder.glob(".*.tmp"):
             parts = path.name.removesuffix(".tmp").split(".")
             mine = parts[2:3] == [uid] and (int(parts[3]) < attempt or parts[3:] == [str(attempt), str(pod)])
-            newest = max((file.stat().st_mtime for file in [path, *path.rglob("*")]), default=0)
-            if mine or now - newest > ABANDONED_SECONDS:
-                _remove_unused(path)
+            with suppress(FileNotFoundError):  # its writer has just finished it
+                newest = max(file.stat().st_mtime for file in [path, *path.rglob("*")])
+                if mine or now - newest > ABANDONED_SECONDS:
+                    _remove_unused(path)
 
     def _evict(self, size: int, room: int) -> None:
         """Remove what was not used for long, the oldest first, as long as there is too little room for an entry."""
@@ -202,10 +203,10 @@ class Cache:
             fits = total + size <= MAX_SHARE * disk.total
             if (fits and disk.free >= room) or time.time() - last_use < UNUSED_SECONDS:
                 return
-            with _unused(path / META) as unused:
+            gone = self._temporary(path.name)
+            with suppress(FileNotFoundError), _unused(path / META) as unused:  # another job may be faster
                 if not unused:
                     continue
-                gone = self._temporary(path.name)
                 path.rename(gone)  # at once, so that nobody finds a half of it
             shutil.rmtree(gone, ignore_errors=True)
             total -= bytes_

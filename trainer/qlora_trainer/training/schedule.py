@@ -14,7 +14,7 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, 
     get_{linear,cosine,constant}_schedule_with_warmup. Those begin the warm-up with a rate of 0, so that a job of one
     step would learn nothing; here no step has it.
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    warmup = warmup_steps(total_steps, warmup_ratio)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -25,3 +25,8 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: Schedule, 
             return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
         case "constant":
             return peak
+
+
+def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
+    """Steps of the warm-up."""
+    return math.ceil(warmup_ratio * total_steps)

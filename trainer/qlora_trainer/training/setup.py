@@ -64,6 +64,7 @@ from qlora_trainer.training.inputs import (
 )
 from qlora_trainer.training.objective import Objective, SupervisedFineTuning
 from qlora_trainer.training.optimizer import AdapterAdamW
+from qlora_trainer.training.schedule import warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -231,6 +232,8 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     )
     _, isas, processors, hosts = zip(*of_ranks, strict=True)
     key = determinism_key(context, chosen, dtype) | {
+        # Not of the order of sums, but of the bits: a job that was made longer has had a shorter warm-up.
+        "warmup_steps": warmup_steps(schedule.total_steps, run.training.warmup_ratio),
         "tier": " and ".join(sorted(set(isas))),
         "processor": " and ".join(sorted(set(processors))),
         # oneCCL and MPI add up otherwise within a host than between hosts.
