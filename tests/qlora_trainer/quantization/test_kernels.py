@@ -124,7 +124,7 @@ def test_products_of_two_tiers_are_told_apart_where_they_differ(
         y = linear(weight, x, bias)
         return y.roll(1, dims=1) if weight._call is compiled_call else y
 
-    compiled_call = CompiledNf4Weight(reference_matrix(), emulated)._call
+    compiled_call = CompiledNf4Weight.of_matrix(reference_matrix(), emulated)._call
     monkeypatch.setattr(CompiledNf4Weight, "linear", wrong)
     assert not kernels.agree(avx2, emulated)
 

@@ -162,6 +162,14 @@ class UnreadWeight:
         return dy @ self.dequantize(dy.dtype)
 
 
+def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a tensor of a weight is contiguous, and of the dtype and shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)}, contiguous, belongs"
+        )
+
+
 def check_out(out: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Raises ValueError unless `out` is a contiguous matrix of the dtype and shape, at an even offset in its storage.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.kernels import library
-from qlora_trainer.quantization.frozen_weight import FrozenWeight
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, check_tensor
 from qlora_trainer.quantization.int8 import Int8Weight
 from qlora_trainer.quantization.kernels.compiled import CompiledInt8Weight, CompiledNf4Weight
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
@@ -61,12 +61,12 @@ def weight_of(parts: Parts) -> FrozenWeight:
     """
     tensors, facts = parts.tensors, parts.facts
     if parts.kind == INT8:
-        _check(tensors["codes"], torch.int8, tuple(tensors["codes"].shape))
-        _check(tensors["absmax"], torch.float32, tensors["codes"].shape[:1])
+        check_tensor("codes", tensors["codes"], torch.int8, tuple(tensors["codes"].shape))
+        check_tensor("absmax", tensors["absmax"], torch.float32, tuple(tensors["codes"].shape[:1]))
         return Int8Weight(tensors["codes"], tensors["absmax"])
     rows, columns = facts["shape"]
     if parts.kind == COMPILED_INT8:
-        return CompiledInt8Weight.of_strips(tensors["codes"], tensors["scales"], (rows, columns), _loaded())
+        return CompiledInt8Weight(tensors["codes"], tensors["scales"], (rows, columns), _loaded())
     scales: Tensor | NestedScales = (
         tensors["scales"]
         if "scales" in tensors
@@ -74,11 +74,11 @@ def weight_of(parts: Parts) -> FrozenWeight:
     )
     block, levels = int(facts["block"]), LEVELS[facts["levels"]]
     if parts.kind == REFERENCE:
-        _check(tensors["codes"], torch.uint8, (-(-rows * columns // 2),))
+        check_tensor("codes", tensors["codes"], torch.uint8, (-(-rows * columns // 2),))
         return Nf4Weight(Nf4Matrix(tensors["codes"], scales, (rows, columns), block, levels))
     if parts.kind != COMPILED:
         raise KeyError(parts.kind)
-    return CompiledNf4Weight.of_blocks(tensors["codes"], scales, (rows, columns), block, levels, _loaded())
+    return CompiledNf4Weight(tensors["codes"], scales, (rows, columns), block, levels, _loaded())
 
 
 def _loaded() -> library.Library:
@@ -107,8 +107,3 @@ def _four_bits(
     else:
         tensors["scales"] = scales
     return Parts(kind, {"shape": list(shape), "block": block, "levels": name}, tensors)
-
-
-def _check(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)} belongs")

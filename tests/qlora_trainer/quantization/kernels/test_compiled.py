@@ -62,7 +62,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 def nf4_pair(tier: str, weight: Tensor, *, double: bool = True) -> tuple[CompiledNf4Weight, Nf4Weight]:
     """The same weight in NF4, compiled and plain."""
     matrix = quantize_nf4(weight, double=double, name="w")
-    return CompiledNf4Weight(matrix, library_of(tier)), Nf4Weight(matrix)
+    return CompiledNf4Weight.of_matrix(matrix, library_of(tier)), Nf4Weight(matrix)
 
 
 def pair(tier: str, weight: Tensor, form: str, dtype: torch.dtype) -> tuple[CompiledWeight, FrozenWeight]:
@@ -71,7 +71,7 @@ def pair(tier: str, weight: Tensor, form: str, dtype: torch.dtype) -> tuple[Comp
         return nf4_pair(tier, weight)
     if form == "int8":
         quantized = quantize_int8(weight, name="w")
-        return CompiledInt8Weight(quantized, library_of(tier)), quantized
+        return CompiledInt8Weight.of_weight(quantized, library_of(tier)), quantized
     kept = weight.to(dtype if form == "none" else next(other for other in FACTOR if other != dtype))
     return CompiledDenseWeight(kept, library_of(tier)), UnquantizedWeight(kept)
 
@@ -126,7 +126,10 @@ def test_other_levels_and_blocks_have_the_reference_s_bits(
 ) -> None:
     """FP4, and blocks of 128, go through the same kernel, both ways, and come back as the quantizer's numbers."""
     matrix = quantize_nf4(randn(*shape) * 0.02, double=double, name="w", block=block, levels=levels)
-    ours, expected = CompiledNf4Weight(matrix, library_of(tier)), Nf4Weight(matrix).dequantize(dtype)
+    ours, expected = (
+        CompiledNf4Weight.of_matrix(matrix, library_of(tier)),
+        Nf4Weight(matrix).dequantize(dtype),
+    )
 
     # FP4 has a level -0, of which a sum with +0 makes +0.
     assert torch.equal(expected, ours.linear_grad_input(torch.eye(shape[0], dtype=dtype)))
@@ -143,7 +146,7 @@ def test_every_code_under_scales_of_all_sizes(tier: str, dtype: torch.dtype) -> 
     codes = torch.arange(16, dtype=torch.uint8).repeat(1000, BLOCK // 16)
     exponents = torch.rand(1000, generator=torch.Generator().manual_seed(1)) * 60 - 30
     matrix = Nf4Matrix((codes[:, ::2] << 4 | codes[:, 1::2]).view(-1), 10**exponents, (1000, BLOCK))
-    ours = CompiledNf4Weight(matrix, library_of(tier))
+    ours = CompiledNf4Weight.of_matrix(matrix, library_of(tier))
 
     actual = ours.linear(torch.eye(BLOCK, dtype=dtype), None).t()
 
@@ -493,7 +496,7 @@ def test_a_call_leaves_the_thread_s_rounding_as_it_was(tier: str, form: str) -> 
 def test_the_quantizer_s_numbers_come_back(double: bool, shape: tuple[int, int]) -> None:
     """The library's order loses nothing, and takes no more memory than filling the rows up to 32."""
     matrix = quantize_nf4(randn(*shape), double=double, name="w")
-    weight = CompiledNf4Weight(matrix, library_of("avx2"))
+    weight = CompiledNf4Weight.of_matrix(matrix, library_of("avx2"))
     back = weight.matrix
 
     assert weight.shape == shape

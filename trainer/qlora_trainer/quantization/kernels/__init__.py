@@ -54,13 +54,13 @@ def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     if not compiled.fits(matrix):
         _log_misfit(matrix.shape, matrix.block)
         return reference.Nf4Weight(matrix)
-    return compiled.CompiledNf4Weight(matrix, found)
+    return compiled.CompiledNf4Weight.of_matrix(matrix, found)
 
 
 def int8_weight(weight: Int8Weight) -> FrozenWeight:
     """The same of 8 bits: every shape fits."""
     found = _usable()
-    return weight if found is None else compiled.CompiledInt8Weight(weight, found)
+    return weight if found is None else compiled.CompiledInt8Weight.of_weight(weight, found)
 
 
 def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
@@ -96,7 +96,7 @@ def agree(one: library.Library, other: library.Library) -> bool:
     low_rank = LowRank(torch.randn(8, 192, generator=generator), torch.randn(80, 8, generator=generator), 0.5)
 
     def products(tier: library.Library) -> Tensor:
-        weight = compiled.CompiledNf4Weight(matrix, tier)
+        weight = compiled.CompiledNf4Weight.of_matrix(matrix, tier)
         results = [weight.linear(x, None), weight.linear_grad_input(dy)]
         results += weight.linear_with(x, None, low_rank, None)
         results += weight.linear_grad_input_with(dy, low_rank, added=True)

@@ -8,13 +8,14 @@ the library what makes a strip of it; all else is common.
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from qlora_trainer.kernels.library import Library
-from qlora_trainer.quantization.frozen_weight import LowRank, check_out
+from qlora_trainer.quantization.frozen_weight import LowRank, check_out, check_tensor
 from qlora_trainer.quantization.int8 import Int8Weight, dequantize_int8
 from qlora_trainer.quantization.kernels import reference
 from qlora_trainer.quantization.nf4 import DYNAMIC_LEVELS, NESTED_BLOCK, NestedScales, Nf4Matrix
@@ -228,9 +229,39 @@ class CompiledWeight:
 
 
 class CompiledNf4Weight(CompiledWeight):
-    """A FrozenWeight in 4 bits. Takes the matrix over; its shape must fit."""
+    """A FrozenWeight in 4 bits, of numbers that are in the library's order."""
 
-    def __init__(self, matrix: Nf4Matrix, library: Library) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor | NestedScales,
+        shape: tuple[int, int],
+        block: int,
+        levels: Tensor,
+        library: Library,
+    ) -> None:
+        """Take codes and scales over. Raises ValueError where they do not fit the shape: C would read past them."""
+        rows, columns = shape
+        filled = rows + -rows % _STRIP
+        of_rows = (columns // block, filled)
+        check_tensor("codes", codes, torch.uint8, (columns // 32, filled // _TILE, _TILE, _TILE))
+        if isinstance(scales, NestedScales):
+            check_tensor("codes of scales", scales.codes, torch.uint8, of_rows)
+            blocks = -(-rows * (columns // block) // NESTED_BLOCK)
+            check_tensor("scales of scales", scales.absmax, torch.float32, (blocks,))
+            check_tensor("offset", scales.offset, torch.float32, ())
+        else:
+            check_tensor("scales", scales, torch.float32, of_rows)
+        self.block, self.levels = block, levels
+        self.codes = codes
+        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
+        self.scales = scales
+        """(in / block, out filled up), or their codes, and what is in NestedScales besides."""
+        super().__init__(self._struct(rows, columns), library)
+
+    @classmethod
+    def of_matrix(cls, matrix: Nf4Matrix, library: Library) -> Self:
+        """The weight of a matrix whose shape fits; takes the matrix over."""
         assert fits(matrix), matrix.shape
         rows = matrix.shape[0]
         if isinstance(matrix.scales, NestedScales):
@@ -240,54 +271,7 @@ class CompiledNf4Weight(CompiledWeight):
             )
         else:
             scales = _scales_to_columns(matrix.scales, rows)
-        self._set(_codes_to_blocks(matrix), scales, matrix.shape, matrix.block, matrix.levels, library)
-
-    @classmethod
-    def of_blocks(
-        cls,
-        codes: Tensor,
-        scales: Tensor | NestedScales,
-        shape: tuple[int, int],
-        block: int,
-        levels: Tensor,
-        library: Library,
-    ) -> "CompiledNf4Weight":
-        """The weight whose `codes` and `scales` these are, already in the library's order.
-
-        Raises ValueError where they do not fit the shape: C would read past their end.
-        """
-        rows, columns = shape
-        filled = rows + -rows % _STRIP
-        of_rows = (columns // block, filled)
-        nested = scales if isinstance(scales, NestedScales) else None
-        _check("codes", codes, torch.uint8, (columns // 32, filled // _TILE, _TILE, _TILE))
-        if nested is None:
-            assert isinstance(scales, Tensor)
-            _check("scales", scales, torch.float32, of_rows)
-        else:
-            _check("codes of scales", nested.codes, torch.uint8, of_rows)
-            blocks = -(-rows * (columns // block) // NESTED_BLOCK)
-            _check("scales of scales", nested.absmax, torch.float32, (blocks,))
-            _check("offset", nested.offset, torch.float32, ())
-        weight = cls.__new__(cls)
-        weight._set(codes, scales, shape, block, levels, library)
-        return weight
-
-    def _set(
-        self,
-        codes: Tensor,
-        scales: Tensor | NestedScales,
-        shape: tuple[int, int],
-        block: int,
-        levels: Tensor,
-        library: Library,
-    ) -> None:
-        self.block, self.levels = block, levels
-        self.codes = codes
-        """uint8 (in / 32, out / 16, 16, 16): of 32 columns and 16 rows, 16 pairs of codes of each row."""
-        self.scales = scales
-        """(in / block, out filled up), or their codes, and what is in NestedScales besides."""
-        CompiledWeight.__init__(self, self._struct(*shape), library)
+        return cls(_codes_to_blocks(matrix), scales, matrix.shape, matrix.block, matrix.levels, library)
 
     def _struct(self, rows: int, columns: int) -> _Nf4Matrix:
         nested = self.scales if isinstance(self.scales, NestedScales) else None
@@ -327,35 +311,24 @@ class CompiledNf4Weight(CompiledWeight):
 
 
 class CompiledInt8Weight(CompiledWeight):
-    """A FrozenWeight in 8 bits."""
+    """A FrozenWeight in 8 bits, of numbers that are in the library's order."""
 
-    def __init__(self, weight: Int8Weight, library: Library) -> None:
-        scales = F.pad(weight.scales, (0, -weight.shape[0] % _STRIP))
-        self._set(_to_strips(weight.codes), scales, weight.shape, library)
-
-    @classmethod
-    def of_strips(
-        cls, codes: Tensor, scales: Tensor, shape: tuple[int, int], library: Library
-    ) -> "CompiledInt8Weight":
-        """The weight whose `codes` and `scales` these are, already in the library's order.
-
-        Raises ValueError where they do not fit the shape: C would read past their end.
-        """
+    def __init__(self, codes: Tensor, scales: Tensor, shape: tuple[int, int], library: Library) -> None:
+        """Take codes and scales over. Raises ValueError where they do not fit the shape: C would read past them."""
         rows, columns = (size + -size % _STRIP for size in shape)
-        _check("codes", codes, torch.int8, (rows // _STRIP, columns, _STRIP))
-        _check("scales", scales, torch.float32, (rows,))
-        weight = cls.__new__(cls)
-        weight._set(codes, scales, shape, library)
-        return weight
-
-    def _set(self, codes: Tensor, scales: Tensor, shape: tuple[int, int], library: Library) -> None:
-        rows, columns = shape
+        check_tensor("codes", codes, torch.int8, (rows // _STRIP, columns, _STRIP))
+        check_tensor("scales", scales, torch.float32, (rows,))
         self.codes = codes
         """int8 (out / 32, in, 32), out and in filled up."""
         self.scales = scales
         """float32 (out,), filled up."""
-        matrix = _Int8Matrix(self.codes.data_ptr(), self.scales.data_ptr(), rows, columns)
-        CompiledWeight.__init__(self, matrix, library)
+        super().__init__(_Int8Matrix(codes.data_ptr(), scales.data_ptr(), *shape), library)
+
+    @classmethod
+    def of_weight(cls, weight: Int8Weight, library: Library) -> Self:
+        """The weight of codes and scales in the quantizer's order."""
+        scales = F.pad(weight.scales, (0, -weight.shape[0] % _STRIP))
+        return cls(_to_strips(weight.codes), scales, weight.shape, library)
 
     @property
     def nbytes(self) -> int:
@@ -425,10 +398,3 @@ def _scales_to_columns(scales: Tensor, rows: int) -> Tensor:
     """Scales, or their codes, row after row (out * in / block,) -> (in / block, out filled up)."""
     of_rows = scales.view(rows, -1)
     return F.pad(of_rows, (0, 0, 0, -rows % _STRIP)).t().contiguous()
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name}: {tensor.dtype} {list(tensor.shape)} where {dtype} {list(shape)}, contiguous, belongs"
-        )
