@@ -49,6 +49,10 @@ class InvalidFileError(OperatorError):
         self.faults = tuple(faults)
 
 
+USAGE = 2
+"""Exit code of a command whose arguments or files cannot be used."""
+
+
 class CommandError(OperatorError):
     """Why a command must end, in a sentence for the user, and its exit code."""
 

@@ -19,10 +19,9 @@ from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.plan import sample_text, source_lines
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
-from qlora_operator.errors import CommandError
+from qlora_operator.errors import USAGE, CommandError
 
 JOB_SUFFIXES = (".yaml", ".yml")
-USAGE = 2
 BAR = 40
 """Characters of the longest bar."""
 

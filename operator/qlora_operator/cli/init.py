@@ -24,12 +24,10 @@ from qlora_operator.cli.model_facts import has_template, positions, usual_length
 from qlora_operator.cli.plan import batch_tokens
 from qlora_operator.cli.processes import ProcessError
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
-from qlora_operator.errors import CommandError, Fault, InvalidFileError, InvalidJobError
+from qlora_operator.errors import USAGE, CommandError, Fault, InvalidFileError, InvalidJobError
 from qlora_operator.placement.local import on_this_machine
 
 TARGETS = ("machine", "cluster")
-USAGE = 2
-
 CLAIM = "pvc://team-data/qlora"
 """Where a job of a cluster works, if nothing else is said."""
 LENGTHS = (256, 512, 1024, 2048, 4096)

@@ -19,9 +19,7 @@ from qlora_operator.api.loader import STDIN, Amend, file_label, load_jobs, parse
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.model_facts import usual_length
 from qlora_operator.cli.settings import Setting, with_settings
-from qlora_operator.errors import CommandError, Fault, InvalidFileError, InvalidJobError
-
-USAGE = 2
+from qlora_operator.errors import USAGE, CommandError, Fault, InvalidFileError, InvalidJobError
 
 PATHS = ("workspace", "model.source", "dataset.source", "dataset.sources.source", "adapter.initialAdapter")
 """Fields of spec that may be a path of this machine; one below a list stands for that of every item."""

@@ -45,10 +45,8 @@ from qlora_operator.cli.job_folder import WorkspaceError
 from qlora_operator.cli.settings import Setting
 from qlora_operator.cli.trainer_query import require_trainer
 from qlora_operator.cli.validate import validate
-from qlora_operator.errors import CommandError, InvalidFileError
+from qlora_operator.errors import USAGE, CommandError, InvalidFileError
 
-USAGE = 2
-"""Exit code for wrong arguments and invalid files."""
 INTERRUPTED = 128 + signal.SIGINT
 """As shells have it for a command that Ctrl-C ended."""
 TERMINATED = 128 + signal.SIGTERM

@@ -31,7 +31,7 @@ from qlora_operator.api.v1alpha1 import QLoRAJob, Training
 from qlora_operator.cli.cpu_locks import busy_cpus
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
-from qlora_operator.cli.trainer_query import query_trainer, require_trainer
+from qlora_operator.cli.trainer_query import query_trainer
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import (
     PlacementError,
@@ -185,7 +185,6 @@ def query_details(run: RunConfig, volumes: Mapping[str, Path]) -> PlanReport:
     Raises:
         CommandError: the model or the data cannot be trained on; with the message and code that training gives.
     """
-    require_trainer()
     answer = query(run, [], [], volumes)
     assert answer.plan is not None, "the planner answers with a plan or an error"
     return answer.plan

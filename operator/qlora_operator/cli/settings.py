@@ -7,9 +7,7 @@ from typing import Any
 from qlora_operator.api.messages import unknown_field
 from qlora_operator.api.schema import Schema, job_schema
 from qlora_operator.api.yaml_reader import DocumentError, read_documents
-from qlora_operator.errors import CommandError
-
-USAGE = 2
+from qlora_operator.errors import USAGE, CommandError
 
 _EITHER = {"training.epochs": "training.maxSteps", "training.maxSteps": "training.epochs"}
 """Of two fields of which a job has one, the other."""
