@@ -149,7 +149,7 @@ def test_the_image_that_the_job_has_left_is_mapped(
     job.finish(tokenizer.chat_template)
     expected = answers(ask(job, request("Is it?")))
     workspace = resolve(job.run.workspace, job.volumes)
-    images = ImageCache(workspace, ("uid", 0, 0), job.model_folder, job.run.quantization)
+    images = ImageCache(workspace, ("uid", 0, 0), job.model_folder, job.run.quantization, torch.float32)
     assert images.can_keep(1, 1)
     key = images.write(1)
     assert key is not None

@@ -265,7 +265,7 @@ def _load_base(
     """
     threads = torch.get_num_threads()
     owner = (run.job.uid, run.job.attempt, CHAT_POD)
-    images = ImageCache(resolve(run.workspace, volumes), owner, model_folder, run.quantization)
+    images = ImageCache(resolve(run.workspace, volumes), owner, model_folder, run.quantization, dtype)
     if (key := images.known()) is not None and (image := images.read(key, threads)) is not None:
         return image.model(dtype), image.weights_sha256
     weights_hash = WeightsHash(threads)
