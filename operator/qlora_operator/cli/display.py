@@ -261,7 +261,7 @@ def _training_lines(report: dict[str, Any]) -> list[str]:
     if report.get("eval_loss") is not None:
         lines.append(f"eval loss  {report['eval_loss']:.4f}{_improvement(report)}")
     served = report.get("eval_loss_unquantized")
-    if served is not None and report["base_eval_loss"] != report["base_eval_loss_quantized"]:
+    if served is not None and report.get("base_eval_loss") != report.get("base_eval_loss_quantized"):
         lines.append(f"           {served:.4f} on the unquantized base, which most servers run")
     lines += [
         (
