@@ -1,7 +1,6 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qlora_contract.plan import (
     TextSpan,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
+from qlora_contract.scratch import scratch_folder
 from qlora_contract.speed import TimeEstimate, time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
@@ -203,8 +203,8 @@ def query(
     Raises:
         CommandError: the planner answers with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
-        path = Path(folder) / "run.json"
+    with scratch_folder("plan") as folder:
+        path = folder / "run.json"
         path.write_text(run.to_json())
         answer = query_trainer(*before, str(path), *after, volumes=volumes, offline=offline)
     if answer.error is not None:
