@@ -21,6 +21,7 @@ from qlora_contract.plan import (
     RankPlan,
     SplitStats,
     TextSpan,
+    ranks_without_work,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.scratch import scratch_folder
@@ -123,6 +124,13 @@ def job_plan(
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
         notes += few_steps(run, details)
+        steps = details.steps
+        bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
+        # Without places they are not counted yet.
+        if pods and (
+            waiting := ranks_without_work(bins, steps.per_epoch, run.layout.world_size, run.training)
+        ):
+            notes.append(waiting)
     time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(

@@ -26,6 +26,7 @@ from qlora_contract.env import CPUS_ENV, PARENT_DEATH_ENV
 from qlora_contract.export import forms_of
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
+from qlora_contract.plan import ranks_without_work
 from qlora_contract.progress import Work
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
@@ -237,6 +238,10 @@ def agree_on_inputs(context: RankContext) -> Inputs:
                 LORA_RATE, run.adapter.method,
             )  # fmt: skip
     schedule = step_schedule(run, data)
+    bins, steps = schedule.first_epoch()
+    waiting = ranks_without_work(len(bins), steps, context.world.size, run.training)
+    if context.is_rank_zero and waiting:
+        log.warning("%s", waiting)
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
