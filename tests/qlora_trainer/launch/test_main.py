@@ -218,18 +218,24 @@ def test_a_launcher_that_is_killed_leaves_nothing_for_long(
     a_run: Callable[..., RunConfig], machine: Machine
 ) -> None:
     """The next one removes its folder, and none of a launcher that runs."""
-    process, other = (machine.start(OBEDIENT, a_run()) for _ in range(2))
-    wait_for(lambda: len(list(machine.folder.glob("qlora-scratch-launch-*"))) == 2)
-    machine.pids(2)
-    process.kill()
-    process.communicate()
-    machine.run("report(0, 'done')", a_run())
-    left = list(machine.folder.glob("qlora-scratch-*"))
-    other.terminate()
-    other.communicate(timeout=60)
 
-    assert len(left) == 1
-    assert list(machine.folder.glob("qlora-scratch-*")) == []
+    def folders() -> set[Path]:
+        return set(machine.folder.glob("qlora-scratch-launch-*"))
+
+    living = machine.start(OBEDIENT, a_run())
+    machine.pids(2)
+    theirs = folders()
+    killed = machine.start(OBEDIENT.replace("ready()", "ready('again')"), a_run())
+    machine.pids(2, "again")
+    killed.kill()
+    killed.communicate()
+    left = folders()
+    machine.run("report(0, 'done')", a_run())
+    kept = folders()
+    living.terminate()
+    living.communicate(timeout=60)
+
+    assert (len(theirs), len(left), kept, folders()) == (1, 2, theirs, set())
 
 
 def test_output_is_passed_on_line_by_line(a_run: Callable[..., RunConfig], machine: Machine) -> None:
