@@ -200,6 +200,14 @@ def test_standard_descriptors_may_be_closed(a_run: Callable[..., RunConfig], mac
     assert (code, machine.report().cause) == (0, "done")
 
 
+def test_an_environment_may_be_large(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """As Kubernetes makes it in a namespace of many services, and the request to the fork server for many ranks."""
+    program = "report(0, os.environ['LARGE'][-3:]) if local == 0 else None"
+    code, _, _ = machine.run(program, a_run(), LARGE="x" * 100_000 + "end")
+
+    assert (code, machine.report().cause) == (0, "end")
+
+
 def test_nohup_is_heeded(a_run: Callable[..., RunConfig], machine: Machine) -> None:
     """The end of the terminal does not stop a launcher that was started to outlive it."""
     machine.within = ["nohup"]
