@@ -328,6 +328,28 @@ def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> N
     assert report["base_eval_loss_quantized"] is not None
 
 
+def test_a_model_that_vanishes_once_it_is_loaded_fails_no_run(
+    ready: Ready, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints and report know of it; what its files would be read for once more is left out."""
+    away = smoke_folder / "away"
+
+    def without_model(*args: Any) -> None:
+        (smoke_folder / "model").rename(away)
+        run_steps(*args)
+
+    monkeypatch.setattr(loop, "run_steps", without_model)
+    try:
+        report = train(ready(checkpoint={"everySteps": 1}))
+    finally:
+        away.rename(smoke_folder / "model")
+
+    assert (report["base_eval_loss"], report["eval_loss_unquantized"]) == (None, None)
+    assert report["eval_loss"] < report["base_eval_loss_quantized"]
+    assert report["provenance"]["model_fingerprint"]
+    assert "the unquantized base is not evaluated" in caplog.text
+
+
 def test_an_attempt_that_only_publishes_does_not_measure_the_base_again(
     ready: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:

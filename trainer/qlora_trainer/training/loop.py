@@ -18,7 +18,7 @@ from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
-from qlora_trainer.artifacts.training_report import license_of, training_report
+from qlora_trainer.artifacts.training_report import training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
@@ -33,10 +33,7 @@ from qlora_trainer.errors import (
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, checksum
-from qlora_trainer.modeling.families import read_model
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.stored.formats import description
-from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
 from qlora_trainer.training.answers import answer_held_out
@@ -480,14 +477,10 @@ def facts_of(
         "micro_batch_tokens": state.memory.micro_batch_tokens,
         "checkpointing": state.memory.checkpointing,
     }
-    family, config = read_model(state.model_folder)
     report["provenance"] |= {
         "base_model": adapter.base_model(context.run),
-        "auto_class": family.auto_class,
-        "license": license_of(state.model_folder),
         "weights_sha256": state.loop.weights_sha256,
-        "stored_in": description(state.model_folder, config),
-        "model_fingerprint": fingerprint(state.model_folder),
+        **state.model_facts,
     }
     return report
 
@@ -516,9 +509,10 @@ def measure_unquantized(
     """The eval losses of the base as stored, in the compute dtype, alone and with the adapter, as servers run it.
 
     Without quantization these are the weights that were trained on, and both are measured already.
-    None where its weights exceed memoryPerRank; what is known of the base already is not measured again. Numbers for
-    the report alone, so they come last. The weights are mapped from their files, not copied. Their size is held against
-    memoryPerRank all the same, since a model that does not fit would be read from disk again for every micro-batch.
+    None where its weights exceed memoryPerRank, or can be read no more; what is known of the base already is not
+    measured again. Numbers for the report alone, so they come last, and end nothing. The weights are mapped from their
+    files, not copied. Their size is held against memoryPerRank all the same, since a model that does not fit would be
+    read from disk again for every micro-batch.
 
     Args:
         context: this rank's.
@@ -532,7 +526,7 @@ def measure_unquantized(
     if context.run.quantization.scheme == "none":
         return state.loop.base_eval_loss_quantized, loss
     chosen = state.memory
-    weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
+    weights = state.model_bytes
     known = state.loop.base_eval_loss
     if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
         return known, None
@@ -540,7 +534,16 @@ def measure_unquantized(
     malloc_trim()
     weights_bytes = Work(name="loading the unquantized base", unit="bytes", total=weights)
     context.progress.begin(weights_bytes)
-    base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
+    try:
+        base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
+    except (ModelError, OSError) as error:
+        log.warning("the unquantized base is not evaluated: %s", error)
+        base = None
+    reduced = context.all_reduce_scalars({"missing": float(base is None)})
+    if reduced.stop_requested:
+        raise StopRequested
+    if base is None or reduced.sums["missing"]:
+        return known, None
     samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
     if known is None:
         known = finite(evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base"))
