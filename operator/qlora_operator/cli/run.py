@@ -32,11 +32,14 @@ from qlora_operator.cli.trainer_query import compile_kernels, query_trainer
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import (
     PlacementError,
+    all_memory,
     choose_tier,
     idle_cpus,
     launcher_cpus,
+    less_promised,
     memory_shortage,
     on_this_machine,
+    promises,
     with_topology,
     without,
 )
@@ -183,10 +186,11 @@ class LocalRun:
 
     @contextmanager
     def own_cpus(self, machine: Machine, stage: RunStage) -> Iterator[list[list[int]]]:
-        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile.
+        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile; nor does
+        one take the memory.
 
         Raises:
-            PlacementError: too few are left by other jobs, and pinning is strict.
+            PlacementError: other jobs leave too few CPUs, and pinning is strict, or too little memory.
         """
         written = stage_topology(self.job.spec.topology, stage)
         with ExitStack() as held:
@@ -199,11 +203,17 @@ class LocalRun:
             else:
                 held.callback(locks.close)
                 with locks.choosing():
-                    busy = locks.busy(machine.cpus)
-                    topology = on_this_machine(written, without(machine, busy))
+                    busy, promised = locks.busy(machine.cpus), locks.promised_memory()
+                    topology = on_this_machine(written, less_promised(without(machine, busy), promised))
                     cpus = launcher_cpus(topology, machine, busy)
-                    locks.take({cpu for part in cpus for cpu in part}, holder_text(self.job.metadata.name))
+                    if shortage := memory_shortage(topology, machine, promised):
+                        raise PlacementError(shortage, ExitCode.INVALID_CONFIGURATION)
+                    holder = holder_text(self.job.metadata.name)
+                    locks.take({cpu for part in cpus for cpu in part}, holder)
+                    locks.promise_memory(all_memory(topology), holder)
                 self.cpu_locks = locks
+                for note in promises(promised):
+                    self.display.print(note)
             for note in idle_cpus(topology, machine, cpus, busy):
                 self.display.print(note)
             self.job = with_topology(self.job, topology)
