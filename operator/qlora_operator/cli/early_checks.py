@@ -121,7 +121,9 @@ def model_fault(path: Path) -> str | None:
         return f"{path / pointer} is a pointer of git-lfs, not the file: run `git lfs pull` in {path}"
     if "config.json" not in names and not any(name.endswith(".gguf") for name in names):
         return f"{path} {_folder_for_a_model(path, names)}"
-    lacks = [told for there, told in ((has_weights, NO_WEIGHTS), (has_tokenizer, NO_TOKENIZER)) if not there(names)]
+    lacks = [
+        told for there, told in ((has_weights, NO_WEIGHTS), (has_tokenizer, NO_TOKENIZER)) if not there(names)
+    ]
     return f"{path} {'; it '.join(lacks)}" if lacks else None
 
 

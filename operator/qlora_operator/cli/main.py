@@ -314,9 +314,8 @@ def parser() -> argparse.ArgumentParser:
     completing = subcommands.add_parser("completion", help="print what makes a shell complete this command")
     completing.add_argument("shell", choices=SHELLS)
     for name, subcommand in subcommands.choices.items():
-        if subcommand.epilog is None:
-            subcommand.epilog = "\n".join(filter(None, (EXAMPLES.get(name), exit_codes(name))))
-            subcommand.formatter_class = argparse.RawDescriptionHelpFormatter
+        subcommand.epilog = f"{EXAMPLES[name]}\n{subcommand.epilog or exit_codes(name)}"
+        subcommand.formatter_class = argparse.RawDescriptionHelpFormatter
     return command
 
 

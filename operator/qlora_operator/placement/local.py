@@ -171,8 +171,10 @@ def less_promised(machine: Machine, promised: Mapping[str, int]) -> Machine:
 
 
 def promises(promised: Mapping[str, int]) -> list[str]:
-    """A sentence for each job that may take more memory, such as `job demo (process 17) may take 2.00 GiB more memory`."""
-    return [f"{holder} may take {format_bytes(size)} more memory" for holder, size in promised.items() if size]
+    """A sentence for each job that may take more: `job demo (process 17) may take 2.00 GiB more memory`."""
+    return [
+        f"{holder} may take {format_bytes(size)} more memory" for holder, size in promised.items() if size
+    ]
 
 
 def memory_shortage(

@@ -22,7 +22,11 @@ from qlora_operator.api.hints import hint
         (remote.PVC_PATTERN, "pvc://a//b", "two slashes in a row"),
         (remote.PVC_PATTERN, "/srv/x", "a cluster reads pvc://CLAIM/PATH"),
         (remote.MODEL_PATTERN, "s3://My_Bucket/x", "'M', '_', 'B'"),
-        (remote.DATASET_PATTERN, "file:///srv/d.jsonl", "did you mean /srv/d.jsonl, as the `qlora` command reads it?"),
+        (
+            remote.DATASET_PATTERN,
+            "file:///srv/d.jsonl",
+            "did you mean /srv/d.jsonl, as the `qlora` command reads it?",
+        ),
         (remote.DATASET_PATTERN, "~nobody/d.jsonl", "there is no user nobody on this machine"),
         (quantity.MEMORY_PATTERN, "4GB", "did you mean 4G or 4Gi?"),
         (quantity.MEMORY_PATTERN, "16 gib", "did you mean 16G or 16Gi?"),

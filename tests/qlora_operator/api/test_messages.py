@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.messages import described, expected, field_of_spec, no_such_field, schema_at, unknown_field
+from qlora_operator.api.messages import (
+    described,
+    expected,
+    field_of_spec,
+    no_such_field,
+    schema_at,
+    unknown_field,
+)
 
 
 @pytest.mark.parametrize(

@@ -260,7 +260,11 @@ def test_an_option_that_does_not_exist_may_be_a_field(
     ],
 )
 def test_what_is_given_for_a_job_is_named_for_what_it_is(
-    given: str, phrase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: str,
+    phrase: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Data, a model or a job's folder, and how it is given."""
     monkeypatch.chdir(tmp_path)

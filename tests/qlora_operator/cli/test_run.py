@@ -252,7 +252,10 @@ def test_memory_that_another_job_may_take_is_not_promised_twice(
         locks.close()
 
     assert code == 10
-    assert "0 bytes of this machine's memory are free; job other (process 4194305) may take 1,024 TiB more" in err
+    assert (
+        "0 bytes of this machine's memory are free; job other (process 4194305) may take 1,024 TiB more"
+        in err
+    )
 
 
 def test_a_folder_of_another_job_is_refused(machine: Machine) -> None:

@@ -299,8 +299,9 @@ def test_memory_that_others_may_yet_take_is_not_free() -> None:
     here, promised = a_machine(memory=24 * GIB, freeMemory=20 * GIB), {"job a (process 17)": 16 * GIB}
 
     assert memory_shortage(a_topology(memoryPerRank="4Gi"), here, promised) is None
-    assert "4.00 GiB of this machine's memory are free; job a (process 17) may take 16.0 GiB more memory: end" in (
-        memory_shortage(a_topology(memoryPerRank="5Gi"), here, promised) or ""
+    assert (
+        "4.00 GiB of this machine's memory are free; job a (process 17) may take 16.0 GiB more memory: end"
+        in (memory_shortage(a_topology(memoryPerRank="5Gi"), here, promised) or "")
     )
     assert less_promised(here, promised).free_memory == 4 * GIB
     assert less_promised(here, {"job a (process 17)": 40 * GIB}).free_memory == 0

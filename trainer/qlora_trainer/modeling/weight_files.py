@@ -46,7 +46,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def has_weights(folder: Path) -> bool:
     """Whether there is any file that `weight_files` looks for."""
-    return any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) or gguf_file(folder) is not None
+    return (
+        any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) or gguf_file(folder) is not None
+    )
 
 
 _LFS = b"version https://git-lfs"
