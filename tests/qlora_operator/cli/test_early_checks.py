@@ -46,8 +46,8 @@ def files(folder: Path, **contents: str) -> Path:
         ({"config_dot_json": "{}", "model_dot_safetensors": "x"}, "{} has no tokenizer: copy tokenizer.json"),
         ({"config_dot_json": "{}"}, "nothing else is read; it has no tokenizer"),
     ],
-    ids=["empty", "adapter", "cached model", "cache", "folder above", "pointers", "something else", "weights of another kind",
-         "no tokenizer", "neither"],
+    ids=["empty", "adapter", "cached model", "cache", "folder above", "pointers", "something else",
+         "weights of another kind", "no tokenizer", "neither"],
 )  # fmt: skip
 def test_a_folder_that_is_no_model_is_named_for_what_it_is(
     contents: dict[str, str], phrase: str, tmp_path: Path
