@@ -98,13 +98,15 @@ def launcher_cpus(
         what, less = f"{topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s)", ", ranksPerPod"
         if topology.ranks_per_pod == "auto":
             what, less = f"{each} CPU(s)", ""
-        wait = ""
-        if busy:
-            wait = f" ({'; '.join(in_use(busy))}): wait until they are free, or lower"
+        others = f" ({'; '.join(in_use(busy))})" if busy else ""
+        remedies = ["wait until they are free"] if busy else []
+        if usable:
+            remedies.append(f"lower spec.topology.cpusPerRank{less} or pods")
+        remedies.append("set spec.topology.pinning to best-effort, which shares them" if busy else
+                        "set spec.topology.pinning to best-effort")  # fmt: skip
         raise PlacementError(
-            f"{topology.pods} pod(s) with {what} "
-            f"need {needed} CPUs, and {usable} can be used here{wait or ': lower'} spec.topology.cpusPerRank{less} or "
-            "pods, or set spec.topology.pinning to best-effort",
+            f"{topology.pods} pod(s) with {what} need {needed} CPUs, and {usable} can be used here{others}: "
+            f"{', or '.join(remedies)}",
             ExitCode.INVALID_CONFIGURATION,
         )
     chosen = free if free.cpus else machine

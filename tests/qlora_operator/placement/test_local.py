@@ -215,8 +215,7 @@ def test_a_job_without_free_cpus_is_told_who_has_them() -> None:
     assert refused.value.code == ExitCode.INVALID_CONFIGURATION
     assert str(refused.value) == (
         "1 pod(s) with 1 rank(s) of 2 CPU(s) need 2 CPUs, and 0 can be used here (CPUs 0-1 are in use by job a "
-        "(process 17)): wait until they are free, or lower spec.topology.cpusPerRank, ranksPerPod or pods, or set "
-        "spec.topology.pinning to best-effort"
+        "(process 17)): wait until they are free, or set spec.topology.pinning to best-effort, which shares them"
     )
 
 
