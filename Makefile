@@ -47,7 +47,7 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	requirements/install.sh $(PYTHON) $(VENV) requirements/dev.txt
 	@touch $@
 
-# Seconds. Without a compiler it says so, and plain torch multiplies.
+# A minute or two. Without a compiler it says so, and plain torch multiplies.
 $(VENV)/.kernels: $(VENV)/.installed $(wildcard trainer/qlora_trainer/kernels/csrc/*) trainer/qlora_trainer/kernels/build.py
 	$(BIN)/python -m qlora_trainer.kernels.build --if-possible
 	@touch $@

@@ -99,8 +99,7 @@ def run(
         if finished := local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
         if not finished or local.lacks_exports():
-            if told := compile_kernels():
-                local.display.print(told)
+            compile_kernels(local.display.print)
             with local.own_cpus(machine, "export" if finished else "train") as cpus:
                 code = local.fetch() or (0 if finished else local.train(launcher, cpus))
                 if code := code or local.export(launcher, cpus):
