@@ -11,6 +11,9 @@ from qlora_contract.base import ContractModel
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
 from qlora_contract.run_config import IsaTier
 
+FEW_STEPS = 20
+"""Fewer hardly learn anything: the first of them only raise the learning rate."""
+
 
 class Machine(ContractModel):
     """What a process may use of the machine it runs on."""

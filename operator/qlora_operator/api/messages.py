@@ -93,8 +93,8 @@ def no_such_field(location: Sequence[str | int], prefix: str = "") -> str:
 
 def field_of_spec(name: str) -> str | None:
     """The one field of spec with this name, in any spelling, or that another program calls so; None: not just one."""
-    paths = _paths_named(name) or [foreign.path_here(name)]
-    return paths[0] if len(paths) == 1 else None
+    paths = _paths_named(name)
+    return foreign.path_here(name) if not paths else paths[0] if len(paths) == 1 else None
 
 
 def _paths_named(name: str) -> list[str]:

@@ -15,6 +15,7 @@ from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import (
+    FEW_STEPS,
     Machine,
     PlanReport,
     PlanResponse,
@@ -50,8 +51,6 @@ RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
 """How much of a sample is shown; `-o json` has all of it."""
 MEBIBYTE = 2**20
-FEW_STEPS = 20
-"""Fewer hardly learn anything: the first of them only raise the learning rate."""
 
 
 class RankPlace(RankPlan):

@@ -15,7 +15,8 @@ from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
 from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_report, is_exported, job_path
-from qlora_contract.plan import Machine
+from qlora_contract.plan import FEW_STEPS, Machine
+from qlora_contract.progress import ProgressReport
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api.pod_resources import stage_topology
@@ -182,6 +183,7 @@ class LocalRun:
     fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
     cpu_locks: CpuLocks | None = None
     """What holds the job's CPUs, once it has some."""
+    few_steps_said: bool = False
 
     @contextmanager
     def own_cpus(self, machine: Machine, stage: RunStage) -> Iterator[list[list[int]]]:
@@ -316,7 +318,9 @@ class LocalRun:
                         self.display.print(STOPPING[config.stage])
                     self._print_logs(tails)
                     if time.monotonic() >= next_look:
-                        self.display.show(fetch_progress(port, config.job.uid, config.job.attempt))
+                        report = fetch_progress(port, config.job.uid, config.job.attempt)
+                        self.display.show(report)
+                        self._say_few_steps(report)
                         next_look = time.monotonic() + PROGRESS_SECONDS
                 self._print_logs(tails)
         except BaseException:
@@ -327,6 +331,16 @@ class LocalRun:
                 pass
             raise
         return summarize(launchers)
+
+    def _say_few_steps(self, report: ProgressReport | None) -> None:
+        """Say once that the job has too few steps to learn, unless it asks for their number."""
+        asked = self.job.spec.training.max_steps is not None
+        if self.few_steps_said or asked or report is None or not 0 < report.total_steps < FEW_STEPS:
+            return
+        self.few_steps_said = True
+        self.display.print(
+            f"{report.total_steps} step(s) are too few to learn much; `qlora plan` says what makes more of them"
+        )
 
     def _print_logs(self, tails: Sequence[LogTail]) -> None:
         for tail in tails:

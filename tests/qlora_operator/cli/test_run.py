@@ -157,10 +157,12 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
         pods=2,
         suspend=True,
         backoffLimit=1,
+        training={"epochs": 1, "maxSteps": None},
     )
 
     assert (code, err) == (0, "")
     assert "spec.suspend, spec.backoffLimit" in out
+    assert out.count("7 step(s) are too few to learn much; `qlora plan` says what makes more of them\n") == 1
     assert re.search(r"^\S+Z small: Importing  elapsed 0s$", out, re.MULTILINE)
     assert re.search(
         r"^\S+Z small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s  elapsed \d+s$", out, re.M
@@ -253,8 +255,7 @@ def test_memory_that_another_job_may_take_is_not_promised_twice(
 
     assert code == 10
     assert (
-        "0 bytes of this machine's memory are free; job other (process 4194305) may take 1,024 TiB more"
-        in err
+        "0 bytes of this machine's memory are free; job other (process 4194305) may take 1024 TiB more" in err
     )
 
 
