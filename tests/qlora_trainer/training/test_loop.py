@@ -166,6 +166,7 @@ def test_the_live_report_follows_the_steps(ready: Ready) -> None:
     assert shown.loss == lines(context)[-2]["loss"]
     assert shown.eval_loss == report["eval_loss"]
     assert context.progress.tokens == report["tokens"] == context.tokens_trained
+    assert list(report["timeline"]).index("first step") < list(report["timeline"]).index("training")
     assert shown.checkpoint is not None
     assert shown.checkpoint.uri == "pvc://team/w/jobs/j/checkpoints/step-00000003"
 

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from qlora_contract.files import read_json
+from qlora_contract.model_folder import NO_TOKENIZER, has_tokenizer
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored import formats, gguf
@@ -321,6 +322,8 @@ def read_tokenizer(folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **of_gguf
         )
     except Exception as error:  # tokenizers raises plain Exceptions
+        if folder.is_dir() and not has_tokenizer([file.name for file in folder.iterdir()]):
+            raise ModelError(f"{folder} {NO_TOKENIZER}") from error
         raise ModelError(f"{folder} has no tokenizer that can be read: {first_line(error)}") from error
 
 

@@ -119,10 +119,8 @@ def run_steps(context: RankContext, state: TrainState) -> None:
 
 def begin_step(context: RankContext, done: int) -> None:
     """Tell that a step begins, after so many of this attempt; after the first one, what the wait for it went into."""
-    context.progress.update(stage="Training")
-    if done == 0:
-        context.progress.turn_to(FIRST_STEP)
-    elif done == 1 and context.is_rank_zero:
+    context.progress.update(FIRST_STEP if done == 0 else None, stage="Training")
+    if done == 1 and context.is_rank_zero:
         log.info("%s", timeline_text(context.progress.timeline))
 
 
