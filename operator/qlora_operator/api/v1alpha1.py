@@ -491,7 +491,7 @@ class Evaluation(ApiModel):
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
     """Also evaluate each time this many steps are done."""
     require_improvement: bool = True
-    """Fail the job when the adapter's eval loss is not below that of the quantized base."""
+    """Fail the job when the adapter's eval loss is not below that of the quantized base, and of initialAdapter."""
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
     """Evaluate on at most so many tokens: samples are chosen by a hash of their tokens, the same ones each time, and at
     least one. The default takes about as long as three steps of the default size."""

@@ -12,6 +12,7 @@ from qlora_trainer.data.collate import Batch, pad_multiple
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.loss import cap, head_logits
+from qlora_trainer.modeling.rotary import LongRope
 from qlora_trainer.modeling.virtual_tokens import PrefixTokens, SoftPrompt
 
 
@@ -90,6 +91,8 @@ class BaseModel:
         **inputs: Any,
     ) -> Tensor:
         """The decoder's output (tokens, hidden size) for a row of segments."""
+        if self._long_rope is not None:
+            self._long_rope.lengths = lengths
         states: Tensor = self.graph(
             position_ids=positions[None],
             use_cache=False,
@@ -152,6 +155,16 @@ class BaseModel:
                 next(found)
             kept.append(next(found))
         return torch.cat(kept)
+
+    @property
+    def _long_rope(self) -> LongRope | None:
+        rotary = getattr(self.graph, "rotary_emb", None)
+        return rotary if isinstance(rotary, LongRope) else None
+
+    @property
+    def rotated_anew_behind(self) -> int | None:
+        """Tokens behind which all of a sequence are rotated with other frequencies; None: that never happens."""
+        return None if self._long_rope is None else self._long_rope.first
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden size) of hidden_states -> (rows, vocabulary) fp32, without gradients."""

@@ -20,6 +20,7 @@ from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.image import Image, ImageWriter, Kept, Table
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.modeling.rotary import rotary_embeddings
 from qlora_trainer.modeling.stored.reading import StoredWeight, stored_weights
 from qlora_trainer.modeling.weight_files import WeightsHash
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnreadWeight
@@ -50,7 +51,7 @@ def load_model(
     family, config = read_model(folder)
     graph = build_graph(config, family, dtype)
     builder = _Builder(graph, family, dtype, copies=True)
-    weights = stored_weights(folder, config) if stored is None else map(_as_stored, stored)
+    weights = stored_weights(folder, config, _joined(family)) if stored is None else map(_as_stored, stored)
     for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
         builder.place(name, value)
     return builder.finish()
@@ -79,7 +80,7 @@ def write_image(
     dtype = torch.float32  # no scheme that quantizes looks at it
     graph = build_graph(config, family, dtype)
     with ImageWriter(into) as image:
-        weights = stored_weights(folder, config)
+        weights = stored_weights(folder, config, _joined(family))
         for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
             image.add(name, value)
         return image.table
@@ -98,6 +99,10 @@ def load_image(folder: Path, image: Image, dtype: torch.dtype) -> BaseModel:
     for name, value in image.weights():
         builder.place(name, value)
     return builder.finish()
+
+
+def _joined(family: Family) -> tuple[str, ...]:
+    return () if family.experts is None else family.experts.joined
 
 
 def _as_stored(named: tuple[str, Tensor]) -> StoredWeight:
@@ -248,7 +253,7 @@ class _Builder:
                 linears[name] = layer
         decoder: Any = self.graph.get_submodule(self.family.decoder)
         if decoder.rotary_emb is not None:  # its buffers are computed, not loaded
-            decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+            decoder.rotary_emb = rotary_embeddings(type(decoder.rotary_emb), decoder.config)
         fuse_layers(decoder, self.family)
         return BaseModel(
             decoder,

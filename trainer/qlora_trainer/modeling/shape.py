@@ -14,7 +14,7 @@ from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.delta_net import CHUNK, Heads
-from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
+from qlora_trainer.modeling.families import EXPERTS, Family, read_model, rotary_parameters
 from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.prompt_methods import made_weights
 from qlora_trainer.modeling.weight_files import bytes_per_weight
@@ -52,6 +52,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         tied=bool(config.tie_word_embeddings),
         stored_bytes=embedding_bytes,
         linear_weights=sum(sizes),
+        idle_weights=0 if family.experts is None else idle(everything, config),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears, config),
         beside_layers=adapter.method == "lora",
@@ -109,8 +110,15 @@ def intermediate(config: Any, family: Family) -> int:
     width = int(getattr(config, family.intermediate))
     if family.experts is None:
         return width
-    dense = width if config.mlp_only_layers or config.decoder_sparse_step > 1 else 0
-    return max(dense, int(config.num_experts_per_tok * config.moe_intermediate_size))
+    beside = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1
+    through = int(config.num_experts_per_tok * getattr(config, family.experts.width))
+    return max(width, through) if beside else through
+
+
+def idle(linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    """Weights of the experts that a token does not go through, of the linear layers' shapes by path."""
+    of_experts = sum(prod(size) for name, size in linears.items() if f".{EXPERTS}." in name)
+    return of_experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
 
 
 def routed(config: Any) -> int:
@@ -186,8 +194,7 @@ def positions(config: Any) -> int | None:
     """The longest sample, in tokens, by config.json; None where that does not say.
 
     Scaled rotary embeddings reach `factor` times as far as the model was first trained to, whether or not
-    max_position_embeddings has been raised to that. With longrope, tokens of longer samples than those are rotated
-    otherwise, which samples beside them in a row must not be.
+    max_position_embeddings has been raised to that.
     """
     written = getattr(config, "max_position_embeddings", None)
     if written is None:
@@ -197,6 +204,4 @@ def positions(config: Any) -> int | None:
 
 def _reach(rope: dict[str, Any], written: int) -> int:
     first = rope.get("original_max_position_embeddings") or written
-    if rope.get("rope_type") == "longrope":
-        return int(first)
     return max(written, int(first * (rope.get("factor") or 1.0)))
