@@ -52,8 +52,9 @@ alike. Whether the head is the embedding is told by whether a head is stored.
 
 Each matrix of each expert is quantized by itself, and the router is not. So it is where a file has all experts of a
 layer in one tensor, as gpt-oss' has, in MXFP4 or not: they are dequantized and quantized one by one. Adapters go on
-attention alone: for an MLP beside experts, if a layer has one, peft has no name. bitsandbytes leaves experts
-unquantized, so the comparison is without quantization. A loss that balances experts is not added: the router is frozen.
+attention, and on experts [by choice](methods.md#lora), as PEFT's `target_parameters`; for an MLP beside experts, if a
+layer has one, peft has no name. bitsandbytes leaves experts unquantized, so the comparison is without quantization. A
+loss that balances experts is not added: the router is frozen.
 
 gpt-oss' attention has sinks, a score for each head that belongs to no token: they are frozen, too, and cost next to
 nothing. Its experts' gates are computed in plain torch, in fp32.

@@ -335,9 +335,10 @@ def step_seconds(
 ) -> float:
     """About how long a rank's share of a step takes, to compare choices: not for anybody to see.
 
-    Each micro-batch dequantizes all weights and multiplies its tokens with them: forward, for the gradient of its
-    input, and once more when activations are recomputed; of experts, those that the token goes through. The kernel library dequantizes whatever the weights are kept
-    in, for so many rows at a time: of large micro-batches as often as of small ones.
+    Each micro-batch dequantizes all weights and multiplies its tokens with them, of experts with those that a token
+    goes through: forward, for the gradient of its input, and once more when activations are recomputed. The kernel
+    library dequantizes whatever the weights are kept in, for so many rows at a time: of large micro-batches as often
+    as of small ones.
     """
     passes = 3 if chosen.checkpointing == "full" else 2
     bins = share_of_bins(run)

@@ -338,7 +338,8 @@ class Adapter(ApiModel):
         default=["all-linear"], min_length=1, max_length=64
     )
     """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
-    `all-linear`: every linear layer but the output head."""
+    `all-linear`: every linear layer but the output head. The experts of a mixture are named as PEFT's target_parameters
+    are, `experts.gate_up_proj` and `experts.down_proj`; no other name means them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023): what an adapter adds then does not
     shrink as its rank grows. Off, as in PEFT."""

@@ -17,10 +17,11 @@ from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import GGUF_FAMILIES, GgufNames
 from qlora_trainer.modeling import families
+from qlora_trainer.modeling.expert_adapters import A
 from qlora_trainer.modeling.families import FAMILIES, WRAPPERS, Family, read_config, read_model
 from qlora_trainer.modeling.layers import ClampedGatedMlp, FusedGatedMlp, GatedMlp, RmsNorm
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.lora import A, attach_adapters
+from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.shape import adapter_shapes
 from qlora_trainer.quantization.schemes import Unquantized
@@ -175,8 +176,8 @@ NORMS = {
 }  # fmt: skip
 """Of two decoder layers and behind them; some have norms of queries and keys, or behind attention and MLP, too."""
 LINEARS = {
-    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3), "gpt_oss": 2 * (4 + 4 * 2), "qwen3_5_text": 8 + 7,
-    "qwen3_5": 8 + 7,
+    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3),
+    "gpt_oss": 2 * (4 + 4 * 2), "qwen3_5_text": 8 + 7, "qwen3_5": 8 + 7,
 }  # fmt: skip
 """Of two decoder layers, where each has not seven."""
 MLPS = {"qwen3_moe": 4, "gpt_oss": 4}

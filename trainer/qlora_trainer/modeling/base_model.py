@@ -1,7 +1,7 @@
 """The base model, loaded: a transformers graph of our layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_trainer.data.collate import Batch, pad_multiple
+from qlora_trainer.modeling.expert_adapters import ExpertMatrices
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.loss import cap, head_logits
@@ -46,6 +47,8 @@ class BaseModel:
     """The linear layers that can have an adapter, by their paths in the checkpoint (`model.layers.0.mlp.up_proj`)."""
     dtype: torch.dtype
     """What is computed in."""
+    experts: dict[str, ExpertMatrices] = field(default_factory=dict)
+    """Experts' matrices that can have adapters, by their parameters in transformers' class of the checkpoint."""
     logits_divisor: float = 1.0
     """What the logits are divided by; hidden_states has done it."""
     softcap: float | None = None

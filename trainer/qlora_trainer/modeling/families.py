@@ -94,8 +94,8 @@ def length_dependent_rope(config: Any) -> str | None:
         return None
     if _by_kind(config.rope_parameters):
         return "uses 'longrope' rotary embeddings in layers of some kind, which packing cannot keep exact"
-    short, long = (ropes[0].get(name) for name in ("short_factor", "long_factor"))
-    if not (_are_factors(short) and _are_factors(long) and len(short) == len(long)):
+    short, long = (_factors(ropes[0].get(name)) for name in ("short_factor", "long_factor"))
+    if not short or len(short) != len(long):
         return "uses 'longrope' rotary embeddings without as many numbers above 0 in long_factor as in short_factor"
     first = ropes[0].get("original_max_position_embeddings")
     if not isinstance(first, int) or isinstance(first, bool) or first < 1:
@@ -103,8 +103,10 @@ def length_dependent_rope(config: Any) -> str | None:
     return None
 
 
-def _are_factors(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(n, int | float) and 0 < n < math.inf for n in found)
+def _factors(found: Any) -> list[float]:
+    """Empty where they are none."""
+    right = isinstance(found, list) and all(isinstance(n, int | float) and 0 < n < math.inf for n in found)
+    return found if right else []
 
 
 def bidirectional_attention(config: Any) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import delta_net
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
+from qlora_trainer.modeling.expert_adapters import ExpertMatrices, parameter_and_number
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.image import Image, ImageWriter, Kept, Table
@@ -245,12 +246,18 @@ class _Builder:
         assert self.head is not None
         in_order = [path for path, _ in self.graph.named_modules() if path in self.weights]
         linears: dict[str, LoraLinear] = {}
+        experts: dict[str, ExpertMatrices] = {}
         for path in in_order:
             name = self.family.public_name(path)
             layer = LoraLinear(name, self.weights[path], self.biases.get(path))
             self.graph.set_submodule(path, layer)
             if self.family.adapts(path):
                 linears[name] = layer
+            elif found := parameter_and_number(name):
+                of_all = experts.setdefault(found[0], ExpertMatrices()).experts
+                if found[1] == len(of_all):
+                    of_all.append([])
+                of_all[found[1]].append(layer)
         decoder: Any = self.graph.get_submodule(self.family.decoder)
         if decoder.rotary_emb is not None:  # its buffers are computed, not loaded
             decoder.rotary_emb = rotary_embeddings(type(decoder.rotary_emb), decoder.config)
@@ -260,6 +267,7 @@ class _Builder:
             self.head,
             linears,
             self.dtype,
+            experts,
             logits_divisor=self._setting(self.family.logits_divisor) or 1.0,
             softcap=self._setting(self.family.softcap),
         )

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on how long a sample is: LongRoPE (Ding et al. 2024), as transformers has it.
+"""Rotary embeddings whose frequencies depend on a sample's length: LongRoPE (Ding et al. 2024), as transformers has it.
 
 A sample of up to `original_max_position_embeddings` tokens is rotated with one set of frequencies, all tokens of a
 longer one with another. In a packed row each sample has its own.

@@ -87,8 +87,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
-    if loop.step == 0 and context.run.adapter.initial_adapter is not None:
-        measure_initial(context, state)
+    measure_initial(context, state)
     first = loop.step
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
@@ -343,11 +342,13 @@ def record_evaluation(context: RankContext, metrics_log: MetricsLog, step: int, 
 
 
 def measure_initial(context: RankContext, state: TrainState) -> None:
-    """Find out, before the first step, what the adapter scores that the job goes on from; nothing without evaluation.
+    """Find out, before the first step, what the adapter scores that the job goes on from, if it does.
 
     Raises:
         StopRequested: a rank was asked to stop in the meantime.
     """
+    if state.loop.step > 0 or context.run.adapter.initial_adapter is None:
+        return
     context.progress.update(stage="Evaluating")
     samples, micro_batch = state.data.evaluation, state.memory.micro_batch_tokens
     loss = evaluate(context, state.objective, state.model, samples, micro_batch, "the initial adapter")
