@@ -39,7 +39,7 @@ def test_adapters_on_experts_are_refused_before_training(tmp_path: Path) -> None
         ModelError, match=r"has gguf, .* or mlp\.experts\.down_proj of adapter\.targetModules"
     ):
         exports.check(["gguf-lora"], tmp_path, on_experts)
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         exports.check(["merged"], tmp_path, Adapter(target_modules=["down_proj"]))
     exports.check([], tmp_path, on_experts)
 
