@@ -125,7 +125,7 @@ def mixture_of_experts(config: Any) -> str | None:
 
 def impossible_routing(config: Any) -> str | None:
     """A router chooses among the experts that there are."""
-    if config.num_experts_per_tok > config.num_experts:
+    if (config.num_experts_per_tok or 0) > (config.num_experts or 0):
         return f"chooses {config.num_experts_per_tok} of {config.num_experts} experts for each token"
     return None
 
