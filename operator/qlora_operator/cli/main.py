@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import importlib.metadata
 import io
 import json
@@ -132,7 +133,9 @@ def _terminate(*_: object) -> None:
 
 def _told(command: Callable[[], int]) -> int:
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except (InvalidFileError, InvalidUriError) as error:
         return _fail(str(error), USAGE)
     except CommandError as error:
@@ -143,8 +146,18 @@ def _told(command: Callable[[], int]) -> int:
         return _fail("asked to stop", TERMINATED)
     except BrokenPipeError:
         # `qlora plan ... | head`: the reader is gone, and the flush at exit must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        _write_no_more()
+        where = f" to {error.filename}" if error.filename else ""
+        return _fail(f"cannot write{where}: {error.strerror}", 1)
+
+
+def _write_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:

@@ -212,6 +212,19 @@ def test_nobody_has_to_read_to_the_end(job_file: Callable[..., str]) -> None:
     assert (process.returncode, err) == (1, b"")
 
 
+def test_an_output_that_is_full_is_told(job_file: Callable[..., str]) -> None:
+    """As a disk is that a log is written to."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qlora_operator.cli", "plan", job_file(), "-o", "json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write: No space left on device\n")
+
+
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_what_is_not_there_is_told_before_anything_is_imported(
     command: str, job_file: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
