@@ -141,7 +141,7 @@ class Metrics:
         )
         self.lost_steps = Counter(
             "qlora_lost_steps",
-            "Optimizer steps since the last checkpoint when these attempts ended early",
+            "Optimizer steps of attempts that ended early, which the next attempt made again",
             ["namespace"],
             registry=registry,
         )
