@@ -240,7 +240,13 @@ def test_an_attempt_makes_do_with_fewer_pods_where_that_is_all_there_is(
     pods: int | None,
 ) -> None:
     """After the time-out; the one after it asks for all again. Its ranks are counted as they are."""
-    waits = {"type": "Running", "status": "False", "reason": "Starting", "message": "", "lastTransitionTime": START}
+    waits = {
+        "type": "Running",
+        "status": "False",
+        "reason": "Starting",
+        "message": "",
+        "lastTransitionTime": START,
+    }
     spec = {"topology": {"pods": 4, "minPods": 2}}
     decision = ask({**status, "conditions": [waits]}, [], [], spec=spec, **observed)
 
