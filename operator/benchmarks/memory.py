@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 
 from qlora_operator.api.names import ATTEMPT_LABEL, JOB_NAME_LABEL, JOB_UID_LABEL, TIER_LABELS, Key
-from qlora_operator.controller import handlers
+from qlora_operator.controller import handlers, node_cache
 from qlora_operator.controller.api_client import PAGE, ApiClient
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
@@ -211,6 +211,8 @@ async def measure(nodes: int, jobs: int, events: int) -> dict[str, float]:
         cache.put_job(a_job(number, running=number % 2 == 0))
         cache.put_attempt_job(batch_job(number, running=number % 2 == 0))
     told["jobs cached"] = memory()
+    # On a machine that others use, a list takes longer than it serves; each of the two looks gets one of its own.
+    node_cache.NODES_SECONDS = 3600.0
     settings = Settings(trainer_image="registry.example/trainer:1")
     reconciler = Reconciler(client, cache, facts, Nobody(), Nobody(), settings, metrics)
     turns, most = asyncio.Semaphore(WORKERS), memory()
@@ -223,6 +225,7 @@ async def measure(nodes: int, jobs: int, events: int) -> dict[str, float]:
 
     begun = time.process_time()
     for again in ("once", "twice"):
+        reconciler._observer._nodes._snapshot.keep(0.0)
         await asyncio.gather(*(look(number) for number in range(jobs)))
         told[f"looked at {again}"] = memory()
     told["most"] = max(most, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
