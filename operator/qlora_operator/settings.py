@@ -127,6 +127,9 @@ class TransferSettings(ContractModel):
     """Proxy for https:// addresses."""
     no_proxy: str | None = None
     """Hosts, separated by commas, that are reached without a proxy."""
+    proxy_secret: str | None = None
+    """Secret, in each job's namespace, with the proxies' addresses where these hold a password: keys `HTTP_PROXY` and
+    `HTTPS_PROXY`, in place of the two above."""
     ca_bundle_config_map: str | None = None
     """ConfigMap, in each job's namespace, whose key `ca.crt` has the certificate authorities to trust."""
     hub_endpoint: str | None = None
@@ -175,6 +178,9 @@ class Settings(ContractModel):
     """Group id of the pods. null: as for runAsUser."""
     fs_group: int | None = Field(default=1000, ge=1)
     """Group that owns the volumes' files. null: as for runAsUser."""
+    host_users: bool | None = None
+    """false: pods run in a user namespace of their own, so that whoever breaks out of one is nobody on its node.
+    The nodes' runtime, and the file systems of the claims, must support it. Unset: as the cluster has it."""
     scheduler_name: str | None = None
     """Scheduler of the pods. Unset: the cluster's default."""
     pod_labels: dict[str, str] = Field(default={})

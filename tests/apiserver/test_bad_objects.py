@@ -264,6 +264,9 @@ BAD: dict[str, tuple[Object, str, str]] = {
         {"spec.topology.memoryPerRank": f"{2**26 - 1}.5"}, "spec.topology.memoryPerRank", MEMORY),
     "memory beyond reason": ({"spec.topology.memoryPerRank": "65Ti"}, "spec.topology.memoryPerRank", MEMORY),
     "no pods": ({"spec.topology.pods": 0}, "spec.topology.pods", f"{LOW} 1"),
+    "no pod will do": ({"spec.topology.minPods": 0}, "spec.topology.minPods", f"{LOW} 1"),
+    "more pods will do than there are": (
+        {"spec.topology.pods": 2, "spec.topology.minPods": 3}, "spec.topology.minPods", "at most pods"),
     "too many ranks": (
         {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 3}, "spec.topology", "at most 1024 ranks"),
     "no ranks": ({"spec.topology.ranksPerPod": 0}, "spec.topology.ranksPerPod", f"{LOW} 1"),

@@ -202,6 +202,30 @@ def test_a_job_with_one_tier_waits_for_room(make_job: MakeJob, fill: Any) -> Non
     assert node_of(job, 0) == "tiers-amx"
 
 
+def test_a_job_starts_with_the_pods_that_have_nodes_and_asks_for_all_at_its_next_restart(
+    make_job: MakeJob, fill: Any
+) -> None:
+    """With one of its two nodes taken, topology.minPods lets it start with one pod; once both are free it has two."""
+    free = fill("pair-1")
+    isa = {"allowed": ["avx512"], "stepDownSeconds": 1}
+    job = make_job(isa=isa, topology={"pods": 2, "minPods": 1}, scheduling=in_pool("pair"))
+    status = job.until(lambda status: status.get("attempt") == 1, 40)
+    assert status["attempts"][0]["reason"] == "Shrunk"
+    assert status["attempts"][1]["pods"] == 1
+    assert node_of(job, 1) == "pair-2"
+    (pod,) = job.kubelet.pods(job.namespace, f"qlora.dev/job-name={job.name},qlora.dev/attempt=1", 1)
+    job.kubelet.running(pod)
+    status = job.until(lambda status: status.get("phase") == "Running")
+    assert (status["columns"]["ranks"], status["restarts"]) == ("1/1", NO_RESTARTS)
+
+    free()
+    job.kubelet.failed(pod, exit_code=1)
+
+    status = job.until(lambda status: status.get("attempt") == 2, 60)
+    assert "pods" not in status["attempts"][2]
+    job.kubelet.pods(job.namespace, f"qlora.dev/job-name={job.name},qlora.dev/attempt=2", 2)
+
+
 # --- no nodes
 
 

@@ -174,6 +174,8 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         and topology.get("pods", 1) * topology.get("ranksPerPod", 1) > 1024
     ):
         topology["pods"] = 3
+    if topology.get("minPods", 1) > topology.get("pods", 1):
+        topology["minPods"] = topology.get("pods", 1)
     sections = [(spec.setdefault("model", {}), model), (spec.setdefault("dataset", {}), dataset)]
     several = spec["dataset"].get("sources")
     if several:

@@ -313,6 +313,7 @@ HOLD_FOR_STORED_JOBS = {
     "!has(self.revision) ||": "likewise",
     "self.dataset.revision == 'main' || !has(self.dataset.source) ||": "the rule was there, without the exception",
     "!(self.source + '/')": "likewise",
+    "!has(self.minPods) ||": "none has that field",
     "!has(self.adapter.initialAdapter) ||": "none has that field",
     "!has(self.keepBest) ||": "none has that field",
     "!has(self.earlyStoppingPatience) ||": "none has that field",

@@ -101,6 +101,8 @@ class ProgressReport(_Report):
     memory_peak: int | None = None
     """Bytes: the largest peak of any rank so far."""
     compute_dtype: str | None = None
+    resumed_step: int | None = None
+    """Steps that this attempt began with; None until its first step is about to be made."""
     checkpoint: CheckpointRef | None = None
     ranks: list[RankFacts] = Field(default_factory=list)
     bytes_done: int | None = None

@@ -281,6 +281,9 @@ class Reason(StrEnum):
     """Not Running: the queue withdrew the quota that it had granted; the next attempt waits in the queue."""
     RELEASED = "Released"
     """Not Running: only some of the pods could be scheduled, so they released their nodes for other jobs."""
+    SHRUNK = "Shrunk"
+    """Not Running: only some of the pods could be scheduled; the next attempt makes do with as many, as
+    topology.minPods allows."""
     FINISHED = "Finished"
     """Not Running: the job is over."""
 

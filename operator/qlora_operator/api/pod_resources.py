@@ -12,6 +12,11 @@ SHM_BYTES_PER_RANK = 64 * 2**20
 """Each rank's part of its pod's /dev/shm, through which the pod's ranks communicate; oneCCL uses nearly all of it."""
 
 
+def with_pods(topology: Topology, pods: int | None) -> Topology:
+    """The topology of an attempt that makes do with so many pods; None: with all."""
+    return topology if pods is None else topology.model_copy(update={"pods": pods})
+
+
 def stage_pods(topology: Topology, stage: RunStage) -> int:
     """Pods of an attempt: a transfer, or an export, has one, however many train."""
     return topology.pods if stage == "train" else 1

@@ -64,6 +64,8 @@ class Attempt(StatusModel):
     stage: RunStage = "train"
     """What it does: `fetch` remote sources, `train`, `export` the adapter into output.formats, or `publish` it to
     output.destination."""
+    pods: int | None = None
+    """Its pods, if they are fewer than topology.pods, as topology.minPods allows."""
     start: Time | None = None
     """When its ranks were requested."""
     running: Time | None = None
@@ -76,10 +78,16 @@ class Attempt(StatusModel):
     """Why it ended, in a sentence."""
     exit_codes: list[int] = Field(default=[], max_length=RANKS_SHOWN)
     """Exit codes of its pods, each once."""
+    resumed_step: int | None = None
+    """Steps that it began with, those of the checkpoint that it goes on from; unset until rank 0 has reported it."""
+    step: int | None = None
+    """Steps completed, as far as they were seen when the attempt ended."""
     checkpoint_step: int | None = None
     """Steps in the newest checkpoint, as far as it was known when the attempt ended."""
     job_uid: str | None = None
     """The uid of its batch/v1 Job, once seen: distinguishes a deleted Job from one that was never created."""
+    placed: int | None = None
+    """With reason Shrunk: how many of its pods had nodes; the next attempt has as many."""
     node: str | None = None
     """The node of the pod that ended it, unless that was drained or preempted. The next attempts prefer others for an
     hour, if its kubelet refused the pod or another attempt ended there, too."""
@@ -188,8 +196,8 @@ class Cost(StatusModel):
     queue_seconds: int | None = None
     """Seconds that attempts waited, in a queue and for nodes, until all of their ranks were up."""
     lost_steps: int | None = None
-    """Optimizer steps that were done since the last checkpoint when an attempt ended early, as far as they were
-    seen: they are made again."""
+    """Optimizer steps that were seen done and that a later attempt made again, since the checkpoint that it went on
+    from did not have them."""
     energy_kwh: float | None = None
     """Energy of the processors, in kWh, other work on the same machine included. Unset: unknown, as wherever the
     processors' counters cannot be read, and with more than one pod."""

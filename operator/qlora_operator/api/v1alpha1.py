@@ -93,6 +93,7 @@ OPERATOR_ONLY = (
     "spec.dataset.sources.credentialsSecret",
     "spec.output.credentialsSecret",
     "spec.tracking.mlflow.credentialsSecret",
+    "spec.topology.minPods",
     "spec.isa.stepDownSeconds",
     "spec.scheduling",
     "spec.schedule",
@@ -660,6 +661,10 @@ class Topology(ApiModel):
 
     pods: int = Field(default=1, ge=1, le=512)
     """Pods of an attempt. More than one require a workspace that several nodes can mount (ReadWriteMany)."""
+    min_pods: int | None = Field(default=None, ge=1, le=512)
+    """How many pods will do where there are no nodes for all: once isa.stepDownSeconds have passed, an attempt starts
+    with as many as have nodes, and the next one asks for all again. A step then takes longer, and gives the same
+    result, up to rounding. Unset: all or none."""
     ranks_per_pod: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = 1
     """Ranks of a pod: processes that train together. `auto`: one for each NUMA node (with sub-NUMA clustering:
     each cluster) that the pod's CPUs belong to; cpusPerRank and memoryPerRank are then those of the whole pod, and
@@ -688,6 +693,12 @@ class Topology(ApiModel):
                 topology.ranks_per_pod == "auto" or topology.pods * topology.ranks_per_pod <= MAX_RANKS
             ),
             message=f"pods times ranksPerPod may be at most {MAX_RANKS} ranks",
+        ),
+        Rule(
+            cel="!has(self.minPods) || self.minPods <= self.pods",
+            holds=lambda topology: topology.min_pods is None or topology.min_pods <= topology.pods,
+            message="may be at most pods",
+            field=("minPods",),
         ),
         Rule(
             cel=(

@@ -93,6 +93,7 @@ class Children:
             settings=self._settings.of(job.metadata.namespace),
             avoid=action.avoid,
             shun=action.shun,
+            pods=action.pods,
             stage=action.stage,
             fetched=action.fetched,
             checkpoint_time=action.checkpoint_time,

@@ -1,20 +1,27 @@
 """Tell: the metrics of a job whose decision is saved."""
 
+from datetime import datetime
+
 from qlora_operator.api.names import Key, Phase
 from qlora_operator.api.status import Cost, QLoRAJobStatus
 from qlora_operator.controller.metrics import JobSample, Metrics
-from qlora_operator.status.policies import DONE
+from qlora_operator.status.policies import DONE, pending_since
 
 FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED)
+WAITING_PHASES = (Phase.PENDING, Phase.QUEUED, Phase.STARTING, Phase.RESTARTING)
 
 
-def record(metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLoRAJobStatus) -> None:
+def record(
+    metrics: Metrics, key: Key, before: QLoRAJobStatus | None, after: QLoRAJobStatus, now: datetime
+) -> None:
     """How the job is now, and what has happened since its status was `before`."""
     before, progress = before or QLoRAJobStatus(), after.progress
+    phase = Phase(after.phase or Phase.PENDING)
     metrics.jobs.set(
         *key,
         JobSample(
-            phase=Phase(after.phase or Phase.PENDING),
+            phase=phase,
+            waiting_since=pending_since(after, now).timestamp() if phase in WAITING_PHASES else None,
             tokens_per_second=progress.tokens_per_second if progress else None,
             loss=progress.loss if progress else None,
         ),

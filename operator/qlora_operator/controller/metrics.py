@@ -47,6 +47,8 @@ class JobSample:
     """Of all ranks, while it trains."""
     loss: float | None = None
     """Of the last step, while it trains."""
+    waiting_since: float | None = None
+    """Unix time since which it has wanted ranks that do not all run; None while they run, or it wants none."""
 
 
 class JobsCollector(Collector):
@@ -71,6 +73,7 @@ class JobsCollector(Collector):
         for labels, count in sorted(counts.items()):
             phases.add_metric(labels, count)
         yield phases
+        yield _waiting(samples)
         running = [(job, sample) for job, sample in samples.items() if sample.phase is Phase.RUNNING]
         speeds = GaugeMetricFamily(
             "qlora_job_tokens_per_second",
@@ -94,6 +97,23 @@ class JobsCollector(Collector):
         for job, loss in known[:JOBS_SHOWN]:
             losses.add_metric(job, loss)
         yield losses
+
+
+def _waiting(samples: dict[tuple[str, str], JobSample]) -> Metric:
+    """The oldest of the jobs that wait: how many there are says nothing of how long each has waited."""
+    oldest: dict[tuple[str, str], float] = {}
+    for (namespace, _), sample in samples.items():
+        if sample.waiting_since is not None:
+            labels = namespace, sample.phase.value
+            oldest[labels] = min(sample.waiting_since, oldest.get(labels, sample.waiting_since))
+    family = GaugeMetricFamily(
+        "qlora_jobs_waiting_since_timestamp_seconds",
+        "Unix time since which the job of this phase that has waited longest waits for all of its ranks to run",
+        labels=["namespace", "phase"],
+    )
+    for labels, since in sorted(oldest.items()):
+        family.add_metric(labels, since)
+    return family
 
 
 class Metrics:
@@ -141,7 +161,7 @@ class Metrics:
         )
         self.lost_steps = Counter(
             "qlora_lost_steps",
-            "Optimizer steps since the last checkpoint when these attempts ended early",
+            "Optimizer steps of attempts that ended early, which the next attempt made again",
             ["namespace"],
             registry=registry,
         )

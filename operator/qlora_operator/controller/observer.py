@@ -91,6 +91,7 @@ class Observer:
                     seen,
                     feasible_tiers=room.tiers,
                     tier_nodes=room.nodes,
+                    tier_pods=room.pods,
                     infeasible_because=room.why,
                 )
         return seen
@@ -143,7 +144,7 @@ def _room_for_ranks(
         return found
     names = ", ".join(sorted(avoid))
     why = f"{found.why} (left out, since their ranks found less than the labels promise: {names})"
-    return placement.Feasibility(found.tiers, why)
+    return replace(found, why=why)
 
 
 def _native(job: QLoRAJob) -> bool:

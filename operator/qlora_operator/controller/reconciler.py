@@ -117,7 +117,7 @@ class Reconciler:
         # With actions even a status that is as it was, so that the API server tells whether the job is, too.
         if not await self._save(raw, decision.status, always=bool(decision.actions)):
             return 0.0
-        job_metrics.record(self._metrics, key, job.status, decision.status)
+        job_metrics.record(self._metrics, key, job.status, decision.status, now)
         self._notify(key, uid, job, decision.status)
         try:
             for action in decision.actions:

@@ -1,4 +1,4 @@
-"""The AttemptJob, the Indexed Job of one attempt: a pod for each of spec.topology.pods, all of them or none."""
+"""The AttemptJob, the Indexed Job of one attempt: a pod for each of its topology's pods, all of them or none."""
 
 import signal
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.pod_resources import stage_pods, with_pods
 from qlora_operator.api.run_config import NOTHING_FETCHED, to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, topology_hash
 from qlora_operator.desired.metadata import metadata
@@ -27,6 +27,7 @@ def attempt_job(
     settings: Settings,
     avoid: Sequence[str] = (),
     shun: Sequence[str] = (),
+    pods: int | None = None,
     stage: RunStage = "train",
     fetched: ResolvedRevisions = NOTHING_FETCHED,
     checkpoint_time: str | None = None,
@@ -43,12 +44,16 @@ def attempt_job(
         settings: the administrator's.
         avoid: names of nodes that the pods may not go to, although their labels fit.
         shun: names of nodes that the pods go to if there are no others.
+        pods: how many pods of ranks the attempt makes do with; None: all that the job asks for.
         stage: what the attempt is to do.
         fetched: what the remote sources stand for, as far as that is known.
         checkpoint_time: when the newest checkpoint was made, RFC 3339; None where that is not known.
         requested: when the attempt was decided upon, RFC 3339; None where that is not known.
     """
-    pods = stage_pods(job.spec.topology, stage)
+    asked = topology_hash(job.spec)
+    topology = with_pods(job.spec.topology, pods)
+    job = job.model_copy(update={"spec": job.spec.model_copy(update={"topology": topology})})
+    pods = stage_pods(topology, stage)
     run = to_run_config(job, uid=uid, attempt=attempt, isa=isa, stage=stage, fetched=fetched)
     name = names.attempt_job(job.metadata.name, attempt)
     child: dict[str, Any] = {
@@ -57,7 +62,7 @@ def attempt_job(
         "metadata": {
             **metadata(job, uid, name, ROLES[stage], attempt),
             "annotations": {
-                names.TOPOLOGY_HASH_ANNOTATION: topology_hash(job.spec),
+                names.TOPOLOGY_HASH_ANNOTATION: asked,
                 **({names.CHECKPOINT_ANNOTATION: checkpoint_time} if checkpoint_time is not None else {}),
             },
         },

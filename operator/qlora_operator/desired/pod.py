@@ -32,6 +32,7 @@ _MODULES: dict[RunStage, str] = {
 }
 
 LOOPBACK = "127.0.0.1"
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
 
 _NOT_TO_BE_MOVED = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -80,6 +81,7 @@ def pod_template(
             "terminationGracePeriodSeconds": job.spec.termination_grace_period_seconds,
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
+            **({} if settings.host_users is None else {"hostUsers": settings.host_users}),
             "securityContext": _pod_security(settings),
             # Sources are fetched where ranks may run: a claim may be bound to the first node that uses it. When the
             # adapter is sent it is bound, and any processor will do.
@@ -187,16 +189,25 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: s
     return {**common, **{name: value for name, value in network.items() if value is not None}}
 
 
+def _from_secret(name: str, secret: str) -> dict[str, Any]:
+    """A variable that has the Secret's key of its name, and is unset without such a key."""
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}
+
+
 def _container(
     job: QLoRAJob, run: RunConfig, image: str, settings: Settings, requested: str | None
 ) -> dict[str, Any]:
     environment = _environment(job, run, settings, requested)
+    secret = settings.transfer.proxy_secret if run.stage in TRANSFERS else None
+    if secret is not None:
+        environment = {name: value for name, value in environment.items() if name not in PROXIES}
     return {
         "name": names.TRAINER_CONTAINER,
         "image": image,
         "imagePullPolicy": settings.image_pull_policy,
         "command": ["python", "-m", _MODULES[run.stage]],
-        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "env": [{"name": name, "value": value} for name, value in environment.items()]
+        + [_from_secret(name, secret) for name in PROXIES if secret is not None],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
         "resources": _resources(job.spec.topology, run.stage, settings.transfer),
         "securityContext": {

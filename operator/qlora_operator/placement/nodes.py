@@ -91,6 +91,8 @@ class Feasibility:
     nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
     """Of each tier, the names of the nodes that fit, be they enough or not; empty where no tier has enough, and where
     nodes may not be listed."""
+    pods: Mapping[IsaTier, int] = field(default_factory=dict)
+    """How many pods each tier has room for, in the user's order of preference; empty where nodes may not be listed."""
 
 
 class _Obstacle(NamedTuple):
@@ -175,18 +177,19 @@ def feasible(nodes: Sequence[Node], demand: Demand, *, native_bf16_only: bool = 
             tiers could only emulate it.
     """
     tiers = sought_tiers(demand.tiers, native_bf16_only=native_bf16_only)
-    enough = tuple(tier for tier in tiers if _fitting(nodes, demand, tier) >= demand.pods)
+    pods = {tier: _fitting(nodes, demand, tier) for tier in tiers}
+    enough = tuple(tier for tier in tiers if pods[tier] >= demand.pods)
     if enough:
         fit = {
             tier: frozenset(node.name for node in nodes if _obstacle(node, demand, tier) is None)
             for tier in tiers
         }
-        return Feasibility(enough, "", fit)
+        return Feasibility(enough, "", fit, pods)
     # Nodes of a better tier have the labels of the lesser ones too, so this one has most of the nodes.
     why = _why(nodes, demand, max(tiers, key=ISA_TIERS.index))
     if tiers != demand.tiers:
         why += f"; only {' or '.join(tiers)} will do, since the job has begun in bf16"
-    return Feasibility((), why)
+    return Feasibility((), why, pods=pods)
 
 
 def sought_tiers(allowed: Sequence[IsaTier], *, native_bf16_only: bool) -> tuple[IsaTier, ...]:

@@ -19,6 +19,8 @@ class StartAttempt:
     image: str
     avoid: tuple[str, ...] = ()
     shun: tuple[str, ...] = ()
+    pods: int | None = None
+    """How many it makes do with; None: all that the job asks for."""
     stage: RunStage = "train"
     fetched: ResolvedRevisions = NOTHING_FETCHED
     checkpoint_time: str | None = None

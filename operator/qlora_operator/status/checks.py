@@ -33,6 +33,8 @@ class AttemptEnd:
     exit_codes: tuple[int, ...] = ()
     node: str | None = None
     """Of the pod that failed by itself, or that the kubelet refused."""
+    placed: int | None = None
+    """Pods that the next attempt makes do with."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """What a job has cost, attempt by attempt."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from qlora_contract.cost import Price
 from qlora_contract.units import parse_time
 from qlora_operator.api.pod_resources import pod_cpus, stage_topology
-from qlora_operator.api.status import Attempt, Cost, Progress
+from qlora_operator.api.status import Attempt, Cost
 from qlora_operator.api.v1alpha1 import Topology
 from qlora_operator.status.policies import DONE
 
@@ -14,7 +15,6 @@ def with_attempt(
     known: Cost | None,
     attempt: Attempt,
     topology: Topology,
-    progress: Progress | None,
     price: Price | None,
     now: datetime,
 ) -> Cost:
@@ -26,7 +26,6 @@ def with_attempt(
         known: of the attempts before.
         attempt: which has its reason.
         topology: its own.
-        progress: the newest that was seen of it.
         price: of a CPU's hour, by the administrator's settings.
         now: when its last pod was gone.
     """
@@ -44,7 +43,7 @@ def with_attempt(
         update={
             "core_hours": round(core_hours, 6),
             "queue_seconds": (cost.queue_seconds or 0) + round(_seconds(started, up)),
-            "lost_steps": (cost.lost_steps or 0) + _lost_steps(attempt, progress),
+            "lost_steps": cost.lost_steps or 0,
             "money": None if price is None else round(core_hours * price.amount, 6),
             "currency": None if price is None else price.currency or None,
         }
@@ -55,8 +54,18 @@ def _seconds(start: datetime, end: datetime) -> float:
     return max(0.0, (end - start).total_seconds())
 
 
-def _lost_steps(attempt: Attempt, progress: Progress | None) -> int:
-    """Steps that were seen and that its newest checkpoint does not hold: the next attempt makes them again."""
-    if attempt.reason in DONE or progress is None or progress.attempt != attempt.attempt:
-        return 0
-    return max(0, (progress.step or 0) - (attempt.checkpoint_step or 0))
+def with_lost_steps(known: Cost | None, attempts: Sequence[Attempt], resumed_step: int) -> Cost | None:
+    """The cost once the newest attempt says which step it goes on from: only now is it known whether the one before
+    has left a checkpoint behind when it was stopped.
+
+    Args:
+        known: so far.
+        attempts: the newest, which has not said it before, is the last of them.
+        resumed_step: the steps that it begins with.
+    """
+    seen = next((each.step for each in reversed(attempts[:-1]) if each.step is not None), 0)
+    lost = seen - max(0, resumed_step)
+    if lost <= 0:
+        return known
+    cost = known or Cost()
+    return cost.model_copy(update={"lost_steps": (cost.lost_steps or 0) + lost})

@@ -153,6 +153,8 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         exit_codes=list(end.exit_codes),
         checkpoint_step=progress_status.checkpoint_step(view.status.checkpoint, view.pods),
         node=end.node,
+        placed=end.placed,
+        step=progress_status.step_of(view.status.progress, view.open_attempt),
     )
     builder.set(placement=placement_after(view, end))
     if view.finished:
@@ -208,8 +210,7 @@ def _tear_down(builder: StatusBuilder) -> None:
         spent = cost.with_attempt(
             view.status.cost,
             view.open_attempt,
-            view.spec.topology,
-            view.status.progress,
+            view.topology,
             view.seen.price,
             view.now,
         )
@@ -256,13 +257,15 @@ def _start(builder: StatusBuilder) -> None:
         starting.next_tier(view),
         view.job.queue_name,
     )
-    placement = view.placement.model_copy(update={"isa": tier, "world_size": view.world_size})
+    builder.add_attempt(attempt)
+    placement = view.placement.model_copy(update={"isa": tier, "world_size": builder.view.world_size})
     if attempt.stage == "train":
         placement = placement.model_copy(update={"nodes": []})
         builder.set(ranks=[])
     builder.set(placement=placement, provenance=starting.fixed_provenance(view))
-    builder.add_attempt(attempt)
     message = f"attempt {attempt.attempt} {stages.describe(view.spec, attempt.stage)} on {tier}"
+    if attempt.pods is not None:
+        message = f"{message}, with {attempt.pods} of {view.spec.topology.pods} pods"
     builder.set_true(ConditionType.INITIALIZED, Reason.STARTED, message)
     builder.set_false(ConditionType.RUNNING, Reason.STARTING, message)
     builder.set(message=message)
@@ -280,7 +283,7 @@ def _start(builder: StatusBuilder) -> None:
 def _summarize(builder: StatusBuilder) -> None:
     """What follows from the rest of the status."""
     view = builder.view
-    job, pods = view.attempt_job, view.spec.topology.pods
+    job, pods = view.attempt_job, view.topology.pods
     trains = view.open_attempt is not None and view.stage == "train"
     world_size = view.world_size or view.placement.world_size
     ready = job.ready * (world_size or 0) // pods if job is not None and trains else 0

@@ -164,6 +164,12 @@ def half_placed(view: JobView) -> AttemptEnd | NotYet | None:
     if view.now < release_at:
         return NotYet(release_at)
     why = waiting_for(view, job).message
+    least, found = view.spec.topology.min_pods, len(placed)
+    if least is not None and least <= found and view.stage == "train":
+        message = (
+            f"makes do with the {found}/{view.desired_pods} pods that have nodes, by topology.minPods: {why}"
+        )
+        return AttemptEnd(Reason.SHRUNK, message, Budget.NONE, placed=found)
     message = (
         f"releases {len(placed)}/{view.desired_pods} pods, because no node has room for the others: {why}"
     )

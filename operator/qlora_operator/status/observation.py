@@ -161,6 +161,9 @@ class Observation:
     """Tiers that have enough nodes, in order of preference. None: not read."""
     tier_nodes: Mapping[IsaTier, frozenset[str]] = field(default_factory=dict)
     """The nodes of each tier that fit, by name; of tiers that are not in it they are unknown."""
+    tier_pods: Mapping[IsaTier, int] = field(default_factory=dict)
+    """How many pods of ranks the nodes of each tier have room for, in order of preference; empty where nodes may not be
+    listed."""
     infeasible_because: str = ""
     """Why there are no such tiers, in a sentence."""
     warnings: tuple[WarningEvent, ...] | None = None

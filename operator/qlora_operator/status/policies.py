@@ -19,7 +19,7 @@ DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.EXPORTED, Reason.SUCCEE
 """Ends of an attempt that did what it was for."""
 HELD = frozenset({Reason.SUSPENDED, Reason.OUTSIDE_WINDOWS})
 """Ends of an attempt whose job is suspended, by its user or by the time of day."""
-NO_COST = DONE | UNSCHEDULED | HELD | {Reason.REQUEUED, Reason.FINISHED}
+NO_COST = DONE | UNSCHEDULED | HELD | {Reason.REQUEUED, Reason.SHRUNK, Reason.FINISHED}
 """Ends of an attempt that cost no restart and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0

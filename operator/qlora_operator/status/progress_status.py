@@ -10,6 +10,7 @@ from qlora_operator.api.status import (
     NODES_SHOWN,
     RANKS_SHOWN,
     AdapterStatus,
+    Attempt,
     CheckpointStatus,
     Progress,
     RankStatus,
@@ -43,6 +44,12 @@ def progress(before: Progress | None, report: ProgressReport, now: datetime) -> 
         or rfc3339(now),
         updated_time=report.updated_time,
     )
+
+
+def step_of(known: Progress | None, attempt: Attempt | None) -> int | None:
+    """Steps that an attempt was seen to have completed; None where nothing was seen of it."""
+    mine = known is not None and attempt is not None and known.attempt == attempt.attempt
+    return known.step if known is not None and mine else None
 
 
 def finished(before: Progress | None) -> Progress | None:

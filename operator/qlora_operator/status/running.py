@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_contract.units import parse_time, rfc3339
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.status import conditions, policies, progress_status, stages
+from qlora_operator.status import conditions, cost, policies, progress_status, stages
 from qlora_operator.status.actions import RestoreNetwork, TellCheckpoint
 from qlora_operator.status.builder import StatusBuilder
 from qlora_operator.status.observation import AttemptJob, Pod
@@ -141,12 +141,21 @@ def _run(builder: StatusBuilder, job: AttemptJob) -> None:
         builder.set_false(ConditionType.RESTARTING, Reason.STARTED, "every rank is up again")
     if view.stage == "train":
         builder.set(**_facts(view, pods))
+        _count_lost_steps(builder)
         if report and report.data:
             builder.set_true(ConditionType.DATA_CHECKED, Reason.DATA_READ, report.data)
         if time := _checkpoint_to_tell(builder.view, job):
             builder.act(TellCheckpoint(job.name, job.uid, time))
     if job.ready < view.desired_pods:
         builder.requeue_at(view.after(policies.LOOK_SECONDS))
+
+
+def _count_lost_steps(builder: StatusBuilder) -> None:
+    """Once an attempt: when it says which step it goes on from."""
+    status, report = builder.status, builder.view.seen.progress
+    if report is not None and report.resumed_step is not None and status.attempts[-1].resumed_step is None:
+        builder.set(cost=cost.with_lost_steps(status.cost, status.attempts, report.resumed_step))
+        builder.set_attempt(resumed_step=report.resumed_step)
 
 
 def _checkpoint_to_tell(view: JobView, job: AttemptJob) -> str | None:

@@ -74,8 +74,15 @@ def no_matching_nodes(view: JobView) -> Blocked | None:
     """No tier that the job allows has enough nodes."""
     if view.feasible_tiers:
         return None
-    look_at = view.after(policies.LOOK_SECONDS)
-    return Blocked(look_at, Reason.NO_MATCHING_NODES, view.seen.infeasible_because)
+    look_at, why = view.after(policies.LOOK_SECONDS), view.seen.infeasible_because
+    if view.fewer_pods is not None:
+        waited = timedelta(seconds=view.spec.isa.step_down_seconds)
+        shrinks_at = policies.pending_since(view.status, view.now) + waited
+        if view.now >= shrinks_at:
+            return None
+        look_at = min(look_at, shrinks_at)
+        why = f"{why}; from {rfc3339(shrinks_at)} on {view.fewer_pods[1]} will do, by topology.minPods"
+    return Blocked(look_at, Reason.NO_MATCHING_NODES, why)
 
 
 START_CHECKS: tuple[StartCheck, ...] = (
@@ -83,25 +90,37 @@ START_CHECKS: tuple[StartCheck, ...] = (
     pods_remain,  # two attempts at a time would write into one workspace
     policy_violated,  # the administrator's word, before that of the nodes
     run_config_version_differs,  # it would be created, and refuse to run
-    no_matching_nodes,  # no node would take its pods
+    no_matching_nodes,  # no node would take its pods, or too few, too soon
 )
 """What keeps the next attempt from starting; the first that applies is shown to the user."""
 
 
 def next_attempt(view: JobView) -> Attempt:
-    """The attempt after the last one."""
+    """The attempt after the last one. Read.FEASIBLE_TIERS.
+
+    It asks for all pods, unless the last one was given up for one with fewer, or there are no nodes for all.
+    """
     number = 0 if view.status.attempt is None else view.status.attempt + 1
-    return Attempt(attempt=number, stage=stages.next_stage(view.spec, view.status), start=rfc3339(view.now))
+    stage, last, pods = stages.next_stage(view.spec, view.status), view.last_attempt, None
+    if stage == "train" and last is not None and last.reason == Reason.SHRUNK:
+        pods = last.placed
+    elif not view.feasible_tiers and view.fewer_pods is not None:
+        pods = view.fewer_pods[1]
+    return Attempt(attempt=number, stage=stage, pods=pods, start=rfc3339(view.now))
 
 
 def next_tier(view: JobView) -> IsaTier:
     """The first tier that has nodes; after one whose nodes had no room, one with other nodes, if there is one.
 
-    Read.FEASIBLE_TIERS; there must be one.
+    Read.FEASIBLE_TIERS; there must be one, or one with room for fewer pods.
     """
     tiers, last, before = view.feasible_tiers, view.last_attempt, view.placement.isa
     if before is not None and view.status.adapter is not None:
         return before  # where it was trained; the adapter is sent from any node
+    if before is not None and last is not None and last.reason == Reason.SHRUNK:
+        return before  # whose nodes it has just let go
+    if not tiers and view.fewer_pods is not None:
+        return view.fewer_pods[0]
     if last is None or before is None or last.reason not in policies.UNSCHEDULED or before not in tiers:
         return tiers[0]
     return view.wider_tier or before
@@ -130,6 +149,7 @@ def create_children(view: JobView) -> StartAttempt:
         view.image,
         avoid=tuple(placement.avoid),
         shun=policies.shunned(view.status.attempts, view.now),
+        pods=attempt.pods,
         stage=attempt.stage,
         fetched=stages.fetched(view.status),
         checkpoint_time=progress_status.checkpoint_time(view.status.checkpoint, view.now),

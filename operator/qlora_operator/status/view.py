@@ -8,10 +8,10 @@ from qlora_contract.run_config import IsaTier, RunStage
 from qlora_contract.units import parse_time
 from qlora_operator.api import names
 from qlora_operator.api.names import ConditionType
-from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.pod_resources import stage_pods, with_pods
 from qlora_operator.api.status import Attempt, Condition, Placement, Provenance, QLoRAJobStatus, Restarts
-from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec
-from qlora_operator.status import conditions, holds
+from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, Topology
+from qlora_operator.status import conditions, holds, stages
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, WarningEvent
 
 
@@ -98,9 +98,14 @@ class JobView:
         return self.status.restarts or Restarts()
 
     @property
+    def topology(self) -> Topology:
+        """The topology of the newest attempt, which may make do with fewer pods."""
+        return with_pods(self.spec.topology, self.last_attempt.pods if self.last_attempt else None)
+
+    @property
     def world_size(self) -> int | None:
-        """Ranks of all pods; None while only the launchers know."""
-        topology = self.spec.topology
+        """Ranks of all pods of the newest attempt; None while only the launchers know."""
+        topology = self.topology
         if topology.ranks_per_pod == "auto":
             return None
         return topology.pods * topology.ranks_per_pod
@@ -147,7 +152,7 @@ class JobView:
     @property
     def desired_pods(self) -> int:
         """Pods that the newest attempt has when all are there."""
-        return stage_pods(self.spec.topology, self.stage)
+        return stage_pods(self.topology, self.stage)
 
     # --- its Jobs and pods
 
@@ -246,6 +251,17 @@ class JobView:
         """Tiers that have enough nodes, in order of preference. Read.FEASIBLE_TIERS."""
         self.require(Read.FEASIBLE_TIERS)
         return self.seen.feasible_tiers or ()
+
+    @property
+    def fewer_pods(self) -> tuple[IsaTier, int] | None:
+        """The first tier that has nodes for as many pods of ranks as will do, and for how many; None if none has.
+        Read.FEASIBLE_TIERS."""
+        self.require(Read.FEASIBLE_TIERS)
+        least, most = self.spec.topology.min_pods, self.spec.topology.pods
+        if least is None or stages.next_stage(self.spec, self.status) != "train":
+            return None
+        found = ((tier, min(pods, most)) for tier, pods in self.seen.tier_pods.items() if pods >= least)
+        return next(found, None)
 
     @property
     def wider_tier(self) -> IsaTier | None:

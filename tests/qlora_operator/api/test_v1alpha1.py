@@ -71,6 +71,7 @@ DEFAULTS = {
     "checkpoint": {"everySteps": None, "everySeconds": 600, "keep": 2},
     "topology": {
         "pods": 1,
+        "minPods": None,
         "ranksPerPod": 1,
         "cpusPerRank": 4,
         "memoryPerRank": "2Gi",
@@ -616,6 +617,12 @@ BAD = {
     ),
     "memory beyond reason": ({"spec.topology.memoryPerRank": "1Pi"}, "spec.topology.memoryPerRank", "64Ti"),
     "no pods": ({"spec.topology.pods": 0}, "spec.topology.pods", "from 1 to 512"),
+    "no pod will do": ({"spec.topology.minPods": 0}, "spec.topology.minPods", "from 1 to 512"),
+    "more pods will do than there are": (
+        {"spec.topology.pods": 2, "spec.topology.minPods": 3},
+        "spec.topology.minPods",
+        "may be at most pods",
+    ),
     "too many ranks": (
         {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 3},
         "spec.topology",
@@ -783,6 +790,7 @@ GOOD = {
     "the whole claim as workspace": {"spec.workspace": "pvc://team-data"},
     "dots in a path": {"spec.model.source": "pvc://c/..a/b../.../v1.5"},
     "as many ranks as there may be": {"spec.topology.pods": 512, "spec.topology.ranksPerPod": 2},
+    "all pods are wanted": {"spec.topology.pods": 2, "spec.topology.minPods": 2},
     "least memory": {"spec.topology.memoryPerRank": "64Mi"},
     "memory in bytes": {"spec.topology.memoryPerRank": "17179869184"},
     "one tier": {"spec.isa": {"allowed": ["avx2"]}},

@@ -1,5 +1,6 @@
 """The metrics of a job whose decision is saved."""
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from qlora_operator.controller import job_metrics
 from qlora_operator.controller.metrics import Metrics
 
 KEY = ("team", "job")
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 def attempt(number: int = 0, reason: str | None = None) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def counted(before: dict[str, Any] | None, after: dict[str, Any]) -> dict[tuple[
     registry = CollectorRegistry()
     metrics = Metrics(registry, "1")
     status = None if before is None else QLoRAJobStatus.model_validate(before)
-    job_metrics.record(metrics, KEY, status, QLoRAJobStatus.model_validate(after))
+    job_metrics.record(metrics, KEY, status, QLoRAJobStatus.model_validate(after), NOW)
     counters = (
         metrics.jobs_finished,
         metrics.attempts_started,
@@ -113,3 +115,27 @@ def test_what_an_attempt_cost_is_counted_once(
 ) -> None:
     """By namespace: it is the difference of two saved statuses."""
     assert counted(before, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("phase", "waits"),
+    [
+        pytest.param("Pending", True, id="for nodes"),
+        pytest.param("Queued", True, id="for its queue"),
+        pytest.param("Restarting", True, id="for the next attempt"),
+        pytest.param("Running", False, id="it runs"),
+        pytest.param("Suspended", False, id="it is to wait"),
+        pytest.param("Failed", False, id="it is over"),
+    ],
+)
+def test_a_job_waits_since_its_ranks_are_wanted_and_not_all_up(phase: str, waits: bool) -> None:
+    """As pendingDeadlineSeconds counts."""
+    since = "2026-01-31T11:00:00Z"
+    stopped = {"type": "Running", "status": "False", "reason": "Killed", "message": ""}
+    status = {"phase": phase, "conditions": [{**stopped, "lastTransitionTime": since}]}
+    metrics = Metrics(CollectorRegistry(), "1")
+    job_metrics.record(metrics, KEY, None, QLoRAJobStatus.model_validate(status), NOW)
+    name = "qlora_jobs_waiting_since_timestamp_seconds"
+    found = metrics.registry.get_sample_value(name, {"namespace": "team", "phase": phase})
+
+    assert found == ((NOW - timedelta(hours=1)).timestamp() if waits else None)

@@ -47,6 +47,20 @@ def test_jobs_are_counted_by_phase(metrics: Metrics) -> None:
     }
 
 
+def test_the_job_that_has_waited_longest_is_told(metrics: Metrics) -> None:
+    """By namespace and phase: where jobs come and go some job always waits, which says nothing."""
+    metrics.jobs.set("team", "new", JobSample(Phase.PENDING, waiting_since=200.0))
+    metrics.jobs.set("team", "old", JobSample(Phase.PENDING, waiting_since=100.0))
+    metrics.jobs.set("team", "queued", JobSample(Phase.QUEUED, waiting_since=50.0))
+    metrics.jobs.set("team", "up", JobSample(Phase.RUNNING))
+
+    name = "qlora_jobs_waiting_since_timestamp_seconds"
+    assert samples(metrics, name, "namespace", "phase") == {
+        ("team", "Pending"): 100.0,
+        ("team", "Queued"): 50.0,
+    }
+
+
 def test_a_job_that_is_gone_leaves_nothing(metrics: Metrics) -> None:
     """Neither its count nor its series stay, and to say twice that it is gone does no harm."""
     metrics.jobs.set("team", "a", JobSample(Phase.RUNNING, 412.0, 1.83))

@@ -17,7 +17,7 @@ from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, Exi
 from qlora_contract.run_config import ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.loader import load_jobs
-from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob, topology_hash
 from qlora_operator.desired.attempt_job import attempt_job, failure_rules
 from qlora_operator.desired.network import network_policy
 from qlora_operator.desired.service import ranks_service
@@ -213,6 +213,27 @@ def test_what_kueue_is_told_of_a_job_its_jobs_and_pods_say(
     annotations = job["spec"]["template"]["metadata"]["annotations"]
     assert annotations[topology] == "rack"
     assert "other" not in annotations
+
+
+@pytest.mark.parametrize(
+    ("pods", "host"), [(None, "small-a0-0.small-ranks"), (2, "small-a0-0.small-ranks"), (1, "127.0.0.1")]
+)
+def test_an_attempt_that_makes_do_with_fewer_pods_is_a_gang_of_these(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings], pods: int | None, host: str
+) -> None:
+    """For all that its ranks know there are no others; only the hash is that of what the job asks for, since the job
+    was not changed."""
+    asked = a_job(topology={"pods": 4, "minPods": 1})
+    job = attempt_job(asked, uid="u", attempt=0, isa="avx2", image="a", settings=settings(), pods=pods)
+    spec = job["spec"]
+    template = spec["template"]
+    run = RunConfig.model_validate_json(template["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
+    environment = {each["name"]: each["value"] for each in template["spec"]["containers"][0]["env"]}
+
+    assert (spec["completions"], spec["parallelism"]) == (pods or 4, pods or 4)
+    assert (run.layout.pods, run.layout.world_size) == (pods or 4, pods or 4)
+    assert environment["MASTER_ADDR"] == host
+    assert job["metadata"]["annotations"][names.TOPOLOGY_HASH_ANNOTATION] == topology_hash(asked.spec)
 
 
 @pytest.mark.parametrize("time", [None, "2026-01-31T12:00:00Z"])

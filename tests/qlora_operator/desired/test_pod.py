@@ -390,7 +390,14 @@ def test_the_users_scheduling_is_taken_over(template: Make) -> None:
 
 def test_what_nobody_set_is_left_to_the_cluster(template: Make) -> None:
     """Without a word of user and administrator the cluster's own defaults hold."""
-    unset = {"nodeSelector", "tolerations", "priorityClassName", "schedulerName", "imagePullSecrets"}
+    unset = {
+        "nodeSelector",
+        "tolerations",
+        "priorityClassName",
+        "schedulerName",
+        "imagePullSecrets",
+        "hostUsers",
+    }
 
     assert unset & set(template()["spec"]) == set()
 
@@ -399,10 +406,12 @@ def test_what_nobody_set_is_left_to_the_cluster(template: Make) -> None:
 
 
 def test_the_administrators_settings_are_taken_over(template: Make) -> None:
-    """Scheduler, pull secrets and pull policy stand in every pod."""
-    spec = template(schedulerName="other", imagePullSecrets=["a", "b"], imagePullPolicy="Always")["spec"]
+    """Scheduler, user namespace, pull secrets and pull policy stand in every pod."""
+    spec = template(
+        schedulerName="other", hostUsers=False, imagePullSecrets=["a", "b"], imagePullPolicy="Always"
+    )["spec"]
 
-    assert spec["schedulerName"] == "other"
+    assert (spec["schedulerName"], spec["hostUsers"]) == ("other", False)
     assert spec["imagePullSecrets"] == [{"name": "a"}, {"name": "b"}]
     assert spec["containers"][0]["imagePullPolicy"] == "Always"
 
@@ -513,6 +522,18 @@ def test_an_export_is_one_rank_alone(template: Make) -> None:
     assert run["stage"] == "export"
     assert (run["layout"].get("pods", 1), run["layout"].get("ranksPerPod", 1)) == (1, 1)
     assert violations(pod) == []
+
+
+def test_a_proxys_password_stays_in_its_secret(template: Make) -> None:
+    """Transfers have its address from there and from nowhere else; ranks, which need no proxy, have nothing of it."""
+    for stage in ("fetch", "train", "publish"):
+        pod = template(spec=REMOTE, stage=stage, transfer={**NETWORK, "proxySecret": "proxy"})
+        found = [each for each in pod["spec"]["containers"][0]["env"] if each["name"].endswith("S_PROXY")]
+        reference = {"name": "proxy", "key": "HTTPS_PROXY", "optional": True}
+        wanted = [{"name": "HTTPS_PROXY", "valueFrom": {"secretKeyRef": reference}}]
+
+        assert found == ([] if stage == "train" else wanted)
+        assert "proxy.example" not in json.dumps(pod)
 
 
 def test_the_administrator_sizes_transfers(template: Make) -> None:

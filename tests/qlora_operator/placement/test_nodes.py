@@ -328,6 +328,16 @@ def test_a_job_that_began_in_bf16_goes_on_where_it_is_native(
     assert (feasibility.tiers, feasibility.why) == (found, why)
 
 
+def test_each_tier_tells_how_many_pods_it_has_room_for() -> None:
+    """Also where they are too few: a job may make do with them."""
+    nodes = [a_node("amx_bf16", name="a"), a_node("avx512", name="b")]
+    found = feasible(nodes, a_demand(pods=9))
+
+    assert found.tiers == ()
+    assert list(found.pods) == list(ISA_TIERS)
+    assert found.pods["avx2"] == found.pods["avx512"] == 2 * found.pods["amx_bf16"] > 0
+
+
 def test_equal_nodes_are_the_nodes_of_every_tier() -> None:
     """A node of a better tier has the labels of the lesser ones, so a lesser tier finds no other room there."""
     found = feasible([a_node("amx_bf16", name=name) for name in "ab"], a_demand())

@@ -13,7 +13,7 @@ from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunStage
 from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType
-from qlora_operator.api.pod_resources import stage_pods
+from qlora_operator.api.pod_resources import stage_pods, with_pods
 from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, topology_hash
 from qlora_operator.status import conditions, stages
@@ -220,7 +220,7 @@ class Cluster:
                 number,
                 uid=uid,
                 suspended=self.job.spec.scheduling.queue_name is not None,
-                parallelism=stage_pods(self.job.spec.topology, action.stage),
+                parallelism=stage_pods(with_pods(self.job.spec.topology, action.pods), action.stage),
                 topology_hash=topology_hash(self.job.spec),
             )
             self.words[uid] = self._last_words(action)

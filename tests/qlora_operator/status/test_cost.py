@@ -7,9 +7,9 @@ import pytest
 
 from qlora_contract.cost import Price
 from qlora_contract.units import rfc3339
-from qlora_operator.api.status import Attempt, Cost, Progress
+from qlora_operator.api.status import Attempt, Cost
 from qlora_operator.api.v1alpha1 import Topology
-from qlora_operator.status.cost import with_attempt
+from qlora_operator.status.cost import with_attempt, with_lost_steps
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 TOPOLOGY = Topology(pods=2, ranks_per_pod=3, cpus_per_rank=4, memory_per_rank="1Gi")
@@ -23,15 +23,12 @@ def ago(seconds: int) -> str:
 def spent(
     known: Cost | None = None,
     topology: Topology = TOPOLOGY,
-    progress: Progress | None = None,
     price: Price | None = None,
     **attempt: Any,
 ) -> dict[str, Any]:
     """The cost after an attempt that waited for a minute and ran for an hour."""
     fields = {"attempt": 1, "start": ago(3660), "running": ago(3600), "reason": "Killed", **attempt}
-    return with_attempt(known, Attempt(**fields), topology, progress, price, NOW).model_dump(
-        exclude_none=True
-    )
+    return with_attempt(known, Attempt(**fields), topology, price, NOW).model_dump(exclude_none=True)
 
 
 def test_the_cpus_of_all_ranks_count_while_all_are_up() -> None:
@@ -84,24 +81,27 @@ def test_transfers_cost_nothing(stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "seen", "checkpoint", "lost"),
+    ("steps", "resumed", "lost"),
     [
-        pytest.param("Killed", {"step": 17, "attempt": 1}, 10, 7, id="since the checkpoint"),
-        pytest.param("Killed", {"step": 17, "attempt": 1}, None, 17, id="all of them"),
-        pytest.param("Suspended", {"step": 17, "attempt": 1}, 18, 0, id="it left with a checkpoint"),
-        pytest.param("Killed", {"step": 17, "attempt": 0}, 10, 0, id="seen of an earlier attempt"),
-        pytest.param("Killed", {"attempt": 1}, None, 0, id="none was seen"),
-        pytest.param("Killed", None, None, 0, id="nothing was seen"),
-        pytest.param("Trained", {"step": 17, "attempt": 1}, 10, 0, id="it was done"),
+        pytest.param([17], 10, 7, id="since the checkpoint"),
+        pytest.param([17], 0, 17, id="all of them"),
+        pytest.param([17], 17, 0, id="it left with a checkpoint"),
+        pytest.param([17], 18, 0, id="it did more than was seen"),
+        pytest.param([17, None], 10, 7, id="one in between made no steps"),
+        pytest.param([17, 10], 10, 0, id="they were counted when the one in between began"),
+        pytest.param([], 0, 0, id="the first attempt"),
+        pytest.param([None], 0, 0, id="nothing was seen"),
+        pytest.param([17], -1, 17, id="rank 0 says what cannot be"),
     ],
 )
-def test_steps_since_the_checkpoint_are_lost(
-    reason: str, seen: dict[str, int] | None, checkpoint: int | None, lost: int
-) -> None:
-    """They are made again, as far as they were seen."""
-    progress = None if seen is None else Progress(**seen)
+def test_steps_that_are_made_again_are_lost(steps: list[int | None], resumed: int, lost: int) -> None:
+    """Known only when the next attempt says where it goes on: one that was stopped leaves a checkpoint behind that
+    nobody may have seen."""
+    attempts = [Attempt(attempt=number, step=step) for number, step in enumerate([*steps, None])]
+    before = Cost(core_hours=1.0, lost_steps=2)
 
-    assert spent(progress=progress, reason=reason, checkpoint_step=checkpoint)["lost_steps"] == lost
+    assert with_lost_steps(before, attempts, resumed) == Cost(core_hours=1.0, lost_steps=2 + lost)
+    assert with_lost_steps(None, attempts, resumed) == (Cost(lost_steps=lost) if lost else None)
 
 
 @pytest.mark.parametrize(

@@ -174,10 +174,10 @@ IMAGE = "registry.example/trainer:1"
 START, END = "2026-01-31T11:00:00Z", "2026-01-31T11:30:00Z"
 
 
-def between(*reasons: str, isa: str = "avx512", **status: Any) -> dict[str, Any]:
+def between(*reasons: str, isa: str = "avx512", placed: int | None = None, **status: Any) -> dict[str, Any]:
     """The status of a job whose attempts have all ended, half an hour ago."""
     ended = [
-        {"attempt": number, "start": START, "end": END, "reason": reason}
+        {"attempt": number, "start": START, "end": END, "reason": reason, "placed": placed}
         for number, reason in enumerate(reasons)
     ]
     return {
@@ -212,6 +212,53 @@ def test_an_attempt_gets_the_first_tier_that_has_nodes(
     number = 0 if status is None else 1
     assert decision.actions == (StartAttempt(number, tier, IMAGE, requested=rfc3339(now)),)
     assert (decision.status.attempt, decision.status.placement.isa) == (number, tier)
+
+
+ROOM = {"tiers": [], "tier_pods": {"amx_bf16": 1, "avx512": 3, "avx2": 3}}
+
+
+@pytest.mark.parametrize(
+    ("status", "observed", "tier", "pods"),
+    [
+        pytest.param(
+            between("Shrunk", placed=3), {"tiers": ["amx_bf16"]}, "avx512", 3, id="those that had nodes"
+        ),
+        pytest.param(between("Shrunk", placed=3), ROOM, "avx512", 3, id="and no others have"),
+        pytest.param(between("Killed", placed=3), {"tiers": ["avx512"]}, "avx512", None, id="all again"),
+        pytest.param(between("Killed"), ROOM, "avx512", 3, id="as many as there is room for"),
+        pytest.param(
+            between("Killed"), {**ROOM, "tier_pods": {"avx512": 9}}, "avx512", 4, id="never more than all"
+        ),
+    ],
+)
+def test_an_attempt_makes_do_with_fewer_pods_where_that_is_all_there_is(
+    ask: Callable[..., Decision],
+    now: datetime,
+    status: dict[str, Any],
+    observed: dict[str, Any],
+    tier: str,
+    pods: int | None,
+) -> None:
+    """After the time-out; the one after it asks for all again. Its ranks are counted as they are."""
+    waits = {
+        "type": "Running",
+        "status": "False",
+        "reason": "Starting",
+        "message": "",
+        "lastTransitionTime": START,
+    }
+    spec = {"topology": {"pods": 4, "minPods": 2}}
+    decision = ask({**status, "conditions": [waits]}, [], [], spec=spec, **observed)
+
+    (start,) = decision.actions
+    assert isinstance(start, StartAttempt)
+    assert (start.isa, start.pods) == (tier, pods)
+    assert decision.status.attempts[-1].pods == pods
+    assert decision.status.placement is not None
+    assert decision.status.placement.world_size == (pods or 4)
+    assert decision.status.columns is not None
+    assert decision.status.columns.ranks == f"0/{pods or 4}"
+    assert ("of 4 pods" in (decision.status.message or "")) == (pods is not None)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +320,8 @@ def test_an_attempt_s_cost_is_added_with_its_end(
     cost = decision.status.cost
 
     assert decision.status.attempts[0].end == rfc3339(now)
-    assert cost is not None
-    assert (cost.core_hours, cost.lost_steps, cost.money, cost.currency) == (3.5, 4, 7.0, "EUR")
+    assert cost is not None, "what is lost is known when the next one goes on"
+    assert (cost.core_hours, cost.lost_steps, cost.money, cost.currency) == (3.5, 1, 7.0, "EUR")
 
 
 @pytest.mark.parametrize("reason", [Reason.IMAGE_NOT_ALLOWED, Reason.SOURCE_NOT_ALLOWED])

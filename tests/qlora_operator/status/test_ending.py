@@ -8,7 +8,8 @@ import pytest
 
 from qlora_contract.run_config import ISA_TIERS
 from qlora_contract.units import rfc3339
-from qlora_operator.status import ending
+from qlora_operator.api.status import Restarts
+from qlora_operator.status import ending, policies
 from qlora_operator.status.actions import Decision
 from qlora_operator.status.checks import AttemptEnd, EndCheck, NotYet
 from qlora_operator.status.observation import ReasonMessage
@@ -109,6 +110,56 @@ def test_an_attempt_whose_pods_find_no_nodes_gives_way(
     assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
     if reason is not None:
         assert UNSCHEDULABLE in status.attempts[0].message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "placed", "stage", "reason"),
+    [
+        pytest.param(299, 2, 3, "train", None, id="not long enough"),
+        pytest.param(450, 2, 3, "train", "Shrunk", id="more than the least"),
+        pytest.param(450, 2, 2, "train", "Shrunk", id="the least"),
+        pytest.param(450, 2, 1, "train", "Released", id="too few"),
+        pytest.param(450, 2, 0, "train", None, id="none"),
+        pytest.param(450, None, 3, "train", "Released", id="all or none"),
+        pytest.param(450, 2, 4, "train", None, id="all"),
+    ],
+)
+def test_an_attempt_gives_way_to_one_with_the_pods_that_have_nodes(
+    starting: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    seconds: float,
+    least: int | None,
+    placed: int,
+    stage: str,
+    reason: str | None,
+) -> None:
+    """Once isa.stepDownSeconds have passed, at no cost, and at once."""
+    pods = [
+        make_pod(n, node="n") if n < placed else make_pod(n, unschedulable=UNSCHEDULABLE) for n in range(4)
+    ]
+    spec = {"topology": {"pods": 4, "minPods": least}}
+    decision = ask(starting(seconds, now), [make_attempt_job(parallelism=4)], pods, spec=spec)
+    ended = decision.status.attempts[0]
+
+    assert (ended.reason, ended.placed) == (reason, placed if reason == "Shrunk" else None)
+    assert decision.status.restarts == Restarts()
+    assert policies.backoff("uid", [ended]) == 0 or reason != "Shrunk"
+
+
+def test_an_attempt_with_fewer_pods_is_up_with_them(
+    starting: Status, ask: Callable[..., Decision], make_attempt_job: Any, now: datetime
+) -> None:
+    """Nobody waits for the pods that it makes do without, and its Job has the number that it should have."""
+    status = starting(60, now, placement={"isa": "avx512", "worldSize": 3})
+    status["attempts"][0]["pods"] = 3
+    spec = {"topology": {"pods": 4, "minPods": 2}}
+    decision = ask(status, [make_attempt_job(parallelism=3, ready=3)], [], spec=spec)
+
+    assert decision.status.phase == "Running"
+    assert decision.status.columns.ranks == "3/3"
 
 
 EQUAL = {tier: frozenset("ab") for tier in ISA_TIERS}

@@ -118,6 +118,35 @@ def test_each_check_finds_its_obstacle_alone(
     assert blocked.look_at > now
 
 
+@pytest.mark.parametrize(
+    ("waited", "room", "blocked"),
+    [
+        pytest.param(299, {"avx512": 3}, "on 3 will do, by topology.minPods", id="not long enough"),
+        pytest.param(300, {"avx512": 3}, None, id="long enough"),
+        pytest.param(300, {"avx512": 1}, "0/7 nodes can", id="too few"),
+        pytest.param(300, {}, "0/7 nodes can", id="unknown"),
+    ],
+)
+def test_fewer_pods_will_do_after_a_while(
+    make_view: Callable[..., Any],
+    starting: Callable[..., dict[str, Any]],
+    now: datetime,
+    waited: float,
+    room: dict[str, int],
+    blocked: str | None,
+) -> None:
+    """Nodes for all may yet come; the message says until when they are waited for."""
+    status = starting(waited, now)
+    status["attempts"][0] |= {"reason": "Killed", "end": rfc3339(now)}
+    spec = {"topology": {"pods": 4, "minPods": 2}}
+    found = checks.no_matching_nodes(make_view(status, [], [], tiers=[], tier_pods=room, spec=spec))
+
+    assert (found is None) == (blocked is None)
+    if found is not None:
+        assert blocked in found.message
+        assert now < found.look_at <= now + timedelta(seconds=10)
+
+
 def test_a_job_that_may_create_pods_is_waited_for_in_silence(
     make_view: Callable[..., Any], make_attempt_job: Any
 ) -> None:

@@ -111,6 +111,32 @@ def test_jobs_share(fetch: Callable[..., ResolvedRevisions], sound: Remotes, com
     assert sound.hub_wire.sent("/cdn/") == sent == len(WEIGHTS)
 
 
+@pytest.mark.parametrize("how", ["other bytes", "a link elsewhere", "a missing entry of the manifest"])
+def test_what_another_job_left_is_hashed_once_for_each_job(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, commit: str, how: str
+) -> None:
+    """Whoever may write the workspace could else give a job other weights under the name of the commit."""
+    before = fetch(**HUB)
+    folder = transfers.sources / f"hf/org/name/{commit}"
+    weights = next(folder.glob("*.safetensors"))
+    poison = bytes(len(weights.read_bytes()))
+    if how == "a link elsewhere":
+        weights.unlink()
+        (transfers.sources / "elsewhere").write_bytes(poison)
+        weights.symlink_to(transfers.sources / "elsewhere")
+    else:
+        weights.write_bytes(poison)
+    if how == "a missing entry of the manifest":
+        (manifest,) = (folder.parent / f".{commit}").glob("manifest-*.json")
+        known = json.loads(manifest.read_text())
+        del known["files"][weights.name]
+        manifest.write_text(json.dumps(known))
+
+    assert fetch(name="other", **HUB) == before
+    assert weights.read_bytes() == MODEL[weights.name]
+    assert not weights.is_symlink()
+
+
 def test_a_moved_branch_does_not_move_a_job(
     fetch: Callable[..., ResolvedRevisions], sound: Remotes, commit: str
 ) -> None:

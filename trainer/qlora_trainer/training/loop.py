@@ -130,6 +130,7 @@ def open_metrics(context: RankContext, step: int) -> MetricsLog | None:
     if not context.is_rank_zero:
         return None
     context.books.begin_steps(step)
+    context.progress.update(resumed_step=step)
     context.tracking = Tracking(context.run, context.folder.path, step)
     return MetricsLog(context.folder.path / METRICS, step)
 

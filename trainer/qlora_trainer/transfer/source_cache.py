@@ -18,7 +18,7 @@ from qlora_contract.remote import SOURCES, Remote
 from qlora_contract.units import format_bytes
 from qlora_trainer.errors import StorageFull
 from qlora_trainer.storage.atomic import make_folder, write_atomically
-from qlora_trainer.transfer.remote_files import RemoteFile
+from qlora_trainer.transfer.remote_files import RemoteFile, hash_file
 
 
 class Snapshot:
@@ -72,6 +72,21 @@ class Snapshot:
                 f"{self.remote.uri} needs another {format_bytes(missing)}, and the workspace has "
                 f"{format_bytes(free)} free"
             )
+
+    def drop_damaged(self, files: Sequence[RemoteFile]) -> list[str]:
+        """Remove what is not, byte for byte, what the server has, and return its names; what a server keeps no hash of is
+        believed. Whoever has a file open keeps it."""
+        damaged = [
+            file.name
+            for file in files
+            if file.digest is not None
+            and (not self.contains(file) or hash_file(self.files / file.name, file.digest)[1] != file.digest.value)
+        ]
+        if damaged:
+            self.manifest.unlink(missing_ok=True)
+        for name in damaged:
+            (self.files / name).unlink(missing_ok=True)
+        return damaged
 
     def write_manifest(self, sha256: Mapping[str, str], files: Sequence[RemoteFile]) -> None:
         """Mark these files as complete.
