@@ -49,12 +49,22 @@ def job_failing(view: JobView) -> AttemptEnd | NotYet | None:
     deadline = evidence_deadline(evidence)
     if deadline is not None and view.now < deadline:
         return NotYet(min(deadline, view.after(SETTLE_LOOK_SECONDS)))
-    end = classify(evidence)
-    return None if job.suspended and only_stopped(end) else end
+    return None if _was_stopped(view, job) else classify(evidence)
 
 
 def _evidence(view: JobView, job: AttemptJob) -> Evidence:
     return Evidence(job, view.pods, view.lost_nodes, view.stage)
+
+
+def _was_stopped(view: JobView, job: AttemptJob) -> bool:
+    """Whether its Job fails only because its pods ended when it was suspended."""
+    return (job.suspended or _is_held(view)) and only_stopped(classify(_evidence(view, job)))
+
+
+def _is_held(view: JobView) -> bool:
+    """Whether its queue's administrator held it when it was last looked at."""
+    reserved = view.condition(ConditionType.QUOTA_RESERVED)
+    return reserved is not None and reserved.reason == Reason.DEACTIVATED
 
 
 def job_being_deleted(view: JobView) -> AttemptEnd | None:
@@ -75,9 +85,9 @@ def job_suspended_again(view: JobView) -> AttemptEnd | None:
     job, reserved = view.confirmed_job, view.condition(ConditionType.QUOTA_RESERVED)
     if job is None or job.deleting or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
         return None
-    if job.failing is not None and not (job.suspended and only_stopped(classify(_evidence(view, job)))):
-        return None  # the check of its failure says when
-    held = reserved is not None and reserved.reason == Reason.DEACTIVATED
+    if job.failing is not None and not _was_stopped(view, job):
+        return None
+    held = _is_held(view)
     if not (job.suspended or held):
         return None
     seen_unsuspended = reserved is None and view.job.queue_name is None and view.job_was_seen
