@@ -93,6 +93,7 @@ test-fast: demo-data $(VENV)/.backends  ## Run the fast tests
 
 test-cluster: demo-data $(VENV)/.backends  ## Run the tests against a real API server
 	$(CLUSTER) build --tier fleet
+	-$(CLUSTER) build --program kueue  # without it, its tests are skipped
 	$(call tier,$(WAITING) -m "cluster and not soak")
 
 test-slow: demo-data $(VENV)/.backends  ## Run the tests of ranks that are processes and really train

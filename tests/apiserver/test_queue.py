@@ -1,4 +1,7 @@
-"""Jobs that wait in a queue: the test lets them in and takes them out, as Kueue does."""
+"""Jobs that wait in a queue: the test lets them in and takes them out by the same writes as Kueue 0.17.0.
+
+Each of these writes names the function of Kueue's that makes it.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -7,13 +10,17 @@ from typing import Any
 import pytest
 
 from qlora_contract.units import rfc3339
-from testcluster.client import Client
+from testcluster.client import ApiError, Client
 from testcluster.cluster import Cluster
+from testcluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("shared_operator")]
 
 MakeJob = Callable[..., Any]
 QUEUE = {"queueName": "team-queue"}
+POD_SET, WORKLOAD, STOPPING = (f"kueue.x-k8s.io/{name}" for name in ("podset", "workload", "stopping"))
+STOPPED = 50
+"""The exit code of ranks that are told to stop."""
 NO_RESTARTS = {"user": 0, "infrastructure": 0}
 
 
@@ -28,10 +35,57 @@ def gang(job: Any, attempt: int) -> dict[str, Any]:
     return dict(job.until_gang(attempt, lambda _: True))
 
 
-def admit(client: Client, job: Any, attempt: int, *, suspend: bool = False) -> None:
-    """The queue lets the attempt in, or takes it out."""
-    name = gang(job, attempt)["metadata"]["name"]
-    client.patch(f"/apis/batch/v1/namespaces/{job.namespace}/jobs/{name}", {"spec": {"suspend": suspend}})
+def path_of(job: Any, attempt: int) -> str:
+    """Of the attempt's Job, once it is there."""
+    return f"/apis/batch/v1/namespaces/{job.namespace}/jobs/{gang(job, attempt)['metadata']['name']}"
+
+
+def suspend(client: Client, job: Any, attempt: int) -> None:
+    """Somebody suspends the attempt's Job."""
+    client.patch(path_of(job, attempt), {"spec": {"suspend": True}})
+
+
+def admit(client: Client, job: Any, attempt: int, node_labels: dict[str, str] | None = None) -> None:
+    """The queue lets the attempt in, on nodes of a flavor with these labels.
+
+    One write: JobReconciler.startJob and getPodSetsInfoFromStatus (pkg/controller/jobframework/reconciler.go),
+    Job.RunWithPodSetsInfo (pkg/controller/jobs/job/job_controller.go), FromAssignment and Merge (pkg/podset/podset.go).
+    """
+    pods = {"labels": {POD_SET: "main"}, "annotations": {WORKLOAD: f"job-{job.name}-a{attempt}"}}
+    template = {"metadata": pods, "spec": {"nodeSelector": node_labels or {}}}
+    client.patch(path_of(job, attempt), {"spec": {"suspend": False, "template": template}})
+
+
+def evict(client: Client, job: Any, attempt: int) -> None:
+    """The queue takes the attempt out.
+
+    Three writes, the last of which is tried until the API server takes it, or the Job is over or gone: Job.Stop and
+    RestorePodSetsInfo (pkg/controller/jobs/job/job_controller.go), JobReconciler.ReconcileGenericJob
+    (pkg/controller/jobframework/reconciler.go).
+    """
+    path = path_of(job, attempt)
+    template = {"metadata": {"labels": {POD_SET: None}, "annotations": {WORKLOAD: None}}}
+    stopping = {"metadata": {"annotations": {STOPPING: "true"}}, "spec": {"suspend": True}}
+    restored = {"metadata": {"annotations": {STOPPING: None}}, "spec": {"template": template}}
+    client.patch(path, stopping)
+
+    def is_stopped() -> bool:
+        try:
+            client.patch(f"{path}/status", {"status": {"startTime": None}})
+            client.patch(path, restored)
+        except ApiError as error:
+            if error.code not in (404, 409, 422):
+                raise
+            return error.code == 404 or fails(client.get(path))
+        return True
+
+    wait_for(is_stopped, or_else="the Job's template as it was", every=0.1)
+
+
+def fails(gang: dict[str, Any]) -> bool:
+    """Whether a Job is over, or about to be, and not well."""
+    conditions = gang["status"].get("conditions", [])
+    return any(each["type"] in ("FailureTarget", "Failed") for each in conditions)
 
 
 def test_a_queued_job_runs_once_it_is_let_in(make_job: MakeJob, client: Client) -> None:
@@ -62,8 +116,8 @@ def test_an_evicted_job_queues_again_at_no_cost(make_job: MakeJob, client: Clien
     admit(client, job, 0)
     job.run()
 
-    with job.kubelet.finish_terminations(job.namespace):
-        admit(client, job, 0, suspend=True)
+    with job.kubelet.finish_terminations(job.namespace, exit_code=STOPPED):
+        evict(client, job, 0)
         status = job.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
     assert status["attempts"][0]["reason"] == "Requeued"
     assert status["restarts"] == NO_RESTARTS
@@ -72,6 +126,39 @@ def test_an_evicted_job_queues_again_at_no_cost(make_job: MakeJob, client: Clien
 
     admit(client, job, 1)
     job.run(1)
+    assert job.status["restarts"] == NO_RESTARTS
+
+
+def test_an_eviction_that_the_operator_sleeps_through_costs_nothing(
+    make_job: MakeJob, client: Client, shared_operator: Any
+) -> None:
+    """Ranks that are stopped fail the Job if kubelets are slow to remove them, and nobody has seen it suspended."""
+    job = make_job(scheduling=QUEUE, backoffLimit=0, infrastructureBackoffLimit=0)
+    admit(client, job, 0)
+    pods = job.run()
+    shared_operator.kill()
+    try:
+        evict(client, job, 0)
+        for pod in pods:
+            job.kubelet.failed(pod, STOPPED)
+        job.until_gang(0, fails)
+    finally:
+        shared_operator.start()
+
+    with job.kubelet.finish_terminations(job.namespace):
+        status = job.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
+    assert status["attempts"][0]["reason"] == "Requeued"
+    assert status["restarts"] == NO_RESTARTS
+
+
+def test_pods_go_to_nodes_of_the_flavor(make_job: MakeJob, client: Client) -> None:
+    """What the queue adds to the Job reaches its pods, and the operator leaves it there."""
+    job = make_job(scheduling=QUEUE)
+    admit(client, job, 0, {"kubernetes.io/hostname": "big"})
+
+    pods = job.run()
+
+    assert [pod["spec"]["nodeSelector"]["kubernetes.io/hostname"] for pod in pods] == ["big", "big"]
     assert job.status["restarts"] == NO_RESTARTS
 
 
@@ -147,7 +234,7 @@ def test_suspending_the_job_of_an_attempt_by_hand_ends_it(make_job: MakeJob, cli
     job = make_job()
     job.run()
     with job.kubelet.finish_terminations(job.namespace):
-        admit(client, job, 0, suspend=True)
+        suspend(client, job, 0)
         status = job.until(lambda status: status["attempt"] == 1)
 
     assert status["restarts"] == {"user": 0, "infrastructure": 1}

@@ -279,6 +279,9 @@ class Reason(StrEnum):
     """Not Running: no node of the tier had room within isa.stepDownSeconds; a tier with other nodes is tried."""
     REQUEUED = "Requeued"
     """Not Running: the queue withdrew the quota that it had granted; the next attempt waits in the queue."""
+    NOT_READY_IN_TIME = "NotReadyInTime"
+    """Not Running: the queue took its quota back because not all pods were ready in time (Kueue's waitForPodsReady);
+    the next attempt comes later each time."""
     RELEASED = "Released"
     """Not Running: only some of the pods could be scheduled, so they released their nodes for other jobs."""
     SHRUNK = "Shrunk"

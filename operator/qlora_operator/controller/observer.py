@@ -25,6 +25,7 @@ from qlora_operator.status.observation import (
     ReasonMessage,
     WarningEvent,
     deactivated,
+    eviction,
     pod,
     queue_says,
 )
@@ -73,8 +74,13 @@ class Observer:
         if Read.WORKLOAD in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
-            says = sanitize(queue_says(found))
-            seen = replace(seen, deactivated=sanitize(deactivated(found)), queue_says=says)
+            evicted = eviction(found)
+            seen = replace(
+                seen,
+                deactivated=sanitize(deactivated(found)),
+                queue_says=sanitize(queue_says(found)),
+                eviction=replace(evicted, message=sanitize(evicted.message)) if evicted else None,
+            )
         if Read.WARNINGS in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
             uids = asked_about(mine, seen.pods or ())

@@ -8,8 +8,8 @@ from qlora_operator.api.v1alpha1 import topology_hash
 from qlora_operator.status import policies
 from qlora_operator.status.checks import AttemptEnd, Budget, EndCheck, NotYet
 from qlora_operator.status.deadlines import JOB_DEADLINES, progress_deadline_exceeded
-from qlora_operator.status.failure import Evidence, classify, disruption, evidence_deadline
-from qlora_operator.status.observation import AttemptJob, Pod
+from qlora_operator.status.failure import Evidence, classify, disruption, evidence_deadline, only_stopped
+from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 from qlora_operator.status.view import JobView
 from qlora_operator.status.waiting import waiting_for
 
@@ -20,6 +20,9 @@ termination message with it."""
 SILENCE = timedelta(seconds=400)
 """How long a node may be silent under a running attempt. Kubernetes takes pods away after 300 s, which names the cause
 better, unless they tolerate that."""
+
+PODS_READY_TIMEOUT = "PodsReadyTimeout"
+"""Kueue's word for quota that it took back because not all pods were ready in time."""
 
 _ANY_TIER = frozenset({Reason.VOLUME_NOT_READY, Reason.QUOTA_EXCEEDED, Reason.REFUSED})
 """What pods wait for whatever the tier of their nodes."""
@@ -42,11 +45,26 @@ def job_failing(view: JobView) -> AttemptEnd | NotYet | None:
     job = view.confirmed_job
     if job is None or job.failing is None:
         return None
-    evidence = Evidence(job, view.pods, view.lost_nodes, view.stage)
+    evidence = _evidence(view, job)
     deadline = evidence_deadline(evidence)
     if deadline is not None and view.now < deadline:
         return NotYet(min(deadline, view.after(SETTLE_LOOK_SECONDS)))
-    return classify(evidence)
+    return None if _was_stopped(view, job) else classify(evidence)
+
+
+def _evidence(view: JobView, job: AttemptJob) -> Evidence:
+    return Evidence(job, view.pods, view.lost_nodes, view.stage)
+
+
+def _was_stopped(view: JobView, job: AttemptJob) -> bool:
+    """Whether its Job fails only because its pods ended when it was suspended."""
+    return (job.suspended or _is_held(view)) and only_stopped(classify(_evidence(view, job)))
+
+
+def _is_held(view: JobView) -> bool:
+    """Whether its queue's administrator held it when it was last looked at."""
+    reserved = view.condition(ConditionType.QUOTA_RESERVED)
+    return reserved is not None and reserved.reason == Reason.DEACTIVATED
 
 
 def job_being_deleted(view: JobView) -> AttemptEnd | None:
@@ -62,12 +80,14 @@ def job_suspended_again(view: JobView) -> AttemptEnd | None:
     """Its Job, which had been admitted, is suspended: by its queue, or by another client by mistake.
 
     One that its queue's administrator holds is left alone, so that they decide when it goes on; it goes on as another
-    attempt, since pods of this one may still be writing.
+    attempt, since pods of this one may still be writing. That its pods were stopped may have failed it meanwhile.
     """
-    job, reserved = _intact_job(view), view.condition(ConditionType.QUOTA_RESERVED)
-    if job is None or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
+    job, reserved = view.confirmed_job, view.condition(ConditionType.QUOTA_RESERVED)
+    if job is None or job.deleting or _spec_changed(view) or not view.is_true(ConditionType.INITIALIZED):
         return None
-    held = reserved is not None and reserved.reason == Reason.DEACTIVATED
+    if job.failing is not None and not _was_stopped(view, job):
+        return None
+    held = _is_held(view)
     if not (job.suspended or held):
         return None
     seen_unsuspended = reserved is None and view.job.queue_name is None and view.job_was_seen
@@ -76,11 +96,19 @@ def job_suspended_again(view: JobView) -> AttemptEnd | None:
     if admitted or (ran and view.queue is not None):
         if job.suspended and view.deactivated:
             return None
-        return AttemptEnd(Reason.REQUEUED, "the queue withdrew the quota that it had granted", Budget.NONE)
+        return _requeued(view.eviction)
     if not ran:
         return None  # a queue has not admitted it yet, be it one that the user did not ask for
     message = f"another client suspended the Job {job.name}: suspend the QLoRAJob instead"
     return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
+
+
+def _requeued(eviction: ReasonMessage | None) -> AttemptEnd:
+    message = "the queue withdrew the quota that it had granted"
+    if eviction is None:
+        return AttemptEnd(Reason.REQUEUED, message, Budget.NONE)
+    reason = Reason.NOT_READY_IN_TIME if eviction.reason == PODS_READY_TIMEOUT else Reason.REQUEUED
+    return AttemptEnd(reason, f"{message}: {eviction.message}", Budget.NONE)
 
 
 def parallelism_changed(view: JobView) -> AttemptEnd | None:
@@ -200,7 +228,7 @@ def _pods_without_nodes(view: JobView) -> tuple[AttemptJob, list[Pod], datetime]
     attempt, job = view.open_attempt, view.confirmed_job
     if attempt is None or job is None or job.suspended or view.is_true(ConditionType.RUNNING):
         return None
-    if job.ready >= view.desired_pods or not view.pods_are_worth_a_look:
+    if job.managed_by is not None or job.ready >= view.desired_pods or not view.pods_are_worth_a_look:
         return None
     placed = [pod for pod in view.pods if pod.node is not None]
     if len(placed) >= view.desired_pods or any(pod.gated for pod in view.pods):

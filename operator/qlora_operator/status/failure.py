@@ -61,6 +61,10 @@ _EXITED = re.compile(r"Container \S+ for pod \S+?/(?P<pod>\S+) failed with exit 
 _DISRUPTED = re.compile(r"Pod \S+?/(?P<pod>\S+) has condition DisruptionTarget")
 
 
+_STOPPED = frozenset({0, *COLLATERAL, ExitCode.TERMINATED, SIGTERM_CODE, SIGKILL_CODE})
+"""Exit codes of pods that were told to stop, and of those that lost them."""
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known of a failing Job."""
@@ -88,6 +92,13 @@ def classify(evidence: Evidence) -> AttemptEnd:
     end = _by_rule(evidence) or _by_pods(evidence)
     match = _EXITED.search(evidence.message)
     return replace(end, exit_codes=exit_codes(evidence.pods, [int(match["code"])] if match else ()))
+
+
+def only_stopped(end: AttemptEnd) -> bool:
+    """Whether nothing failed in this end of a Job but that its pods were told to stop."""
+    return end.reason in (Reason.TERMINATED, Reason.PEER_LOST, Reason.KILLED) and _STOPPED.issuperset(
+        end.exit_codes
+    )
 
 
 def evidence_deadline(evidence: Evidence) -> datetime | None:

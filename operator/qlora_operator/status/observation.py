@@ -20,6 +20,7 @@ from qlora_operator.api.names import (
 from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+JOB_CONTROLLER = "kubernetes.io/job-controller"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class AttemptJob:
     """Its controller is this very QLoRAJob. Otherwise it merely has the name that a child would have."""
     suspended: bool = False
     """By its queue: the operator never suspends a Job that exists."""
+    managed_by: str | None = None
+    """The controller that makes its pods, if it is not that of this cluster."""
     queue: str | None = None
     """The queue that its label names: ours, or one that a webhook has set."""
     ready: int = 0
@@ -172,6 +175,8 @@ class Observation:
     """Why the queue's administrator holds the open attempt's Job; empty: they do not. None: not read."""
     queue_says: str = ""
     """Why the queue has not admitted the open attempt's Job, as far as Kueue says; read with `deactivated`."""
+    eviction: ReasonMessage | None = None
+    """Why Kueue took the quota of the open attempt's Job back; read with `deactivated`."""
     progress: ProgressReport | None = None
     """What rank 0 of the current attempt reports now."""
     image: str = ""
@@ -216,6 +221,7 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         attempt=_number(labels.get(ATTEMPT_LABEL)),
         controlled=_controller_uid(metadata) == job_uid,
         suspended=bool(raw["spec"].get("suspend")),
+        managed_by=None if raw["spec"].get("managedBy") == JOB_CONTROLLER else raw["spec"].get("managedBy"),
         queue=labels.get(QUEUE_LABEL) or None,
         ready=status.get("ready") or 0,
         deleting="deletionTimestamp" in metadata,
@@ -282,9 +288,24 @@ def queue_says(workloads: Sequence[Mapping[str, Any]]) -> str:
     """Why none of Kueue's Workloads of a Job has its quota, in Kueue's words."""
     if not workloads:
         return "Kueue has made no Workload of its Job, or none that the operator may list"
+    statuses = [raw.get("status") or {} for raw in workloads]
+    conditions = (each for status in statuses for each in status.get("conditions") or [])
+    waits = [each for each in conditions if each["type"] == "QuotaReserved" and each["status"] == "False"]
+    if waits:
+        return waits[0].get("message") or ""
+    checks = (each for status in statuses for each in status.get("admissionChecks") or [])
+    open_checks = (each for each in checks if each["state"] in ("Pending", "Retry"))
+    return "; ".join(
+        f"the check {each['name']} is open" + (f": {each['message']}" if each.get("message") else "")
+        for each in open_checks
+    )
+
+
+def eviction(workloads: Sequence[Mapping[str, Any]]) -> ReasonMessage | None:
+    """Why Kueue took the quota of a Job back; None if it did not, or has granted it again."""
     conditions = (each for raw in workloads for each in (raw.get("status") or {}).get("conditions") or [])
-    waits = (each for each in conditions if each["type"] == "QuotaReserved" and each["status"] == "False")
-    return next((each.get("message") or "" for each in waits), "")
+    evicted = (each for each in conditions if each["type"] == "Evicted" and each["status"] == "True")
+    return _reason_message(next(evicted, None))
 
 
 def _unready_since(ready: Mapping[str, Any] | None) -> datetime | None:

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from itertools import takewhile
 
 from qlora_contract.units import parse_time
 from qlora_operator.api.names import ConditionType, Reason
@@ -19,11 +20,16 @@ DONE = frozenset({Reason.FETCHED, Reason.TRAINED, Reason.EXPORTED, Reason.SUCCEE
 """Ends of an attempt that did what it was for."""
 HELD = frozenset({Reason.SUSPENDED, Reason.OUTSIDE_WINDOWS})
 """Ends of an attempt whose job is suspended, by its user or by the time of day."""
-NO_COST = DONE | UNSCHEDULED | HELD | {Reason.REQUEUED, Reason.SHRUNK, Reason.FINISHED}
+NO_COST = (
+    DONE | UNSCHEDULED | HELD | {Reason.REQUEUED, Reason.NOT_READY_IN_TIME, Reason.SHRUNK, Reason.FINISHED}
+)
 """Ends of an attempt that cost no restart and are no failure."""
 FIRST_BACKOFF_SECONDS = 10.0
 MAX_BACKOFF_SECONDS = 360.0
 """As of batch/v1's own Jobs."""
+FIRST_NOT_READY_SECONDS = 60.0
+MAX_NOT_READY_SECONDS = 3600.0
+"""As of Kueue's own Workloads (waitForPodsReady.requeuingStrategy), each of which is but one attempt of ours."""
 MIN_STARTUP_GRACE = timedelta(seconds=3)
 """How long pods may take to start before they are looked at, when hardly any other attempt starts."""
 MAX_STARTUP_GRACE = timedelta(seconds=60)
@@ -64,7 +70,14 @@ def backoff(uid: str, attempts: list[Attempt]) -> float:
     each time, at most 6 minutes, and up to a fifth more or less, by a hash of job and attempt: attempts that
     failed together do not come back together. An attempt that made a new checkpoint begins another row: what was in
     the way of those before it was not in its way.
+
+    After an attempt whose pods were not ready in time for its queue: a minute, doubled each time, at most an hour.
     """
+    if not_ready := len(
+        list(takewhile(lambda each: each.reason == Reason.NOT_READY_IN_TIME, reversed(attempts)))
+    ):
+        seconds = min(FIRST_NOT_READY_SECONDS * 2.0 ** (not_ready - 1), MAX_NOT_READY_SECONDS)
+        return _spread(seconds, uid, attempts)
     in_a_row = 0
     for number in range(len(attempts), 0, -1):
         if attempts[number - 1].reason in NO_COST - {Reason.RELEASED}:
@@ -75,6 +88,11 @@ def backoff(uid: str, attempts: list[Attempt]) -> float:
     if in_a_row < 2 and not (attempts and attempts[-1].reason == Reason.RELEASED):
         return 0.0
     seconds = min(FIRST_BACKOFF_SECONDS * float(2 ** max(in_a_row - 2, 0)), MAX_BACKOFF_SECONDS)
+    return _spread(seconds, uid, attempts)
+
+
+def _spread(seconds: float, uid: str, attempts: Sequence[Attempt]) -> float:
+    """Up to a fifth more or less."""
     return seconds * (0.8 + 0.4 * _fraction(f"{uid}/{attempts[-1].attempt}"))
 
 

@@ -57,6 +57,9 @@ def follow(builder: StatusBuilder, job: AttemptJob) -> None:
     builder.set_true(ConditionType.INITIALIZED, Reason.STARTED, f"Job {job.name} exists")
     if view.seen.children_missing:
         builder.act(RestoreNetwork())
+    if job.managed_by is not None:
+        wait_in_queue(builder, view.queue, _elsewhere(job))
+        return
     if job.suspended:
         if view.is_true(ConditionType.QUOTA_RESERVED) or _is_held(view):
             _hold(builder)
@@ -85,6 +88,15 @@ def _wait_longer(builder: StatusBuilder) -> None:
     asked = waited >= policies.LOOK_SECONDS
     wait_in_queue(builder, view.queue, view.queue_says if asked else "")
     builder.requeue_at(view.after(min(max(waited, policies.LOOK_SECONDS), QUEUE_LOOK_SECONDS)))
+
+
+def _elsewhere(job: AttemptJob) -> str:
+    """Of a queue whose Jobs MultiKueue runs in other clusters, where nothing else of the job is: pods of this one never
+    come."""
+    return (
+        f"it hands Jobs alone to other clusters (spec.managedBy of {job.name} is {job.managed_by}), where they lack "
+        "the rest of the job: name a queue of this cluster"
+    )
 
 
 def wait_in_queue(builder: StatusBuilder, queue: str | None, why: str = "") -> None:

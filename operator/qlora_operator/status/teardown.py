@@ -33,8 +33,9 @@ def tear_down(view: JobView) -> Teardown:
     job = view.confirmed_job
     actions: list[Action] = []
     if job is not None and not job.finished and not job.deleting:
-        # A Job that fails by itself keeps its pods, for their logs.
-        fails = job.failing is not None or (disruption(view.pods) is not None and not job.suspended)
+        # A Job that fails by itself keeps its pods, for their logs; one that fails while it is suspended would never be
+        # done with it: the API server takes no end of a Job without a start, which suspension takes away.
+        fails = not job.suspended and (job.failing is not None or disruption(view.pods) is not None)
         if view.hold is not None or not fails:
             actions.append(DeleteAttemptJob(job.name, job.uid))
     actions += delete_orphans(view)

@@ -12,7 +12,14 @@ from qlora_operator.api.pod_resources import stage_pods, with_pods
 from qlora_operator.api.status import Attempt, Condition, Placement, Provenance, QLoRAJobStatus, Restarts
 from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, Topology
 from qlora_operator.status import conditions, holds, stages
-from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, WarningEvent
+from qlora_operator.status.observation import (
+    AttemptJob,
+    Observation,
+    Pod,
+    Read,
+    ReasonMessage,
+    WarningEvent,
+)
 
 
 class ReadRequired(Exception):  # noqa: N818 - not an error: the decision is made again once these are read
@@ -245,6 +252,12 @@ class JobView:
         """Why the queue has not admitted the open attempt's Job. Read.WORKLOAD."""
         self.require(Read.WORKLOAD)
         return self.seen.queue_says
+
+    @property
+    def eviction(self) -> ReasonMessage | None:
+        """Why Kueue took the quota of the open attempt's Job back. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.eviction
 
     @property
     def feasible_tiers(self) -> Sequence[IsaTier]:

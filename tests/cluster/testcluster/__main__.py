@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from testcluster import control_plane, volumes
-from testcluster.binaries import TIERS, ensure
+from testcluster.binaries import PROGRAMS, TIERS, ensure
 from testcluster.client import Client
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "down":
             _down(folder)
         elif options.command == "build":
-            _build(options.tier)
+            _build(options.tier, options.program)
         elif options.command == "volume":
             _volume(folder, options.namespace, options.claim)
         else:
@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--audit", action="store_true", help="write <folder>/audit.log")
     build = commands.add_parser("build", help="build what a tier needs, and start nothing")
     build.add_argument("--tier", choices=TIERS, default="api")
+    build.add_argument(
+        "--program", choices=PROGRAMS, action="append", default=[], help="and this one; may be repeated"
+    )
     down = commands.add_parser("down", help="end a cluster and remove every trace of it")
     env = commands.add_parser("env", help="print what to export so that kubectl reaches it")
     volume = commands.add_parser(
@@ -80,8 +83,8 @@ def _up(folder: Path, options: argparse.Namespace) -> None:
     print(f'ready in {seconds:.1f} s: {folder}\nto use it: eval "$(python -m testcluster env{again})"')
 
 
-def _build(tier: str) -> None:
-    ensure(tier, "helm")
+def _build(tier: str, programs: list[str]) -> None:
+    ensure(tier, "helm", *programs)
     if tier == "nodes":
         from testcluster import images, packages
 

@@ -38,6 +38,7 @@ PROGRAMS = {
     "kubelet": Program("kubernetes", f"{_KUBERNETES}/kubelet", 1, 0.5),
     "kube-proxy": Program("kubernetes", f"{_KUBERNETES}/kube-proxy", 0.5, 0.2),
     "coredns": Program("coredns", "github.com/coredns/coredns", 5, 1.5),
+    "kueue": Program("kueue", "sigs.k8s.io/kueue/cmd/kueue", 4, 2),
     "kwok": Program("kwok", "sigs.k8s.io/kwok/cmd/kwok", 5, 1.5),
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 5, 1.5),
     "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 3, 1),

@@ -55,10 +55,14 @@ def helm(*arguments: str, values: Mapping[str, Any] | None = None, kubeconfig: P
 
 
 def render(
-    values: Mapping[str, Any] | None = None, *, release: str = RELEASE, namespace: str = SYSTEM
+    values: Mapping[str, Any] | None = None,
+    *,
+    release: str = RELEASE,
+    namespace: str = SYSTEM,
+    chart: Path = CHART,
 ) -> list[Object]:
     """The objects of a release with these values, in the order in which helm makes them, hooks last."""
-    return _objects(helm("template", release, str(CHART), "--namespace", namespace, values=values or {}))
+    return _objects(helm("template", release, str(chart), "--namespace", namespace, values=values or {}))
 
 
 def installed() -> list[Object]:

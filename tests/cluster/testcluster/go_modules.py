@@ -19,6 +19,7 @@ PATHS = {
     "etcd": "go.etcd.io/etcd/server/v3",
     "coredns": "github.com/coredns/coredns",
     "helm": "helm.sh/helm/v4",
+    "kueue": "sigs.k8s.io/kueue",
     "kwok": "sigs.k8s.io/kwok",
     "registry": "github.com/distribution/distribution/v3",
     "syft": "github.com/anchore/syft",
@@ -32,6 +33,15 @@ def locked_version(component: str) -> str:
     found = re.search(rf"^require {re.escape(PATHS[component])} v(\S+)$", text, re.MULTILINE)
     assert found, f"modules/{component}/go.mod requires {PATHS[component]}"
     return found[1]
+
+
+def sources(component: str) -> Path:
+    """The folder of the component's own files, in the locked version and with its checksum checked.
+
+    Raises ClusterError when Go is missing, or the module cannot be had.
+    """
+    downloaded = json.loads(_go(["mod", "download", "-json", PATHS[component]], MODULES / component))
+    return Path(downloaded["Dir"])
 
 
 def build(component: str, version: str, package: str, target: Path) -> None:

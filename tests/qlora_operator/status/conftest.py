@@ -346,7 +346,9 @@ class Cluster:
         if batch_job.failing is not None or batch_job.suspended:
             for pod in living:
                 self.delete_pod(pod.uid)
-            return replace(batch_job, failed=batch_job.failing is not None and not living, ready=0)
+            # A suspended Job has no start, without which the API server takes no end of it (ValidateJobStatus).
+            failed = batch_job.failing is not None and not living and not batch_job.suspended
+            return replace(batch_job, failed=failed, ready=0)
         if len(mine) < wanted:
             self._make_pods(batch_job, wanted)
         ready = sum(pod.phase == "Running" and pod.deleting_since is None for pod in mine.values())

@@ -797,13 +797,43 @@ def test_evictions_by_the_queue_cost_nothing(cluster: Callable[..., Any]) -> Non
     assert played.job.status.phase == Phase.SUCCEEDED
 
 
-def test_a_job_that_the_queues_administrator_stops_is_held(cluster: Callable[..., Any]) -> None:
-    """Its Job stays, with its Workload, until that is activated; then another attempt waits in the queue."""
+@pytest.mark.parametrize("code", [50, 143])
+def test_an_eviction_that_the_operator_sleeps_through_costs_nothing(
+    cluster: Callable[..., Any], code: int
+) -> None:
+    """Its ranks stop, after which the Job fails by its own rules before anybody has seen it suspended."""
+    played = cluster(scheduling={"queueName": "q"}, infrastructureBackoffLimit=0)
+    calm(played, 1)
+    admitted(played)
+    played.let_in(suspended=True)
+    stop_ranks(played, code)
+    for _ in range(3):
+        look(played)
+
+    status = played.job.status
+    assert [attempt.reason for attempt in status.attempts] == ["Requeued", None]
+    assert (status.phase, status.restarts.infrastructure) == (Phase.QUEUED, 0)
+
+
+def stop_ranks(played: Any, code: int) -> None:
+    """The Job controller deletes the pods of a suspended Job, which end with this code."""
+    played.control()
+    for pod in played.living():
+        assert pod.deleting_since is not None
+        played.ends(pod.uid, code)
+    played.control()
+
+
+@pytest.mark.parametrize("code", [50, 143])
+def test_a_job_that_the_queues_administrator_stops_is_held(cluster: Callable[..., Any], code: int) -> None:
+    """Its Job stays, with its Workload, until that is activated, although its ranks stop; then another attempt waits in
+    the queue."""
     played = cluster(**QUEUED)
     calm(played, 1)
     admitted(played)
     played.deactivated = "stopped by somebody"
     played.let_in(suspended=True)
+    stop_ranks(played, code)
     for _ in range(5):
         pass_time(played, 60)
         played.control()

@@ -375,6 +375,83 @@ def test_who_suspends_a_job_decides_what_becomes_of_it(
 
 
 @pytest.mark.parametrize(
+    ("eviction", "reason", "message"),
+    [
+        (None, "Requeued", "the queue withdrew the quota that it had granted"),
+        (
+            ReasonMessage("Preempted", "Preempted to accommodate another"),
+            "Requeued",
+            "the queue withdrew the quota that it had granted: Preempted to accommodate another",
+        ),
+        (
+            ReasonMessage("PodsReadyTimeout", "Exceeded the PodsReady timeout"),
+            "NotReadyInTime",
+            "the queue withdrew the quota that it had granted: Exceeded the PodsReady timeout",
+        ),
+    ],
+    ids=["nothing said", "preempted", "not ready in time"],
+)
+def test_an_eviction_is_told_in_the_queues_words(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    eviction: ReasonMessage | None,
+    reason: str,
+    message: str,
+) -> None:
+    """What it does next depends on why: pods that were not ready in time may not be so next time either."""
+    status = starting(9, now)
+    status["conditions"].append({**ADMITTED, "lastTransitionTime": rfc3339(now)})
+
+    end = ending.job_suspended_again(
+        make_view(status, [make_attempt_job(suspended=True)], [], spec=QUEUED, eviction=eviction)
+    )
+
+    assert isinstance(end, AttemptEnd)
+    assert (end.reason, end.message, end.budget) == (reason, message, "none")
+
+
+FAILED_BY = "Container trainer for pod team/job-a0-0 failed with exit code {} matching FailJob rule"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "budget"),
+    [
+        (50, "Requeued", "none"),
+        (143, "Requeued", "none"),
+        (137, "Requeued", "none"),
+        (40, "Requeued", "none"),
+        (10, "InvalidConfiguration", "permanent"),
+        (31, "Stalled", "user"),
+        (139, "Killed", "user"),
+    ],
+)
+def test_ranks_that_a_queue_stops_fail_its_job_at_no_cost(
+    running: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    now: datetime,
+    code: int,
+    reason: str,
+    budget: str,
+) -> None:
+    """The Job is suspended, and its stopped pods fail it before the operator looks; a failure of their own counts."""
+    status = running()
+    status["conditions"].append({**ADMITTED, "lastTransitionTime": rfc3339(now)})
+    failing = ReasonMessage("PodFailurePolicy", FAILED_BY.format(code))
+    job = make_attempt_job(suspended=True, failing=failing, failed=True, parallelism=2)
+    pods = [make_pod(index, phase="Failed", node="n", exit_code=code) for index in range(2)]
+
+    found = ask(status, [job], pods, spec={**QUEUED, "infrastructureBackoffLimit": 0}).status
+
+    assert found.attempts[0].reason == reason
+    assert (found.restarts.user, found.restarts.infrastructure) == ((1, 0) if budget == "user" else (0, 0))
+    assert (found.phase == "Failed") == (budget == "permanent")
+
+
+@pytest.mark.parametrize(
     ("check", "age", "job", "pods"),
     [
         (

@@ -181,12 +181,38 @@ PENDING = {"type": "QuotaReserved", "status": "False", "message": "LocalQueue q 
         ([{"spec": {}}], ""),
         ([{"spec": {}, "status": {"conditions": [PENDING]}}], "LocalQueue q doesn't exist"),
         ([{"spec": {}, "status": {"conditions": [{**PENDING, "status": "True"}]}}], ""),
+        (
+            [
+                {
+                    "status": {
+                        "conditions": [{**PENDING, "status": "True"}],
+                        "admissionChecks": [
+                            {"name": "paid", "state": "Ready", "message": "yes"},
+                            {"name": "nodes", "state": "Pending", "message": "to be provisioned"},
+                            {"name": "late", "state": "Retry", "message": ""},
+                        ],
+                    }
+                }
+            ],
+            "the check nodes is open: to be provisioned; the check late is open",
+        ),
     ],
-    ids=["no Kueue", "not looked at yet", "no such queue", "admitted"],
+    ids=["no Kueue", "not looked at yet", "no such queue", "admitted", "checked"],
 )
 def test_a_queue_says_why_it_admits_nothing(workloads: list[Any], why: str) -> None:
     """In Kueue's words."""
     assert observation.queue_says(workloads) == why
+
+
+def test_a_queue_says_why_it_took_its_quota_back() -> None:
+    """By the Workload's condition, which is over once it is admitted again."""
+    evicted = {**EVICTED, "reason": "Preempted"}
+    admitted_again = {**evicted, "status": "False"}
+
+    assert observation.eviction([{"status": {"conditions": [evicted]}}]) == ReasonMessage(
+        "Preempted", "by somebody"
+    )
+    assert observation.eviction([{"status": {"conditions": [admitted_again]}}, {"spec": {}}]) is None
 
 
 def test_a_gated_pod_does_not_wait_for_room() -> None:

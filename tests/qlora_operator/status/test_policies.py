@@ -19,6 +19,7 @@ UID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 FAILED, TERMINATED = Reason.UNEXPECTED_ERROR, Reason.TERMINATED
 SUSPENDED, STEPPED_DOWN, RELEASED = Reason.SUSPENDED, Reason.STEPPED_DOWN, Reason.RELEASED
 FETCHED, TRAINED = Reason.FETCHED, Reason.TRAINED
+REQUEUED, NOT_READY = Reason.REQUEUED, Reason.NOT_READY_IN_TIME
 
 
 def attempts(*reasons: Reason) -> list[Attempt]:
@@ -63,6 +64,11 @@ def test_the_startup_grace_grows_with_the_attempts_that_start(starting: int, sec
         pytest.param([FETCHED, TRAINED], 0, id="everything went well"),
         pytest.param([FAILED, FAILED, FETCHED, FAILED], 0, id="the ranks' first failure"),
         pytest.param([FETCHED, TRAINED, FAILED, FAILED], 10, id="the upload's second failure"),
+        pytest.param([NOT_READY], 60, id="not ready in time for its queue"),
+        pytest.param([NOT_READY] * 3, 240, id="longer each time"),
+        pytest.param([NOT_READY] * 20, 3600, id="at most an hour"),
+        pytest.param([NOT_READY, NOT_READY, REQUEUED], 0, id="one that was preempted begins anew"),
+        pytest.param([NOT_READY, FAILED], 0, id="so does one that ran"),
     ],
 )
 def test_backoff_grows_with_failures_in_a_row(reasons: list[Reason], seconds: float) -> None:

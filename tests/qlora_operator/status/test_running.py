@@ -334,6 +334,24 @@ def test_a_queue_that_admits_nothing_is_quoted(
     assert decision.look_at == now + timedelta(seconds=looks_again)
 
 
+@pytest.mark.parametrize("suspended", [True, False], ids=["not admitted", "admitted"])
+def test_a_job_that_runs_in_another_cluster_says_so(
+    starting: Callable[..., dict[str, Any]],
+    ask: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    suspended: bool,
+) -> None:
+    """MultiKueue takes the Job alone: its pods never come, and nothing is done because they do not."""
+    job = make_attempt_job(suspended=suspended, managed_by="kueue.x-k8s.io/multikueue", parallelism=2)
+
+    decision = ask(starting(9999, now), [job], [], spec={"scheduling": {"queueName": "q"}})
+
+    assert decision.status.phase == "Queued"
+    assert decision.status.attempts[0].reason is None
+    assert "spec.managedBy of job-a0 is kueue.x-k8s.io/multikueue" in decision.status.message
+
+
 NEVER, EARLIER = None, "2026-01-31T11:54:00Z"
 
 
