@@ -1,5 +1,7 @@
 """Ollama's Modelfile."""
 
+import pytest
+
 from qlora_trainer.export.chat_format import ChatFormat, Turn
 from qlora_trainer.export.modelfile import go_template, modelfile
 
@@ -41,4 +43,21 @@ def test_without_a_format_the_template_in_the_file_counts() -> None:
     for chat in (None, odd):
         text = modelfile("m.gguf", chat, None, [], {})
         assert "TEMPLATE" not in text
-        assert "in the GGUF file counts" in text
+        assert "of its own templates" in text
+
+
+@pytest.mark.parametrize(
+    ("stop", "lines"),
+    [
+        ("<|im_end|>", ['PARAMETER stop "<|im_end|>"']),
+        ("\\end", ['PARAMETER stop "\\end"']),
+        ('say "end"', ['PARAMETER stop """say "end""""']),
+        ('"""', []),
+        ("\u200bend", []),
+    ],
+)
+def test_stop_texts_stand_as_they_are(stop: str, lines: list[str]) -> None:
+    """Ollama knows no escapes; what it could not read back is left to the token that the GGUF file names."""
+    written = modelfile("m.gguf", None, None, [stop], {}).splitlines()
+
+    assert [line for line in written if line.startswith("PARAMETER")] == lines
