@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from exported import TOKENS, by_peft, exported, prompt_ids
+from exported import TOKENS, base_as_gguf, by_peft, exported, prompt_ids
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 
@@ -47,3 +47,17 @@ def test_it_reads_gguf_files(
 
     assert without != expected
     assert greedy(genai, out / "gguf-f16" / "demo-f16.gguf", prompt_ids(model)) == expected
+
+
+def test_it_applies_an_adapter_to_a_base_in_gguf(
+    genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By the adapter's own file; its weight is alpha over rank, which it does not read itself. None is passed over."""
+    model = small_model("llama", dtype="float16")
+    adapter = an_adapter(model)
+    base = base_as_gguf(model, tmp_path / "base.gguf")
+    expected, without = by_peft(model, adapter)
+    loaded = genai.Adapter(str(adapter / "adapter_model.safetensors"))
+
+    assert greedy(genai, base, prompt_ids(model)) == without
+    assert greedy(genai, base, prompt_ids(model), adapters=genai.AdapterConfig(loaded, 2.0)) == expected

@@ -33,8 +33,8 @@ def modelfile(
     template = None if chat is None else go_template(chat, bos)
     if template is None:
         lines.append(
-            "# The chat template cannot be written in Ollama's language: of its own templates it takes the one that is most "
-            "like that in the GGUF file, if one is."
+            "# The chat template cannot be written in Ollama's language: of its own it takes the one that is most like "
+            "that in the GGUF file, if one is."
         )
     else:
         lines.append(f'TEMPLATE """{template}"""')
