@@ -44,7 +44,8 @@ def base_as_gguf(folder: Path, file: Path) -> Path:
 
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     tensors = plan_model(plan_tensors(folder, read_model(folder)[0], AdapterWeights({}, None)), config, "f16")
-    metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, {})
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, special)
     write_model(file, tensors, metadata, lambda _: None)
     return file
 

