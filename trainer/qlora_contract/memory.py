@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from qlora_contract.base import ContractModel
-from qlora_contract.quantization import MAPPED, weight_bytes
+from qlora_contract.quantization import is_mapped, weight_bytes
 from qlora_contract.run_config import Layout, RunConfig, Training
 
 Dtype = Literal["bf16", "fp32"]
@@ -220,7 +220,8 @@ def estimate(
         mapped: whether the workspace has room for the quantized base, so that the ranks of a pod map it.
     """
     e = BYTES[dtype]
-    sharing = _ranks_of_pod(run.layout) if mapped and run.quantization.scheme in MAPPED else 1
+    ranks = _ranks_of_pod(run.layout)
+    sharing = ranks if mapped and is_mapped(run.quantization, ranks) else 1
     widest = max(shape.intermediate, shape.heads * shape.head_size, shape.hidden)
     # One sample in each bin has the most tokens of its own.
     bins = tokens // run.training.max_sequence_length

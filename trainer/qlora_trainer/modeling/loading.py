@@ -59,6 +59,7 @@ def load_model(
 def write_image(
     folder: Path,
     scheme: Scheme,
+    dtype: torch.dtype,
     into: Path,
     advance: Callable[[int], None] = lambda _: None,
     weights_hash: WeightsHash | None = None,
@@ -67,7 +68,8 @@ def write_image(
 
     Args:
         folder: of the model, as load_model has it.
-        scheme: how linear weights are kept: one that quantizes them.
+        scheme: how linear weights are kept.
+        dtype: what is computed in, for a scheme that does not quantize.
         into: the folder.
         advance, weights_hash: as load_model has them.
 
@@ -76,7 +78,6 @@ def write_image(
         OSError: it cannot be written.
     """
     family, config = read_model(folder)
-    dtype = torch.float32  # no scheme that quantizes looks at it
     graph = build_graph(config, family, dtype)
     with ImageWriter(into) as image:
         weights = stored_weights(folder, config)

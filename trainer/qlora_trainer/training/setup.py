@@ -199,7 +199,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     kept = run.checkpoint.keep + run.evaluation.keep_best + 2
     checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
     space = checkpoints + 2**20 + exports.space(forms, model_folder)
-    maps = pods_that_map(context, model_folder, memory.base_bytes(shape, run, dtype), space)
+    maps = pods_that_map(context, model_folder, DTYPES[dtype], memory.base_bytes(shape, run, dtype), space)
     compiled, mapped = library.loaded() is not None, all(maps.values())
     chosen = memory.choose(shape, run, dtype, samples, compiled=compiled, mapped=mapped)
     check_memory(run, chosen, os.environ)
