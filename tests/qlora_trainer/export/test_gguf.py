@@ -260,3 +260,61 @@ def test_llama_cpp_answers_from_q4_k_m(
     question, _, answer = done.stdout.partition("\nllama.cpp ")
     assert question.split() == ["question", "Hello"]
     assert answer.strip()
+
+
+OPENVINO_FAMILIES = ("llama", "qwen2", "qwen3")
+"""Whose GGUF files OpenVINO GenAI reads."""
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""Else it computes in bf16, and keeps keys and values in 8 bits."""
+
+
+@pytest.fixture
+def genai() -> Any:
+    """The package openvino-genai."""
+    return pytest.importorskip("openvino_genai", reason="needs openvino-genai")
+
+
+def by_openvino(genai: Any, file: Path, prompt: list[int], **more: Any) -> list[int]:
+    """The next TOKENS tokens."""
+    import numpy as np
+    import openvino
+
+    settings = genai.GenerationConfig()
+    settings.max_new_tokens, settings.do_sample, settings.ignore_eos = TOKENS, False, True
+    pipeline = genai.LLMPipeline(str(file), "CPU", **EXACT, **more)
+    ids = np.array([prompt], dtype=np.int64)
+    inputs = genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+    return list(pipeline.generate(inputs, settings).tokens[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", OPENVINO_FAMILIES)
+def test_openvino_says_what_transformers_and_peft_say(
+    kind: str, genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twenty greedy tokens of f16 are those of transformers and peft."""
+    model = small_model(kind, dtype="float16")
+    adapter = an_adapter(model)
+    out = exported(model, adapter, tmp_path / "out", "gguf-f16")
+    expected, without = by_peft(model, adapter)
+
+    assert without != expected
+    assert by_openvino(genai, out / "gguf-f16" / "demo-f16.gguf", prompt_ids(model)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_openvino_passes_over_an_adapter_beside_a_base_in_gguf(
+    genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It prints that no tensor was used, and answers as the base: docs/serving.md says to merge. Should it change, so
+    should that page."""
+    model = small_model("llama", dtype="float16")
+    adapter = an_adapter(model)
+    base = base_as_gguf(model, tmp_path / "base.gguf")
+    expected, without = by_peft(model, adapter)
+    loaded = genai.Adapter(str(adapter / "adapter_model.safetensors"))
+
+    assert expected != without
+    assert by_openvino(genai, base, prompt_ids(model), adapters=genai.AdapterConfig(loaded, 2.0)) == without
