@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
 from exported import PROMPT, TOKENS, base_as_gguf, by_peft, exported, prompt_ids
+from qlora_contract.run_config import GgufType, OutputFormat
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import (
     GGUF_FAMILIES,
@@ -65,6 +66,16 @@ def test_rows_of_queries_and_keys_are_reordered_and_back() -> None:
 def test_names_are_those_of_llama_cpp(path: str, name: str) -> None:
     """From gguf's own table."""
     assert GgufNames(a_config("qwen3")).name(path) == name
+
+
+def test_the_page_of_exports_names_families_formats_and_types() -> None:
+    """docs/export.md says what the code does."""
+    page = " ".join((Path(__file__).parents[3] / "docs" / "export.md").read_text().split())
+    *first, last = sorted(GGUF_FAMILIES)
+
+    assert f"(today {', '.join(first)} and {last} have one)" in page
+    for name in (*get_args(OutputFormat), *get_args(GgufType)):
+        assert f"| `{name}` |" in page
 
 
 def test_a_tensor_without_a_name_is_refused() -> None:
