@@ -193,7 +193,10 @@ class Client:
         Raises:
             ClusterError: there is no such pod, or its log cannot be read.
         """
-        pod = self.pod(name, index=index, attempt=attempt)
+        yield from self.pod_log(self.pod(name, index=index, attempt=attempt), follow=follow)
+
+    def pod_log(self, pod: str, *, follow: bool) -> Iterator[str]:
+        """The lines of the trainer's log in a pod. Raises ClusterError when it cannot be read."""
         arguments = {"container": names.TRAINER_CONTAINER}
         if follow:
             try:
@@ -231,7 +234,7 @@ class Client:
         selector = f"{names.JOB_UID_LABEL}={job.metadata.uid},{names.ROLE_LABEL}={names.Role.TRAINER.value}"
         found = _call(lambda: self._batch.list_namespaced_job(self.namespace, label_selector=selector)).items
         if not found:
-            raise ClusterError(f"{name} has not trained yet, so there is nothing to talk to")
+            raise ClusterError(f"{name} has not trained yet, so there is no model of it")
         newest = max(found, key=lambda child: int(child.metadata.labels.get(names.ATTEMPT_LABEL, 0)))
         template: dict[str, Any] = self._api.sanitize_for_serialization(newest.spec.template)
         return job, template

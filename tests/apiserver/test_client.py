@@ -144,6 +144,51 @@ def test_the_chat_pod_is_admitted_and_removed(
     assert job_handle.status["phase"] == "Running"
 
 
+def test_an_export_is_a_pod_of_its_own_after_the_job(
+    kubectl_qlora: Callable[..., int],
+    api_cluster: Cluster,
+    make_job: MakeJob,
+    namespace: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Under Pod Security *restricted*, for a job that has succeeded; how the pod ends is how the command ends, and the
+    pod goes. The job stays as it is."""
+    api_cluster.client.patch(
+        f"/api/v1/namespaces/{namespace}",
+        {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "restricted"}}},
+    )
+    job = make_job()
+    pods = job.run()
+    assert kubectl_qlora("export", "job", "--format", "merged") == 1
+    assert "job has no finished adapter" in capsys.readouterr().err
+    job.done(pods, "train")
+    before = job.until_phase("Succeeded")
+    ends: list[Callable[[Any], None]] = [
+        lambda pod: job.done([pod], "export"),
+        lambda pod: job.refuses(pod, 14, "no space is left"),
+    ]
+    codes = []
+    for end in ends:
+
+        def kubelet(end: Callable[[Any], None] = end) -> None:
+            (pod,) = job.kubelet.pods(namespace, "app.kubernetes.io/component=export", 1)
+            end(job.kubelet.running(pod))
+
+        thread = threading.Thread(target=kubelet)
+        thread.start()
+        codes.append(kubectl_qlora("export", "job", "--format", "gguf", "--gguf-type", "q8_0"))
+        thread.join()
+    told = capsys.readouterr()
+
+    assert codes == [0, 14]
+    assert told.out.strip() == "pvc://work/here/jobs/job/exports/gguf-q8_0"
+    assert "starting pod job-export" in told.err
+    assert "no space is left" in told.err
+    path = f"/api/v1/namespaces/{namespace}/pods?labelSelector=app.kubernetes.io/component=export"
+    wait_for(lambda: not api_cluster.client.items(path))
+    assert job.status == before
+
+
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "client.ipynb"
 RUN_CELLS = """
 import json, sys

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 
@@ -24,7 +24,7 @@ from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, finished_report, job_path
 from qlora_contract.paths import InvalidUriError, local_uri, split_pvc
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import ISA_TIERS, GgufType, Output, RunConfig
+from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_operator.api.messages import field_of_spec
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
@@ -36,6 +36,7 @@ from qlora_operator.cli.compare import compare, read_prompts
 from qlora_operator.cli.completion import SHELLS, script
 from qlora_operator.cli.destination_check import check_destination
 from qlora_operator.cli.display import printable
+from qlora_operator.cli.export_arguments import add_formats, output_of
 from qlora_operator.cli.help_texts import EXAMPLES, exit_codes
 from qlora_operator.cli.job_file import (
     WORKSPACE,
@@ -295,15 +296,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="JOB",
         help="YAML or JSON with a QLoRAJob, or the job's folder, jobs/NAME of its workspace",
     )
-    exporting.add_argument(
-        "--format", action="append", choices=["merged", "gguf"], required=True, help="repeat for both"
-    )
-    exporting.add_argument(
-        "--gguf-type",
-        action="append",
-        choices=get_args(GgufType),
-        help="default: q8_0; repeat for several; lora is the adapter alone",
-    )
+    add_formats(exporting)
     exporting.add_argument(
         "--model", type=Path, metavar="PATH", help="the base model's folder, where it is not found otherwise"
     )
@@ -562,10 +555,9 @@ def _export(options: argparse.Namespace) -> int:
             raise CommandError(f"add --volume {missing[0]}=PATH, the directory that has the workspace", USAGE)
         folder = job_path(job.spec.workspace, job.metadata.name, volumes)
     require_trainer()
-    forms = forms_of(Output(formats=options.format, gguf_types=options.gguf_type or ["q8_0"]))
     return export.export(
         folder.absolute(),
-        forms,
+        forms_of(output_of(options)),
         volumes,
         Console(highlight=False),
         model=options.model,

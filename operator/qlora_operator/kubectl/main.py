@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_contract.export import forms_of
+from qlora_contract.job_folder import EXPORTS
 from qlora_operator.api.status import Columns, QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import main as qlora
@@ -16,15 +18,20 @@ from qlora_operator.cli.chat import chat
 from qlora_operator.cli.chat_arguments import add_chat, add_compare, bounded, chat_settings
 from qlora_operator.cli.compare import compare, read_prompts
 from qlora_operator.cli.display import printable
-from qlora_operator.client import Client
+from qlora_operator.cli.export_arguments import add_formats, output_of
+from qlora_operator.cli.outcome import error_message
+from qlora_operator.client import Client, ClusterError
+from qlora_operator.errors import CommandError
 from qlora_operator.kubectl.chat_pod import chat_pod
-from qlora_operator.kubectl.pod_exchange import pod_model
+from qlora_operator.kubectl.export_pod import export_pod
+from qlora_operator.kubectl.pod_exchange import pod_model, read_pod, running_pod, wait_until_ended
 
 EXIT_CODES = """\
 exit codes:
   0    done
   1    the cluster refused, or could not be reached
   2    wrong arguments, or a file with errors
+  10-  of chat, compare and export: a job's own, docs/reference/exit-codes.md
   130  ended by Ctrl-C
 """
 ATTEMPTS_SHOWN = 5
@@ -62,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
         "restart": subcommands.add_parser(
             "restart", help="suspend a job, wait for its pods to stop, and resume it"
         ),
+        "export": subcommands.add_parser(
+            "export", help="make a merged model or GGUF files of a finished job's adapter"
+        ),
         "chat": add_chat(subcommands),
         "compare": add_compare(subcommands),
     }
@@ -86,10 +96,11 @@ def parser() -> argparse.ArgumentParser:
         "--timeout", type=bounded(float, 0, 1e6), default=600.0, metavar="SECONDS",
         help="for the pods to stop; default: 600",
     )  # fmt: skip
-    for name in ("chat", "compare"):
+    add_formats(made["export"])
+    for name in ("chat", "compare", "export"):
         made[name].add_argument(
             "--pod-running-timeout", type=bounded(float, 0, 1e6), default=300.0, metavar="SECONDS",
-            help="for the pod with the model to run; default: 300",
+            help="for the pod to run; default: 300",
         )  # fmt: skip
     return command
 
@@ -208,6 +219,24 @@ def _chat(client: Client, options: argparse.Namespace) -> int:
         return compare(exchange, questions, chat_settings(options), output=options.output, console=console)
 
 
+def _export(client: Client, options: argparse.Namespace) -> int:
+    output = output_of(options)
+    job, template = client.training_template(options.job)
+    pod = export_pod(job, template, output)
+    with running_pod(client, pod, options.pod_running_timeout, may_end=True) as name:
+        try:
+            for line in client.pod_log(name, follow=True):
+                print(printable(line), file=sys.stderr, flush=True)
+        except ClusterError as error:  # how the pod ends is what counts
+            print(f"its log cannot be followed: {error}", file=sys.stderr)
+        code, cause = wait_until_ended(lambda: read_pod(client, name))
+    if code != 0:
+        raise CommandError(error_message(code, cause), code)
+    for form in forms_of(output):
+        print(f"{job.spec.workspace.rstrip('/')}/jobs/{options.job}/{EXPORTS}/{form}")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int]] = {
     "list": _list,
     "get": _list,
@@ -219,4 +248,5 @@ COMMANDS: dict[str, Callable[[Client, argparse.Namespace], int]] = {
     "restart": _restart,
     "chat": _chat,
     "compare": _chat,
+    "export": _export,
 }

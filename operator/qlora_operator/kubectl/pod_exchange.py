@@ -1,4 +1,4 @@
-"""The pod of `kubectl qlora chat`: started, waited for, spoken with, removed."""
+"""A pod that the command starts itself: started, waited for, spoken with, removed."""
 
 import json
 import sys
@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
+from pydantic import ValidationError
 from urllib3.exceptions import HTTPError
 
+from qlora_contract.progress import TerminationReport
 from qlora_contract.signals import stop_by
 from qlora_operator.api import names
 from qlora_operator.cli.chat_exchange import Exchange
@@ -37,6 +39,40 @@ class Channel(Protocol):
 
 
 @contextmanager
+def running_pod(
+    client: Client,
+    pod: Mapping[str, Any],
+    running_seconds: float,
+    *,
+    grace_seconds: int | None = None,
+    may_end: bool = False,
+) -> Iterator[str]:
+    """The name of a pod that is created, runs, and is removed at the end whatever happens.
+
+    Args:
+        client: of the cluster.
+        pod: its manifest.
+        running_seconds: for it to run.
+        grace_seconds: for it to end once it is removed; None: what it says itself.
+        may_end: whether it is no failure when it has ended before it was seen to run.
+
+    Raises:
+        ClusterError: it cannot be created, or does not run in time.
+    """
+    stop_by(_interrupt)  # the pod is removed then, too
+    created = _answered(lambda: client.core.create_namespaced_pod(client.namespace, pod))
+    name = created.metadata.name
+    grace = {} if grace_seconds is None else {"grace_period_seconds": grace_seconds}
+    try:
+        print(f"starting pod {name} ...", file=sys.stderr)
+        wait_until_running(lambda: read_pod(client, name), running_seconds, may_end=may_end)
+        yield name
+    finally:
+        with suppress(ApiException, HTTPError, OSError):
+            client.core.delete_namespaced_pod(name, client.namespace, **grace)
+
+
+@contextmanager
 def pod_model(client: Client, pod: Mapping[str, Any], running_seconds: float) -> Iterator[Exchange]:
     """An exchange with a pod that is created for it, and removed at the end whatever happens.
 
@@ -48,12 +84,7 @@ def pod_model(client: Client, pod: Mapping[str, Any], running_seconds: float) ->
     Raises:
         ClusterError: it cannot be created, or does not run in time.
     """
-    stop_by(_interrupt)  # the pod is removed then, too
-    created = _answered(lambda: client.core.create_namespaced_pod(client.namespace, pod))
-    name = created.metadata.name
-    try:
-        print(f"starting pod {name} ...", file=sys.stderr)
-        wait_until_running(lambda: read_pod(client, name), running_seconds)
+    with running_pod(client, pod, running_seconds, grace_seconds=GRACE_SECONDS) as name:
         channel = _answered(
             lambda: stream(
                 client.core.connect_get_namespaced_pod_attach,
@@ -71,9 +102,6 @@ def pod_model(client: Client, pod: Mapping[str, Any], running_seconds: float) ->
             yield Exchange(sender(channel), lines_of(channel), lambda: _why_gone(client, name))
         finally:
             channel.close()
-    finally:
-        with suppress(ApiException, HTTPError, OSError):
-            client.core.delete_namespaced_pod(name, client.namespace, grace_period_seconds=GRACE_SECONDS)
 
 
 def _interrupt(*_: object) -> None:
@@ -94,6 +122,8 @@ def wait_until_running(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
+    *,
+    may_end: bool = False,
 ) -> None:
     """Wait for a pod's container, and tell what it waits for.
 
@@ -104,10 +134,11 @@ def wait_until_running(
     while True:
         pod = look()
         phase = pod.get("status", {}).get("phase")
-        if phase == "Running":
+        ended = phase in ("Succeeded", "Failed")
+        if phase == "Running" or (ended and may_end):
             return
         why = waiting_for(pod)
-        if phase in ("Succeeded", "Failed"):
+        if ended:
             raise ClusterError(f"the pod ended before it could be asked: {why or phase}")
         if why and why != told:
             print(why, file=sys.stderr)
@@ -118,6 +149,27 @@ def wait_until_running(
                 "--pod-running-timeout waits longer"
             )
         sleep(POLL_SECONDS)
+
+
+def wait_until_ended(look: Callable[[], Mapping[str, Any]]) -> tuple[int, str]:
+    """Wait for a pod's container to end: its exit code, and the cause that it reports; empty for 0.
+
+    Raises:
+        ClusterError: the pod ended without one, as when its node is gone.
+    """
+    while (pod := look()).get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+        time.sleep(POLL_SECONDS)
+    states = [c.get("state", {}).get("terminated") for c in pod["status"].get("containerStatuses") or []]
+    ended = next(filter(None, states), None)
+    if ended is None:
+        raise ClusterError(f"the pod ended: {waiting_for(pod) or 'it does not say why'}")
+    if ended["exitCode"] == 0:
+        return 0, ""
+    try:
+        cause = TerminationReport.model_validate_json(ended.get("message") or "").cause
+    except ValidationError:
+        cause = waiting_for(pod)
+    return ended["exitCode"], cause
 
 
 def waiting_for(pod: Mapping[str, Any]) -> str:

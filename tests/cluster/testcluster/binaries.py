@@ -43,6 +43,7 @@ PROGRAMS = {
     "helm": Program("helm", "helm.sh/helm/v4/cmd/helm", 5, 1.5),
     "registry": Program("registry", "github.com/distribution/distribution/v3/cmd/registry", 3, 1),
     "syft": Program("syft", "github.com/anchore/syft/cmd/syft", 4, 2),
+    "ollama-modelfile": Program("ollama", ".", 0.5, 0.2),
 }
 _API = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubectl")
 TIERS = {

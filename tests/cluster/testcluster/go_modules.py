@@ -23,6 +23,7 @@ PATHS = {
     "kwok": "sigs.k8s.io/kwok",
     "registry": "github.com/distribution/distribution/v3",
     "syft": "github.com/anchore/syft",
+    "ollama": "github.com/ollama/ollama",
 }
 """The Go module of each component."""
 

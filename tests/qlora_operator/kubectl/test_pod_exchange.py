@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from qlora_operator.client import ClusterError
-from qlora_operator.kubectl.pod_exchange import lines_of, sender, wait_until_running, waiting_for
+from qlora_operator.kubectl.pod_exchange import (
+    lines_of,
+    sender,
+    wait_until_ended,
+    wait_until_running,
+    waiting_for,
+)
 
 
 def a_pod(phase: str = "Pending", **status: Any) -> dict[str, Any]:
@@ -65,6 +71,49 @@ def test_it_does_not_wait_for_ever_or_for_the_dead() -> None:
         ClusterError, match=r"does not run after 3 s: no node yet: 0/3 nodes have room; --pod-running"
     ):
         waited(iter([a_pod(conditions=UNPLACED)] * 9), 3)
+
+
+@pytest.mark.parametrize(
+    ("pod", "expected"),
+    [
+        pytest.param(
+            a_pod("Succeeded", containerStatuses=a_container(terminated={"exitCode": 0})), (0, ""), id="done"
+        ),
+        pytest.param(
+            a_pod(
+                "Failed",
+                containerStatuses=a_container(
+                    terminated={
+                        "exitCode": 12,
+                        "reason": "Error",
+                        "message": '{"exitCode": 12, "reason": "ModelError", "cause": "another base"}',
+                    }
+                ),
+            ),
+            (12, "another base"),
+            id="with a report",
+        ),
+        pytest.param(
+            a_pod(
+                "Failed", containerStatuses=a_container(terminated={"exitCode": 137, "reason": "OOMKilled"})
+            ),
+            (137, "OOMKilled"),
+            id="killed",
+        ),
+    ],
+)
+def test_how_a_pod_ended_is_its_code_and_the_cause_that_it_reports(
+    pod: dict[str, Any], expected: tuple[int, str]
+) -> None:
+    """Or what the kubelet says of it."""
+    assert wait_until_ended(lambda: pod) == expected
+
+
+def test_a_pod_that_ends_without_its_container_is_an_error() -> None:
+    """Such as one that was evicted; one that ends at once is none where it may."""
+    with pytest.raises(ClusterError, match="the pod ended: Evicted: low on memory"):
+        wait_until_ended(lambda: REASONS["evicted"][0])
+    wait_until_running(lambda: REASONS["evicted"][0], 60, may_end=True)
 
 
 class Streams:

@@ -265,6 +265,30 @@ def test_too_little_space_is_seen_before_anything_is_written(
     assert told.lines == []
 
 
+@pytest.mark.parametrize(("form", "size"), [("merged", "5m"), ("gguf-f16", "5m"), ("gguf-lora", "16k")])
+def test_a_disk_that_fills_up_meanwhile_is_said(
+    form: ExportForm,
+    size: str,
+    small_model: Callable[..., Path],
+    an_adapter: Callable[..., Path],
+    make_disk: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By others, after there was room. Nothing of the form stays."""
+    model = small_model()
+    adapter = Path(shutil.move(an_adapter(model), tmp_path_factory.mktemp("elsewhere")))
+    output = make_disk(size) / "out"
+    monkeypatch.setattr(
+        exporting.shutil, "disk_usage", lambda _: exporting.shutil._ntuple_diskusage(9**15, 0, 9**15)
+    )
+
+    with pytest.raises(StorageFull, match=f"no space left while writing .*{form}"):
+        export(a_request(model, adapter, output, form), Told(), no_fence)
+
+    assert not list(output.iterdir())
+
+
 def test_forms_are_checked_before_anything_is_trained(
     small_model: Callable[..., Path], tmp_path: Path
 ) -> None:

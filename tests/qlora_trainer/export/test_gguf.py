@@ -5,13 +5,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
+from exported import PROMPT, TOKENS, base_as_gguf, by_peft, exported, prompt_ids
+from qlora_contract.run_config import GgufType, OutputFormat
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import (
     GGUF_FAMILIES,
@@ -64,6 +66,16 @@ def test_rows_of_queries_and_keys_are_reordered_and_back() -> None:
 def test_names_are_those_of_llama_cpp(path: str, name: str) -> None:
     """From gguf's own table."""
     assert GgufNames(a_config("qwen3")).name(path) == name
+
+
+def test_the_page_of_exports_names_families_formats_and_types() -> None:
+    """docs/export.md says what the code does."""
+    page = " ".join((Path(__file__).parents[3] / "docs" / "export.md").read_text().split())
+    *first, last = sorted(GGUF_FAMILIES)
+
+    assert f"(today {', '.join(first)} and {last} have one)" in page
+    for name in (*get_args(OutputFormat), *get_args(GgufType)):
+        assert f"| `{name}` |" in page
 
 
 def test_a_tensor_without_a_name_is_refused() -> None:
@@ -170,34 +182,7 @@ def test_llama3_stretches_waves_as_transformers_does(small_model: Callable[..., 
     assert rope_factors(a_config()) is None
 
 
-PROMPT = "<|im_start|>user\nWhat does a list do?<|im_end|>\n<|im_start|>assistant\n"
-TOKENS = 20
 ASK = Path(__file__).parents[3] / "demo" / "ask_llama.py"
-
-
-class Silent:
-    """A Listener that nobody listens to."""
-
-    def begin(self, *_: object) -> None:
-        """Something is begun."""
-
-    def advance(self, *_: object) -> None:
-        """Some of it is done."""
-
-    def exported(self, *_: object) -> None:
-        """A form is finished."""
-
-
-def _export(model: Path, adapter: Path, output: Path, *forms: Any) -> Path:
-    """The folder of these forms."""
-    from qlora_contract.export import ExportRequest
-    from qlora_trainer.export.exporting import export
-
-    request = ExportRequest(
-        name="demo", model=str(model), adapter=str(adapter), output=str(output), forms=list(forms)
-    )
-    export(request, Silent(), lambda: None)
-    return output
 
 
 @pytest.fixture
@@ -215,21 +200,10 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
     llama_cpp: Any, demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     adapter = an_adapter(demo_model)
-    out = _export(demo_model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
-    prompt = AutoTokenizer.from_pretrained(demo_model)(PROMPT)["input_ids"]
-    base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-
-    def by_peft() -> list[int]:
-        ids = list(prompt)
-        with torch.no_grad():
-            for _ in range(TOKENS):
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        return ids[len(prompt) :]
+    out = exported(demo_model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
+    prompt = prompt_ids(demo_model)
+    expected, without = by_peft(demo_model, adapter)
 
     def by_llama_cpp(file: Path, **more: Any) -> list[int]:
         loaded = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, **more)
@@ -237,12 +211,10 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
         drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
         return [next(drawn) for _ in range(TOKENS)]
 
-    expected = by_peft()
-    with model.disable_adapter():
-        assert by_peft() != expected
+    assert without != expected
     assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
     lora = str(out / "gguf-lora" / "demo-lora.gguf")
-    assert by_llama_cpp(_base_as_gguf(demo_model, tmp_path), lora_path=lora) == expected
+    assert by_llama_cpp(base_as_gguf(demo_model, tmp_path / "base.gguf"), lora_path=lora) == expected
 
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -265,24 +237,16 @@ def test_llama_cpp_computes_each_family_as_transformers_does(
     tmp_path: Path,
 ) -> None:
     """A small random model with everything special to its kind: twenty greedy tokens of f16 are equal."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = small_model(kind, dtype="float16", **NEEDED.get(kind, {}))
     adapter = an_adapter(folder)
-    out = _export(folder, adapter, tmp_path / "out", "gguf-f16")
-    prompt = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    expected = list(prompt)
-    with torch.no_grad():
-        for _ in range(TOKENS):
-            expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+    out = exported(folder, adapter, tmp_path / "out", "gguf-f16")
+    prompt = prompt_ids(folder)
+    expected, _ = by_peft(folder, adapter)
 
     loaded = llama_cpp.Llama(str(out / "gguf-f16" / "demo-f16.gguf"), n_ctx=256, verbose=False)
     drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
 
-    assert prompt + [next(drawn) for _ in range(TOKENS)] == expected
+    assert [next(drawn) for _ in range(TOKENS)] == expected
 
 
 @pytest.mark.slow
@@ -295,7 +259,7 @@ def test_llama_cpp_answers_from_q4_k_m(
     tmp_path: Path,
 ) -> None:
     """By the chat template in the file, as `make demo-llama` asks."""
-    out = _export(demo_model, an_adapter(demo_model, scale=0.1), tmp_path / "out", "gguf-q4_k_m")
+    out = exported(demo_model, an_adapter(demo_model, scale=0.1), tmp_path / "out", "gguf-q4_k_m")
 
     done = subprocess.run(
         [sys.executable, ASK, str(out / "gguf-q4_k_m" / "demo-q4_k_m.gguf"), "Hello"],
@@ -309,19 +273,59 @@ def test_llama_cpp_answers_from_q4_k_m(
     assert answer.strip()
 
 
-def _base_as_gguf(folder: Path, tmp_path: Path) -> Path:
-    """The base without an adapter, as f16."""
-    from transformers import AutoTokenizer
+OPENVINO_FAMILIES = ("llama", "qwen2", "qwen3")
+"""Whose GGUF files OpenVINO GenAI reads."""
+EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""Else it computes in bf16, and keeps keys and values in 8 bits."""
 
-    from qlora_trainer.export.adapter_weights import AdapterWeights
-    from qlora_trainer.export.gguf import Metadata, plan_model, write_model
-    from qlora_trainer.export.merged_weights import plan_tensors
-    from qlora_trainer.export.vocabulary import read_vocabulary
-    from qlora_trainer.modeling.families import read_model
 
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tensors = plan_model(plan_tensors(folder, read_model(folder)[0], AdapterWeights({}, None)), config, "f16")
-    metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, {})
-    file = tmp_path / "base.gguf"
-    write_model(file, tensors, metadata, lambda _: None)
-    return file
+@pytest.fixture
+def genai() -> Any:
+    """The package openvino-genai."""
+    return pytest.importorskip("openvino_genai", reason="needs openvino-genai")
+
+
+def by_openvino(genai: Any, file: Path, prompt: list[int], **more: Any) -> list[int]:
+    """The next TOKENS tokens."""
+    import numpy as np
+    import openvino
+
+    settings = genai.GenerationConfig()
+    settings.max_new_tokens, settings.do_sample, settings.ignore_eos = TOKENS, False, True
+    pipeline = genai.LLMPipeline(str(file), "CPU", **EXACT, **more)
+    ids = np.array([prompt], dtype=np.int64)
+    inputs = genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+    return list(pipeline.generate(inputs, settings).tokens[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", OPENVINO_FAMILIES)
+def test_openvino_says_what_transformers_and_peft_say(
+    kind: str, genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Twenty greedy tokens of f16 are those of transformers and peft."""
+    model = small_model(kind, dtype="float16")
+    adapter = an_adapter(model)
+    out = exported(model, adapter, tmp_path / "out", "gguf-f16")
+    expected, without = by_peft(model, adapter)
+
+    assert without != expected
+    assert by_openvino(genai, out / "gguf-f16" / "demo-f16.gguf", prompt_ids(model)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_openvino_passes_over_an_adapter_beside_a_base_in_gguf(
+    genai: Any, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It prints that no tensor was used, and answers as the base: docs/serving.md says to merge. Should it change, so
+    should that page."""
+    model = small_model("llama", dtype="float16")
+    adapter = an_adapter(model)
+    base = base_as_gguf(model, tmp_path / "base.gguf")
+    expected, without = by_peft(model, adapter)
+    loaded = genai.Adapter(str(adapter / "adapter_model.safetensors"))
+
+    assert expected != without
+    assert by_openvino(genai, base, prompt_ids(model), adapters=genai.AdapterConfig(loaded, 2.0)) == without

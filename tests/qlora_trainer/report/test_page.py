@@ -89,8 +89,18 @@ REPORT: dict[str, Any] = {
     "isa": "avx2",
     "peak_memory_bytes": 800 * 2**20,
     "plan": {"memory_bytes": 2**30, "memory_per_rank_bytes": 2 * 2**30, "parts": {"base": 2**29}},
-    "data": {"training": {"records": 90, "truncated": 4}},
-    "configuration": {"training": {"maxGradNorm": 1.5, "seed": 3}, "adapter": {"targetModules": ["q", "v"]}},
+    "data": {
+        "training": {
+            "records": 90,
+            "truncated": 4,
+            "lengths": [{"upTo": 64, "count": 1234}, {"upTo": 128, "count": 7}],
+        }
+    },
+    "configuration": {
+        "training": {"maxGradNorm": 1.5, "seed": 3},
+        "adapter": {"targetModules": ["q", "v"]},
+        "dataset": {"sources": [{"source": "pvc://a/x"}, {"source": "pvc://a/y", "weight": 2}]},
+    },
     "provenance": {"model_source": "pvc://a/m", "weights_sha256": "ab" * 32, "versions": {"torch": "2.15"}},
     "ranks": [{"rank": 0, "host": "node-a", "isa": "avx2", "cpus": "0-1", "tokens": 4000}],
     "finished": "2026-01-01T01:00:00Z",
@@ -122,6 +132,8 @@ def rendered(report: dict[str, Any] = REPORT, metrics: list[dict[str, Any]] = ME
         pytest.param("went on from a checkpoint", id="restarts"),
         pytest.param("training: truncated", id="data"),
         pytest.param("training.seed", id="configuration"),
+        pytest.param("dataset.sources.1.weight", id="one of several sources"),
+        pytest.param("1,234 of up to 64, 7 of up to 128", id="lengths"),
         pytest.param("q, v", id="a list"),
         pytest.param("ab" * 32, id="digest of the weights"),
         pytest.param("versions.torch", id="versions"),

@@ -77,6 +77,8 @@ def test_a_job_trains_evaluates_and_publishes(ready: Ready) -> None:
     }
     assert named < report["timeline"].keys()
     assert all(report["timeline"][name] > 0 for name in named)
+    order = list(report["timeline"])
+    assert order.index("first step") < order.index("training")  # what is waited for ends with the first step
 
 
 VIRTUAL: dict[str, dict[str, Any]] = {

@@ -288,16 +288,16 @@ def write_model(
         writer.add_tensor_info(
             tensor.name, shape, np.dtype(numpy_type or np.uint8), tensor.nbytes, tensor.kind
         )
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         for tensor in tensors:
             value = tensor.value
             if tensor.source is not None:
                 value = names.to_gguf(tensor.source.path, tensor.source.value())
             assert value is not None, "a tensor is read or given"
-            writer.write_tensor_data(quantized(tensor.name, value, tensor.kind))
+            writer.write_tensor_data(quantized(tensor.name, value, tensor.kind).view(_Checked))
             advance(0 if tensor.source is None else tensor.source.nbytes)
     finally:
         writer.close()
@@ -318,13 +318,24 @@ def write_lora(path: Path, adapter: AdapterWeights, config: Any, name: str) -> N
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for layer, added in adapter.layers.items():
         weight = f"{layer}.weight"
-        writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy())
+        writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy().view(_Checked))
         b = added.b * (added.scale * added.rank / alpha)
-        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, b).contiguous().numpy())
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, b).numpy().view(_Checked))
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+class _Checked(np.ndarray[Any, Any]):
+    """An array that Python's own files write, which say why they could not. numpy's way, by which the package writes
+    tensors, loses that, and of small ones the failure itself."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:  # noqa: A002, ARG002 - numpy.s
+        """Write the numbers."""
+        fid.write(np.ascontiguousarray(self).data)
 
 
 @dataclass(frozen=True)

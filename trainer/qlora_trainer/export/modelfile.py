@@ -1,6 +1,5 @@
 """Ollama's Modelfile: which file, how a conversation is written, where an answer ends, how tokens are drawn."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,12 @@ def modelfile(
     template = None if chat is None else go_template(chat, bos)
     if template is None:
         lines.append(
-            "# The chat template cannot be written in Ollama's language; the one in the GGUF file counts."
+            "# The chat template cannot be written in Ollama's language: of its own it takes the one that is most like "
+            "that in the GGUF file, if one is."
         )
     else:
         lines.append(f'TEMPLATE """{template}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops if _can_be_written(stop)]
     if generation.get("do_sample"):
         drawn = {_SAMPLING[name]: value for name, value in generation.items() if name in _SAMPLING}
         lines += [f"PARAMETER {name} {value:g}" for name, value in drawn.items() if value is not None]
@@ -52,7 +52,7 @@ def go_template(chat: ChatFormat, bos: str | None) -> str | None:
     before_system = "" if system is None else system.before.removeprefix(bos or "")
     pieces = [start, before_system, chat.answer]
     pieces += [text for turn in chat.turns.values() for text in (turn.before, turn.after)]
-    if any("{{" in piece or '"""' in piece or "}}" in piece for piece in pieces):
+    if any("{{" in piece or "}}" in piece or not _can_be_written(piece) for piece in pieces):
         return None
     branches = [
         f'{{{{ if eq .Role "{role}" }}}}{before_system if role == "system" else turn.before}{{{{ .Content }}}}'
@@ -64,6 +64,16 @@ def go_template(chat: ChatFormat, bos: str | None) -> str | None:
         f"{{{{ if .Messages }}}}{opening}{{{{ range .Messages }}}}{''.join(branches)}{{{{ end }}}}{{{{ end }}}}"
         + (chat.answer)
     )
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether a Modelfile can hold a text: what ends it has no escape, and what is not printable is lost."""
+    return '"""' not in text and all(char.isprintable() or char in "\n\t" for char in text)
+
+
+def _quoted(text: str) -> str:
+    marks = '"""' if '"' in text else '"'
+    return f"{marks}{text}{marks}"
 
 
 def stop_texts(tokenizer: Any, chat: ChatFormat | None, stop_ids: Sequence[int]) -> list[str]:

@@ -51,6 +51,7 @@ th, td { padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top; 
 th { color: var(--dim); font-weight: 500; } .facts th { min-width: 13rem; }
 .columns { display: grid; gap: 0 2.5rem; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); }
 .answers td { white-space: pre-wrap; min-width: 14rem; } .exports td:last-child { font-family: monospace; }
+.exports td:nth-child(-n+2) { white-space: nowrap; }
 footer { margin-top: 2rem; color: var(--dim); font-size: .85rem; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -236,10 +237,20 @@ def _tile(label: str, value: str, more: str) -> str:
 def _data(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for use, split in _mapping(report.get("data")).items():
-        for name, value in _flat(_mapping(split)):
+        lengths = _lengths(_mapping(split).get("lengths"))
+        for name, value in _flat({**_mapping(split), "lengths": lengths}):
             rows.append((f"{use}: {name.replace('_', ' ')}", value))
     evaluated = _mapping(report.get("evaluated"))
     return rows + [(f"evaluated: {name.replace('_', ' ')}", value) for name, value in _flat(evaluated)]
+
+
+def _lengths(bins: Any) -> str:
+    """A histogram of lengths (plan.LengthBin), in words."""
+    counts = [
+        (_whole(_mapping(each).get("upTo")), _whole(_mapping(each).get("count")))
+        for each in (bins if isinstance(bins, list) else [])
+    ]
+    return ", ".join(f"{count} of up to {longest}" for longest, count in counts if longest and count)
 
 
 def _memory(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -399,12 +410,14 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], kind: str = ""
 
 
 def _flat(values: Mapping[str, Any], path: str = "") -> list[tuple[str, str]]:
-    """The leaves of nested maps by their paths; what is not set is left out."""
+    """The leaves of nested maps, and of lists of maps, by their paths; what is not set is left out."""
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
         where = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping):
             rows += _flat(value, where)
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            rows += _flat({str(number): item for number, item in enumerate(value)}, where)
         elif value not in (None, [], ""):
             rows.append((where, _plain(value)))
     return rows

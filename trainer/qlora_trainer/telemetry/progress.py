@@ -74,12 +74,12 @@ class Progress:
         self._spent: dict[str, float] = {}
         self._at, self._since = "preparing", time.monotonic()
 
-    def update(self, called: str | None = None, **changes: Any) -> None:
+    def update(self, *, called: str | None = None, **changes: Any) -> None:
         """Change fields of the report, by their snake_case names, and set its time.
 
         Args:
-            called: what the timeline calls the stage that begins, where its name says too little.
-            changes: of the report.
+            called: what the timeline calls the stage that begins; None: as always.
+            changes: the fields.
 
         Raises:
             pydantic.ValidationError: the report has no such field, or the value is of another type.

@@ -120,7 +120,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
 
 def begin_step(context: RankContext, done: int) -> None:
     """Tell that a step begins, after so many of this attempt; after the first one, what the wait for it went into."""
-    context.progress.update(FIRST_STEP if done == 0 else None, stage="Training")
+    context.progress.update(stage="Training", called=FIRST_STEP if done == 0 else None)
     if done == 1 and context.is_rank_zero:
         log.info("%s", timeline_text(context.progress.timeline))
 
