@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from qlora_contract.quantization import SCHEMES, SchemeName, weight_bytes
+from qlora_contract.quantization import SCHEMES, SchemeName, is_mapped, weight_bytes
 from qlora_contract.run_config import Quantization
 
 
@@ -28,6 +28,15 @@ def test_weights_take_what_their_scheme_says(
 ) -> None:
     """6400 linear weights are 100 blocks: half a byte each and their scales, or the compute dtype's bytes."""
     assert weight_bytes(6400, quantization, compute_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "ranks", "mapped"),
+    [("nf4", 1, True), ("int8", 4, True), ("none", 1, False), ("none", 2, True)],
+)
+def test_an_unquantized_base_is_mapped_where_ranks_share_it(scheme: str, ranks: int, mapped: bool) -> None:
+    """Its file is as large as the model; a quantized one spares later starts the work."""
+    assert is_mapped(Quantization.model_validate({"scheme": scheme}), ranks) == mapped
 
 
 def test_a_started_block_has_a_scale() -> None:

@@ -16,13 +16,18 @@ from qlora_contract import entry_points
 from qlora_contract.chat import Answer, ChatEvent, ChatReady, ChatRequest, OpenRequest, Question
 from qlora_contract.env import VOLUMES_ENV
 from qlora_contract.exit_codes import ExitCode
+from qlora_contract.paths import resolve
+from qlora_contract.run_config import Quantization
+from qlora_trainer import chat
 from qlora_trainer.chat import open_assistant, serve
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
 from qlora_trainer.data.records import Chat, Message, Record
 from qlora_trainer.data.tokenization import Tokenization
 from qlora_trainer.inference.generation import generate
 from qlora_trainer.inference.prompts import Prompt, Prompter, prompt_of_record
+from qlora_trainer.modeling import image_cache
 from qlora_trainer.modeling.adapter_methods import method_for
+from qlora_trainer.modeling.image_cache import ImageCache
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.quantization.schemes import Unquantized
 from trained_jobs import CLAIM, MakeJob, TrainedJob, a_chat_run, write_model
@@ -133,6 +138,28 @@ def test_while_it_trains_the_newest_whole_checkpoint_answers(make_job: MakeJob, 
     assert (ready(events).adapter, ready(events).step, ready(events).finished) == (str(newest), 5, False)
     assert answers(events)[0].text == by_hand(job, tokenizer, "Is it?", seed=5)
     assert sorted(path.name for path in job.folder.path.rglob("*")) == before
+
+
+def test_the_image_that_the_job_has_left_is_mapped(
+    make_job: MakeJob, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is not quantized again, and answers the same; where the image is damaged, it is."""
+    monkeypatch.setattr(image_cache, "SETTLED_SECONDS", -1.0)
+    job = make_job(quantization=Quantization())
+    job.finish(tokenizer.chat_template)
+    expected = answers(ask(job, request("Is it?")))
+    workspace = resolve(job.run.workspace, job.volumes)
+    images = ImageCache(workspace, ("uid", 0, 0), job.model_folder, job.run.quantization, torch.float32)
+    assert images.can_keep(1, 1)
+    key = images.write(1)
+    assert key is not None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat, "load_model", lambda *_, **__: pytest.fail("the model was quantized"))
+        assert answers(ask(job, request("Is it?"))) == expected
+    weights = images.folder / key / "weights"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert answers(ask(job, request("Is it?"))) == expected
 
 
 def change_a_weight(job: TrainedJob) -> None:

@@ -107,7 +107,7 @@ def ours(way: str, model: Path, work: Path, threads: int) -> Callable[[], Any]:
     from qlora_trainer.quantization.schemes import scheme_of
 
     settings = Quantization()
-    cache = ImageCache(work / "work", ("bench", 0, 0), model, settings)
+    cache = ImageCache(work / "work", ("bench", 0, 0), model, settings, torch.bfloat16)
 
     def plain() -> Any:
         taken = WeightsHash(threads)

@@ -59,9 +59,12 @@ SCHEMES: dict[str, SchemeFacts] = {
 }
 
 
-MAPPED = frozenset({"nf4", "fp4", "int8"})
-"""Schemes whose weights are quantized once into the workspace's cache, where it has room, and mapped from there. An
-unquantized model's would be as large as the model."""
+def is_mapped(settings: QuantizationSettings, ranks_of_pod: int) -> bool:
+    """Whether a pod's ranks map the base from one file of the workspace's cache, where it has room for it.
+
+    That of an unquantized model is as large as the model, so it is written only where ranks share it.
+    """
+    return settings.scheme != "none" or ranks_of_pod > 1
 
 
 def weight_bytes(weights: int, settings: QuantizationSettings, compute_bytes: int) -> int:

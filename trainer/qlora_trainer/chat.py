@@ -43,6 +43,7 @@ from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.families import read_config, read_tokenizer
+from qlora_trainer.modeling.image_cache import ImageCache
 from qlora_trainer.modeling.loading import load_model
 from qlora_trainer.modeling.shape import positions
 from qlora_trainer.modeling.weight_files import WeightsHash
@@ -56,6 +57,8 @@ from qlora_trainer.transfer.revisions import with_pinned_revisions
 USAGE = "usage: python -m qlora_trainer.chat [RUN_JSON]"
 LOOKS = 3
 """How often the newest checkpoint is looked for: while a job trains, an old one may vanish as it is read."""
+CHAT_POD = -1
+"""Among those that use a workspace's cache, no pod of the job, which may be training meanwhile."""
 CONVERSATION_FORMATS = ("chat", "alpaca")
 
 Tell = Callable[[ChatEvent], None]
@@ -230,11 +233,10 @@ def open_assistant(run: RunConfig, volumes: Mapping[str, Path], *, base_only: bo
     tokenizer = read_tokenizer(model_folder)
     template = _template(run, folder, tokenizer, adapter, model_folder, volumes)
     dtype = default_compute_dtype(run, [probe_isa()])
-    weights = None if adapter is None else WeightsHash(torch.get_num_threads())
-    model = load_model(model_folder, scheme_of(run.quantization), DTYPES[dtype], weights_hash=weights)
+    model, weights = _load_base(run, model_folder, DTYPES[dtype], volumes)
     notes: list[str] = []
-    if adapter is not None and weights is not None:
-        notes += _check_base(adapter, weights.hexdigest(), model_folder)
+    if adapter is not None:
+        notes += _check_base(adapter, weights, model_folder)
         adapter = _attach(run, model, folder, adapter)
     return Assistant(
         model,
@@ -252,6 +254,23 @@ def open_assistant(run: RunConfig, volumes: Mapping[str, Path], *, base_only: bo
             notes=notes,
         ),
     )
+
+
+def _load_base(
+    run: RunConfig, model_folder: Path, dtype: torch.dtype, volumes: Mapping[str, Path]
+) -> tuple[BaseModel, str]:
+    """The quantized base, and the hash of its weights: mapped where the job has left its image, else quantized anew.
+
+    Raises ModelError: the weights cannot be used.
+    """
+    threads = torch.get_num_threads()
+    owner = (run.job.uid, run.job.attempt, CHAT_POD)
+    images = ImageCache(resolve(run.workspace, volumes), owner, model_folder, run.quantization, dtype)
+    if (key := images.known()) is not None and (image := images.read(key, threads)) is not None:
+        return image.model(dtype), image.weights_sha256
+    weights_hash = WeightsHash(threads)
+    model = load_model(model_folder, scheme_of(run.quantization), dtype, weights_hash=weights_hash)
+    return model, weights_hash.hexdigest()
 
 
 def _template(

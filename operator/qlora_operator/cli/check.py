@@ -1,7 +1,7 @@
 """`qlora check`: what is in a job's data, or in a file that may become a job's, before anything is trained."""
 
 import json
-import tempfile
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,18 @@ from rich.text import Text
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import CheckReport, LengthBin, Machine, SplitStats
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_contract.scratch import scratch_folder
 from qlora_contract.units import first_line
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.display import printable
+from qlora_operator.cli.early_checks import data_fault, missing
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.plan import choose_isa, sample_text, source_lines, time_lines
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import USAGE, CommandError
 from qlora_operator.placement.local import MEMORY_SHARE, on_this_machine, with_topology
 
-JOB_SUFFIXES = (".yaml", ".yml")
 COLUMNS_SHOWN = 12
 BAR = 40
 """Characters of the longest bar."""
@@ -37,17 +38,6 @@ class Question:
     run: RunConfig
     volumes: Mapping[str, Path]
     with_model: bool
-
-
-def is_job_file(name: str) -> bool:
-    """Whether an argument names a file with jobs rather than data: by its suffix, else by what it holds."""
-    if name == "-" or name.endswith(JOB_SUFFIXES):
-        return True
-    path = Path(name)
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"QLoRAJob" in file.read(4096)
 
 
 def of_paths(
@@ -63,9 +53,9 @@ def of_paths(
 
     Raises CommandError when there is no such path, or a field is wrong.
     """
-    places = {"data": _existing(data, "data")}
+    places = {"data": _existing(data, "the data")}
     if model is not None:
-        places["model"] = _existing(model, "a model's folder")
+        places["model"] = _existing(model, "the model's folder")
     uris = {role: f"pvc://{role}/{path.name}" for role, path in places.items()}
     try:
         run = RunConfig(
@@ -79,6 +69,8 @@ def of_paths(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise CommandError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", USAGE) from None
+    if fault := data_fault(places["data"]):
+        raise CommandError(f"the data: {fault}", ExitCode.INVALID_DATA)
     return Question(run, {role: path.parent for role, path in places.items()}, model is not None)
 
 
@@ -121,8 +113,9 @@ def _existing(name: str, what: str) -> Path:
     try:
         path = Path(name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
-        why = "no such file or folder" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise CommandError(f"{name}: {why}; give the path of {what}", USAGE) from None
+        if isinstance(error, FileNotFoundError):
+            raise CommandError(f"{what}: {missing(Path(os.path.abspath(name)))}", USAGE) from None  # noqa: PTH100
+        raise CommandError(f"{name}: {first_line(error)}; give the path of {what}", USAGE) from None
     if not (path.is_file() or path.is_dir()):
         raise CommandError(f"{name}: is neither a file nor a folder; give the path of {what}", USAGE)
     return path
@@ -135,8 +128,8 @@ def check(question: Question) -> CheckReport:
         CommandError: they are refused as a whole; with the message and code that training gives.
     """
     require_trainer()
-    with tempfile.TemporaryDirectory(prefix="qlora-check-") as folder:
-        path = Path(folder) / "run.json"
+    with scratch_folder("check") as folder:
+        path = folder / "run.json"
         path.write_text(question.run.to_json())
         how = "check" if question.with_model else "survey"
         answer = query_trainer(how, str(path), volumes=question.volumes)

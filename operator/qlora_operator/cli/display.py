@@ -260,7 +260,8 @@ def _training_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     if report.get("eval_loss") is not None:
         lines.append(f"eval loss  {report['eval_loss']:.4f}{_improvement(report)}")
-    if (served := report.get("eval_loss_unquantized")) is not None:
+    served = report.get("eval_loss_unquantized")
+    if served is not None and report.get("base_eval_loss") != report.get("base_eval_loss_quantized"):
         lines.append(f"           {served:.4f} on the unquantized base, which most servers run")
     lines += [
         (
@@ -279,6 +280,8 @@ def _training_lines(report: dict[str, Any]) -> list[str]:
 def _improvement(report: dict[str, Any]) -> str:
     """The base model's losses, and the change in percent of the one that was trained on, the quantized base's."""
     base, quantized = report.get("base_eval_loss"), report.get("base_eval_loss_quantized")
+    if base is not None and base == quantized:  # the base is not quantized
+        return f", base model {base:.4f}: {_change(base, report['eval_loss'])} it"
     known = [
         f"{value:.4f} {name}"
         for value, name in ((base, "unquantized"), (quantized, "quantized"))
@@ -286,9 +289,13 @@ def _improvement(report: dict[str, Any]) -> str:
     ]
     text = f", base model {' and '.join(known)}" if known else ""
     if quantized:
-        change = 100 * (quantized - report["eval_loss"]) / quantized
-        text += f": {abs(change):.1f} % {'below' if change >= 0 else 'above'} the quantized base"
+        text += f": {_change(quantized, report['eval_loss'])} the quantized base"
     return text
+
+
+def _change(before: float, after: float) -> str:
+    percent = 100 * (before - after) / before
+    return f"{abs(percent):.1f} % {'below' if percent >= 0 else 'above'}"
 
 
 def printable(text: str) -> str:

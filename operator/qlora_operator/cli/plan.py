@@ -1,7 +1,6 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import (
+    FEW_STEPS,
     Machine,
     PlanReport,
     PlanResponse,
@@ -23,13 +23,15 @@ from qlora_contract.plan import (
     SplitStats,
     TextSpan,
     TimeEstimate,
+    ranks_without_work,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
+from qlora_contract.scratch import scratch_folder
 from qlora_contract.speed import time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, Training
-from qlora_operator.cli.cpu_locks import busy_cpus
+from qlora_operator.cli.cpu_locks import in_use_now
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.trainer_query import query_trainer
@@ -40,8 +42,10 @@ from qlora_operator.placement.local import (
     idle_cpus,
     in_use,
     launcher_cpus,
+    less_promised,
     memory_shortage,
     on_this_machine,
+    promises,
     with_topology,
 )
 
@@ -49,8 +53,6 @@ RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
 """How much of a sample is shown; `-o json` has all of it."""
 MEBIBYTE = 2**20
-FEW_STEPS = 20
-"""Fewer hardly learn anything: the first of them only raise the learning rate."""
 
 
 class RankPlace(RankPlan):
@@ -99,20 +101,21 @@ def job_plan(
     """
     machine = query_trainer().machine
     assert machine is not None, "without arguments, the planner answers with the machine"
-    topology = on_this_machine(job.spec.topology, machine)
+    busy, promised = in_use_now(machine.cpus)
+    topology = on_this_machine(job.spec.topology, less_promised(machine, promised))
     job = with_topology(job, topology)
     isa, problems = choose_isa(job, machine)
     auto = topology.ranks_per_pod == "auto"
     run = to_run_config(job, uid="plan", attempt=0, isa=isa)
     pods: list[PodPlan] = []
-    notes = in_use(busy_cpus(machine.cpus))
+    notes = in_use(busy) + promises(promised)
     try:
         cpus = launcher_cpus(topology, machine)
         pods = query_layout(run, cpus)
         notes += idle_cpus(topology, machine, cpus)
     except CommandError as error:
         problems.append(error)
-    if shortage := memory_shortage(topology, machine):
+    if shortage := memory_shortage(topology, machine, promised):
         problems.append(PlacementError(shortage, ExitCode.INVALID_CONFIGURATION))
     counts = [len(pod.ranks) for pod in pods] or [1]
     run = run.model_copy(update={"layout": run.layout.with_rank_counts(counts)})
@@ -124,6 +127,13 @@ def job_plan(
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
         notes += few_steps(run, details)
+        steps = details.steps
+        bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
+        # Without places they are not counted yet.
+        if pods and (
+            waiting := ranks_without_work(bins, steps.per_epoch, run.layout.world_size, run.training)
+        ):
+            notes.append(waiting)
     time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(
@@ -204,8 +214,8 @@ def query(
     Raises:
         CommandError: the planner answers with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
-        path = Path(folder) / "run.json"
+    with scratch_folder("plan") as folder:
+        path = folder / "run.json"
         path.write_text(run.to_json())
         answer = query_trainer(*before, str(path), *after, volumes=volumes, offline=offline)
     if answer.error is not None:

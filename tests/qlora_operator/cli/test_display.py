@@ -260,6 +260,11 @@ def test_a_result_tells_what_was_gained() -> None:
             id="worse",
         ),
         pytest.param({"eval_loss": None}, None, id="no evaluation"),
+        pytest.param(
+            {"base_eval_loss": 2.0, "eval_loss_unquantized": 1.5},
+            "eval loss  1.5000, base model 2.0000: 25.0 % below it",
+            id="base not quantized",
+        ),
     ],
 )
 def test_a_result_tells_no_more_than_is_known(fields: dict[str, Any], line: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The image of a quantized model."""
+"""The image of a model in the form that it is multiplied in."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ DOUBLE = Nf4(double=True)
 def _written(model: Path, scheme: Scheme, folder: Path, key: str = "k") -> Path:
     """The folder of an image of a model, as a cache has it."""
     folder.mkdir(parents=True)
-    table = write_image(model, scheme, folder)
+    table = write_image(model, scheme, torch.float32, folder)
     (folder / META).write_text(json.dumps(describe(folder, key, "ab" * 32, table, 2)))
     return folder
 
@@ -48,6 +48,7 @@ def _tensors(model: BaseModel) -> dict[str, Tensor]:
         ("qwen2", "float32", False),  # biases
         ("gemma3", "bfloat16", True),  # names of a multimodal model, wide norms, a factor of the embedding
         ("qwen3_moe", "bfloat16", False),  # experts and routers
+        ("gpt_oss", "bfloat16", False),  # experts in one tensor, sinks, biases
         ("glm4", "bfloat16", False),  # gate and up in one
     ],
 )

@@ -48,8 +48,14 @@ def model(copied: Make) -> Path:
     return copied("llama", "bfloat16", **LIVELY)
 
 
-def _cache(tmp_path: Path, model: Path, settings: Quantization = NF4, uid: str = "uid") -> ImageCache:
-    return ImageCache(tmp_path / "work", (uid, 0, 0), model, settings)
+def _cache(
+    tmp_path: Path,
+    model: Path,
+    settings: Quantization = NF4,
+    uid: str = "uid",
+    dtype: torch.dtype = torch.float32,
+) -> ImageCache:
+    return ImageCache(tmp_path / "work", (uid, 0, 0), model, settings, dtype)
 
 
 def _made(cache: ImageCache) -> str:
@@ -92,6 +98,21 @@ def test_a_model_is_quantized_once(tmp_path: Path, model: Path, loss_of: Loss) -
     assert found is not None
     assert found.weights_sha256 == weights
     assert torch.equal(loss_of(found.model(torch.float32)), loss_of(expected))
+
+
+def test_an_unquantized_model_has_an_image_for_each_dtype(tmp_path: Path, model: Path, loss_of: Loss) -> None:
+    """It is kept in what is computed in; a quantized one serves both."""
+    settings = Quantization(scheme="none")
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = _cache(tmp_path, model, settings, dtype=dtype)
+        found = _read(cache, _made(cache))
+        expected = load_model(model, scheme_of(settings), dtype)
+
+        assert found is not None
+        assert torch.equal(loss_of(found.model(dtype)), loss_of(expected))
+    assert len(list(cache.folder.iterdir())) == 2
+    _made(_cache(tmp_path, model))
+    assert _cache(tmp_path, model, dtype=torch.bfloat16).known() is not None
 
 
 def test_the_hash_is_not_taken_again_while_the_files_are_as_they_were(
@@ -232,14 +253,6 @@ def test_whatever_decides_about_an_image_is_in_its_key(
     assert len(keys) == 6
 
 
-def test_an_unquantized_model_has_no_image(
-    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It would be as large as the model. That is no matter for a warning."""
-    assert not _cache(tmp_path, model, Quantization(scheme="none")).can_keep(1, 1)
-    assert caplog.text == ""
-
-
 @pytest.mark.parametrize("file", [WEIGHTS, META])
 @pytest.mark.parametrize("how", ["flipped", "cut", "empty", "gone"])
 def test_what_is_damaged_is_made_anew(
@@ -342,7 +355,7 @@ def test_a_disk_that_is_full_on_the_way_is_done_without(
     with caplog.at_level(logging.WARNING):
         assert cache.write(2) is None
     [said] = caplog.messages
-    assert "cannot keep the quantized model (No space left on device): each rank quantizes" in said
+    assert "cannot keep the prepared model (No space left on device): each rank prepares" in said
     assert list(cache.folder.iterdir()) == []
 
 
@@ -353,7 +366,7 @@ def test_a_workspace_that_cannot_be_written_to_is_done_without(
     (tmp_path / "work").touch()
 
     assert not _cache(tmp_path, model).can_keep(1, 1)
-    assert "cannot keep the quantized model (Not a directory)" in caplog.text
+    assert "cannot keep the prepared model (Not a directory)" in caplog.text
 
 
 def test_an_image_that_is_there_needs_no_room(

@@ -1,4 +1,4 @@
-"""Quantized weights taken apart and put together again."""
+"""Frozen weights taken apart and put together again."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from kernel_tiers import running
-from qlora_contract.quantization import MAPPED
 from qlora_contract.run_config import Quantization
 from qlora_trainer.kernels.library import REFERENCE
-from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight, UnreadWeight
 from qlora_trainer.quantization.int8 import Int8Weight
-from qlora_trainer.quantization.kernels.compiled import CompiledInt8Weight, CompiledNf4Weight
+from qlora_trainer.quantization.kernels.compiled import (
+    CompiledDenseWeight,
+    CompiledInt8Weight,
+    CompiledNf4Weight,
+)
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.parts import Parts, parts_of, weight_of
-from qlora_trainer.quantization.schemes import Fp4, Int8, Nf4, Scheme, scheme_of
+from qlora_trainer.quantization.schemes import IMPLEMENTATIONS, Fp4, Int8, Nf4, Scheme, Unquantized, scheme_of
 
 pytestmark = pytest.mark.process
 
@@ -26,6 +29,7 @@ SCHEMES: dict[str, Scheme] = {
     "nf4-128": Nf4(double=True, block=128),
     "fp4-double": Fp4(double=True),
     "int8": Int8(),
+    "none": Unquantized(),
 }
 
 
@@ -87,16 +91,23 @@ def _of_type(name: str, dtype: torch.dtype) -> Callable[[Parts], Parts]:
         ("int8", _cut("codes")),
         ("int8", _of_type("codes", torch.int16)),
         ("nf4", _of_type("codes", torch.int16)),
+        ("none", lambda parts: replace(parts, tensors={"numbers": parts.tensors["numbers"].flatten()})),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(scheme: str, change: Callable[[Parts], Parts], tier: str) -> None:
     """They are never multiplied with."""
-    with running(tier), pytest.raises(ValueError, match="belongs"):
+    with running(tier), pytest.raises(ValueError, match=r"belongs|two dimensions"):
         weight_of(change(parts_of(_made(SCHEMES[scheme]))))
 
 
 @pytest.mark.parametrize(
-    ("scheme", "name"), [("nf4-double", "scale_codes"), ("nf4-double", "scale_absmax"), ("int8", "scales")]
+    ("scheme", "name"),
+    [
+        ("nf4-double", "scale_codes"),
+        ("nf4-double", "scale_absmax"),
+        ("int8", "scales"),
+        ("none", "numbers"),
+    ],
 )
 def test_scales_past_whose_end_the_library_would_read_are_refused(scheme: str, name: str) -> None:
     """And so are scales of another shape than the matrix's."""
@@ -116,9 +127,9 @@ def test_what_the_library_made_needs_the_library() -> None:
         weight_of(parts)
 
 
-def test_every_scheme_that_is_kept_can_be_taken_apart() -> None:
+def test_every_scheme_can_be_taken_apart() -> None:
     """By a job's settings."""
-    for scheme in sorted(MAPPED):
+    for scheme in IMPLEMENTATIONS:
         settings = Quantization.model_validate({"scheme": scheme})
         weight = _made(scheme_of(settings))
         assert torch.equal(
@@ -127,14 +138,16 @@ def test_every_scheme_that_is_kept_can_be_taken_apart() -> None:
 
 
 def test_kinds_are_told_apart() -> None:
-    """By what multiplies; what is not quantized, and what nobody knows, is refused."""
+    """By what multiplies; what nobody knows is refused."""
     with running("avx2"):
         assert isinstance(weight_of(parts_of(_made(SCHEMES["nf4"]))), CompiledNf4Weight)
         assert isinstance(weight_of(parts_of(_made(SCHEMES["int8"]))), CompiledInt8Weight)
+        assert isinstance(weight_of(parts_of(_made(SCHEMES["none"]))), CompiledDenseWeight)
     with running(REFERENCE):
         assert isinstance(weight_of(parts_of(_made(SCHEMES["nf4"]))), Nf4Weight)
         assert isinstance(weight_of(parts_of(_made(SCHEMES["int8"]))), Int8Weight)
+        assert isinstance(weight_of(parts_of(_made(SCHEMES["none"]))), UnquantizedWeight)
     with pytest.raises(TypeError):
-        parts_of(UnquantizedWeight(torch.zeros(2, 2)))
+        parts_of(UnreadWeight(lambda: torch.zeros(2, 2), (2, 2), 16))
     with pytest.raises(KeyError):
         weight_of(replace(parts_of(_made(SCHEMES["nf4"])), kind="other"))

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlora_contract.paths import resolve
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.modeling import image_cache
 from qlora_trainer.modeling.image import WEIGHTS, ImageWriter
-from qlora_trainer.training import setup
+from qlora_trainer.training import base, setup
 from qlora_trainer.training.base import load_base, pods_that_map
 from qlora_trainer.training.context import RankContext, StopHere
 from qlora_trainer.training.loop import one_step, save
@@ -50,11 +51,12 @@ def _trained(context: RankContext) -> tuple[TrainState, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "none"])
 def test_a_run_from_the_image_is_the_run_from_the_files_to_the_bit(
     ready: Ready, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: str
 ) -> None:
     """Losses, gradient norms, adapter, hash of the weights and key of determinism: made, found, and without one."""
+    monkeypatch.setattr(base, "is_mapped", lambda *_: True)  # as with several ranks
     sections = {"quantization": {"scheme": scheme}, "training": {"computeDtype": dtype}}
     made, of_made = _trained(ready(**sections))
     assert len(_images(tmp_path)) == 1
@@ -120,8 +122,8 @@ def test_without_room_for_an_image_a_job_trains_all_the_same(
 
     assert found == expected
     assert (state.model.use, context.mapped_bytes) == (None, 0)
-    [said] = [message for message in caplog.messages if "cannot keep the quantized model" in message]
-    assert "each rank quantizes the model, and has it in memory for itself" in said
+    [said] = [message for message in caplog.messages if "cannot keep the prepared model" in message]
+    assert "each rank prepares the model, and has it in memory for itself" in said
 
 
 def test_a_disk_that_fills_up_on_the_way_ends_no_job(
@@ -166,8 +168,26 @@ def test_all_ranks_hear_of_each_pod_whether_it_maps(ready: Ready, monkeypatch: p
         context.group, "all_gather_object", lambda mine: [mine, [0, None], [1, False], [1, None]]
     )
 
-    assert pods_that_map(context, folder, 1, 1) == {0: True, 1: False}
-    assert not pods_that_map(context, folder, 2**62, 1)[0]
+    assert pods_that_map(context, folder, torch.float32, 1, 1) == {0: True, 1: False}
+    assert not pods_that_map(context, folder, torch.float32, 2**62, 1)[0]
+
+
+def test_an_unquantized_base_is_written_where_ranks_share_it(
+    ready: Ready, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is alone would gain nothing, and is not told so."""
+    context = ready(quantization={"scheme": "none"})
+    folder = resolve(context.run.model_uri, context.volumes)
+    assert pods_that_map(context, folder, torch.float32, 1, 1) == {0: False}
+    assert "cannot keep" not in caplog.text
+
+    two = RankContext(
+        context.run,
+        Group(replace(context.world, local_size=2), context.group.store),
+        context.folder,
+        volumes=context.volumes,
+    )
+    assert pods_that_map(two, folder, torch.float32, 1, 1) == {0: True}
 
 
 def _second_of_pod(first: RankContext) -> RankContext:
@@ -183,7 +203,7 @@ def test_the_other_ranks_of_a_pod_wait_for_the_first(ready: Ready, monkeypatch: 
     folder = resolve(first.run.model_uri, first.volumes)
     second, waited = _second_of_pod(first), threading.Event()
     monkeypatch.setattr(second, "advance", lambda _: waited.set())
-    assert pods_that_map(first, folder, 1, 1) == {0: True}
+    assert pods_that_map(first, folder, torch.float32, 1, 1) == {0: True}
     with ThreadPoolExecutor() as pool:
         theirs = pool.submit(load_base, second, folder, torch.float32, mapped=True)
         assert waited.wait(10)
@@ -226,7 +246,7 @@ def test_a_request_to_stop_ends_the_making_of_an_image(ready: Ready, tmp_path: P
     """Nothing of it is left."""
     context = ready()
     folder = resolve(context.run.model_uri, context.volumes)
-    pods_that_map(context, folder, 1, 1)
+    pods_that_map(context, folder, torch.float32, 1, 1)
     context.stop.set()
 
     with pytest.raises(StopHere):

@@ -20,6 +20,8 @@ class World:
     master_port: int
     pod: int = 0
     """Completion index of its pod."""
+    local_size: int = 1
+    """Ranks of its pod."""
 
     @property
     def master(self) -> str:
@@ -28,7 +30,7 @@ class World:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "World":
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, NODE_RANK, MASTER_ADDR and MASTER_PORT.
 
         Without WORLD_SIZE the process is alone. Raises ConfigurationError.
         """
@@ -42,6 +44,7 @@ class World:
             master_addr=environ.get("MASTER_ADDR") or "127.0.0.1",
             master_port=_number(environ, "MASTER_PORT", RENDEZVOUS_PORT, 1, 65535),
             pod=_number(environ, "NODE_RANK", 0, 0, size - 1),
+            local_size=_number(environ, "LOCAL_WORLD_SIZE", 1, 1, size),
         )
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from qlora_contract import files
-from qlora_contract.quantization import MAPPED
 from qlora_contract.run_config import Quantization
 from qlora_trainer import modeling, quantization
 from qlora_trainer.modeling.base_model import BaseModel
@@ -51,7 +50,9 @@ LIBRARIES = ("numpy", "safetensors", "torch", "transformers")
 class ImageCache:
     """The images of a workspace, as one process of a job uses them."""
 
-    def __init__(self, workspace: Path, writer: Writer, model: Path, settings: Quantization) -> None:
+    def __init__(
+        self, workspace: Path, writer: Writer, model: Path, settings: Quantization, dtype: torch.dtype
+    ) -> None:
         """The images of one model, quantized in one way.
 
         Args:
@@ -59,16 +60,18 @@ class ImageCache:
             writer: who this process is.
             model: the model's folder.
             settings: the job's.
+            dtype: what is computed in; an unquantized model is kept in it.
         """
         self.folder = workspace / FOLDER
         self._hashes = workspace / HASHES
         self._model = model
         self._settings = settings
+        self._dtype = dtype
         self._cache = Cache(
             self.folder,
             writer,
-            "the quantized model",
-            "each rank quantizes the model, and has it in memory for itself",
+            "the prepared model",
+            "each rank prepares the model, and has it in memory for itself",
         )
 
     def known(self) -> str | None:
@@ -88,8 +91,6 @@ class ImageCache:
 
     def can_keep(self, size: int, room: int) -> bool:
         """Whether there is an image, or one can be written; logs why not. Arguments as of Cache.make_room."""
-        if self._settings.scheme not in MAPPED:
-            return False
         return self.known() is not None or self._cache.make_room(size, room)
 
     def read(
@@ -118,7 +119,7 @@ class ImageCache:
         return Mapped(image, use, self._model)
 
     def write(self, threads: int, advance: Callable[[int], None] = lambda _: None) -> str | None:
-        """Quantize the model into an image; its key, or None when it cannot be kept here, which is logged.
+        """Make an image of the model; its key, or None when it cannot be kept here, which is logged.
 
         Args:
             threads: that take digests.
@@ -134,7 +135,9 @@ class ImageCache:
             before, changed = state_of_files(self._model)
             began = time.time()
             weights_hash = WeightsHash(threads)
-            table: Table = write_image(self._model, scheme_of(self._settings), folder, advance, weights_hash)
+            table: Table = write_image(
+                self._model, scheme_of(self._settings), self._dtype, folder, advance, weights_hash
+            )
             weights = weights_hash.hexdigest()
             if changed < began - SETTLED_SECONDS and state_of_files(self._model)[0] == before:
                 self._remember(before, weights)
@@ -153,6 +156,8 @@ class ImageCache:
             # It says what the weights are stored in, and in which order some of them are.
             "config": hashlib.sha256(config.read_bytes() if config.is_file() else b"").hexdigest(),
             "quantization": self._settings.model_dump(mode="json"),
+            # One that is quantized serves every dtype.
+            "dtype": str(self._dtype) if self._settings.scheme == "none" else None,
             "kernels": kernels.name(self._settings.scheme),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]

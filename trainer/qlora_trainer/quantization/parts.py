@@ -1,4 +1,4 @@
-"""Quantized weights taken apart into tensors, and put together again around tensors that lie elsewhere, in a file, say.
+"""Frozen weights taken apart into tensors, and put together again around tensors that lie elsewhere, in a file, say.
 
 Nothing is computed: a weight that was put together multiplies as the one that was taken apart, to the bit.
 """
@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.kernels import library
-from qlora_trainer.quantization.frozen_weight import FrozenWeight, check_tensor
+from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnquantizedWeight, check_tensor
 from qlora_trainer.quantization.int8 import Int8Weight
-from qlora_trainer.quantization.kernels.compiled import CompiledInt8Weight, CompiledNf4Weight
+from qlora_trainer.quantization.kernels.compiled import (
+    CompiledDenseWeight,
+    CompiledInt8Weight,
+    CompiledNf4Weight,
+)
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
 from qlora_trainer.quantization.nf4 import FP4_LEVELS, NF4_LEVELS, NestedScales, Nf4Matrix
 
 LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 COMPILED, REFERENCE = "compiled 4 bits", "4 bits"
 COMPILED_INT8, INT8 = "compiled int8", "int8"
+COMPILED_DENSE, DENSE = "compiled", "as it is"
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Parts:
 
 
 def parts_of(weight: FrozenWeight) -> Parts:
-    """What a quantized weight consists of: its own tensors, not copies. Raises TypeError for one of another class."""
+    """What a weight consists of: its own tensors, not copies. Raises TypeError for one of another class."""
     match weight:
         case CompiledNf4Weight():
             return _four_bits(
@@ -49,7 +54,11 @@ def parts_of(weight: FrozenWeight) -> Parts:
             return Parts(COMPILED_INT8, {"shape": list(weight.shape)}, tensors)
         case Int8Weight():
             return Parts(INT8, {}, {"codes": weight.codes, "absmax": weight.absmax})
-    raise TypeError(f"{type(weight).__name__} is no quantized weight")
+        case CompiledDenseWeight():
+            return Parts(COMPILED_DENSE, {"shape": list(weight.shape)}, {"numbers": weight.numbers})
+        case UnquantizedWeight():
+            return Parts(DENSE, {}, {"numbers": weight.tensor})
+    raise TypeError(f"{type(weight).__name__} cannot be taken apart")
 
 
 def weight_of(parts: Parts) -> FrozenWeight:
@@ -64,7 +73,13 @@ def weight_of(parts: Parts) -> FrozenWeight:
         check_tensor("codes", tensors["codes"], torch.int8, tuple(tensors["codes"].shape))
         check_tensor("absmax", tensors["absmax"], torch.float32, tuple(tensors["codes"].shape[:1]))
         return Int8Weight(tensors["codes"], tensors["absmax"])
+    if parts.kind == DENSE:
+        if (dim := tensors["numbers"].dim()) != 2:
+            raise ValueError(f"a weight has two dimensions, not {dim}")
+        return UnquantizedWeight(tensors["numbers"])
     rows, columns = facts["shape"]
+    if parts.kind == COMPILED_DENSE:
+        return CompiledDenseWeight(tensors["numbers"], (rows, columns), _loaded())
     if parts.kind == COMPILED_INT8:
         return CompiledInt8Weight(tensors["codes"], tensors["scales"], (rows, columns), _loaded())
     scales: Tensor | NestedScales = (

@@ -8,6 +8,7 @@ import torch
 
 from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
+from qlora_contract.quantization import is_mapped
 from qlora_contract.units import format_bytes
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.image_cache import ImageCache, Mapped
@@ -22,24 +23,32 @@ WAITING_SECONDS = 0.2
 """Between two looks for what another rank of the pod makes."""
 
 
-def image_cache(context: RankContext, model_folder: Path) -> ImageCache:
-    """The images of a job's model."""
+def image_cache(context: RankContext, model_folder: Path, dtype: torch.dtype) -> ImageCache:
+    """The images of a job's model. `dtype`: what is computed in."""
     run, world = context.run, context.world
     workspace = resolve(run.workspace, context.volumes)
-    return ImageCache(workspace, (run.job.uid, run.job.attempt, world.pod), model_folder, run.quantization)
+    return ImageCache(
+        workspace, (run.job.uid, run.job.attempt, world.pod), model_folder, run.quantization, dtype
+    )
 
 
-def pods_that_map(context: RankContext, model_folder: Path, size: int, space: int) -> dict[int, bool]:
+def pods_that_map(
+    context: RankContext, model_folder: Path, dtype: torch.dtype, size: int, space: int
+) -> dict[int, bool]:
     """Pod -> whether its ranks will map the base, alike on every rank.
 
     Args:
         context: this rank's.
         model_folder: the job's model.
+        dtype: what is computed in.
         size: bytes that the image will take, about.
         space: bytes that the job needs besides.
     """
-    first = context.world.local_rank == 0
-    mine = image_cache(context, model_folder).can_keep(size, size + space) if first else None
+    mine = None
+    if context.world.local_rank == 0:
+        mine = is_mapped(context.run.quantization, context.world.local_size) and image_cache(
+            context, model_folder, dtype
+        ).can_keep(size, size + space)
     of_ranks = context.group.all_gather_object([context.world.pod, mine])
     return {pod: maps for pod, maps in of_ranks if maps is not None}
 
@@ -47,7 +56,7 @@ def pods_that_map(context: RankContext, model_folder: Path, size: int, space: in
 def load_base(
     context: RankContext, model_folder: Path, dtype: torch.dtype, *, mapped: bool
 ) -> tuple[BaseModel, str]:
-    """The quantized base, and the hash of its weights, which the first rank of each pod takes for all of them.
+    """The base, and the hash of its weights, which the first rank of each pod takes for all of them.
 
     Args:
         context: this rank's.
@@ -60,7 +69,7 @@ def load_base(
     """
     weights = sum(file.stat().st_size for file in weight_files(model_folder))
     context.progress.begin(Work(name="loading the model", unit="bytes", total=weights))
-    image = _image(context, image_cache(context, model_folder)) if mapped else None
+    image = _image(context, image_cache(context, model_folder, dtype)) if mapped else None
     if image is not None:
         context.mapped_bytes = image.nbytes
         model, digest = image.model(dtype), image.weights_sha256
@@ -92,5 +101,5 @@ def _image(context: RankContext, cache: ImageCache) -> Mapped | None:
     group.tell(done, key if key is not None and image is not None else "")
     if image is not None:
         how = "found there, and the model's files have not changed since" if found else "made now"
-        log.info("the quantized model is mapped: %s of %s, %s", format_bytes(image.nbytes), cache.folder, how)
+        log.info("the model is mapped: %s of %s, %s", format_bytes(image.nbytes), cache.folder, how)
     return image

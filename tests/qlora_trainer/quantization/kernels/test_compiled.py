@@ -73,7 +73,7 @@ def pair(tier: str, weight: Tensor, form: str, dtype: torch.dtype) -> tuple[Comp
         quantized = quantize_int8(weight, name="w")
         return CompiledInt8Weight.of_weight(quantized, library_of(tier)), quantized
     kept = weight.to(dtype if form == "none" else next(other for other in FACTOR if other != dtype))
-    return CompiledDenseWeight(kept, library_of(tier)), UnquantizedWeight(kept)
+    return CompiledDenseWeight.of_tensor(kept, library_of(tier)), UnquantizedWeight(kept)
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
     found = _usable()
     if found is None or dtype not in compiled.DENSE_TYPES:
         return UnquantizedWeight(tensor.to(dtype, copy=True))
-    return compiled.CompiledDenseWeight(tensor.to(dtype), found)
+    return compiled.CompiledDenseWeight.of_tensor(tensor.to(dtype), found)
 
 
 @functools.cache

@@ -342,15 +342,23 @@ class CompiledInt8Weight(CompiledWeight):
 
 
 class CompiledDenseWeight(CompiledWeight):
-    """A FrozenWeight that is not quantized: a copy of the tensor, in float32 or bfloat16."""
+    """A FrozenWeight that is not quantized, in float32 or bfloat16, of numbers that are in the library's order."""
 
-    def __init__(self, tensor: Tensor, library: Library) -> None:
-        assert tensor.dtype in DENSE_TYPES, tensor.dtype
-        rows, columns = tensor.shape
-        self.numbers = _to_strips(tensor)
+    def __init__(self, numbers: Tensor, shape: tuple[int, int], library: Library) -> None:
+        """Take the numbers over. Raises ValueError where they do not fit the shape: C would read past them."""
+        rows, columns = (size + -size % _STRIP for size in shape)
+        pair = 2 if numbers.dtype == torch.bfloat16 else 1
+        dtype = numbers.dtype if numbers.dtype in DENSE_TYPES else torch.float32
+        check_tensor("numbers", numbers, dtype, (rows // _STRIP, columns // pair, _STRIP * pair))
+        self.numbers = numbers
         """float32 (out / 32, in, 32), or pairs of bfloat16 (out / 32, in / 2, 64), out and in filled up."""
-        matrix = _DenseMatrix(self.numbers.data_ptr(), tensor.dtype == torch.bfloat16, rows, columns)
-        super().__init__(matrix, library)
+        super().__init__(_DenseMatrix(numbers.data_ptr(), pair == 2, *shape), library)
+
+    @classmethod
+    def of_tensor(cls, tensor: Tensor, library: Library) -> Self:
+        """The weight of a copy of a tensor (out, in) of one of DENSE_TYPES."""
+        rows, columns = tensor.shape
+        return cls(_to_strips(tensor), (rows, columns), library)
 
     @property
     def nbytes(self) -> int:
