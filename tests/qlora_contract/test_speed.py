@@ -6,9 +6,9 @@ import pytest
 
 from builders import a_run
 from qlora_contract.memory import Dtype, ModelShape
-from qlora_contract.plan import MemoryFigures, PlanReport, SplitStats, Steps
+from qlora_contract.plan import MemoryFigures, PlanReport, SplitStats, Steps, TimeEstimate
 from qlora_contract.run_config import ISA_TIERS, RunConfig
-from qlora_contract.speed import RATES, TimeEstimate, flops_per_token, time_of
+from qlora_contract.speed import RATES, flops_per_token, time_of
 
 SMOLLM2 = ModelShape(
     hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, head_size=64, vocabulary=49152, tied=True,

@@ -199,6 +199,22 @@ class ModelSize(ContractModel):
     """What was read for that."""
 
 
+class TimeEstimate(ContractModel):
+    """How long a job is expected to take, once its pods run."""
+
+    seconds: float
+    training_seconds: float
+    evaluation_seconds: float
+    start_seconds: float
+    core_hours: float
+    flops_per_token: float
+    """Of training."""
+    tokens_per_second: float
+    """Of all ranks, while training."""
+    basis: str
+    """What it rests on."""
+
+
 class DataFile(ContractModel):
     """A file of the data."""
 
@@ -212,12 +228,16 @@ class CheckReport(ContractModel):
 
     files: list[DataFile]
     """Those that are trained on."""
+    unread: list[str] = Field(default=[])
+    """Columns that nothing reads, by the first record of each source."""
     unit: Literal["tokens", "characters"]
     """Of lengths; characters, and no tokens, where no model is known."""
     training: SplitStats
     evaluation: SplitStats | None = None
     steps: Steps | None = None
     """None: no model is known."""
+    time: TimeEstimate | None = None
+    """How long that would take; None: no config.json of a model that can be trained is known."""
     samples: list[list[TextSpan]]
     """A few of them."""
     problems: list[str]

@@ -5,9 +5,8 @@ A rough figure, for plans: it says what it rests on. What ranks choose by is qlo
 
 from dataclasses import dataclass
 
-from qlora_contract.base import ContractModel
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
-from qlora_contract.plan import PlanReport, SplitStats
+from qlora_contract.plan import PlanReport, SplitStats, TimeEstimate
 from qlora_contract.run_config import IsaTier, RunConfig
 
 
@@ -44,22 +43,6 @@ START_SECONDS = 20.0
 """Imports, and tokenizing a small dataset; measured 14 to 21."""
 LOAD_SECONDS = 4.7e-9
 """Of one weight: read and quantized by one core; measured 0.5 s for 106 million."""
-
-
-class TimeEstimate(ContractModel):
-    """How long a job is expected to take, once its pods run."""
-
-    seconds: float
-    training_seconds: float
-    evaluation_seconds: float
-    start_seconds: float
-    core_hours: float
-    flops_per_token: float
-    """Of training."""
-    tokens_per_second: float
-    """Of all ranks, while training."""
-    basis: str
-    """What it rests on."""
 
 
 def flops_per_token(

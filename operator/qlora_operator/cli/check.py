@@ -12,17 +12,21 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_contract.exit_codes import ExitCode
-from qlora_contract.plan import CheckReport, LengthBin, SplitStats
+from qlora_contract.plan import CheckReport, LengthBin, Machine, SplitStats
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
 from qlora_contract.scratch import scratch_folder
 from qlora_contract.units import first_line
+from qlora_operator.api.run_config import to_run_config
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.early_checks import data_fault, missing
 from qlora_operator.cli.outcome import error_message
-from qlora_operator.cli.plan import sample_text, source_lines
+from qlora_operator.cli.plan import choose_isa, sample_text, source_lines, time_lines
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import USAGE, CommandError
+from qlora_operator.placement.local import MEMORY_SHARE, on_this_machine, with_topology
 
+COLUMNS_SHOWN = 12
 BAR = 40
 """Characters of the longest bar."""
 
@@ -60,8 +64,7 @@ def of_paths(
             model=ModelSource(source=uris.get("model", "pvc://model/none")),
             dataset=Dataset.model_validate({"source": uris["data"], **dataset}),
             training=Training.model_validate({"epochs": 1, "global_batch_tokens": 2**20, **training}),
-            layout=Layout(memory_per_rank=2**40),
-            isa="avx2",
+            **_on_here(None if model is None else _machine()),
         )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -69,6 +72,36 @@ def of_paths(
     if fault := data_fault(places["data"]):
         raise CommandError(f"the data: {fault}", ExitCode.INVALID_DATA)
     return Question(run, {role: path.parent for role, path in places.items()}, model is not None)
+
+
+def of_job(job: QLoRAJob, volumes: Mapping[str, Path], *, with_model: bool) -> Question:
+    """The question about the data of a job, on this machine as far as its time is asked for, too."""
+    if not with_model:
+        return Question(to_run_config(job, uid="check", attempt=0, isa="avx2"), volumes, with_model)
+    machine = _machine()
+    topology = on_this_machine(job.spec.topology, machine)
+    isa, _ = choose_isa(job, machine)
+    run = to_run_config(with_topology(job, topology), uid="check", attempt=0, isa=isa)
+    sharing = machine.clusters if topology.ranks_per_pod == "auto" else 1
+    layout = run.layout.with_rank_counts([sharing] * topology.pods)
+    return Question(run.model_copy(update={"layout": layout}), volumes, with_model)
+
+
+def _machine() -> Machine:
+    """This machine, on whose processors the time depends."""
+    require_trainer()
+    machine = query_trainer().machine
+    assert machine is not None, "without arguments, the planner answers with the machine"
+    return machine
+
+
+def _on_here(machine: Machine | None) -> dict[str, Any]:
+    """ISA tier and layout of one rank on a machine; without one nothing that depends on them is told."""
+    if machine is None or not machine.tiers:
+        return {"isa": "avx2", "layout": Layout(memory_per_rank=2**40)}
+    memory = machine.free_memory or machine.memory or 2**40
+    layout = Layout(cpus_per_rank=machine.usable_cpus, memory_per_rank=int(MEMORY_SHARE * memory))
+    return {"isa": machine.tiers[0], "layout": layout}
 
 
 def _existing(name: str, what: str) -> Path:
@@ -122,6 +155,10 @@ def as_json(report: CheckReport) -> str:
 def show(report: CheckReport, console: Console) -> None:
     """Print the report for people."""
     _print(console, what_it_is(report))
+    if report.unread:
+        more = len(report.unread) - COLUMNS_SHOWN
+        shown = ", ".join(report.unread[:COLUMNS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        _print(console, f"not read  {shown}")
     _show_split(report.training, "training", report.unit, console)
     if report.evaluation is not None:
         _show_split(report.evaluation, "held out", report.unit, console)
@@ -132,8 +169,10 @@ def show(report: CheckReport, console: Console) -> None:
             f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
             f"{steps.tokens_per_step:,.0f} tokens per step, bins {100 * steps.fill:.0f} % full",
         )
+        for line in time_lines(report.time):
+            _print(console, line)
     else:
-        _print(console, "          give the model with --model to see tokens, truncation and steps")
+        _print(console, "          give the model with --model to see tokens, truncation, steps and hours")
     console.print()
     how = "green and underlined" if console.color_system else "between [[ and ]]"
     for number, sample in enumerate(report.samples, start=1):

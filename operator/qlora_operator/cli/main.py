@@ -461,7 +461,7 @@ def _question_of_job(options: argparse.Namespace) -> check.Question:
     with_model = (
         claims(spec.workspace if is_remote(spec.model.source) else spec.model.source) <= volumes.keys()
     )
-    return check.Question(to_run_config(job, uid="check", attempt=0, isa="avx2"), volumes, with_model)
+    return check.of_job(job, volumes, with_model=with_model)
 
 
 def _fetch(options: argparse.Namespace) -> int:

@@ -22,11 +22,12 @@ from qlora_contract.plan import (
     RankPlan,
     SplitStats,
     TextSpan,
+    TimeEstimate,
     ranks_without_work,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.scratch import scratch_folder
-from qlora_contract.speed import TimeEstimate, time_of
+from qlora_contract.speed import time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, Training
@@ -316,7 +317,7 @@ def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
             f"steps     {steps.total:,} ({steps.epochs:.2f} epochs of {steps.per_epoch:,}), "
             f"{steps.tokens_per_step:,.0f} tokens per step, bins {100 * steps.fill:.0f} % full"
         ),
-        *time_lines(plan),
+        *time_lines(plan.time, plan.money, plan.currency),
     ):
         _print(console, line)
     console.print()
@@ -326,9 +327,8 @@ def show_details(plan: JobPlan, details: PlanReport, console: Console) -> None:
     console.print()
 
 
-def time_lines(plan: JobPlan) -> list[str]:
-    """How long the job would take, what that would cost, and what the figure rests on."""
-    time = plan.time
+def time_lines(time: TimeEstimate | None, money: float | None = None, currency: str = "") -> list[str]:
+    """How long a job would take, what that would cost, and what the figure rests on."""
     if time is None:
         return []
     parts = {
@@ -338,8 +338,8 @@ def time_lines(plan: JobPlan) -> list[str]:
     }
     shares = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts.items())
     cost = f"{time.core_hours:,.3g} core-hours"
-    if plan.money is not None:
-        cost += f", {plan.money:,.3g} {plan.currency}".rstrip()
+    if money is not None:
+        cost += f", {money:,.3g} {currency}".rstrip()
     return [
         f"time      about {format_duration(time.seconds)} ({shares}): {cost}",
         f"          at {time.tokens_per_second:,.0f} tokens/s; rests on {time.basis}",

@@ -12,9 +12,17 @@ from qlora_contract import memory
 from qlora_contract.base import ContractModel
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import MemoryEstimate
-from qlora_contract.plan import Machine, MemoryFigures, ModelSize, PlanReport, SplitStats, Steps
+from qlora_contract.plan import (
+    Machine,
+    MemoryFigures,
+    ModelSize,
+    PlanReport,
+    SplitStats,
+    Steps,
+    TimeEstimate,
+)
 from qlora_contract.run_config import ISA_TIERS, IsaTier, RunConfig
-from qlora_contract.speed import TimeEstimate, time_of
+from qlora_contract.speed import time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.quantity import parse_memory
 from qlora_operator.api.run_config import to_run_config

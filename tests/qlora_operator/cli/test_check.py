@@ -26,12 +26,23 @@ def a_report(**fields: Any) -> CheckReport:
     """What the trainer might tell of an array."""
     known = {
         "files": [{"name": "a.json", "content": "a JSON array"}],
+        "unread": ["id", *(f"c{number}" for number in range(20))],
         "unit": "tokens",
         "training": _split(
             duplicates=3, bad=[{"reason": "output is blank", "count": 2, "places": ["a.json: row 3"]}]
         ),
         "evaluation": _split(records=10, overlap=4),
         "steps": {"per_epoch": 4, "total": 10, "epochs": 2.5, "tokens_per_step": 1000.0, "fill": 0.9},
+        "time": {
+            "seconds": 7320.0,
+            "training_seconds": 7200.0,
+            "evaluation_seconds": 100.0,
+            "start_seconds": 20.0,
+            "core_hours": 4.07,
+            "flops_per_token": 1e9,
+            "tokens_per_second": 433.0,
+            "basis": "a measurement",
+        },
         "samples": [[{"text": "What?\x1b ", "supervised": False}, {"text": "That.", "supervised": True}]],
         "problems": ["2 bad ones"],
         "warnings": ["mind the gap"],
@@ -53,11 +64,14 @@ def test_a_report_is_shown_in_the_words_of_who_has_the_data() -> None:
     assert text.startswith("a.json: this is a JSON array of 812 alpaca records\n")
     for said in (
         "training  800 records, 800 samples, 4,000 tokens, 25 % of them learned",
+        "not read  id, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10 and 9 more\n",
         "3 say the same as an earlier one",
         "2 cannot be trained on: output is blank (a.json: row 3)",
         "4 are trained on as well",
         "up to 8 tokens  ######################################## 800",
         "steps     10 (2.50 epochs of 4), 1,000 tokens per step, bins 90 % full",
+        "time      about 2h 02m (steps 2h 00m, evaluation 1m 40s, start 20s): 4.07 core-hours",
+        "at 433 tokens/s; rests on a measurement",
         "What?\N{REPLACEMENT CHARACTER} [[That.]]",
         "problem: 2 bad ones",
         "warning: mind the gap",
@@ -75,7 +89,7 @@ def test_on_a_terminal_what_is_learned_is_colored() -> None:
 
 def test_without_faults_that_is_said() -> None:
     """And without a model how to see more."""
-    text = shown(a_report(problems=[], warnings=[], steps=None, unit="characters"))
+    text = shown(a_report(problems=[], warnings=[], steps=None, time=None, unit="characters"))
 
     assert "nothing to complain of" in text
     assert "give the model with --model to see tokens" in text

@@ -12,9 +12,16 @@ from builders import OMIT, a_run
 from qlora_contract import memory
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
-from qlora_contract.plan import Machine, MemoryFigures, PlanReport, SplitStats, Steps, TextSpan
+from qlora_contract.plan import (
+    Machine,
+    MemoryFigures,
+    PlanReport,
+    SplitStats,
+    Steps,
+    TextSpan,
+    TimeEstimate,
+)
 from qlora_contract.run_config import Training
-from qlora_contract.speed import TimeEstimate
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.cpu_locks import CpuLocks, lock_file

@@ -1,7 +1,9 @@
 """Rows as tokens, in one process or in several."""
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,11 +91,16 @@ def test_a_request_to_stop_is_heeded_between_batches(data: Path, tokenizer: Any)
         if sum(counted) > 100:
             raise Stop
 
+    before = _own_children()
     with pytest.raises(Stop):
         load(DATASET, data, tokenizer, 64, TokenizationOptions(advance=advance), workers=Workers(2))
     assert sum(counted) < 200
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert _own_children() <= before
+
+
+def _own_children() -> set[int]:
+    """Processes that multiprocessing has started here, of other tests as well; the dead ones are reaped by asking."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
 
 
 def _kill_once(batch: list[bytes]) -> Any:
@@ -108,6 +115,29 @@ def test_a_process_that_is_killed_is_out_of_memory(
 
     with pytest.raises(OutOfMemory, match=r"raise topology\.memoryPerRank"):
         _loaded(data, tokenizer, 2)
+
+
+@pytest.mark.slow
+def test_the_process_that_reads_keeps_many_others_busy(tmp_path: Path, tokenizer: Any) -> None:
+    """By processor time, whatever else the machine does: a record takes more than eight times as long to tokenize as to
+    read, to send and to write, so eight processes on CPUs of their own are eight times as fast as one."""
+
+    def seconds(records: int) -> tuple[float, float]:
+        path = tmp_path / f"{records}.jsonl"
+        turns = [{"role": role, "content": "It is so. " * 20} for role in ("user", "assistant") * 2]
+        path.write_text(f"{json.dumps({'messages': turns})}\n" * records)
+        before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        tokenizing = Dataset(source="pvc://claim/data", eval_fraction=0.0)
+        load(tokenizing, path, tokenizer, 2048, folder=tmp_path / f"tokens-{records}", workers=Workers(2))
+        after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own, others = (
+            b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after, strict=True)
+        )
+        return own, others
+
+    few, many = seconds(1000), seconds(4000)  # the difference: without what it takes to begin
+
+    assert many[1] - few[1] > 8 * (many[0] - few[0]), (few, many)
 
 
 def test_what_no_record_can_help_ends_it_from_any_process(

@@ -466,7 +466,10 @@ def test_bad_records_are_told_together(tmp_path: Path, tokenizer: Any) -> None:
     said = _refuse(path, tokenizer)
 
     assert said.startswith("10 and more records cannot be trained on")
-    assert "(1) d.jsonl: line 1: prompt must be a string (2) d.jsonl: line 2: is not JSON" in said
+    assert (
+        "(1) d.jsonl: line 1: prompt must be a string, and is a number (2) d.jsonl: line 2: is not JSON"
+        in said
+    )
     assert "(10) d.jsonl: line 10: " in said
     assert "line 11" not in said
     assert "dataset.onBadRecord: skip" in said
@@ -477,7 +480,7 @@ def test_one_bad_record_is_one_sentence(tmp_path: Path, tokenizer: Any) -> None:
     """Its place and why."""
     said = _refuse(_with_bad(tmp_path / "d.jsonl", 3, BAD), tokenizer)
 
-    assert said == "d.jsonl: line 1: prompt must be a string"
+    assert said == "d.jsonl: line 1: prompt must be a string, and is a number"
 
 
 def test_what_the_template_refuses_is_a_bad_record_as_well(tmp_path: Path, tokenizer: Any) -> None:
@@ -506,7 +509,7 @@ def test_a_bad_record_ends_a_job_without_reading_all_others(tmp_path: Path, toke
     path = _with_bad(tmp_path / "d.jsonl", bad_records.LOOKED_AT_BEHIND + 1000, BAD)
     path.write_text(path.read_text() + "\n" + BAD)
 
-    assert _refuse(path, tokenizer) == "d.jsonl: line 1: prompt must be a string"
+    assert _refuse(path, tokenizer) == "d.jsonl: line 1: prompt must be a string, and is a number"
 
 
 def test_bad_records_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
@@ -517,7 +520,9 @@ def test_bad_records_may_be_left_out(tmp_path: Path, tokenizer: Any) -> None:
 
     assert (len(loaded.train), loaded.train_facts.records) == (100, 100)
     places = [f"d.jsonl: line {number}" for number in range(2, 7)]
-    assert loaded.train_facts.bad[0] == BadRecords(reason="prompt must be a string", count=6, places=places)
+    assert loaded.train_facts.bad[0] == BadRecords(
+        reason="prompt must be a string, and is a number", count=6, places=places
+    )
     assert sum(bad.count for bad in loaded.train_facts.bad) == 8
     assert all(bad.places and "is not JSON" in bad.reason for bad in loaded.train_facts.bad[1:])
 

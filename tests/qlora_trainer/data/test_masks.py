@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
@@ -290,6 +290,12 @@ TEMPLATES = [
     train=st.sampled_from(["all", "lastTurn"]),
     rstrip=st.booleans(),
 )
+@example(
+    messages=[Message("assistant", "", {"reasoning_content": "<|user|> a"})],
+    template=THOUGHTFUL,
+    train="all",
+    rstrip=True,
+)
 @settings(deadline=None, max_examples=200)
 def test_any_conversation_is_learned_right_or_refused(
     marked_tokenizer: Make,
@@ -321,7 +327,8 @@ def test_any_conversation_is_learned_right_or_refused(
         said = text.removesuffix("<|end|>")
         assert said != text
         assert said.rstrip().endswith(message.content.strip().split("</think>")[-1].strip())
-        assert message.extra.get("reasoning_content", "").strip() in said
+        # Without white space: a mark in a thought may take that behind it along, and is decoded without it.
+        assert "".join(message.extra.get("reasoning_content", "").split()) in "".join(said.split())
         if template == PLAIN:
             assert said == message.content
 

@@ -31,6 +31,23 @@ def test_roles_have_many_spellings(spelling: str, role: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"role": "Assistant", "content": "hi"},
+        {"from": "GPT", "value": "hi"},
+        {"from": "gpt", "content": "hi"},
+        {"role": "assistant", "value": "hi"},
+        {"role": "AI", "text": "hi"},
+        {"role": "assistant", "content": "hi", "text": 7},
+    ],
+    ids=str,
+)
+def test_roles_are_in_any_case_and_keys_in_any_pair(fields: dict[str, Any]) -> None:
+    """People mix the spellings of both families; the usual key of a message's text is looked at first."""
+    assert turn(**fields) == Message("assistant", "hi")
+
+
+@pytest.mark.parametrize(
     ("content", "text"),
     [
         ("hi", "hi"),
@@ -116,7 +133,9 @@ def test_a_message_says_whether_it_is_learned(fields: dict[str, Any], trained: b
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"role": "user", "content": {"x": "hunter2"}}, "content must be a string"),
+        ({"role": "user", "content": {"x": "hunter2"}}, "content must be a string, and is an object"),
+        ({"role": "user"}, "content must be a string, and is missing"),
+        ({"from": "user", "value": True}, "value must be a string, and is true or false"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "hunter2"}]}, r"content\[0\] is not a text"),
         ({"role": "user", "content": ["hunter2"]}, r"content\[0\] is not a text"),
         ({"role": "user", "content": [{"type": "text", "text": 7}]}, r"content\[0\]\.text must be a string"),
@@ -124,6 +143,7 @@ def test_a_message_says_whether_it_is_learned(fields: dict[str, Any], trained: b
         ({"from": "hunter2", "value": "x"}, "from must be one of system, developer, user, human"),
         ({"from": "gpt", "value": " "}, "value is blank"),
         ({"from": "function_call", "value": "hunter2"}, "value is a text that is not JSON"),
+        ({"from": "tool_call", "value": "{'x': 'hunter2'}"}, "value is a list or dict as Python prints it"),
         ({"role": "assistant", "content": "x", "audio": {"id": "hunter2"}}, "audio cannot be trained on"),
         ({"role": "assistant", "content": "x", "train_detail": [1]}, "train_detail cannot be trained on"),
         ({"role": "assistant", "content": "x", "weight": 0.5}, "weight must be 0 or 1"),

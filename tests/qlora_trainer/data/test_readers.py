@@ -281,6 +281,8 @@ def test_an_array_is_read_in_pieces_of_any_size(
         ("d.csv", b"hunter2,hunter2\n", r"d\.csv: two columns have the same name"),
         ("d.csv", b'a,b\n1,"hunter2"x\n', r"d\.csv: row 2 \(line 2\): is not CSV"),
         ("d.csv", b"a,b\n1,\xff\n", r"d\.csv: is not UTF-8 \(invalid start byte\); save the file as UTF-8"),
+        ("d.json", b'[[{"role": 1}]]', r"d\.json: record 1 \(line 1\): is a list; if it is one of messages, write \{"),
+        ("d.md", b"# hunter2", r"d\.md: is not JSON, as which a file with the suffix \.md is read; let its name"),
         ("d.txt", b"\xff", r"d\.txt: is not UTF-8 \(invalid start byte\); save the file as UTF-8"),
     ],
 )  # fmt: skip

@@ -134,13 +134,47 @@ def test_names_what_is_wrong_in_a_pair(fields: dict[str, Any], error: str) -> No
             "it is preference data, which is not trained on: there is no preference training",
         ),
         ({"data": [{"a": 1}]}, "it is a list of records within an object; write that list to the file"),
+        (
+            {"version": "1", "data": [PAIR]},
+            "data is a list of records within an object; write that list to the",
+        ),
+        (
+            {"instruction": "x", "context": "y", "response": "z"},
+            r"dataset\.columns: \{output: response, input: context\} ",
+        ),
+        ({"chats": [USER]}, r"did you mean dataset\.columns: \{messages: chats\} "),
+        (
+            USER,
+            r"\(its columns: role, content\): it is one message, and a record is a whole conversation; a record is",
+        ),
+        ({"text": "x", "role": "Prompter"}, "it is one message, and a record is a whole conversation"),
     ],
-    ids=["none", "both", "question", "content", "unknown", "preference", "nested"],
+    ids=[
+        *(
+            "none",
+            "both",
+            "question",
+            "content",
+            "unknown",
+            "preference",
+            "nested",
+            "nested with more",
+            "context",
+        ),
+        *("list of messages", "one message", "one message with a text"),
+    ],
 )
 def test_a_first_record_must_fit_one_format(fields: dict[str, Any], error: str) -> None:
     """Without a named format, the first record must fit exactly one."""
     with pytest.raises(DataError, match=error):
         records_of(fields)
+
+
+def test_a_text_may_say_where_it_is_from() -> None:
+    """Only a speaker's name makes a message of it."""
+    [record] = records_of({"text": "x", "from": "the web"})
+
+    assert record.content == Document("x")
 
 
 def test_a_named_format_is_required_of_each_record() -> None:

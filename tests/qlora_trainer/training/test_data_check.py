@@ -79,6 +79,34 @@ def test_without_a_model_characters_are_told(ask: Callable[..., CheckReport]) ->
     assert (report.unit, report.steps, report.training.tokens) == ("characters", None, 0)
 
 
+def test_the_time_is_that_of_the_model_s_configuration(
+    ask: Callable[..., CheckReport], tmp_path: Path, smoke_folder: Path
+) -> None:
+    """Weights are not needed, evaluations count as far as they are bounded; a tokenizer alone tells no time."""
+    assert ask(_array(400)).time is None
+    configuration = json.loads((smoke_folder / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(configuration))
+    alone, evaluated = (ask(_array(400), evalFraction=fraction).time for fraction in (0.0, 0.5))
+
+    assert alone is not None
+    assert evaluated is not None
+    assert alone.evaluation_seconds == 0 < evaluated.evaluation_seconds
+    assert alone.training_seconds > evaluated.training_seconds > 0
+
+    (tmp_path / "model/config.json").write_text(json.dumps(configuration | {"model_type": "mamba"}))
+    report = ask(_array(400))
+    assert report.time is None
+    assert any("the model itself could not be trained on: " in warning for warning in report.warnings)
+
+
+def test_columns_that_nothing_reads_are_told(ask: Callable[..., CheckReport]) -> None:
+    """A label, say, that somebody expects to be learned; what is no column's name may be a value."""
+    records = [{"text": f"{number}.", "label": number, "a value?": 1} for number in range(3)]
+
+    assert ask(json.dumps(records), with_model=False).unread == ["label"]
+    assert ask(_array(3), with_model=False).unread == []
+
+
 def test_what_cannot_be_read_is_refused_with_its_place(ask: Callable[..., CheckReport]) -> None:
     """Line and column."""
     with pytest.raises(DataError, match=r"^d\.json: line 2, column 3: is not JSON"):

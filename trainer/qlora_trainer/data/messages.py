@@ -4,6 +4,7 @@ Errors name the key, and never quote what it holds.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,12 @@ ROLES: Mapping[str, str] = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant",
+    "model": "assistant", "ai": "assistant", "bot": "assistant", "chatbot": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
     "function_response": "tool",
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
-"""The roles that templates know, by the spellings of them."""
+"""The roles that templates know, by the spellings of them, in whatever case."""
 CALLS = ("function_call", "tool_call")
 """Roles of a turn of the assistant whose content is the call itself, as JSON."""
 EXCLUDING = ("train", "training", "loss")
@@ -28,6 +29,17 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 NOT_HONORED = ("audio", "images", "refusal", "train_detail", "training_detail")
 """Keys of a message that would change what it means, and that nothing here reads."""
 TEXT_PARTS = ("text", "input_text", "output_text")
+CONTENTS = ("content", "value", "text")
+"""Keys of what a message says, in the order in which they are looked for."""
+KINDS = {
+    bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", bytes: "bytes",
+    type(None): "missing",
+}  # fmt: skip
+"""What a value is that should be text."""
+
+
+PRINTED_BY_PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
+"""How lists and dicts begin in a table that was written without a thought of JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +91,11 @@ def _as_function(function: dict[str, Any]) -> dict[str, Any]:
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f'{where} must be an object {{"role": ..., "content": ...}}')
-    role_key, content_key = (
-        ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-    )
+    role_key, usual = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
+    content_key = next((key for key in (usual, *CONTENTS) if key in value), usual)
     spelling = value.get(role_key)
-    role = ROLES.get(spelling) if isinstance(spelling, str) else None
+    spelling = spelling.lower() if isinstance(spelling, str) else None
+    role = None if spelling is None else ROLES.get(spelling)
     if role is None:
         known = ", ".join(
             ROLES if role_key == "from" else ("system", "developer", "user", "assistant", "tool")
@@ -184,9 +196,14 @@ def _trained(value: dict[str, Any], role: str, where: str) -> bool | None:
 
 def json_value(text: object, where: str) -> Any:
     """What the JSON in a text says. Raises DataError."""
+    text = check_text(text, where)
     try:
-        return json.loads(check_text(text, where))
+        return json.loads(text)
     except (ValueError, RecursionError):
+        if PRINTED_BY_PYTHON.match(text):
+            raise DataError(
+                f"{where} is a list or dict as Python prints it, which is not JSON; write it with json.dumps"
+            ) from None
         raise DataError(f"{where} is a text that is not JSON") from None
 
 
@@ -201,7 +218,7 @@ def check_json(value: object, where: str) -> None:
 def check_text(value: object, where: str) -> str:
     """The value, if it is text. Raises DataError."""
     if not isinstance(value, str):
-        raise DataError(f"{where} must be a string")
+        raise DataError(f"{where} must be a string, and is {KINDS.get(type(value), 'something else')}")
     try:
         value.encode()
     except UnicodeEncodeError:

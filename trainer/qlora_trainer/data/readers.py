@@ -24,6 +24,7 @@ from qlora_trainer.errors import DataError
 
 CHUNK = 1 << 16
 """Characters of a JSON array that are read at once."""
+JSON_BEGINS = re.compile(rb"(\xef\xbb\xbf)?\s*([{\[]|$)")
 WHITE_SPACE = re.compile(r"\s*")
 MAX_RECORD = 1 << 25
 """Bytes of the longest line, or characters of the longest record: millions of tokens, of which no sample has as many.
@@ -133,6 +134,11 @@ def read_rows(path: Path) -> Rows:
             return
         if not compression:
             _refuse_other_content(start, path)
+        if not suffix and path.suffix and not JSON_BEGINS.match(start):
+            raise DataError(
+                f"{path.name}: is not JSON, as which a file with the suffix {path.suffix} is read; let its name end in "
+                f"one of {', '.join(CONTAINERS)}"
+            )
         with _opened(path, compression) as stream:
             yield from read(stream, path.name)
     except UnicodeDecodeError as error:
@@ -363,6 +369,8 @@ def _row(value: Any, location: str, expected: str) -> Row | BadRow:
     """A value of a JSON text as a record, if it is an object."""
     if isinstance(value, dict):
         return Row(location, value)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return BadRow(location, 'is a list; if it is one of messages, write {"messages": [...]} in its place')
     return BadRow(location, f"is not a JSON object; {expected}")
 
 

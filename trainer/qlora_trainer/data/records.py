@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from qlora_trainer.data.messages import ROLES, check_text, json_value, parse_messages, parse_tools
 from qlora_trainer.data.messages import Message as Message
-from qlora_trainer.data.messages import check_text, json_value, parse_messages, parse_tools
 from qlora_trainer.data.readers import BadRow, Row
 from qlora_trainer.errors import DataError
 
@@ -20,6 +20,10 @@ Format = Literal["chat", "prompt-completion", "alpaca", "text"]
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Keys of a conversation, in the order in which they are looked for."""
+TOOLS = ("tools", "functions")
+"""Keys of what the assistant may call."""
+SPEAKERS = ("role", "from")
+"""Keys of who says a message."""
 NO_PREFERENCES = (
     "preference data, which is not trained on: there is no preference training (DPO and the like); give the wanted "
     "answers alone, as completion or as messages"
@@ -100,7 +104,7 @@ def _chat(messages: tuple[Message, ...], fields: Mapping[str, Any], key: str) ->
         raise DataError(f"{key} has no assistant turn, so there is nothing to learn")
     if all(message.trained is False for message in turns):
         raise DataError(f"{key} excludes every assistant turn (weight, train), so there is nothing to learn")
-    tools = [parse_tools(fields[key], key) for key in ("tools", "functions") if fields.get(key)]
+    tools = [parse_tools(fields[key], key) for key in TOOLS if fields.get(key)]
     if len(tools) > 1:
         raise DataError("has both tools and functions; leave one of them")
     return Chat(messages, tools[0] if tools else ())
@@ -190,10 +194,17 @@ class RecordKind:
 
     keys: tuple[tuple[str, ...], ...]
     """A record of this kind has one key of each. Keys without a meaning are ignored."""
+    optional: tuple[str, ...]
+    """What it may have besides."""
     shape: str
     """As errors show it."""
     parse: Callable[[Mapping[str, Any]], Content]
     """Fields without null -> content; raises DataError, without the location."""
+
+    def unread(self, fields: Mapping[str, Any]) -> list[str]:
+        """Keys that mean nothing to it."""
+        known = {*self.optional, *(name for names in self.keys for name in names)}
+        return [key for key in fields if key not in known]
 
     def missing(self, fields: Mapping[str, Any]) -> list[str]:
         """Keys that a record of this kind would have, and these fields do not."""
@@ -201,14 +212,25 @@ class RecordKind:
 
 
 RECORD_KINDS: dict[Format, RecordKind] = {
-    "chat": RecordKind((CONVERSATIONS,), '{"messages": [{"role": ..., "content": ...}, ...]}', parse_chat),
+    "chat": RecordKind(
+        (CONVERSATIONS,),
+        ("system", *TOOLS),
+        '{"messages": [{"role": ..., "content": ...}, ...]}',
+        parse_chat,
+    ),
     "prompt-completion": RecordKind(
-        (("prompt",), ("completion",)), '{"prompt": ..., "completion": ...}', parse_prompt_completion
+        (("prompt",), ("completion",)),
+        ("system", *TOOLS),
+        '{"prompt": ..., "completion": ...}',
+        parse_prompt_completion,
     ),
     "alpaca": RecordKind(
-        (("instruction",), ("output",)), '{"instruction": ..., "input": ..., "output": ...}', parse_alpaca
+        (("instruction",), ("output",)),
+        ("input", "system", "history", *TOOLS),
+        '{"instruction": ..., "input": ..., "output": ...}',
+        parse_alpaca,
     ),
-    "text": RecordKind((("text",),), '{"text": ...}', parse_text),
+    "text": RecordKind((("text",),), (), '{"text": ...}', parse_text),
 }
 """By the names that dataset.format has for them."""
 
@@ -285,10 +307,13 @@ def detect_format(fields: Mapping[str, Any], location: str) -> Format:
     fitting = [name for name, kind in RECORD_KINDS.items() if not kind.missing(fields)]
     if len(fitting) > 1 and "text" in fitting:
         fitting.remove("text")
-    if len(fitting) == 1:
+    if len(fitting) == 1 and not (fitting == ["text"] and _is_message(fields)):
         return fitting[0]
-    if fitting:
-        raise DataError(f"{location}: fits more than one format, {' and '.join(fitting)}; set dataset.format")
+    if len(fitting) > 1:
+        raise DataError(
+            f"{location}: fits more than one format, {' and '.join(fitting)}; set dataset.format (without a job file, "
+            "--format)"
+        )
     shapes = " or ".join(kind.shape for kind in RECORD_KINDS.values())
     raise DataError(f"{location}: fits no format{_nearest(fields)}; a record is {shapes}")
 
@@ -303,20 +328,35 @@ def _nearest(fields: Mapping[str, Any]) -> str:
     if not names:
         return ""
     shown = f" (its columns: {', '.join(told)})"
+    if _is_message(fields):
+        return f"{shown}: it is one message, and a record is a whole conversation"
     lists = [
         key
         for key in names
         if isinstance(fields[key], list) and fields[key] and isinstance(fields[key][0], dict)
     ]
-    if len(fields) == len(lists) == 1:
-        return f"{shown}: it is a list of records within an object; write that list to the file"
-    if columns := suggested_columns(names):
+    talks = [key for key in lists if _is_message(fields[key][0])]
+    if len(lists) == 1 and not talks and (len(fields) == 1 or _fits_any(fields[lists[0]][0])):
+        what = "it" if len(fields) == 1 else lists[0]
+        return f"{shown}: {what} is a list of records within an object; write that list to the file"
+    columns = {"messages": talks[0]} if len(talks) == 1 else suggested_columns(names)
+    if columns:
         mapping = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
         option = ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
         return (
             f"{shown}; did you mean dataset.columns: {{{mapping}}} (without a job file, --columns {option})?"
         )
     return f"{shown}; dataset.columns says which of them is what"
+
+
+def _is_message(fields: Mapping[str, Any]) -> bool:
+    """Whether these are the fields of one message rather than of a record."""
+    said_by = (fields.get(key) for key in SPEAKERS)
+    return any(isinstance(speaker, str) and speaker.lower() in ROLES for speaker in said_by)
+
+
+def _fits_any(fields: Mapping[str, Any]) -> bool:
+    return any(not kind.missing(fields) for kind in RECORD_KINDS.values())
 
 
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
@@ -351,6 +391,8 @@ def suggested_columns(names: list[str]) -> dict[str, str] | None:
     for wanted in (("messages",), ("instruction", "output"), ("text",)):
         found = {ours: theirs for ours in wanted if (theirs := column(ours)) is not None}
         if len(found) == len(wanted) == len(set(found.values())):
+            if "output" in found and "context" in lowered:
+                found["input"] = lowered["context"]
             return {ours: theirs for ours, theirs in found.items() if ours != theirs}
     return None
 

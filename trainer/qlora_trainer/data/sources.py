@@ -17,7 +17,7 @@ from qlora_contract.plan import LengthBin
 from qlora_contract.run_config import DatasetSource
 from qlora_trainer.data.layout import split_files
 from qlora_trainer.data.readers import BadRow, Row, Rows, read_rows
-from qlora_trainer.data.records import Format, Record, detect_format, interpret, renamed
+from qlora_trainer.data.records import COLUMN, RECORD_KINDS, Format, Record, detect_format, interpret, renamed
 from qlora_trainer.errors import ConfigurationError, DataError
 
 MAX_DEPTH = 3
@@ -103,6 +103,17 @@ def read_split(source: DatasetSource, files: Sequence[Path]) -> tuple[Rows, str,
             detected = detect_format(renamed(row.fields, columns), row.location)
             break
     return chain(first, rows), detected or "", partial(interpret, columns=columns, detected=detected)
+
+
+def unread_columns(source: DatasetSource, file: Path) -> list[str]:
+    """The columns of a file's first record that its format has no use for. Raises DataError."""
+    columns = source.columns.model_dump(exclude_none=True)
+    first = next((row for row in read_rows(file) if isinstance(row, Row)), None)
+    if first is None:
+        return []
+    fields = renamed(first.fields, columns)
+    form = detect_format(fields, first.location) if source.format == "auto" else source.format
+    return [key for key in RECORD_KINDS[form].unread(fields) if COLUMN.fullmatch(key)]
 
 
 def split_keys(digests: NDArray[np.uint64]) -> NDArray[np.float64]:

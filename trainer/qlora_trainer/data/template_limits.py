@@ -156,6 +156,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator, once it is known what it makes."""
+        if operator == "+" and type(left) is str and type(right) is str:
+            # What templates do most of all: a third of the time of a conversation's text goes without this shortcut.
+            self.meter.reserve(len(left) + len(right))
+            return left + right
         match operator:
             case "+" if isinstance(left, Sequence) and isinstance(right, Sequence):
                 self.meter.reserve(_size(left) + _size(right))

@@ -11,6 +11,7 @@ Document: as a completion without a prompt.
 """
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,10 +31,11 @@ from qlora_trainer.data.records import Chat, Document, PromptCompletion, Record
 from qlora_trainer.errors import DataError, ModelError, TrainerError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-_Encoded = tuple[tuple[str, list[int]], list[int], list[tuple[int, int]]]
-"""The anchor before a part and its ids; ids and offsets of the two together."""
+_Encoded = tuple[tuple[str, list[int]], "Encoding"]
+"""The anchor before a part and its ids; what the tokenizer made of the two together."""
 
 BATCH_RECORDS = 512
 """Records tokenized at once, at most: enough to keep a fast tokenizer busy."""
@@ -276,34 +278,44 @@ class Tokenization:
             encoded = self._tokenizer(
                 [anchor + part.text for (anchor, _), part in zip(anchors, parts, strict=True)],
                 add_special_tokens=False,
-                return_offsets_mapping=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,
             )
-        yield from zip(anchors, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        yield from zip(anchors, encoded.encodings, strict=True)
 
     def _part(self, part: _Part, encoded: _Encoded, location: str) -> tuple[list[int], list[int]]:
         """Ids and mask of a part. Raises DataError."""
-        (anchor, anchor_ids), ids, offsets = encoded
-        count = len(anchor_ids)
+        (anchor, anchor_ids), encoding = encoded
+        ids, count = encoding.ids, len(anchor_ids)
         if ids[:count] != anchor_ids:
             raise DataError(
                 f"{location}: the tokenizer joins the first characters of an answer with whatever stands before "
                 f"them; {REMEDY}"
             )
-        ends = np.fromiter((end for _, end in offsets[count:]), np.int64, len(ids) - count) - len(anchor)
-        return ids[count:], self._mask(part, ids[count:], ends, location)
 
-    def _mask(self, part: _Part, ids: list[int], ends: NDArray[np.int64], location: str) -> list[int]:
-        """1 for each supervised token. `ends`: (tokens,), the character after each."""
+        def ended(character: int) -> int:
+            """How many tokens of the part end before a character of it, or with it."""
+            # Where a token ends is asked for a few of them: a list of all offsets costs as much as half of the ids.
+            ends = range(len(ids))
+            return (
+                bisect_right(
+                    ends, character + len(anchor), count, key=lambda i: encoding.token_to_chars(i)[1]
+                )
+                - count
+            )
+
+        return ids[count:], self._mask(part, ids[count:], ended, location)
+
+    def _mask(self, part: _Part, ids: list[int], ended: Callable[[int], int], location: str) -> list[int]:
+        """1 for each supervised token. `ended`: how many tokens end before a character, or with it."""
         if not part.begins_turn:
-            first, last = np.searchsorted(ends, part.supervised or (0, 0), side="right").tolist()
+            first, last = map(ended, part.supervised or (0, 0))
         else:
             first, last = 0, len(ids)
             if part.end is not None:
                 # By where it starts: a token may take white space behind it along, and so end later.
-                last = int(np.searchsorted(ends, part.end[0], side="right")) + 1
+                last = ended(part.end[0]) + 1
                 name = part.text[slice(*part.end)]
                 if ids[last - 1 : last] != [self._tokenizer.convert_tokens_to_ids(name)]:
                     raise DataError(

@@ -5,12 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_contract import memory
 from qlora_contract.paths import resolve
-from qlora_contract.plan import CheckReport, DataFile, SourceStats, SplitStats, Steps, TextSpan
+from qlora_contract.plan import (
+    CheckReport,
+    DataFile,
+    MemoryFigures,
+    PlanReport,
+    SourceStats,
+    SplitStats,
+    Steps,
+    TextSpan,
+    TimeEstimate,
+)
 from qlora_contract.run_config import NOTHING_HELD_OUT, Dataset, RunConfig
+from qlora_contract.speed import time_of
 from qlora_trainer.data.readers import content_of
-from qlora_trainer.data.sources import Files, find_files, named
+from qlora_trainer.data.sources import Files, find_files, named, unread_columns
 from qlora_trainer.data.survey import SHOWN, survey
+from qlora_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
     from qlora_trainer.data.dataset import Facts, Samples
@@ -47,9 +60,15 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
     # All bad records are told, whatever the job would make of them.
     lenient = run.dataset.model_copy(update={"on_bad_record": "skip", "max_bad_share": 1.0})
     steps: Steps | None = None
+    time: TimeEstimate | None = None
+    why_no_time: list[str] = []
     template = False
     if with_model:
         training, evaluation, samples, steps, template = _with_model(run, lenient, roots, volumes)
+        try:
+            time = time_on(run, resolve(run.model_uri, volumes), training, evaluation, steps)
+        except TrainerError as error:
+            why_no_time = [f"the model itself could not be trained on: {error}"]
     else:
         training, evaluation, samples = survey(lenient, files)
     cannot_improve = (
@@ -59,10 +78,16 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         files=[
             DataFile(name=path.name, content=content_of(path)) for to_train, _ in files for path in to_train
         ],
+        unread=[
+            column
+            for source, (to_train, _) in zip(run.dataset.all_sources, files, strict=True)
+            for column in unread_columns(source, to_train[0])
+        ],
         unit="tokens" if with_model else "characters",
         training=training,
         evaluation=evaluation,
         steps=steps,
+        time=time,
         samples=samples,
         problems=[
             *problems(run.dataset, training, "training"),
@@ -71,6 +96,7 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         warnings=[
             *([NOTHING_HELD_OUT] if cannot_improve else []),
             *warnings(training, evaluation, steps, has_template=template),
+            *why_no_time,
         ],
     )
 
@@ -112,6 +138,52 @@ def _with_model(
         steps_of(run, schedule),
         bool(tokenizer.chat_template),
     )
+
+
+def time_on(
+    run: RunConfig, folder: Path, training: SplitStats, evaluation: SplitStats | None, steps: Steps
+) -> TimeEstimate | None:
+    """How long the steps and evaluations take with a model, by its config.json; None where it is not there.
+
+    Args:
+        run: the job, with the layout and the processors that it would have.
+        folder: the model's.
+        training: what is trained on.
+        evaluation: what is held out, which evaluation.maxTokens bounds.
+        steps: of the training.
+
+    Raises TrainerError for a model that cannot be trained on.
+    """
+    from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.modeling.weight_files import has_weights
+    from qlora_trainer.training.inputs import default_compute_dtype
+
+    if not ((folder / "config.json").is_file() or has_weights(folder)):
+        return None
+    shape = model_shape(folder, run.adapter, weights=has_weights(folder))
+    dtype = default_compute_dtype(run, [run.isa])
+    chosen = memory.choose(shape, run, dtype, training.samples)
+    if evaluation is not None and evaluation.tokens > run.evaluation.max_tokens:
+        share = run.evaluation.max_tokens / evaluation.tokens
+        bounded = ("samples", "tokens", "supervised_tokens")
+        evaluation = evaluation.model_copy(
+            update={name: max(1, round(share * getattr(evaluation, name))) for name in bounded}
+        )
+    plan = PlanReport(
+        compute_dtype=dtype,
+        shape=shape,
+        memory=MemoryFigures(
+            parts=chosen.parts(),
+            total=chosen.total,
+            micro_batch_tokens=chosen.micro_batch_tokens,
+            checkpointing=chosen.checkpointing,
+        ),
+        training=training,
+        evaluation=evaluation,
+        steps=steps,
+        sample=[],
+    )
+    return time_of(run, plan)
 
 
 def problems(dataset: Dataset, split: SplitStats, use: str) -> list[str]:
