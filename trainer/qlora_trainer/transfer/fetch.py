@@ -89,7 +89,9 @@ class SourceFetcher:
         if pinned is None and snapshot.is_complete():
             # Whoever may write the workspace may have written this, too.
             for name in snapshot.drop_damaged(files):
-                log(f"{remote.uri}: {name} in the workspace is not the one of {revision}, and is fetched again")
+                log(
+                    f"{remote.uri}: {name} in the workspace is not the one of {revision}, and is fetched again"
+                )
         while not snapshot.is_complete():
             try:
                 with leased(snapshot.lease) as lease:

@@ -74,13 +74,16 @@ class Snapshot:
             )
 
     def drop_damaged(self, files: Sequence[RemoteFile]) -> list[str]:
-        """Remove what is not, byte for byte, what the server has, and return its names; what a server keeps no hash of is
-        believed. Whoever has a file open keeps it."""
+        """Remove what is not, byte for byte, what the server has, and return its names. What a server keeps no hash of
+        is believed. Whoever has a file open keeps it."""
         damaged = [
             file.name
             for file in files
             if file.digest is not None
-            and (not self.contains(file) or hash_file(self.files / file.name, file.digest)[1] != file.digest.value)
+            and (
+                not self.contains(file)
+                or hash_file(self.files / file.name, file.digest)[1] != file.digest.value
+            )
         ]
         if damaged:
             self.manifest.unlink(missing_ok=True)
