@@ -203,7 +203,7 @@ def test_a_job_with_one_tier_waits_for_room(make_job: MakeJob, fill: Any) -> Non
 
 
 def test_a_job_starts_with_the_pods_that_have_nodes_and_asks_for_all_at_its_next_restart(
-    make_job: MakeJob, fill: Any
+    make_job: MakeJob, fill: Any, terminations: None
 ) -> None:
     """With one of its two nodes taken, topology.minPods lets it start with one pod; once both are free it has two."""
     free = fill("pair-1")
