@@ -32,7 +32,7 @@ RANKS := -n 2 --dist loadfile
 WAITING := -n 6 --dist worksteal
 
 .PHONY: help demo demo-data demo-llama test test-unit test-fast test-cluster test-slow repeated check verify generate lock bench setup clean
-.PHONY: wheel release
+.PHONY: recordings wheel release
 .PHONY: cluster-build cluster-up cluster-down cluster-env cluster-demo e2e soak sanitize scale images manifest audit
 
 help:  ## Show the commands
@@ -47,7 +47,7 @@ $(VENV)/.installed: requirements/dev.txt requirements/torch.txt requirements/dem
 	requirements/install.sh $(PYTHON) $(VENV) requirements/dev.txt
 	@touch $@
 
-# Seconds. Without a compiler it says so, and plain torch multiplies.
+# A minute or two. Without a compiler it says so, and plain torch multiplies.
 $(VENV)/.kernels: $(VENV)/.installed $(wildcard trainer/qlora_trainer/kernels/csrc/*) trainer/qlora_trainer/kernels/build.py
 	$(BIN)/python -m qlora_trainer.kernels.build --if-possible
 	@touch $@
@@ -143,6 +143,9 @@ generate: setup  ## Write the generated files
 images: setup  ## Build both images and list what is in them (docker, podman or buildah; Go for the list)
 	SYFT="$$(PYTHONPATH=tests/cluster $(BIN)/python -c \
 	    'from testcluster.binaries import built; print(built("syft"))')" images/build.sh
+
+recordings: setup  ## Record the terminal pictures of the documentation anew: a minute of real runs
+	$(BIN)/python docs/recordings/make.py
 
 wheel: setup  ## Build wheel and source distribution into dist/
 	$(BIN)/python -m hatchling build -d dist

@@ -1,4 +1,4 @@
-"""Record `qlora` in a terminal: python docs/recordings/make.py. A minute; writes NAME.cast and NAME.svg here.
+"""Record `qlora` in a terminal: `make recordings`. A minute; writes NAME.cast and NAME.svg here.
 
 Each is a real run of real commands on the model of qlora_trainer.smoke_model, in a pseudo-terminal. A cast is
 asciinema's text format, version 2; the picture is what its screen shows at the end.
@@ -47,16 +47,22 @@ def prepare() -> None:
         check=True,
         capture_output=True,
     )
-    page = (HERE.parent / "one-machine.md").read_text()
-    (job,) = re.findall(r"```yaml first.yaml\n(.*?)```", page, re.DOTALL)
-    (PLACE / "first.yaml").write_text(job)
-    (PLACE / "typo.yaml").write_text(job.replace("learningRate", "learning_rate").replace("1Gi", "1GB"))
-    (PLACE / "broken.yaml").write_text(
-        job.replace("name: first", "name: broken").replace("data.jsonl", "broken.jsonl")
-    )
+    for name, text in jobs().items():
+        (PLACE / name).write_text(text)
     lines = (PLACE / "first/data.jsonl").read_text().splitlines()
     lines[7] = lines[7].replace(", {", " {")
     (PLACE / "first/broken.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def jobs() -> dict[str, str]:
+    """Their files."""
+    page = (HERE.parent / "one-machine.md").read_text()
+    (job,) = re.findall(r"```yaml first.yaml\n(.*?)```", page, re.DOTALL)
+    return {
+        "first.yaml": job,
+        "typo.yaml": job.replace("learningRate", "learning_rate").replace("1Gi", "1GB"),
+        "broken.yaml": job.replace("name: first", "name: broken").replace("data.jsonl", "broken.jsonl"),
+    }
 
 
 def record(commands: list[str]) -> list[Event]:

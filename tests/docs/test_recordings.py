@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from doc_blocks import ROOT
+from qlora_operator.cli.main import main
 
 FOLDER = ROOT / "docs" / "recordings"
 
@@ -48,6 +50,18 @@ def test_a_recording_is_what_asciinema_plays(name: str) -> None:
 def test_a_picture_is_the_last_screen_of_its_recording(name: str) -> None:
     """Nobody has drawn it."""
     assert (FOLDER / f"{name}.svg").read_text() == MAKE.svg(events(name))
+
+
+def test_the_errors_shown_are_those_of_today(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recording of sentences that have changed since is made anew: `make recordings`."""
+    monkeypatch.chdir(tmp_path)
+    Path("typo.yaml").write_text(MAKE.jobs()["typo.yaml"])
+
+    assert main(["validate", "typo.yaml"]) == 2
+    shown = "".join(said for _, said in events("failure")).replace("\r", "")
+    assert capsys.readouterr().out in shown
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ COMMAND_CODES: dict[int, str] = {
     0: "Done.",
     1: "An unexpected error, or a folder that is in use or cannot be written to.",
     2: "Wrong arguments, or a file with errors.",
+    129: "Ended because its terminal went away, as by Ctrl-C.",
     130: "Ended by Ctrl-C; a job that was training has a checkpoint, and the same command goes on from there.",
     137: "A process of the job was killed, mostly because the machine ran out of memory; the same command goes on.",
     143: "Ended by SIGTERM, as by Ctrl-C.",

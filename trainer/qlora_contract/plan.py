@@ -15,6 +15,9 @@ from qlora_contract.run_config import IsaTier, Training
 BUSY_SHARE = 0.75
 """Of the ranks: when fewer have something to do in a step, on average, it is told. An epoch's last step is short."""
 
+FEW_STEPS = 20
+"""Fewer hardly learn anything: the first of them only raise the learning rate."""
+
 
 class Machine(ContractModel):
     """What a process may use of the machine it runs on."""

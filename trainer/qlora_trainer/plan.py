@@ -243,7 +243,7 @@ def plan(run: RunConfig) -> PlanReport:
     model_folder = resolve(run.model_uri, volumes)
     shape = model_shape(model_folder, run.adapter)
     check_initial_adapter(run, model_folder, volumes)
-    exports.check(forms_of(run.output), model_folder)
+    exports.check(forms_of(run.output), model_folder, run.adapter)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(

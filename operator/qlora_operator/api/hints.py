@@ -13,6 +13,12 @@ _HUB_PAGE = re.compile(
 )
 _MEMORY = re.compile(r"(?P<number>[0-9]+(\.[0-9]+)?) ?(?P<letter>[kmgtp])?(i?b|i)?", re.IGNORECASE)
 
+_UNQUOTED = {
+    "integer": "[0-9]+",
+    "number": r"[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?",
+    "boolean": "true|false",
+}
+"""Type -> what is a value of it in YAML once its quotes are gone."""
 _URIS = {
     remote.PVC_PATTERN: "workspace",
     remote.MODEL_PATTERN: "model",
@@ -32,8 +38,14 @@ def hint(value: Any, node: Schema) -> str | None:
     pattern = node.get("pattern")
     if pattern == quantity.MEMORY_PATTERN:
         return _memory(value)
-    if pattern in _URIS and isinstance(value, str):
+    if not isinstance(value, str):
+        return None
+    if pattern in _URIS:
         return _uri(value, _URIS[pattern])
+    if node.get("type") in _UNQUOTED and re.fullmatch(_UNQUOTED[node["type"]], value.strip()):
+        return f"did you mean {value.strip()}, without quotes?"
+    if node.get("type") == "object" and re.match(r"\w+:\S", value):
+        return "a space is missing after the colon"
     return None
 
 
@@ -61,7 +73,11 @@ def _uri(value: str, role: str) -> str | None:
         return f"did you mean hf://{value}?" if _HUB_FORM.fullmatch(value) else None
     if role != "workspace" and _HUB_FORM.fullmatch(value) and not value.startswith("."):
         return _of_the_hub(value, role)
-    if value and ("://" not in value or value.startswith("file://")):
+    if value.startswith("~"):
+        return f"there is no user {value.partition('/')[0].removeprefix('~')} on this machine"
+    if value.startswith("file:///"):
+        return f"did you mean {value.removeprefix('file://')}, as the `qlora` command reads it?"
+    if value and "://" not in value:
         return "a path of one machine is for the `qlora` command alone: a cluster reads pvc://CLAIM/PATH"
     return None
 

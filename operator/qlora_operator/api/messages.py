@@ -2,14 +2,14 @@
 
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_contract import remote
 from qlora_contract.run_config import TRACKING_URI_PATTERN
-from qlora_operator.api import hints, names, quantity, v1alpha1
+from qlora_operator.api import foreign, hints, names, quantity, v1alpha1
 from qlora_operator.api.schema import INT_OR_STRING, Schema, job_schema
 from qlora_operator.api.yaml_reader import child_path
 
@@ -48,7 +48,7 @@ def validation_faults(error: ValidationError) -> list[tuple[str, str]]:
         location = _without_side_of_union(details["loc"])
         match details["type"]:
             case "extra_forbidden":
-                message = unknown_field(str(location[-1]), schema_at(location[:-1])["properties"])
+                message = no_such_field(location, "spec.")
             case "missing":
                 message = f"is required: {expected(schema_at(location))}"
             case "rule" | "value_error":
@@ -73,6 +73,48 @@ def _without_side_of_union(location: tuple[str | int, ...]) -> tuple[str | int, 
     return location
 
 
+def no_such_field(location: Sequence[str | int], prefix: str = "") -> str:
+    """Says that a field of a job does not exist, and which one was perhaps meant: there, elsewhere in spec, or by what
+    another program calls it.
+
+    Args:
+        location: of the field within a job.
+        prefix: before paths in spec.
+    """
+    name, known = str(location[-1])[:_SHOWN], schema_at(location[:-1])["properties"]
+    if foreign.folded(name) not in map(foreign.folded, known):
+        if elsewhere := _paths_named(name):
+            one_of = "one of " if len(elsewhere) > 1 else ""
+            return f"no such field; did you mean {one_of}{', '.join(prefix + path for path in elsewhere)}?"
+        if called := foreign.called_here(name, prefix):
+            return f"no such field; {called}"
+    return unknown_field(name, known)
+
+
+def field_of_spec(name: str) -> str | None:
+    """The one field of spec with this name, in any spelling, or that another program calls so; None: not just one."""
+    paths = _paths_named(name)
+    return foreign.path_here(name) if not paths else paths[0] if len(paths) == 1 else None
+
+
+def _paths_named(name: str) -> list[str]:
+    """Fields of spec with this name, whatever map they are in."""
+    return [path for path in _spec_paths() if foreign.folded(path.rpartition(".")[2]) == foreign.folded(name)]
+
+
+@functools.cache
+def _spec_paths() -> tuple[str, ...]:
+    """Every field of spec, as `training.seed`."""
+
+    def paths(node: Schema, path: str) -> Iterator[str]:
+        for name, inner in node.get("properties", {}).items():
+            whole = f"{path}.{name}" if path else name
+            yield whole
+            yield from paths(inner, whole)
+
+    return tuple(paths(schema_at(["spec"]), ""))
+
+
 def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
     """Says that a field does not exist, and which one was perhaps meant.
 
@@ -80,10 +122,10 @@ def unknown_field(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
         name: the field.
         known: the fields that there are.
     """
-    folded = {field.replace("_", "").lower(): field for field in known}
-    near = difflib.get_close_matches(name[:_SHOWN].replace("_", "").lower(), folded, n=1)
+    by_folded = {foreign.folded(field): field for field in known}
+    near = difflib.get_close_matches(foreign.folded(name[:_SHOWN]), by_folded, n=1)
     if near:
-        return f"no such field; did you mean {folded[near[0]]}?"
+        return f"no such field; did you mean {by_folded[near[0]]}?"
     return f"no such field; there are {', '.join(known)}"
 
 

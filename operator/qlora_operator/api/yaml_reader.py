@@ -239,6 +239,9 @@ def _yaml_message(error: yaml.YAMLError) -> str:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = error.problem or error.context or "cannot be read"
+        began = error.context_mark
+        if error.problem and error.context and began and mark and began.line != mark.line:
+            what += f", {error.context} that begins in line {began.line + 1}"
         hint = "; YAML is indented with spaces" if r"'\t'" in what else ""
         return f"is not YAML: {where}{what}{hint}"
     return f"is not YAML: {' '.join(str(error).split())[:200]}"

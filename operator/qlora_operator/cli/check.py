@@ -1,6 +1,7 @@
 """`qlora check`: what is in a job's data, or in a file that may become a job's, before anything is trained."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunC
 from qlora_contract.scratch import scratch_folder
 from qlora_contract.units import first_line
 from qlora_operator.cli.display import printable
+from qlora_operator.cli.early_checks import data_fault, missing
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.plan import sample_text, source_lines
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import USAGE, CommandError
 
-JOB_SUFFIXES = (".yaml", ".yml")
 BAR = 40
 """Characters of the longest bar."""
 
@@ -33,17 +34,6 @@ class Question:
     run: RunConfig
     volumes: Mapping[str, Path]
     with_model: bool
-
-
-def is_job_file(name: str) -> bool:
-    """Whether an argument names a file with jobs rather than data: by its suffix, else by what it holds."""
-    if name == "-" or name.endswith(JOB_SUFFIXES):
-        return True
-    path = Path(name)
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"QLoRAJob" in file.read(4096)
 
 
 def of_paths(
@@ -59,9 +49,9 @@ def of_paths(
 
     Raises CommandError when there is no such path, or a field is wrong.
     """
-    places = {"data": _existing(data, "data")}
+    places = {"data": _existing(data, "the data")}
     if model is not None:
-        places["model"] = _existing(model, "a model's folder")
+        places["model"] = _existing(model, "the model's folder")
     uris = {role: f"pvc://{role}/{path.name}" for role, path in places.items()}
     try:
         run = RunConfig(
@@ -76,6 +66,8 @@ def of_paths(
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise CommandError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", USAGE) from None
+    if fault := data_fault(places["data"]):
+        raise CommandError(f"the data: {fault}", ExitCode.INVALID_DATA)
     return Question(run, {role: path.parent for role, path in places.items()}, model is not None)
 
 
@@ -88,8 +80,9 @@ def _existing(name: str, what: str) -> Path:
     try:
         path = Path(name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # a RuntimeError for links in a circle
-        why = "no such file or folder" if isinstance(error, FileNotFoundError) else first_line(error)
-        raise CommandError(f"{name}: {why}; give the path of {what}", USAGE) from None
+        if isinstance(error, FileNotFoundError):
+            raise CommandError(f"{what}: {missing(Path(os.path.abspath(name)))}", USAGE) from None  # noqa: PTH100
+        raise CommandError(f"{name}: {first_line(error)}; give the path of {what}", USAGE) from None
     if not (path.is_file() or path.is_dir()):
         raise CommandError(f"{name}: is neither a file nor a folder; give the path of {what}", USAGE)
     return path

@@ -1,4 +1,5 @@
-"""Which CPUs of this machine other `qlora run`s use, whoever started them: a lock for each CPU.
+"""Which CPUs of this machine other `qlora run`s use, and how much memory, whoever started them: a lock for each CPU,
+and one for each job's memory.
 
 All locks are ranges of one file that every user may write to: byte ranges, since a machine may have more CPUs than a
 process may have open files. They belong to the open file, as of flock(2), and not to a process (fcntl(2), open file
@@ -8,18 +9,23 @@ holds who has it, for people to read; whether anybody has it is decided by the l
 
 import fcntl
 import os
+import re
 import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from qlora_operator.cli.memory_use import private_bytes
 
 FOLDER_ENV = "QLORA_CPU_LOCKS"
 """A folder for the file, where jobs in several containers share CPUs: a folder that all of them mount."""
 FILE = "qlora-cpus.lock"
 RECORD = 128
 """Bytes of a CPU: the holder's text, filled up with NUL."""
+_MEMORY = range(1 << 20, (1 << 20) + 256)
+"""Records beyond every CPU's: each of a job, with the bytes that it may take."""
 _CHOOSING = 1 << 40
 """An offset beyond every CPU's: held while CPUs are chosen."""
 _FLOCK = struct.Struct("hhqqixxxx")
@@ -83,6 +89,27 @@ class CpuLocks:
                 continue  # shared with its holder
             os.pwrite(self._file, record, cpu * RECORD)
 
+    def promised_memory(self) -> dict[str, int]:
+        """Holder -> bytes that it may take yet, of those who hold memory: what it asked for less what it has."""
+        promised: dict[str, int] = {}
+        for slot in filter(self._is_held, _MEMORY):
+            size, _, holder = self._holder(slot).partition(" ")
+            process = re.search(r"\(process (\d+)\)$", holder)
+            if size.isdigit() and process:
+                promised[holder] = max(0, int(size) - private_bytes(int(process[1])))
+        return promised
+
+    def promise_memory(self, size: int, holder: str) -> None:
+        """Hold so many bytes, in place of what was held before; with more jobs than there are records, nothing."""
+        record = f"{size} {holder}".encode()[:RECORD].ljust(RECORD, b"\0")
+        for slot in _MEMORY:
+            try:
+                self._set(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, slot * RECORD, RECORD)
+            except BlockingIOError:
+                continue
+            os.pwrite(self._file, record, slot * RECORD)
+            return
+
     def _holder(self, cpu: int) -> str:
         text = os.pread(self._file, RECORD, cpu * RECORD).rstrip(b"\0").decode(errors="replace")
         return text or "another `qlora run`"
@@ -125,13 +152,13 @@ def holder_text(name: str) -> str:
     return f"job {name} (process {os.getpid()})"
 
 
-def busy_cpus(cpus: Sequence[int]) -> Mapping[int, str]:
-    """Those of the CPUs that a job holds, and which one; none where that cannot be known."""
+def in_use_now(cpus: Sequence[int]) -> tuple[dict[int, str], dict[str, int]]:
+    """Those of the CPUs that a job holds, and which one; and `promised_memory`. Nothing where that cannot be known."""
     try:
         locks = CpuLocks(lock_file())
     except OSError:
-        return {}
+        return {}, {}
     try:
-        return locks.busy(cpus)
+        return locks.busy(cpus), locks.promised_memory()
     finally:
         locks.close()

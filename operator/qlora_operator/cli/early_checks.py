@@ -5,6 +5,7 @@ Only what is surely wrong is refused here. The trainer, which reads everything, 
 
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from qlora_contract.containers import CONTAINERS, split_name
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.job_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINTS, TRAINING_REPORT
+from qlora_contract.model_folder import NO_TOKENIZER, NO_WEIGHTS, has_tokenizer, has_weights
 from qlora_contract.paths import resolve
 from qlora_contract.remote import is_remote
 from qlora_contract.units import format_bytes
@@ -117,9 +119,12 @@ def model_fault(path: Path) -> str | None:
         return f"{path} cannot be read: {error.strerror}"
     if pointer := next((name for name in names if _is_weights(name) and is_pointer(path / name)), None):
         return f"{path / pointer} is a pointer of git-lfs, not the file: run `git lfs pull` in {path}"
-    if "config.json" in names or any(name.endswith(".gguf") for name in names):
-        return None
-    return f"{path} {_folder_for_a_model(path, names)}"
+    if "config.json" not in names and not any(name.endswith(".gguf") for name in names):
+        return f"{path} {_folder_for_a_model(path, names)}"
+    lacks = [
+        told for there, told in ((has_weights, NO_WEIGHTS), (has_tokenizer, NO_TOKENIZER)) if not there(names)
+    ]
+    return f"{path} {'; it '.join(lacks)}" if lacks else None
 
 
 def _is_weights(name: str) -> bool:
@@ -207,9 +212,10 @@ def data_fault(path: Path) -> str | None:
     files = [name for _, _, found in os.walk(path) for name in found]
     if not files:
         return f"{path} is an empty folder"
-    readable = [name for name in files if split_name(name) and name != "config.json"]
-    if "config.json" in files and (not readable or any(_is_weights(name) for name in files)):
-        return f"{path} has a model in it, no data"
+    readable = [name for name in files if split_name(name) and name not in ("config.json", ADAPTER_CONFIG)]
+    for config, what in (("config.json", "a model"), (ADAPTER_CONFIG, "an adapter")):
+        if config in files and (not readable or any(_is_weights(name) for name in files)):
+            return f"{path} has {what} in it, no data"
     if not readable:
         return f"{path} has no file that can be read: they must be {', '.join(sorted(CONTAINERS))}"
     return None
@@ -222,6 +228,10 @@ def missing(path: Path) -> str:
         return f"{path} cannot be read: {closed} is closed to this user"
     if path.is_symlink():
         return f"{path} is a link to {path.readlink()}, which does not exist"
+    if variable := re.search(r"\$\{?\w+\}?|%\w+%", str(path)):
+        return f"{path}: no such file or folder; {variable[0]} is not replaced here: write what it stands for"
+    if "\\" in path.name:
+        return f"{path}: no such file or folder; here the parts of a path are separated by /, not by \\"
     if not path.parent.is_dir():
         return f"{path}: no such file or folder; there is no {path.parent} either"
     try:

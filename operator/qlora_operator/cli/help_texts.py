@@ -59,6 +59,17 @@ examples:
 examples:
   qlora report qlora/jobs/docs
 """,
+    "chat": """\
+examples:
+  qlora chat job.yaml
+  qlora chat qlora/jobs/docs --base
+  qlora chat job.yaml --max-tokens 100 < questions.txt
+""",
+    "compare": """\
+examples:
+  qlora compare job.yaml --prompts questions.txt
+  qlora compare qlora/jobs/docs --prompts held-out.jsonl -o json
+""",
     "completion": """\
 examples:
   source <(qlora completion bash)                                        in ~/.bashrc

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_contract.containers import split_name
+from qlora_contract.job_folder import RUN_CONFIG
 from qlora_contract.paths import THIS_MACHINE, local_uri
 from qlora_contract.remote import HUB_NAME, is_remote
 from qlora_operator.api import names
@@ -23,6 +25,7 @@ from qlora_operator.errors import USAGE, CommandError, Fault, InvalidFileError, 
 
 PATHS = ("workspace", "model.source", "dataset.source", "dataset.sources.source", "adapter.initialAdapter")
 """Fields of spec that may be a path of this machine; one below a list stands for that of every item."""
+JOB_SUFFIXES = (".yaml", ".yml")
 WORKSPACE = "qlora"
 """Where a job without a file works, in the working directory."""
 EPOCHS = 3
@@ -55,6 +58,8 @@ def given_job(options: argparse.Namespace) -> QLoRAJob:
                 "other, or change a field of the file with --set, such as --set dataset.source=...",
                 USAGE,
             )
+        if why := _no_job(options.file):
+            raise CommandError(f"{options.file} {why}", USAGE)
         return one_job(options.file, options.name, settings)
     if model is None or data is None:
         raise CommandError(
@@ -64,6 +69,31 @@ def given_job(options: argparse.Namespace) -> QLoRAJob:
         )
     named = columns(options.columns)
     return job_of_flags(model, data, options.name, options.workspace or WORKSPACE, settings, named)
+
+
+def is_job_file(name: str) -> bool:
+    """Whether an argument names a file with jobs rather than data: by its suffix, else by what it holds."""
+    if name == STDIN or name.endswith(JOB_SUFFIXES):
+        return True
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"QLoRAJob" in file.read(4096)
+
+
+def _no_job(name: str) -> str | None:
+    """What a path is that is given in place of a job's file, and how that is given; None: it may be a job's file."""
+    path = Path(name)
+    if path.is_dir():
+        if (path / RUN_CONFIG).is_file():
+            return "is a job's folder: give the job's file, or the --model and --data that it was run with"
+        if (path / "config.json").is_file():
+            return f"is a model: give --model {name}, and --data with it"
+        return "is a folder: give a job's file, which `qlora init` writes, or --model and --data"
+    if path.is_file() and split_name(name) and not is_job_file(name):
+        return f"holds data, not a job: give --data {name}, and --model with it"
+    return None
 
 
 def one_job(file: str, name: str | None, settings: Sequence[Setting] = ()) -> QLoRAJob:

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import difflib
 import importlib.metadata
 import io
 import json
@@ -24,6 +25,7 @@ from qlora_contract.job_folder import ADAPTER, finished_report, job_path
 from qlora_contract.paths import InvalidUriError, local_uri, split_pvc
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import ISA_TIERS, GgufType, Output, RunConfig
+from qlora_operator.api.messages import field_of_spec
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli import check, early_checks, export, init, plan, report, run, size
@@ -39,6 +41,7 @@ from qlora_operator.cli.job_file import (
     WORKSPACE,
     columns,
     given_job,
+    is_job_file,
     on_a_cluster,
     one_job,
     volumes_with_this_machine,
@@ -81,8 +84,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     command = parser()
     options, unknown = command.parse_known_args(arguments)
     if unknown:
-        subcommands_of(command)[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        subcommand = subcommands_of(command)[options.command]
+        meant = " ".join(filter(None, (_meant(word, subcommand) for word in unknown)))
+        subcommand.error(f"unrecognized arguments: {' '.join(unknown)}{meant and f'; {meant}'}")
     return options
+
+
+def _meant(word: str, subcommand: argparse.ArgumentParser) -> str:
+    """What was perhaps meant by an option that a subcommand does not have; empty: nothing comes to mind.
+
+    That is an option of it, or a field of the job, which other programs have as options.
+    """
+    name, equals, value = word.removeprefix("--").partition("=")
+    if not word.startswith("--") or not name:
+        return ""
+    known = subcommand._option_string_actions
+    if "--set" in known and (path := field_of_spec(name)):
+        return f"did you mean --set {path}={value if equals else 'VALUE'}?"
+    near = difflib.get_close_matches(f"--{name}", known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def subcommands_of(command: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -309,9 +329,8 @@ def parser() -> argparse.ArgumentParser:
     completing = subcommands.add_parser("completion", help="print what makes a shell complete this command")
     completing.add_argument("shell", choices=SHELLS)
     for name, subcommand in subcommands.choices.items():
-        if subcommand.epilog is None:
-            subcommand.epilog = "\n".join(filter(None, (EXAMPLES.get(name), exit_codes(name))))
-            subcommand.formatter_class = argparse.RawDescriptionHelpFormatter
+        subcommand.epilog = f"{EXAMPLES[name]}\n{subcommand.epilog or exit_codes(name)}"
+        subcommand.formatter_class = argparse.RawDescriptionHelpFormatter
     return command
 
 
@@ -409,7 +428,7 @@ def _check(options: argparse.Namespace) -> int:
     if (options.file is None) == (options.data is None):
         raise CommandError("give the data, once: `qlora check DATA` or `qlora check --data DATA`", USAGE)
     options.data = options.file if options.data is None else options.data
-    if check.is_job_file(options.data):
+    if is_job_file(options.data):
         question = _question_of_job(options)
     else:
         if options.set:

@@ -14,6 +14,7 @@ from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import (
+    FEW_STEPS,
     Machine,
     PlanReport,
     PlanResponse,
@@ -29,7 +30,7 @@ from qlora_contract.speed import TimeEstimate, time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, Training
-from qlora_operator.cli.cpu_locks import busy_cpus
+from qlora_operator.cli.cpu_locks import in_use_now
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.trainer_query import query_trainer
@@ -40,8 +41,10 @@ from qlora_operator.placement.local import (
     idle_cpus,
     in_use,
     launcher_cpus,
+    less_promised,
     memory_shortage,
     on_this_machine,
+    promises,
     with_topology,
 )
 
@@ -49,8 +52,6 @@ RANKS_SHOWN = 16
 SAMPLE_CHARACTERS = 2_000
 """How much of a sample is shown; `-o json` has all of it."""
 MEBIBYTE = 2**20
-FEW_STEPS = 20
-"""Fewer hardly learn anything: the first of them only raise the learning rate."""
 
 
 class RankPlace(RankPlan):
@@ -99,20 +100,21 @@ def job_plan(
     """
     machine = query_trainer().machine
     assert machine is not None, "without arguments, the planner answers with the machine"
-    topology = on_this_machine(job.spec.topology, machine)
+    busy, promised = in_use_now(machine.cpus)
+    topology = on_this_machine(job.spec.topology, less_promised(machine, promised))
     job = with_topology(job, topology)
     isa, problems = choose_isa(job, machine)
     auto = topology.ranks_per_pod == "auto"
     run = to_run_config(job, uid="plan", attempt=0, isa=isa)
     pods: list[PodPlan] = []
-    notes = in_use(busy_cpus(machine.cpus))
+    notes = in_use(busy) + promises(promised)
     try:
         cpus = launcher_cpus(topology, machine)
         pods = query_layout(run, cpus)
         notes += idle_cpus(topology, machine, cpus)
     except CommandError as error:
         problems.append(error)
-    if shortage := memory_shortage(topology, machine):
+    if shortage := memory_shortage(topology, machine, promised):
         problems.append(PlacementError(shortage, ExitCode.INVALID_CONFIGURATION))
     counts = [len(pod.ranks) for pod in pods] or [1]
     run = run.model_copy(update={"layout": run.layout.with_rank_counts(counts)})

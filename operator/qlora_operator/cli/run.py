@@ -15,7 +15,8 @@ from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
 from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_report, is_exported, job_path
-from qlora_contract.plan import Machine
+from qlora_contract.plan import FEW_STEPS, Machine
+from qlora_contract.progress import ProgressReport
 from qlora_contract.remote import is_remote
 from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api.pod_resources import stage_topology
@@ -32,11 +33,14 @@ from qlora_operator.cli.trainer_query import compile_kernels, query_trainer
 from qlora_operator.errors import CommandError
 from qlora_operator.placement.local import (
     PlacementError,
+    all_memory,
     choose_tier,
     idle_cpus,
     launcher_cpus,
+    less_promised,
     memory_shortage,
     on_this_machine,
+    promises,
     with_topology,
     without,
 )
@@ -96,8 +100,7 @@ def run(
         if finished := local.is_finished():
             local.display.print(f"{job.metadata.name} is already finished")
         if not finished or local.lacks_exports():
-            if told := compile_kernels():
-                local.display.print(told)
+            compile_kernels(local.display.print)
             with local.own_cpus(machine, "export" if finished else "train") as cpus:
                 code = local.fetch() or (0 if finished else local.train(launcher, cpus))
                 if code := code or local.export(launcher, cpus):
@@ -180,13 +183,15 @@ class LocalRun:
     fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
     cpu_locks: CpuLocks | None = None
     """What holds the job's CPUs, once it has some."""
+    few_steps_said: bool = False
 
     @contextmanager
     def own_cpus(self, machine: Machine, stage: RunStage) -> Iterator[list[list[int]]]:
-        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile.
+        """The CPUs of each launcher of a stage and those after it, which no other `qlora run` takes meanwhile; nor does
+        one take the memory.
 
         Raises:
-            PlacementError: too few are left by other jobs, and pinning is strict.
+            PlacementError: other jobs leave too few CPUs, and pinning is strict, or too little memory.
         """
         written = stage_topology(self.job.spec.topology, stage)
         with ExitStack() as held:
@@ -199,11 +204,17 @@ class LocalRun:
             else:
                 held.callback(locks.close)
                 with locks.choosing():
-                    busy = locks.busy(machine.cpus)
-                    topology = on_this_machine(written, without(machine, busy))
+                    busy, promised = locks.busy(machine.cpus), locks.promised_memory()
+                    topology = on_this_machine(written, less_promised(without(machine, busy), promised))
                     cpus = launcher_cpus(topology, machine, busy)
-                    locks.take({cpu for part in cpus for cpu in part}, holder_text(self.job.metadata.name))
+                    if shortage := memory_shortage(topology, machine, promised):
+                        raise PlacementError(shortage, ExitCode.INVALID_CONFIGURATION)
+                    holder = holder_text(self.job.metadata.name)
+                    locks.take({cpu for part in cpus for cpu in part}, holder)
+                    locks.promise_memory(all_memory(topology), holder)
                 self.cpu_locks = locks
+                for note in promises(promised):
+                    self.display.print(note)
             for note in idle_cpus(topology, machine, cpus, busy):
                 self.display.print(note)
             self.job = with_topology(self.job, topology)
@@ -307,7 +318,9 @@ class LocalRun:
                         self.display.print(STOPPING[config.stage])
                     self._print_logs(tails)
                     if time.monotonic() >= next_look:
-                        self.display.show(fetch_progress(port, config.job.uid, config.job.attempt))
+                        report = fetch_progress(port, config.job.uid, config.job.attempt)
+                        self.display.show(report)
+                        self._say_few_steps(report)
                         next_look = time.monotonic() + PROGRESS_SECONDS
                 self._print_logs(tails)
         except BaseException:
@@ -318,6 +331,16 @@ class LocalRun:
                 pass
             raise
         return summarize(launchers)
+
+    def _say_few_steps(self, report: ProgressReport | None) -> None:
+        """Say once that the job has too few steps to learn, unless it asks for their number."""
+        asked = self.job.spec.training.max_steps is not None
+        if self.few_steps_said or asked or report is None or not 0 < report.total_steps < FEW_STEPS:
+            return
+        self.few_steps_said = True
+        self.display.print(
+            f"{report.total_steps} step(s) are too few to learn much; `qlora plan` says what makes more of them"
+        )
 
     def _print_logs(self, tails: Sequence[LogTail]) -> None:
         for tail in tails:

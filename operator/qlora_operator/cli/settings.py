@@ -1,11 +1,11 @@
 """`--set FIELD=VALUE`: a field of a job changed on the command line."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from qlora_operator.api.messages import unknown_field
-from qlora_operator.api.schema import Schema, job_schema
+from qlora_operator.api.messages import no_such_field, schema_at
+from qlora_operator.api.schema import Schema
 from qlora_operator.api.yaml_reader import DocumentError, read_documents
 from qlora_operator.errors import USAGE, CommandError
 
@@ -61,17 +61,12 @@ def with_settings(document: dict[str, Any], settings: Sequence[Setting]) -> dict
     return changed
 
 
-def _spec_schema() -> Schema:
-    spec: Schema = job_schema()["properties"]["spec"]
-    return spec
-
-
 def _schema_of(text: str, path: Sequence[str]) -> Schema:
-    node = _spec_schema()
+    node = schema_at(["spec"])
     for number, name in enumerate(path):
         if "properties" in node:
             if name not in node["properties"]:
-                raise CommandError(f"--set {text}: {_no_such(path, number, node)}", USAGE)
+                raise CommandError(f"--set {text}: {_no_such(path[: number + 1])}", USAGE)
             node = node["properties"][name]
         elif "additionalProperties" in node:
             node = node["additionalProperties"]
@@ -81,24 +76,10 @@ def _schema_of(text: str, path: Sequence[str]) -> Schema:
     return node
 
 
-def _no_such(path: Sequence[str], number: int, node: Schema) -> str:
-    """That a part of a path does not exist, and what was perhaps meant: here, or elsewhere in spec."""
-    name, before = path[number], ".".join(path[:number])
-    folded = name.replace("_", "").lower()
-    elsewhere = [each for each in _paths(_spec_schema(), "") if each.rpartition(".")[2].lower() == folded]
-    here = f"{before}.{name}" if before else name
-    if len(elsewhere) == 1:
-        return f"{here}: no such field; did you mean {elsewhere[0]}?"
-    if elsewhere:
-        return f"{here}: no such field; did you mean one of {', '.join(elsewhere)}?"
-    return f"{here}: {unknown_field(name, node['properties'])}"
-
-
-def _paths(node: Schema, path: str) -> Iterator[str]:
-    for name, inner in node.get("properties", {}).items():
-        whole = f"{path}.{name}" if path else name
-        yield whole
-        yield from _paths(inner, whole)
+def _no_such(path: Sequence[str]) -> str:
+    if path[0] == "metadata":
+        return "only fields of spec can be set; change metadata in the file"
+    return f"{'.'.join(path)}: {no_such_field(['spec', *path])}"
 
 
 def _value(text: str, value: str, schema: Schema) -> Any:

@@ -4,7 +4,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,6 +17,8 @@ from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 PLANNER = (sys.executable, "-m", entry_points.PLAN)
 SILENT_SECONDS = 15.0
 """After which, again and again, it is said that an answer is still awaited: large data take minutes."""
+COMPILING_SECONDS = 3.0
+"""Longer than it takes to see that nothing is to be compiled."""
 KERNELS = (sys.executable, "-m", entry_points.KERNELS)
 TRAINER_PACKAGES = (
     "boto3",
@@ -41,20 +43,29 @@ def require_trainer() -> None:
         )
 
 
-def compile_kernels(command: Sequence[str] = KERNELS) -> str:
+def compile_kernels(tell: Callable[[str], None], command: Sequence[str] = KERNELS) -> None:
     """See to it that the kernel library is compiled, once for an installation, where there is a compiler.
 
-    Returns what there is to say about it: where it was put, or why plain torch will do its work. Mostly nothing.
+    Args:
+        tell: takes what there is to say: that it takes a while, where it was put, or why plain torch will do its work.
+            Mostly nothing.
+        command: the compiling program's command line.
     """
-    done = subprocess.run(
+    with subprocess.Popen(
         [*command, "--if-missing", "--if-possible"],
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
-    )
-    return (done.stdout + done.stderr).strip()
+    ) as process:
+        try:
+            process.wait(COMPILING_SECONDS)
+        except subprocess.TimeoutExpired:
+            tell("compiling the kernels, once for this installation: a minute or two")
+        said, _ = process.communicate()
+    if said.strip():
+        tell(said.strip())
 
 
 def query_trainer(

@@ -98,13 +98,15 @@ def launcher_cpus(
         what, less = f"{topology.ranks_per_pod} rank(s) of {topology.cpus_per_rank} CPU(s)", ", ranksPerPod"
         if topology.ranks_per_pod == "auto":
             what, less = f"{each} CPU(s)", ""
-        wait = ""
-        if busy:
-            wait = f" ({'; '.join(in_use(busy))}): wait until they are free, or lower"
+        others = f" ({'; '.join(in_use(busy))})" if busy else ""
+        remedies = ["wait until they are free"] if busy else []
+        if usable:
+            remedies.append(f"lower spec.topology.cpusPerRank{less} or pods")
+        remedies.append("set spec.topology.pinning to best-effort, which shares them" if busy else
+                        "set spec.topology.pinning to best-effort")  # fmt: skip
         raise PlacementError(
-            f"{topology.pods} pod(s) with {what} "
-            f"need {needed} CPUs, and {usable} can be used here{wait or ': lower'} spec.topology.cpusPerRank{less} or "
-            "pods, or set spec.topology.pinning to best-effort",
+            f"{topology.pods} pod(s) with {what} need {needed} CPUs, and {usable} can be used here{others}: "
+            f"{', or '.join(remedies)}",
             ExitCode.INVALID_CONFIGURATION,
         )
     chosen = free if free.cpus else machine
@@ -158,11 +160,36 @@ def idle_cpus(
     return [*notes, f"CPUs {format_cpu_list(idle)} stay idle: {why}{remedy}"]
 
 
-def memory_shortage(topology: Topology, machine: Machine) -> str | None:
-    """Why the ranks cannot have memoryPerRank here, and what to do; None when they can, or where nothing is known."""
-    each = parse_memory(topology.memory_per_rank)
-    parts = topology.pods * resource_multiplier(topology)
-    needed = parts * each
+def all_memory(topology: Topology) -> int:
+    """Bytes that all ranks together may take."""
+    return topology.pods * resource_multiplier(topology) * parse_memory(topology.memory_per_rank)
+
+
+def less_promised(machine: Machine, promised: Mapping[str, int]) -> Machine:
+    """The machine without the memory that other jobs may yet take."""
+    if machine.free_memory is None:
+        return machine
+    return machine.model_copy(update={"free_memory": max(0, machine.free_memory - sum(promised.values()))})
+
+
+def promises(promised: Mapping[str, int]) -> list[str]:
+    """A sentence for each job that may take more: `job demo (process 17) may take 2.00 GiB more memory`."""
+    return [
+        f"{holder} may take {format_bytes(size)} more memory" for holder, size in promised.items() if size
+    ]
+
+
+def memory_shortage(
+    topology: Topology, machine: Machine, promised: Mapping[str, int] | None = None
+) -> str | None:
+    """Why the ranks cannot have memoryPerRank here, and what to do; None when they can, or where nothing is known.
+
+    Args:
+        topology: as `on_this_machine` returns it.
+        machine: what there is.
+        promised: holder -> bytes that it may yet take of what is free.
+    """
+    parts, needed = topology.pods * resource_multiplier(topology), all_memory(topology)
     # With auto, memoryPerRank is the pod's.
     unit = "pod(s)" if topology.ranks_per_pod == "auto" else "rank(s)"
     asked = f"{parts} {unit} with spec.topology.memoryPerRank {topology.memory_per_rank} may use {format_bytes(needed)}"
@@ -171,9 +198,11 @@ def memory_shortage(topology: Topology, machine: Machine) -> str | None:
         lower += " or the number of ranks"
     if machine.memory is not None and needed > machine.memory:
         return f"{asked}, and this machine has {format_bytes(machine.memory)}: {lower}"
-    if machine.free_memory is not None and needed > machine.free_memory:
+    free = less_promised(machine, promised or {}).free_memory
+    if free is not None and needed > free:
+        others = "".join(f"; {sentence}" for sentence in promises(promised or {}))
         return (
-            f"{asked}, and {format_bytes(machine.free_memory)} of this machine's memory are free: end what uses the "
+            f"{asked}, and {format_bytes(free)} of this machine's memory are free{others}: end what uses the "
             f"rest, or {lower}"
         )
     return None

@@ -22,6 +22,12 @@ from qlora_operator.api.hints import hint
         (remote.PVC_PATTERN, "pvc://a//b", "two slashes in a row"),
         (remote.PVC_PATTERN, "/srv/x", "a cluster reads pvc://CLAIM/PATH"),
         (remote.MODEL_PATTERN, "s3://My_Bucket/x", "'M', '_', 'B'"),
+        (
+            remote.DATASET_PATTERN,
+            "file:///srv/d.jsonl",
+            "did you mean /srv/d.jsonl, as the `qlora` command reads it?",
+        ),
+        (remote.DATASET_PATTERN, "~nobody/d.jsonl", "there is no user nobody on this machine"),
         (quantity.MEMORY_PATTERN, "4GB", "did you mean 4G or 4Gi?"),
         (quantity.MEMORY_PATTERN, "16 gib", "did you mean 16G or 16Gi?"),
         (quantity.MEMORY_PATTERN, 16, "did you mean 16Gi?"),
@@ -36,3 +42,22 @@ def test_what_was_meant_is_said(pattern: str, value: object, phrase: str) -> Non
 def test_nothing_is_made_up(value: object) -> None:
     """Where nothing comes to mind."""
     assert hint(value, {"type": "string", "pattern": quantity.MEMORY_PATTERN}) is None
+
+
+@pytest.mark.parametrize(
+    ("type_", "value", "phrase"),
+    [
+        ("integer", "3", "did you mean 3, without quotes?"),
+        ("number", "1e-4", "did you mean 1e-4, without quotes?"),
+        ("boolean", "true", "did you mean true, without quotes?"),
+        ("object", "name:mine", "a space is missing after the colon"),
+        ("integer", "three", None),
+        ("integer", 3.5, None),
+        ("object", "mine", None),
+    ],
+)
+def test_a_value_of_the_wrong_type_may_have_been_meant_otherwise(
+    type_: str, value: object, phrase: str | None
+) -> None:
+    """Quotes that make a text of a number, and a colon that makes no map."""
+    assert hint(value, {"type": type_}) == phrase

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.api.messages import described, expected, schema_at, unknown_field
+from qlora_operator.api.messages import (
+    described,
+    expected,
+    field_of_spec,
+    no_such_field,
+    schema_at,
+    unknown_field,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,40 @@ def test_what_would_be_right_is_read_from_the_schema(schema: dict[str, Any], wor
 def test_an_unknown_field_is_compared_with_the_known_ones(name: str, phrase: str) -> None:
     """The nearest field is suggested; without one, all are listed."""
     assert phrase in unknown_field(name, ["epochs", "maxSteps"])
+
+
+@pytest.mark.parametrize(
+    ("location", "phrase"),
+    [
+        (["spec", "training", "max_steps"], "did you mean maxSteps?"),
+        (["spec", "maxSteps"], "did you mean spec.training.maxSteps?"),
+        (["spec", "training", "every_steps"], "one of spec.evaluation.everySteps, spec.checkpoint.everySteps?"),
+        (["model"], "did you mean spec.model?"),
+        (["data"], "here it is spec.dataset.source"),
+        (["spec", "training", "lr"], "here it is spec.training.learningRate"),
+        (["spec", "adapter", "r"], "here it is spec.adapter.rank"),
+        (["spec", "training", "use_dora"], "there is no DoRA"),
+        (["spec", "training", "learning_rat"], "did you mean learningRate?"),
+        (["spec", "quantization", "zzz"], "there are scheme"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_of_a_job_is_looked_for(location: list[str], phrase: str) -> None:
+    """In another spelling, at another place, under the name that another program has for it, and by likeness."""
+    assert phrase in no_such_field(location, "spec.")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("learning_rate", "training.learningRate"),
+        ("lora-r", "adapter.rank"),
+        ("everySteps", None),
+        ("zzz", None),
+    ],
+)
+def test_a_name_alone_is_a_field_where_only_one_has_it(name: str, path: str | None) -> None:
+    """In any spelling."""
+    assert field_of_spec(name) == path
 
 
 def test_a_place_in_a_job_has_a_schema() -> None:

@@ -156,6 +156,7 @@ REFUSED = {
     "merge of a word": ("<<: a", "must be a map or a list of maps"),
     "tab": ("a:\n\tb: 1", "line 2, column 1: found character '\\t' that cannot start any token; YAML is indented"),
     "unclosed quote": ('a: "b', "is not YAML: line 1, column 6"),
+    "unclosed quote above": ('a: "b\nc: d\n', "while scanning a quoted scalar that begins in line 1"),
     "unclosed JSON": ('{"a": 1', "is not YAML: line 1"),
     "two values": ("a: b: c", "mapping values are not allowed here"),
     "control character": ("a: \x07", "is not YAML: unacceptable character"),

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qlora_contract.plan import CheckReport, LengthBin
 from qlora_operator.cli import check
+from qlora_operator.cli.job_file import is_job_file
 from qlora_operator.cli.main import main
 
 pytestmark = pytest.mark.process
@@ -145,9 +146,9 @@ def test_the_data_of_a_job_are_checked(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["gone.jsonl"], "gone.jsonl: no such file or folder; give the path of data"),
+        (["gone.jsonl"], "gone.jsonl: no such file or folder"),
         (["hf://datasets/a/b"], "hf://datasets/a/b: is not on this machine"),
-        ([".", "--model", "gone"], "gone: no such file or folder; give the path of a model's folder"),
+        ([".", "--model", "gone"], "gone: no such file or folder"),
         ([".", "--columns", "a"], "--columns: must be NAME=COLUMN"),
         ([".", "--format", "parquet"], "format: Input should be 'auto', 'chat'"),
         ([".", "--max-length", "1"], "max_sequence_length: Input should be greater"),
@@ -178,7 +179,7 @@ def test_a_job_file_is_told_from_data(
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(text)
 
-    assert check.is_job_file(name) is expected
+    assert is_job_file(name) is expected
 
 
 def test_what_is_neither_a_file_nor_a_folder_is_refused(
@@ -189,6 +190,6 @@ def test_what_is_neither_a_file_nor_a_folder_is_refused(
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
 
     assert main(["check", str(tmp_path / "pipe.jsonl")]) == 2
-    assert "pipe.jsonl: is neither a file nor a folder; give the path of data" in capsys.readouterr().err
+    assert "pipe.jsonl: is neither a file nor a folder; give the path of the data" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "loop.jsonl")]) == 2
     assert "loop.jsonl: " in capsys.readouterr().err

@@ -56,4 +56,6 @@ def test_help_has_examples_and_every_exit_code() -> None:
 
     assert "examples:" in whole
     assert all(f"  {code:<5}{meaning.split()[0]}" in whole for code, meaning in command_codes().items())
-    assert all("exit codes:" in each.format_help() for each in subcommands_of(parser()).values())
+    for name, each in subcommands_of(parser()).items():
+        assert f"examples:\n  {'source <(' * (name == 'completion')}qlora {name}" in each.format_help()
+        assert "exit codes:\n  0 " in each.format_help()

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from qlora_operator.cli.cpu_locks import FILE, CpuLocks, busy_cpus, holder_text, lock_file
+from qlora_operator.cli.cpu_locks import FILE, CpuLocks, holder_text, in_use_now, lock_file
 
 pytestmark = pytest.mark.process
 
 HOLD = """
 import sys
 from pathlib import Path
-from qlora_operator.cli.cpu_locks import CpuLocks
+from qlora_operator.cli.cpu_locks import CpuLocks, holder_text
 locks = CpuLocks(Path(sys.argv[1]))
 locks.take([0, 1, 700], "job other (process 17)")
+locks.promise_memory(5 << 40, holder_text("larger"))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -55,6 +56,21 @@ def test_a_dead_process_holds_nothing(path: Path, other: "subprocess.Popen[str]"
     other.wait()
 
     assert CpuLocks(path).busy([0, 1, 700]) == {}
+
+
+def test_memory_that_a_job_may_yet_take_is_known(path: Path, other: "subprocess.Popen[str]") -> None:
+    """What it asked for, less what its processes have by now; of a process that is gone, all."""
+    mine = CpuLocks(path)
+    mine.promise_memory(3 << 30, "job other (process 4194305)")
+    promised = CpuLocks(path).promised_memory()
+    used = 5 * 2**40 - promised.pop(f"job larger (process {other.pid})")
+
+    assert promised == {"job other (process 4194305)": 3 * 2**30}
+    assert 2**20 < used < 2**30
+    mine.close()
+    other.kill()
+    other.wait()
+    assert CpuLocks(path).promised_memory() == {}
 
 
 def test_what_is_held_by_others_is_not_taken(path: Path, other: "subprocess.Popen[str]") -> None:
@@ -115,4 +131,4 @@ def test_without_a_place_for_locks_nothing_is_busy(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("QLORA_CPU_LOCKS", str(tmp_path / "missing"))
 
     assert lock_file().parent == tmp_path / "missing"
-    assert busy_cpus([0, 1]) == {}
+    assert in_use_now([0, 1]) == ({}, {})

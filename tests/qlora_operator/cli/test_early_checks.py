@@ -42,8 +42,12 @@ def files(folder: Path, **contents: str) -> Path:
         ({"inner__config_dot_json": "{}"}, "did you mean {}/inner?"),
         ({"config_dot_json": "{}", "model_dot_safetensors": POINTER}, "run `git lfs pull` in {}"),
         ({"notes_dot_txt": ""}, "has no config.json"),
+        ({"config_dot_json": "{}", "tokenizer_dot_json": "{}", "pytorch_model_dot_bin": "x"}, "has neither model.safe"),
+        ({"config_dot_json": "{}", "model_dot_safetensors": "x"}, "{} has no tokenizer: copy tokenizer.json"),
+        ({"config_dot_json": "{}"}, "nothing else is read; it has no tokenizer"),
     ],
-    ids=["empty", "adapter", "cached model", "cache", "folder above", "pointers", "something else"],
+    ids=["empty", "adapter", "cached model", "cache", "folder above", "pointers", "something else",
+         "weights of another kind", "no tokenizer", "neither"],
 )  # fmt: skip
 def test_a_folder_that_is_no_model_is_named_for_what_it_is(
     contents: dict[str, str], phrase: str, tmp_path: Path
@@ -64,7 +68,8 @@ def test_a_file_of_a_model_leads_to_its_folder(name: str, tmp_path: Path) -> Non
 
 def test_a_model_and_data_that_look_right_are_left_to_the_trainer(tmp_path: Path) -> None:
     """It reads them."""
-    assert model_fault(files(tmp_path / "m", config_dot_json="{}")) is None
+    whole = {"config_dot_json": "{}", "tokenizer_dot_json": "{}", "model_dot_safetensors": "x"}
+    assert model_fault(files(tmp_path / "m", **whole)) is None
     assert model_fault(files(tmp_path / "g", m_dot_gguf="x")) is None
     assert data_fault(files(tmp_path / "d", train_dot_jsonl="{}")) is None
     assert data_fault(tmp_path / "d" / "train.jsonl") is None
@@ -81,6 +86,8 @@ def test_data_that_are_none_are_named(tmp_path: Path) -> None:
     assert "has a model in it" in (data_fault(files(tmp_path / "m", config_dot_json="{}")) or "")
     files(tmp_path / "m", tokenizer_dot_json="{}", model_dot_safetensors="x")
     assert "has a model in it" in (data_fault(tmp_path / "m") or "")
+    adapter = files(tmp_path / "t", adapter_config_dot_json="{}", adapter_model_dot_safetensors="x")
+    assert "has an adapter in it" in (data_fault(adapter) or "")
     assert "must be .arrow, .csv," in (data_fault(files(tmp_path / "p", a_dot_pdf="x")) or "")
 
 
@@ -91,6 +98,8 @@ def test_what_is_missing_is_told_with_what_is_near(tmp_path: Path) -> None:
 
     assert missing(tmp_path / "doc.jsonl").endswith(f"did you mean {tmp_path}/docs.jsonl?")
     assert missing(tmp_path / "a" / "b").endswith(f"there is no {tmp_path}/a either")
+    assert missing(tmp_path / "$DATA" / "d").endswith("$DATA is not replaced here: write what it stands for")
+    assert missing(tmp_path / r"C:\data\d").endswith("separated by /, not by \\")
     assert missing(tmp_path / "link") == f"{tmp_path}/link is a link to gone, which does not exist"
 
 
@@ -107,7 +116,7 @@ def test_a_wrong_source_of_several_is_named_by_its_place(
     job_document: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """Each of those that are wrong; remote ones are left to the transfer."""
-    files(tmp_path, m__config_dot_json="{}", a_dot_csv="x", empty_dot_jsonl="")
+    files(tmp_path, m__config_dot_json="{}", m__a_dot_gguf="x", a_dot_csv="x", empty_dot_jsonl="")
     uris = ["pvc://c/a.csv", "pvc://c/b.csv", "hf://datasets/o/n", "pvc://c/empty.jsonl"]
     document = job_document(model={"source": "pvc://c/m"})
     document["spec"]["dataset"] = {"sources": [{"source": uri} for uri in uris]}
@@ -155,7 +164,7 @@ def test_a_folder_that_is_no_adapter_is_named_for_what_it_is(
     contents: dict[str, str], said: str | None, a_job: Callable[..., QLoRAJob], tmp_path: Path
 ) -> None:
     """A job's folder, its checkpoints, a model: where an adapter to go on from is asked for."""
-    files(tmp_path, m__config_dot_json="{}", d_dot_jsonl="x")
+    files(tmp_path, m__config_dot_json="{}", m__a_dot_gguf="x", d_dot_jsonl="x")
     files(tmp_path / "a", **contents)
     job = a_job(
         model={"source": "pvc://c/m"},

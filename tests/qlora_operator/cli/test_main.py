@@ -243,13 +243,60 @@ def test_without_a_file_model_and_data_are_needed(capsys: pytest.CaptureFixture[
     assert "give a job's file, or both --model and --data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "phrase"),
+    [
+        (["--modle", "x"], "unrecognized arguments: --modle x; did you mean --model?"),
+        (["--epochs", "3"], "did you mean --set training.epochs=VALUE?"),
+        (["--lr=3"], "did you mean --set training.learningRate=3?"),
+        (["--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_an_option_that_does_not_exist_may_be_a_field(
+    words: list[str], phrase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is with other programs; or a typing error."""
+    with pytest.raises(SystemExit):
+        main(["run", "job.yaml", *words])
+
+    assert phrase in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ("d.jsonl", "d.jsonl holds data, not a job: give --data d.jsonl, and --model with it"),
+        ("d.json", "d.json holds data, not a job"),
+        ("m", "m is a model: give --model m, and --data with it"),
+        ("work/jobs/a", "is a job's folder: give the job's file, or the --model and --data"),
+        (".", "is a folder: give a job's file"),
+    ],
+)
+def test_what_is_given_for_a_job_is_named_for_what_it_is(
+    given: str,
+    phrase: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Data, a model or a job's folder, and how it is given."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("d.jsonl", "d.json", "m/config.json", "work/jobs/a/run.json"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+
+    assert main(["run", given]) == 2
+    assert phrase in capsys.readouterr().err
+
+
 def test_a_job_without_a_file_is_told_of_its_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not of fields of a file that nobody wrote, nor of a cluster that the job cannot go to as it is."""
     model, data, work = tmp_path / "m", tmp_path / "d.jsonl", tmp_path / "w"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (model / name).write_text("{}")
     data.write_text("{}")
     folder = work / "jobs" / "m-d"
     folder.mkdir(parents=True)

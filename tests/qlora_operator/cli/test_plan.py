@@ -240,12 +240,14 @@ def test_cpus_of_running_jobs_are_named(a_job: Job) -> None:
     """Who plans while another job runs learns that its CPUs are not free now."""
     locks = CpuLocks(lock_file())
     locks.take(os.sched_getaffinity(0), "job other (process 17)")
+    locks.promise_memory(1 << 20, "job other (process 4194305)")
     try:
         plan = job_plan(a_job(), {}, ["team"])
     finally:
         locks.close()
 
     assert any(note.endswith("are in use by job other (process 17)") for note in plan.notes)
+    assert "job other (process 4194305) may take 1.00 MiB more memory" in plan.notes
     assert plan.exit_code == 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from qlora_operator.cli.cpu_locks import FOLDER_ENV
+from qlora_operator.cli.cpu_locks import FOLDER_ENV, CpuLocks, lock_file
 
 pytestmark = pytest.mark.process
 
@@ -157,10 +157,12 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
         pods=2,
         suspend=True,
         backoffLimit=1,
+        training={"epochs": 1, "maxSteps": None},
     )
 
     assert (code, err) == (0, "")
     assert "spec.suspend, spec.backoffLimit" in out
+    assert out.count("7 step(s) are too few to learn much; `qlora plan` says what makes more of them\n") == 1
     assert re.search(r"^\S+Z small: Importing  elapsed 0s$", out, re.MULTILINE)
     assert re.search(
         r"^\S+Z small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s  elapsed \d+s$", out, re.M
@@ -215,8 +217,9 @@ def test_other_formats_are_made_after_training_by_one_rank(machine: Machine) -> 
 
 
 HELD = """
-from qlora_operator.cli.cpu_locks import busy_cpus
-print("CPUs held:", len(busy_cpus(range(os.cpu_count()))))
+from qlora_operator.cli.cpu_locks import in_use_now
+busy, promised = in_use_now(range(os.cpu_count()))
+print("CPUs held:", len(busy), "by", *promised)
 """
 
 
@@ -234,8 +237,26 @@ def test_what_only_exports_holds_the_cpus_of_one_rank(
     )
 
     assert (code, again, err) == (0, 0, "")
-    assert "CPUs held: 2" in trained
-    assert "CPUs held: 1" in exported
+    assert "CPUs held: 2 by job small (process " in trained
+    assert "CPUs held: 1 by job small (process " in exported
+
+
+def test_memory_that_another_job_may_take_is_not_promised_twice(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two jobs that are started at once the second is refused: the first has not taken its memory yet."""
+    monkeypatch.setenv(FOLDER_ENV, str(machine.folder))
+    locks = CpuLocks(lock_file())
+    locks.promise_memory(1 << 50, "job other (process 4194305)")
+    try:
+        code, _, err = machine.run("end(1, 'was started')")
+    finally:
+        locks.close()
+
+    assert code == 10
+    assert (
+        "0 bytes of this machine's memory are free; job other (process 4194305) may take 1024 TiB more" in err
+    )
 
 
 def test_a_folder_of_another_job_is_refused(machine: Machine) -> None:

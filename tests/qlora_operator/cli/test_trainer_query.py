@@ -9,7 +9,7 @@ import pytest
 
 from qlora_operator.cli import trainer_query
 from qlora_operator.cli.processes import ProcessError
-from qlora_operator.cli.trainer_query import query_trainer
+from qlora_operator.cli.trainer_query import compile_kernels, query_trainer
 
 pytestmark = pytest.mark.process
 
@@ -74,3 +74,24 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ProcessError, match=r"\(missing: no_such_package\); run pip install 'qlora-operator\[trainer\]'"
     ):
         trainer_query.require_trainer()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        pytest.param("", [], id="there already"),
+        pytest.param("print('no compiler')", ["no compiler"], id="something to say"),
+        pytest.param(
+            "import time; time.sleep(0.5); print('made')",
+            ["compiling the kernels, once for this installation: a minute or two", "made"],
+            id="a while",
+        ),
+    ],
+)
+def test_kernels_are_compiled_aloud(program: str, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first job of an installation waits for it, and its user knows for what."""
+    monkeypatch.setattr(trainer_query, "COMPILING_SECONDS", 0.2 if said[1:] else 60.0)
+    told: list[str] = []
+    compile_kernels(told.append, (sys.executable, "-c", program))
+
+    assert told == said

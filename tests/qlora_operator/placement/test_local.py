@@ -13,8 +13,10 @@ from qlora_operator.placement.local import (
     choose_tier,
     idle_cpus,
     launcher_cpus,
+    less_promised,
     memory_shortage,
     on_this_machine,
+    promises,
     without,
 )
 
@@ -213,8 +215,7 @@ def test_a_job_without_free_cpus_is_told_who_has_them() -> None:
     assert refused.value.code == ExitCode.INVALID_CONFIGURATION
     assert str(refused.value) == (
         "1 pod(s) with 1 rank(s) of 2 CPU(s) need 2 CPUs, and 0 can be used here (CPUs 0-1 are in use by job a "
-        "(process 17)): wait until they are free, or lower spec.topology.cpusPerRank, ranksPerPod or pods, or set "
-        "spec.topology.pinning to best-effort"
+        "(process 17)): wait until they are free, or set spec.topology.pinning to best-effort, which shares them"
     )
 
 
@@ -290,3 +291,17 @@ def test_memory_per_rank_is_held_against_the_machine(
     here = a_machine(memory=memory, freeMemory=free)
 
     assert memory_shortage(a_topology(**topology), here) == expected
+
+
+def test_memory_that_others_may_yet_take_is_not_free() -> None:
+    """A job that was started just before has not taken its own by now."""
+    here, promised = a_machine(memory=24 * GIB, freeMemory=20 * GIB), {"job a (process 17)": 16 * GIB}
+
+    assert memory_shortage(a_topology(memoryPerRank="4Gi"), here, promised) is None
+    assert (
+        "4.00 GiB of this machine's memory are free; job a (process 17) may take 16.0 GiB more memory: end"
+        in (memory_shortage(a_topology(memoryPerRank="5Gi"), here, promised) or "")
+    )
+    assert less_promised(here, promised).free_memory == 4 * GIB
+    assert less_promised(here, {"job a (process 17)": 40 * GIB}).free_memory == 0
+    assert promises({"job a (process 17)": 0}) == []

@@ -92,7 +92,11 @@ def test_patterns_of_a_card_are_globs() -> None:
     [
         ([], "", r"folder: has no split 'train' \(train with one of \.jsonl, .*\); its splits: none$"),
         (["x.pdf", "y.docx", "LICENSE"], "", r"its splits: none; files ending in \.docx, \.pdf are not read"),
-        (["data/test-00000-of-00001.parquet", "sft.json", "val/0.csv"], "", "its splits: sft, test, val$"),
+        (
+            ["data/test-00000-of-00001.parquet", "sft.json", "val/0.csv"],
+            "",
+            "sft, test, val; name one of them",
+        ),
         (
             ["train.csv", "train.jsonl"],
             "",

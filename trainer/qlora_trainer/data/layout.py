@@ -49,9 +49,10 @@ def split_files(names: Collection[str], split: str, folder: str, readme: str = "
         {PurePosixPath(name).suffix for name in names if not split_name(name)} - {"", ".md", ".json"}
     )
     unread = f"; files ending in {', '.join(others[:MAX_SHOWN])} are not read" if others and not known else ""
+    choose = "; name one of them as dataset.trainSplit or evalSplit, or give its file" if known else ""
     raise DataError(
         f"{folder}: has no split {split!r} ({split} with one of {', '.join(CONTAINERS)}); its splits: "
-        f"{shown or 'none'}{unread}"
+        f"{shown or 'none'}{choose}{unread}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Compile the kernel library: some seconds, once; a job compiles nothing.
+"""Compile the kernel library: a minute or two, once; a job compiles nothing.
 
     python -m qlora_trainer.kernels.build [--if-possible] [--if-missing]
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_contract.files import read_json
+from qlora_contract.model_folder import NO_WEIGHTS, WEIGHTS, WEIGHTS_INDEX
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.stored.gguf import embedding_bytes, gguf_file
@@ -26,16 +27,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: there is none, the index cannot be read, a shard is missing, or there are several GGUF files.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = folder / WEIGHTS_INDEX, folder / WEIGHTS
     if single.is_file():
         return [single]
     if not index.is_file():
         if (file := gguf_file(folder)) is not None:
             return [file]
-        raise ModelError(
-            f"{folder} has neither model.safetensors nor {index.name}, nor a GGUF file; nothing else is read"
-        )
+        raise ModelError(f"{folder} {NO_WEIGHTS}")
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -48,8 +46,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 def has_weights(folder: Path) -> bool:
     """Whether there is any file that `weight_files` looks for."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any((folder / name).is_file() for name in names) or gguf_file(folder) is not None
+    return (
+        any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)) or gguf_file(folder) is not None
+    )
 
 
 _LFS = b"version https://git-lfs"

@@ -74,8 +74,12 @@ class Progress:
         self._spent: dict[str, float] = {}
         self._at, self._since = "preparing", time.monotonic()
 
-    def update(self, **changes: Any) -> None:
+    def update(self, called: str | None = None, **changes: Any) -> None:
         """Change fields of the report, by their snake_case names, and set its time.
+
+        Args:
+            called: what the timeline calls the stage that begins, where its name says too little.
+            changes: of the report.
 
         Raises:
             pydantic.ValidationError: the report has no such field, or the value is of another type.
@@ -88,7 +92,7 @@ class Progress:
                 fields | changes | {"updated_time": now()}, extra="forbid"
             )
             if "stage" in changes:
-                self._turn_to(_CALLED[self._report.stage])
+                self._turn_to(called or _CALLED[self._report.stage])
 
     def begin(self, work: Work | None) -> None:
         """Say what is being done from now on, besides steps; None: nothing that is counted."""
@@ -113,11 +117,6 @@ class Progress:
         """Add to the timeline what was done before there was a report."""
         with self._lock:
             self._spent[what] = seconds
-
-    def turn_to(self, what: str) -> None:
-        """Name, for the timeline, what is done from now on, where the stage says too little."""
-        with self._lock:
-            self._turn_to(what)
 
     def _turn_to(self, what: str) -> None:
         now_ = time.monotonic()

@@ -140,7 +140,7 @@ def load_inputs(
     if shape.positions is not None and longest > shape.positions:
         raise ModelError(
             f"training.maxSequenceLength is {longest}, but {folder} has only {shape.positions} positions "
-            "(max_position_embeddings, or original_max_position_embeddings of longrope): lower it to "
+            "(max_position_embeddings, or what scaled rotary embeddings reach): lower it to "
             f"{shape.positions} or less, or take a model for longer texts"
         )
     roots = [resolve(uri, volumes) for uri in run.dataset_uris]

@@ -84,6 +84,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
+    measure_initial(context, state)
     first = loop.step
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
@@ -119,10 +120,8 @@ def run_steps(context: RankContext, state: TrainState) -> None:
 
 def begin_step(context: RankContext, done: int) -> None:
     """Tell that a step begins, after so many of this attempt; after the first one, what the wait for it went into."""
-    context.progress.update(stage="Training")
-    if done == 0:
-        context.progress.turn_to(FIRST_STEP)
-    elif done == 1 and context.is_rank_zero:
+    context.progress.update(FIRST_STEP if done == 0 else None, stage="Training")
+    if done == 1 and context.is_rank_zero:
         log.info("%s", timeline_text(context.progress.timeline))
 
 
@@ -337,6 +336,20 @@ def record_evaluation(context: RankContext, metrics_log: MetricsLog, step: int, 
         record(context, metrics_log, evaluation_line(step, loss))
 
 
+def measure_initial(context: RankContext, state: TrainState) -> None:
+    """Find out, before the first step, what the adapter scores that the job goes on from, if it does.
+
+    Raises:
+        StopRequested: a rank was asked to stop in the meantime.
+    """
+    if state.loop.step > 0 or context.run.adapter.initial_adapter is None:
+        return
+    context.progress.update(stage="Evaluating")
+    samples, micro_batch = state.data.evaluation, state.memory.micro_batch_tokens
+    loss = evaluate(context, state.objective, state.model, samples, micro_batch, "the initial adapter")
+    state.loop.initial_eval_loss = finite(loss)
+
+
 def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLog | None) -> None:
     """Find out what the base scores as it is trained on, and keep that for all attempts.
 
@@ -399,7 +412,8 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     context.group.barrier()  # all have read the staged files: rank 0 may move or remove them
     try:
         check_finite_weights(state.parameters)
-        check_improved(loop.base_eval_loss_quantized, loss, required=run.evaluation.require_improvement)
+        required = run.evaluation.require_improvement
+        check_improved(loop.base_eval_loss_quantized, loss, required=required, initial=loop.initial_eval_loss)
     except (Diverged, NoImprovement):
         if context.is_rank_zero:
             adapter.discard(folder)
@@ -569,21 +583,27 @@ def check_finite_weights(parameters: AdapterParameters) -> None:
         )
 
 
-def check_improved(base_loss: float | None, loss: float | None, *, required: bool) -> None:
+def check_improved(
+    base_loss: float | None, loss: float | None, *, required: bool, initial: float | None = None
+) -> None:
     """Raise Diverged for an adapter whose eval loss is not finite, and NoImprovement for one no better than the base.
 
     Args:
         base_loss: of the quantized base; None when not measured.
         loss: the adapter's; None without evaluation data, which passes.
         required: whether the job asks for an improvement.
+        initial: of the adapter that it went on from, which it must improve on, too; None without one.
     """
     if loss is None:
         return
     if not math.isfinite(loss):
         raise Diverged("the finished adapter's eval loss is not a finite number; the last checkpoint is kept")
-    if required and base_loss is not None and not loss < base_loss:
+    others = [("the base's", base_loss), ("the initial adapter's", initial)]
+    for whose, other in others if required else []:
+        if other is None or loss < other:
+            continue
         raise NoImprovement(
-            f"the adapter's eval loss {loss:.4f} is not below the base's {base_loss:.4f}; nothing is published. "
+            f"the adapter's eval loss {loss:.4f} is not below {whose} {other:.4f}; nothing is published. "
             "Its last checkpoint is kept: to publish it all the same, set evaluation.requireImprovement to false and "
             "start the job again under its name (`qlora run FILE`, or delete and create the QLoRAJob): no step is "
             "repeated. Else train longer, or with another learningRate, under another name"

@@ -179,7 +179,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
     forms = forms_of(run.output)
-    exports.check(forms, model_folder)
+    exports.check(forms, model_folder, run.adapter)
     began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
     tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance, once_per_pod(context))

@@ -1,0 +1,61 @@
+"""What docs/decisions/0027 says of the first hour: its table of tests, and that no sentence that was mended is back."""
+
+import re
+import subprocess
+
+import pytest
+
+from doc_blocks import PAGES, ROOT
+
+MENDED = [
+    "was reloaded, evaluated and found better than the base",
+    "g++ and Go 1.26, too",
+    "did other work, too",
+    "says everything that is not",
+    "is not kept to it on one machine",
+    "decides about the order of additions",
+    "is run again is done at once",
+    "whatever dies",
+    "the last goes first",
+    "is gone on from where it was",
+    "is told here",
+    "What ranks make of it",
+    "On nothing",
+    "what is remote is fetched",
+    "that is told up to",
+    "he may do there",
+    "whether files of jobs are right",
+    "is no folder",
+    "is no JSON object",
+]
+"""Sentences of the documentation and of messages that were not English, or not clear."""
+
+
+def tracked(*folders: str) -> list[str]:
+    """Files of the repository, by their paths."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--", *folders], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [path for path in listed.stdout.splitlines() if path.endswith(".py")]
+
+
+def test_every_test_that_the_table_names_exists() -> None:
+    """Whoever renames one names it there, too."""
+    page = (ROOT / "docs/decisions/0027-the-first-hour.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    sources = [(ROOT / path).read_text() for path in tracked("tests")]
+    there = {name for text in sources for name in re.findall(r"def (test_\w+)", text)}
+
+    assert len(named) > 80
+    assert named - there == set()
+
+
+@pytest.mark.parametrize("sentence", MENDED)
+def test_no_sentence_that_was_mended_comes_back(sentence: str) -> None:
+    """Neither in a page nor in what programs say."""
+    pages = [path for path in PAGES if sentence in " ".join((ROOT / path).read_text().split())]
+
+    assert (
+        pages + [path for path in tracked("operator", "trainer") if sentence in (ROOT / path).read_text()]
+        == []
+    )
