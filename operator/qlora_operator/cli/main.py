@@ -1,8 +1,8 @@
 """The `qlora` command."""
 
 import argparse
-import errno
 import difflib
+import errno
 import importlib.metadata
 import io
 import json
