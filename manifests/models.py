@@ -50,9 +50,14 @@ alike. Whether the head is the embedding is told by whether a head is stored.
 
 ## Mixtures of experts
 
-Each matrix of each expert is quantized by itself, and the router is not. Adapters go on attention alone: for an MLP
-beside experts, if a layer has one, peft has no name. bitsandbytes leaves experts unquantized, so the comparison is
-without quantization.
+Each matrix of each expert is quantized by itself, and the router is not. So it is where a file has all experts of a
+layer in one tensor, as gpt-oss' has, in MXFP4 or not: they are dequantized and quantized one by one. Adapters go on
+attention, and on experts [by choice](methods.md#lora), as PEFT's `target_parameters`; for an MLP beside experts, if a
+layer has one, peft has no name. bitsandbytes leaves experts unquantized, so the comparison is without quantization. A
+loss that balances experts is not added: the router is frozen.
+
+gpt-oss' attention has sinks, a score for each head that belongs to no token: they are frozen, too, and cost next to
+nothing. Its experts' gates are computed in plain torch, in fp32.
 
 ## Linear attention
 
@@ -66,14 +71,14 @@ further tokens (`mtp`) are passed over.
 ## Lengths
 
 `training.maxSequenceLength` may be at most `max_position_embeddings`, or what scaled rotary embeddings reach. With
-`longrope` (Phi-3 and Phi-4-mini with long contexts) it may be at most `original_max_position_embeddings`: longer
-samples are rotated with other frequencies than shorter ones, which one packed row cannot do. `dynamic` rotary
-embeddings depend on every sample's length, and are refused. Windows and capped scores take memory that grows with the
-tokens, not with their square.
+`longrope` (Phi-3 and Phi-4-mini with long contexts) samples longer than `original_max_position_embeddings` are rotated
+with other frequencies than shorter ones, each by its own length, whatever stands beside it in a row; an answer that
+grows out of that length is read anew, as in transformers. `dynamic` rotary embeddings depend on every sample's length,
+and are refused. Windows, capped scores and sinks take memory that grows with the tokens, not with their square.
 
 ## What is refused
 
-- Other mixtures of experts (`gpt_oss`, `qwen3_5_moe`, Granite with experts), models with Mamba layers (Granite 4 `-h`),
+- Other mixtures of experts (`mixtral`, `qwen3_5_moe`, Granite with experts), models with Mamba layers (Granite 4 `-h`),
   and embedding models, which see the tokens behind each token.
 - Models that only Python code of their own repository can build (`auto_map` in `config.json`): it is never run.
 {instead}

@@ -133,6 +133,8 @@ class Job:
     extra_environ: dict[str, str] = field(default_factory=dict)
     hosts: list[list[str]] = field(default_factory=list)
     """What each pod's command begins with; empty: all run on this host."""
+    program: list[str] = field(default_factory=lambda: ["-m", "qlora_trainer.launch"])
+    """What a launcher's Python runs."""
 
     @property
     def folder(self) -> Path:
@@ -185,7 +187,7 @@ class Job:
                 }
                 with attempt.logs[pod].open("wb") as log:
                     host = self.hosts[pod] if self.hosts else []
-                    command = [*host, sys.executable, "-m", "qlora_trainer.launch"]
+                    command = [*host, sys.executable, *self.program]
                     attempt.launchers.append(
                         subprocess.Popen(command, env=environ | names, stdout=log, stderr=log)
                     )

@@ -37,7 +37,7 @@ TINY = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "tie_word_embeddings": True,
 }  # fmt: skip
-KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_text", "gemma2", "phi3", "granite")
+KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "gpt_oss", "qwen3_5_text", "gemma2", "phi3", "granite")
 WEIGHTS = {
     "model.embed_tokens.weight": (40, 16),
     "model.norm.weight": (16,),

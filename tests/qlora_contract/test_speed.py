@@ -134,6 +134,53 @@ def test_recurrent_layers_have_work_of_their_own_in_place_of_attention() -> None
     assert flops_per_token(recurrent, longer, None) - found == 2 * 10 * 8
 
 
+def test_experts_that_a_token_does_not_go_through_cost_it_nothing() -> None:
+    """Idle weights are as if they were not there, forward, backward and computed again."""
+    mixture = SMOLLM2.model_copy(
+        update={"linear_weights": SMOLLM2.linear_weights + 10**9, "idle_weights": 10**9}
+    )
+
+    for mode in ("none", "full", None):
+        assert flops_per_token(mixture, HELD_OUT, mode) == flops_per_token(SMOLLM2, HELD_OUT, mode)
+
+
+def test_recurrent_layers_compute_in_fp32() -> None:
+    """In bf16 their operations take as long as fp32's, which are about half as fast; so it is while they evaluate."""
+    recurrent = SMOLLM2.model_copy(update={"recurrent_layers": 20, "recurrent_flops": 10**6})
+    plain = recurrent.model_copy(update={"recurrent_flops": 0})
+    narrow, wide = (RATES["avx512_bf16", dtype].flops for dtype in ("bf16", "fp32"))
+    found, without = (the_time(evaluation=HELD_OUT, shape=shape) for shape in (recurrent, plain))
+
+    tokens = 25 * 936
+    assert found.training_seconds - without.training_seconds == pytest.approx(tokens * 4 * 2e7 / wide / 2)
+    assert found.evaluation_seconds - without.evaluation_seconds == pytest.approx(4 * 20_000 * 2e7 / wide / 2)
+    assert found.flops_per_token - without.flops_per_token == pytest.approx(4 * 2e7)
+    assert narrow > wide
+
+
+def test_a_prefix_runs_through_no_layer() -> None:
+    """Of a step's tokens a prompt's cost what others do, a prefix' only what attention sees of them."""
+    per_sample = DEMO.tokens / DEMO.samples
+    tuned = {
+        method: the_time(a_job(adapter={"method": f"{method}-tuning", "numVirtualTokens": 40}))
+        for method in ("prompt", "prefix")
+    }
+    prompt, prefix = (tuned[method].training_seconds for method in ("prompt", "prefix"))
+
+    assert prefix == pytest.approx(prompt * per_sample / (per_sample + 40))
+    assert tuned["prefix"].flops_per_token == flops_per_token(SMOLLM2, DEMO, "none", virtual=40)
+    assert tuned["prefix"].tokens_per_second > tuned["prompt"].tokens_per_second
+
+
+def test_an_adapter_to_go_on_from_is_evaluated_once_more() -> None:
+    """Before the first step."""
+    further = the_time(a_job(adapter={"initialAdapter": "pvc://data/first/adapter"}), evaluation=HELD_OUT)
+
+    assert further.evaluation_seconds == pytest.approx(
+        the_time(evaluation=HELD_OUT).evaluation_seconds * 5 / 4
+    )
+
+
 def test_virtual_tokens_are_multiplied_with_no_token() -> None:
     """What is trained is no weight of a layer."""
     behind = SMOLLM2.model_copy(update={"beside_layers": False})

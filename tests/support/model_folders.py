@@ -38,8 +38,8 @@ def shard(folder: Path) -> Path:
 def stock_model(folder: Path, **options: Any) -> Any:
     """The stock model in fp32, in the class that its users load: of a multimodal model the whole."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    if kind == "gemma2":
-        options["attn_implementation"] = "eager"  # the only one that caps scores
+    if kind in ("gemma2", "gpt_oss"):
+        options["attn_implementation"] = "eager"  # the only one that caps scores, or has sinks
     loader = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
     return loader.from_pretrained(folder, dtype=torch.float32, **options)
 

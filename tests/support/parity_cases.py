@@ -12,13 +12,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 40,
-    "partial_rotary_factor": 1.0, "short_factor": [1.5] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 20,
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 20,
+        "partial_rotary_factor": 1.0, "short_factor": [1.5] * 8, "long_factor": [4.0] * 8,
+    },
 }  # fmt: skip
+"""Some samples are longer than the short factors reach."""
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+MIXTURES = ("qwen3_moe", "gpt_oss")
 PARITY_CASES: dict[str, tuple[str, str, str, list[str], dict[str, Any]]] = {
     "llama, double": ("llama", "nf4, double", "float32", ["all-linear"], {}),
     "llama, single": ("llama", "nf4", "float32", ["all-linear"], {}),
@@ -45,7 +50,7 @@ PARITY_CASES: dict[str, tuple[str, str, str, list[str], dict[str, Any]]] = {
         )
         for kind in sorted(SMALL_OF.keys() - {"qwen3"})
         # bitsandbytes leaves experts as they are, which ours quantizes, too.
-        for tied, scheme in ((True, "none" if kind == "qwen3_moe" else "nf4, double"), (False, "none"))
+        for tied, scheme in ((True, "none" if kind in MIXTURES else "nf4, double"), (False, "none"))
     },
     "qwen3_moe, a dense layer": (
         "qwen3_moe", "none", "float32", ["all-linear"], {"mlp_only_layers": [0], "norm_topk_prob": False},
@@ -55,7 +60,7 @@ PARITY_CASES: dict[str, tuple[str, str, str, list[str], dict[str, Any]]] = {
     "gemma3, one whole path": (
         "gemma3", "none", "float32", ["model.language_model.layers.1.self_attn.q_proj", "down_proj"], {},
     ),
-    "phi3, longrope": ("phi3", "none", "float32", ["qkv_proj", "down_proj"], {"rope_parameters": LONGROPE}),
+    "phi3, longrope": ("phi3", "none", "float32", ["qkv_proj", "down_proj"], LONGROPE),
     "phi3, partly rotated": (
         "phi3", "none", "float32", ["all-linear"],
         {**SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

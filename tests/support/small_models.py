@@ -36,6 +36,13 @@ SMALL_OF: dict[str, dict[str, Any]] = {
     "qwen3_moe": {
         "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True,
     },
+    "gpt_oss": {
+        **_WINDOW, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.7,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        },
+    },
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5": {
         "model_type": "qwen3_5_text", **_QWEN3_5,

@@ -30,8 +30,18 @@ SHAPES: dict[str, dict[str, Any]] = {
                      "num_key_value_heads": 8, "head_dim": 64},
     "SmolLM2-1.7B": {**SMOLLM2, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
                      "num_attention_heads": 32, "num_key_value_heads": 32},
+    "Gemma-3-270M": {"model_type": "gemma3_text", "vocab_size": 262144, "tie_word_embeddings": True,
+                     "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+                     "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
+    "Qwen3-0.6B": {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 1024,
+                   "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "num_key_value_heads": 8, "head_dim": 128},
+    "4 layers of Qwen3-30B-A3B, 16 experts": {
+        "model_type": "qwen3_moe", "vocab_size": 49152, "tie_word_embeddings": True, "hidden_size": 2048,
+        "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "num_experts": 16, "num_experts_per_tok": 8, "norm_topk_prob": True},
 }  # fmt: skip
-"""As their config.json has them."""
+"""As their config.json has them, or parts of them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,11 @@ CASES: dict[str, Case] = {
     ),
     "360M": Case("SmolLM2-360M", length=512, training=NONE),
     "0.5B-recomputed": Case("Qwen2.5-0.5B", length=512, training=FULL),
+    "270M": Case("Gemma-3-270M", length=512, training=NONE),
+    "270M-int8-recomputed": Case("Gemma-3-270M", length=512, bins=2, training=FULL, scheme="int8"),
+    "0.6B": Case("Qwen3-0.6B", length=512, training=NONE),
+    "0.6B-recomputed": Case("Qwen3-0.6B", length=512, training=FULL, adapter={"dropout": 0.05}),
+    "experts": Case("4 layers of Qwen3-30B-A3B, 16 experts", length=512, training=NONE),
     "1B-recomputed": Case("Llama-3.2-1B", length=256, training=FULL),
     "1.7B-recomputed": Case("SmolLM2-1.7B", length=256, training=FULL),
 }
@@ -115,6 +130,11 @@ def write_data(file: Path, samples: int) -> None:
     file.write_text("\n".join(lines))
 
 
+def folder_of(case: Case) -> str:
+    """Of its model."""
+    return case.shape.replace(",", "").replace(" ", "-")
+
+
 def job(name: str, case: Case) -> dict[str, Any]:
     """The job of a case: three steps, and no evaluation."""
     tokens = case.length * case.bins
@@ -124,7 +144,7 @@ def job(name: str, case: Case) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {
             "workspace": "pvc://bench/work",
-            "model": {"source": f"pvc://bench/{case.shape}"},
+            "model": {"source": f"pvc://bench/{folder_of(case)}"},
             "dataset": {"source": "pvc://bench/data.jsonl", "evalFraction": 0},
             "quantization": {"scheme": case.scheme},
             "adapter": case.adapter,
@@ -147,8 +167,8 @@ def job(name: str, case: Case) -> dict[str, Any]:
 
 def measure(name: str, case: Case, tokenizer: Path, work: Path) -> dict[str, Any]:
     """Run a case: its peak of anonymous memory, and the estimate that it was run with."""
-    if not (work / case.shape / "config.json").is_file():
-        write_model(work / case.shape, case.shape, tokenizer)
+    if not (work / folder_of(case) / "config.json").is_file():
+        write_model(work / folder_of(case), case.shape, tokenizer)
     write_data(work / "data.jsonl", 16)
     (work / "job.json").write_text(json.dumps(job(name, case)))
     shutil.rmtree(work / "work" / "jobs" / name, ignore_errors=True)

@@ -75,6 +75,8 @@ class ModelShape(ContractModel):
     """Bytes per weight in the checkpoint."""
     linear_weights: int
     """Weights of all linear layers but the head."""
+    idle_weights: int = 0
+    """Of these, those of the experts that a token does not go through."""
     largest_linear: int
     """Weights of the largest of them."""
     adapter_weights: int
@@ -334,9 +336,10 @@ def step_seconds(
 ) -> float:
     """About how long a rank's share of a step takes, to compare choices: not for anybody to see.
 
-    Each micro-batch dequantizes all weights and multiplies its tokens with them: forward, for the gradient of its
-    input, and once more when activations are recomputed. The kernel library dequantizes whatever the weights are kept
-    in, for so many rows at a time: of large micro-batches as often as of small ones.
+    Each micro-batch dequantizes all weights and multiplies its tokens with them, of experts with those that a token
+    goes through: forward, for the gradient of its input, and once more when activations are recomputed. The kernel
+    library dequantizes whatever the weights are kept in, for so many rows at a time: of large micro-batches as often
+    as of small ones.
     """
     passes = 3 if chosen.checkpointing == "full" else 2
     bins = share_of_bins(run)
@@ -349,4 +352,6 @@ def step_seconds(
     else:
         dequantize = micro_batches * DEQUANTIZE_SECONDS / min(cpus, DEQUANTIZE_THREADS)
     multiply = 2 * tokens / (CORE_FLOPS[run.isa] * cpus)
-    return shape.linear_weights * passes * (dequantize + multiply)
+    return passes * (
+        shape.linear_weights * dequantize + (shape.linear_weights - shape.idle_weights) * multiply
+    )

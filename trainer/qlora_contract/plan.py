@@ -3,13 +3,17 @@
 The operator's side cannot read a model or data itself: that takes the trainer's packages.
 """
 
+import math
 from typing import Literal
 
 from pydantic import Field
 
 from qlora_contract.base import ContractModel
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
-from qlora_contract.run_config import IsaTier
+from qlora_contract.run_config import IsaTier, Training
+
+BUSY_SHARE = 0.75
+"""Of the ranks: when fewer have something to do in a step, on average, it is told. An epoch's last step is short."""
 
 FEW_STEPS = 20
 """Fewer hardly learn anything: the first of them only raise the learning rate."""
@@ -126,6 +130,27 @@ class Steps(ContractModel):
     """Mean of the first epoch."""
     fill: float
     """Mean share of a bin of the first epoch that is tokens, from 0 to 1."""
+
+
+def ranks_without_work(bins: float, steps: int, ranks: int, training: Training) -> str | None:
+    """That ranks have nothing to do in most steps, and what helps; None where nearly all have.
+
+    Args:
+        bins: of the first epoch. Each is run by one rank.
+        steps: that they make.
+        ranks: of the job.
+        training: its settings.
+    """
+    per_step = bins / steps
+    if per_step >= BUSY_SHARE * ranks:
+        return None
+    longest = training.max_sequence_length
+    enough = math.ceil(training.global_batch_tokens * ranks / per_step / longest) * longest
+    more = f"raise training.globalBatchTokens to {enough:,}, or " if steps > 1 else ""
+    return (
+        f"a step has {per_step:.1f} bins of maxSequenceLength {longest:,} for {ranks} ranks, and each is run by one of "
+        f"them, so that the others wait: {more}have fewer ranks"
+    )
 
 
 class MemoryFigures(ContractModel):

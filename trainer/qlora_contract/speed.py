@@ -62,30 +62,52 @@ class TimeEstimate(ContractModel):
     """What it rests on."""
 
 
-def flops_per_token(shape: ModelShape, split: SplitStats, checkpointing: Checkpointing | None) -> float:
+def flops_per_token(
+    shape: ModelShape, split: SplitStats, checkpointing: Checkpointing | None, virtual: int = 0
+) -> float:
     """Floating-point operations for one token of a split.
 
-    A frozen weight takes part in two products of 2 operations: forward, and for the gradient of its input; one of an
-    adapter beside it in three. The head has those of supervised tokens alone, and attention looks at half of a sample
-    on average. A recurrent layer has a number of its own, computes that again in its backward pass, and twice as much
-    besides.
+    A frozen weight that is not idle takes part in two products of 2 operations: forward, and for the gradient of its
+    input; one of an adapter beside it in three. The head has those of supervised tokens alone, and attention looks at
+    half of a sample on average, and at all virtual tokens before it. A recurrent layer has a number of its own.
 
     Args:
         shape: of the model.
         split: of the data: its mean sample, and its supervised share.
         checkpointing: of the training; None: forward alone, as in an evaluation.
+        virtual: tokens before each sample.
     """
     supervised = split.supervised_tokens / max(split.tokens, 1)
     attending = shape.layers - shape.recurrent_layers
-    attention = 2.0 * split.tokens / max(split.samples, 1) * shape.heads * shape.head_size * attending
-    recurrence = float(shape.recurrent_flops * shape.recurrent_layers)
+    seen = split.tokens / max(split.samples, 1) / 2 + virtual
+    attention = 4.0 * seen * shape.heads * shape.head_size * attending
     beside = shape.adapter_weights if shape.beside_layers else 0
-    layers = 2.0 * (shape.linear_weights + beside) + attention + recurrence
+    layers = 2.0 * (shape.linear_weights - shape.idle_weights + beside) + attention
     head = 2.0 * shape.vocabulary * shape.hidden * supervised
+    recurrence = recurrent_flops(shape, checkpointing)
     if checkpointing is None:
-        return layers + head
+        return layers + head + recurrence
     recomputed = layers if checkpointing == "full" else 0.0
-    return 2 * (layers + head) + recomputed + 2.0 * (beside + recurrence) + attention
+    return 2 * (layers + head) + recomputed + 2.0 * beside + attention + recurrence
+
+
+def recurrent_flops(shape: ModelShape, checkpointing: Checkpointing | None) -> float:
+    """Those of the recurrent layers among them: forward, again in the backward pass, and twice as much there besides.
+
+    Arguments as of flops_per_token.
+    """
+    passes = {None: 1, "none": 4, "full": 5}[checkpointing]
+    return float(passes * shape.recurrent_flops * shape.recurrent_layers)
+
+
+def _seconds_per_token(
+    run: RunConfig, plan: PlanReport, split: SplitStats, checkpointing: Checkpointing | None
+) -> float:
+    """Of one core, for a token of a split. Recurrent layers compute in fp32, whatever the others do."""
+    virtual = run.adapter.virtual_tokens
+    recurrent = recurrent_flops(plan.shape, checkpointing)
+    others = flops_per_token(plan.shape, split, checkpointing, virtual) - recurrent
+    return others / RATES[run.isa, plan.compute_dtype].flops + recurrent / RATES[run.isa, "fp32"].flops
 
 
 def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
@@ -95,19 +117,25 @@ def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
         run: the job, with a settled number of ranks.
         plan: what the trainer has measured of its model and data.
     """
-    shape, steps = plan.shape, plan.steps
-    rate = RATES[run.isa, plan.compute_dtype]
+    shape, steps, mode = plan.shape, plan.steps, plan.memory.checkpointing
     cores = run.layout.world_size * run.layout.cpus_per_rank
-    speed = rate.flops * cores
-    per_token = flops_per_token(shape, plan.training, plan.memory.checkpointing)
-    training = steps.total * steps.tokens_per_step * per_token / speed
+    # A prefix is in a step's tokens, and runs through no layer.
+    prefix = run.adapter.virtual_tokens if run.adapter.method == "prefix-tuning" else 0
+    own = max(1, plan.training.tokens)
+    through = own / (own + prefix * plan.training.samples)
+    per_token = through * _seconds_per_token(run, plan, plan.training, mode) / cores
+    training = steps.total * steps.tokens_per_step * per_token
     evaluation = 0.0
     if plan.evaluation is not None:
         every = run.evaluation.every_steps
-        # The quantized and the unquantized base, where they are two, each without and with the finished adapter.
+        # The quantized and the unquantized base, where they are two, each without and with the finished adapter; and
+        # the adapter that the job goes on from.
         bases = 1 if run.quantization.scheme == "none" else 2
-        times = 2 * bases + (0 if every is None else (steps.total - 1) // every)
-        one = plan.evaluation.tokens * flops_per_token(shape, plan.evaluation, None) / speed
+        initial = run.adapter.initial_adapter is not None
+        times = 2 * bases + initial + (0 if every is None else (steps.total - 1) // every)
+        prompt = run.adapter.virtual_tokens - prefix
+        tokens = plan.evaluation.tokens + prompt * plan.evaluation.samples
+        one = tokens * _seconds_per_token(run, plan, plan.evaluation, None) / cores
         evaluation = times * one
     weights = shape.linear_weights + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     start = START_SECONDS + weights * LOAD_SECONDS / run.layout.cpus_per_rank
@@ -118,7 +146,7 @@ def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
         evaluation_seconds=evaluation,
         start_seconds=start,
         core_hours=seconds * cores / 3600,
-        flops_per_token=per_token,
-        tokens_per_second=speed / per_token,
-        basis=rate.basis,
+        flops_per_token=flops_per_token(shape, plan.training, mode, run.adapter.virtual_tokens),
+        tokens_per_second=1 / per_token if per_token else 0.0,
+        basis=RATES[run.isa, plan.compute_dtype].basis,
     )

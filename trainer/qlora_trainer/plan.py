@@ -16,7 +16,6 @@ Prints one line of JSON (qlora_contract.plan). The exit status is 0 also when th
 import datetime
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from qlora_contract.plan import (
 )
 from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run_config import ISA_TIERS, RunConfig
+from qlora_contract.scratch import scratch_folder
 from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError, TransferFailed
 from qlora_trainer.host.cgroups import available_cpus, usable_memory
 from qlora_trainer.host.isa import probe
@@ -125,10 +125,10 @@ def sized(path: Path) -> PlanResponse:
         run = load_run(path)
         if not is_remote(run.model.source):
             return PlanResponse(size=size_of(run, resolve(run.model.source, volume_map())))
-        with tempfile.TemporaryDirectory(prefix="qlora-size-") as folder:
-            download = fetch_config(run.model.source, run.model.revision, Path(folder))
+        with scratch_folder("size") as folder:
+            download = fetch_config(run.model.source, run.model.revision, folder)
             basis = f"config.json of {run.model.source} and the sizes of its files"
-            return PlanResponse(size=size_of(run, Path(folder), basis, download))
+            return PlanResponse(size=size_of(run, folder, basis, download))
     except (RunFileError, TrainerError, InvalidUriError) as error:
         return _failure(error)
 
@@ -243,7 +243,7 @@ def plan(run: RunConfig) -> PlanReport:
     model_folder = resolve(run.model_uri, volumes)
     shape = model_shape(model_folder, run.adapter)
     check_initial_adapter(run, model_folder, volumes)
-    exports.check(forms_of(run.output), model_folder)
+    exports.check(forms_of(run.output), model_folder, run.adapter)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(

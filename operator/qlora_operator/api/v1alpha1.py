@@ -338,7 +338,8 @@ class Adapter(ApiModel):
         default=["all-linear"], min_length=1, max_length=64
     )
     """Names of linear layers to adapt, by their last part (`q_proj`) or whole path;
-    `all-linear`: every linear layer but the output head."""
+    `all-linear`: every linear layer but the output head. The experts of a mixture are named as PEFT's target_parameters
+    are, `experts.gate_up_proj` and `experts.down_proj`; no other name means them."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023): what an adapter adds then does not
     shrink as its rank grows. Off, as in PEFT."""
@@ -491,7 +492,7 @@ class Evaluation(ApiModel):
     every_steps: int | None = Field(default=None, ge=1, le=100_000_000)
     """Also evaluate each time this many steps are done."""
     require_improvement: bool = True
-    """Fail the job when the adapter's eval loss is not below that of the quantized base."""
+    """Fail the job when the adapter's eval loss is not below that of the quantized base, and of initialAdapter."""
     max_tokens: int = Field(default=65_536, ge=1, le=1_000_000_000)
     """Evaluate on at most so many tokens: samples are chosen by a hash of their tokens, the same ones each time, and at
     least one. The default takes about as long as three steps of the default size."""

@@ -6,7 +6,6 @@ The model is in a process of its own: one of this machine (`local_model`), or in
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from qlora_contract.base import ContractModel
 from qlora_contract.chat import Answer, ChatEvent, ChatReady, ChatRequest, OpenRequest
 from qlora_contract.plan import PlanError
 from qlora_contract.run_config import RunConfig
+from qlora_contract.scratch import scratch_folder
 from qlora_operator.cli.outcome import error_message
 from qlora_operator.cli.processes import OFFLINE, ProcessError, environment
 from qlora_operator.errors import CommandError
@@ -116,8 +116,8 @@ def local_model(
     Raises:
         ProcessError: it could not be started.
     """
-    with tempfile.TemporaryDirectory(prefix="qlora-chat-") as folder:
-        path, log = Path(folder) / "run.json", Path(folder) / "log"
+    with scratch_folder("chat") as folder:
+        path, log = folder / "run.json", folder / "log"
         path.write_text(run.to_json())
         try:
             with log.open("wb") as output:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.text import Text
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import CheckReport, LengthBin, SplitStats
 from qlora_contract.run_config import Dataset, JobRef, Layout, ModelSource, RunConfig, Training
+from qlora_contract.scratch import scratch_folder
 from qlora_contract.units import first_line
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.early_checks import data_fault, missing
@@ -95,8 +95,8 @@ def check(question: Question) -> CheckReport:
         CommandError: they are refused as a whole; with the message and code that training gives.
     """
     require_trainer()
-    with tempfile.TemporaryDirectory(prefix="qlora-check-") as folder:
-        path = Path(folder) / "run.json"
+    with scratch_folder("check") as folder:
+        path = folder / "run.json"
         path.write_text(question.run.to_json())
         how = "check" if question.with_model else "survey"
         answer = query_trainer(how, str(path), volumes=question.volumes)

@@ -58,8 +58,11 @@ def locked(folder: Path) -> Iterator[IO[str]]:
                 f"{folder} is in use by {by}, or by ranks of it that are still exiting; "
                 "wait for them, or stop it first"
             ) from None
-        lock.truncate(0)
-        print(os.getpid(), file=lock, flush=True)
+        try:
+            lock.truncate(0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())  # not kept for later where the disk is full
+        except OSError as error:
+            raise WorkspaceError(f"cannot write to {folder}: {error.strerror}") from error
         yield lock
 
 

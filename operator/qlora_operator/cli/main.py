@@ -17,6 +17,7 @@ from typing import Any, get_args
 from rich.console import Console
 
 from qlora_contract.cost import Price, parse_price
+from qlora_contract.descriptors import open_standard_descriptors
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, finished_report, job_path
@@ -111,6 +112,7 @@ def subcommands_of(command: argparse.ArgumentParser) -> dict[str, argparse.Argum
 
 def guarded(command: Callable[[], int]) -> int:
     """A command's exit code, its expected errors told on standard error."""
+    open_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A character that the terminal lacks is shown as its number.

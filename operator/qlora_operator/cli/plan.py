@@ -1,7 +1,6 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
 import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +22,10 @@ from qlora_contract.plan import (
     RankPlan,
     SplitStats,
     TextSpan,
+    ranks_without_work,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
+from qlora_contract.scratch import scratch_folder
 from qlora_contract.speed import TimeEstimate, time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
@@ -125,6 +126,13 @@ def job_plan(
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
         notes += few_steps(run, details)
+        steps = details.steps
+        bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
+        # Without places they are not counted yet.
+        if pods and (
+            waiting := ranks_without_work(bins, steps.per_epoch, run.layout.world_size, run.training)
+        ):
+            notes.append(waiting)
     time = None if details is None else time_of(run, details)
     asked = job.spec.training.compute_dtype
     return JobPlan(
@@ -205,8 +213,8 @@ def query(
     Raises:
         CommandError: the planner answers with an error.
     """
-    with tempfile.TemporaryDirectory(prefix="qlora-plan-") as folder:
-        path = Path(folder) / "run.json"
+    with scratch_folder("plan") as folder:
+        path = folder / "run.json"
         path.write_text(run.to_json())
         answer = query_trainer(*before, str(path), *after, volumes=volumes, offline=offline)
     if answer.error is not None:

@@ -1,12 +1,12 @@
 """Sees to it that every launcher of `qlora run` ends: by itself, when the user asks, or when another one has failed."""
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run_config import RunConfig
+from qlora_contract.signals import stop_by
 from qlora_contract.supervision import Limits, next_action
 from qlora_operator.cli.processes import Launcher, kill
 
@@ -40,8 +40,7 @@ class StopRequest:
 
     def listen(self) -> None:
         """Handle Ctrl-C, SIGTERM and the end of the terminal."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self)
+        stop_by(self)
 
 
 def limits_of(run: RunConfig) -> Limits:

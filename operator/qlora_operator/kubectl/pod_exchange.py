@@ -1,7 +1,6 @@
 """The pod of `kubectl qlora chat`: started, waited for, spoken with, removed."""
 
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
 from urllib3.exceptions import HTTPError
 
+from qlora_contract.signals import stop_by
 from qlora_operator.api import names
 from qlora_operator.cli.chat_exchange import Exchange
 from qlora_operator.client import Client, ClusterError
@@ -48,8 +48,7 @@ def pod_model(client: Client, pod: Mapping[str, Any], running_seconds: float) ->
     Raises:
         ClusterError: it cannot be created, or does not run in time.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)  # the pod is removed then, too
+    stop_by(_interrupt)  # the pod is removed then, too
     created = _answered(lambda: client.core.create_namespaced_pod(client.namespace, pod))
     name = created.metadata.name
     try:

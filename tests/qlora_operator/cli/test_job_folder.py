@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from disturbances import fill, small_disk
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.job_folder import identity_text
 from qlora_contract.progress import TerminationReport
@@ -71,6 +72,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         locked(tmp_path / "file/job"),
     ):
         pass
+
+
+def test_a_folder_without_room_for_a_lock_is_named(tmp_path: Path) -> None:
+    """A full disk is told in a sentence."""
+    with small_disk(tmp_path / "work", "1m") as root:
+        fill(root, leave=0)
+        with (
+            pytest.raises(WorkspaceError, match=r"cannot write to .*job: No space left"),
+            locked(root / "job"),
+        ):
+            pass
 
 
 def test_attempts_are_counted(tmp_path: Path, a_run: Callable[..., RunConfig]) -> None:

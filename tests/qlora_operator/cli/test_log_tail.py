@@ -25,3 +25,9 @@ def test_a_growing_log_is_read_in_complete_lines(tmp_path: Path) -> None:
         read.append(tail.new_lines())
 
     assert read == [["one"], ["two"], [], ["three"]]
+
+
+def test_a_log_that_is_gone_has_no_lines(tmp_path: Path) -> None:
+    """Somebody may remove the job's folder at any time."""
+    assert last_lines(tmp_path / "log") == ""
+    assert LogTail(tmp_path / "log").new_lines() == []

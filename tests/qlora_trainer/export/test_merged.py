@@ -147,10 +147,12 @@ def test_an_adapter_of_which_something_would_be_lost_is_refused(
 def test_settings_that_change_the_formula_are_refused(
     small_model: Callable[..., Path], an_adapter: Callable[..., Path]
 ) -> None:
-    """DoRA is not scale B A."""
+    """DoRA is not scale B A, and experts are no linear layers."""
     adapter = an_adapter(small_model(vocab_size=300))
     config = adapter / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    written = json.loads(config.read_text())
+    for name, value in {"use_dora": True, "target_parameters": ["experts.down_proj"]}.items():
+        config.write_text(json.dumps(written | {name: value}))
 
-    with pytest.raises(ModelError, match="sets use_dora, which cannot be exported"):
-        read_adapter(adapter)
+        with pytest.raises(ModelError, match=f"sets {name}, which cannot be exported"):
+            read_adapter(adapter)

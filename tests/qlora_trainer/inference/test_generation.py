@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import builders
 from kernel_tiers import running
+from parity_cases import LONGROPE
 from qlora_contract.run_config import RunConfig
 from qlora_trainer.artifacts.adapter import write_adapter
 from qlora_trainer.inference.generation import Sampling, _read_prompt, _row, choose, generate, stream
@@ -66,9 +67,11 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
 }
 """Configurations in which a token soon no longer sees the whole prompt."""
-MODELS = {kind: (kind, {}) for kind in sorted(FAMILIES)} | {
-    f"{kind} with a sliding window": (kind, config) for kind, config in WINDOWED.items()
-}
+MODELS = (
+    {kind: (kind, {}) for kind in sorted(FAMILIES)}
+    | {f"{kind} with a sliding window": (kind, config) for kind, config in WINDOWED.items()}
+    | {"phi3 that grows out of its short factors": ("phi3", LONGROPE)}
+)
 
 
 @pytest.mark.parametrize(("kind", "config"), MODELS.values(), ids=MODELS.keys())

@@ -57,6 +57,8 @@ class Machine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[subprocess.Popen[bytes]] = []
+        self.within: list[str] = []
+        """What a launcher's command line begins with."""
 
     def start(self, program: str, run: RunConfig | str, **environ: str) -> subprocess.Popen[bytes]:
         """Start a launcher whose ranks run `program`."""
@@ -66,6 +68,7 @@ class Machine:
         command = f"[{sys.executable!r}, 'rank.py']"
         process = subprocess.Popen(
             [
+                *self.within,
                 sys.executable,
                 "-c",
                 f"import os; from qlora_trainer.launch.__main__ import main; os._exit(main({command}))",
@@ -175,7 +178,72 @@ def test_another_version_ends_the_launch_without_torch(machine: Machine) -> None
     assert machine.report().reason == "INVALID_CONFIGURATION"
 
 
+def test_what_nobody_foresaw_reaches_the_termination_message(
+    a_run: Callable[..., RunConfig], machine: Machine
+) -> None:
+    """Descriptors run out here. Who waits for the pod reads no log."""
+    machine.within = ["sh", "-c", 'ulimit -n 8; exec "$0" "$@"']
+    code, _, _ = machine.run("ready()", a_run())
+
+    assert code == ExitCode.UNEXPECTED == machine.report().exit_code
+    assert "Too many open files" in machine.report().cause
+
+
 # --- with ranks
+
+
+def test_standard_descriptors_may_be_closed(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """Nothing else gets their numbers, and a rank's report arrives."""
+    machine.within = ["sh", "-c", 'exec "$0" "$@" 0<&- 1>&- 2>&-']
+    code, _, _ = machine.run("os.write(2, b'lost'); report(0, 'done')", a_run())
+
+    assert (code, machine.report().cause) == (0, "done")
+
+
+def test_an_environment_may_be_large(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """As Kubernetes makes it in a namespace of many services, and the request to the fork server for many ranks."""
+    program = "report(0, os.environ['LARGE'][-3:]) if local == 0 else None"
+    code, _, _ = machine.run(program, a_run(), LARGE="x" * 100_000 + "end")
+
+    assert (code, machine.report().cause) == (0, "end")
+
+
+def test_nohup_is_heeded(a_run: Callable[..., RunConfig], machine: Machine) -> None:
+    """The end of the terminal does not stop a launcher that was started to outlive it."""
+    machine.within = ["nohup"]
+    process = machine.start(OBEDIENT, a_run())
+    machine.pids(2)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    asked = (machine.folder / "asked-0").exists()
+    process.terminate()
+    process.communicate(timeout=60)
+
+    assert (asked, process.returncode) == (False, ExitCode.TERMINATED)
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_for_long(
+    a_run: Callable[..., RunConfig], machine: Machine
+) -> None:
+    """The next one removes its folder, and none of a launcher that runs."""
+
+    def folders() -> set[Path]:
+        return set(machine.folder.glob("qlora-scratch-launch-*"))
+
+    living = machine.start(OBEDIENT, a_run())
+    machine.pids(2)
+    theirs = folders()
+    killed = machine.start(OBEDIENT.replace("ready()", "ready('again')"), a_run())
+    machine.pids(2, "again")
+    killed.kill()
+    killed.communicate()
+    left = folders()
+    machine.run("report(0, 'done')", a_run())
+    kept = folders()
+    living.terminate()
+    living.communicate(timeout=60)
+
+    assert (len(theirs), len(left), kept, folders()) == (1, 2, theirs, set())
 
 
 def test_output_is_passed_on_line_by_line(a_run: Callable[..., RunConfig], machine: Machine) -> None:
@@ -293,7 +361,7 @@ OBEDIENT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_sigterm_is_passed_on_once(
     a_run: Callable[..., RunConfig], machine: Machine, number: signal.Signals
 ) -> None:

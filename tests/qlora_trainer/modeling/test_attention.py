@@ -52,6 +52,7 @@ def dense(
     window: int | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The definition, with all scores and one mask over the whole row."""
     q, k, v = qkv
@@ -64,7 +65,11 @@ def dense(
     scores = q @ k.transpose(2, 3) * (scaling or 1 / math.sqrt(q.shape[-1]))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        further = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, further], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : k.shape[2]]
     return (weights @ v).transpose(1, 2)
 
 
@@ -148,6 +153,22 @@ def test_scores_are_capped(window: int | None, softcap: float) -> None:
     assert_all_close(found, with_gradients(lambda x: dense(x, segments, window, None, softcap), qkv))
 
 
+SINKS = torch.tensor([-30.0, -1.0, 0.5, 2.0, 6.0, 90.0])
+"""Of six heads: from one that takes nothing to one that takes all."""
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3, 200])
+def test_sinks_take_their_share(window: int | None, softcap: float | None) -> None:
+    """A head's sink is one more score of each token, whose key has no value; gradients follow."""
+    segments, qkv = [7, 1, 140], inputs(148, 6, 2)
+    options: dict[str, Any] = {"sliding_window": window, "softcap": softcap}
+
+    found = with_gradients(lambda x: packed(x, segments, s_aux=SINKS, **options), qkv)
+
+    assert_all_close(found, with_gradients(lambda x: dense(x, segments, window, None, softcap, SINKS), qkv))
+
+
 @pytest.mark.parametrize("window", [5, 100, 128, 129, 250, 299, 300])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_samples_of_many_blocks(window: int, softcap: float | None) -> None:
@@ -159,7 +180,11 @@ def test_samples_of_many_blocks(window: int, softcap: float | None) -> None:
     assert_all_close(found, with_gradients(lambda x: dense(x, segments, window, None, softcap), qkv))
 
 
-@pytest.mark.parametrize("options", [{"sliding_window": 64}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 64}, {"softcap": 5.0}, {"s_aux": torch.ones(2)}],
+    ids=["window", "softcap", "sinks"],
+)
 def test_nothing_of_a_whole_sample_s_square_is_kept(options: dict[str, Any]) -> None:
     """What autograd keeps of a long sample grows with its tokens: twice as many, about twice the bytes."""
 
@@ -290,6 +315,25 @@ def test_capped_scores_against_fp64(tier: str, softcap: float, bound: float, win
     assert max(errors(found, exact)) <= bound
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
+def test_sinks_against_fp64(tier: str, dtype: torch.dtype, bound: float, window: int | None) -> None:
+    """Every tier has the output and gradients of the definition, head for head; a sink that takes all leaves none."""
+    segments = [63, 120, 1, 29]
+    qkv = inputs(sum(segments), 6, 6, dtype, 40)
+    sinks = SINKS.to(dtype)
+    exact = with_gradients(
+        lambda x: dense(x, segments, window, sinks=sinks), [x.detach().double().requires_grad_() for x in qkv]
+    )
+
+    found = with_gradients(lambda x: packed(x, segments, sliding_window=window, s_aux=sinks), qkv)
+
+    of_heads = [found[0].transpose(1, 2), *found[1:]], [exact[0].transpose(1, 2), *exact[1:]]
+    for head in range(5):
+        assert max(errors(*([x[:, head] for x in each] for each in of_heads))) <= bound
+    assert all(float(x[:, 5].detach().abs().max()) < 1e-30 for x in of_heads[0])
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_a_packed_row_has_each_samples_own_bits(tier: str, dtype: torch.dtype) -> None:
     """What stands beside a sample changes no bit of its output and gradients."""
@@ -361,12 +405,13 @@ class Layer(nn.Module):
     layer_idx = 0
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize(
     "steps", [[[4, 3, 2], [1, 1, 1], [1, 1, 1]], [[2, 1, 1], [5, 1, 3]]], ids=["one", "many"]
 )
 def test_a_cached_sequence_goes_on_as_if_it_were_whole(
-    tier: str, steps: list[list[int]], window: int | None
+    tier: str, steps: list[list[int]], window: int | None, sinks: Tensor | None
 ) -> None:
     """Sequences side by side that grow by one token or several give what each gives whole; the last is not cached."""
     q, k, v = (x.detach() for x in inputs(40, 6, 2, torch.float32))
@@ -378,18 +423,24 @@ def test_a_cached_sequence_goes_on_as_if_it_were_whole(
         spans.append(slice(0, lengths[2]))
         row = [torch.cat([x[:, :, span] for span in spans], dim=2) for x in (q, k, v)]
         output = packed_attention(
-            Layer(), *row, None, segment_lengths=lengths, sliding_window=window, cached=[*sequences, None]
+            Layer(),
+            *row,
+            None,
+            segment_lengths=lengths,
+            sliding_window=window,
+            cached=[*sequences, None],
+            s_aux=sinks,
         )[0]
         *own, alone = torch.split(output, lengths, dim=1)
         for number, part in enumerate(own):
             found[number].append(part)
             sequences[number].advance(lengths[number])
-        expected = dense([x[:, :, : lengths[2]] for x in (q, k, v)], [lengths[2]], window)
+        expected = dense([x[:, :, : lengths[2]] for x in (q, k, v)], [lengths[2]], window, sinks=sinks)
         torch.testing.assert_close(alone, expected)
 
     for number, sequence in enumerate(sequences):
         whole = slice(20 * number, 20 * number + sequence.length)
-        expected = dense([x[:, :, whole] for x in (q, k, v)], [sequence.length], window)
+        expected = dense([x[:, :, whole] for x in (q, k, v)], [sequence.length], window, sinks=sinks)
         torch.testing.assert_close(torch.cat(found[number], dim=1), expected)
 
 

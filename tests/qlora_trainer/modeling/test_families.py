@@ -17,10 +17,11 @@ from qlora_trainer.data.dataset import Samples
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import GGUF_FAMILIES, GgufNames
 from qlora_trainer.modeling import families
+from qlora_trainer.modeling.expert_adapters import A
 from qlora_trainer.modeling.families import FAMILIES, WRAPPERS, Family, read_config, read_model
-from qlora_trainer.modeling.layers import FusedGatedMlp, GatedMlp, RmsNorm
+from qlora_trainer.modeling.layers import ClampedGatedMlp, FusedGatedMlp, GatedMlp, RmsNorm
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.lora import A, attach_adapters
+from qlora_trainer.modeling.lora import attach_adapters
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.shape import adapter_shapes
 from qlora_trainer.quantization.schemes import Unquantized
@@ -39,7 +40,11 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "other architecture": (lambda f: configure(f, model_type="gpt2"), "'gpt2' model; supported are gemma2, gemma3,"),
-    "experts that need other kernels": (lambda f: configure(f, model_type="gpt_oss"), "'gpt_oss' model; supported are"),
+    "another mixture of experts": (lambda f: configure(f, model_type="mixtral"), "'mixtral' model; supported are"),
+    "a router that chooses more experts than there are": (
+        lambda f: configure(f, model_type="gpt_oss", num_local_experts=4, num_experts_per_tok=5),
+        "chooses 5 of 4 experts for each token",
+    ),
     "unknown architecture": (lambda f: configure(f, model_type="nonesuch"), "config.json cannot be read"),
     "wrong type": (lambda f: configure(f, hidden_size="wide"), "config.json cannot be read.*hidden_size"),
     "quantized": (
@@ -58,6 +63,36 @@ CONFIGURATIONS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "'dynamic'",
     ),
+    "longrope of one kind of layers": (
+        lambda f: configure(
+            f, model_type="gemma3_text",
+            rope_parameters={
+                "full_attention": {
+                    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        "'longrope' rotary embeddings in layers of some kind",
+    ),
+    **{
+        f"longrope, {name}": (
+            lambda f, values=values: configure(
+                f, rope_parameters={
+                    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64, **values,
+                },
+            ),
+            message,
+        )
+        for name, values, message in (
+            ("factors that are fewer", {"long_factor": [2.0] * 7}, "as many numbers above 0 in long_factor"),
+            ("a factor of 0", {"long_factor": [2.0] * 7 + [0]}, "as many numbers above 0 in long_factor"),
+            ("no factors", {"long_factor": None}, "as many numbers above 0 in long_factor|cannot be read"),
+            ("no length", {"original_max_position_embeddings": 0}, "original_max_position_embeddings of 0; expected"),
+        )
+    },
     "an embedding model": (
         lambda f: configure(f, model_type="gemma3_text", use_bidirectional_attention=True),
         r"tokens behind each token, too \(use_bidirectional_attention\)",
@@ -137,15 +172,15 @@ def test_refuses_what_it_cannot_train_exactly(
 NORMS = {
     "llama": 5, "mistral": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "gemma3_text": 13, "gemma3": 13, "phi3": 5, "glm": 5,
     "glm4": 9, "smollm3": 5, "granite": 5, "granitemoehybrid": 5, "olmo2": 9, "olmo3": 9, "ministral": 5,
-    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9, "qwen3_5_text": 7, "qwen3_5": 7,
+    "ministral3": 5, "mistral3": 5, "qwen3_moe": 9, "gpt_oss": 5, "qwen3_5_text": 7, "qwen3_5": 7,
 }  # fmt: skip
 """Of two decoder layers and behind them; some have norms of queries and keys, or behind attention and MLP, too."""
 LINEARS = {
-    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3), "qwen3_5_text": 8 + 7,
-    "qwen3_5": 8 + 7,
+    "phi3": 8, "glm": 12, "glm4": 12, "granitemoehybrid": 12, "qwen3_moe": 2 * (4 + 4 * 3),
+    "gpt_oss": 2 * (4 + 4 * 2), "qwen3_5_text": 8 + 7, "qwen3_5": 8 + 7,
 }  # fmt: skip
 """Of two decoder layers, where each has not seven."""
-MLPS = {"qwen3_moe": 4}
+MLPS = {"qwen3_moe": 4, "gpt_oss": 4}
 """Of a decoder layer, where there is more than one."""
 
 
@@ -161,7 +196,9 @@ def test_every_layer_of_a_family_s_graph_is_ours(kind: str, norms: int, small_mo
     modules = list(model.graph.modules())
 
     assert sum(isinstance(module, RmsNorm) for module in modules) == norms
-    assert sum(isinstance(module, GatedMlp | FusedGatedMlp) for module in modules) == 2 * MLPS.get(kind, 1)
+    assert sum(
+        isinstance(module, GatedMlp | FusedGatedMlp | ClampedGatedMlp) for module in modules
+    ) == 2 * MLPS.get(kind, 1)
     assert sum(isinstance(module, LoraLinear) for module in modules) == LINEARS.get(kind, 14)
     assert not any(isinstance(module, torch.nn.Linear | torch.nn.Embedding) for module in modules)
 

@@ -48,6 +48,7 @@ def _tensors(model: BaseModel) -> dict[str, Tensor]:
         ("qwen2", "float32", False),  # biases
         ("gemma3", "bfloat16", True),  # names of a multimodal model, wide norms, a factor of the embedding
         ("qwen3_moe", "bfloat16", False),  # experts and routers
+        ("gpt_oss", "bfloat16", False),  # experts in one tensor, sinks, biases
         ("glm4", "bfloat16", False),  # gate and up in one
     ],
 )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_tiers import PASS_TIERS, running
-from qlora_trainer.modeling.layers import RmsNorm, _Gated
+from qlora_trainer.modeling.layers import ClampedGatedMlp, RmsNorm, _Gated
 
 pytestmark = pytest.mark.process
 
@@ -104,6 +104,30 @@ def error(found: Tensor, exact: Tensor) -> float:
     """Relative, in the Frobenius norm; 0 for nothing."""
     norm = float(exact.norm())
     return float((found.double() - exact).norm()) / norm if norm else 0.0
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_clamped_gate_is_that_of_its_formula(dtype: torch.dtype) -> None:
+    """Gates and ups that take turns, some beyond the limit, some at it: fp64's output and gradient, rounded twice."""
+    alpha, limit = 1.702, 1.5
+    x = 2 * randn(31, 64, seed=0, dtype=dtype)
+    x[0, :4] = torch.tensor([limit, limit, -limit, -limit])
+    dy = randn(31, 32, seed=1, dtype=dtype)
+
+    def formula(both: Tensor) -> Tensor:
+        gate, up = both[:, ::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
+    def both_of(run: Callable[[Tensor], Tensor], wide: bool) -> list[Tensor]:
+        own = (x.double() if wide else x).requires_grad_()
+        out = run(own)
+        return [out, *torch.autograd.grad(out, own, dy.to(out.dtype))]
+
+    layer = ClampedGatedMlp(torch.nn.Identity(), torch.nn.Identity(), alpha, limit)
+    exact = both_of(formula, wide=True)
+    for mine, right in zip(both_of(layer, wide=False), exact, strict=True):
+        assert mine.dtype == dtype
+        assert error(mine.detach(), right.detach()) <= torch.finfo(dtype).eps
 
 
 @EVERY_LAYER

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from model_folders import by_transformers, configure, shard
 from qlora_trainer.data.dataset import Samples
@@ -117,6 +119,75 @@ def test_each_expert_is_quantized_by_itself(small_model: Make) -> None:
     assert {name.rpartition(".")[2] for name in model.linears} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     router: Any = model.graph.get_submodule("layers.0.mlp.gate")
     assert torch.equal(router.weight, stored["model.layers.0.mlp.gate.weight"])
+
+
+def in_mxfp4(folder: Path) -> dict[str, Tensor]:
+    """Store a small gpt-oss' experts as published ones are; what each tensor of theirs is worth, by transformers."""
+    torch.manual_seed(4)
+    tensors, worth = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, in_, out = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, in_ // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (experts, out, in_ // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        worth[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    configure(
+        folder,
+        quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]},
+    )
+    return worth
+
+
+@pytest.mark.parametrize("stored", ["mxfp4", "bf16"])
+def test_experts_in_one_tensor_are_taken_apart(
+    stored: str, copied: Make, samples: Samples, loss_of: Loss, tmp_path: Path
+) -> None:
+    """Each expert has the NF4 bytes of its own matrix; unquantized, the model is transformers' of the same weights."""
+    folder = copied("gpt_oss", "bfloat16" if stored == "bf16" else "float32", **LIVELY)
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    tensors = load_file(folder / "model.safetensors")
+    if stored == "mxfp4":
+        worth = in_mxfp4(folder)
+        save_file({**tensors, **worth}, plain / "model.safetensors", {"format": "pt"})
+    else:
+        worth = {
+            n: t for n, t in tensors.items() if n.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        }
+    model = load_model(folder, DOUBLE, torch.float32)
+
+    assert len(worth) == 2 * 2
+    for name, together in worth.items():
+        prefix, _, leaf = name.removeprefix("model.").rpartition(".")
+        for number, matrix in enumerate(together):
+            layer: Any = model.graph.get_submodule(f"{prefix}.{number}.{leaf}")
+            expected = quantize_nf4(matrix.t(), double=True, name=name)
+            assert torch.equal(layer.weight.matrix.packed, expected.packed)
+            assert torch.equal(layer.bias, tensors[f"{name}_bias"][number].float())
+    stock = by_transformers(plain, samples)
+    for scheme in (Unquantized(), AsStored()):
+        assert float(loss_of(load_model(folder, scheme, torch.float32))) == pytest.approx(stock, rel=1e-6)
+
+
+def test_experts_of_different_numbers_are_refused(copied: Make) -> None:
+    """Scales of fewer experts than codes, and fewer experts than config.json says."""
+    folder = copied("gpt_oss", **LIVELY)
+    in_mxfp4(folder)
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors[f"{name}_scales"] = tensors[f"{name}_scales"][:3].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(
+        ModelError, match=r"experts.down_proj is not of one number of experts: .*_scales \[3, 64, 3\]"
+    ):
+        load_model(folder, DOUBLE, torch.float32)
+    tensors[f"{name}_blocks"] = tensors[f"{name}_blocks"][:3].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks 1 of the model's tensors, such as .*experts.3.down_proj.weight"
+    ):
+        load_model(folder, DOUBLE, torch.float32)
 
 
 def test_tied_head_is_the_embedding(small_model: Make) -> None:

@@ -255,8 +255,8 @@ def livelier(folder: Path, to: Path) -> Path:
             (to / file.name).write_bytes(file.read_bytes())
     generator = torch.Generator().manual_seed(2)
     tensors = load_file(folder / "model.safetensors")
-    for tensor in tensors.values():
-        if tensor.dim() == 1:
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 or name.endswith("_bias"):
             tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) / 3)
     save_file(tensors, to / "model.safetensors", {"format": "pt"})
     return to

@@ -46,7 +46,7 @@ WORDS = {"vocab_size": 300}
         pytest.param({"rope_type": "linear", "factor": 2.0}, 1024, id="linear"),
         pytest.param(
             {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 8.0},
-            64,
+            512,
             id="longrope",
         ),
         pytest.param(
@@ -178,6 +178,18 @@ def test_what_a_layer_keeps_is_what_the_estimate_says(
     estimated = activation_bytes(model_shape(folder, adapter), tokens, wide, "none")
 
     assert 0.66 * estimated / 2 <= found[1] - found[0] <= estimated / 2
+
+
+@pytest.mark.parametrize(("kind", "width"), [("qwen3_moe", 64), ("gpt_oss", 96)])
+def test_weights_of_experts_that_a_token_does_not_go_through_are_idle(
+    kind: str, width: int, small_model: Make
+) -> None:
+    """Two of four experts, of three matrices each; the MLP is as wide as the two that it goes through."""
+    shape = model_shape(small_model(kind, **WORDS), Adapter())
+
+    assert shape.idle_weights == 2 * (2 * 3 * 64 * width)
+    assert shape.intermediate == 2 * width
+    assert model_shape(small_model("llama", **WORDS), Adapter()).idle_weights == 0
 
 
 def test_layers_of_two_kinds_keep_what_they_keep_on_average(small_model: Make) -> None:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_a_disk_that_is_full_on_the_way_is_done_without(
     [said] = caplog.messages
     assert said == f"{cache.folder} cannot keep things ({os.strerror(number)}): there are none"
     assert list(cache.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["while it is written", "before it is published"])
+def test_a_cache_that_somebody_removes_is_done_without(
+    cache: Cache, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Nothing in it is needed."""
+
+    def make(folder: Path) -> tuple[str, Mapping[str, Any]]:
+        (folder / "file").write_text("half")
+        shutil.rmtree(cache.folder)
+        if when == "while it is written":
+            (folder / "another").write_text("half")
+        return "k", {}
+
+    assert cache.make_room(1, 1)
+    assert not cache.write(make)
+    assert "No such file or directory): there are none" in caplog.text
 
 
 def test_other_errors_are_not_about_the_cache(cache: Cache) -> None:

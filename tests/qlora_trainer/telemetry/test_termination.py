@@ -47,6 +47,15 @@ def test_what_a_rank_needs_its_memory_for_outlives_it(tmp_path: Path) -> None:
         assert termination.read_memory_plan(path) == {}
 
 
+def test_a_report_that_cannot_be_written_changes_no_end(tmp_path: Path) -> None:
+    """/tmp is full, or its folder was removed: a finished job is finished all the same."""
+    environ = {termination.REPORT_ENV: str(tmp_path / "gone" / "rank-0.json")}
+    termination.write_rank_report(a_report(), environ)
+    termination.write_memory_plan({"base": 7}, environ)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("text", [None, b"", b'{"version": 1, "exitC', b'{"version": 2}', b"\xff"])
 def test_a_missing_or_foreign_report_is_none(tmp_path: Path, text: bytes | None) -> None:
     """A rank that was killed leaves none, and garbage is not trusted."""

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qlora_contract.exit_codes import ExitCode
-from qlora_trainer.errors import Terminated, TrainerError
+from qlora_contract.run_config import Adapter
+from qlora_trainer.errors import ModelError, Terminated, TrainerError
 from qlora_trainer.training import exports
 from qlora_trainer.training.context import RankContext
 from qlora_trainer.training.exports import export
@@ -28,6 +29,19 @@ def finished(context: RankContext, report: dict[str, Any] | None = None) -> Rank
         json.dumps({"adapter_sha256": "a", **(report or {})})
     )
     return context
+
+
+def test_adapters_on_experts_are_refused_before_training(tmp_path: Path) -> None:
+    """No other form has a place for them; a layer that is called alike is none, and the adapter alone is no export."""
+    on_experts = Adapter(target_modules=["q_proj", "mlp.experts.down_proj"])
+
+    with pytest.raises(
+        ModelError, match=r"has gguf, .* or mlp\.experts\.down_proj of adapter\.targetModules"
+    ):
+        exports.check(["gguf-lora"], tmp_path, on_experts)
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        exports.check(["merged"], tmp_path, Adapter(target_modules=["down_proj"]))
+    exports.check([], tmp_path, on_experts)
 
 
 def program(text: str) -> tuple[str, ...]:

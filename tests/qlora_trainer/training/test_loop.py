@@ -329,6 +329,28 @@ def test_a_base_that_does_not_fit_is_not_measured_unquantized(ready: Ready) -> N
     assert report["base_eval_loss_quantized"] is not None
 
 
+def test_a_model_that_vanishes_once_it_is_loaded_fails_no_run(
+    ready: Ready, smoke_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints and report know of it; what its files would be read for once more is left out."""
+    away = smoke_folder / "away"
+
+    def without_model(*args: Any) -> None:
+        (smoke_folder / "model").rename(away)
+        run_steps(*args)
+
+    monkeypatch.setattr(loop, "run_steps", without_model)
+    try:
+        report = train(ready(checkpoint={"everySteps": 1}))
+    finally:
+        away.rename(smoke_folder / "model")
+
+    assert (report["base_eval_loss"], report["eval_loss_unquantized"]) == (None, None)
+    assert report["eval_loss"] < report["base_eval_loss_quantized"]
+    assert report["provenance"]["model_fingerprint"]
+    assert "the unquantized base is not evaluated" in caplog.text
+
+
 def test_an_attempt_that_only_publishes_does_not_measure_the_base_again(
     ready: Ready, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +448,28 @@ def test_an_adapter_must_improve_on_the_base_if_the_job_says_so(
     else:
         with pytest.raises(error):
             check_improved(base, loss, required=required)
+
+
+@pytest.mark.parametrize(
+    ("initial", "loss", "message"),
+    [
+        pytest.param(1.8, 1.5, None, id="better"),
+        pytest.param(1.5, 1.5, "1.5000 is not below the initial adapter's 1.5000", id="equal"),
+        pytest.param(3.0, 2.5, "2.5000 is not below the base's 2.0000", id="no-better-than-the-base"),
+        pytest.param(3.0, 1.5, None, id="better-than-either"),
+        pytest.param(None, 1.5, None, id="not-measured"),
+    ],
+)
+def test_an_adapter_that_goes_on_from_another_must_improve_on_that_too(
+    initial: float | None, loss: float, message: str | None
+) -> None:
+    """What another job has reached already is no improvement of this one; asked for none, it is published."""
+    check_improved(2.0, loss, required=False, initial=initial)
+    if message is None:
+        check_improved(2.0, loss, required=True, initial=initial)
+    else:
+        with pytest.raises(NoImprovement, match=message):
+            check_improved(2.0, loss, required=True, initial=initial)
 
 
 @pytest.mark.parametrize(
@@ -804,7 +848,7 @@ def test_a_job_goes_on_from_another_jobs_adapter(
     settings = {
         "adapter": again_of | {"initialAdapter": "pvc://team/first/adapter"},
         "training": {"learningRate": 1e-9},
-        "evaluation": {"everySteps": 1},
+        "evaluation": {"everySteps": 1, "requireImprovement": False},
     }
     again = ready(**settings)
     state = prepare(again)
@@ -814,5 +858,7 @@ def test_a_job_goes_on_from_another_jobs_adapter(
     report = train(ready(**settings))
 
     assert curve(again)[3] == pytest.approx(before["eval_loss"], abs=1e-4)
+    assert state.loop.initial_eval_loss == pytest.approx(before["eval_loss"], abs=1e-5)
     assert report["provenance"]["initial_adapter_sha256"] == before["adapter_sha256"]
+    assert report["provenance"]["initial_adapter_eval_loss"] == pytest.approx(before["eval_loss"], abs=1e-5)
     assert before["provenance"]["initial_adapter_sha256"] == ""

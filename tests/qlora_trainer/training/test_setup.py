@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_contract.env import CPUS_ENV
+from qlora_contract.env import CPUS_ENV, PARENT_DEATH_ENV
+from qlora_contract.memory import MemoryEstimate
 from qlora_contract.paths import resolve
 from qlora_contract.progress import Work
 from qlora_trainer.artifacts import checkpoint
@@ -24,12 +25,13 @@ from qlora_trainer.data.tokenization import Tokenization
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.modeling.shape import model_shape
-from qlora_trainer.training import loop
+from qlora_trainer.training import loop, setup
 from qlora_trainer.training.context import RankContext, StopHere
 from qlora_trainer.training.inputs import TokenSource, load_inputs
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import (
     agree_on_inputs,
+    check_memory,
     check_same_on_all_ranks,
     check_weights,
     once_per_pod,
@@ -381,6 +383,50 @@ def test_a_request_to_stop_ends_the_tokenization(ready: Ready) -> None:
     with pytest.raises(StopHere):
         prepare(context)
     assert checkpoint.newest_valid(context.folder) is None
+
+
+NEEDS = MemoryEstimate(
+    runtime=4 * 2**30, base=4 * 2**30, adapter=2**30, activations=2**29, scratch=2**29,
+    micro_batch_tokens=1024, checkpointing="full",
+)  # fmt: skip
+"""10 GiB a rank."""
+LOCAL = {PARENT_DEATH_ENV: "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "gib", "limit", "told"),
+    [
+        pytest.param(LOCAL, 10, None, None, id="it fits a machine"),
+        pytest.param(LOCAL, 9, None, "9,216 MiB", id="it does not fit a machine"),
+        pytest.param({}, 9, None, None, id="a pod without a limit"),
+        pytest.param({}, 9, 19, None, id="a pod's two ranks, within what an estimate may be above"),
+        pytest.param({}, 8, 16, "8,192 MiB", id="a pod's two ranks cannot fit"),
+        pytest.param({}, 12, 16, "8,192 MiB", id="a pod whose limit somebody lowered"),
+    ],
+)
+def test_a_job_that_cannot_fit_is_told_with_the_plans_sentence(
+    ready: Ready, environ: dict[str, str], gib: int, limit: int | None, told: str | None
+) -> None:
+    """On one machine by memoryPerRank, in a pod by what the kernel lets its ranks have together."""
+    run = ready(layout={"memoryPerRank": gib * 2**30, "ranksPerPod": 2, "ranks": 2}).run
+    allowed = None if limit is None else limit * 2**30
+    if told is None:
+        check_memory(run, NEEDS, environ, allowed)
+        return
+    sentence = (
+        rf"^a rank needs 10,240 MiB, but spec.topology.memoryPerRank is {told}: raise it to 10240Mi, or"
+    )
+    with pytest.raises(ConfigurationError, match=sentence):
+        check_memory(run, NEEDS, environ, allowed)
+
+
+def test_a_pod_that_cannot_hold_a_job_loads_nothing(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends for good instead of being killed after minutes of loading, at every attempt."""
+    monkeypatch.setattr(setup, "memory_limit", lambda: 2**28)
+    monkeypatch.setattr(setup, "load_base", lambda *_, **__: pytest.fail("loads"))
+
+    with pytest.raises(ConfigurationError, match=r"^a rank needs [\d,]+ MiB, but"):
+        prepare(ready())
 
 
 def _fail(*_: Any) -> None:

@@ -58,6 +58,9 @@ class LoopState:
     """Of the base's tensors (modeling.weight_files.WeightsHash); empty in checkpoints of releases that took none."""
     initial_adapter_sha256: str = ""
     """Of the weights of adapter.initialAdapter, as the first attempt read them; empty without one."""
+    initial_eval_loss: float | None = None
+    """Of that adapter, before the first step; None without one, without evaluation data, and where the release that
+    wrote the checkpoint did not measure it."""
     token_digests: dict[str, str] = field(default_factory=dict)
     """Hashes of the samples of `training` and of `evaluation` and, to tell what changed them, of the `chat template`
     and the `tokenizer`. Empty where the release that wrote the checkpoint did not know it."""

@@ -96,6 +96,7 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
         "weights_sha256": state.weights_sha256,
         "initial_adapter": run.adapter.initial_adapter,
         "initial_adapter_sha256": state.initial_adapter_sha256,
+        "initial_adapter_eval_loss": state.initial_eval_loss,
         "dataset_source": run.dataset.source,
         "dataset_revision": run.fetched.dataset,
         **(

@@ -22,6 +22,7 @@ _CHANGES_THE_FORMULA = (
     "use_dora",
     "fan_in_fan_out",
     "modules_to_save",
+    "target_parameters",
     "lora_bias",
 )
 """Settings of PEFT's under which a layer adds something else than scale B A, or other layers change."""

@@ -5,7 +5,7 @@ from the same model within `adapter_methods.adapters_disabled`.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -84,18 +84,19 @@ def stream(
         for number, prompt in enumerate(prompts):
             answer = _Answer(
                 number,
+                prompt,
                 CachedSequence(model.virtual_tokens + len(prompt) + max_new_tokens),
                 seeded_generator(f"generate/{sampling.seed}/{number}"),
             )
             logits = _read_prompt(model, prompt, answer.sequence)
             if answer.take(logits, sampling, max_new_tokens, stop_tokens):
-                yield number, answer.last
+                yield number, answer.tokens[-1]
                 running.append(answer)
-        while running := [answer for answer in running if answer.tokens < max_new_tokens]:
+        while running := [answer for answer in running if len(answer.tokens) < max_new_tokens]:
             still = []
-            for answer, logits in zip(running, _read_last(model, running), strict=True):
+            for answer, logits in zip(running, _read_on(model, running), strict=True):
                 if answer.take(logits, sampling, max_new_tokens, stop_tokens):
-                    yield answer.number, answer.last
+                    yield answer.number, answer.tokens[-1]
                     still.append(answer)
             running = still
     finally:
@@ -108,22 +109,21 @@ class _Answer:
 
     number: int
     """Of its prompt."""
+    prompt: Sequence[int]
     sequence: CachedSequence
     """The prompt and the answer without its last token."""
     generator: torch.Generator
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
     """Generated so far."""
-    last: int = -1
-    """The last of them."""
 
     def take(
         self, logits: Tensor, sampling: Sampling, max_new_tokens: int, stop_tokens: Collection[int]
     ) -> bool:
         """Choose the next token by its logits (vocabulary,); False where the answer ends instead."""
         token = choose(logits, sampling, self.generator)
-        if self.tokens == max_new_tokens or token in stop_tokens:
+        if len(self.tokens) == max_new_tokens or token in stop_tokens:
             return False
-        self.tokens, self.last = self.tokens + 1, token
+        self.tokens.append(token)
         return True
 
 
@@ -139,9 +139,25 @@ def _read_prompt(model: BaseModel, prompt: Sequence[int], sequence: CachedSequen
     return model.logits(states[length - 1 : length])[0]
 
 
+def _read_on(model: BaseModel, answers: Sequence[_Answer]) -> list[Tensor]:
+    """Logits (vocabulary,) fp32 of what follows each answer.
+
+    What grows out of one rotation into another is read anew from its beginning, as transformers' generation does.
+    """
+    anew = [answer for answer in answers if answer.sequence.length == model.rotated_anew_behind]
+    logits = {}
+    for answer in anew:
+        answer.sequence.cut(0)
+        logits[answer.number] = _read_prompt(model, [*answer.prompt, *answer.tokens], answer.sequence)
+    if others := [answer for answer in answers if answer.number not in logits]:
+        for answer, found in zip(others, _read_last(model, others), strict=True):
+            logits[answer.number] = found
+    return [logits[answer.number] for answer in answers]
+
+
 def _read_last(model: BaseModel, answers: Sequence[_Answer]) -> Tensor:
     """Logits (answers, vocabulary) fp32 of what follows the last token of each answer."""
-    ids = torch.tensor([answer.last for answer in answers])
+    ids = torch.tensor([answer.tokens[-1] for answer in answers])
     positions = torch.tensor([answer.sequence.length for answer in answers])
     states = model.hidden_states(
         _row(ids, positions, [1] * len(answers), 0), [answer.sequence for answer in answers]

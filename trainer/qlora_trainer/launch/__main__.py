@@ -8,17 +8,21 @@ Nothing here imports torch: thread counts and affinity must be set before it is 
 import os
 import signal
 import sys
-import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qlora_contract.descriptors import open_standard_descriptors
 from qlora_contract.entry_points import RANK
 from qlora_contract.env import LAUNCHED_ENV, PARENT_DEATH_ENV, RUN_CONFIG_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.paths import RUN_CONFIG_PATH
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run_config import MAX_RANKS, RunConfig
-from qlora_trainer.errors import ConfigurationError, RendezvousError, Terminated, TrainerError
+from qlora_contract.scratch import scratch_folder
+from qlora_contract.signals import stop_by
+from qlora_contract.units import first_line
+from qlora_trainer.errors import ConfigurationError, RendezvousError, Terminated, TrainerError, expected
 from qlora_trainer.host.cgroups import memory_limit, oom_kills
 from qlora_trainer.host.isa import Isa, probe
 from qlora_trainer.host.numa import huge_pages
@@ -49,9 +53,9 @@ class IsaBelowTier(TrainerError):  # noqa: N818 - named for what happened
 
 def main(command: Sequence[str] = RANK_COMMAND, environ: Mapping[str, str] = os.environ) -> int:
     """Launch, write the termination message, and return the pod's exit code."""
+    open_standard_descriptors()
     stop = Stop()
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    stop_by(stop)
     parent = environ.get(PARENT_DEATH_ENV)
     if parent and not die_with_parent(signal.SIGTERM, int(parent)):
         stop()
@@ -61,6 +65,14 @@ def main(command: Sequence[str] = RANK_COMMAND, environ: Mapping[str, str] = os.
         report = _failure(error.exit_code, str(error))
     except RunFileError as error:
         report = _failure(error.code, str(error))
+    except Exception as error:
+        # Whatever it is: who waits for this pod reads no log.
+        known = expected(error, "starting the ranks")
+        if known is None:
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                log(line)
+            known = TrainerError(f"unexpected {type(error).__name__}: {first_line(error)}")
+        report = _failure(known.exit_code, str(known))
     write_termination_message(report, environ, log)
     return report.exit_code
 
@@ -100,9 +112,9 @@ def launch(command: Sequence[str], environ: Mapping[str, str], stop: Stop) -> Te
     if stop.is_requested:
         raise _stopped()
     kills_before = oom_kills()
-    with tempfile.TemporaryDirectory(prefix="qlora-launch-") as folder:
+    with scratch_folder("launch") as folder:
         try:
-            ranks = start_ranks(command, environments, layout.ranks, Path(folder), lambda: stop.is_requested)
+            ranks = start_ranks(command, environments, layout.ranks, folder, lambda: stop.is_requested)
         except SpawnError as error:
             if stop.is_requested:
                 raise _stopped() from error

@@ -124,13 +124,16 @@ def _run_fork_server(
 ) -> list[int]:
     """Process ids of the ranks, which are children of this process by then. Raises SpawnError as `fork_ranks` does."""
     descriptors = [request.start_pipe, *(fd for rank in request.ranks for fd in (rank.stdout, rank.stderr))]
-    unsent: bytes | None = json.dumps(asdict(request)).encode()
-    with child_subreaper():
+    # Not a pipe, which holds 64 KiB: a request has the environment of each rank, and communicate() sends no more of it
+    # once it has timed out.
+    with child_subreaper(), os.fdopen(os.memfd_create("fork-request"), "w+") as written:
+        json.dump(asdict(request), written)
+        written.seek(0)
         try:
             server = subprocess.Popen(
                 [command[0], "-m", FORK_SERVER, *command[1:]],
                 env=environment,
-                stdin=subprocess.PIPE,
+                stdin=written,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=descriptors,
@@ -141,10 +144,9 @@ def _run_fork_server(
         with server:
             while True:
                 try:
-                    answer, errors = server.communicate(unsent, POLL_SECONDS)
+                    answer, errors = server.communicate(timeout=POLL_SECONDS)
                     break
                 except subprocess.TimeoutExpired:
-                    unsent = None  # communicate keeps it, and sends it as the fork server reads
                     if stopping():
                         server.kill()
     sys.stderr.buffer.write(errors)

@@ -15,7 +15,8 @@ from qlora_trainer.modeling.prompt_methods import PrefixTuning, PromptTuning
 class AdapterMethod(Protocol):
     """A kind of adapter, made of a job's settings.
 
-    Linear layers are given by their paths in the checkpoint (`model.layers.0.mlp.up_proj`) and shapes (out, in).
+    Linear layers are given by their paths in the checkpoint (`model.layers.0.mlp.up_proj`) and shapes (out, in); and so
+    are experts' matrices, by transformers' parameters (`model.layers.0.mlp.experts.down_proj`) and (experts, out, in).
     """
 
     def attach(
@@ -34,14 +35,14 @@ class AdapterMethod(Protocol):
         """
 
     def parameter_shapes(
-        self, linears: Mapping[str, tuple[int, int]], config: Any
+        self, linears: Mapping[str, tuple[int, ...]], config: Any
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that `attach` would make trainable, in its order.
 
         The names are those in checkpoints. `config`: transformers', of the language model. Raises as `attach`.
         """
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, ...]], config: Any) -> int:
         """How many numbers those are. Raises as `attach`."""
 
     def peft_config(self, parameters: AdapterParameters) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def adapters_disabled(model: BaseModel) -> Iterator[None]:
 
     Where layers are recomputed in the backward pass (gradient checkpointing), that pass belongs within it, too.
     """
-    parts = [*model.linears.values(), *([] if model.virtual is None else [model.virtual])]
+    experts = [layer for each in model.experts.values() for layers in each.experts for layer in layers]
+    parts = [*model.linears.values(), *experts, *([] if model.virtual is None else [model.virtual])]
     before = [part.enabled for part in parts]
     try:
         for part in parts:

@@ -9,7 +9,7 @@ the sums of grouped queries' gradients too.
 Its twin in plain torch splits the row into its samples, and each runs torch's own
 causal attention. Slicing would give every sample a full-sized zero gradient in
 the backward pass; `split` gives one concatenation instead. Where torch's has not
-the formula (a window, capped scores), queries run a block at a time against the
+the formula (a window, capped scores, sinks), queries run a block at a time against the
 keys that they see, so that no mask or scores of a whole sample exist either.
 """
 
@@ -48,6 +48,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     segment_lengths: list[int] | None = None,
     cached: Sequence[CachedSequence | None] | None = None,
     prefix: Prefix | None = None,
@@ -65,6 +66,7 @@ def packed_attention(
         dropout: must be 0.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None: all before it.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay.
+        s_aux: transformers' name of sinks, (heads,), frozen: a further score of each token, whose key has no value.
         segment_lengths: tokens of each sample in order; they sum to tokens.
         cached: of each segment the sequence that it continues, whose earlier tokens it sees, too, and which keeps its
             keys and values; None for a segment by itself. Without gradients.
@@ -93,12 +95,13 @@ def packed_attention(
             scaling=scaling,
             sliding_window=sliding_window,
             softcap=softcap,
+            s_aux=s_aux,
             segment_lengths=prefix.lengths(segment_lengths),
             cached=cached,
         )
         return prefix.drop(output, segment_lengths), None
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    settings = AttentionSettings(segment_lengths, sliding_window, scale, softcap)
+    settings = AttentionSettings(segment_lengths, sliding_window, scale, softcap, s_aux)
     if cached is not None:
         keys, values = _with_cached(module, key, value, segment_lengths, cached)
         if any(sequence is not None and sequence.length for sequence in cached):
@@ -137,6 +140,8 @@ class _PackedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings, passes: Passes
     ) -> Tensor:
         output, statistics = passes.attention(query, key, value, settings)
+        if settings.sinks is not None:
+            _add_sinks(output, statistics, settings.sinks)
         ctx.save_for_backward(query, key, value, output, statistics)
         ctx.settings, ctx.passes = settings, passes
         return output
@@ -145,6 +150,23 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.passes.attention_grad(*ctx.saved_tensors, grad_outputs[0], ctx.settings)
         return *gradients, None, None
+
+
+def _add_sinks(output: Tensor, statistics: Tensor, sinks: Tensor) -> None:
+    """Give each row of scores one more, in place; the backward pass then has what it needs.
+
+    With the sink the sum of exponentials grows from S to S + exp(sink), so that all probabilities, and with them the
+    output, shrink by S / (S + exp(sink)). The sink has no value, and adds nothing else.
+
+    Args:
+        output: (1, tokens, heads, head size).
+        statistics: (2, heads, tokens): each row's largest score m, and 1 / the sum of exp(score - m).
+        sinks: (heads,).
+    """
+    largest, factor = statistics
+    share = 1 / (1 + factor * torch.exp(sinks.float()[:, None] - largest))
+    factor.mul_(share)
+    output.mul_(share.t()[None, :, :, None])
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -166,7 +188,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Ten
     if q.dtype == torch.bfloat16 and seen <= SHORT:
         return _causal(q.float(), k.float(), v.float(), settings).to(q.dtype)
     grouped, before = q.shape[1] != k.shape[1], seen - length
-    if settings.softcap is None and before == 0 and (window is None or length <= window):
+    plain = settings.softcap is None and settings.sinks is None
+    if plain and before == 0 and (window is None or length <= window):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=settings.scale, enable_gqa=grouped
         )
@@ -183,25 +206,30 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Ten
         first = max(0, reached)
         visible = mask[: stop - start, first - reached : reach - 1 + stop - start]
         block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
-        if settings.softcap is None:
+        if plain:
             outputs.append(
                 F.scaled_dot_product_attention(
                     *block, attn_mask=visible, scale=settings.scale, enable_gqa=grouped
                 )
             )
         else:  # recomputed, as nothing else keeps the scores from being kept
-            outputs.append(checkpoint(_capped, *block, visible, settings, use_reentrant=False))
+            outputs.append(checkpoint(_scored, *block, visible, settings, use_reentrant=False))
     return torch.cat(outputs, dim=2)
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
-    """Attention with capped scores: q (1, heads, rows, head size), k and v (1, key heads, columns, head size)."""
-    assert settings.softcap is not None
+def _scored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, settings: AttentionSettings) -> Tensor:
+    """Attention with capped scores or sinks: q (1, heads, rows, head size), k and v (1, key heads, columns, size)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)) * settings.scale
-    capped = torch.tanh(scores / settings.softcap) * settings.softcap + mask
+    if settings.softcap is not None:
+        scores = torch.tanh(scores / settings.softcap) * settings.softcap
+    scores = scores + mask
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return capped.softmax(dim=-1, dtype=dtype).to(q.dtype) @ v
+    if settings.sinks is None:
+        return scores.softmax(dim=-1, dtype=dtype).to(q.dtype) @ v
+    sinks = settings.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1, dtype=dtype)
+    return weights[..., :-1].to(q.dtype) @ v
 
 
 def register() -> None:

@@ -1,7 +1,7 @@
 """The base model, loaded: a transformers graph of our layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,9 +9,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qlora_trainer.data.collate import Batch, pad_multiple
+from qlora_trainer.modeling.expert_adapters import ExpertMatrices
 from qlora_trainer.modeling.key_value_cache import CachedSequence
 from qlora_trainer.modeling.lora_linear import LoraLinear
 from qlora_trainer.modeling.loss import cap, head_logits
+from qlora_trainer.modeling.rotary import LongRope
 from qlora_trainer.modeling.virtual_tokens import PrefixTokens, SoftPrompt
 
 
@@ -45,6 +47,8 @@ class BaseModel:
     """The linear layers that can have an adapter, by their paths in the checkpoint (`model.layers.0.mlp.up_proj`)."""
     dtype: torch.dtype
     """What is computed in."""
+    experts: dict[str, ExpertMatrices] = field(default_factory=dict)
+    """Experts' matrices that can have adapters, by their parameters in transformers' class of the checkpoint."""
     logits_divisor: float = 1.0
     """What the logits are divided by; hidden_states has done it."""
     softcap: float | None = None
@@ -90,6 +94,8 @@ class BaseModel:
         **inputs: Any,
     ) -> Tensor:
         """The decoder's output (tokens, hidden size) for a row of segments."""
+        if self._long_rope is not None:
+            self._long_rope.lengths = lengths
         states: Tensor = self.graph(
             position_ids=positions[None],
             use_cache=False,
@@ -152,6 +158,16 @@ class BaseModel:
                 next(found)
             kept.append(next(found))
         return torch.cat(kept)
+
+    @property
+    def _long_rope(self) -> LongRope | None:
+        rotary = getattr(self.graph, "rotary_emb", None)
+        return rotary if isinstance(rotary, LongRope) else None
+
+    @property
+    def rotated_anew_behind(self) -> int | None:
+        """Tokens behind which all of a sequence are rotated with other frequencies; None: that never happens."""
+        return None if self._long_rope is None else self._long_rope.first
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden size) of hidden_states -> (rows, vocabulary) fp32, without gradients."""

@@ -8,6 +8,7 @@ class that holds the whole model, which is what its users load.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from qlora_contract.files import read_json
 from qlora_contract.model_folder import NO_TOKENIZER, has_tokenizer
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling.rotary import LONGROPE
 from qlora_trainer.modeling.stored import formats, gguf
 from qlora_trainer.modeling.weight_files import has_weights, tensor_names
 
@@ -84,13 +86,28 @@ def absurd_sizes(config: Any) -> str | None:
 
 
 def length_dependent_rope(config: Any) -> str | None:
-    """A packed sample must be rotated as it would be alone.
-
-    With longrope it is, up to the length from which another rotation is used: see shape.positions.
-    """
-    if any(rope.get("rope_type") == "dynamic" for rope in rotary_parameters(config)):
+    """A packed sample must be rotated as it would be alone: see modeling.rotary."""
+    ropes = rotary_parameters(config)
+    kinds = [rope.get("rope_type") for rope in ropes]
+    if "dynamic" in kinds:
         return "uses 'dynamic' rotary embeddings, which packing cannot keep exact"
+    if LONGROPE not in kinds:
+        return None
+    if _by_kind(config.rope_parameters):
+        return "uses 'longrope' rotary embeddings in layers of some kind, which packing cannot keep exact"
+    short, long = (_factors(ropes[0].get(name)) for name in ("short_factor", "long_factor"))
+    if not short or len(short) != len(long):
+        return "uses 'longrope' rotary embeddings without as many numbers above 0 in long_factor as in short_factor"
+    first = ropes[0].get("original_max_position_embeddings")
+    if not isinstance(first, int) or isinstance(first, bool) or first < 1:
+        return f"has an original_max_position_embeddings of {str(first)[:40]}; expected is a number of tokens"
     return None
+
+
+def _factors(found: Any) -> list[float]:
+    """Empty where they are none."""
+    right = isinstance(found, list) and all(isinstance(n, int | float) and 0 < n < math.inf for n in found)
+    return found if right else []
 
 
 def bidirectional_attention(config: Any) -> str | None:
@@ -104,6 +121,13 @@ def mixture_of_experts(config: Any) -> str | None:
     """Experts are trained around in families whose entry says where they are."""
     if experts := getattr(config, "num_local_experts", 0):
         return f"is a mixture of experts (num_local_experts is {experts}); its dense variants can be trained"
+    return None
+
+
+def impossible_routing(config: Any) -> str | None:
+    """A router chooses among the experts that there are."""
+    if (config.num_experts_per_tok or 0) > (config.num_experts or 0):
+        return f"chooses {config.num_experts_per_tok} of {config.num_experts} experts for each token"
     return None
 
 
@@ -124,6 +148,9 @@ def other_delta_nets(config: Any) -> str | None:
 _REFUSALS: tuple[Refusal, ...] = (
     formats.refusal, length_dependent_rope, bidirectional_attention, mixture_of_experts
 )  # fmt: skip
+_MIXTURE_REFUSALS: tuple[Refusal, ...] = (
+    formats.refusal, length_dependent_rope, bidirectional_attention, impossible_routing
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,6 +163,23 @@ class Norm:
     """The product with the weight is rounded, not what is multiplied with it."""
     offset: float = 0.0
     """Added to the stored weight."""
+
+
+EXPERTS = "experts"
+"""Last part of the paths of the modules that hold a layer's experts."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What the experts of a layer look like."""
+
+    width: str = "moe_intermediate_size"
+    """An expert's width in config.json."""
+    joined: tuple[str, ...] = ()
+    """Names of the experts' matrices that checkpoints have in one tensor (experts, in, out), with biases (experts, out)
+    under the same names and `_bias`. Empty: they have a matrix (out, in) of each expert."""
+    clamped: bool = False
+    """Experts compute layers.ClampedGatedMlp's formula; else their MLP is the family's gated_mlp."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +199,8 @@ class Family:
     is one of passes.ACTIVATIONS; two where gate and up are one layer. Empty: the module is transformers' own."""
     intermediate: str = "intermediate_size"
     """The MLP's width in config.json."""
-    experts: str | None = None
-    """Last part of the paths of the modules that hold a layer's experts; None: it has none."""
+    experts: Mixture | None = None
+    """None: it has none."""
     softcap: str | None = None
     """What in config.json bounds the logits, by a tanh; None: nothing does."""
     logits_divisor: str | None = None
@@ -199,7 +243,9 @@ class Family:
 
         Not an expert's, nor one of the same name: PEFT takes that for the tensor that holds all experts' weights.
         """
-        return self.experts is None or path.rpartition(".")[2] not in self.gated_mlp
+        if self.experts is None:
+            return True
+        return f".{EXPERTS}." not in path and path.rpartition(".")[2] not in self.gated_mlp
 
     def public_name(self, path: str) -> str:
         """The path of a layer of the graph in the class that its users load: what adapters and targets are named by."""
@@ -230,8 +276,15 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3 0.6B to 32B, Thinking and Instruct 2507"),
     "qwen3_moe": Family(
         "Qwen3 30B-A3B, 235B-A22B",
-        experts="experts",
-        refusals=(formats.refusal, length_dependent_rope, bidirectional_attention),
+        experts=Mixture(),
+        refusals=_MIXTURE_REFUSALS,
+    ),
+    "gpt_oss": Family(
+        "gpt-oss 20B and 120B",
+        norm=Norm(wide=True),
+        gated_mlp=(),
+        experts=Mixture(width="intermediate_size", joined=("gate_up_proj", "down_proj"), clamped=True),
+        refusals=_MIXTURE_REFUSALS,
     ),
     "qwen3_5_text": Family(
         "the text part of Qwen3.5 0.8B to 27B (dense)",

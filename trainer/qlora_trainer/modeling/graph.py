@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.modeling import attention
-from qlora_trainer.modeling.families import Family
+from qlora_trainer.modeling.families import EXPERTS, Family, Mixture
+from qlora_trainer.modeling.layers import ClampedGatedMlp
 
 
 class Expert(nn.Module):
@@ -59,10 +60,20 @@ def build_graph(config: Any, family: Family, dtype: torch.dtype) -> nn.Module:
             config, attn_implementation=attention.NAME, dtype=dtype
         )
         if family.experts is not None:
-            paths = [path for path, _ in graph.named_modules() if path.endswith(f".{family.experts}")]
+            paths = [path for path, _ in graph.named_modules() if path.endswith(f".{EXPERTS}")]
             for path in paths:
-                together: Any = graph.get_submodule(path)
-                count, hidden, intermediate = together.down_proj.shape
-                experts = Experts([Expert(hidden, intermediate, dtype) for _ in range(count)])
-                graph.set_submodule(path, experts)
+                experts = [_expert(config, family.experts, dtype) for _ in range(config.num_experts)]
+                graph.set_submodule(path, Experts(experts))
     return graph
+
+
+def _expert(config: Any, mixture: Mixture, dtype: torch.dtype) -> nn.Module:
+    hidden, intermediate = config.hidden_size, getattr(config, mixture.width)
+    if not mixture.clamped:
+        return Expert(hidden, intermediate, dtype)
+    return ClampedGatedMlp(
+        nn.Linear(hidden, 2 * intermediate, dtype=dtype),
+        nn.Linear(intermediate, hidden, dtype=dtype),
+        config.swiglu_alpha,
+        config.swiglu_limit,
+    )

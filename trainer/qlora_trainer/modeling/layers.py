@@ -146,6 +146,53 @@ def _activated(gate: Tensor, activation: str) -> Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
+class ClampedGatedMlp(nn.Module):
+    """down((u + 1) * g * sigmoid(alpha g)) with g = min(gate(x), limit) and u = clamp(up(x), -limit, limit): gpt-oss'.
+
+    `gate_up_proj` makes both, each gate before its up.
+    """
+
+    def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.alpha = alpha
+        self.limit = limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden size) -> (..., hidden size)."""
+        out: Tensor = self.down_proj(_ClampedGated.apply(self.gate_up_proj(x), self.alpha, self.limit))
+        return out
+
+
+class _ClampedGated(torch.autograd.Function):
+    """(..., 2 intermediate size) -> (..., intermediate size), in plain torch and fp32; what comes in is kept alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.alpha, ctx.limit = alpha, limit
+        gate, up = _clamped(gate_up, limit)
+        return torch.sigmoid(gate * alpha).mul_(gate).mul_(up.add_(1)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        dy, alpha, limit = grad_outputs[0].float(), ctx.alpha, ctx.limit
+        gate_up = ctx.saved_tensors[0]
+        gate, up = _clamped(gate_up, limit)
+        share = torch.sigmoid(gate * alpha)
+        grad = torch.empty_like(gate_up)
+        grad[..., 1::2] = dy * gate * share * (gate_up[..., 1::2].abs() < limit)
+        slope = share * (1 + alpha * gate * (1 - share)) * (gate_up[..., ::2] < limit)
+        grad[..., ::2] = dy * (up + 1) * slope
+        return grad, None, None
+
+
+def _clamped(gate_up: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Gate and up, fp32, of numbers that take turns."""
+    return gate_up[..., ::2].float().clamp(max=limit), gate_up[..., 1::2].float().clamp(-limit, limit)
+
+
 def fuse_layers(decoder: nn.Module, family: Family) -> None:
     """Replace those of a decoder's norms, gated MLPs and delta networks by ours whose formula they have.
 

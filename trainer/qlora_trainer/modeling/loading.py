@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling import delta_net
 from qlora_trainer.modeling.base_model import BaseModel, Embedding
+from qlora_trainer.modeling.expert_adapters import ExpertMatrices, parameter_and_number
 from qlora_trainer.modeling.families import Family, read_model
 from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.image import Image, ImageWriter, Kept, Table
 from qlora_trainer.modeling.layers import fuse_layers
 from qlora_trainer.modeling.lora_linear import LoraLinear
+from qlora_trainer.modeling.rotary import rotary_embeddings
 from qlora_trainer.modeling.stored.reading import StoredWeight, stored_weights
 from qlora_trainer.modeling.weight_files import WeightsHash
 from qlora_trainer.quantization.frozen_weight import FrozenWeight, UnreadWeight
@@ -50,7 +52,7 @@ def load_model(
     family, config = read_model(folder)
     graph = build_graph(config, family, dtype)
     builder = _Builder(graph, family, dtype, copies=True)
-    weights = stored_weights(folder, config) if stored is None else map(_as_stored, stored)
+    weights = stored_weights(folder, config, _joined(family)) if stored is None else map(_as_stored, stored)
     for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
         builder.place(name, value)
     return builder.finish()
@@ -80,7 +82,7 @@ def write_image(
     family, config = read_model(folder)
     graph = build_graph(config, family, dtype)
     with ImageWriter(into) as image:
-        weights = stored_weights(folder, config)
+        weights = stored_weights(folder, config, _joined(family))
         for name, value in _kept(folder, graph, family, scheme, dtype, weights, advance, weights_hash):
             image.add(name, value)
         return image.table
@@ -99,6 +101,10 @@ def load_image(folder: Path, image: Image, dtype: torch.dtype) -> BaseModel:
     for name, value in image.weights():
         builder.place(name, value)
     return builder.finish()
+
+
+def _joined(family: Family) -> tuple[str, ...]:
+    return () if family.experts is None else family.experts.joined
 
 
 def _as_stored(named: tuple[str, Tensor]) -> StoredWeight:
@@ -241,21 +247,28 @@ class _Builder:
         assert self.head is not None
         in_order = [path for path, _ in self.graph.named_modules() if path in self.weights]
         linears: dict[str, LoraLinear] = {}
+        experts: dict[str, ExpertMatrices] = {}
         for path in in_order:
             name = self.family.public_name(path)
             layer = LoraLinear(name, self.weights[path], self.biases.get(path))
             self.graph.set_submodule(path, layer)
             if self.family.adapts(path):
                 linears[name] = layer
+            elif found := parameter_and_number(name):
+                of_all = experts.setdefault(found[0], ExpertMatrices()).experts
+                if found[1] == len(of_all):
+                    of_all.append([])
+                of_all[found[1]].append(layer)
         decoder: Any = self.graph.get_submodule(self.family.decoder)
         if decoder.rotary_emb is not None:  # its buffers are computed, not loaded
-            decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config)
+            decoder.rotary_emb = rotary_embeddings(type(decoder.rotary_emb), decoder.config)
         fuse_layers(decoder, self.family)
         return BaseModel(
             decoder,
             self.head,
             linears,
             self.dtype,
+            experts,
             logits_divisor=self._setting(self.family.logits_divisor) or 1.0,
             softcap=self._setting(self.family.softcap),
         )

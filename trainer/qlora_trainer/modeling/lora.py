@@ -10,16 +10,23 @@ import torch
 
 from qlora_contract.run_config import Adapter
 from qlora_trainer.errors import ModelError
+from qlora_trainer.modeling import expert_adapters
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, Encode, flat_parameters
 from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.expert_adapters import (
+    A,
+    B,
+    ExpertMatrices,
+    JoinedExperts,
+    of_expert,
+    parameter_and_number,
+    targeted,
+)
 from qlora_trainer.modeling.families import LANGUAGE_MODEL
 from qlora_trainer.modeling.lora_linear import Dropout, LoraLinear, seeded_generator
 
 Layer = TypeVar("Layer")
 Number = TypeVar("Number", int, float)
-
-A, B = "lora_A.weight", "lora_B.weight"
-"""Names of a layer's matrices, after its path: PEFT's."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +49,55 @@ class Lora:
     ) -> AdapterParameters:
         """Give the targeted layers their adapters."""
         adapter = self.adapter
-        layers = target_layers(model.linears, adapter.target_modules)
+        experts, others = self._targets(model.experts)
+        layers = target_layers(model.linears, others)
         alphas = by_pattern(layers, adapter.alpha_pattern, adapter.alpha, "adapter.alphaPattern")
         ranks = self._ranks(layers)
         scales = {
             name: alphas[name] / (math.sqrt(rank) if adapter.rslora else rank) for name, rank in ranks.items()
         }
-        return attach_ranked(layers, ranks, scales, dropout=dropout, seed=seed)
+        scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+        of_experts = OfExperts(experts, adapter.rank, scale)
+        return attach_ranked(layers, ranks, scales, of_experts, dropout=dropout, seed=seed)
 
     def parameter_shapes(
         self,
-        linears: Mapping[str, tuple[int, int]],
+        linears: Mapping[str, tuple[int, ...]],
         config: Any,  # noqa: ARG002 - AdapterMethod's
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
-        layers = target_layers(linears, self.adapter.target_modules)
+        experts, others = self._targets({n: (s[0], s[1], s[2]) for n, s in linears.items() if len(s) == 3})
+        layers = target_layers({n: (s[0], s[1]) for n, s in linears.items() if len(s) == 2}, others)
         by_pattern(layers, self.adapter.alpha_pattern, self.adapter.alpha, "adapter.alphaPattern")
-        return lora_shapes(layers, self._ranks(layers))
+        return lora_shapes(layers, self._ranks(layers)) | expert_adapters.parameter_shapes(
+            experts, self.adapter.rank
+        )
+
+    def _targets(self, experts: Mapping[str, Layer]) -> tuple[dict[str, Layer], list[str]]:
+        """The experts' parameters that are targeted, and the targets for linear layers.
+
+        Raises:
+            ModelError: for what PEFT has not for parameters, or our files of them do not say.
+        """
+        adapter = self.adapter
+        found, others = targeted(experts, adapter.target_modules)
+        refused = {
+            "dropout": bool(adapter.dropout),
+            "rankPattern": bool(adapter.rank_pattern),
+            "alphaPattern": bool(adapter.alpha_pattern),
+            "initialAdapter": adapter.initial_adapter is not None,
+        }
+        for name, given in refused.items():
+            if found and given:
+                raise ModelError(
+                    f"adapter.{name} does not go with adapters on experts ({min(found)}): leave one of them out"
+                )
+        return found, others
 
     def _ranks(self, layers: Mapping[str, Any]) -> dict[str, int]:
         return by_pattern(layers, self.adapter.rank_pattern, self.adapter.rank, "adapter.rankPattern")
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, ...]], config: Any) -> int:
         """Numbers that are trained."""
         return sum(math.prod(shape) for shape in self.parameter_shapes(linears, config).values())
 
@@ -72,11 +106,15 @@ class Lora:
 
         In a multimodal model layers of other parts have the same names: PEFT is told to leave them alone.
         """
-        layers = [name.removesuffix(f".{A}") for name in parameters.named if name.endswith(f".{A}")]
-        targets = self.adapter.target_modules
+        adapted = [name.removesuffix(f".{A}") for name in parameters.named if name.endswith(f".{A}")]
+        places = {name: parameter_and_number(name) for name in adapted}
+        layers = [name for name, place in places.items() if place is None]
+        experts = dict.fromkeys(place[0] for place in places.values() if place is not None)
+        _, targets = targeted(experts, self.adapter.target_modules)
+        on_experts = sorted(set(self.adapter.target_modules) - set(targets))
         names = {n.rpartition(".")[2] for n in layers} if "all-linear" in targets else targets
         part = f"{LANGUAGE_MODEL}."
-        excluded = rf"(?!{re.escape(part)}).*" if all(n.startswith(part) for n in layers) else None
+        excluded = rf"(?!{re.escape(part)}).*" if layers and all(n.startswith(part) for n in layers) else None
         later = {
             "use_rslora": self.adapter.rslora,
             "rank_pattern": self.adapter.rank_pattern,
@@ -89,13 +127,14 @@ class Lora:
             "lora_dropout": self.adapter.dropout,
             "target_modules": sorted(set(names)),
             **({} if excluded is None else {"exclude_modules": excluded}),
+            **({"target_parameters": on_experts} if on_experts else {}),
             "bias": "none",
             **{field: value for field, value in later.items() if value},
         }
 
 
 def lora_shapes(
-    linears: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]
+    linears: Mapping[str, tuple[int, ...]], ranks: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the matrices of these layers: A (rank, in) and B (out, rank) of each."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -117,22 +156,48 @@ def attach_adapters(
     )
 
 
+@dataclass(frozen=True)
+class OfExperts:
+    """Adapters on experts."""
+
+    matrices: Mapping[str, ExpertMatrices]
+    """By transformers' parameter."""
+    rank: int
+    """Of each expert's."""
+    scale: float
+
+
 def attach_ranked(
     layers: Mapping[str, LoraLinear],
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
+    experts: OfExperts | None = None,
     *,
     dropout: Dropout | None,
     seed: int,
 ) -> AdapterParameters:
-    """As attach_adapters, with a rank and a scale for each layer."""
-    parameters = flat_parameters(lora_shapes({name: layer.shape for name, layer in layers.items()}, ranks))
+    """As attach_adapters, with a rank and a scale for each layer, and with experts."""
+    shapes = lora_shapes({name: layer.shape for name, layer in layers.items()}, ranks)
+    if experts is not None:
+        of_matrices = {name: each.shape for name, each in experts.matrices.items()}
+        shapes |= expert_adapters.parameter_shapes(of_matrices, experts.rank)
+    parameters = flat_parameters(shapes)
+    for name, parameter in parameters.named.items():
+        if name.endswith(f".{A}"):
+            bound = 1.0 / math.sqrt(parameter.shape[1])
+            with torch.no_grad():
+                generator = seeded_generator(f"lora/{seed}/{name.removesuffix(f'.{A}')}")
+                parameter.uniform_(-bound, bound, generator=generator)
     for name, layer in layers.items():
-        a, b = parameters.named[f"{name}.{A}"], parameters.named[f"{name}.{B}"]
-        bound = 1.0 / math.sqrt(a.shape[1])
-        with torch.no_grad():
-            a.uniform_(-bound, bound, generator=seeded_generator(f"lora/{seed}/{name}"))
-        layer.attach(a, b, scales[name], dropout)
+        layer.attach(parameters.named[f"{name}.{A}"], parameters.named[f"{name}.{B}"], scales[name], dropout)
+    if experts is not None and experts.matrices:
+        for name, each in experts.matrices.items():
+            for number in range(len(each.experts)):
+                a, b = (parameters.named[of_expert(name, number, which)] for which in (A, B))
+                each.attach(number, a, b, experts.scale)
+        parameters.form = JoinedExperts(
+            parameters.named, {name: len(each.experts) for name, each in experts.matrices.items()}
+        )
     return parameters
 
 

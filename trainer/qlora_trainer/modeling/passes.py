@@ -62,6 +62,9 @@ class AttentionSettings:
     """Factor of the scores."""
     softcap: float | None = None
     """Scores s become softcap * tanh(s / softcap); None: they stay."""
+    sinks: Tensor | None = None
+    """(heads,): a further score of each row, which only takes its share of the probabilities; None: there is none. Not
+    for the passes: modeling.attention adds it to what they return."""
 
 
 class Passes:

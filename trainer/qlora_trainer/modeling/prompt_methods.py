@@ -105,13 +105,13 @@ class PromptTuning:
 
     def parameter_shapes(
         self,
-        linears: Mapping[str, tuple[int, int]],  # noqa: ARG002 - AdapterMethod's
+        linears: Mapping[str, tuple[int, ...]],  # noqa: ARG002 - AdapterMethod's
         config: Any,
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained."""
         return {EMBEDDING: (self.adapter.virtual_tokens, config.hidden_size)}
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, ...]], config: Any) -> int:
         """Numbers that are trained."""
         return count_of(self.parameter_shapes(linears, config))
 
@@ -187,7 +187,7 @@ class PrefixTuning:
 
     def parameter_shapes(
         self,
-        linears: Mapping[str, tuple[int, int]],  # noqa: ARG002 - AdapterMethod's
+        linears: Mapping[str, tuple[int, ...]],  # noqa: ARG002 - AdapterMethod's
         config: Any,
     ) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what is trained.
@@ -214,7 +214,7 @@ class PrefixTuning:
             f"{OUT}.bias": (numbers,),
         }
 
-    def parameter_count(self, linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    def parameter_count(self, linears: Mapping[str, tuple[int, ...]], config: Any) -> int:
         """Numbers that are trained."""
         return count_of(self.parameter_shapes(linears, config))
 

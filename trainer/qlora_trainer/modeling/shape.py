@@ -14,7 +14,8 @@ from qlora_contract.units import first_line
 from qlora_trainer.errors import ModelError
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.delta_net import CHUNK, Heads
-from qlora_trainer.modeling.families import Family, read_model, rotary_parameters
+from qlora_trainer.modeling.expert_adapters import parameter_and_number, targeted
+from qlora_trainer.modeling.families import EXPERTS, Family, read_model, rotary_parameters
 from qlora_trainer.modeling.graph import build_graph
 from qlora_trainer.modeling.prompt_methods import made_weights
 from qlora_trainer.modeling.weight_files import bytes_per_weight
@@ -36,8 +37,9 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
     embedding_bytes = bytes_per_weight(folder) if weights else stored_bytes(config)
     graph = _graph(folder, family, config)
     everything = _linears(graph, family)
-    linears = _adaptable(everything, family)
+    linears = _adaptable(everything, family) | experts_of(everything, family)
     sizes = [prod(shape) for shape in everything.values()]
+    on_experts = targeted(experts_of(everything, family), adapter.target_modules)[0]
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = list(graph.get_submodule(f"{family.decoder}.layers").children())
     return ModelShape(
@@ -52,6 +54,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
         tied=bool(config.tie_word_embeddings),
         stored_bytes=embedding_bytes,
         linear_weights=sum(sizes),
+        idle_weights=0 if family.experts is None else idle(everything, config),
         largest_linear=max(sizes),
         adapter_weights=method_for(adapter).parameter_count(linears, config),
         beside_layers=adapter.method == "lora",
@@ -66,7 +69,7 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
             )
             for layer in layers
         )
-        + (0 if family.experts is None else routed(config)),
+        + (0 if family.experts is None else routed(config, adapted=bool(on_experts))),
         **_recurrence(layers, family),
     )
 
@@ -74,7 +77,8 @@ def model_shape(folder: Path, adapter: Adapter, *, weights: bool = True) -> Mode
 def adapter_shapes(folder: Path, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what would be trained of the adapter, by config.json alone. Raises as model_shape."""
     family, config = read_model(folder)
-    linears = _adaptable(_linears(_graph(folder, family, config), family), family)
+    everything = _linears(_graph(folder, family, config), family)
+    linears = _adaptable(everything, family) | experts_of(everything, family)
     return method_for(adapter).parameter_shapes(linears, config)
 
 
@@ -95,7 +99,18 @@ def _linears(graph: nn.Module, family: Family) -> dict[str, tuple[int, int]]:
     }
 
 
-def _adaptable(linears: Mapping[str, tuple[int, int]], family: Family) -> dict[str, tuple[int, int]]:
+def experts_of(linears: Mapping[str, tuple[int, int]], family: Family) -> dict[str, tuple[int, ...]]:
+    """transformers' parameters of experts -> (experts, out, in), of the linear layers' shapes by path."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, (out, in_) in linears.items():
+        if (place := parameter_and_number(family.public_name(path))) is not None:
+            name, number = place
+            beside = found[name][1] if found.get(name, (0,))[0] == number + 1 else 0
+            found[name] = (number + 1, beside + out, in_)
+    return found
+
+
+def _adaptable(linears: Mapping[str, tuple[int, int]], family: Family) -> dict[str, tuple[int, ...]]:
     return {family.public_name(name): size for name, size in linears.items() if family.adapts(name)}
 
 
@@ -109,13 +124,25 @@ def intermediate(config: Any, family: Family) -> int:
     width = int(getattr(config, family.intermediate))
     if family.experts is None:
         return width
-    dense = width if config.mlp_only_layers or config.decoder_sparse_step > 1 else 0
-    return max(dense, int(config.num_experts_per_tok * config.moe_intermediate_size))
+    beside = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1
+    through = int(config.num_experts_per_tok * getattr(config, family.experts.width))
+    return max(width, through) if beside else through
 
 
-def routed(config: Any) -> int:
-    """Numbers of a token that a layer of experts keeps further: each output before its weight, and the router's."""
-    return int(config.num_experts_per_tok * config.hidden_size + 4 * config.num_experts)
+def idle(linears: Mapping[str, tuple[int, int]], config: Any) -> int:
+    """Weights of the experts that a token does not go through, of the linear layers' shapes by path."""
+    count, through = int(config.num_experts), int(config.num_experts_per_tok)
+    of_experts = sum(prod(size) for name, size in linears.items() if f".{EXPERTS}." in name)
+    return of_experts * (count - through) // max(1, count)
+
+
+def routed(config: Any, *, adapted: bool) -> int:
+    """Numbers of a token that a layer of experts keeps further: each output before its weight, and the router's.
+
+    `adapted`: whether experts have adapters, so that their inputs are kept, too.
+    """
+    copies = 2 if adapted else 1
+    return int(copies * config.num_experts_per_tok * config.hidden_size + 4 * config.num_experts)
 
 
 SMALL_KEPT = 256
@@ -186,8 +213,7 @@ def positions(config: Any) -> int | None:
     """The longest sample, in tokens, by config.json; None where that does not say.
 
     Scaled rotary embeddings reach `factor` times as far as the model was first trained to, whether or not
-    max_position_embeddings has been raised to that. With longrope, tokens of longer samples than those are rotated
-    otherwise, which samples beside them in a row must not be.
+    max_position_embeddings has been raised to that.
     """
     written = getattr(config, "max_position_embeddings", None)
     if written is None:
@@ -197,6 +223,4 @@ def positions(config: Any) -> int | None:
 
 def _reach(rope: dict[str, Any], written: int) -> int:
     first = rope.get("original_max_position_embeddings") or written
-    if rope.get("rope_type") == "longrope":
-        return int(first)
     return max(written, int(first * (rope.get("factor") or 1.0)))

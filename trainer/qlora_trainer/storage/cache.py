@@ -166,7 +166,9 @@ class Cache:
         files.sync_folder(self.folder)
 
     def _cannot_by(self, error: OSError) -> bool:
-        if error.errno not in UNWRITABLE:
+        # Somebody may remove the whole cache at any time.
+        is_of_cache = isinstance(error.filename, str) and Path(error.filename).is_relative_to(self.folder)
+        if error.errno not in UNWRITABLE and not is_of_cache:
             raise error
         return self._cannot(error.strerror or str(error))
 

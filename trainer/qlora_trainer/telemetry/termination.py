@@ -1,6 +1,7 @@
 """Why a process ended: how a rank tells its launcher, and the launcher or a transfer tells Kubernetes."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from qlora_contract.files import read_json
 from qlora_contract.paths import TERMINATION_LOG, TERMINATION_REPORT_BYTES
 from qlora_contract.progress import TerminationReport
 
+log = logging.getLogger(__name__)
+
 REPORT_ENV = "QLORA_REPORT"
 """Path of the file that a rank writes its TerminationReport to, set by its launcher."""
 
@@ -20,20 +23,29 @@ _FREE_TEXT = ("cause", "not_bit_exact", "host")
 
 
 def write_rank_report(report: TerminationReport, environ: Mapping[str, str] = os.environ) -> None:
-    """Leave a report for the launcher; do nothing for a rank that was started by hand, without one."""
+    """Leave a report for the launcher; do nothing for a rank that was started by hand, without one.
+
+    A report that cannot be written, since /tmp is full or its folder gone, changes nothing of how the rank ends.
+    """
     if not (name := environ.get(REPORT_ENV)):
         return
     path = Path(name)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(to_bytes(report))
-    part.replace(path)  # a rank that is killed while it writes leaves no report rather than half of one
+    try:
+        part.write_bytes(to_bytes(report))
+        part.replace(path)  # a rank that is killed while it writes leaves no report rather than half of one
+    except OSError as error:
+        log.warning("the report for the launcher could not be written: %s", error)
 
 
 def write_memory_plan(parts: Mapping[str, int], environ: Mapping[str, str] = os.environ) -> None:
     """Leave beside the report what this rank needs its memory for, bytes by part: a rank that is killed for it cannot
     say so any more."""
     if name := environ.get(REPORT_ENV):
-        _memory_plan_of(Path(name)).write_text(json.dumps(dict(parts)))
+        try:
+            _memory_plan_of(Path(name)).write_text(json.dumps(dict(parts)))
+        except OSError as error:
+            log.warning("the plan of this rank's memory could not be written: %s", error)
 
 
 def read_memory_plan(report: Path) -> dict[str, int]:

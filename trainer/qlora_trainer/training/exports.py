@@ -17,7 +17,8 @@ from qlora_contract.files import read_json
 from qlora_contract.job_folder import EXPORT_REPORT, EXPORTS, TRAINING_REPORT, is_exported
 from qlora_contract.paths import resolve
 from qlora_contract.plan import PlanError
-from qlora_trainer.errors import Terminated, TrainerError
+from qlora_contract.run_config import Adapter
+from qlora_trainer.errors import ModelError, Terminated, TrainerError
 from qlora_trainer.host.process import processor_seconds
 from qlora_trainer.storage.atomic import write_atomically
 from qlora_trainer.telemetry.progress import Progress
@@ -30,9 +31,16 @@ POLL_SECONDS = 1.0
 """Between two looks whether the export is done, or to be stopped."""
 
 
-def check(forms: Sequence[ExportForm], model: Path) -> None:
-    """Raise ModelError, before anything is trained, when the model cannot take one of the forms."""
+def check(forms: Sequence[ExportForm], model: Path, adapter: Adapter) -> None:
+    """Raise ModelError, before anything is trained, when model or adapter cannot take one of the forms."""
     if forms:
+        from qlora_trainer.modeling.families import EXPERTS
+
+        if on_experts := [target for target in adapter.target_modules if EXPERTS in target.split(".")]:
+            raise ModelError(
+                f"output.formats has {forms[0].partition('-')[0]}, which has no place for adapters on experts: leave "
+                f"it out, or {on_experts[0]} of adapter.targetModules"
+            )
         from qlora_trainer.export.exporting import check_forms
 
         check_forms(forms, model)

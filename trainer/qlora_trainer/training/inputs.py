@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from qlora_contract.run_config import (
     Dataset,
     RunConfig,
 )
+from qlora_contract.scratch import scratch_folder
 from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
@@ -98,8 +98,8 @@ Load = Callable[[TokenSource], LoadedData]
 
 def into_passing_files(source: TokenSource) -> LoadedData:
     """Tokens that are mapped from files without a name, so that they need no memory."""
-    with tempfile.TemporaryDirectory(prefix="qlora-tokens-") as folder:
-        return source.load(Path(folder))
+    with scratch_folder("tokens") as folder:
+        return source.load(folder)
 
 
 def check_initial_adapter(run: RunConfig, model_folder: Path, volumes: Mapping[str, Path]) -> None:
@@ -140,7 +140,7 @@ def load_inputs(
     if shape.positions is not None and longest > shape.positions:
         raise ModelError(
             f"training.maxSequenceLength is {longest}, but {folder} has only {shape.positions} positions "
-            "(max_position_embeddings, or original_max_position_embeddings of longrope): lower it to "
+            "(max_position_embeddings, or what scaled rotary embeddings reach): lower it to "
             f"{shape.positions} or less, or take a model for longer texts"
         )
     roots = [resolve(uri, volumes) for uri in run.dataset_uris]

@@ -18,7 +18,7 @@ from qlora_contract.units import now
 from qlora_trainer.artifacts import adapter, base_losses, checkpoint
 from qlora_trainer.artifacts.checkpoint import LoopState
 from qlora_trainer.artifacts.metrics_log import MetricsLog, StepMetrics, evaluation_line, read_metrics
-from qlora_trainer.artifacts.training_report import license_of, training_report
+from qlora_trainer.artifacts.training_report import training_report
 from qlora_trainer.data import packing
 from qlora_trainer.data.collate import collate, pad_multiple
 from qlora_trainer.data.packing import Step
@@ -33,10 +33,7 @@ from qlora_trainer.errors import (
 from qlora_trainer.host.process_memory import malloc_trim
 from qlora_trainer.modeling.adapter_methods import adapters_disabled, method_for
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters, checksum
-from qlora_trainer.modeling.families import read_model
 from qlora_trainer.modeling.loading import load_model
-from qlora_trainer.modeling.stored.formats import description
-from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization.schemes import AsStored
 from qlora_trainer.training import schedule
 from qlora_trainer.training.answers import answer_held_out
@@ -87,6 +84,7 @@ def run_steps(context: RankContext, state: TrainState) -> None:
     metrics_log = open_metrics(context, loop.step)
     if metrics_log and loop.step == 0 and loop.base_eval_loss_quantized is not None:
         record_evaluation(context, metrics_log, 0, loop.base_eval_loss_quantized)
+    measure_initial(context, state)
     first = loop.step
     saved_at = time.monotonic()
     while loop.step < total_steps and not out_of_patience(context, loop):
@@ -338,6 +336,20 @@ def record_evaluation(context: RankContext, metrics_log: MetricsLog, step: int, 
         record(context, metrics_log, evaluation_line(step, loss))
 
 
+def measure_initial(context: RankContext, state: TrainState) -> None:
+    """Find out, before the first step, what the adapter scores that the job goes on from, if it does.
+
+    Raises:
+        StopRequested: a rank was asked to stop in the meantime.
+    """
+    if state.loop.step > 0 or context.run.adapter.initial_adapter is None:
+        return
+    context.progress.update(stage="Evaluating")
+    samples, micro_batch = state.data.evaluation, state.memory.micro_batch_tokens
+    loss = evaluate(context, state.objective, state.model, samples, micro_batch, "the initial adapter")
+    state.loop.initial_eval_loss = finite(loss)
+
+
 def measure_base(context: RankContext, state: TrainState, metrics_log: MetricsLog | None) -> None:
     """Find out what the base scores as it is trained on, and keep that for all attempts.
 
@@ -400,7 +412,8 @@ def finish(context: RankContext, state: TrainState) -> dict[str, Any]:
     context.group.barrier()  # all have read the staged files: rank 0 may move or remove them
     try:
         check_finite_weights(state.parameters)
-        check_improved(loop.base_eval_loss_quantized, loss, required=run.evaluation.require_improvement)
+        required = run.evaluation.require_improvement
+        check_improved(loop.base_eval_loss_quantized, loss, required=required, initial=loop.initial_eval_loss)
     except (Diverged, NoImprovement):
         if context.is_rank_zero:
             adapter.discard(folder)
@@ -478,14 +491,10 @@ def facts_of(
         "micro_batch_tokens": state.memory.micro_batch_tokens,
         "checkpointing": state.memory.checkpointing,
     }
-    family, config = read_model(state.model_folder)
     report["provenance"] |= {
         "base_model": adapter.base_model(context.run),
-        "auto_class": family.auto_class,
-        "license": license_of(state.model_folder),
         "weights_sha256": state.loop.weights_sha256,
-        "stored_in": description(state.model_folder, config),
-        "model_fingerprint": fingerprint(state.model_folder),
+        **state.model_facts,
     }
     return report
 
@@ -514,9 +523,10 @@ def measure_unquantized(
     """The eval losses of the base as stored, in the compute dtype, alone and with the adapter, as servers run it.
 
     Without quantization these are the weights that were trained on, and both are measured already.
-    None where its weights exceed memoryPerRank; what is known of the base already is not measured again. Numbers for
-    the report alone, so they come last. The weights are mapped from their files, not copied. Their size is held against
-    memoryPerRank all the same, since a model that does not fit would be read from disk again for every micro-batch.
+    None where its weights exceed memoryPerRank, or can be read no more; what is known of the base already is not
+    measured again. Numbers for the report alone, so they come last, and end nothing. The weights are mapped from their
+    files, not copied. Their size is held against memoryPerRank all the same, since a model that does not fit would be
+    read from disk again for every micro-batch.
 
     Args:
         context: this rank's.
@@ -530,7 +540,7 @@ def measure_unquantized(
     if context.run.quantization.scheme == "none":
         return state.loop.base_eval_loss_quantized, loss
     chosen = state.memory
-    weights = sum(file.stat().st_size for file in weight_files(state.model_folder))
+    weights = state.model_bytes
     known = state.loop.base_eval_loss
     if chosen.runtime + chosen.scratch + weights > context.run.layout.memory_per_rank:
         return known, None
@@ -538,7 +548,16 @@ def measure_unquantized(
     malloc_trim()
     weights_bytes = Work(name="loading the unquantized base", unit="bytes", total=weights)
     context.progress.begin(weights_bytes)
-    base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
+    try:
+        base = load_model(state.model_folder, AsStored(), DTYPES[state.dtype], context.advance)
+    except (ModelError, OSError) as error:
+        log.warning("the unquantized base is not evaluated: %s", error)
+        base = None
+    reduced = context.all_reduce_scalars({"missing": float(base is None)})
+    if reduced.stop_requested:
+        raise StopRequested
+    if base is None or reduced.sums["missing"]:
+        return known, None
     samples, micro_batch = state.data.evaluation, chosen.micro_batch_tokens
     if known is None:
         known = finite(evaluate(context, state.objective, base, samples, micro_batch, "the unquantized base"))
@@ -564,21 +583,27 @@ def check_finite_weights(parameters: AdapterParameters) -> None:
         )
 
 
-def check_improved(base_loss: float | None, loss: float | None, *, required: bool) -> None:
+def check_improved(
+    base_loss: float | None, loss: float | None, *, required: bool, initial: float | None = None
+) -> None:
     """Raise Diverged for an adapter whose eval loss is not finite, and NoImprovement for one no better than the base.
 
     Args:
         base_loss: of the quantized base; None when not measured.
         loss: the adapter's; None without evaluation data, which passes.
         required: whether the job asks for an improvement.
+        initial: of the adapter that it went on from, which it must improve on, too; None without one.
     """
     if loss is None:
         return
     if not math.isfinite(loss):
         raise Diverged("the finished adapter's eval loss is not a finite number; the last checkpoint is kept")
-    if required and base_loss is not None and not loss < base_loss:
+    others = [("the base's", base_loss), ("the initial adapter's", initial)]
+    for whose, other in others if required else []:
+        if other is None or loss < other:
+            continue
         raise NoImprovement(
-            f"the adapter's eval loss {loss:.4f} is not below the base's {base_loss:.4f}; nothing is published. "
+            f"the adapter's eval loss {loss:.4f} is not below {whose} {other:.4f}; nothing is published. "
             "Its last checkpoint is kept: to publish it all the same, set evaluation.requireImprovement to false and "
             "start the job again under its name (`qlora run FILE`, or delete and create the QLoRAJob): no step is "
             "repeated. Else train longer, or with another learningRate, under another name"

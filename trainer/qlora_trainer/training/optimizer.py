@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.modeling.adapter_parameters import AdapterParameters
-from qlora_trainer.modeling.lora import B
+from qlora_trainer.modeling.expert_adapters import B
 
 
 class AdapterAdamW(torch.optim.AdamW):

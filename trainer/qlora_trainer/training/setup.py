@@ -26,12 +26,14 @@ from qlora_contract.env import CPUS_ENV, PARENT_DEATH_ENV
 from qlora_contract.export import forms_of
 from qlora_contract.memory import Dtype, MemoryEstimate
 from qlora_contract.paths import resolve
+from qlora_contract.plan import ranks_without_work
 from qlora_contract.progress import Work
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.artifacts import base_losses, checkpoint
 from qlora_trainer.artifacts.base_losses import BaseLosses
 from qlora_trainer.artifacts.checkpoint import LoopState
+from qlora_trainer.artifacts.training_report import license_of
 from qlora_trainer.data.batches import Workers
 from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
@@ -39,15 +41,18 @@ from qlora_trainer.data.token_cache import TokenCache
 from qlora_trainer.data.tokenization import Tokenization
 from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
+from qlora_trainer.host.cgroups import memory_limit
 from qlora_trainer.host.isa import processor
 from qlora_trainer.kernels import library
 from qlora_trainer.modeling import initial_adapter
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
 from qlora_trainer.modeling.base_model import BaseModel
+from qlora_trainer.modeling.families import read_model
 from qlora_trainer.modeling.lora_linear import GENERATOR, Dropout
 from qlora_trainer.modeling.shape import model_shape
-from qlora_trainer.modeling.weight_files import fingerprint
+from qlora_trainer.modeling.stored.formats import description
+from qlora_trainer.modeling.weight_files import fingerprint, weight_files
 from qlora_trainer.quantization import kernels
 from qlora_trainer.telemetry.termination import write_memory_plan
 from qlora_trainer.training import exports
@@ -74,6 +79,8 @@ log = logging.getLogger(__name__)
 DTYPES: dict[Dtype, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LORA_RATE = 2e-4
 """The default of training.learningRate."""
+MOST_ABOVE_PEAK = 1.1
+"""By how much an estimate of memory may exceed what is used: by 9 % where both are known (docs/sizes.md)."""
 CHECKPOINT_BYTES = 12
 """Per adapter weight: fp32, and AdamW's two moments."""
 
@@ -104,6 +111,10 @@ class TrainState:
     """Everything the loop works on."""
 
     model_folder: Path
+    model_facts: dict[str, Any]
+    """What training_report.json says of it, kept since the folder may be gone by then."""
+    model_bytes: int
+    """Of its files of weights."""
     tokenizer: "PreTrainedTokenizerBase"
     objective: Objective
     model: BaseModel
@@ -168,7 +179,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     model_folder = resolve(run.model_uri, context.volumes)
     shape = model_shape(model_folder, run.adapter)
     forms = forms_of(run.output)
-    exports.check(forms, model_folder)
+    exports.check(forms, model_folder, run.adapter)
     began = context.group.all_gather_object(context.folder.began() if context.is_rank_zero else None)[0]
     context.progress.begin(Work(name="tokenizing", unit="records"))
     tokenizer, data = load_inputs(run, shape, context.volumes, began, context.advance, once_per_pod(context))
@@ -202,7 +213,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     maps = pods_that_map(context, model_folder, DTYPES[dtype], memory.base_bytes(shape, run, dtype), space)
     compiled, mapped = library.loaded() is not None, all(maps.values())
     chosen = memory.choose(shape, run, dtype, samples, compiled=compiled, mapped=mapped)
-    check_memory(run, chosen, os.environ)
+    check_memory(run, chosen, os.environ, memory_limit())
     write_memory_plan(chosen.parts())
     check_same_on_all_ranks(
         context,
@@ -227,6 +238,10 @@ def agree_on_inputs(context: RankContext) -> Inputs:
                 LORA_RATE, run.adapter.method,
             )  # fmt: skip
     schedule = step_schedule(run, data)
+    bins, steps = schedule.first_epoch()
+    waiting = ranks_without_work(len(bins), steps, context.world.size, run.training)
+    if context.is_rank_zero and waiting:
+        log.warning("%s", waiting)
     context.progress.update(
         total_steps=schedule.total_steps, memory_estimate=chosen.total, compute_dtype=dtype, step=loop.step
     )
@@ -344,14 +359,27 @@ def known_base_losses(context: RankContext, state: TrainState) -> BaseLosses:
     return BaseLosses(things, loop.base_eval_loss_quantized, loop.base_eval_loss)
 
 
-def check_memory(run: RunConfig, chosen: MemoryEstimate, environ: Mapping[str, str]) -> None:
-    """Raise ConfigurationError where `qlora run` gives a rank less memory than it needs, as `qlora plan` says.
+def check_memory(
+    run: RunConfig, chosen: MemoryEstimate, environ: Mapping[str, str], limit: int | None
+) -> None:
+    """Raise ConfigurationError, with the sentence of `qlora plan`, for a job that cannot fit: before it is loaded.
 
-    In a pod the kernel keeps the limit, and an estimate slightly above what is used must not end what works.
+    `qlora run` gives a rank memoryPerRank, which nothing else keeps. In a pod the kernel keeps the limit, and an
+    estimate slightly above what is used must not end what works: only what the ranks would need beyond doubt counts.
+
+    Args:
+        run: the job.
+        chosen: what each rank needs.
+        environ: this rank's.
+        limit: bytes that the ranks of this pod may use together; None: no limit.
     """
+    available = run.layout.memory_per_rank
     if not environ.get(PARENT_DEATH_ENV):
-        return
-    for problem in memory.problems(chosen, run.layout.memory_per_rank, run.training):
+        ranks = 1 if run.layout.ranks_per_pod == "auto" else run.layout.ranks_per_pod
+        if limit is None or chosen.total * ranks <= MOST_ABOVE_PEAK * limit:
+            return
+        available = min(available, limit // ranks)
+    for problem in memory.problems(chosen, available, run.training):
         raise ConfigurationError(problem)
 
 
@@ -434,6 +462,8 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
     )
     state = TrainState(
         model_folder=inputs.model_folder,
+        model_facts=facts_of_model(inputs.model_folder),
+        model_bytes=sum(file.stat().st_size for file in weight_files(inputs.model_folder)),
         tokenizer=inputs.tokenizer,
         objective=objective,
         model=model,
@@ -450,6 +480,17 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         base_losses=BaseLosses({}),
     )
     return state, weights
+
+
+def facts_of_model(folder: Path) -> dict[str, Any]:
+    """TrainState.model_facts of a model."""
+    family, config = read_model(folder)
+    return {
+        "auto_class": family.auto_class,
+        "license": license_of(folder),
+        "stored_in": description(folder, config),
+        "model_fingerprint": fingerprint(folder),
+    }
 
 
 def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Reading a checkpoint weight by weight, whatever it is stored in."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -43,12 +43,13 @@ class StoredWeight:
         return sum(tensor.nbytes for tensor in self.stored.values())
 
 
-def stored_weights(folder: Path, config: Any) -> Iterator[StoredWeight]:
+def stored_weights(folder: Path, config: Any, joined: Collection[str] = ()) -> Iterator[StoredWeight]:
     """Every weight of a checkpoint, in the order of its files. What is stored is mapped; nothing is read yet.
 
     Args:
         folder: the model's.
         config: transformers' configuration of it.
+        joined: names of matrices that files have of all of a layer's experts in one tensor: they are taken apart.
 
     Raises:
         ModelError: the files are missing or not complete, or the form is refused.
@@ -75,7 +76,40 @@ def stored_weights(folder: Path, config: Any) -> Iterator[StoredWeight]:
         for weight, places in weights.items():
             parts = {part: handle.get_tensor(name) for part, (name, handle) in places.items()}
             stored = {name: parts[part] for part, (name, _) in places.items()}
-            yield StoredWeight(weight, stored, partial(_read, form, weight, parts))
+            whole = StoredWeight(weight, stored, partial(_read, form, weight, parts))
+            layer, _, leaf = weight.rpartition(".")
+            if leaf.removesuffix("_bias") in joined:
+                yield from _of_each_expert(whole, layer, leaf, form, parts)
+            else:
+                yield whole
+
+
+def _of_each_expert(
+    whole: StoredWeight, layer: str, leaf: str, form: Format, parts: dict[str, Tensor]
+) -> Iterator[StoredWeight]:
+    """The linear layers' weights (out, in) and biases in a tensor (experts, in, out) or (experts, out).
+
+    Raises:
+        ModelError: its parts are not of as many experts.
+    """
+    counts = {tuple(tensor.shape[:1]) for tensor in parts.values()}
+    if len(counts) != 1 or counts == {()}:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in whole.stored.items())
+        raise ModelError(f"{whole.name} is not of one number of experts: {shapes}")
+    name = leaf.removesuffix("_bias")
+    part = "weight" if name == leaf else "bias"
+    for number in range(next(iter(counts))[0]):
+        of_one = {kind: tensor[number : number + 1] for kind, tensor in parts.items()}
+        yield StoredWeight(
+            f"{layer}.{number}.{name}.{part}",
+            {f"{stored}[{number}]": tensor[number] for stored, tensor in whole.stored.items()},
+            partial(_read_expert, form, whole.name, of_one),
+        )
+
+
+def _read_expert(form: Format, name: str, parts: dict[str, Tensor]) -> Tensor:
+    """One expert's weight (out, in), or bias. Raises as _read."""
+    return _read(form, name, parts)[0].t()
 
 
 def _read(form: Format, name: str, parts: dict[str, Tensor]) -> Tensor:
