@@ -8,7 +8,7 @@ from qlora_operator.api.names import Reason
 ROOT = Path(__file__).parents[2]
 PAGE, _, ONE_MACHINE = (ROOT / "docs" / "troubleshooting.md").read_text().partition("\n## qlora run\n")
 
-NOT_OURS = {"Permission denied", "Read-only file system", "transfer refused"}
+NOT_OURS = {"qlora: command not found", "Permission denied", "Read-only file system", "transfer refused"}
 """Linux' words, and those of an exit code's name."""
 
 
