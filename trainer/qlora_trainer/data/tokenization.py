@@ -294,16 +294,15 @@ class Tokenization:
                 f"them; {REMEDY}"
             )
 
+        def end_of(token: int) -> int:
+            # Of the few tokens that are asked for: a list of all offsets costs as much as half of the ids.
+            place = encoding.token_to_chars(token)
+            assert place is not None, "no token is added to those of the text"
+            return place[1]
+
         def ended(character: int) -> int:
             """How many tokens of the part end before a character of it, or with it."""
-            # Where a token ends is asked for a few of them: a list of all offsets costs as much as half of the ids.
-            ends = range(len(ids))
-            return (
-                bisect_right(
-                    ends, character + len(anchor), count, key=lambda i: encoding.token_to_chars(i)[1]
-                )
-                - count
-            )
+            return bisect_right(range(len(ids)), character + len(anchor), count, key=end_of) - count
 
         return ids[count:], self._mask(part, ids[count:], ended, location)
 
