@@ -1,7 +1,6 @@
 """A real Kueue on a control plane: installed by its own chart, with its manager as a process on this machine."""
 
 import base64
-import random
 import urllib.request
 from collections.abc import Iterator
 from typing import Any, Self
@@ -13,7 +12,7 @@ from testcluster.binaries import built
 from testcluster.chart import Object, find, render
 from testcluster.client import Client
 from testcluster.command_lines import LOOPBACK
-from testcluster.control_plane import PORTS, ControlPlane
+from testcluster.control_plane import ControlPlane, free_ports
 from testcluster.waiting import wait_for
 
 PROGRAM = "kueue"
@@ -33,7 +32,7 @@ class Kueue:
     def __init__(self, cluster: ControlPlane) -> None:
         self.cluster = cluster
         self._folder = cluster.folder / PROGRAM
-        self._port, self._health_port = random.sample(PORTS, 2)
+        self._port, self._health_port, *_ = free_ports(LOOPBACK).values()
         self._defaults: Object = {}
         self._command: list[str] = []
 
