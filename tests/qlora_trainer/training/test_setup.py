@@ -37,6 +37,7 @@ from qlora_trainer.training.setup import (
     once_per_pod,
     pod_cpus,
     prepare,
+    sums_that_vary,
 )
 
 pytestmark = pytest.mark.process
@@ -160,6 +161,15 @@ def test_another_processor_layout_or_library_is_said(ready: Ready, what: str) ->
     save(context, state)
 
     assert prepare(ready()).loop.not_bit_exact is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "varies"),
+    [("ccl", 2, False), ("ccl", 3, True), ("mpi", 4, False), ("gloo", 4, False)],
+)
+def test_a_backend_whose_sums_vary_promises_no_bits(backend: str, ranks: int, varies: bool) -> None:
+    """A sum of two numbers has one rounding."""
+    assert (sums_that_vary({"backend": backend, "world_size": ranks}) is not None) == varies
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1], ids=["no dropout", "dropout"])
