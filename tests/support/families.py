@@ -133,8 +133,15 @@ class Family:
     """Shape (`*`: any) -> what the refusal says."""
 
     def learned(self, chat: Chat) -> str:
-        """What is right to learn of a conversation: each of the assistant's turns with what ends it."""
-        last = max(i for i, message in enumerate(chat.messages) if message.role == "assistant")
+        """What is right to learn of a conversation: each of the assistant's turns with what ends it.
+
+        It ends with the last of them for the template, too: what nobody learns is not written.
+        """
+        last = max(
+            i
+            for i, message in enumerate(chat.messages)
+            if message.role == "assistant" and message.trained is not False
+        )
         asked = max(
             (i for i, message in enumerate(chat.messages[:last]) if message.role == "user"), default=0
         )

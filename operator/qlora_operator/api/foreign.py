@@ -16,7 +16,6 @@ FIELDS = {
     "train_dataset": "dataset.source",
     "train_file": "dataset.source",
     "output_dir": "workspace",
-    "template": "dataset.chatTemplate",
     "test_size": "dataset.evalFraction",
     "val_set_size": "dataset.evalFraction",
     "val_size": "dataset.evalFraction",
