@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from builders import run_fields
 from qlora_contract import env, job_folder
 from qlora_contract.progress import TerminationReport
 from qlora_contract.run_config import Distributed, RunConfig
+from qlora_operator.cli.processes import free_port
 from qlora_trainer.data.dataset import load
 from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.distributed.backends import registry
@@ -287,13 +287,6 @@ class Job:
         return {
             str(path.relative_to(self.folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths
         }
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 ROUNDING = 2e-6

@@ -1,13 +1,13 @@
 """Several ranks as real processes."""
 
 import multiprocessing
-import socket
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from qlora_operator.cli.processes import free_port
 from qlora_trainer.distributed import World
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -20,12 +20,6 @@ for number, name in ((1, "out"), (2, "err")):
     os.dup2(os.open(f"{folder}/{name}-{environ['RANK']}", os.O_WRONLY | os.O_CREAT), number)
 os.environ.update(environ)
 """
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class Ranks:

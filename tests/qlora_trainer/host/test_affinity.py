@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import pytest
 from builders import OMIT, a_run
 from qlora_contract import env, supervision
 from qlora_contract.cpus import format_cpu_list, parse_cpu_list
+from qlora_operator.cli.processes import free_port
 from qlora_trainer.host.affinity import SERVICE_CPUS_ENV, on_service_cpus
 from qlora_trainer.host.numa import read_machine
 from qlora_trainer.launch import supervisor
@@ -81,12 +81,6 @@ def threads_of(pid: int) -> dict[int, tuple[str, set[int], int]]:
         allowed = next(line for line in status.splitlines() if line.startswith("Cpus_allowed_list:"))
         found[int(task.name)] = (name, set(parse_cpu_list(allowed.partition(":")[2])), last)
     return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 # --- service and compute threads of torch

@@ -19,6 +19,7 @@ import pytest
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.progress import ProgressReport
 from qlora_contract.run_config import ResolvedRevisions
+from qlora_operator.cli.processes import free_port
 from testcluster.faulty_http import answer, cut, spoil, stall
 from testcluster.hub import SIGNATURE
 from testcluster.remote import BUCKET, HUB_TOKEN, SECRET_KEY, Remotes, Transfers, part_bytes, remotes, until
@@ -115,15 +116,6 @@ def test_why_it_waits_is_served(transfers: Transfers, sound: Remotes) -> None:
     assert "503" in waiting[0]
     assert "retrying in 1 s" in waiting[0]
     assert transfers.wait(process).code == 0
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def progress(port: int) -> ProgressReport | None:
