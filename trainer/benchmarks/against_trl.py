@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,6 +27,9 @@ from typing import Any
 
 import yaml
 from measure import Measurement, measure
+
+from qlora_contract.job_folder import METRICS, TRAINING_REPORT
+from qlora_contract.progress import FIRST_STEP
 
 HERE = Path(__file__).parent
 DEMO = HERE.parents[1] / "manifests" / "samples" / "demo.yaml"
@@ -48,7 +50,7 @@ class Run:
     supervised_tokens_per_second: float
     tokens_per_second: float
     startup_seconds: float
-    """From the command's start to the first step's."""
+    """From the start to the first step's: of the peer's script, and of our ranks, without `qlora run`'s own second."""
     wall_seconds: float
     peak_bytes: int
     """Summed proportional set size."""
@@ -77,9 +79,12 @@ def ours(folder: Path, scratch: Path, steps: int, dtype: str) -> Run:
     qlora = str(Path(sys.executable).with_name("qlora"))
     volumes = ["--volume", f"demo={folder}", "--volume", f"scratch={scratch}"]
     result = finished([qlora, "run", str(file), *volumes], scratch)
-    lines_file = scratch / "jobs" / job["metadata"]["name"] / "metrics.jsonl"
-    lines = [json.loads(line) for line in lines_file.read_text(encoding="utf-8").splitlines()]
-    return our_run(lines, result, begun(lines_file) - begun(scratch / "stdout"))
+    folder_of_job = scratch / "jobs" / job["metadata"]["name"]
+    lines = (folder_of_job / METRICS).read_text(encoding="utf-8").splitlines()
+    timeline = json.loads((folder_of_job / TRAINING_REPORT).read_text(encoding="utf-8"))["timeline"]
+    stages = list(timeline)
+    startup = sum(timeline[stage] for stage in stages[: stages.index(FIRST_STEP)])
+    return our_run([json.loads(line) for line in lines], result, startup)
 
 
 def our_run(lines: Sequence[dict[str, Any]], result: Measurement, startup: float) -> Run:
@@ -94,12 +99,6 @@ def our_run(lines: Sequence[dict[str, Any]], result: Measurement, startup: float
         result.peak.pss,
         result.peak_private,
     )
-
-
-def begun(path: Path) -> float:
-    """When a file was made, in seconds; metrics.jsonl is made right before the first step."""
-    done = subprocess.run(["stat", "--format=%.3W", path], check=True, capture_output=True, text=True)
-    return float(done.stdout)
 
 
 def peer(folder: Path, scratch: Path, steps: int, dtype: str, extra: Sequence[str] = ()) -> Run:
