@@ -4,12 +4,12 @@ The operator's side cannot read a model or data itself: that takes the trainer's
 """
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field
 
 from qlora_contract.base import ContractModel
-from qlora_contract.memory import Checkpointing, Dtype, ModelShape
+from qlora_contract.memory import Checkpointing, Dtype, MemoryEstimate, ModelShape
 from qlora_contract.run_config import IsaTier, Training
 
 BUSY_SHARE = 0.75
@@ -160,6 +160,16 @@ class MemoryFigures(ContractModel):
     total: int
     micro_batch_tokens: int
     checkpointing: Checkpointing
+
+    @classmethod
+    def of(cls, estimate: MemoryEstimate) -> Self:
+        """Those of an estimate."""
+        return cls(
+            parts=estimate.parts(),
+            total=estimate.total,
+            micro_batch_tokens=estimate.micro_batch_tokens,
+            checkpointing=estimate.checkpointing,
+        )
 
 
 class TextSpan(ContractModel):

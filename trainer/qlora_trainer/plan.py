@@ -259,12 +259,7 @@ def plan(run: RunConfig) -> PlanReport:
         compute_dtype=dtype,
         stored_in=description(model_folder, read_config(model_folder)),
         shape=shape,
-        memory=MemoryFigures(
-            parts=estimate.parts(),
-            total=estimate.total,
-            micro_batch_tokens=estimate.micro_batch_tokens,
-            checkpointing=estimate.checkpointing,
-        ),
+        memory=MemoryFigures.of(estimate),
         training=training,
         evaluation=evaluation,
         steps=steps,

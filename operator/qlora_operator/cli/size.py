@@ -210,12 +210,7 @@ def _plan(
     tokens: int,
     problems: list[CommandError],
 ) -> SizePlan:
-    figures = MemoryFigures(
-        parts=needs.parts(),
-        total=needs.total,
-        micro_batch_tokens=needs.micro_batch_tokens,
-        checkpointing=needs.checkpointing,
-    )
+    figures = MemoryFigures.of(needs)
     return SizePlan(
         name=name,
         isa=run.isa,

@@ -172,12 +172,7 @@ def time_on(
     plan = PlanReport(
         compute_dtype=dtype,
         shape=shape,
-        memory=MemoryFigures(
-            parts=chosen.parts(),
-            total=chosen.total,
-            micro_batch_tokens=chosen.micro_batch_tokens,
-            checkpointing=chosen.checkpointing,
-        ),
+        memory=MemoryFigures.of(chosen),
         training=training,
         evaluation=evaluation,
         steps=steps,
