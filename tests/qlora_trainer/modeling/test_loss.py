@@ -76,6 +76,22 @@ def test_chunked_equals_full(
     torch.testing.assert_close(found[1].double(), expected[1], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_the_library_widens_no_slice_of_the_head(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """It multiplies with the head as it is stored."""
+    hidden, head, targets = case()
+    expected, gradient = ours(hidden.to(dtype), head.to(stored), targets)
+    if passes_for(hidden) is not None:
+        monkeypatch.setattr(loss, "_slices", None)
+    found = ours(hidden.to(dtype), head.to(stored), targets)
+
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], gradient)
+
+
 @pytest.mark.parametrize("softcap", [0.5, 3.0, 30.0])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

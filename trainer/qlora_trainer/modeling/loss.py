@@ -4,12 +4,13 @@ The logits of a batch are often its largest tensor (tokens x vocabulary). Only
 rows that are supervised are computed, a chunk at a time, and the gradient with
 respect to the hidden states is made in the same pass, while the chunk's
 probabilities are there (as Liger kernels do); the head is frozen and needs
-none. The head may be stored in a narrower type than the one computed in; it is
-widened in slices, so that no wide copy of it exists.
+none. The head may be stored in a narrower type than the one computed in; no
+wide copy of it exists.
 
-With the kernel library, logits stay in the compute dtype, as the product made
-them, and one pass turns them into losses and gradients in place; in plain torch
-they are widened, and every operator passes over them again.
+With the kernel library, the head is widened as it is multiplied with; logits
+stay in the compute dtype, as the product made them, and one pass turns them
+into losses and gradients in place. In plain torch the head is widened in
+slices, and every operator passes over wide logits again.
 """
 
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from qlora_trainer.data.collate import pad_multiple
 from qlora_trainer.modeling.passes import passes_for
+from qlora_trainer.quantization.kernels import tensor_weight
 
 LOGITS_BYTES = 64 * 2**20
 """Size of the logits of one chunk in fp32, at most."""
 SLICE_BYTES = 32 * 2**20
-"""Size of one widened slice of the head, at most."""
+"""Size of one widened slice of the head, at most, in plain torch."""
 
 
 def summed_cross_entropy(
@@ -53,7 +55,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         padding = -supervised % multiple
         hidden = F.pad(hidden, (0, 0, 0, padding))
         targets = F.pad(targets, (0, padding))
-        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(targets))
         rows = max(multiple, LOGITS_BYTES // (4 * head.shape[0]) // multiple * multiple)
         for start in range(0, len(targets), rows):
@@ -69,7 +71,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 if slope is not None:
                     logits.mul_(slope)
-                _times_head(logits.to(hidden.dtype), head, gradient[chunk])
+                gradient[chunk] = _times_head(logits.to(hidden.dtype), head)
         ctx.gradient = None if gradient is None else gradient[:supervised]
         return losses[:supervised].sum(dtype=torch.float64)
 
@@ -92,11 +94,15 @@ def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 def head_logits(hidden: Tensor, head: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, hidden size), (vocabulary, hidden size) -> (rows, vocabulary), stored as `dtype`."""
+    weight = tensor_weight(head, hidden.dtype)
+    # A single row, as when answers are made, is as fast as memory is: nothing pays for strips.
+    if weight is not None and (len(hidden) > 1 or head.dtype != hidden.dtype):
+        return weight.linear(hidden, None).to(dtype)
     if head.dtype == hidden.dtype == dtype:
         return hidden @ head.t()
     logits = torch.empty(hidden.shape[0], head.shape[0], dtype=dtype)
-    for part, weight in _slices(head, hidden.dtype):
-        logits[:, part] = hidden @ weight.t()
+    for part, wide in _slices(head, hidden.dtype):
+        logits[:, part] = hidden @ wide.t()
     return logits
 
 
@@ -119,7 +125,12 @@ def _losses_then_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return total.squeeze(1).log_().add_(top.squeeze(1)).sub_(at_target)
 
 
-def _times_head(dlogits: Tensor, head: Tensor, out: Tensor) -> None:
-    """d(sum of losses)/d(hidden) = (p - onehot) @ head, added to `out` (rows, hidden size)."""
-    for part, weight in _slices(head, out.dtype):
-        out.addmm_(dlogits[:, part], weight)
+def _times_head(dlogits: Tensor, head: Tensor) -> Tensor:
+    """d(sum of losses)/d(hidden) = (p - onehot) @ head: (rows, vocabulary) -> (rows, hidden size)."""
+    weight = tensor_weight(head, dlogits.dtype)
+    if weight is not None:
+        return weight.linear_grad_input(dlogits)
+    out = dlogits.new_zeros(len(dlogits), head.shape[1])
+    for part, wide in _slices(head, out.dtype):
+        out.addmm_(dlogits[:, part], wide)
+    return out

@@ -15,6 +15,7 @@ from qlora_trainer.quantization.kernels.compiled import (
     CompiledDenseWeight,
     CompiledInt8Weight,
     CompiledNf4Weight,
+    CompiledTensor,
     CompiledWeight,
 )
 from qlora_trainer.quantization.kernels.reference import Nf4Weight
@@ -34,8 +35,10 @@ DOUBLE = pytest.mark.parametrize("double", [False, True], ids=["plain", "double"
 SHAPES = [(1, 64), (31, 192), (96, 128), (257, 64), (576, 576), (70, 2112), (2112, 64)]
 """Rows off the strip of 32 and the tile of 16; sums in one chunk, in several, and in more than one part."""
 BY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
-FORMS = ["nf4", "int8", "none", "none, other type"]
-"""The last is kept in bfloat16 and computed with in float32, or the other way round."""
+FORMS = ["nf4", "int8", "none", "none, other type", "tensor", "tensor, other type"]
+"""Other types are kept in bfloat16 and computed with in float32, or the other way round."""
+OWN_FORMS = FORMS[:4]
+"""Of numbers that are in the library's order."""
 BY_FORM = pytest.mark.parametrize("form", FORMS)
 FORMS_AND_SHAPES = [
     *(("nf4", shape) for shape in SHAPES),
@@ -72,7 +75,10 @@ def pair(tier: str, weight: Tensor, form: str, dtype: torch.dtype) -> tuple[Comp
     if form == "int8":
         quantized = quantize_int8(weight, name="w")
         return CompiledInt8Weight.of_weight(quantized, library_of(tier)), quantized
-    kept = weight.to(dtype if form == "none" else next(other for other in FACTOR if other != dtype))
+    other = next(other for other in FACTOR if other != dtype)
+    kept = weight.to(other if form.endswith("other type") else dtype).contiguous()
+    if form.startswith("tensor"):
+        return CompiledTensor(kept, library_of(tier)), UnquantizedWeight(kept)
     return CompiledDenseWeight.of_tensor(kept, library_of(tier)), UnquantizedWeight(kept)
 
 
@@ -511,7 +517,7 @@ def test_the_quantizer_s_numbers_come_back(double: bool, shape: tuple[int, int])
     assert weight.nbytes == matrix.nbytes + filled // 2 + filled // BLOCK * (1 if double else 4)
 
 
-@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("form", OWN_FORMS[1:])
 @pytest.mark.parametrize("shape", [(96, 128), (31, 70)], ids=str)
 def test_other_forms_take_no_more_than_what_fills_them_up(form: str, shape: tuple[int, int]) -> None:
     """Rows and columns to 32: for models' sizes the bytes are the scheme's, and memory of their own."""
@@ -529,7 +535,7 @@ def test_other_forms_take_no_more_than_what_fills_them_up(form: str, shape: tupl
 
 
 @DTYPES
-@pytest.mark.parametrize("form", ["nf4, fp32 scales", *FORMS])
+@pytest.mark.parametrize("form", ["nf4, fp32 scales", *OWN_FORMS])
 def test_dequantizing_is_the_reference_s(dtype: torch.dtype, form: str) -> None:
     """The same bits, into new memory or into what is given; what does not fit is refused."""
     weight = randn(70, 192)
@@ -567,3 +573,14 @@ def test_what_does_not_fit_is_refused(x: Tensor, bias: Tensor | None, message: s
 
     with pytest.raises(ValueError, match=message):
         ours.linear(x, bias)
+
+
+def test_a_tensor_is_multiplied_with_where_it_lies() -> None:
+    """What changes in it changes the product: nothing is copied. What is not contiguous is refused."""
+    tensor = randn(33, 70)
+    weight = CompiledTensor(tensor, library_of("avx2"))
+    tensor.zero_()
+
+    assert not weight.linear(randn(3, 70), None).any()
+    with pytest.raises(ValueError, match="contiguous"):
+        CompiledTensor(randn(70, 33).t(), library_of("avx2"))

@@ -47,12 +47,9 @@ QLORA_INLINE const X* numbers_of(const DenseMatrix& w, int64_t n0, int64_t k0) {
   return static_cast<const X*>(w.numbers) + n0 * pieces_of(w.k, kBlock) * kBlock + k0 * kStrip;
 }
 
-// Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks. Of the type that is computed in, it lies there already.
+// A strip of one type as the other: `blocks` blocks.
 template <bool is_bf16>
-QLORA_INLINE const float* strip_over_k(const DenseMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room) {
-  const auto* dwords = w.is_bf16 ? reinterpret_cast<const float*>(numbers_of<bf16>(w, n0, k0)) : numbers_of<float>(w, n0, k0);
-  if (w.is_bf16 == is_bf16) return dwords;
-  float* strip = room;
+QLORA_INLINE void convert(const float* dwords, int64_t blocks, float* strip) {
   for (int64_t two = 0; two < blocks * kBlock / 2; ++two, strip += kDwordsOfTwo<is_bf16>, dwords += kDwordsOfTwo<!is_bf16>)
     for (int j = 0; j < kStrip; j += Vec::width) {
       Vec even, odd;
@@ -64,6 +61,14 @@ QLORA_INLINE const float* strip_over_k(const DenseMatrix& w, int64_t n0, int64_t
       }
       store_two<is_bf16>(strip + j, even, odd);
     }
+}
+
+// Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks. Of the type that is computed in, it lies there already.
+template <bool is_bf16>
+QLORA_INLINE const float* strip_over_k(const DenseMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room) {
+  const auto* dwords = w.is_bf16 ? reinterpret_cast<const float*>(numbers_of<bf16>(w, n0, k0)) : numbers_of<float>(w, n0, k0);
+  if (w.is_bf16 == is_bf16) return dwords;
+  convert<is_bf16>(dwords, blocks, room);
   return room;
 }
 
@@ -88,6 +93,54 @@ QLORA_INLINE const float* strip_over_n(const DenseMatrix& w, int64_t k0, int64_t
     else
       block_over_n<is_bf16, float>(w, k0, n0 + b * kBlock, room + b * made);
   }
+  return room;
+}
+
+// Rows n0 to n0 + 31 become the columns of a strip: k0 to k0 + 32 blocks of them, as the matrix has them.
+template <bool is_bf16, class X>
+QLORA_INLINE void turned_over_k(const RowMajorMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* strip) {
+  constexpr int64_t numbers = sizeof(float) / sizeof(X), dwords = kBlock / numbers;  // of a dword, and of a row of a block
+  constexpr bool converts = is_bf16 != (sizeof(X) == sizeof(bf16));
+  const int64_t rows = least<int64_t>(kStrip, w.n - n0);
+  alignas(64) X filled[kStrip * kBlock];
+  alignas(64) float turned[dwords * kStrip];
+  for (int64_t b = 0; b < blocks; ++b, k0 += kBlock, strip += kBlock / 2 * kDwordsOfTwo<is_bf16>) {
+    const X* block = static_cast<const X*>(w.numbers) + n0 * w.k + k0;
+    int64_t stride = w.k;
+    // The last rows and columns are filled up. Where rows of bf16 are odd, every other one begins within a dword.
+    if (const int64_t columns = least<int64_t>(kBlock, w.k - k0); rows < kStrip || columns < kBlock || stride % numbers) {
+      __builtin_memset(filled, 0, sizeof filled);
+      for (int64_t i = 0; i < rows && columns > 0; ++i)
+        __builtin_memcpy(filled + i * kBlock, block + i * stride, static_cast<size_t>(columns) * sizeof(X));
+      block = filled;
+      stride = kBlock;
+    }
+    float* const to = converts ? turned : strip;
+    for (int64_t i = 0; i < dwords; i += Vec::width)
+      for (int64_t j = 0; j < kStrip; j += Vec::width)
+        transpose(reinterpret_cast<const float*>(block + j * stride) + i, stride / numbers, to + i * kStrip + j, kStrip);
+    if constexpr (converts) convert<is_bf16>(turned, 1, strip);
+  }
+}
+
+// Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks.
+template <bool is_bf16>
+QLORA_INLINE const float* strip_over_k(const RowMajorMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room) {
+  if (w.is_bf16)
+    turned_over_k<is_bf16, bf16>(w, n0, k0, blocks, room);
+  else
+    turned_over_k<is_bf16, float>(w, n0, k0, blocks, room);
+  return room;
+}
+
+// Columns k0 to k0 + 31, the sum over n: n0 to n0 + 32 blocks.
+template <bool is_bf16>
+QLORA_INLINE const float* strip_over_n(const RowMajorMatrix& w, int64_t k0, int64_t n0, int64_t blocks, float* const room) {
+  const int64_t columns = least<int64_t>(kStrip, w.k - k0);
+  if (w.is_bf16)
+    strip_over_rows<is_bf16>(static_cast<const bf16*>(w.numbers) + k0, w.k, n0, blocks, w.n, columns, room);
+  else
+    strip_over_rows<is_bf16>(static_cast<const float*>(w.numbers) + k0, w.k, n0, blocks, w.n, columns, room);
   return room;
 }
 

@@ -108,6 +108,7 @@ template <bool is_bf16>
 StripMaker maker_for(const LinearCall& call) {
   if (call.form == kInt8) return maker_for<is_bf16, Int8Matrix>(call.weight);
   if (call.form == kDense) return maker_for<is_bf16, DenseMatrix>(call.weight);
+  if (call.form == kRowMajor) return maker_for<is_bf16, RowMajorMatrix>(call.weight);
   return maker_for<is_bf16, Nf4Matrix>(call.weight);
 }
 

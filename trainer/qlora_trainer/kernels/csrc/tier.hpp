@@ -6,8 +6,8 @@ namespace qlora {
 
 struct bf16;
 
-// What a weight W (n, k) is kept in. Its rows are filled up with zeros to a multiple of 32, np.
-enum Form { kFourBits = 0, kInt8 = 1, kDense = 2 };
+// What a weight W (n, k) is kept in. Its rows are filled up with zeros to a multiple of 32, np, but for kRowMajor.
+enum Form { kFourBits = 0, kInt8 = 1, kDense = 2, kRowMajor = 3 };
 
 // In 4 bits (NF4 or FP4, by its levels), k a multiple of `block`. Blocks of 32 k x 16 n, so that a strip of either 32 n or 32 k is dequantized from whole lines:
 //   codes[k / 32][np / 16][16 pairs of k][16 n]   a byte: the code of the even k in its high half, of the odd k below
@@ -36,6 +36,13 @@ struct Int8Matrix {
 // As it is, in strips: k is filled up as above.
 struct DenseMatrix {
   const void* numbers;  // float [np / 32][kp][32 n], or bf16 [np / 32][kp / 2][32 n][2 k]
+  bool is_bf16;
+  int64_t n, k;
+};
+
+// As a tensor lies, which others read as well: nothing is copied and nothing filled up.
+struct RowMajorMatrix {
+  const void* numbers;  // float or bf16 (n, k)
   bool is_bf16;
   int64_t n, k;
 };

@@ -71,6 +71,15 @@ def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
     return compiled.CompiledDenseWeight.of_tensor(tensor.to(dtype), found)
 
 
+def tensor_weight(tensor: Tensor, dtype: torch.dtype) -> compiled.CompiledTensor | None:
+    """A tensor (out, in) itself as a weight, for products in `dtype`; None: plain torch is to multiply."""
+    found = _usable()
+    types = compiled.DENSE_TYPES
+    if found is None or dtype not in types or tensor.dtype not in types or not tensor.is_contiguous():
+        return None
+    return compiled.CompiledTensor(tensor, found)
+
+
 @functools.cache
 def is_right(found: library.Library) -> bool:
     """Whether the library multiplies rightly here. Where it uses the tile unit, a small product is tried first.

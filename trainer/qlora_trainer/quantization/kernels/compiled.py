@@ -82,7 +82,14 @@ class _DenseMatrix(ctypes.Structure):
     )
 
 
-_Matrix = _Nf4Matrix | _Int8Matrix | _DenseMatrix
+class _RowMajorMatrix(ctypes.Structure):
+    """RowMajorMatrix of tier.hpp."""
+
+    form = 3
+    _fields_ = _DenseMatrix._fields_
+
+
+_Matrix = _Nf4Matrix | _Int8Matrix | _DenseMatrix | _RowMajorMatrix
 
 
 @functools.cache
@@ -372,6 +379,21 @@ class CompiledDenseWeight(CompiledWeight):
             return matrix.to(dtype)
         check_out(out, dtype, self._shape)
         return out.copy_(matrix)
+
+
+class CompiledTensor(CompiledWeight):
+    """A matrix (out, in) as a tensor has it, float32 or bfloat16, contiguous: others read it, too, so it is not copied.
+
+    To put its rows into strips is a part of every product: a few percent at some hundred rows.
+    """
+
+    def __init__(self, tensor: Tensor, library: Library) -> None:
+        dtype = tensor.dtype if tensor.dtype in DENSE_TYPES else torch.float32
+        check_tensor("numbers", tensor, dtype, tuple(tensor.shape))
+        self._tensor = tensor
+        super().__init__(
+            _RowMajorMatrix(tensor.data_ptr(), tensor.dtype == torch.bfloat16, *tensor.shape), library
+        )
 
 
 def _to_strips(matrix: Tensor) -> Tensor:
