@@ -31,8 +31,8 @@ def library_of(tier: str) -> Library:
     return found
 
 
-PASS_TIERS = [REFERENCE, *(tier for tier in TIERS if tier != "amx_emulated")]
-"""What passes over elements are tested with; without a tile unit in it, the emulated tier is avx2 again."""
+PASS_TIERS = [REFERENCE, *TIERS]
+"""What passes are tested with."""
 
 
 @contextmanager

@@ -269,6 +269,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
         pytest.param([300], (2, 2), 32, 2, id="a window of two"),
         pytest.param([200, 30], (2, 1), 128, 64, id="a window of a block"),
         pytest.param([130, 70], (2, 1), 256, 10**6, id="a window beyond all"),
+        pytest.param([270, 190], (4, 2), 64, None, id="many blocks"),
     ],
 )
 def test_errors_against_fp64(
@@ -300,11 +301,24 @@ def test_errors_against_fp64(
 
 
 @pytest.mark.parametrize("window", [None, 50])
-@pytest.mark.parametrize(("softcap", "bound"), [(50.0, 1e-5), (2.0, 1e-5), (0.1, 2e-5)])
-def test_capped_scores_against_fp64(tier: str, softcap: float, bound: float, window: int | None) -> None:
-    """Whether the cap is far above the scores, among them or far below, fp32 is exact to a few units."""
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "bound"),
+    [
+        (torch.float32, 50.0, 1e-5),
+        (torch.float32, 2.0, 1e-5),
+        (torch.float32, 0.1, 2e-5),
+        (torch.bfloat16, 50.0, 1e-2),
+        (torch.bfloat16, 2.0, 1e-2),
+        (torch.bfloat16, 0.1, 2e-2),
+    ],
+    ids=str,
+)
+def test_capped_scores_against_fp64(
+    tier: str, dtype: torch.dtype, softcap: float, bound: float, window: int | None
+) -> None:
+    """Whether the cap is far above the scores, among them or far below, errors are a few units of the type."""
     segments = [63, 120, 1, 29]
-    qkv = inputs(sum(segments), 6, 2, torch.float32, 40)
+    qkv = inputs(sum(segments), 6, 2, dtype, 40)
     exact = with_gradients(
         lambda x: dense(x, segments, window, None, softcap),
         [x.detach().double().requires_grad_() for x in qkv],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.kernels import library
+from qlora_trainer.quantization.kernels import usable
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """What activations may be stored as, by the library's number."""
@@ -26,7 +27,7 @@ _pointer, _integer, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 def passes_for(*tensors: Tensor) -> "Passes | None":
     """The passes, where they can take these tensors: all fp32 or all bf16. None where plain torch is to compute."""
-    kernels = library.loaded()
+    kernels = usable()
     dtype = tensors[0].dtype
     if kernels is None or dtype not in _TYPES or any(t.dtype != dtype for t in tensors):
         return None

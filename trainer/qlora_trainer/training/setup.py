@@ -43,7 +43,6 @@ from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.host.cgroups import memory_limit
 from qlora_trainer.host.isa import processor
-from qlora_trainer.kernels import library
 from qlora_trainer.modeling import initial_adapter
 from qlora_trainer.modeling.adapter_methods import method_for
 from qlora_trainer.modeling.adapter_parameters import ALIGNMENT, AdapterParameters
@@ -211,7 +210,7 @@ def agree_on_inputs(context: RankContext) -> Inputs:
     checkpoints = kept * shape.adapter_weights * CHECKPOINT_BYTES
     space = checkpoints + 2**20 + exports.space(forms, model_folder)
     maps = pods_that_map(context, model_folder, DTYPES[dtype], memory.base_bytes(shape, run, dtype), space)
-    compiled, mapped = library.loaded() is not None, all(maps.values())
+    compiled, mapped = kernels.usable() is not None, all(maps.values())
     chosen = memory.choose(shape, run, dtype, samples, compiled=compiled, mapped=mapped)
     check_memory(run, chosen, os.environ, memory_limit())
     write_memory_plan(chosen.parts())
@@ -402,7 +401,7 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
         "compute_dtype": dtype,
         "kernels": kernels.name(context.run.quantization.scheme),
         # None where plain torch runs, as in checkpoints that knew no other.
-        "passes": compiled.name if (compiled := library.loaded()) else None,
+        "passes": compiled.name if (compiled := kernels.usable()) else None,
         # As in checkpoints of a release whose masks torch drew.
         "dropout": GENERATOR if context.run.adapter.dropout else None,
         "isa": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,5 @@
-// Causal attention of packed samples, forward and backward, in fp32 whatever is read and written.
+// Causal attention of packed samples, forward and backward, in fp32 whatever is read and written: of fp32, and of bf16
+// where the processor does not multiply them (attention_bf16.hpp).
 //
 // A task is a sample and a head of keys, with all heads of queries that read it (grouped queries), so that no two tasks
 // write to the same gradient and what is added up is added in one order. Its keys and values are widened and laid out for
@@ -338,14 +339,6 @@ inline bool attention_grad(const Attention& a, const AttentionTask& task) {
     });
   }
   return true;
-}
-
-inline bool attention_of(const Attention& a, const AttentionTask& task) {
-  return a.type == kBf16 ? attention<bf16>(a, task) : attention<float>(a, task);
-}
-
-inline bool attention_grad_of(const Attention& a, const AttentionTask& task) {
-  return a.type == kBf16 ? attention_grad<bf16>(a, task) : attention_grad<float>(a, task);
 }
 
 }  // namespace qlora::QLORA_TIER

@@ -96,29 +96,30 @@ QLORA_INLINE const float* strip_over_n(const DenseMatrix& w, int64_t k0, int64_t
   return room;
 }
 
-// Rows n0 to n0 + 31 become the columns of a strip: k0 to k0 + 32 blocks of them, as the matrix has them.
+// Rows of x (rows, depth), `stride` apart: the first 32 become the columns of a strip, `blocks` blocks of it. What is
+// beyond `rows` and `depth` is 0.
 template <bool is_bf16, class X>
-QLORA_INLINE void turned_over_k(const RowMajorMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* strip) {
+QLORA_INLINE void strip_over_columns(const X* x, int64_t stride, int64_t rows, int64_t depth, int64_t blocks, float* strip) {
   constexpr int64_t numbers = sizeof(float) / sizeof(X), dwords = kBlock / numbers;  // of a dword, and of a row of a block
   constexpr bool converts = is_bf16 != (sizeof(X) == sizeof(bf16));
-  const int64_t rows = least<int64_t>(kStrip, w.n - n0);
+  rows = least<int64_t>(rows, kStrip);
   alignas(64) X filled[kStrip * kBlock];
   alignas(64) float turned[dwords * kStrip];
-  for (int64_t b = 0; b < blocks; ++b, k0 += kBlock, strip += kBlock / 2 * kDwordsOfTwo<is_bf16>) {
-    const X* block = static_cast<const X*>(w.numbers) + n0 * w.k + k0;
-    int64_t stride = w.k;
+  for (int64_t b = 0; b < blocks; ++b, x += kBlock, depth -= kBlock, strip += kBlock / 2 * kDwordsOfTwo<is_bf16>) {
+    const X* block = x;
+    int64_t row = stride;
     // The last rows and columns are filled up. Where rows of bf16 are odd, every other one begins within a dword.
-    if (const int64_t columns = least<int64_t>(kBlock, w.k - k0); rows < kStrip || columns < kBlock || stride % numbers) {
+    if (const int64_t columns = least<int64_t>(kBlock, depth); rows < kStrip || columns < kBlock || stride % numbers) {
       __builtin_memset(filled, 0, sizeof filled);
       for (int64_t i = 0; i < rows && columns > 0; ++i)
-        __builtin_memcpy(filled + i * kBlock, block + i * stride, static_cast<size_t>(columns) * sizeof(X));
+        __builtin_memcpy(filled + i * kBlock, x + i * stride, static_cast<size_t>(columns) * sizeof(X));
       block = filled;
-      stride = kBlock;
+      row = kBlock;
     }
     float* const to = converts ? turned : strip;
     for (int64_t i = 0; i < dwords; i += Vec::width)
       for (int64_t j = 0; j < kStrip; j += Vec::width)
-        transpose(reinterpret_cast<const float*>(block + j * stride) + i, stride / numbers, to + i * kStrip + j, kStrip);
+        transpose(reinterpret_cast<const float*>(block + j * row) + i, row / numbers, to + i * kStrip + j, kStrip);
     if constexpr (converts) convert<is_bf16>(turned, 1, strip);
   }
 }
@@ -126,10 +127,11 @@ QLORA_INLINE void turned_over_k(const RowMajorMatrix& w, int64_t n0, int64_t k0,
 // Columns n0 to n0 + 31, the sum over k: k0 to k0 + 32 blocks.
 template <bool is_bf16>
 QLORA_INLINE const float* strip_over_k(const RowMajorMatrix& w, int64_t n0, int64_t k0, int64_t blocks, float* const room) {
+  const int64_t from = n0 * w.k + k0;
   if (w.is_bf16)
-    turned_over_k<is_bf16, bf16>(w, n0, k0, blocks, room);
+    strip_over_columns<is_bf16>(static_cast<const bf16*>(w.numbers) + from, w.k, w.n - n0, w.k - k0, blocks, room);
   else
-    turned_over_k<is_bf16, float>(w, n0, k0, blocks, room);
+    strip_over_columns<is_bf16>(static_cast<const float*>(w.numbers) + from, w.k, w.n - n0, w.k - k0, blocks, room);
   return room;
 }
 

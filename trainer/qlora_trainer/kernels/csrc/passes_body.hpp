@@ -1,6 +1,6 @@
 // A tier's table of passes. Included by tier_*.cpp alone.
 #pragma once
-#include "attention.hpp"
+#include "attention_bf16.hpp"
 #include "cross_entropy.hpp"
 #include "dropout.hpp"
 #include "elementwise.hpp"

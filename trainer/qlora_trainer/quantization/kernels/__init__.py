@@ -34,21 +34,21 @@ def name(scheme: str) -> str:
     Raises:
         ConfigurationError: QLORA_KERNELS names what cannot run here.
     """
-    found = _usable()
+    found = usable()
     chosen = found.name if found and scheme in COMPILED_SCHEMES else library.REFERENCE
     log.info("kernels of %s weights: %s", scheme, chosen)
     return chosen
 
 
-def _usable() -> library.Library | None:
-    """The library, where it multiplies rightly."""
+def usable() -> library.Library | None:
+    """The library, where it is there and multiplies rightly."""
     found = library.loaded()
     return found if found and is_right(found) else None
 
 
 def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
     """The weight (out, in) in the form of the implementation that runs. Takes the matrix over."""
-    found = _usable()
+    found = usable()
     if found is None:
         return reference.Nf4Weight(matrix)
     if not compiled.fits(matrix):
@@ -59,13 +59,13 @@ def nf4_weight(matrix: Nf4Matrix) -> FrozenWeight:
 
 def int8_weight(weight: Int8Weight) -> FrozenWeight:
     """The same of 8 bits: every shape fits."""
-    found = _usable()
+    found = usable()
     return weight if found is None else compiled.CompiledInt8Weight.of_weight(weight, found)
 
 
 def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
     """A copy of a tensor (out, in) in the compute dtype, in the form of the implementation that runs."""
-    found = _usable()
+    found = usable()
     if found is None or dtype not in compiled.DENSE_TYPES:
         return UnquantizedWeight(tensor.to(dtype, copy=True))
     return compiled.CompiledDenseWeight.of_tensor(tensor.to(dtype), found)
@@ -73,7 +73,7 @@ def dense_weight(tensor: Tensor, dtype: torch.dtype) -> FrozenWeight:
 
 def tensor_weight(tensor: Tensor, dtype: torch.dtype) -> compiled.CompiledTensor | None:
     """A tensor (out, in) itself as a weight, for products in `dtype`; None: plain torch is to multiply."""
-    found = _usable()
+    found = usable()
     types = compiled.DENSE_TYPES
     if found is None or dtype not in types or tensor.dtype not in types or not tensor.is_contiguous():
         return None
