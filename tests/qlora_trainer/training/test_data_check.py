@@ -122,12 +122,8 @@ def test_a_label_beside_a_text_is_told_with_what_makes_it_the_answer(
     )
     assert not any("label" in text for text in report.warnings)
     assert report.unread == []
-    assert {span.text for span in report.samples[0] if span.supervised} & {
-        "odd",
-        "even",
-        "odd<|end|>",
-        "even<|end|>",
-    }
+    [learned] = [span.text for span in report.samples[0] if span.supervised]
+    assert learned.startswith(("odd", "even"))
 
 
 def test_what_cannot_be_read_is_refused_with_its_place(ask: Callable[..., CheckReport]) -> None:
