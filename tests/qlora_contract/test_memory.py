@@ -82,6 +82,13 @@ def test_parts_add_up(dtype: Dtype, mode: Checkpointing) -> None:
     assert (found.micro_batch_tokens, found.checkpointing) == (2048, mode)
 
 
+def test_what_is_kept_of_each_record_is_in_the_estimate() -> None:
+    """160 bytes, beyond as many as any job has room for."""
+    few, many = (estimate(SMOLLM2, run(), "bf16", 1024, "none", samples) for samples in (50_000, 10_050_000))
+
+    assert many.total - few.total == many.runtime - few.runtime == 160 * 10_000_000
+
+
 def test_adapter_takes_sixteen_bytes_a_weight() -> None:
     """fp32 weights, their gradient and two moments."""
     assert estimate(SMOLLM2, run(), "bf16", 1024, "none").adapter == 16 * SMOLLM2.adapter_weights

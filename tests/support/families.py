@@ -393,7 +393,8 @@ BUNDLED = [
         eos="<|im_end|>",
         trim=_without_first_breaks,
         thought="<think>\n{}\n</think>\n",
-        refuses=NO_TOOLS,
+        calls=_json_calls("\n"),
+        refuses=DECLARED,
     ),
 ]
 """One for each of the trainer's own templates."""

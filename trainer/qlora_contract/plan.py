@@ -112,6 +112,8 @@ class SplitStats(ContractModel):
     """Samples that training.overlong leaves out."""
     raw: bool = False
     """Whether prompts and completions that are texts are among the records; they are learned as raw text."""
+    label: str = ""
+    """That a label beside the texts is not learned, and how it would be; empty where there is none."""
     lengths: list[LengthBin] = Field(default=[])
     """Of the samples."""
     sources: list[SourceStats] = Field(default=[])
@@ -130,6 +132,50 @@ class Steps(ContractModel):
     """Mean of the first epoch."""
     fill: float
     """Mean share of a bin of the first epoch that is tokens, from 0 to 1."""
+
+
+def too_few(total: int, training: Training) -> str | None:
+    """That a job has too few steps to learn much; None where they are enough, or their number was asked for.
+
+    Args:
+        total: of the training.
+        training: its settings.
+    """
+    if training.max_steps is not None or total >= FEW_STEPS:
+        return None
+    return f"{total:,} step(s) are too few to learn much"
+
+
+def more_steps(steps: Steps, tokens: int, training: Training) -> str:
+    """What makes FEW_STEPS of the steps that too_few tells of.
+
+    Args:
+        steps: of the training.
+        tokens: of a pass over the data.
+        training: its settings.
+    """
+    remedy = f"raise training.epochs to {math.ceil(steps.epochs * FEW_STEPS / steps.total):,}"
+    smaller = batch_tokens(tokens * steps.epochs, training.max_sequence_length)
+    now = training.global_batch_tokens
+    return (
+        f"lower training.globalBatchTokens, now {now:,}, to {smaller:,}, or {remedy}"
+        if smaller < now
+        else remedy
+    )
+
+
+def batch_tokens(tokens: float, sample: int) -> int:
+    """training.globalBatchTokens that makes FEW_STEPS steps at least of so many tokens: a power of two times a sample.
+
+    Args:
+        tokens: of all passes over the data.
+        sample: of the longest sample, which a step must hold.
+    """
+    default: int = Training.model_fields["global_batch_tokens"].default
+    size = sample
+    while 2 * size <= min(default, tokens / FEW_STEPS):
+        size *= 2
+    return size
 
 
 def ranks_without_work(bins: float, steps: int, ranks: int, training: Training) -> str | None:

@@ -264,7 +264,7 @@ def plan(run: RunConfig) -> PlanReport:
         evaluation=evaluation,
         steps=steps,
         sample=[TextSpan(text=t, supervised=s) for t, s in render(*data.train.sample(first), tokenizer)],
-        warnings=warnings(training, evaluation, steps, has_template=bool(tokenizer.chat_template)),
+        warnings=warnings(training, evaluation, has_template=bool(tokenizer.chat_template)),
     )
 
 

@@ -30,6 +30,8 @@ COLUMNS_SHOWN = 12
 BAR = 40
 """Characters of the longest bar."""
 
+USUAL_BATCH: int = Training.model_fields["global_batch_tokens"].default
+
 
 @dataclass(frozen=True)
 class Question:
@@ -57,13 +59,16 @@ def of_paths(
     if model is not None:
         places["model"] = _existing(model, "the model's folder")
     uris = {role: f"pvc://{role}/{path.name}" for role, path in places.items()}
+    longest = training.get("max_sequence_length", 0)  # a step holds a sample at least
     try:
         run = RunConfig(
             job=JobRef(name="check", uid="check", attempt=0),
             workspace="pvc://data",
             model=ModelSource(source=uris.get("model", "pvc://model/none")),
             dataset=Dataset.model_validate({"source": uris["data"], **dataset}),
-            training=Training.model_validate({"epochs": 1, "global_batch_tokens": 2**20, **training}),
+            training=Training.model_validate(
+                {"epochs": 1, "global_batch_tokens": max(USUAL_BATCH, longest), **training}
+            ),
             **_on_here(None if model is None else _machine()),
         )
     except pydantic.ValidationError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.files import write_atomically
-from qlora_contract.plan import CheckReport, LengthBin
+from qlora_contract.plan import CheckReport, LengthBin, batch_tokens
 from qlora_contract.units import format_bytes
 from qlora_operator.api import names
 from qlora_operator.api.loader import STDIN, parse_job
@@ -21,7 +21,6 @@ from qlora_operator.api.yaml_reader import read_documents
 from qlora_operator.cli import check, early_checks
 from qlora_operator.cli.job_file import WORKSPACE, amendment, columns, is_uri, job_name
 from qlora_operator.cli.model_facts import has_template, positions, usual_length
-from qlora_operator.cli.plan import batch_tokens
 from qlora_operator.cli.processes import ProcessError
 from qlora_operator.cli.trainer_query import query_trainer, require_trainer
 from qlora_operator.errors import USAGE, CommandError, Fault, InvalidFileError, InvalidJobError

@@ -1,6 +1,5 @@
 """`qlora plan`: what a job would do on this machine, before it does it."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from qlora_contract.cost import Price
 from qlora_contract.cpus import format_cpu_list
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.plan import (
-    FEW_STEPS,
     Machine,
     PlanReport,
     PlanResponse,
@@ -23,14 +21,16 @@ from qlora_contract.plan import (
     SplitStats,
     TextSpan,
     TimeEstimate,
+    more_steps,
     ranks_without_work,
+    too_few,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.scratch import scratch_folder
 from qlora_contract.speed import time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
-from qlora_operator.api.v1alpha1 import QLoRAJob, Training
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.cli.cpu_locks import in_use_now
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
@@ -126,8 +126,9 @@ def job_plan(
             CommandError(problem, ExitCode.INVALID_CONFIGURATION)
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
-        notes += few_steps(run, details)
         steps = details.steps
+        if few := too_few(steps.total, run.training):
+            notes.append(f"{few}: {more_steps(steps, details.training.tokens, run.training)}")
         bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
         # Without places they are not counted yet.
         if pods and (
@@ -221,37 +222,6 @@ def query(
     if answer.error is not None:
         raise CommandError(error_message(answer.error.code, answer.error.cause), answer.error.code)
     return answer
-
-
-def few_steps(run: RunConfig, details: PlanReport) -> list[str]:
-    """That a job has too few steps to learn, and what makes more of them, in a sentence; nothing if it was asked to."""
-    training, steps = run.training, details.steps
-    if training.max_steps is not None or steps.total >= FEW_STEPS:
-        return []
-    remedies = [f"raise training.epochs to {math.ceil(steps.epochs * FEW_STEPS / steps.total):,}"]
-    smaller = batch_tokens(details.training.tokens * steps.epochs, training.max_sequence_length)
-    if smaller < training.global_batch_tokens:
-        remedies.insert(
-            0, f"lower training.globalBatchTokens, now {training.global_batch_tokens:,}, to {smaller:,}"
-        )
-    return [f"{steps.total} step(s) are too few to learn much: {', or '.join(remedies)}"]
-
-
-def batch_tokens(tokens: float, sample: int) -> int:
-    """training.globalBatchTokens that makes FEW_STEPS steps at least of so many tokens: a power of two times a sample.
-
-    Args:
-        tokens: of all passes over the data.
-        sample: of the longest sample, which a step must hold.
-    """
-    default: int = Training.model_fields["global_batch_tokens"].default
-    size = sample
-    while 2 * size <= min(default, tokens / FEW_STEPS):
-        size *= 2
-    return size
-
-
-# --- showing it
 
 
 def show(plan: JobPlan, console: Console) -> None:

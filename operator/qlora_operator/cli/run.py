@@ -15,10 +15,10 @@ from qlora_contract.cost import Price
 from qlora_contract.exit_codes import COLLATERAL, PERMANENT, ExitCode
 from qlora_contract.export import forms_of
 from qlora_contract.job_folder import ADAPTER, EXPORTS, REPORT_PAGE, finished_report, is_exported, job_path
-from qlora_contract.plan import FEW_STEPS, Machine
+from qlora_contract.plan import Machine, too_few
 from qlora_contract.progress import ProgressReport
 from qlora_contract.remote import is_remote
-from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage
+from qlora_contract.run_config import IsaTier, ResolvedRevisions, RunConfig, RunStage, Training
 from qlora_operator.api.pod_resources import stage_topology
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob, ignored_by_run
@@ -183,6 +183,7 @@ class LocalRun:
     fetched: ResolvedRevisions = field(default_factory=ResolvedRevisions)
     cpu_locks: CpuLocks | None = None
     """What holds the job's CPUs, once it has some."""
+    data_said: bool = False
     few_steps_said: bool = False
 
     @contextmanager
@@ -320,7 +321,7 @@ class LocalRun:
                     if time.monotonic() >= next_look:
                         report = fetch_progress(port, config.job.uid, config.job.attempt)
                         self.display.show(report)
-                        self._say_few_steps(report)
+                        self._say_of_data(report, config.training)
                         next_look = time.monotonic() + PROGRESS_SECONDS
                 self._print_logs(tails)
         except BaseException:
@@ -332,15 +333,16 @@ class LocalRun:
             raise
         return summarize(launchers)
 
-    def _say_few_steps(self, report: ProgressReport | None) -> None:
-        """Say once that the job has too few steps to learn, unless it asks for their number."""
-        asked = self.job.spec.training.max_steps is not None
-        if self.few_steps_said or asked or report is None or not 0 < report.total_steps < FEW_STEPS:
+    def _say_of_data(self, report: ProgressReport | None, training: Training) -> None:
+        """Say once what the data are and what of them is not learned; and that the steps that they make are too few."""
+        if report is not None and report.data is not None and not self.data_said:
+            self.data_said = True
+            self.display.print(report.data)
+        if self.few_steps_said or report is None or report.total_steps == 0:
             return
-        self.few_steps_said = True
-        self.display.print(
-            f"{report.total_steps} step(s) are too few to learn much; `qlora plan` says what makes more of them"
-        )
+        if few := too_few(report.total_steps, training):
+            self.few_steps_said = True
+            self.display.print(f"{few}; `qlora plan` says what makes more of them")
 
     def _print_logs(self, tails: Sequence[LogTail]) -> None:
         for tail in tails:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from builders import OMIT, a_run
 from qlora_contract import memory
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.memory import ModelShape
@@ -28,9 +27,7 @@ from qlora_operator.cli.cpu_locks import CpuLocks, lock_file
 from qlora_operator.cli.plan import (
     JobPlan,
     RankPlace,
-    batch_tokens,
     choose_isa,
-    few_steps,
     job_plan,
     query_layout,
     rank_places,
@@ -309,57 +306,6 @@ def test_a_plan_shows_memory_data_steps_and_a_sample() -> None:
     assert "held out  none" in out
     assert "steps     10 (2.50 epochs of 4), 1,000 tokens per step, bins 92 % full" in out
     assert "What?\N{REPLACEMENT CHARACTER} [[That.]]" in out
-
-
-@pytest.mark.parametrize(
-    ("training", "total", "tokens", "expected"),
-    [
-        pytest.param({"epochs": 3}, 20, 50_000, [], id="enough"),
-        pytest.param({"maxSteps": 3}, 3, 50_000, [], id="as it was asked for"),
-        pytest.param(
-            {"epochs": 3},
-            3,
-            2_400,
-            [("3 step(s) are too few to learn much: lower training.globalBatchTokens, now 8,192, to 1,024, or raise "
-             "training.epochs to 20")],
-            id="few data",
-        ),
-        pytest.param(
-            {"epochs": 3, "maxSequenceLength": 256},
-            3,
-            2_400,
-            [("3 step(s) are too few to learn much: lower training.globalBatchTokens, now 8,192, to 256, or raise "
-             "training.epochs to 20")],
-            id="short samples",
-        ),
-        pytest.param(
-            {"epochs": 3, "globalBatchTokens": 1024},
-            8,
-            2_400,
-            ["8 step(s) are too few to learn much: raise training.epochs to 8"],
-            id="a batch that cannot be smaller",
-        ),
-    ],
-)  # fmt: skip
-def test_too_few_steps_are_said_with_what_makes_more(
-    training: dict[str, Any], total: int, tokens: int, expected: list[str]
-) -> None:
-    """A job of three steps would end with nothing learned, and without a word about why."""
-    run = a_run(training={"epochs": OMIT, "maxSequenceLength": 1024} | training)
-    known = details(figures(512))
-    split = known.training.model_copy(update={"tokens": tokens})
-    steps = known.steps.model_copy(update={"total": total, "epochs": 3.0})
-
-    assert few_steps(run, known.model_copy(update={"training": split, "steps": steps})) == expected
-
-
-@pytest.mark.parametrize(
-    ("tokens", "sample", "expected"),
-    [(0, 256, 256), (20 * 256, 256, 256), (20 * 512, 256, 512), (20 * 1000, 300, 600), (10**9, 1024, 8192)],
-)
-def test_a_batch_of_few_data_makes_enough_steps(tokens: int, sample: int, expected: int) -> None:
-    """As large as it can be: never smaller than a sample, never larger than the default."""
-    assert batch_tokens(tokens, sample) == expected
 
 
 def test_colour_marks_what_is_learnt_on_a_terminal() -> None:

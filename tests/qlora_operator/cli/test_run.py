@@ -151,7 +151,7 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
     code, out, err = machine.run(
         """
         if rank == 0:
-            serve(loss=1.83, tokensPerSecond=412.4, etaSeconds=75.0).wait()
+            serve(loss=1.83, tokensPerSecond=412.4, etaSeconds=75.0, data="training: 9 records").wait()
             publish()
         """,
         pods=2,
@@ -163,6 +163,7 @@ def test_a_job_is_trained_and_its_result_told(machine: Machine) -> None:
     assert (code, err) == (0, "")
     assert "spec.suspend, spec.backoffLimit" in out
     assert out.count("7 step(s) are too few to learn much; `qlora plan` says what makes more of them\n") == 1
+    assert out.count("training: 9 records\n") == 1
     assert re.search(r"^\S+Z small: Importing  elapsed 0s$", out, re.MULTILINE)
     assert re.search(
         r"^\S+Z small: Training  step 3/7  loss 1.8300  412 tok/s  ETA 1m 15s  elapsed \d+s$", out, re.M

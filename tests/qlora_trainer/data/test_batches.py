@@ -66,7 +66,7 @@ def test_processes_make_what_one_makes(data: Path, tokenizer: Any, tmp_path: Pat
 
 
 def test_work_is_really_shared(data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several processes this one tokenizes nothing."""
+    """With several processes this one tokenizes the first batch alone, before there are others."""
     monkeypatch.setattr(batches, "_run", partial(_told_by, os.getpid()))
 
     assert len(_loaded(data, tokenizer, 2).train) > 0

@@ -420,6 +420,57 @@ def test_what_a_model_says_around_tools_is_taken_from_its_own_template() -> None
         assert auto.render(chat, "", tools=[TOOL], prompt=True)[0] == written
 
 
+SMOLLM3_TOOLS = (
+    "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+    "Today Date: {{ strftime_now('%d %B %Y') }}\nReasoning Mode: /think\n\n## Custom Instructions\n\n"
+    "{{ messages[0].content if messages[0].role == 'system' else 'You are kind.' }}\n\n"
+    "{% if GIVEN %}### Tools\n\nThese:\n{% for t in GIVEN %}{{ t | string }}\n{% endfor %}</these>\n\n<|im_end|>\n"
+    "{% endif %}{% for m in messages %}{% if m.role != 'system' %}"
+    "<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("given", ["xml_tools", "(xml_tools or tools)"])
+def test_smollm3_declares_tools_as_its_own_template_does_and_writes_the_calls_that_it_drops(
+    given: str,
+) -> None:
+    """Older releases of its own template know tools as xml_tools alone, which no server hands over."""
+    known = FAMILIES["smollm-3"]
+    tokenizer = tokenizer_of(known)
+    tokenizer.chat_template = SMOLLM3_TOOLS.replace("GIVEN", given)
+    text = bundled_template("auto", tokenizer, DAY)
+    assert text is not None
+    settings = TemplateSettings(text, clock=DAY)
+    own = ChatTemplate(tokenizer, TemplateSettings(variables={"xml_tools": [TOOL]}, clock=DAY))
+
+    for chat in ([QUESTION], [SYSTEM, QUESTION], [QUESTION, ANSWER, RESULT]):
+        written = own.render(chat, "", prompt=True)[0]
+        assert str(TOOL) in written
+        assert ChatTemplate(tokenizer, settings).render(chat, "", tools=[TOOL], prompt=True)[0] == written
+    chat = Chat((QUESTION, CALL, RESULT, ANSWER), (TOOL,))
+    [sample] = Tokenization(tokenizer, 1000, TokenizationOptions(settings)).samples([Record("f", chat, b"")])
+    learned = "".join(part for part, supervised in render(sample.ids, sample.mask, tokenizer) if supervised)
+    assert learned == known.learned(chat)
+    assert learned.startswith(
+        '<tool_call>\n{"name": "find", "arguments": {"word": "a"}}\n</tool_call><|im_end|>'
+    )
+
+
+@pytest.mark.parametrize(
+    ("chat", "tools", "why"),
+    [
+        ([QUESTION], [TOOL], "it never says which there are"),
+        ([QUESTION, CALL], [], "ends no single call, and begins it otherwise than the model is asked"),
+        ([QUESTION, ANSWER, RESULT], [], "no place for the result of a call"),
+    ],
+)
+def test_deepseek_r1_says_why_it_has_no_tools(chat: list[Message], tools: list[Any], why: str) -> None:
+    """The family's own template is not well defined there."""
+    with pytest.raises(DataError, match=f"f: line 1: .*{why}"):
+        _rendering("deepseek-r1").render(chat, "f: line 1", tools=tools)
+
+
 OTHERWISE = {
     "declared otherwise": DECLARES.replace("tool | tojson", "tool.function | tojson"),
     "other results": DECLARES.replace("<tool_response>", "<result>"),
@@ -521,9 +572,7 @@ def test_tools_that_no_template_of_the_family_writes_are_refused(name: str, own:
     text = bundled_template(name, tokenizer, DAY)
 
     assert text == TEMPLATES[name]
-    with pytest.raises(
-        DataError, match="f: line 1: the record has tools, which the chat template has no place for"
-    ):
+    with pytest.raises(DataError, match=r"f: line 1: the .* no place for"):
         ChatTemplate(tokenizer, TemplateSettings(text)).render([QUESTION], "f: line 1", tools=[TOOL])
 
 

@@ -293,6 +293,18 @@ def test_what_is_lost_is_told(tmp_path: Path, tokenizer: Any) -> None:
     assert report["bad"][0]["places"] == ["d.jsonl: line 4"]
 
 
+def test_a_label_that_is_not_learned_is_told_in_the_same_line(tmp_path: Path, tokenizer: Any) -> None:
+    """For the log, `qlora run` and the condition of a cluster: in the words of `qlora check`."""
+    path = tmp_path / "d.csv"
+    path.write_text("text,label\ngood,yes\nbad,no\n")
+    facts = load(_dataset(eval_fraction=0.5), path, tokenizer, 100).facts()
+
+    assert facts["training"].lost
+    assert "; the column label is not learned" in facts["training"].summary()
+    assert "label" not in facts["evaluation"].summary()
+    assert Facts.of_report(facts["training"].report()) == facts["training"]
+
+
 def test_data_without_anything_to_learn_are_an_error(tmp_path: Path, tokenizer: Any) -> None:
     """When every sample is dropped, the error says why and what to change."""
     path = _write(tmp_path / "d.jsonl", ("abcdefghij", "k"))

@@ -213,6 +213,39 @@ def test_null_in_a_table_is_absent(tmp_path: Path) -> None:
     assert [row.fields for row in read(tmp_path / "d.parquet")] == rows
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_numbers_of_classes_are_read_as_their_names(tmp_path: Path, suffix: str) -> None:
+    """As the datasets library writes a ClassLabel: the names stand in the file's schema."""
+    import pyarrow as pa
+    from pyarrow import ipc, parquet
+
+    features = {
+        "text": {"dtype": "string", "_type": "Value"},
+        "label": {"names": ["no", "yes"], "_type": "ClassLabel"},
+    }
+    schema = pa.schema(
+        [("text", pa.string()), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    table = pa.table({"text": ["a", "b", "c", "d"], "label": [1, 0, -1, 7]}, schema=schema)
+    path = tmp_path / f"d{suffix}"
+    if suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with ipc.new_stream(path, schema) as stream:
+            stream.write_table(table)
+
+    assert [row.fields.get("label") for row in read(path)] == ["yes", "no", None, 7]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"info": 3}', '{"info": {"features": {"label": 3}}}'])
+def test_what_is_said_of_classes_may_be_anything(text: str) -> None:
+    """A file that others wrote."""
+    from qlora_trainer.data.tables import class_names
+
+    assert class_names({b"huggingface": text.encode()}) == {}
+
+
 def test_a_blank_line_ends_a_document(tmp_path: Path) -> None:
     """A text file holds documents, named by their first line."""
     (tmp_path / "d.txt").write_text("\ufeff\nOne\n two\n\n \nThree", encoding="utf-8")

@@ -17,6 +17,7 @@ from qlora_trainer.data.records import (
     PromptCompletion,
     Record,
     interpret,
+    unread_label,
 )
 from qlora_trainer.errors import DataError
 
@@ -420,3 +421,35 @@ def test_the_digest_never_changes() -> None:
 
     assert [round(record.split_key, 6) for record in records] == [0.741894, 0.474708]
     assert [record.digest.hex()[:16] for record in records] == ["bdecbd04a291abf2", "798679c1b1915986"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "fields", "columns", "says"),
+    [
+        pytest.param(
+            "text", {"text": "a", "label": "b"}, {}, "{instruction: text, output: label} ", id="label"
+        ),
+        pytest.param(
+            "text",
+            {"text": "a", "Sentiment": "b"},
+            {"text": "review"},
+            "instruction=review,output=Sentiment; ",
+            id="its own names",
+        ),
+        pytest.param(
+            "text", {"text": "a", "label": 1}, {}, "with a name in place of each number", id="a number"
+        ),
+        pytest.param("text", {"text": "a", "source": "b"}, {}, "", id="another column"),
+        pytest.param("text", {"text": "a", "labels": ["b"]}, {}, "", id="a list"),
+        pytest.param(
+            "alpaca", {"instruction": "a", "output": "b", "label": "c"}, {}, "", id="not a document"
+        ),
+    ],
+)
+def test_a_label_beside_a_text_is_said_with_the_columns_that_learn_it(
+    format_: Any, fields: dict[str, Any], columns: dict[str, str], says: str
+) -> None:
+    """In the words of who has the data; nothing of any other column."""
+    said = unread_label(format_, fields, columns)
+
+    assert says in said if says else said == ""

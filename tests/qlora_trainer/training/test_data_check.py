@@ -1,6 +1,7 @@
 """What `qlora check` tells of a job's data."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 import builders
-from qlora_contract.plan import BadRecords, CheckReport, DataFile, SplitStats, Steps
+from qlora_contract.plan import BadRecords, CheckReport, DataFile, SplitStats
 from qlora_contract.run_config import Dataset
 from qlora_trainer.errors import DataError
 from qlora_trainer.training.data_check import check, problems, warnings
@@ -107,6 +108,24 @@ def test_columns_that_nothing_reads_are_told(ask: Callable[..., CheckReport]) ->
     assert ask(_array(3), with_model=False).unread == []
 
 
+@pytest.mark.parametrize("with_model", [True, False])
+def test_a_label_beside_a_text_is_told_with_what_makes_it_the_answer(
+    ask: Callable[..., CheckReport], with_model: bool
+) -> None:
+    """Which does what it says: the label is then what is learned."""
+    records = [{"text": f"{number}.", "label": "even" if number % 2 else "odd"} for number in range(60)]
+
+    [said] = [text for text in ask(json.dumps(records), with_model=with_model).warnings if "label" in text]
+    assert "dataset.columns: {instruction: text, output: label}" in said
+    report = ask(
+        json.dumps(records), with_model=with_model, columns={"instruction": "text", "output": "label"}
+    )
+    assert not any("label" in text for text in report.warnings)
+    assert report.unread == []
+    [learned] = [span.text for span in report.samples[0] if span.supervised]
+    assert learned.startswith(("odd", "even"))
+
+
 def test_what_cannot_be_read_is_refused_with_its_place(ask: Callable[..., CheckReport]) -> None:
     """Line and column."""
     with pytest.raises(DataError, match=r"^d\.json: line 2, column 3: is not JSON"):
@@ -144,30 +163,25 @@ def _split(**fields: Any) -> SplitStats:
 
 
 @pytest.mark.parametrize(
-    ("training", "evaluation", "steps", "says"),
+    ("training", "evaluation", "says"),
     [
-        pytest.param({}, {}, 100, [], id="nothing"),
-        pytest.param({"records": 12}, None, 100, ["12 record(s) to train on"], id="few"),
-        pytest.param(
-            {"duplicates": 51}, None, 100, ["51 of 1,000 training records say the same"], id="copies"
-        ),
-        pytest.param({"duplicates": 50}, None, 100, [], id="some copies"),
-        pytest.param({}, {"overlap": 1}, 100, ["1 of 1,000 evaluation records are trained on"], id="overlap"),
-        pytest.param({"truncated": 90}, None, 100, ["90 of 1,000 training samples are longer"], id="cut"),
-        pytest.param({"dropped": 1}, None, 100, ["1 training samples are left out"], id="dropped"),
-        pytest.param({"raw": True}, None, 100, ["are trained on as raw text"], id="raw"),
-        pytest.param({"format": "prompt-completion"}, None, 100, [], id="prompts that are messages"),
-        pytest.param({}, None, 9, ["the training is 9 step(s) long"], id="short"),
+        pytest.param({}, {}, [], id="nothing"),
+        pytest.param({"records": 12}, None, ["12 record(s) to train on"], id="few"),
+        pytest.param({"duplicates": 51}, None, ["51 of 1,000 training records say the same"], id="copies"),
+        pytest.param({"duplicates": 50}, None, [], id="some copies"),
+        pytest.param({}, {"overlap": 1}, ["1 of 1,000 evaluation records are trained on"], id="overlap"),
+        pytest.param({"truncated": 90}, None, ["90 of 1,000 training samples are longer"], id="cut"),
+        pytest.param({"dropped": 1}, None, ["1 training samples are left out"], id="dropped"),
+        pytest.param({"raw": True}, None, ["are trained on as raw text"], id="raw"),
+        pytest.param({"format": "prompt-completion"}, None, [], id="prompts that are messages"),
     ],
 )
 def test_what_may_not_be_meant_is_warned_of(
-    training: dict[str, Any], evaluation: dict[str, Any] | None, steps: int, says: list[str]
+    training: dict[str, Any], evaluation: dict[str, Any] | None, says: list[str]
 ) -> None:
     """In a sentence that says what to change."""
-    of_steps = Steps(per_epoch=steps, total=steps, epochs=1.0, tokens_per_step=1.0, fill=1.0)
-
     found = warnings(
-        _split(**training), None if evaluation is None else _split(**evaluation), of_steps, has_template=True
+        _split(**training), None if evaluation is None else _split(**evaluation), has_template=True
     )
 
     assert len(found) == len(says)
@@ -181,3 +195,11 @@ def test_as_many_bad_records_as_a_job_allows_are_no_problem(share: float, refuse
     dataset = Dataset(source="pvc://a/b", on_bad_record="skip", max_bad_share=share)
 
     assert bool(problems(dataset, split, "training")) is refused
+
+
+def test_a_job_of_few_steps_is_told_what_makes_more(ask: Callable[..., CheckReport]) -> None:
+    """In the words of plan and run."""
+    few = [text for text in ask(_array(12)).warnings if "step(s)" in text]
+
+    assert len(few) == 1
+    assert re.fullmatch(r"\d step\(s\) are too few to learn much: .*raise training.epochs to \d+", few[0])

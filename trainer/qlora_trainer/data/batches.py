@@ -179,6 +179,8 @@ def _in_processes(
     task: _Task, batches: Iterator[list[bytes]], workers: Workers, advance: Callable[[int], None]
 ) -> Generator[TokenBatch, None, None]:
     global _task
+    # The others inherit what this compiles and keeps: the chat template, and words that the tokenizer has met.
+    yield task(next(batches))
     _task = task
     pool = ProcessPoolExecutor(
         workers.count,

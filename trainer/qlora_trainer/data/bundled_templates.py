@@ -92,6 +92,7 @@ _SYSTEM, _QUESTION, _ANSWER = (
     Message("user", "Is it?"),
     Message("assistant", "No."),
 )
+_WORD = "apple"
 _CALL = Message(
     "assistant",
     "",
@@ -100,7 +101,7 @@ _CALL = Message(
             {
                 "type": "function",
                 "id": "abcdefghi",
-                "function": {"name": "look_up", "arguments": {"word": "apple"}},
+                "function": {"name": "look_up", "arguments": {"word": _WORD}},
             }
         ]
     },
@@ -166,6 +167,8 @@ def borrowed(text: str, own: ChatTemplate, template: Make) -> str:
     for names, tools in ((("default_system",), []), (("tools_intro", "tools_outro"), _TOOLS[:1])):
         if names[0] not in text:
             continue
+        if tools and re.search(r"\bxml_tools\b", own.source):  # SmolLM3's name for them
+            own = template("{%- set xml_tools = tools %}" + own.source)
         marks = {name: f"\x01{name}\x01" for name in names}
         marked = template(_assignments(marks) + text)
         theirs = _written(marked, [_QUESTION], tools, prompt=True)
@@ -191,15 +194,19 @@ def _same_with_tools(own: ChatTemplate, other: ChatTemplate) -> bool:
         if mine is None or mine != theirs:
             return False
     mine, theirs = (_written(template, [_QUESTION, _CALL], _TOOLS) for template in (own, other))
-    if not _same_turn(mine, theirs, other, thinks=True):
+    # Where the own one leaves calls out the other one is free to write them.
+    leaves_out = mine is not None and _WORD not in mine
+    if not leaves_out and not _same_turn(mine, theirs, other, thinks=True):
         return False
     # Behind the call: what comes before it may have a thought that the own template drops.
+    said = _ANSWER if leaves_out else _CALL
     results = [
-        _written(template, [_QUESTION, _CALL, _RESULT], _TOOLS, prompt=True) for template in (own, other)
+        _written(template, [_QUESTION, said, _RESULT], _TOOLS, prompt=True) for template in (own, other)
     ]
     if None in results:
         return False
-    mine, theirs = (str(text).rpartition("apple")[2] for text in results)
+    behind = said.content or _WORD
+    mine, theirs = (str(text).rpartition(behind)[2] for text in results)
     return mine == theirs
 
 

@@ -27,6 +27,7 @@ from qlora_trainer.data.sources import (
     named,
     read_split,
     split_keys,
+    unlearned_label,
 )
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions
 from qlora_trainer.errors import DataError
@@ -58,6 +59,8 @@ class Facts:
     """Of the samples, in tokens."""
     raw: bool = False
     """Whether prompts and completions that are texts are among the records."""
+    label: str = ""
+    """That a label beside the texts is not learned, and how it would be; empty where there is none."""
     sources: tuple[SourceStats, ...] = ()
     """What of it each of several sources gives."""
 
@@ -74,6 +77,7 @@ class Facts:
             "raw": self.raw,
             "lengths": [bin_.model_dump(by_alias=True) for bin_ in self.lengths],
             "bad": [bad.model_dump(by_alias=True) for bad in self.bad],
+            **({"label": self.label} if self.label else {}),
             **(
                 {"sources": [each.model_dump(by_alias=True) for each in self.sources]} if self.sources else {}
             ),
@@ -105,12 +109,14 @@ class Facts:
         if self.bad:
             reasons = "; ".join(map(told, self.bad))
             text += f"; {sum(bad.count for bad in self.bad):,} bad records left out: {reasons}"
+        if self.label:
+            text += f"; {self.label}"
         return text
 
     @property
     def lost(self) -> bool:
         """Whether less is trained on than there is."""
-        return bool(self.truncated or self.dropped or self.bad or self.overlap)
+        return bool(self.truncated or self.dropped or self.bad or self.overlap or self.label)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,6 +279,8 @@ class _Records:
     """Those beside them that were left out, of each source, by reason, the most frequent first."""
     formats: tuple[str, ...] = ()
     """Of each source."""
+    label: str = ""
+    """See sources.unlearned_label: of the first source with one."""
 
     def __len__(self) -> int:
         return len(self.digests)
@@ -299,6 +307,7 @@ def _joined(parts: Sequence[_Records]) -> _Records:
         sources=np.concatenate([part.sources for part in parts]),
         bad=tuple(bad for part in parts for bad in part.bad),
         formats=tuple(format_ for part in parts for format_ in part.formats),
+        label=next((part.label for part in parts if part.label), ""),
     )
 
 
@@ -340,7 +349,8 @@ def _tokenize(
         raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
     digests, lengths, truncated = map(np.concatenate, numbers)
     sources = np.full(len(digests), number, np.uint8)
-    records = _Records(digests, lengths, truncated, chats, raw, sources, (by_reason,), (found,))
+    label = unlearned_label(dataset.all_sources[number], files[0])
+    records = _Records(digests, lengths, truncated, chats, raw, sources, (by_reason,), (found,), label)
     held = split_keys(digests) < fraction
     # Which side a bad record would be on is not known.
     return records.where(~held), replace(records.where(held), bad=((),))
@@ -449,5 +459,6 @@ def _facts(
         bad=tuple(bad for of_source in records.bad for bad in of_source),
         lengths=histogram(samples.lengths()),
         raw=records.raw,
+        label=records.label if trained is None else "",
         sources=tuple(per_source),
     )

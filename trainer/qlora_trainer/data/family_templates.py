@@ -57,9 +57,8 @@ _TOOL_RESULTS = r"""
         {%- endif %}
 """
 
-_QWEN3 = (
-    _THOUGHTS
-    + r"""
+# Calls as objects of JSON between marks, behind an answer or without one.
+_JSON_CALLS = r"""
 {%- macro calls_of(message, answer) %}
     {%- for call in message.tool_calls %}
         {%- if answer or not loop.first %}
@@ -70,6 +69,12 @@ _QWEN3 = (
         {{- '}\n</tool_call>' }}
     {%- endfor %}
 {%- endmacro %}
+"""
+
+_QWEN3 = (
+    _THOUGHTS
+    + _JSON_CALLS
+    + r"""
 {%- if tools %}
     {%- if tools_intro is not defined %}
         {{- raise_exception('this bundled template has a place for tools only with a model whose own has one') }}
@@ -184,12 +189,19 @@ _QWEN3_5_ANSWERS = r"""
 {%- endif %}
 """
 
+# The family's own template never says which tools there are, ends a turn of one call with nothing, and begins a call
+# without the thought that the model is asked with: no text of a call is what the model would be asked to go on with.
 _DEEPSEEK_R1 = (
     _THOUGHTS
     + r"""
+{%- if tools %}
+    {{- raise_exception('the family has no place for tools: it never says which there are') }}
+{%- endif %}
 {{- bos_token }}
 {%- for message in messages %}
-    {%- if message.role == 'system' %}
+    {%- if message.tool_calls %}
+        {{- raise_exception('the family ends no single call, and begins it otherwise than the model is asked') }}
+    {%- elif message.role == 'system' %}
         {{- message.content }}
     {%- elif message.role == 'user' %}
         {{- '<｜User｜>' + message.content }}
@@ -373,9 +385,11 @@ _PHI4 = (
 """
 )
 
-# Its system's turn has a frame around it, and no end.
+# Its system's turn has a frame around it, and an end only where tools are declared. Its own template tells the model
+# how to write a call, but leaves the calls of a record out: they are written as it tells the model to.
 _SMOLLM3 = (
     _THOUGHTS
+    + _JSON_CALLS
     + r"""
 {%- set said = namespace(system='', thinks=enable_thinking is not defined or enable_thinking) %}
 {%- if messages and messages[0].role == 'system' %}
@@ -398,6 +412,16 @@ _SMOLLM3 = (
     {%- elif default_system is defined and said.thinks %}
         {{- default_system + '\n\n' }}
     {%- endif %}
+    {%- if tools %}
+        {%- if tools_intro is not defined %}
+            {{- raise_exception('this bundled template has a place for tools only with a model whose own has one') }}
+        {%- endif %}
+        {{- tools_intro }}
+        {%- for tool in tools %}
+            {{- tool | string + '\n' }}
+        {%- endfor %}
+        {{- tools_outro }}
+    {%- endif %}
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
@@ -406,7 +430,8 @@ _SMOLLM3 = (
         {%- if thought or not said.thinks %}
             {{- '<think>\n' + thought + '\n</think>\n' }}
         {%- endif %}
-        {{- answer_of(message).lstrip('\n') + '<|im_end|>\n' }}
+        {%- set answer = answer_of(message).lstrip('\n') %}
+        {{- answer + calls_of(message, answer) + '<|im_end|>\n' }}
     {%- elif not (loop.first and message.role == 'system') %}
         {{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' }}
         {{- message.content + '<|im_end|>\n' }}

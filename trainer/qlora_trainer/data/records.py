@@ -22,6 +22,22 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 """Keys of a conversation, in the order in which they are looked for."""
 TOOLS = ("tools", "functions")
 """Keys of what the assistant may call."""
+LABELS = (
+    *(
+        "label",
+        "labels",
+        "label_text",
+        "class",
+        "category",
+        "sentiment",
+        "emotion",
+        "intent",
+        "topic",
+        "target",
+    ),
+    *("rating", "score", "stars"),
+)
+"""Columns beside a text that say of which kind it is."""
 SPEAKERS = ("role", "from")
 """Keys of who says a message."""
 NO_PREFERENCES = (
@@ -395,6 +411,26 @@ def suggested_columns(names: list[str]) -> dict[str, str] | None:
                 found["input"] = lowered["context"]
             return {ours: theirs for ours, theirs in found.items() if ours != theirs}
     return None
+
+
+def unread_label(format_: Format, fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """That a text's label is not learned, and how it is, in a sentence; empty where there is none.
+
+    Args:
+        format_: of the records.
+        fields: of the first of them, by the names that formats have for them.
+        columns: of dataset.columns.
+    """
+    label = next((key for key in fields if isinstance(key, str) and key.lower() in LABELS), None)
+    if format_ != "text" or label is None or not isinstance(fields[label], str | int | float):
+        return ""
+    text = columns.get("text", "text")
+    number = "" if isinstance(fields[label], str) else ", with a name in place of each number"
+    return (
+        f"the column {label} is not learned, as these records are documents: to learn it as the answer to the text, "
+        f"set dataset.columns: {{instruction: {text}, output: {label}}} (without a job file, --columns "
+        f"instruction={text},output={label}; prompt and completion for a model that has no chat template){number}"
+    )
 
 
 def content_digest(content: Content) -> bytes:

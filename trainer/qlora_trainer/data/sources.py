@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,16 @@ from qlora_contract.plan import LengthBin
 from qlora_contract.run_config import DatasetSource
 from qlora_trainer.data.layout import split_files
 from qlora_trainer.data.readers import BadRow, Row, Rows, read_rows
-from qlora_trainer.data.records import COLUMN, RECORD_KINDS, Format, Record, detect_format, interpret, renamed
+from qlora_trainer.data.records import (
+    COLUMN,
+    RECORD_KINDS,
+    Format,
+    Record,
+    detect_format,
+    interpret,
+    renamed,
+    unread_label,
+)
 from qlora_trainer.errors import ConfigurationError, DataError
 
 MAX_DEPTH = 3
@@ -107,13 +117,23 @@ def read_split(source: DatasetSource, files: Sequence[Path]) -> tuple[Rows, str,
 
 def unread_columns(source: DatasetSource, file: Path) -> list[str]:
     """The columns of a file's first record that its format has no use for. Raises DataError."""
+    form, fields = _first_record(source, file)
+    return [key for key in RECORD_KINDS[form].unread(fields) if COLUMN.fullmatch(key)]
+
+
+def unlearned_label(source: DatasetSource, file: Path) -> str:
+    """What records.unread_label says of a file's first record. Raises DataError."""
+    return unread_label(*_first_record(source, file), source.columns.model_dump(exclude_none=True))
+
+
+def _first_record(source: DatasetSource, file: Path) -> tuple[Format, dict[str, Any]]:
+    """The format of a file's first record, and its fields; a text without any where no record can be read."""
     columns = source.columns.model_dump(exclude_none=True)
     first = next((row for row in read_rows(file) if isinstance(row, Row)), None)
     if first is None:
-        return []
+        return "text", {}
     fields = renamed(first.fields, columns)
-    form = detect_format(fields, first.location) if source.format == "auto" else source.format
-    return [key for key in RECORD_KINDS[form].unread(fields) if COLUMN.fullmatch(key)]
+    return detect_format(fields, first.location) if source.format == "auto" else source.format, fields
 
 
 def split_keys(digests: NDArray[np.uint64]) -> NDArray[np.float64]:

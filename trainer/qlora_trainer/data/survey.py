@@ -12,7 +12,7 @@ from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally
 from qlora_trainer.data.readers import BadRow, container_of
 from qlora_trainer.data.records import Chat, Content, Document, PromptCompletion
-from qlora_trainer.data.sources import Files, histogram, named, read_split, split_keys
+from qlora_trainer.data.sources import Files, histogram, named, read_split, split_keys, unlearned_label
 from qlora_trainer.errors import DataError
 
 SHOWN = 3
@@ -51,11 +51,14 @@ class _Part:
     format: str
     bad: tuple[BadRecords, ...]
     first: list[list[TextSpan]]
+    label: str
+    """See sources.unlearned_label."""
 
     @classmethod
     def read(cls, dataset: Dataset, number: int, files: Sequence[Path]) -> "_Part":
         """Of source `number`. Raises DataError."""
         rows, format_, interpretation = read_split(dataset.all_sources[number], files)
+        label = unlearned_label(dataset.all_sources[number], files[0])
         tally = BadTally(dataset)
         digests, lengths = bytearray(), bytearray()
         first: list[list[TextSpan]] = []
@@ -72,7 +75,7 @@ class _Part:
         bad = tally.finish(len(found))
         if not len(found):
             raise DataError(f"{files[0]}: holds no record; {container_of(files[0]).expects}")
-        return cls(found, np.frombuffer(lengths, "<i8"), format_, bad, first)
+        return cls(found, np.frombuffer(lengths, "<i8"), format_, bad, first, label)
 
     def where(self, chosen: NDArray[np.bool_]) -> "_Part":
         """The records that are chosen."""
@@ -100,6 +103,7 @@ def _stats(dataset: Dataset, parts: Sequence[_Part], trained: NDArray[np.uint64]
         format=" and ".join(dict.fromkeys(part.format for part in parts if part.format)),
         records=len(digests),
         bad=[bad for part in parts for bad in part.bad],
+        label=next((part.label for part in parts if part.label), ""),
         truncated=0,
         dropped=0,
         samples=len(digests),

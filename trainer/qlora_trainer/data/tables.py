@@ -1,7 +1,8 @@
 """What pyarrow reads: Parquet and Arrow files, and Zstandard. Imported where such a file is read, and nowhere else."""
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,28 @@ def arrow_batches(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
 
 def as_json(batch: Any) -> list[dict[str, Any]]:
     """Rows without the fields that are null: a table has every column, and every key, in every row."""
-    return [_without_null(row) for row in batch.to_pylist()]
+    rows = [_without_null(row) for row in batch.to_pylist()]
+    for column, names in class_names(batch.schema.metadata or {}).items():
+        for row in rows:
+            number = row.get(column)
+            if number == -1:  # it has none
+                del row[column]
+            elif isinstance(number, int) and 0 <= number < len(names):
+                row[column] = names[number]
+    return rows
+
+
+def class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """What the numbers in columns stand for, where the datasets library has written it beside them (ClassLabel)."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: list(feature["names"])
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _without_null(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jinja2
 from jinja2 import nodes
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -41,6 +42,8 @@ DEEP = frozenset((
 ))
 # fmt: on
 """Filters that look at all that is in what they are given."""
+_OF_DICTS = frozenset(dir(dict))
+_OF_LOOPS = frozenset(("first", "last", "index", "index0", "previtem", "nextitem"))
 
 
 T = TypeVar("T")
@@ -177,6 +180,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self._check_format(left, right)
         return super().call_binop(context, operator, left, right)
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute or item. Most are of messages and of loops: these go without the sandbox's questions."""
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICTS:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if kind is LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """A call, once it is known what a method of a text or a number makes."""
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox has its own str.format around Python's
@@ -280,7 +292,11 @@ def _is_constant(node: nodes.Expr) -> bool:
 def compiled(source: str) -> jinja2.Template:
     """A chat template within limits, as transformers would render it. Raises jinja2.TemplateSyntaxError."""
     # Theirs is that of another template: even to compile this one there could take all memory.
-    return BoundedEnvironment(_compile_jinja_template("").environment).from_string(source)
+    template = BoundedEnvironment(_compile_jinja_template("").environment).from_string(source)
+    template.globals = dict(
+        template.globals
+    )  # of several maps, which are put together for each conversation otherwise
+    return template
 
 
 def render(

@@ -145,6 +145,10 @@ class Tokenization:
         if not tokenizer.is_fast:
             raise ModelError("the model's tokenizer gives no offsets; a folder with tokenizer.json is needed")
         self._tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = tokenizer.split_special_tokens
         self.max_length = max_length
         self.options = options or TokenizationOptions()
         longest = max(map(len, tokenizer.get_vocab()), default=1)
@@ -275,14 +279,12 @@ class Tokenization:
             return
         anchors = [self._anchor if part.begins_turn else ("", []) for part in parts]
         with faults_of_the_tokenizer():
-            encoded = self._tokenizer(
+            # Not by the tokenizer itself, which makes lists of all that is known of each token.
+            encoded = self._backend.encode_batch(
                 [anchor + part.text for (anchor, _), part in zip(anchors, parts, strict=True)],
                 add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
             )
-        yield from zip(anchors, encoded.encodings, strict=True)
+        yield from zip(anchors, encoded, strict=True)
 
     def _part(self, part: _Part, encoded: _Encoded, location: str) -> tuple[list[int], list[int]]:
         """Ids and mask of a part. Raises DataError."""

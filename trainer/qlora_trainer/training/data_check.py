@@ -17,6 +17,8 @@ from qlora_contract.plan import (
     Steps,
     TextSpan,
     TimeEstimate,
+    more_steps,
+    too_few,
 )
 from qlora_contract.run_config import NOTHING_HELD_OUT, Dataset, RunConfig
 from qlora_contract.speed import time_of
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 FEW_RECORDS = 50
 """Fewer teach a style at best."""
-FEW_STEPS = 10
 MUCH = 0.05
 """Share of the records above which a loss is worth a warning."""
 RAW = (
@@ -62,6 +63,7 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
     steps: Steps | None = None
     time: TimeEstimate | None = None
     why_no_time: list[str] = []
+    few: list[str] = []
     template = False
     if with_model:
         training, evaluation, samples, steps, template = _with_model(run, lenient, roots, volumes)
@@ -69,6 +71,8 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
             time = time_on(run, resolve(run.model_uri, volumes), training, evaluation, steps)
         except TrainerError as error:
             why_no_time = [f"the model itself could not be trained on: {error}"]
+        if too := too_few(steps.total, run.training):
+            few = [f"{too}: {more_steps(steps, training.tokens, run.training)}"]
     else:
         training, evaluation, samples = survey(lenient, files)
     cannot_improve = (
@@ -95,7 +99,8 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         ],
         warnings=[
             *([NOTHING_HELD_OUT] if cannot_improve else []),
-            *warnings(training, evaluation, steps, has_template=template),
+            *warnings(training, evaluation, has_template=template),
+            *few,
             *why_no_time,
         ],
     )
@@ -200,15 +205,12 @@ def problems(dataset: Dataset, split: SplitStats, use: str) -> list[str]:
     return found
 
 
-def warnings(
-    training: SplitStats, evaluation: SplitStats | None, steps: Steps | None, *, has_template: bool
-) -> list[str]:
+def warnings(training: SplitStats, evaluation: SplitStats | None, *, has_template: bool) -> list[str]:
     """What may not be as it was meant.
 
     Args:
         training: what is trained on.
         evaluation: what is held out.
-        steps: of the training, if they are known.
         has_template: whether the model has a chat template.
     """
     records = training.records
@@ -235,13 +237,10 @@ def warnings(
             f"{cut:,} training samples are left out, because what is to be learned lies beyond "
             "training.maxSequenceLength"
         )
+    if training.label:
+        found.append(training.label)
     if training.raw and has_template:
         found.append(RAW)
-    if steps is not None and steps.total < FEW_STEPS:
-        found.append(
-            f"the training is {steps.total:,} step(s) long; for more, lower training.globalBatchTokens or raise "
-            "training.epochs"
-        )
     return found
 
 
@@ -261,6 +260,7 @@ def split_stats(samples: "Samples", facts: "Facts") -> SplitStats:
         overlap=facts.overlap,
         overlong=facts.overlong,
         raw=facts.raw,
+        label=facts.label,
         lengths=list(facts.lengths),
         sources=list(facts.sources),
     )
