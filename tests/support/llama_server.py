@@ -14,7 +14,8 @@ class LlamaServer:
     def __init__(self, model: Path, lora: Path | None = None) -> None:
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_gpu_layers = str(model), 256, 0
-        params.n_parallel, params.cpuparams.n_threads = 1, 2
+        # Threads of ggml spin while they wait for one another: beside other tests one is faster than two.
+        params.n_parallel, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 1, 1, 1
         params.warmup, params.verbosity = False, -1
         if lora is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
