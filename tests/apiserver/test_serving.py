@@ -67,7 +67,14 @@ def test_kserve_accepts_its_manifest(
 
     def apply(path: Path) -> str:
         return control_plane.kubectl(
-            "apply", "--server-side", "--validate=strict", "--dry-run=server", "-n", namespace, "-f", str(path)
+            "apply",
+            "--server-side",
+            "--validate=strict",
+            "--dry-run=server",
+            "-n",
+            namespace,
+            "-f",
+            str(path),
         )
 
     def accepted() -> bool:

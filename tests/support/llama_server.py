@@ -1,4 +1,4 @@
-"""llama.cpp's own server, in this process, asked over HTTP: `--model FILE`, and `--lora FILE` where there is an adapter."""
+"""llama.cpp's own server, in this process, asked over HTTP."""
 
 import json
 import urllib.request
@@ -9,7 +9,7 @@ import xllamacpp
 
 
 class LlamaServer:
-    """One server on a free port of the loopback; it ends with the last name for it."""
+    """`llama-server --model FILE`, with `--lora FILE` where there is an adapter; it ends with the last name for it."""
 
     def __init__(self, model: Path, lora: Path | None = None) -> None:
         params = xllamacpp.CommonParams()
