@@ -9,6 +9,7 @@ from testcluster import go_modules
 from testcluster.cluster import Cluster
 from testcluster.control_plane import ControlPlane
 from testcluster.errors import ClusterError, KubectlError
+from testcluster.fixtures import established
 from testcluster.waiting import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -46,10 +47,7 @@ def kserve(control_plane: ControlPlane) -> Path:
         control_plane.kubectl("apply", "--server-side", "-f", str(definition))
         path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{kind}.serving.kserve.io"
         wait_for(
-            lambda path=path: any(
-                each["type"] == "Established" and each["status"] == "True"
-                for each in control_plane.client.get(path).get("status", {}).get("conditions", [])
-            ),
+            lambda path=path: established(control_plane.client.get(path)),
             30,
             or_else=f"KServe's {kind}",
         )
