@@ -46,10 +46,11 @@ def kserve(control_plane: ControlPlane) -> Path:
         definition = sources / "config" / "crd" / "full" / f"serving.kserve.io_{kind}.yaml"
         control_plane.kubectl("apply", "--server-side", "-f", str(definition))
         path = f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{kind}.serving.kserve.io"
+        # 40,000 lines of schema are compiled before they count.
         wait_for(
             lambda path=path: established(control_plane.client.get(path)),
-            30,
-            or_else=f"KServe's {kind}",
+            180,
+            or_else=lambda path=path: f"{path}: {control_plane.client.get(path).get('status')}",
         )
     return sources
 
