@@ -77,7 +77,7 @@ demo: demo-data  ## Set everything up and fine-tune a small model on this machin
 	$(BIN)/qlora run manifests/samples/demo.yaml --volume demo=$(CACHE)/demo
 	$(BIN)/python demo/ask.py $(MODEL) $(WORK)/jobs/demo/adapter
 
-demo-llama: demo $(VENV)/.bench  ## Ask the demo's model in llama.cpp too, which is compiled first
+demo-llama: demo  ## Ask the demo's model in llama.cpp too
 	$(BIN)/qlora export $(WORK)/jobs/demo --format gguf --gguf-type q4_k_m --model $(MODEL)
 	$(BIN)/python demo/ask_llama.py $(WORK)/jobs/demo/exports/gguf-q4_k_m/demo-q4_k_m.gguf
 
@@ -165,7 +165,6 @@ manifest: setup  ## Write manifests/install.yaml, which is the rendered chart; n
 	    'from testcluster.binaries import ensure; print(ensure("api", "helm")["helm"])')"
 
 bench: $(VENV)/.bench $(VENV)/.backends demo-llama  ## Compare with the peers, each at length: hours on two cores (see trainer/benchmarks/LOG.md)
-	$(BIN)/python -m pytest -q -n 0 tests/qlora_trainer/export/test_gguf.py -k llama_cpp
 	$(BIN)/python trainer/benchmarks/against_trl.py
 	$(BIN)/python trainer/benchmarks/convergence.py
 	$(BIN)/python trainer/benchmarks/pinning.py

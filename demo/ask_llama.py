@@ -1,6 +1,6 @@
 """Ask a GGUF file a question in llama.cpp: `python demo/ask_llama.py FILE [QUESTION]`.
 
-By llama-cpp-python (`make demo-llama` compiles it), with the chat template that the file holds.
+By llama.cpp's server, here in this process (xllamacpp), with the chat template that the file holds.
 """
 
 import argparse
@@ -12,11 +12,12 @@ NEW_TOKENS = 64
 
 def answer(file: str, question: str) -> str:
     """The model's greedy answer of at most NEW_TOKENS tokens."""
-    from llama_cpp import Llama
+    from xllamacpp import CommonParams, Server
 
-    model = Llama(file, n_ctx=512, verbose=False)
-    asked = [{"role": "user", "content": question}]
-    made = model.create_chat_completion(asked, max_tokens=NEW_TOKENS, temperature=0.0)
+    params = CommonParams()
+    params.model.path, params.n_ctx, params.n_gpu_layers, params.verbosity = file, 512, 0, -1
+    asked = {"messages": [{"role": "user", "content": question}], "max_tokens": NEW_TOKENS, "temperature": 0}
+    made = Server(params).handle_chat_completions(asked)
     return str(made["choices"][0]["message"]["content"]).strip()
 
 

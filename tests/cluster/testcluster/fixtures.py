@@ -58,12 +58,13 @@ def install_crds(cluster: Cluster) -> None:
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(CRDS))
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     wait_for(
-        lambda: all(_established(raw) for raw in cluster.client.items(path)),
+        lambda: all(established(raw) for raw in cluster.client.items(path)),
         or_else="the custom resource definitions",
     )
 
 
-def _established(raw: Any) -> bool:
+def established(raw: Any) -> bool:
+    """Whether a custom resource definition is served."""
     conditions = (raw.get("status") or {}).get("conditions") or []
     return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 

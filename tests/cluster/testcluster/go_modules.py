@@ -19,6 +19,7 @@ PATHS = {
     "etcd": "go.etcd.io/etcd/server/v3",
     "coredns": "github.com/coredns/coredns",
     "helm": "helm.sh/helm/v4",
+    "kserve": "github.com/kserve/kserve",
     "kueue": "sigs.k8s.io/kueue",
     "kwok": "sigs.k8s.io/kwok",
     "registry": "github.com/distribution/distribution/v3",

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoConfig
 
 from exported import PROMPT, TOKENS, base_as_gguf, by_peft, exported, prompt_ids
+from llama_server import LlamaServer
 from qlora_contract.run_config import GgufType, OutputFormat
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import (
@@ -185,36 +186,28 @@ def test_llama3_stretches_waves_as_transformers_does(small_model: Callable[..., 
 ASK = Path(__file__).parents[3] / "demo" / "ask_llama.py"
 
 
-@pytest.fixture
-def llama_cpp() -> Any:
-    """The package of that name."""
-    return pytest.importorskip(
-        "llama_cpp", reason="needs llama-cpp-python: a package that compiles llama.cpp"
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 def test_llama_cpp_says_what_transformers_and_peft_say(
-    llama_cpp: Any, demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
+    demo_model: Path, an_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Twenty greedy tokens are equal for f16, and for a base in GGUF with the adapter's file."""
+    """Twenty greedy tokens of its server are equal for f16, and for a base in GGUF with the adapter's file."""
     adapter = an_adapter(demo_model)
     out = exported(demo_model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
     prompt = prompt_ids(demo_model)
     expected, without = by_peft(demo_model, adapter)
 
     def by_llama_cpp(file: Path, **more: Any) -> list[int]:
-        loaded = llama_cpp.Llama(str(file), n_ctx=256, verbose=False, **more)
-        assert loaded.tokenize(PROMPT.encode(), add_bos=True, special=True) == prompt
-        drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
-        return [next(drawn) for _ in range(TOKENS)]
+        server = LlamaServer(file, **more)
+        assert server.tokens(PROMPT) == prompt
+        return server.greedy(prompt, TOKENS)
 
     assert without != expected
     assert by_llama_cpp(out / "gguf-f16" / "demo-f16.gguf") == expected
-    lora = str(out / "gguf-lora" / "demo-lora.gguf")
-    assert by_llama_cpp(base_as_gguf(demo_model, tmp_path / "base.gguf"), lora_path=lora) == expected
+    base, lora = base_as_gguf(demo_model, tmp_path / "base.gguf"), out / "gguf-lora" / "demo-lora.gguf"
+    assert by_llama_cpp(base, lora=lora) == expected
+    assert by_llama_cpp(base) == without
 
 
 NEEDED: dict[str, dict[str, Any]] = {
@@ -231,7 +224,6 @@ NEEDED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", sorted(GGUF_FAMILIES))
 def test_llama_cpp_computes_each_family_as_transformers_does(
     kind: str,
-    llama_cpp: Any,
     small_model: Callable[..., Path],
     an_adapter: Callable[..., Path],
     tmp_path: Path,
@@ -243,17 +235,15 @@ def test_llama_cpp_computes_each_family_as_transformers_does(
     prompt = prompt_ids(folder)
     expected, _ = by_peft(folder, adapter)
 
-    loaded = llama_cpp.Llama(str(out / "gguf-f16" / "demo-f16.gguf"), n_ctx=256, verbose=False)
-    drawn = loaded.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    server = LlamaServer(out / "gguf-f16" / "demo-f16.gguf")
 
-    assert [next(drawn) for _ in range(TOKENS)] == expected
+    assert server.greedy(prompt, TOKENS) == expected
 
 
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 def test_llama_cpp_answers_from_q4_k_m(
-    llama_cpp: Any,
     demo_model: Path,
     an_adapter: Callable[..., Path],
     tmp_path: Path,

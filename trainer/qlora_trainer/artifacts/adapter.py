@@ -247,8 +247,8 @@ def model_card(run: RunConfig, report: dict[str, Any], *, chat: bool = False) ->
         )
         if adapter.rank_pattern or adapter.alpha_pattern:
             settings += (
-                "\n- ranks and alphas of their own in some layers: vLLM does not read rank_pattern and alpha_pattern,\n"
-                "  and scales these layers wrongly without a word; give it the merged model"
+                "\n- ranks and alphas of their own in some layers: vLLM before 0.32 does not read rank_pattern and\n"
+                "  alpha_pattern, and scales these layers wrongly without a word; give it the merged model"
             )
     else:
         kind, tags = adapter.method, f"[{adapter.method}, cpu]"
