@@ -197,6 +197,8 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
     _consistent_evaluation(spec.get("evaluation", {}))
+    for name in ("initialAdapterRevision", "initialAdapterCredentialsSecret"):  # of adapters elsewhere than on claims
+        spec.get("adapter", {}).pop(name, None)
     if {"promptInit", "prefixProjection"} & spec.get("adapter", {}).keys():
         spec["adapter"].pop("initialAdapter", None)
     _of_one_method(spec.get("adapter", {}), spec.get("output", {}))
