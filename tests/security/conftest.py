@@ -233,7 +233,9 @@ def _mount(mount: Object) -> Iterator[str]:
     if "subPath" in mount or "subPathExpr" in mount or ".." in path.split("/"):
         yield f"mount {mount}"
     own = path in ("/tmp", "/dev/shm", "/etc/qlora")
-    if not own and not re.fullmatch(r"/volumes/[^/]+|/etc/qlora/credentials/(model|dataset|output|adapter-initialadapter)", path):
+    if not own and not re.fullmatch(
+        r"/volumes/[^/]+|/etc/qlora/credentials/(model|dataset|output|adapter-initialadapter)", path
+    ):
         yield f"mount at {path}"
 
 

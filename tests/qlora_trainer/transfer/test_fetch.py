@@ -97,7 +97,9 @@ def test_an_initial_adapter_is_fetched_and_pinned_as_a_model_is(
     fetched = fetch(**named)
 
     assert fetched == ResolvedRevisions(adapter=commit)
-    assert tree(transfers.sources) == {f"hf/org/tuned/{commit}/{name}": data for name, data in ADAPTER.items()}
+    assert tree(transfers.sources) == {
+        f"hf/org/tuned/{commit}/{name}": data for name, data in ADAPTER.items()
+    }
     run = transfers.config("train", fetched=fetched, **named)
     volumes = {"claim": transfers.folder / "claim"}
     assert (resolve(run.initial_adapter_uri or "", volumes) / "adapter_config.json").is_file()
@@ -125,7 +127,10 @@ def test_a_repository_that_is_a_model_and_an_adapter_is_fetched_as_either(
 ) -> None:
     """That the files of the one are there does not mean that those of the other are."""
     sound.hub.commit("org/both", {**MODEL, **ADAPTER})
-    asked = {"model": {"model": {"source": "hf://org/both"}}, "adapter": {"adapter": {"initialAdapter": "hf://org/both"}}}
+    asked = {
+        "model": {"model": {"source": "hf://org/both"}},
+        "adapter": {"adapter": {"initialAdapter": "hf://org/both"}},
+    }
     second = "adapter" if first == "model" else "model"
     fetch(name="one", **asked[first])
     fetch(name="two", **asked[second])

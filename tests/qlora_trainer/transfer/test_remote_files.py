@@ -42,16 +42,26 @@ def test_a_model_is_what_training_reads() -> None:
 def test_an_adapter_is_its_weights_and_its_configuration() -> None:
     """Beside them repositories have tokenizers, cards, checkpoints, whole models."""
     there = ["adapter_config.json", "adapter_model.safetensors"]
-    more = ["README.md", "adapter_model.bin", "checkpoint-8/adapter_model.safetensors", "config.json", "tokenizer.json"]
+    more = [
+        "README.md",
+        "adapter_model.bin",
+        "checkpoint-8/adapter_model.safetensors",
+        "config.json",
+        "tokenizer.json",
+    ]
 
     assert chosen("adapter", "hf://org/name", *there, *more) == there
-    assert chosen("adapter", "s3://bucket/a", *(f"a/{name}" for name in there)) == [f"a/{name}" for name in there]
+    assert chosen("adapter", "s3://bucket/a", *(f"a/{name}" for name in there)) == [
+        f"a/{name}" for name in there
+    ]
 
 
-@pytest.mark.parametrize("there", [["adapter_config.json", "adapter_model.bin"], ["adapter_model.safetensors"]])
+@pytest.mark.parametrize(
+    "there", [["adapter_config.json", "adapter_model.bin"], ["adapter_model.safetensors"]]
+)
 def test_half_an_adapter_is_none(there: list[str]) -> None:
     """Pickles are not read."""
-    with pytest.raises(TransferRefused, match="has no adapter in PEFT's format .*: it has adapter_"):
+    with pytest.raises(TransferRefused, match=r"has no adapter in PEFT's format .*: it has adapter_"):
         chosen("adapter", "hf://org/name", *there)
 
 
