@@ -991,6 +991,7 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
         "spec.model.credentialsSecret",
         "spec.dataset.credentialsSecret",
         "spec.dataset.sources.credentialsSecret",
+        "spec.adapter.initialAdapterCredentialsSecret",
         "spec.tracking.mlflow.credentialsSecret",
     }
     assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]
