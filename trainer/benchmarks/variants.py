@@ -108,7 +108,7 @@ def cases(folder: Path) -> dict[str, Callable[[], dict[str, Step]]]:
 
     def dora() -> dict[str, Step]:
         path, vocabulary = written("llama", LLAMA_1B)
-        data, dtype = samples(vocabulary, [512]), torch.bfloat16
+        data, dtype = samples(vocabulary, [256]), torch.bfloat16
         return {
             "ours, LoRA, unquantized": ours(path, data, Unquantized(), dtype),
             "ours, LoRA, nf4": ours(path, data, Nf4(double=True), dtype),
