@@ -17,6 +17,7 @@ from qlora_contract.memory import (
     base_bytes,
     choose,
     estimate,
+    recurrent_bytes,
     step_seconds,
 )
 from qlora_contract.quantization import SCHEMES, SchemeName
@@ -151,16 +152,25 @@ def test_a_prefix_is_held_with_its_gradient() -> None:
 
 
 def test_a_recurrent_layer_at_work_takes_some_heads_or_one_over_the_longest_sample() -> None:
-    """As much as many heads at a time may; of longer samples what a single head takes, however many are in a batch."""
-    recurrent = SMOLLM2.model_copy(update={"recurrent_layers": 20, "recurrent_width": 256})
+    """As much as many heads at a time may; of longer samples what a single head takes, however many are in a batch. It
+    takes turns with the products, and there are only so many heads."""
+    linear = SMOLLM2.model_copy(update={"largest_linear": 0})
+    recurrent = linear.model_copy(
+        update={"recurrent_layers": 20, "recurrent_width": 256, "recurrent_heads": 16}
+    )
 
     def more(tokens: int, longest: int) -> int:
         job = run(max_sequence_length=longest, global_batch_tokens=2 * tokens)
-        found, without = (estimate(x, job, "bf16", tokens, "full").scratch for x in (recurrent, SMOLLM2))
+        found, without = (estimate(x, job, "bf16", tokens, "full").scratch for x in (recurrent, linear))
         return found - without
 
     assert more(8192, 1024) == more(8192, 4096) == 4 * RECURRENT_TENSORS * RECURRENT_NUMBERS
     assert more(8192, 8192) == more(16384, 8192) == 2 * more(8192, 4096)
+    few = recurrent.model_copy(update={"recurrent_heads": 1, "recurrent_width": 128})
+    assert recurrent_bytes(few, 1024, 1024) == 4 * RECURRENT_TENSORS * 1024 * 128
+    products = few.model_copy(update={"largest_linear": 10**9})
+    without = SMOLLM2.model_copy(update={"largest_linear": 10**9})
+    assert estimate(products, run(), "bf16", 1024, "full") == estimate(without, run(), "bf16", 1024, "full")
 
 
 def test_an_untied_head_is_a_second_embedding() -> None:

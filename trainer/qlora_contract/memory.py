@@ -92,6 +92,8 @@ class ModelShape(ContractModel):
     """Of the layers, those with a recurrent state in place of attention."""
     recurrent_width: int = 0
     """Numbers of a token in the widest tensor of a head of such a layer."""
+    recurrent_heads: int = 0
+    """Heads of such a layer that are computed by themselves: those of its keys."""
     recurrent_flops: int = 0
     """Operations of a token in its recurrence, in a forward pass."""
 
@@ -231,10 +233,13 @@ def estimate(
     activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled, prefixed=prefixed)
     # While a layer is at work in the backward pass: its gradients, its weights where they are dequantized as a whole,
     # and what it has computed again.
-    layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
+    # A recurrence is at work by itself, while none of its layer's products is.
+    layer = 6 * tokens * widest * e + max(
+        shape.largest_linear * (4 + e),
+        recurrent_bytes(shape, tokens, min(tokens, run.training.max_sequence_length)),
+    )
     if checkpointing == "full":
         layer += layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
-    layer += recurrent_bytes(shape, min(tokens, run.training.max_sequence_length))
     # The loss comes before the first of them.
     scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
@@ -254,11 +259,13 @@ def base_bytes(shape: ModelShape, run: RunConfig, dtype: Dtype) -> int:
     return weight_bytes(shape.linear_weights, run.quantization, BYTES[dtype]) + embedding
 
 
-def recurrent_bytes(shape: ModelShape, longest: int) -> int:
-    """Bytes that a recurrent layer takes while it is at work: of some heads, or of one over the longest sample."""
+def recurrent_bytes(shape: ModelShape, tokens: int, longest: int) -> int:
+    """Bytes that a recurrent layer takes while it is at work: of some heads, or of one over the longest sample; of no
+    more than there are."""
     if shape.recurrent_layers == 0:
         return 0
-    return 4 * RECURRENT_TENSORS * max(RECURRENT_NUMBERS, longest * shape.recurrent_width)
+    at_once = max(RECURRENT_NUMBERS, longest * shape.recurrent_width)
+    return 4 * RECURRENT_TENSORS * min(at_once, tokens * shape.recurrent_width * shape.recurrent_heads)
 
 
 def _ranks_of_pod(layout: Layout) -> int:
