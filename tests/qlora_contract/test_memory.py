@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_contract.memory import (
+    LOGITS_BYTES,
+    LOSS_BYTES,
     RECURRENT_NUMBERS,
     RECURRENT_TENSORS,
     Checkpointing,
@@ -141,6 +143,27 @@ def test_layers_without_adapters_keep_less() -> None:
 
     assert prefix.activations < prompt.activations
     assert prefix.total < prompt.total < lora.total
+
+
+def test_the_loss_of_few_rows_takes_less_than_a_chunk() -> None:
+    """Of half a chunk half; of more rows than a chunk has, no more. Virtual tokens are no rows."""
+    narrow = SMOLLM2.model_copy(
+        update={"hidden": 1, "intermediate": 1, "heads": 1, "head_size": 1, "largest_linear": 0}
+    )
+    chunk = LOGITS_BYTES // (4 * narrow.vocabulary)
+
+    def scratch(tokens: int, **adapter: Any) -> int:
+        job = run(max_sequence_length=tokens)
+        job = job.model_copy(update={"adapter": Adapter.model_validate(adapter)})
+        return estimate(narrow, job, "bf16", tokens, "none").scratch
+
+    virtual = {"method": "prompt-tuning", "numVirtualTokens": chunk // 2}
+    assert scratch(2 * chunk) == scratch(4 * chunk) == LOSS_BYTES["bf16"]
+    assert (
+        scratch(chunk // 2)
+        == scratch(2 * (chunk // 2), **virtual)
+        == pytest.approx(LOSS_BYTES["bf16"] / 2, rel=0.01)
+    )
 
 
 def test_a_prefix_is_held_with_its_gradient() -> None:

@@ -31,9 +31,11 @@ SAMPLES_OF_RUNTIME = 50_000
 """A dataset that is small: what its samples need is among RUNTIME_BYTES."""
 TOKENIZING_BYTES = 128 * 2**20
 """Of a process that tokenizes: a batch's text, tokens and offsets, and what it touches of what it inherits."""
+LOGITS_BYTES = 64 * 2**20
+"""Size of the logits of a chunk in fp32, at most: it bounds the rows of a chunk (qlora_trainer.modeling.loss)."""
 LOSS_BYTES: dict[str, int] = {"bf16": 140 * 2**20, "fp32": 240 * 2**20}
-"""By compute dtype, what the loss takes: a chunk of logits, and what the products with the head need for it
-(qlora_trainer.modeling.loss), whatever the vocabulary; measured."""
+"""By compute dtype, what the loss of a whole chunk takes: its logits, and what the products with the head need for it,
+whatever the vocabulary; measured."""
 PLAIN_LOSS_BYTES = 3 * 64 * 2**20
 """The same in plain torch: the chunk, its probabilities' narrow copy and slices of the head."""
 PLAIN_SLACK = 1.5
@@ -240,8 +242,10 @@ def estimate(
     )
     if checkpointing == "full":
         layer += layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
+    rows = tokens - bins * run.adapter.virtual_tokens
+    loss = int(LOSS_BYTES[dtype] * min(1.0, 4 * rows * shape.vocabulary / LOGITS_BYTES))
     # The loss comes before the first of them.
-    scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
+    scratch = max(loss, layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
         runtime=runtime_bytes(run.layout) + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
         base=base_bytes(shape, run, dtype) // sharing,
