@@ -124,7 +124,7 @@ well. It exits with 10 where the machine is too small.
 
 `trainer/benchmarks/memory.py` runs jobs on random weights in the shapes of published models, which take as much memory
 as the published ones: two or three steps of samples that fill their bins, all of it learned, on a Zen 4 processor with
-the compiled kernels. The peak, in MiB, is the largest rank's: its anonymous memory, and of a base that it maps its part.
+the compiled kernels. The peak, in MiB, is the largest rank's: anonymous memory, and its part of a base that it maps.
 Larger models than these were not run; of one a few layers were, with a smaller vocabulary. Ranks of one pod share what
 they have imported, so each of two needs less than one alone. In the run of two, each had its own copy of the quantized
 weights, and so has the estimate beside it; now ranks of a pod map them from one file.
