@@ -33,7 +33,7 @@ TOKENIZING_BYTES = 128 * 2**20
 """Of a process that tokenizes: a batch's text, tokens and offsets, and what it touches of what it inherits."""
 LOGITS_BYTES = 64 * 2**20
 """Size of the logits of a chunk in fp32, at most: it bounds the rows of a chunk (qlora_trainer.modeling.loss)."""
-LOSS_BYTES: dict[str, int] = {"bf16": 140 * 2**20, "fp32": 240 * 2**20}
+LOSS_BYTES: dict[str, int] = {"bf16": 110 * 2**20, "fp32": 240 * 2**20}
 """By compute dtype, what the loss of a whole chunk takes: its logits, and what the products with the head need for it,
 whatever the vocabulary; measured."""
 PLAIN_LOSS_BYTES = 3 * 64 * 2**20
