@@ -112,6 +112,10 @@ CASES: dict[str, Case] = {
     "270M": Case("Gemma-3-270M", length=256, training=NONE),
     "270M-int8-recomputed": Case("Gemma-3-270M", length=256, training=FULL, scheme="int8"),
     "0.6B": Case("4 layers of Qwen3-0.6B", length=512, training=NONE, adapter={"dropout": 0.05}),
+    "135M-fp4": Case("SmolLM2-135M", length=256, training=FULL, scheme="fp4", adapter={"dropout": 0.05}),
+    "0.8B-recurrent-int8": Case(
+        "4 layers of Qwen3.5-0.8B", length=256, training=FULL, scheme="int8", adapter={"dropout": 0.05}
+    ),
     "0.8B-recurrent": Case("4 layers of Qwen3.5-0.8B", length=256, training=NONE),
     "experts": Case("4 layers of Qwen3-30B-A3B, 16 experts", length=256, training=NONE),
     "1B-recomputed": Case("Llama-3.2-1B", length=256, training=FULL),
