@@ -74,6 +74,23 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3-14B": llama(151936, 5120, 17408, 40, 40, 8, **QWEN3, **UNTIED),
 }
 """As their config.json has them."""
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
+DELTA = {
+    "model_type": "qwen3_5_text", "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+}  # fmt: skip
+EXPERTS = {
+    "model_type": "qwen3_moe", "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 16,
+    "num_experts_per_tok": 8, "norm_topk_prob": True,
+}  # fmt: skip
+MEASURED_SHAPES: dict[str, dict[str, Any]] = {
+    **SHAPES,
+    "Gemma-3-270M": llama(262144, 640, 2048, 18, 4, 1, **GEMMA3),
+    "4 layers of Qwen3-0.6B": llama(49152, 1024, 3072, 4, 16, 8, **QWEN3),
+    "4 layers of Qwen3.5-0.8B": llama(49152, 1024, 3584, 4, 8, 2, **DELTA),
+    "4 layers of Qwen3-30B-A3B, 16 experts": llama(49152, 2048, 6144, 4, 32, 4, **EXPERTS),
+}
+"""Those that were measured: as in trainer/benchmarks/memory.py, where parts of large models stand for these."""
 
 TEXT = """\
 # Sizes
@@ -106,10 +123,11 @@ well. It exits with 10 where the machine is too small.
 ## Measured
 
 `trainer/benchmarks/memory.py` runs jobs on random weights in the shapes of published models, which take as much memory
-as the published ones: three steps of samples that fill their bins, all of it learned, on a Zen 4 processor with the
-compiled kernels. The peak is the anonymous memory of the largest rank, in MiB; larger models than these were not run.
-Ranks of one pod share what they have imported, so each of two needs less than one alone. In these runs each rank had
-its own copy of the quantized weights, and so has the estimate beside them; now ranks of a pod map them from one file.
+as the published ones: two or three steps of samples that fill their bins, all of it learned, on a Zen 4 processor with
+the compiled kernels. The peak, in MiB, is the largest rank's: anonymous memory, and its part of a base that it maps.
+Larger models than these were not run; of one a few layers were, with a smaller vocabulary. Ranks of one pod share what
+they have imported, so each of two needs less than one alone. In the run of two, each had its own copy of the quantized
+weights, and so has the estimate beside it; now ranks of a pod map them from one file.
 
 {measured}
 """
@@ -225,7 +243,7 @@ def estimate_of(case: dict[str, Any]) -> int:
     run = run.model_copy(
         update={"quantization": quantization, "layout": layout, "training": training, "adapter": adapter}
     )
-    shape = shape_of(SHAPES[case["model"]], adapter)
+    shape = shape_of(MEASURED_SHAPES[case["model"]], adapter)
     tokens, mode = case["tokens"], case["checkpointing"]
     return memory.estimate(shape, run, case["dtype"], tokens, mode, mapped=case.get("mapped", False)).total
 

@@ -235,6 +235,16 @@ RIGHTS: dict[str, tuple[str, Object, str | None]] = {
         {"adapter": {"initialAdapter": "pvc://payroll/jobs/a/adapter"}},
         "spec.adapter.initialAdapter names a claim that you may not get",
     ),
+    "an adapter of the Hub to start from": (
+        "owner",
+        {"adapter": {"initialAdapter": "hf://our.org/a", "initialAdapterCredentialsSecret": "hub"}},
+        None,
+    ),
+    "the Secret of an adapter to start from": (
+        "without-secrets",
+        {"adapter": {"initialAdapter": "hf://our.org/a", "initialAdapterCredentialsSecret": "hub"}},
+        "spec.adapter.initialAdapterCredentialsSecret names a Secret that you may not get",
+    ),
     "every claim": ("every-claim", {"workspace": "pvc://anything"}, None),
 }
 

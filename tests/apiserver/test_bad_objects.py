@@ -215,6 +215,12 @@ BAD: dict[str, tuple[Object, str, str]] = {
         {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8, "prefixProjection": True,
          "initialAdapter": "pvc://team/jobs/first/adapter"}},
         "spec.adapter.initialAdapter", "whose MLP no finished adapter has"),
+    "the revision of an initial adapter on a claim": (
+        {"spec.adapter": {"initialAdapter": "pvc://team/a", "initialAdapterRevision": "v1"}},
+        "spec.adapter.initialAdapterRevision", "requires an initialAdapter of hf://"),
+    "the Secret of an initial adapter on a claim": (
+        {"spec.adapter": {"initialAdapter": "pvc://team/a", "initialAdapterCredentialsSecret": "hub"}},
+        "spec.adapter.initialAdapterCredentialsSecret", "requires an initialAdapter of hf:// or s3://"),
     "a prefix merged into the weights": (
         {"spec.adapter": {"method": "prefix-tuning", "numVirtualTokens": 8}, "spec.output": {"formats": ["merged"]}},
         "spec.output.formats", "only an adapter of method lora"),

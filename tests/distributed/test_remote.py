@@ -80,7 +80,8 @@ def machine(tmp_path: Path, servers: Remotes) -> Machine:
 
 
 def test_from_the_hub_and_s3_to_s3(machine: Machine) -> None:
-    """What is remote is fetched, trained on and named by the adapter, which goes to its destination; once."""
+    """What is remote is fetched, trained on and named by the adapter, which goes to its destination; once. Another job
+    goes on from it there."""
     code, out, err = machine.run("run")
     assert (code, err) == (0, "")
     commit = machine.servers.hub.repositories["models", "team/tiny"].branches["main"]
@@ -103,6 +104,21 @@ def test_from_the_hub_and_s3_to_s3(machine: Machine) -> None:
     assert code == 0
     assert "way is already finished" in out
     assert "published  s3://team/adapters/way\n" in out
+
+    document = json.loads(machine.file.read_text())
+    document["metadata"]["name"] = "further"
+    document["spec"]["adapter"] = {"initialAdapter": f"s3://{BUCKET}/adapters/way"}
+    del document["spec"]["output"]
+    machine.file.write_text(json.dumps(document))
+    code, out, err = machine.run("run")
+    assert (code, err) == (0, "")
+    assert "adapter.initialAdapter at " in out
+    further = machine.job.parent / "further"
+    provenance = json.loads((further / "training_report.json").read_text())["provenance"]
+    first = (machine.job / "adapter/adapter_model.safetensors").read_bytes()
+    assert provenance["initial_adapter"] == f"s3://{BUCKET}/adapters/way"
+    assert len(provenance["initial_adapter_revision"]) == 64
+    assert provenance["initial_adapter_sha256"] == hashlib.sha256(first).hexdigest()
 
 
 def test_a_plan_needs_a_fetch(machine: Machine) -> None:

@@ -1,5 +1,6 @@
 """Jobs over oneCCL and Intel MPI, a rank on each of two nodes: what gloo gives, whatever carries the numbers."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +86,31 @@ def test_mpi(job: Make, volume: Path, with_gloo: Result) -> None:
     assert result(over_mpi, volume) == with_gloo
 
     assert over_mpi.status["restarts"] == {"user": 0, "infrastructure": 0}
+
+
+def test_a_prefix_over_mpi(small_job: Callable[..., Any], volume: Path) -> None:
+    """P-tuning v2 as it was published, small: ranks on two nodes, MPI between them, trained keys and values."""
+    tokens = 8
+    prefix = small_job(
+        "prefix",
+        adapter={
+            "method": "prefix-tuning",
+            "numVirtualTokens": tokens,
+            "promptInit": "text",
+            "promptInitText": "Answer.",
+        },
+        quantization={"scheme": "none"},
+        training={"maxSteps": 20, "learningRate": 1e-2},
+        distributed={"backend": "mpi", "timeoutSeconds": 10},
+        topology={"ranksPerPod": "auto"},
+    )
+    found = result(prefix, volume)
+    status = prefix.status
+    header = json.loads(found.adapter[8 : 8 + int.from_bytes(found.adapter[:8], "little")])
+
+    assert status["restarts"] == {"user": 0, "infrastructure": 0}
+    assert status["placement"]["worldSize"] == 2
+    assert found.eval_loss < status["adapter"]["baseEvalLoss"]
+    assert {name: facts["shape"][0] for name, facts in header.items() if name != "__metadata__"} == {
+        "prompt_embeddings": tokens
+    }

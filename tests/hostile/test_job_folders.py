@@ -321,7 +321,7 @@ MANIFEST_OF_SOURCE: dict[str, Any] = {
 @INPUTS
 def test_damaged_manifests_of_sources_are_not_complete_or_raise_nothing(place: Path, inputs: int) -> None:
     """What a fetched source's manifest says is what is there, or the source is fetched again."""
-    snapshot = Snapshot(place, parse_remote(REMOTE), "a" * 40)
+    snapshot = Snapshot(place, parse_remote(REMOTE), "a" * 40, "model")
     snapshot.make_folders()
     (snapshot.files / "config.json").write_text("{}")
     snapshot.manifest.write_text(json.dumps(MANIFEST_OF_SOURCE))

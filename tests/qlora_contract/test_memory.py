@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_contract.memory import (
+    LOGITS_BYTES,
+    LOSS_BYTES,
     RECURRENT_NUMBERS,
     RECURRENT_TENSORS,
     Checkpointing,
@@ -17,6 +19,7 @@ from qlora_contract.memory import (
     base_bytes,
     choose,
     estimate,
+    recurrent_bytes,
     step_seconds,
 )
 from qlora_contract.quantization import SCHEMES, SchemeName
@@ -149,6 +152,27 @@ def test_layers_without_adapters_keep_less() -> None:
     assert prefix.total < prompt.total < lora.total
 
 
+def test_the_loss_of_few_rows_takes_less_than_a_chunk() -> None:
+    """Of half a chunk half; of more rows than a chunk has, no more. Virtual tokens are no rows."""
+    narrow = SMOLLM2.model_copy(
+        update={"hidden": 1, "intermediate": 1, "heads": 1, "head_size": 1, "largest_linear": 0}
+    )
+    chunk = LOGITS_BYTES // (4 * narrow.vocabulary)
+
+    def scratch(tokens: int, **adapter: Any) -> int:
+        job = run(max_sequence_length=tokens)
+        job = job.model_copy(update={"adapter": Adapter.model_validate(adapter)})
+        return estimate(narrow, job, "bf16", tokens, "none").scratch
+
+    virtual = {"method": "prompt-tuning", "numVirtualTokens": chunk // 2}
+    assert scratch(2 * chunk) == scratch(4 * chunk) == LOSS_BYTES["bf16"]
+    assert (
+        scratch(chunk // 2)
+        == scratch(2 * (chunk // 2), **virtual)
+        == pytest.approx(LOSS_BYTES["bf16"] / 2, rel=0.01)
+    )
+
+
 def test_a_prefix_is_held_with_its_gradient() -> None:
     """What an adapter makes of its weights in each micro-batch takes eight bytes a number."""
     made = SMOLLM2.model_copy(update={"made_weights": 1000})
@@ -158,16 +182,25 @@ def test_a_prefix_is_held_with_its_gradient() -> None:
 
 
 def test_a_recurrent_layer_at_work_takes_some_heads_or_one_over_the_longest_sample() -> None:
-    """As much as many heads at a time may; of longer samples what a single head takes, however many are in a batch."""
-    recurrent = SMOLLM2.model_copy(update={"recurrent_layers": 20, "recurrent_width": 256})
+    """As much as many heads at a time may; of longer samples what a single head takes, however many are in a batch. It
+    takes turns with the products, and there are only so many heads."""
+    linear = SMOLLM2.model_copy(update={"largest_linear": 0})
+    recurrent = linear.model_copy(
+        update={"recurrent_layers": 20, "recurrent_width": 256, "recurrent_heads": 16}
+    )
 
     def more(tokens: int, longest: int) -> int:
         job = run(max_sequence_length=longest, global_batch_tokens=2 * tokens)
-        found, without = (estimate(x, job, "bf16", tokens, "full").scratch for x in (recurrent, SMOLLM2))
+        found, without = (estimate(x, job, "bf16", tokens, "full").scratch for x in (recurrent, linear))
         return found - without
 
     assert more(8192, 1024) == more(8192, 4096) == 4 * RECURRENT_TENSORS * RECURRENT_NUMBERS
     assert more(8192, 8192) == more(16384, 8192) == 2 * more(8192, 4096)
+    few = recurrent.model_copy(update={"recurrent_heads": 1, "recurrent_width": 128})
+    assert recurrent_bytes(few, 1024, 1024) == 4 * RECURRENT_TENSORS * 1024 * 128
+    products = few.model_copy(update={"largest_linear": 10**9})
+    without = SMOLLM2.model_copy(update={"largest_linear": 10**9})
+    assert estimate(products, run(), "bf16", 1024, "full") == estimate(without, run(), "bf16", 1024, "full")
 
 
 def test_an_untied_head_is_a_second_embedding() -> None:

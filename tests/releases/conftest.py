@@ -164,6 +164,14 @@ def _consistent_training(training: dict[str, Any]) -> None:
             training["globalBatchTokens"] = 16
 
 
+def _consistent_initial(adapter: dict[str, Any]) -> None:
+    """Random settings of what an adapter starts as: nothing, or another, wherever it is, without further settings."""
+    for name in ("initialAdapterRevision", "initialAdapterCredentialsSecret"):
+        adapter.pop(name, None)
+    if {"promptInit", "prefixProjection"} & adapter.keys():
+        adapter.pop("initialAdapter", None)
+
+
 def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any]:
     """A random spec after the rules between its fields."""
     training, topology = spec.setdefault("training", {}), spec.setdefault("topology", {})
@@ -197,8 +205,7 @@ def _consistent(spec: dict[str, Any], model: str, dataset: str) -> dict[str, Any
         if source.startswith("pvc://"):
             section.pop("credentialsSecret", None)
     _consistent_evaluation(spec.get("evaluation", {}))
-    if {"promptInit", "prefixProjection"} & spec.get("adapter", {}).keys():
-        spec["adapter"].pop("initialAdapter", None)
+    _consistent_initial(spec.get("adapter", {}))
     _of_one_method(spec.get("adapter", {}), spec.get("output", {}))
     if "destination" not in spec.get("output", {}):
         spec.get("output", {}).pop("credentialsSecret", None)

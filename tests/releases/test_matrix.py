@@ -327,6 +327,8 @@ HOLD_FOR_STORED_JOBS = {
     "(has(self.method) && self.method == 'prefix-tuning') || !has(self.prefixProjection)": "none has that field",
     "!has(self.encoderHiddenSize) ||": "none has that field",
     "!has(self.initialAdapter) ||": "none has that field",
+    "!has(self.initialAdapterRevision) ||": "none has that field",
+    "!has(self.initialAdapterCredentialsSecret) ||": "none has that field",
     "!has(self.adapter.numVirtualTokens) ||": "none has that field",
     "self.adapter.method == 'lora' ||": "lora was the only method",
 }

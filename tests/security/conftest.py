@@ -233,7 +233,9 @@ def _mount(mount: Object) -> Iterator[str]:
     if "subPath" in mount or "subPathExpr" in mount or ".." in path.split("/"):
         yield f"mount {mount}"
     own = path in ("/tmp", "/dev/shm", "/etc/qlora")
-    if not own and not re.fullmatch(r"/volumes/[^/]+|/etc/qlora/credentials/(model|dataset|output)", path):
+    if not own and not re.fullmatch(
+        r"/volumes/[^/]+|/etc/qlora/credentials/(model|dataset|output|adapter-initialadapter)", path
+    ):
         yield f"mount at {path}"
 
 
@@ -255,4 +257,7 @@ def _claim(uri: str) -> str:
 def _secrets(spec: Object, stage: str) -> set[str]:
     """The Secrets that a stage may see: those of what it transfers."""
     parts = {"fetch": ("model", "dataset"), "train": (), "publish": ("output",)}[stage]
-    return {spec[part]["credentialsSecret"] for part in parts} - {None}
+    named = {spec[part]["credentialsSecret"] for part in parts}
+    if stage == "fetch":
+        named.add(spec["adapter"]["initialAdapterCredentialsSecret"])
+    return named - {None}

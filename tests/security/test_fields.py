@@ -31,7 +31,11 @@ JOB = job_manifest(
     workspace="pvc://work/here",
     model={"source": "hf://org/model", "credentialsSecret": "hub"},
     dataset={"source": "hf://datasets/org/data", "credentialsSecret": "hub"},
-    adapter={"targetModules": ["q_proj"]},
+    adapter={
+        "targetModules": ["q_proj"],
+        "initialAdapter": "hf://org/adapter",
+        "initialAdapterCredentialsSecret": "hub",
+    },
     output={"destination": "s3://bucket/out", "credentialsSecret": "bucket"},
     topology={"cpusPerRank": OMIT},
     isa={"allowed": ["avx512"]},

@@ -33,9 +33,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Gemma-3-270M": {"model_type": "gemma3_text", "vocab_size": 262144, "tie_word_embeddings": True,
                      "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
                      "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512},
-    "Qwen3-0.6B": {"model_type": "qwen3", "vocab_size": 151936, "tie_word_embeddings": True, "hidden_size": 1024,
-                   "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                   "num_key_value_heads": 8, "head_dim": 128},
+    "4 layers of Qwen3-0.6B": {
+        "model_type": "qwen3", "vocab_size": 49152, "tie_word_embeddings": True, "hidden_size": 1024,
+        "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 128},
+    "4 layers of Qwen3.5-0.8B": {
+        "model_type": "qwen3_5_text", "vocab_size": 49152, "tie_word_embeddings": True, "hidden_size": 1024,
+        "intermediate_size": 3584, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 16, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128},
     "4 layers of Qwen3-30B-A3B, 16 experts": {
         "model_type": "qwen3_moe", "vocab_size": 49152, "tie_word_embeddings": True, "hidden_size": 2048,
         "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 32,
@@ -84,10 +90,15 @@ CASES: dict[str, Case] = {
         adapter={"method": "prefix-tuning", "numVirtualTokens": 128},
     ),
     "135M-prefix-recomputed": Case(
-        "SmolLM2-135M", bins=2, training=FULL, adapter={"method": "prefix-tuning", "numVirtualTokens": 32}
+        "SmolLM2-135M",
+        length=256,
+        bins=2,
+        training=FULL,
+        adapter={"method": "prefix-tuning", "numVirtualTokens": 32},
     ),
     "135M-projected": Case(
         "SmolLM2-135M",
+        length=256,
         training=NONE,
         adapter={
             "method": "prefix-tuning",
@@ -98,11 +109,15 @@ CASES: dict[str, Case] = {
     ),
     "360M": Case("SmolLM2-360M", length=512, training=NONE),
     "0.5B-recomputed": Case("Qwen2.5-0.5B", length=512, training=FULL),
-    "270M": Case("Gemma-3-270M", length=512, training=NONE),
-    "270M-int8-recomputed": Case("Gemma-3-270M", length=512, bins=2, training=FULL, scheme="int8"),
-    "0.6B": Case("Qwen3-0.6B", length=512, training=NONE),
-    "0.6B-recomputed": Case("Qwen3-0.6B", length=512, training=FULL, adapter={"dropout": 0.05}),
-    "experts": Case("4 layers of Qwen3-30B-A3B, 16 experts", length=512, training=NONE),
+    "270M": Case("Gemma-3-270M", length=256, training=NONE),
+    "270M-int8-recomputed": Case("Gemma-3-270M", length=256, training=FULL, scheme="int8"),
+    "0.6B": Case("4 layers of Qwen3-0.6B", length=512, training=NONE, adapter={"dropout": 0.05}),
+    "135M-fp4": Case("SmolLM2-135M", length=256, training=FULL, scheme="fp4", adapter={"dropout": 0.05}),
+    "0.8B-recurrent-int8": Case(
+        "4 layers of Qwen3.5-0.8B", length=256, training=FULL, scheme="int8", adapter={"dropout": 0.05}
+    ),
+    "0.8B-recurrent": Case("4 layers of Qwen3.5-0.8B", length=256, training=NONE),
+    "experts": Case("4 layers of Qwen3-30B-A3B, 16 experts", length=256, training=NONE),
     "1B-recomputed": Case("Llama-3.2-1B", length=256, training=FULL),
     "1.7B-recomputed": Case("SmolLM2-1.7B", length=256, training=FULL),
 }

@@ -44,6 +44,7 @@ _SHAPING: dict[str, set[str]] = {
 NOT_SHAPING: dict[str, set[str]] = {
     "model": {"credentialsSecret"},
     "dataset": {"credentialsSecret"},
+    "adapter": {"initialAdapterCredentialsSecret"},
     "training": {"microBatchTokens", "gradientCheckpointing"},
     "evaluation": {"maxTokens", "prompts", "keepBest", "earlyStoppingPatience"},
 }

@@ -31,9 +31,11 @@ SAMPLES_OF_RUNTIME = 50_000
 """A dataset that is small: what its samples need is among RUNTIME_BYTES."""
 TOKENIZING_BYTES = 128 * 2**20
 """Of a process that tokenizes: a batch's text, tokens and offsets, and what it touches of what it inherits."""
-LOSS_BYTES: dict[str, int] = {"bf16": 140 * 2**20, "fp32": 240 * 2**20}
-"""By compute dtype, what the loss takes: a chunk of logits, and what the products with the head need for it
-(qlora_trainer.modeling.loss), whatever the vocabulary; measured."""
+LOGITS_BYTES = 64 * 2**20
+"""Size of the logits of a chunk in fp32, at most: it bounds the rows of a chunk (qlora_trainer.modeling.loss)."""
+LOSS_BYTES: dict[str, int] = {"bf16": 110 * 2**20, "fp32": 240 * 2**20}
+"""By compute dtype, what the loss of a whole chunk takes: its logits, and what the products with the head need for it,
+whatever the vocabulary; measured."""
 PLAIN_LOSS_BYTES = 3 * 64 * 2**20
 """The same in plain torch: the chunk, its probabilities' narrow copy and slices of the head."""
 PLAIN_SLACK = 1.5
@@ -92,6 +94,8 @@ class ModelShape(ContractModel):
     """Of the layers, those with a recurrent state in place of attention."""
     recurrent_width: int = 0
     """Numbers of a token in the widest tensor of a head of such a layer."""
+    recurrent_heads: int = 0
+    """Heads of such a layer that are computed by themselves: those of its keys."""
     recurrent_flops: int = 0
     """Operations of a token in its recurrence, in a forward pass."""
 
@@ -231,12 +235,17 @@ def estimate(
     activations = activation_bytes(shape, tokens, dtype, checkpointing, compiled=compiled, prefixed=prefixed)
     # While a layer is at work in the backward pass: its gradients, its weights where they are dequantized as a whole,
     # and what it has computed again.
-    layer = 6 * tokens * widest * e + shape.largest_linear * (4 + e)
+    # A recurrence is at work by itself, while none of its layer's products is.
+    layer = 6 * tokens * widest * e + max(
+        shape.largest_linear * (4 + e),
+        recurrent_bytes(shape, tokens, min(tokens, run.training.max_sequence_length)),
+    )
     if checkpointing == "full":
         layer += layer_bytes(shape, tokens, dtype, compiled=compiled, prefixed=prefixed)
-    layer += recurrent_bytes(shape, min(tokens, run.training.max_sequence_length))
+    rows = tokens - bins * run.adapter.virtual_tokens
+    loss = int(LOSS_BYTES[dtype] * min(1.0, 4 * rows * shape.vocabulary / LOGITS_BYTES))
     # The loss comes before the first of them.
-    scratch = max(LOSS_BYTES[dtype], layer) if compiled else PLAIN_LOSS_BYTES + layer
+    scratch = max(loss, layer) if compiled else PLAIN_LOSS_BYTES + layer
     return MemoryEstimate(
         runtime=runtime_bytes(run.layout) + SAMPLE_BYTES * max(0, samples - SAMPLES_OF_RUNTIME),
         base=base_bytes(shape, run, dtype) // sharing,
@@ -254,11 +263,13 @@ def base_bytes(shape: ModelShape, run: RunConfig, dtype: Dtype) -> int:
     return weight_bytes(shape.linear_weights, run.quantization, BYTES[dtype]) + embedding
 
 
-def recurrent_bytes(shape: ModelShape, longest: int) -> int:
-    """Bytes that a recurrent layer takes while it is at work: of some heads, or of one over the longest sample."""
+def recurrent_bytes(shape: ModelShape, tokens: int, longest: int) -> int:
+    """Bytes that a recurrent layer takes while it is at work: of some heads, or of one over the longest sample; of no
+    more than there are."""
     if shape.recurrent_layers == 0:
         return 0
-    return 4 * RECURRENT_TENSORS * max(RECURRENT_NUMBERS, longest * shape.recurrent_width)
+    at_once = max(RECURRENT_NUMBERS, longest * shape.recurrent_width)
+    return 4 * RECURRENT_TENSORS * min(at_once, tokens * shape.recurrent_width * shape.recurrent_heads)
 
 
 def _ranks_of_pod(layout: Layout) -> int:

@@ -27,7 +27,7 @@ def credentials_folder(field: str) -> str:
 
     It also is a part of a volume's name.
     """
-    return re.sub(r"[^a-z0-9]+", "-", field).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", field.lower()).strip("-")
 
 
 def volume_map(environ: Mapping[str, str] = os.environ) -> dict[str, Path]:

@@ -87,13 +87,20 @@ class Source(Protocol):
         """Name of the Secret to fetch it with."""
 
 
+INITIAL_ADAPTER = "adapter.initialAdapter"
+"""The field of a job that names what its adapter starts as."""
+
+Role = Literal["model", "dataset", "adapter"]
+"""What a source is read as."""
+
+
 @dataclass(frozen=True)
 class NamedSource:
     """One of the sources that a job reads."""
 
     field: str
-    """Of the job: `model`, `dataset`, or `dataset.sources[2]`."""
-    role: Literal["model", "dataset"]
+    """Of the job: `model`, `dataset`, `dataset.sources[2]` or INITIAL_ADAPTER."""
+    role: Role
     number: int | None
     """In dataset.sources; None for the others."""
     uri: str
@@ -101,14 +108,45 @@ class NamedSource:
     """As the job asks for it."""
     credentials_secret: str | None
 
+    @property
+    def uri_field(self) -> str:
+        """The field of the job that holds the URI."""
+        return self.field if self.role == "adapter" else f"{self.field}.source"
 
-def named_sources(model: Source, data: Sequence[Source], *, listed: bool) -> list[NamedSource]:
-    """The sources of a job, the model first. `listed`: whether the data are given as dataset.sources."""
+
+def setting_of(field: str, setting: str) -> str:
+    """The field of a job with a setting of what `field` names, as NamedSource has that: `model.revision`,
+    `adapter.initialAdapterRevision`."""
+    beside = field == INITIAL_ADAPTER
+    return f"{field}{setting[0].upper()}{setting[1:]}" if beside else f"{field}.{setting}"
+
+
+class Continued(Protocol):
+    """The adapter of a job, as far as it starts as another, in the API's form or the wire's."""
+
+    @property
+    def initial_adapter(self) -> str | None:
+        """The other's URI."""
+
+    @property
+    def initial_adapter_revision(self) -> str | None:
+        """Of the Hub; None: main."""
+
+    @property
+    def initial_adapter_credentials_secret(self) -> str | None:
+        """Name of the Secret to fetch it with."""
+
+
+def named_sources(
+    model: Source, data: Sequence[Source], adapter: Continued, *, listed: bool
+) -> list[NamedSource]:
+    """The sources of a job: the model, the data, the initial adapter. `listed`: whether the data are given as
+    dataset.sources."""
     numbered = [("model", None, model)] + [
         (f"dataset.sources[{number}]", number, each) if listed else ("dataset", None, each)
         for number, each in enumerate(data)
     ]
-    return [
+    found = [
         NamedSource(
             field=field,
             role="model" if field == "model" else "dataset",
@@ -119,6 +157,18 @@ def named_sources(model: Source, data: Sequence[Source], *, listed: bool) -> lis
         )
         for field, number, each in numbered
     ]
+    if adapter.initial_adapter is not None:
+        found.append(
+            NamedSource(
+                field=INITIAL_ADAPTER,
+                role="adapter",
+                number=None,
+                uri=adapter.initial_adapter,
+                revision=adapter.initial_adapter_revision or "main",
+                credentials_secret=adapter.initial_adapter_credentials_secret,
+            )
+        )
+    return found
 
 
 def is_remote(uri: str) -> bool:

@@ -198,7 +198,9 @@ class Adapter(ContractModel):
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=512)]] = Field(default={}, max_length=64)
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=4096)]] = Field(default={}, max_length=64)
     lora_plus_ratio: float = Field(default=1.0, ge=1.0, le=1024)
-    initial_adapter: PvcUri | None = None
+    initial_adapter: ModelUri | None = None
+    initial_adapter_revision: Revision | None = None
+    initial_adapter_credentials_secret: SecretName | None = None
     num_virtual_tokens: int | None = Field(default=None, ge=1, le=MAX_VIRTUAL_TOKENS)
     prompt_init: Literal["random", "text"] = "random"
     prompt_init_text: str | None = Field(default=None, min_length=1, max_length=4096)
@@ -382,11 +384,13 @@ class ResolvedRevisions(ContractModel):
     """As for the model."""
     sources: list[RevisionOrNone] | None = Field(default=None, max_length=MAX_SOURCES)
     """The same of each of dataset.sources; empty for those on a claim. None: nothing is known of any."""
+    adapter: ResolvedRevision | None = None
+    """As for the model, of adapter.initialAdapter."""
 
     def of(self, source: NamedSource) -> str | None:
         """What a source resolved to; None while that is not known."""
         if source.number is None:
-            return self.model if source.role == "model" else self.dataset
+            return {"model": self.model, "dataset": self.dataset, "adapter": self.adapter}[source.role]
         known = self.sources or []
         return (known[source.number] or None) if source.number < len(known) else None
 
@@ -448,7 +452,9 @@ class RunConfig(ContractModel):
     @property
     def sources(self) -> list[NamedSource]:
         """All that the job reads, the model first."""
-        return named_sources(self.model, self.dataset.all_sources, listed=self.dataset.sources is not None)
+        return named_sources(
+            self.model, self.dataset.all_sources, self.adapter, listed=self.dataset.sources is not None
+        )
 
     @property
     def model_uri(self) -> str:
@@ -464,6 +470,12 @@ class RunConfig(ContractModel):
             for source in self.sources
             if source.role == "dataset"
         ]
+
+    @property
+    def initial_adapter_uri(self) -> str | None:
+        """`pvc://` URI of the initial adapter's folder, as for the model; None without one."""
+        initial = self.adapter.initial_adapter
+        return None if initial is None else _local(initial, self.fetched.adapter, self.workspace)
 
     def to_json(self, indent: int | None = 2) -> str:
         """The text of run.json, without the fields that have their default.
@@ -489,6 +501,8 @@ SINCE: Mapping[str, int] = {
     "adapter.alphaPattern": 2,
     "adapter.encoderHiddenSize": 2,
     "adapter.initialAdapter": 2,
+    "adapter.initialAdapterCredentialsSecret": 2,
+    "adapter.initialAdapterRevision": 2,
     "adapter.loraPlusRatio": 2,
     "adapter.method=prefix-tuning": 2,
     "adapter.method=prompt-tuning": 2,

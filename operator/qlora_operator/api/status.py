@@ -217,6 +217,8 @@ class Provenance(StatusModel):
     """The same for dataset.source."""
     dataset_revisions: list[str] | None = None
     """The same for each of dataset.sources; empty for one on a claim."""
+    initial_adapter_revision: str | None = None
+    """The same for adapter.initialAdapter."""
     dataset_sha256: str | None = None
     """sha256 of the dataset's files, in hexadecimal."""
     image: str | None = None

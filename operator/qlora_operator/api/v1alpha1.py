@@ -91,6 +91,7 @@ OPERATOR_ONLY = (
     "spec.model.credentialsSecret",
     "spec.dataset.credentialsSecret",
     "spec.dataset.sources.credentialsSecret",
+    "spec.adapter.initialAdapterCredentialsSecret",
     "spec.output.credentialsSecret",
     "spec.tracking.mlflow.credentialsSecret",
     "spec.topology.minPods",
@@ -352,12 +353,21 @@ class Adapter(ApiModel):
     """How many times learningRate the B matrices learn at: LoRA+ (Hayou et al. 2024), which recommends 16. 1: no
     difference, as in PEFT."""
     initial_adapter: str | None = Field(
-        default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=PVC_PATTERN
+        default=None, min_length=MIN_URI, max_length=MAX_URI, pattern=MODEL_PATTERN
     )
     """Adapter to go on from, with other data, say: a folder as PEFT writes it, `pvc://claim/path`, such as
-    `jobs/<name>/adapter` of a workspace. It must be of the same base, and method, ranks, alphas and layers, or the
-    number of virtual tokens, must be those of this job. Unset: a new adapter; of method lora it changes nothing before
-    the first step."""
+    `jobs/<name>/adapter` of a workspace; or `hf://org/name` or `s3://bucket/path`, which is fetched into the workspace
+    first. It must be of the same base, and method, ranks, alphas and layers, or the number of virtual tokens, must be
+    those of this job. Unset: a new adapter; of method lora it changes nothing before the first step."""
+    initial_adapter_revision: str | None = Field(
+        default=None, min_length=1, max_length=128, pattern=REVISION_PATTERN
+    )
+    """Branch, tag or commit of an initial adapter on the Hub; unset: `main`. The job keeps the commit that it resolves
+    to at the first fetch."""
+    initial_adapter_credentials_secret: str | None = Field(
+        default=None, min_length=1, max_length=253, pattern=SECRET_PATTERN
+    )
+    """Secret in the job's namespace to fetch the initial adapter with, with the same keys as for the model."""
     num_virtual_tokens: int | None = Field(default=None, ge=1, le=MAX_VIRTUAL_TOKENS)
     """Trained tokens before each sample, of prompt-tuning and prefix-tuning, which need it; 20 to 100 are usual. They
     count in maxSequenceLength and globalBatchTokens as the sample's own tokens do."""
@@ -420,6 +430,26 @@ class Adapter(ApiModel):
             message="is what virtual tokens start as: leave out promptInit, and prefixProjection, whose MLP no "
             "finished adapter has",
             field=("initialAdapter",),
+        ),
+        Rule(
+            cel="!has(self.initialAdapterRevision) || "
+            "(has(self.initialAdapter) && self.initialAdapter.startsWith('hf://'))",
+            holds=lambda adapter: (
+                adapter.initial_adapter_revision is None
+                or (adapter.initial_adapter or "").startswith("hf://")
+            ),
+            message="requires an initialAdapter of hf://",
+            field=("initialAdapterRevision",),
+        ),
+        Rule(
+            cel="!has(self.initialAdapterCredentialsSecret) || (has(self.initialAdapter) && "
+            "(self.initialAdapter.startsWith('hf://') || self.initialAdapter.startsWith('s3://')))",
+            holds=lambda adapter: (
+                adapter.initial_adapter_credentials_secret is None
+                or (adapter.initial_adapter or "").startswith(("hf://", "s3://"))
+            ),
+            message="requires an initialAdapter of hf:// or s3://",
+            field=("initialAdapterCredentialsSecret",),
         ),
     )
 
@@ -957,7 +987,7 @@ class QLoRAJobSpec(ApiModel):
             holds=lambda spec: (
                 spec.adapter.initial_adapter is None or _stays_inside(spec.adapter.initial_adapter)
             ),
-            message="must stay within its claim: the path may not contain `..`",
+            message=_INSIDE,
             field=("adapter", "initialAdapter"),
         ),
         Rule(
@@ -979,14 +1009,15 @@ class QLoRAJobSpec(ApiModel):
 
     @property
     def sources(self) -> list[NamedSource]:
-        """The job's model and data, the model first."""
-        return named_sources(self.model, self.dataset.all_sources, listed=self.dataset.sources is not None)
+        """All that the job reads, the model first."""
+        return named_sources(
+            self.model, self.dataset.all_sources, self.adapter, listed=self.dataset.sources is not None
+        )
 
     @property
     def read_uris(self) -> list[str]:
         """The URIs of all that training reads."""
-        initial = self.adapter.initial_adapter
-        return [*(source.uri for source in self.sources), *([] if initial is None else [initial])]
+        return [source.uri for source in self.sources]
 
 
 def topology_hash(spec: QLoRAJobSpec) -> str:

@@ -63,8 +63,8 @@ def _inputs(job: QLoRAJob, volumes: Mapping[str, Path]) -> Iterator[Finding]:
         if source.role == "dataset" and (fault := data_fault(path)):
             of = "" if source.number is None else f" ({source.field})"
             yield Finding(ExitCode.INVALID_DATA, f"the data{of}: {fault}")
-    if (uri := job.spec.adapter.initial_adapter) and (fault := adapter_fault(resolve(uri, volumes))):
-        yield Finding(ExitCode.MODEL_UNUSABLE, f"the initial adapter: {fault}")
+        if source.role == "adapter" and (fault := adapter_fault(path)):
+            yield Finding(ExitCode.MODEL_UNUSABLE, f"the initial adapter: {fault}")
 
 
 def _place(workspace: Path) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from typing import Any
 from qlora_contract.containers import split_name
 from qlora_contract.job_folder import RUN_CONFIG
 from qlora_contract.paths import THIS_MACHINE, local_uri
-from qlora_contract.remote import HUB_NAME, is_remote
+from qlora_contract.remote import HUB_NAME, INITIAL_ADAPTER, is_remote
 from qlora_operator.api import names
 from qlora_operator.api.loader import STDIN, Amend, file_label, load_jobs, parse_job
 from qlora_operator.api.v1alpha1 import QLoRAJob
@@ -23,7 +23,7 @@ from qlora_operator.cli.model_facts import usual_length
 from qlora_operator.cli.settings import Setting, with_settings
 from qlora_operator.errors import USAGE, CommandError, Fault, InvalidFileError, InvalidJobError
 
-PATHS = ("workspace", "model.source", "dataset.source", "dataset.sources.source", "adapter.initialAdapter")
+PATHS = ("workspace", "model.source", "dataset.source", "dataset.sources.source", INITIAL_ADAPTER)
 """Fields of spec that may be a path of this machine; one below a list stands for that of every item."""
 JOB_SUFFIXES = (".yaml", ".yml")
 WORKSPACE = "qlora"
@@ -210,7 +210,7 @@ def with_uris(document: dict[str, Any], folder: Path) -> dict[str, Any]:
         *parents, last = path.split(".")
         for section in _sections(changed.get("spec"), parents):
             if isinstance(value := section.get(last), str):
-                section[last] = uri_of(value, folder, may_be_a_repository=last == "source") or value
+                section[last] = uri_of(value, folder, may_be_a_repository=path != "workspace") or value
     return changed
 
 
@@ -254,9 +254,7 @@ def _absolute(value: str, folder: Path | None = None) -> Path:
 def plain_paths(job: QLoRAJob) -> dict[str, Path]:
     """Field of spec -> path, of those that are paths of this machine."""
     uris = {"workspace": job.spec.workspace}
-    uris |= {f"{source.field}.source": source.uri for source in job.spec.sources}
-    if job.spec.adapter.initial_adapter:
-        uris["adapter.initialAdapter"] = job.spec.adapter.initial_adapter
+    uris |= {source.uri_field: source.uri for source in job.spec.sources}
     prefix = local_uri(Path("/"))
     return {
         field: Path("/", uri.removeprefix(prefix))

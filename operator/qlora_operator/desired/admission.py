@@ -4,7 +4,7 @@ The chart's admission policies refuse such jobs at once, but not every cluster h
 policy.
 """
 
-from qlora_contract.remote import NamedSource, fits, source_allowed
+from qlora_contract.remote import fits, source_allowed
 from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
@@ -21,8 +21,7 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
         )
     uris = {
-        **{_field(source): source.uri for source in spec.sources},
-        "spec.adapter.initialAdapter": spec.adapter.initial_adapter,
+        **{f"spec.{source.uri_field}": source.uri for source in spec.sources},
         "spec.output.destination": spec.output.destination,
     }
     for field, uri in uris.items():
@@ -42,11 +41,6 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             "another job"
         )
     return _scheduling_violation(job, settings) or _size_violation(spec, settings)
-
-
-def _field(source: NamedSource) -> str:
-    """The field of a job that holds a source's URI."""
-    return f"spec.{source.field}.source"
 
 
 def _scheduling_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:

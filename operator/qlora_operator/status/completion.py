@@ -53,6 +53,7 @@ def _fetched(view: JobView) -> StageResult:
             "model_revision": known.model_revision or found.model,
             "dataset_revision": known.dataset_revision or found.dataset,
             "dataset_revisions": known.dataset_revisions or found.sources,
+            "initial_adapter_revision": known.initial_adapter_revision or found.adapter,
         }
     )
     fields = {"provenance": provenance}

@@ -35,7 +35,10 @@ def fetched(status: QLoRAJobStatus) -> ResolvedRevisions:
     """The revisions of the remote sources, as far as they are known."""
     known = status.provenance or Provenance()
     return ResolvedRevisions(
-        model=known.model_revision, dataset=known.dataset_revision, sources=known.dataset_revisions
+        model=known.model_revision,
+        dataset=known.dataset_revision,
+        sources=known.dataset_revisions,
+        adapter=known.initial_adapter_revision,
     )
 
 

@@ -151,6 +151,8 @@ class RenamedAdapter(ApiModel):
     alpha_pattern: dict[str, float] = {}  # noqa: RUF012
     lora_plus_ratio: float = 1.0
     initial_adapter: str | None = None
+    initial_adapter_revision: str | None = None
+    initial_adapter_credentials_secret: str | None = None
     num_virtual_tokens: int | None = None
     prompt_init: str = "random"
     prompt_init_text: str | None = None

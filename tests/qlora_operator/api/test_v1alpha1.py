@@ -36,6 +36,8 @@ DEFAULTS = {
         "alphaPattern": {},
         "loraPlusRatio": 1,
         "initialAdapter": None,
+        "initialAdapterRevision": None,
+        "initialAdapterCredentialsSecret": None,
         "numVirtualTokens": None,
         "promptInit": "random",
         "promptInitText": None,
@@ -595,6 +597,26 @@ BAD = {
         "spec.adapter.initialAdapter",
         "must stay within its claim",
     ),
+    "an initial adapter that is data of the Hub": (
+        {"spec.adapter.initialAdapter": "hf://datasets/org/a"},
+        "spec.adapter.initialAdapter",
+        "that is a dataset of the Hub",
+    ),
+    "the revision of an initial adapter on a claim": (
+        {"spec.adapter": {"initialAdapter": "pvc://team/a", "initialAdapterRevision": "v1"}},
+        "spec.adapter.initialAdapterRevision",
+        "requires an initialAdapter of hf://",
+    ),
+    "the revision of no initial adapter": (
+        {"spec.adapter": {"initialAdapterRevision": "v1"}},
+        "spec.adapter.initialAdapterRevision",
+        "requires an initialAdapter of hf://",
+    ),
+    "the Secret of an initial adapter on a claim": (
+        {"spec.adapter": {"initialAdapter": "pvc://team/a", "initialAdapterCredentialsSecret": "hub"}},
+        "spec.adapter.initialAdapterCredentialsSecret",
+        "requires an initialAdapter of hf:// or s3://",
+    ),
     "checkpoints never kept": ({"spec.checkpoint.keep": 0}, "spec.checkpoint.keep", "from 1 to 100"),
     "no topology": ({"spec.topology": OMIT}, "spec.topology", "is required: a map with memoryPerRank"),
     "no memory": ({"spec.topology": {}}, "spec.topology.memoryPerRank", "is required: a quantity of memory"),
@@ -768,6 +790,16 @@ def test_a_bad_job_is_refused_where_it_is_bad(
 
 
 GOOD = {
+    "going on from an adapter of the Hub": {
+        "spec.adapter": {
+            "initialAdapter": "hf://org/a",
+            "initialAdapterRevision": "v1",
+            "initialAdapterCredentialsSecret": "hub",
+        }
+    },
+    "going on from an adapter of a bucket": {
+        "spec.adapter": {"initialAdapter": "s3://bucket/a", "initialAdapterCredentialsSecret": "store"}
+    },
     "going on from a prefix": {"spec.adapter": {**PREFIX, "initialAdapter": "pvc://team/jobs/first/adapter"}},
     "prefix tuning": {"spec.adapter": {**PREFIX, "prefixProjection": True, "encoderHiddenSize": 64}},
     "prompt tuning from a text": {
@@ -959,6 +991,7 @@ def test_the_operators_own_fields_are_named_if_the_file_sets_them(minimal: dict[
         "spec.model.credentialsSecret",
         "spec.dataset.credentialsSecret",
         "spec.dataset.sources.credentialsSecret",
+        "spec.adapter.initialAdapterCredentialsSecret",
         "spec.tracking.mlflow.credentialsSecret",
     }
     assert ignored_by_run(full) == [path for path in OPERATOR_ONLY if path not in unset]

@@ -57,7 +57,7 @@ def test_every_field_that_names_a_place_may_be_a_path(
         {"source": "pvc://team/b.jsonl"},
         {"source": "/srv/c"},
     ]
-    document = job_document(adapter={"initialAdapter": "old/adapter"})
+    document = job_document(adapter={"initialAdapter": "old/jobs/adapter"})
     document["spec"]["dataset"] = {"sources": sources}
     file = tmp_path / "job.json"
     file.write_text(json.dumps(document))
@@ -70,12 +70,12 @@ def test_every_field_that_names_a_place_may_be_a_path(
         "pvc://team/b.jsonl",
         "pvc://this-machine/srv/c",
     ]
-    assert job.spec.adapter.initial_adapter == f"{here}/old/adapter"
+    assert job.spec.adapter.initial_adapter == f"{here}/old/jobs/adapter"
     paths = plain_paths(job)
     assert {field: str(path) for field, path in paths.items()} == {
         "dataset.sources[0].source": f"{tmp_path}/a.csv",
         "dataset.sources[2].source": "/srv/c",
-        "adapter.initialAdapter": f"{tmp_path}/old/adapter",
+        "adapter.initialAdapter": f"{tmp_path}/old/jobs/adapter",
     }
     assert "dataset.sources[2].source: pvc://CLAIM/c, adapter.initialAdapter: pvc://CLAIM/adapter" in (
         on_a_cluster(job) or ""

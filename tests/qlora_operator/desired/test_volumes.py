@@ -139,6 +139,11 @@ CREDENTIALS: dict[str, tuple[RunStage, dict[str, Any], list[tuple[str, str]]]] =
             ("hub", "/etc/qlora/credentials/dataset-sources-2"),
         ],
     ),
+    "an initial adapter": (
+        "fetch",
+        {"adapter": {"initialAdapter": "hf://org/a", "initialAdapterCredentialsSecret": "hub"}},
+        [("hub", "/etc/qlora/credentials/adapter-initialadapter")],
+    ),
     "train": ("train", REMOTE, []),
     "publish": ("publish", REMOTE, [("writer", "/etc/qlora/credentials/output")]),
     "publish with none": ("publish", {"output": {"destination": "s3://bucket/out"}}, []),

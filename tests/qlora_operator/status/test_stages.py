@@ -24,6 +24,7 @@ MIX = {
         "sources": [{"source": "s3://bucket/a"}, {"source": "pvc://team/b"}, {"source": "s3://bucket/c"}],
     }
 }
+TUNED = {"adapter": {"initialAdapter": "hf://org/tuned"}}
 ADAPTER = {"adapter": {"uri": "pvc://team/work/jobs/job/adapter"}}
 
 
@@ -46,6 +47,9 @@ STAGES: dict[str, tuple[dict[str, Any], dict[str, Any], RunStage]] = {
     "several sources, of which two are to be fetched": (MIX, {}, "fetch"),
     "one of two was fetched": (MIX, {"provenance": {"datasetRevisions": ["d", "", ""]}}, "fetch"),
     "all that is remote was fetched": (MIX, {"provenance": {"datasetRevisions": ["d", "", "e"]}}, "train"),
+    "an adapter to fetch that training goes on from": (TUNED, {}, "fetch"),
+    "it was fetched": (TUNED, {"provenance": {"initialAdapterRevision": "a"}}, "train"),
+    "the model was fetched, and it was not": ({**MODEL, **TUNED}, known("m"), "fetch"),
     "trained": ({**DATA, **OUT}, known(dataset="d", **ADAPTER), "publish"),
     "trained on claims": (OUT, ADAPTER, "publish"),
     "trained, and other formats are wanted": (EXPORTS, ADAPTER, "export"),
@@ -73,8 +77,9 @@ def test_next_stage(
         (known("m"), ResolvedRevisions(model="m")),
         (known("m", "d"), ResolvedRevisions(model="m", dataset="d")),
         ({"provenance": {"datasetRevisions": ["d", ""]}}, ResolvedRevisions(sources=["d", ""])),
+        ({"provenance": {"initialAdapterRevision": "a"}}, ResolvedRevisions(adapter="a")),
     ],
-    ids=["nothing known", "the model", "both", "several"],
+    ids=["nothing known", "the model", "both", "several", "the initial adapter"],
 )
 def test_fetched(status: dict[str, Any], fetched: ResolvedRevisions) -> None:
     """What the sources stood for is kept as the provenance of the adapter."""

@@ -151,7 +151,11 @@ def test_settings_that_change_the_formula_are_refused(
     adapter = an_adapter(small_model(vocab_size=300))
     config = adapter / "adapter_config.json"
     written = json.loads(config.read_text())
-    for name, value in {"use_dora": True, "target_parameters": ["experts.down_proj"]}.items():
+    for name, value in {
+        "use_dora": True,
+        "target_parameters": ["experts.down_proj"],
+        "trainable_token_indices": [3],
+    }.items():
         config.write_text(json.dumps(written | {name: value}))
 
         with pytest.raises(ModelError, match=f"sets {name}, which cannot be exported"):

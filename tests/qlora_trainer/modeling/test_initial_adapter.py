@@ -75,6 +75,12 @@ def test_training_begins_with_the_adapter_of_peft(base: Path, stock: Callable[..
         pytest.param({"bias": "lora_only"}, {}, "has bias lora_only", id="bias"),
         pytest.param({"modules_to_save": ["norm"]}, {}, r"has modules_to_save \['norm'\]", id="whole-layers"),
         pytest.param(
+            {"trainable_token_indices": [3, 5]},
+            {},
+            r"has trainable_token_indices \[3, 5\], which cannot be trained here",
+            id="rows-of-the-embedding",
+        ),
+        pytest.param(
             {"target_modules": ["q_proj"]},
             {},
             r"lacks .*down_proj.*must name its layers \(q_proj\)",

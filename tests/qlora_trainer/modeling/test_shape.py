@@ -207,7 +207,7 @@ def test_layers_of_two_kinds_keep_what_they_keep_on_average(small_model: Make) -
     assert 4 * mixed.further_kept == 3 * linear.further_kept + full.further_kept
     assert [shape.recurrent_layers for shape in (full, linear, mixed)] == [0, 4, 3]
     assert (full.recurrent_width, full.recurrent_flops) == (0, 0)
-    assert mixed.recurrent_width == 2 * 32  # two heads of values share a key
+    assert (mixed.recurrent_width, mixed.recurrent_heads) == (2 * 32, 2)  # two heads of values share a key
     assert mixed.recurrent_flops > 4 * 6 * 16 * 32
 
 

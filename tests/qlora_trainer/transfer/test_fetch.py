@@ -42,7 +42,7 @@ def fetch(transfers: Transfers, here: dict[str, str]) -> Callable[..., ResolvedR
     """Fetch for a job, in this process."""
     (transfers.folder / "claim").mkdir(exist_ok=True)
     keys = {"AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret"}
-    for role in ("model", "dataset"):
+    for role in ("model", "dataset", "adapter-initialadapter"):
         transfers.credentials(role, token=HUB_TOKEN, **keys)
     environ = here | {"QLORA_CREDENTIALS": str(transfers.folder / "credentials")}
 
@@ -83,6 +83,60 @@ def test_a_model_and_a_dataset_are_fetched(
     volumes = {"claim": transfers.folder / "claim"}
     assert resolve(run.dataset_uris[0], volumes).read_bytes() == DATA
     assert (resolve(run.model_uri, volumes) / "config.json").read_bytes() == b"{}"
+
+
+ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"A" * 1000}
+
+
+def test_an_initial_adapter_is_fetched_and_pinned_as_a_model_is(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+) -> None:
+    """From the Hub at a tag; the job keeps the commit, whatever the tag becomes."""
+    commit = sound.hub.commit("org/tuned", {**ADAPTER, "README.md": b"a card"}, branch="v1")
+    named = {"adapter": {"initialAdapter": "hf://org/tuned", "initialAdapterRevision": "v1"}}
+    fetched = fetch(**named)
+
+    assert fetched == ResolvedRevisions(adapter=commit)
+    assert tree(transfers.sources) == {
+        f"hf/org/tuned/{commit}/{name}": data for name, data in ADAPTER.items()
+    }
+    run = transfers.config("train", fetched=fetched, **named)
+    volumes = {"claim": transfers.folder / "claim"}
+    assert (resolve(run.initial_adapter_uri or "", volumes) / "adapter_config.json").is_file()
+    sound.hub.commit("org/tuned", {**ADAPTER, "adapter_config.json": b"{}"}, branch="v1")
+    assert fetch(**named) == fetched
+    assert with_pinned_revisions(transfers.config("train", **named), volumes).fetched == fetched
+
+
+def test_an_initial_adapter_of_a_bucket_is_fetched(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes
+) -> None:
+    """As jobs send theirs there."""
+    for name, data in ADAPTER.items():
+        sound.put(f"adapters/first/{name}", data)
+    fetched = fetch(adapter={"initialAdapter": f"s3://{BUCKET}/adapters/first"})
+
+    assert tree(transfers.sources) == {
+        f"s3/{BUCKET}/{fetched.adapter}/adapters/first/{name}": data for name, data in ADAPTER.items()
+    }
+
+
+@pytest.mark.parametrize("first", ["model", "adapter"])
+def test_a_repository_that_is_a_model_and_an_adapter_is_fetched_as_either(
+    fetch: Callable[..., ResolvedRevisions], transfers: Transfers, sound: Remotes, first: str
+) -> None:
+    """That the files of the one are there does not mean that those of the other are."""
+    sound.hub.commit("org/both", {**MODEL, **ADAPTER})
+    asked = {
+        "model": {"model": {"source": "hf://org/both"}},
+        "adapter": {"adapter": {"initialAdapter": "hf://org/both"}},
+    }
+    second = "adapter" if first == "model" else "model"
+    fetch(name="one", **asked[first])
+    fetch(name="two", **asked[second])
+
+    names = {Path(name).name for name in tree(transfers.sources)}
+    assert names >= {"model.safetensors", "config.json", *ADAPTER}
 
 
 def test_sources_on_claims_are_left_alone(fetch: Callable[..., ResolvedRevisions], sound: Remotes) -> None:

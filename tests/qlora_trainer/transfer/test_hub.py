@@ -161,6 +161,19 @@ def test_refusals_say_what_would_be_right(
     assert said in str(refused.value)
 
 
+def test_advice_names_the_fields_of_an_initial_adapter(
+    here: dict[str, str], sound: Remotes, commit: str
+) -> None:
+    """Its settings stand beside it, not in a section of its own."""
+    role = "adapter.initialAdapter"
+    with pytest.raises(TransferRefused, match=r"adapter\.initialAdapterRevision names a branch"):
+        listed(hub(here, role=role), "v9")
+    with pytest.raises(
+        TransferRefused, match=r"the token in adapter\.initialAdapterCredentialsSecret is not"
+    ):
+        listed(hub(here, role=role, token="hf_wrong"))
+
+
 def test_a_missing_repository_is_refused(here: dict[str, str], sound: Remotes) -> None:
     """With a token that could see it, too."""
     for token in ("", HUB_TOKEN):

@@ -39,6 +39,32 @@ def test_a_model_is_what_training_reads() -> None:
     assert chosen("model", "hf://org/name", *there) == sorted(there[:6])
 
 
+def test_an_adapter_is_its_weights_and_its_configuration() -> None:
+    """Beside them repositories have tokenizers, cards, checkpoints, whole models."""
+    there = ["adapter_config.json", "adapter_model.safetensors"]
+    more = [
+        "README.md",
+        "adapter_model.bin",
+        "checkpoint-8/adapter_model.safetensors",
+        "config.json",
+        "tokenizer.json",
+    ]
+
+    assert chosen("adapter", "hf://org/name", *there, *more) == there
+    assert chosen("adapter", "s3://bucket/a", *(f"a/{name}" for name in there)) == [
+        f"a/{name}" for name in there
+    ]
+
+
+@pytest.mark.parametrize(
+    "there", [["adapter_config.json", "adapter_model.bin"], ["adapter_model.safetensors"]]
+)
+def test_half_an_adapter_is_none(there: list[str]) -> None:
+    """Pickles are not read."""
+    with pytest.raises(TransferRefused, match=r"has no adapter in PEFT's format .*: it has adapter_"):
+        chosen("adapter", "hf://org/name", *there)
+
+
 def test_copies_of_the_weights_are_left_out() -> None:
     """Some repositories hold them twice."""
     there = ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors"]

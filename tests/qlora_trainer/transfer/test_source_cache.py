@@ -17,7 +17,7 @@ FILES = [RemoteFile("sub/a.jsonl", 3), RemoteFile("sub/b.jsonl", 5)]
 
 def snapshot(workspace: Path, uri: str = "hf://datasets/org/name/sub") -> Snapshot:
     """A snapshot with its folders."""
-    made = Snapshot(workspace, parse_remote(uri), "c0ffee")
+    made = Snapshot(workspace, parse_remote(uri), "c0ffee", "dataset")
     made.make_folders()
     return made
 
@@ -36,7 +36,7 @@ def fill(made: Snapshot) -> None:
 )
 def test_it_lies_where_run_json_says(tmp_path: Path, uri: str) -> None:
     """The trainer reads by the contract's own function; a file's name is its path in the repository or bucket."""
-    made = Snapshot(tmp_path / "work", parse_remote(uri), "c0ffee")
+    made = Snapshot(tmp_path / "work", parse_remote(uri), "c0ffee", "model")
     read = resolve(fetched_uri("pvc://claim/work", parse_remote(uri), "c0ffee"), {"claim": tmp_path})
 
     assert read == made.files / made.remote.path

@@ -95,6 +95,7 @@ def provenance(run: RunConfig, state: LoopState) -> dict[str, Any]:
         "model_revision": run.fetched.model,
         "weights_sha256": state.weights_sha256,
         "initial_adapter": run.adapter.initial_adapter,
+        "initial_adapter_revision": run.fetched.adapter,
         "initial_adapter_sha256": state.initial_adapter_sha256,
         "initial_adapter_eval_loss": state.initial_eval_loss,
         "dataset_source": run.dataset.source,

@@ -22,6 +22,7 @@ _CHANGES_THE_FORMULA = (
     "use_dora",
     "fan_in_fan_out",
     "modules_to_save",
+    "trainable_token_indices",
     "target_parameters",
     "lora_bias",
 )

@@ -47,6 +47,7 @@ UNSUPPORTED: Mapping[str, Any] = {
     "use_dora": False,
     "bias": "none",
     "modules_to_save": None,
+    "trainable_token_indices": None,
     "lora_bias": False,
 }
 """Of PEFT's configuration: what must be as it is by default."""

@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from qlora_contract.memory import LOGITS_BYTES
 from qlora_trainer.data.collate import pad_multiple
 from qlora_trainer.modeling.passes import passes_for
 from qlora_trainer.quantization.kernels import tensor_weight
 
-LOGITS_BYTES = 64 * 2**20
-"""Size of the logits of one chunk in fp32, at most."""
 SLICE_BYTES = 32 * 2**20
 """Size of one widened slice of the head, at most, in plain torch."""
 

@@ -205,6 +205,7 @@ def _recurrence(layers: Sequence[nn.Module], family: Family) -> dict[str, int]:
     return {
         "recurrent_layers": len(nets),
         "recurrent_width": heads.width,
+        "recurrent_heads": heads.keys,
         "recurrent_flops": heads.values * of_head,
     }
 

@@ -104,8 +104,8 @@ def into_passing_files(source: TokenSource) -> LoadedData:
 
 def check_initial_adapter(run: RunConfig, model_folder: Path, volumes: Mapping[str, Path]) -> None:
     """Make sure that the job can go on from adapter.initialAdapter, if it names one. Raises ModelError."""
-    if run.adapter.initial_adapter is not None:
-        folder = resolve(run.adapter.initial_adapter, volumes)
+    if (uri := run.initial_adapter_uri) is not None:
+        folder = resolve(uri, volumes)
         initial_adapter.check(folder, run.adapter, adapter_shapes(model_folder, run.adapter))
 
 

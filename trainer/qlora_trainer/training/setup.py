@@ -450,8 +450,8 @@ def build(context: RankContext, objective: Objective, inputs: Inputs) -> tuple[T
         dropout=dropout,
         encode=lambda text: list(inputs.tokenizer(text).input_ids),
     )
-    if run.adapter.initial_adapter is not None and inputs.checkpoint is None:
-        initial = resolve(run.adapter.initial_adapter, context.volumes)
+    if (uri := run.initial_adapter_uri) is not None and inputs.checkpoint is None:
+        initial = resolve(uri, context.volumes)
         inputs.loop.initial_adapter_sha256 = initial_adapter.load(initial, parameters)
     optimizer = AdapterAdamW(
         parameters,

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from qlora_contract.env import CREDENTIALS_ENV
 from qlora_contract.paths import CREDENTIALS_ROOT, credentials_folder
+from qlora_contract.remote import setting_of
 from qlora_trainer.errors import ConfigurationError, TransferRefused
 
 HUB_KEYS = ("token",)
@@ -31,14 +32,14 @@ class Credentials:
     """The credentials of a source or of the destination."""
 
     owner: str
-    """The field of a job that has them: `model`, `dataset`, `dataset.sources[2]` or `output`."""
+    """The field of a job that has them: `output`, or a source's as NamedSource.field."""
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Key -> value. Empty without a Secret: the libraries then look in their usual places."""
 
     @property
     def field(self) -> str:
         """The field of a job that names the Secret."""
-        return f"{self.owner}.credentialsSecret"
+        return setting_of(self.owner, "credentialsSecret")
 
 
 def read_credentials(owner: str, keys: tuple[str, ...], environ: Mapping[str, str]) -> Credentials:

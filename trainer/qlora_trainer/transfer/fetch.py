@@ -63,7 +63,7 @@ class SourceFetcher:
         """The revision of a source, all files of which are in the workspace now."""
         remote = parse_remote(source.uri)
         pinned = self._pins.get(source)
-        if pinned is not None and Snapshot(self._workspace, remote, pinned).is_complete():
+        if pinned is not None and Snapshot(self._workspace, remote, pinned, source.role).is_complete():
             log(f"{remote.uri} is in the workspace already, at {pinned}")
             return pinned
         server = self._retrier.call(
@@ -83,7 +83,7 @@ class SourceFetcher:
             )
         if remote.kind in ("model", "dataset"):  # what a bucket or a web server had cannot be asked for again
             self._pins.set(source, revision)  # at once: an interrupted fetch is resumed at this revision
-        snapshot = Snapshot(self._workspace, remote, revision)
+        snapshot = Snapshot(self._workspace, remote, revision, source.role)
         # Downloads what is missing, or waits for the job that does.
         snapshot.make_folders()
         if pinned is None and snapshot.is_complete():

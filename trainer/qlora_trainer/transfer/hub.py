@@ -27,7 +27,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from qlora_contract.job_folder import MANIFEST
-from qlora_contract.remote import Remote
+from qlora_contract.remote import Remote, setting_of
 from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, TransferFailed, TransferRefused
 from qlora_trainer.transfer.credentials import Credentials, ca_bundle
@@ -225,7 +225,7 @@ class Hub:
                 f"token in {field} belongs to"
             )
         if code == "RevisionNotFound":
-            field = f"{self._credentials.owner}.revision"
+            field = setting_of(self._credentials.owner, "revision")
             return f"{repository} has no such revision; {field} names a branch, tag or commit"
         if code == "EntryNotFound":
             return f"{repository} has no such file or folder"

@@ -8,14 +8,15 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
 
 from qlora_contract.containers import CONTAINERS, METADATA, split_name
-from qlora_contract.remote import Remote
+from qlora_contract.job_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qlora_contract.remote import Remote, Role
 from qlora_trainer.errors import TransferRefused
 
-Role = Literal["model", "dataset"]
-"""What a source is read as."""
 CHUNK_BYTES = 1 << 20
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """Weights, configuration, tokenizer, chat template. Pickles and code are never fetched."""
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+"""Of an adapter in PEFT's format: all that is read of the one that training goes on from."""
 MODEL_WEIGHTS = "model*.safetensors"
 """Where a repository has these, its other safetensors are copies in another form."""
 TEMPLATE_FILES = "*.jinja"
@@ -74,14 +75,21 @@ def select_files(role: Role, remote: Remote, files: Sequence[RemoteFile]) -> lis
     for file in files:
         check_name(remote, file.name)
     near = [f for f in files if remote.path in (PurePosixPath(f.name), PurePosixPath(f.name).parent)]
-    selected = _model_files(near) if role == "model" else _dataset_files(remote, files)
+    if role == "dataset":
+        selected = _dataset_files(remote, files)
+    else:
+        selected = _model_files(near) if role == "model" else _adapter_files(near)
     if not selected:
         names = sorted(PurePosixPath(file.name).name for file in near)
         more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
         found = f"it has {', '.join(names[:MAX_NAMES_SHOWN])}{more}"
         if not names:
             found = "no file has that name, and there are no files directly in a folder of that name"
-        needed = MODEL_FILES[0] if role == "model" else f"file with records ({', '.join(CONTAINERS)})"
+        needed = {
+            "model": MODEL_FILES[0],
+            "dataset": f"file with records ({', '.join(CONTAINERS)})",
+            "adapter": f"adapter in PEFT's format ({' and '.join(ADAPTER_FILES)})",
+        }[role]
         raise TransferRefused(f"{remote.uri} has no {needed}: {found}")
     return sorted(selected, key=lambda file: file.name)
 
@@ -92,6 +100,12 @@ def _model_files(files: Sequence[RemoteFile]) -> list[RemoteFile]:
     if any(_matches(file, MODEL_WEIGHTS) for file in selected):
         selected = [f for f in selected if _matches(f, MODEL_WEIGHTS) or not _matches(f, "*.safetensors")]
     return selected if any(_matches(file, MODEL_FILES[0]) for file in selected) else []
+
+
+def _adapter_files(files: Sequence[RemoteFile]) -> list[RemoteFile]:
+    """Weights and configuration; nothing unless both are there."""
+    selected = [file for file in files if _matches(file, *ADAPTER_FILES)]
+    return selected if len(selected) == len(ADAPTER_FILES) else []
 
 
 def _dataset_files(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:

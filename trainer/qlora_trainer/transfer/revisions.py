@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_contract.files import read_json
 from qlora_contract.job_folder import job_path
 from qlora_contract.paths import resolve
-from qlora_contract.remote import NamedSource, is_remote, parse_remote
+from qlora_contract.remote import NamedSource, Role, is_remote, parse_remote
 from qlora_contract.run_config import ResolvedRevisions, RunConfig
 from qlora_trainer.errors import ConfigurationError
 from qlora_trainer.storage.atomic import make_folder, write_atomically
@@ -51,7 +51,7 @@ def _pin(source: NamedSource, found: str | None) -> dict[str, str | None]:
 
 
 def with_pinned_revisions(
-    run: RunConfig, volumes: Mapping[str, Path], roles: Sequence[str] = ("model", "dataset")
+    run: RunConfig, volumes: Mapping[str, Path], roles: Sequence[Role] = ("model", "dataset", "adapter")
 ) -> RunConfig:
     """The run with the revisions that are in the workspace. Nothing is fetched.
 
@@ -70,7 +70,8 @@ def with_pinned_revisions(
         wanted = is_remote(source.uri) and source.role in roles
         revision = pins.get(source) if wanted else None
         if wanted and (
-            revision is None or not Snapshot(workspace, parse_remote(source.uri), revision).is_complete()
+            revision is None
+            or not Snapshot(workspace, parse_remote(source.uri), revision, source.role).is_complete()
         ):
             raise ConfigurationError(
                 f"{source.uri} is not in the workspace yet; fetch it with `qlora fetch` and the same file"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_contract.files import read_json
-from qlora_contract.remote import SOURCES, Remote
+from qlora_contract.remote import SOURCES, Remote, Role
 from qlora_contract.units import format_bytes
 from qlora_trainer.errors import StorageFull
 from qlora_trainer.storage.atomic import make_folder, write_atomically
@@ -24,7 +24,15 @@ from qlora_trainer.transfer.remote_files import RemoteFile, hash_file
 class Snapshot:
     """The files of a remote URI at one revision, as far as a workspace has them."""
 
-    def __init__(self, workspace: Path, remote: Remote, revision: str) -> None:
+    def __init__(self, workspace: Path, remote: Remote, revision: str, role: Role) -> None:
+        """Say which.
+
+        Args:
+            workspace: that of the job.
+            remote: the URI.
+            revision: of it.
+            role: what it is read as: of a repository that is a model and an adapter, each has files of its own.
+        """
         cache = workspace / SOURCES / remote.cache_folder
         self.remote = remote
         self.revision = revision
@@ -32,7 +40,8 @@ class Snapshot:
         self._metadata = cache / f".{revision}"
         self.lease = self._metadata / "lease"
         path = hashlib.sha256(str(remote.path).encode()).hexdigest()[:16]
-        self.manifest = self._metadata / f"manifest-{path}.json"
+        of = "-adapter" if role == "adapter" else ""
+        self.manifest = self._metadata / f"manifest-{path}{of}.json"
 
     def part(self, file: RemoteFile) -> Path:
         """Where a file is until it is complete."""
