@@ -131,6 +131,10 @@ class Steps(ContractModel):
     fill: float
     """Mean share of a bin of the first epoch that is tokens, from 0 to 1."""
 
+    def bins(self, training: Training) -> float:
+        """Of the first epoch, each of which is run by one rank."""
+        return self.per_epoch * self.tokens_per_step / (self.fill * training.max_sequence_length)
+
 
 def ranks_without_work(bins: float, steps: int, ranks: int, training: Training) -> str | None:
     """That ranks have nothing to do in most steps, and what helps; None where nearly all have.
@@ -254,6 +258,22 @@ class CheckReport(ContractModel):
     """Why a job would refuse the data."""
     warnings: list[str]
     """What may not be as it was meant."""
+    told: str = ""
+    """What ranks will tell of these data; empty where no model is known."""
+    first: int | None = None
+    """How many records were looked at, where there are more; None: all."""
+
+    def sentence(self) -> str:
+        """What there is to say before ranks start, in a line."""
+        first, *others = self.files
+        files = f"{first.name} and {len(others):,} more files" if others else first.name
+        parts = [
+            "" if self.first is None else f"by the first {self.first:,} records, and there are more: ",
+            f"{files} ({first.content}{' first' if others else ''}): {self.told}",
+            f"; {self.steps.total:,} steps of {self.steps.tokens_per_step:,.0f} tokens" if self.steps else "",
+            *(f"; warning: {warning}" for warning in self.warnings),
+        ]
+        return "".join(parts)
 
 
 class RankPlan(ContractModel):

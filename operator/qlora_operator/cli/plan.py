@@ -128,7 +128,7 @@ def job_plan(
         ]
         notes += few_steps(run, details)
         steps = details.steps
-        bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
+        bins = steps.bins(run.training)
         # Without places they are not counted yet.
         if pods and (
             waiting := ranks_without_work(bins, steps.per_epoch, run.layout.world_size, run.training)
