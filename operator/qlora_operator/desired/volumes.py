@@ -66,8 +66,8 @@ def volumes(spec: QLoRAJobSpec, stage: RunStage, settings: Settings) -> list[Vol
 
 
 def check_volumes(spec: QLoRAJobSpec) -> list[Volume]:
-    """Every volume of the container beside a fetch that looks at the data: it writes nowhere but into a /tmp of its own,
-    and no credentials are among them."""
+    """Every volume of the container beside a fetch that looks at the data: it writes nowhere but into a /tmp of its
+    own, and no credentials are among them."""
     uris = [spec.workspace, *(uri for uri in spec.read_uris if not is_remote(uri))]
     return [
         *_claims(uris, written=None),

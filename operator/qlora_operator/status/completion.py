@@ -78,7 +78,7 @@ def _fetched(view: JobView) -> StageResult:
 def _fetched_and_seen(view: JobView, fields: dict[str, Any]) -> StageResult:
     """The end of a fetch whose sources are there, by what the container beside it has found of the data."""
     message = "the remote sources are in the workspace"
-    seen = next((found for pod in view.pods if (found := check_report(pod)) is not None), None)
+    seen = next((report for pod in view.pods if (report := check_report(pod)) is not None), None)
     job = view.attempt_job
     if seen is not None and seen.exit_code in PERMANENT:
         reason, budget = EXIT_REASONS[seen.exit_code]
