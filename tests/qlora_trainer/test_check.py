@@ -69,7 +69,7 @@ GOOD = "".join(json.dumps({"prompt": f"{n}?", "completion": "x" * (n % 30 + 1)})
 
 
 def test_good_data_are_told_in_a_sentence(environ: dict[str, str], bring: Callable[[str], None]) -> None:
-    """What the file is, its records, samples, tokens and steps, and what may not be meant: by the ranks' own reading."""
+    """What the file is, its records, samples, tokens and steps: by the ranks' own reading."""
     bring(GOOD)
     end = look(environ)
 

@@ -155,8 +155,8 @@ def test_what_was_found_of_the_data_decides_whether_ranks_start(
     checked: tuple[str, str, str] | None,
     says: str,
 ) -> None:
-    """Data that no rank could use fail the job, good ones are told in the condition, and where nothing was found out the
-    ranks find out: also where the Job failed by that alone. The sources are known in any case."""
+    """Data that no rank could use fail the job, good ones are told in the condition, and where nothing was found out
+    the ranks find out: also where the Job failed by that alone. The sources are known in any case."""
     pod = make_pod(
         0,
         phase="Succeeded" if complete else "Failed",
