@@ -190,7 +190,7 @@ def test_what_the_data_are_is_told_before_ranks_are_asked_for(make_remote_job: M
     assert (check["name"], check["command"]) == ("check", ["python", "-m", "qlora_trainer.check"])
     assert not [mount for mount in check["volumeMounts"] if mount["name"].startswith("credentials")]
 
-    told = "train.jsonl (JSON Lines): training: 812 records in the chat format"
+    told = "train.jsonl (a JSONL file): training: 812 records in the chat format"
     job.kubelet.succeeded(pod, message=fetched(), others=looked_at(0, "", data=told))
     job.begins(1, "train")
 

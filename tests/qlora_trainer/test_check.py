@@ -75,7 +75,7 @@ def test_good_data_are_told_in_a_sentence(environ: dict[str, str], bring: Callab
 
     assert (end.exit_code, end.data is None) == (0, False), end.cause
     assert end.data is not None
-    assert end.data.startswith("train.jsonl (JSON Lines): training: ")
+    assert end.data.startswith("train.jsonl (a JSONL file): training: ")
     for part in (" records in the prompt-completion format", " samples of ", "; evaluation: ", " steps of "):
         assert part in end.data
 

@@ -331,28 +331,29 @@ def test_of_data_with_more_records_the_first_are_told(
     assert f"; {whole.steps.total} steps of " in whole.sentence()
     assert first.steps is None
     assert first.sentence().startswith(
-        "by the first 8 records, and there are more: data.jsonl (JSON Lines): training: "
+        "by the first 8 records, and there are more: data.jsonl (a JSONL file): training: "
     )
     assert whole.training.records + (whole.evaluation.records if whole.evaluation else 0) == SAMPLES
 
 
 BAD = {"prompt": "a", "completion": 1}
-LONG = {"prompt": "?" * 100, "completion": "x"}
-FINE = {"prompt": "a? ", "completion": "b"}
+LONG = [{"prompt": f"{n}" + "?" * 100, "completion": "x"} for n in range(20)]
+SAME = {"prompt": "a? ", "completion": "b"}
+FINE = [{"prompt": f"{n}? ", "completion": "b"} for n in range(20)]
 
 
 @pytest.mark.parametrize(
     ("records", "dataset", "codes", "says"),
     [
-        pytest.param([FINE, BAD, *[FINE] * 20], {}, (11, 11), "line 2", id="a bad record ends the job"),
-        pytest.param([LONG] * 20, {}, (11, 1), "no supervised token", id="nothing is left to learn"),
+        pytest.param([SAME, BAD, *FINE], {}, (11, 11), "line 2", id="a bad record ends the job"),
+        pytest.param(LONG, {}, (11, 1), "no supervised token", id="nothing is left to learn"),
         pytest.param(
-            [FINE, BAD, *[FINE] * 20], {"onBadRecord": "skip", "maxBadShare": 0.01}, (11, None),
+            [SAME, BAD, *FINE], {"onBadRecord": "skip", "maxBadShare": 0.01}, (11, None),
             "more than dataset.maxBadShare 0.01 allows", id="more bad records than are allowed",
         ),
-        pytest.param([FINE] * 20, {"evalFraction": 0.2}, (11, 1), "all the same", id="nothing can be held out"),
+        pytest.param([SAME] * 20, {"evalFraction": 0.2}, (11, 1), "all the same", id="nothing can be held out"),
         pytest.param(
-            [FINE] * 20, {"evalFraction": 0.0}, (10, 10), "evaluation.requireImprovement", id="nothing is held out"
+            FINE, {"evalFraction": 0.0}, (10, 10), "evaluation.requireImprovement", id="nothing is held out"
         ),
     ],
 )  # fmt: skip

@@ -114,7 +114,7 @@ def test_a_transfer_is_not_judged_before_its_report_was_looked_for(
 
 
 FOUND = {"model": "m", "dataset": "d"}
-TOLD = "train.jsonl (JSON Lines): training: 12 records"
+TOLD = "train.jsonl (a JSONL file): training: 12 records"
 
 
 def _words(code: int = 0, cause: str = "", **report: Any) -> str:
