@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qlora_contract.remote import fetched_uri, parse_remote
 from qlora_contract.run_config import ResolvedRevisions
 from qlora_trainer.check import look
 from qlora_trainer.storage.handoff import fetching, leave
+from testcluster.remote import until
 
 pytestmark = pytest.mark.process
 
@@ -80,22 +80,15 @@ def test_good_data_are_told_in_a_sentence(environ: dict[str, str], bring: Callab
         assert part in end.data
 
 
-@pytest.mark.parametrize(
-    ("text", "code", "says"),
-    [
-        pytest.param('{"question": "a", "reply": "b"}\n', 11, "train.jsonl: line 1", id="other columns"),
-        pytest.param(GOOD + "not JSON\n", 11, "line 61", id="a bad record"),
-    ],
-)
 def test_data_that_no_rank_could_use_are_refused(
-    text: str, code: int, says: str, environ: dict[str, str], bring: Callable[[str], None]
+    environ: dict[str, str], bring: Callable[[str], None]
 ) -> None:
     """With the ranks' exit code and words."""
-    bring(text)
+    bring('{"question": "a", "reply": "b"}\n')
     end = look(environ)
 
-    assert (end.exit_code, end.data) == (code, None)
-    assert says in end.cause
+    assert (end.exit_code, end.data) == (11, None)
+    assert "train.jsonl: line 1" in end.cause
 
 
 def _answers(response: PlanResponse) -> list[str]:
@@ -130,11 +123,18 @@ def test_where_nothing_was_fetched_nobody_looks(environ: dict[str, str], tmp_pat
     assert look(environ, ["false"]).cause == "the sources were not fetched"
 
 
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
 def test_it_stops_when_it_is_asked_to(environ: dict[str, str], tmp_path: Path) -> None:
     """While it waits for a fetch: at once, with 0 and a report, as whatever happens."""
     with fetching(environ):
         process = subprocess.Popen([sys.executable, "-m", "qlora_trainer.check"], env=environ)
-        time.sleep(2.0)
+        until(lambda: _catches(process.pid, signal.SIGTERM))
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
     end: Any = TerminationReport.model_validate_json((tmp_path / "end").read_bytes())
