@@ -120,7 +120,7 @@ class TransferSettings(ContractModel):
     cpu: str = Field(default="1", pattern="^([1-9][0-9]*m?|[0-9]+[.][0-9]{1,3})$")
     """CPU that such a pod requests, such as 500m."""
     memory: str = Field(default="2Gi", pattern=MEMORY_PATTERN)
-    """Memory that such a pod has."""
+    """Memory that such a pod has; beside a fetch, what looks at the data has as much again."""
     http_proxy: str | None = None
     """Proxy for http:// addresses."""
     https_proxy: str | None = None
@@ -138,6 +138,12 @@ class TransferSettings(ContractModel):
     """S3 server that s3:// means. Unset: Amazon's."""
     s3_region: str | None = None
     """Region of the S3 server."""
+
+    @property
+    def checks_data(self) -> bool:
+        """Whether a container beside the fetch looks at the data. Not where the pod has an identity: whatever runs in
+        it, and reads files of strangers, would have that, too."""
+        return self.service_account_name is None
 
 
 class Settings(ContractModel):

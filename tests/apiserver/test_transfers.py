@@ -168,6 +168,55 @@ def test_a_job_on_claims_has_one_stage(make_job: MakeJob) -> None:
     assert [(each["stage"], each["reason"]) for each in status["attempts"]] == [("train", "Succeeded")]
 
 
+# --- the data are looked at before the ranks start
+
+
+def looked_at(code: int, cause: str, **facts: Any) -> dict[str, str]:
+    """What the container beside a fetch leaves."""
+    return {"check": json.dumps({"version": 1, "exitCode": code, "reason": "X", "cause": cause, **facts})}
+
+
+def fetched() -> str:
+    """What a fetch leaves."""
+    found = {"model": COMMIT, "dataset": LISTING}
+    return json.dumps({"version": 1, "exitCode": 0, "reason": "DONE", "cause": "done", "fetched": found})
+
+
+def test_what_the_data_are_is_told_before_ranks_are_asked_for(make_remote_job: MakeJob) -> None:
+    """By the container beside the fetch, which has none of its Secrets; it costs no attempt, and no write."""
+    job = make_remote_job()
+    (pod,) = job.goes(0, "fetch")
+    _, check = pod["spec"]["containers"]
+    assert (check["name"], check["command"]) == ("check", ["python", "-m", "qlora_trainer.check"])
+    assert not [mount for mount in check["volumeMounts"] if mount["name"].startswith("credentials")]
+
+    told = "train.jsonl (a JSONL file): training: 812 records in the chat format"
+    job.kubelet.succeeded(pod, message=fetched(), others=looked_at(0, "", data=told))
+    job.begins(1, "train")
+
+    condition = job.condition("DataChecked")
+    assert (condition["status"], condition["reason"]) == ("True", "DataSampled")
+    assert condition["message"] == told
+    assert told in job.until_event("Fetched")["message"]
+
+
+def test_data_that_ranks_could_not_use_fail_the_job_before_it_has_any(make_remote_job: MakeJob) -> None:
+    """With the sentence that the ranks would have ended with."""
+    job = make_remote_job()
+    (pod,) = job.goes(0, "fetch")
+    cause = "train.jsonl: line 3: has neither messages nor prompt and completion"
+
+    job.kubelet.succeeded(pod, message=fetched(), others=looked_at(11, cause))
+
+    status = job.until_phase("Failed")
+    assert [each["reason"] for each in status["attempts"]] == ["InvalidData"]
+    assert cause in status["message"]
+    assert status["restarts"] == NO_RESTARTS
+    condition = job.condition("DataChecked")
+    assert (condition["status"], condition["reason"]) == ("False", "InvalidData")
+    assert job.until_event("InvalidData")["type"] == "Warning"
+
+
 # --- what goes wrong
 
 

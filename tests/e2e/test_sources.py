@@ -84,6 +84,8 @@ def test_from_the_hub_and_s3_to_s3(
 
     assert [attempt["stage"] for attempt in status["attempts"]] == ["fetch", "train", "publish"]
     assert [attempt["reason"] for attempt in status["attempts"]] == ["Fetched", "Trained", "Succeeded"]
+    # A container without the tokens has looked at what came, before there were ranks.
+    assert "train.jsonl (a JSONL file): training: " in status["attempts"][0]["message"]
     assert status["restarts"] == {"user": 0, "infrastructure": 0}
     commit = filled.hub.repositories["models", "org/tiny"].branches["main"]
     assert status["provenance"]["modelRevision"] == commit

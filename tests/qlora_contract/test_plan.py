@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from builders import OMIT, a_run
-from qlora_contract.plan import Machine, Steps, batch_tokens, more_steps, ranks_without_work, too_few
+from qlora_contract.plan import Machine, Steps, batch_tokens, few_steps, ranks_without_work
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,7 @@ def test_too_few_steps_are_said_with_what_makes_more(
     settings = a_run(training={"epochs": OMIT, "maxSequenceLength": 1024} | training).training
     steps = Steps(per_epoch=1, total=total, epochs=3.0, tokens_per_step=1.0, fill=1.0)
 
-    few = too_few(total, settings)
-    assert [f"{few}: {more_steps(steps, tokens, settings)}"] * bool(few) == expected
+    assert few_steps(steps, tokens, settings) == expected
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,16 @@ def byte_tokenizer() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model and data of the smoke test."""
+    from qlora_trainer import smoke_model
+
+    folder = tmp_path_factory.mktemp("smoke")
+    smoke_model.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def a_run() -> Callable[..., RunConfig]:
     """make(ranks=2, **fields) -> a RunConfig that any machine can start: small, shared CPUs, the lowest tier."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qlora_contract.memory import choose
 from qlora_contract.plan import PlanReport, PlanResponse
 from qlora_contract.run_config import RunConfig
 from qlora_trainer import plan
-from qlora_trainer.data import packing
+from qlora_trainer.data import head, packing
 from qlora_trainer.data.dataset import load
 
 pytestmark = pytest.mark.process
@@ -293,3 +294,96 @@ def test_a_folder_without_config_json_has_no_size(tmp_path: Path, monkeypatch: p
     response = plan.sized(tmp_path / "run.json")
     assert response.error is not None
     assert response.error.code == ExitCode.MODEL_UNUSABLE
+
+
+# --- the beginning of the data
+
+
+@pytest.fixture
+def look(ask: Callable[..., PlanResponse], tmp_path: Path) -> Callable[..., PlanResponse]:
+    """look(records, **fields) -> what the planner says of the beginning of these records."""
+
+    def looked(records: list[Any], **fields: Any) -> PlanResponse:
+        ask(records, **fields)
+        return plan.previewed(tmp_path / "run.json")
+
+    return looked
+
+
+def _few_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LEAST", 4)
+    monkeypatch.setattr(head.Head.__init__, "__defaults__", (8, 10**6, 60.0, time.monotonic))
+
+
+def test_of_data_with_more_records_the_first_are_told(
+    look: Callable[..., PlanResponse], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As such, and without the steps of all, which are not known. All of them are told like a plan's."""
+    records = [{"prompt": f"{n}? ", "completion": "x" * (n + 1)} for n in range(SAMPLES)]
+    whole = look(records).check
+    _few_are_read(monkeypatch)
+    first = look(records).check
+    assert whole is not None
+    assert first is not None
+
+    assert (whole.first, first.first) == (None, 8)
+    assert whole.steps is not None
+    assert f"; {whole.steps.total} steps of " in whole.sentence()
+    assert first.steps is None
+    assert first.sentence().startswith(
+        "by the first 8 records, and there are more: data.jsonl (a JSONL file): training: "
+    )
+    assert whole.training.records + (whole.evaluation.records if whole.evaluation else 0) == SAMPLES
+
+
+BAD = {"prompt": "a", "completion": 1}
+LONG = [{"prompt": f"{n}" + "?" * 100, "completion": "x"} for n in range(20)]
+SAME = {"prompt": "a? ", "completion": "b"}
+FINE = [{"prompt": f"{n}? ", "completion": "b"} for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("records", "dataset", "codes", "says"),
+    [
+        pytest.param([SAME, BAD, *FINE], {}, (11, 11), "line 2", id="a bad record ends the job"),
+        pytest.param(LONG, {}, (11, 1), "no supervised token", id="nothing is left to learn"),
+        pytest.param(
+            [SAME, BAD, *FINE], {"onBadRecord": "skip", "maxBadShare": 0.01}, (11, None),
+            "more than dataset.maxBadShare 0.01 allows", id="more bad records than are allowed",
+        ),
+        pytest.param([SAME] * 20, {"evalFraction": 0.2}, (11, 1), "all the same", id="nothing can be held out"),
+        pytest.param(
+            FINE, {"evalFraction": 0.0}, (10, 10), "evaluation.requireImprovement", id="nothing is held out"
+        ),
+    ],
+)  # fmt: skip
+def test_a_beginning_refuses_only_what_all_of_it_would(
+    look: Callable[..., PlanResponse],
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[Any],
+    dataset: dict[str, Any],
+    codes: tuple[int, int | None],
+    says: str,
+) -> None:
+    """A record that is bad is bad; of too few good ones more may follow. `codes`: where all is read, and where not."""
+    whole = look(records, version=2, dataset=dataset)
+    _few_are_read(monkeypatch)
+    first = look(records, version=2, dataset=dataset)
+
+    assert whole.error is not None
+    assert (whole.error.code, says in whole.error.cause) == (codes[0], True), whole.error.cause
+    if codes[1] is None:
+        assert first.check is not None
+        assert any(says in warning for warning in first.check.warnings)
+    else:
+        assert first.error is not None
+        assert (first.error.code, says in first.error.cause) == (codes[1], True), first.error.cause
+
+
+def test_ranks_without_work_are_warned_of_before_they_start(look: Callable[..., PlanResponse]) -> None:
+    """Where there are fewer rows than ranks."""
+    records = [{"prompt": f"{n}? ", "completion": "x"} for n in range(10)]
+    found = look(records, layout={"pods": 2, "ranksPerPod": 4}).check
+    assert found is not None
+
+    assert "for 8 ranks" in found.sentence()

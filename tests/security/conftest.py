@@ -56,7 +56,8 @@ COMMANDS = {
     "train": ["python", "-m", "qlora_trainer.launch"],
     "publish": ["python", "-m", "qlora_trainer.transfer"],
 }
-ENVIRONMENT = {"HF_HOME", "HOME", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "TMPDIR"}
+CHECK = ["python", "-m", "qlora_trainer.check"]
+ENVIRONMENT = {"HF_HOME", "HOME", "QLORA_HANDOFF", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "TMPDIR"}
 RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -175,9 +176,18 @@ def _gang(spec: Object, job: Object, stage: str) -> Iterator[str]:
     if set(template["metadata"]["annotations"]) - stay != {"qlora.dev/run-config"}:
         yield f"annotations {set(template['metadata']['annotations'])}"
     yield from _pod(template["spec"], job)
-    (container,) = template["spec"]["containers"]
-    yield from _container(container, stage)
-    yield from _volumes(template["spec"]["volumes"], container["volumeMounts"], job, stage)
+    container, *others = template["spec"]["containers"]
+    shown = {mount["name"] for mount in container["volumeMounts"]}
+    of_others = {mount["name"] for other in others for mount in other["volumeMounts"]} - shown
+    if [other["name"] for other in others] != (["check"] if stage == "fetch" else []):
+        yield f"containers {others}"
+    yield from _container(container, COMMANDS[stage])
+    volumes = template["spec"]["volumes"]
+    mine = [volume for volume in volumes if volume["name"] not in of_others]
+    yield from _volumes(mine, container["volumeMounts"], job, stage)
+    for other in others:
+        yield from _container(other, CHECK)
+        yield from _check(volumes, other["volumeMounts"], job)
 
 
 def _pod(pod: Object, job: Object) -> Iterator[str]:
@@ -196,14 +206,28 @@ def _pod(pod: Object, job: Object) -> Iterator[str]:
         yield f"tolerations {pod['tolerations']}"
 
 
-def _container(container: Object, stage: str) -> Iterator[str]:
+def _check(volumes: list[Object], mounts: list[Object], job: Object) -> Iterator[str]:
+    """Of the container that reads files of strangers: no credentials, and nothing to write to but its own /tmp."""
+    named = {mount["name"] for mount in mounts}
+    seen = [volume for volume in volumes if volume["name"] in named]
+    if any({"secret", "configMap", "projected"} & set(volume) for volume in seen):
+        yield f"what reads the data has {seen}"
+    if (claims := _named(seen, "persistentVolumeClaim", "claimName")) != _claims(job["spec"], "train"):
+        yield f"what reads the data has the claims {claims}"
+    if written := {mount["name"] for mount in mounts if not mount.get("readOnly")} - {"check-tmp"}:
+        yield f"what reads the data may write {written}"
+    for mount in mounts:
+        yield from _mount(mount)
+
+
+def _container(container: Object, command: list[str]) -> Iterator[str]:
     if more := set(container) - CONTAINER_KEYS:
         yield f"container fields {more}"
     if container["securityContext"] != RESTRICTED:
         yield f"security {container['securityContext']}"
     if container["image"] != IMAGE and not container["image"].startswith(ALLOWED_IMAGE):
         yield f"image {container['image']}"
-    if container["command"] != COMMANDS[stage]:
+    if container["command"] != command:
         yield f"command {container['command']}"
     for entry in container["env"]:
         if set(entry) != {"name", "value"} or entry["name"] not in ENVIRONMENT or "$" in entry["value"]:
@@ -232,7 +256,7 @@ def _mount(mount: Object) -> Iterator[str]:
     path = mount["mountPath"]
     if "subPath" in mount or "subPathExpr" in mount or ".." in path.split("/"):
         yield f"mount {mount}"
-    own = path in ("/tmp", "/dev/shm", "/etc/qlora")
+    own = path in ("/tmp", "/dev/shm", "/etc/qlora", "/run/qlora/handoff")
     if not own and not re.fullmatch(
         r"/volumes/[^/]+|/etc/qlora/credentials/(model|dataset|output|adapter-initialadapter)", path
     ):

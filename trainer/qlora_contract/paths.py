@@ -10,6 +10,7 @@ from qlora_contract.env import VOLUMES_ENV
 
 VOLUMES_ROOT = Path("/volumes")
 CREDENTIALS_ROOT = Path("/etc/qlora/credentials")
+HANDOFF_ROOT = Path("/run/qlora/handoff")
 RUN_CONFIG_PATH = Path("/etc/qlora/run.json")
 TERMINATION_LOG = Path("/dev/termination-log")
 THIS_MACHINE = "this-machine"

@@ -133,6 +133,10 @@ class Steps(ContractModel):
     fill: float
     """Mean share of a bin of the first epoch that is tokens, from 0 to 1."""
 
+    def bins(self, training: Training) -> float:
+        """Of the first epoch, each of which is run by one rank."""
+        return self.per_epoch * self.tokens_per_step / (self.fill * training.max_sequence_length)
+
 
 def too_few(total: int, training: Training) -> str | None:
     """That a job has too few steps to learn much; None where they are enough, or their number was asked for.
@@ -146,22 +150,23 @@ def too_few(total: int, training: Training) -> str | None:
     return f"{total:,} step(s) are too few to learn much"
 
 
-def more_steps(steps: Steps, tokens: int, training: Training) -> str:
-    """What makes FEW_STEPS of the steps that too_few tells of.
+def few_steps(steps: Steps, tokens: int, training: Training) -> list[str]:
+    """That a job has too few steps, if it has, and what makes FEW_STEPS of them.
 
     Args:
         steps: of the training.
         tokens: of a pass over the data.
         training: its settings.
     """
+    few = too_few(steps.total, training)
+    if few is None:
+        return []
     remedy = f"raise training.epochs to {math.ceil(steps.epochs * FEW_STEPS / steps.total):,}"
     smaller = batch_tokens(tokens * steps.epochs, training.max_sequence_length)
     now = training.global_batch_tokens
-    return (
-        f"lower training.globalBatchTokens, now {now:,}, to {smaller:,}, or {remedy}"
-        if smaller < now
-        else remedy
-    )
+    if smaller < now:
+        remedy = f"lower training.globalBatchTokens, now {now:,}, to {smaller:,}, or {remedy}"
+    return [f"{few}: {remedy}"]
 
 
 def batch_tokens(tokens: float, sample: int) -> int:
@@ -300,6 +305,22 @@ class CheckReport(ContractModel):
     """Why a job would refuse the data."""
     warnings: list[str]
     """What may not be as it was meant."""
+    told: str = ""
+    """What ranks will tell of these data; empty where no model is known."""
+    first: int | None = None
+    """How many records were looked at, where there are more; None: all."""
+
+    def sentence(self) -> str:
+        """What there is to say before ranks start, in a line."""
+        first, *others = self.files
+        files = f"{first.name} and {len(others):,} more files" if others else first.name
+        parts = [
+            "" if self.first is None else f"by the first {self.first:,} records, and there are more: ",
+            f"{files} ({first.content}{' first' if others else ''}): {self.told}",
+            f"; {self.steps.total:,} steps of {self.steps.tokens_per_step:,.0f} tokens" if self.steps else "",
+            *(f"; warning: {warning}" for warning in self.warnings),
+        ]
+        return "".join(parts)
 
 
 class RankPlan(ContractModel):

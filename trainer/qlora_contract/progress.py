@@ -150,5 +150,7 @@ class TerminationReport(_Report):
     """What the processors took over all attempts; None: not known."""
     fetched: ResolvedRevisions | None = None
     """Of a fetch: what the remote sources stood for."""
+    data: str | None = None
+    """Of a look at the data before there are ranks: what they are, in a sentence; None where nothing was found out."""
     published_uri: str | None = None
     """Of an upload: where the copy is, with its revision where there is one."""

@@ -3,6 +3,7 @@
 TrainerError
 ├── ConfigurationError     run.json, or a job folder that belongs to another spec
 ├── DataError              the training data
+│   └── NothingLeft        ... of which nothing, or too little, is left to train on
 ├── ModelError             the base model, or layers in it that cannot be adapted
 ├── Diverged               a loss or gradient is NaN or infinite
 ├── StorageFull            no space for checkpoints or the adapter
@@ -50,6 +51,10 @@ class DataError(TrainerError):
     """The training data cannot be used."""
 
     exit_code = ExitCode.INVALID_DATA
+
+
+class NothingLeft(DataError):  # noqa: N818
+    """Of all records too few can be trained on: of the first ones that proves nothing."""
 
 
 class ModelError(TrainerError):

@@ -7,6 +7,7 @@
                                              these CPU lists each; needs no torch
     python -m qlora_trainer.plan check RUN_JSON      all that can be said of the data of a job
     python -m qlora_trainer.plan survey RUN_JSON     what can be said of them without its model; needs no torch
+    python -m qlora_trainer.plan preview RUN_JSON    what can be said of their beginning soon, as ranks will read them
     python -m qlora_trainer.plan size RUN_JSON       the size of its model by config.json alone, in a folder or on the
                                                      Hub, from which nothing else is fetched
 
@@ -16,7 +17,7 @@ Prints one line of JSON (qlora_contract.plan). The exit status is 0 also when th
 import datetime
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_contract import memory
@@ -24,6 +25,7 @@ from qlora_contract.cpus import format_cpu_list
 from qlora_contract.env import CPUS_ENV
 from qlora_contract.exit_codes import ExitCode
 from qlora_contract.export import forms_of
+from qlora_contract.memory import ModelShape
 from qlora_contract.paths import InvalidUriError, resolve, volume_map
 from qlora_contract.plan import (
     Machine,
@@ -39,7 +41,7 @@ from qlora_contract.plan import (
 from qlora_contract.remote import is_remote, parse_remote
 from qlora_contract.run_config import ISA_TIERS, RunConfig
 from qlora_contract.scratch import scratch_folder
-from qlora_trainer.errors import ConfigurationError, ModelError, TrainerError, TransferFailed
+from qlora_trainer.errors import ConfigurationError, ModelError, NothingLeft, TrainerError, TransferFailed
 from qlora_trainer.host.cgroups import available_cpus, usable_memory
 from qlora_trainer.host.isa import probe
 from qlora_trainer.host.numa import read_machine
@@ -51,7 +53,7 @@ from qlora_trainer.run_file import RunFileError, load_run
 USAGE = (
     "usage: python -m qlora_trainer.plan "
     "[RUN_JSON | layout RUN_JSON CPUS [CPUS ...] | check RUN_JSON | survey RUN_JSON | "
-    "size RUN_JSON]"
+    "preview RUN_JSON | size RUN_JSON]"
 )
 
 
@@ -66,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
             response = layouts(Path(path), cpu_lists)
         case ["check" | "survey" as how, path]:
             response = checked(Path(path), with_model=how == "check")
+        case ["preview", path]:
+            response = previewed(Path(path))
         case ["size", path]:
             response = sized(Path(path))
         case _:
@@ -115,6 +119,25 @@ def checked(path: Path, *, with_model: bool) -> PlanResponse:
         volumes = volume_map()
         run = with_pinned_revisions(load_run(path), volumes)
         return PlanResponse(check=check(run, volumes, with_model=with_model))
+    except (RunFileError, TrainerError, InvalidUriError) as error:
+        return _failure(error)
+
+
+def previewed(path: Path) -> PlanResponse:
+    """What the beginning of the data of a run.json's job tells, or why it will fail; code UNEXPECTED where nothing is
+    proved."""
+    from qlora_trainer.data.head import Head
+    from qlora_trainer.training.data_check import preview
+
+    head = Head()
+    try:
+        run, volumes = load_run(path), volume_map()
+        return PlanResponse(check=preview(run, checked_shape(run, volumes), volumes, head))
+    except NothingLeft as error:
+        if not head.cut:
+            return _failure(error)
+        cause = f"of the first {head.looked_at:,} records, and there are more: {error}"
+        return PlanResponse(error=PlanError(code=ExitCode.UNEXPECTED, cause=cause))
     except (RunFileError, TrainerError, InvalidUriError) as error:
         return _failure(error)
 
@@ -176,6 +199,19 @@ def size_of(
     )
 
 
+def checked_shape(run: RunConfig, volumes: Mapping[str, Path]) -> ModelShape:
+    """The shape of a job's model, whose adapter and exports it allows. Raises TrainerError or InvalidUriError."""
+    from qlora_trainer.modeling.shape import model_shape
+    from qlora_trainer.training import exports
+    from qlora_trainer.training.inputs import check_initial_adapter
+
+    folder = resolve(run.model_uri, volumes)
+    shape = model_shape(folder, run.adapter)
+    check_initial_adapter(run, folder, volumes)
+    exports.check(forms_of(run.output), folder, run.adapter)
+    return shape
+
+
 def layouts(path: Path, cpu_lists: Sequence[str]) -> PlanResponse:
     """Where the ranks run of a pod for each list of CPUs, as its launcher would decide; or why they do not fit."""
     try:
@@ -226,24 +262,15 @@ def plan(run: RunConfig) -> PlanReport:
     """
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.families import read_config
-    from qlora_trainer.modeling.shape import model_shape
     from qlora_trainer.modeling.stored.formats import description
-    from qlora_trainer.training import exports
     from qlora_trainer.training.data_check import split_stats, steps_of, warnings
-    from qlora_trainer.training.inputs import (
-        check_initial_adapter,
-        default_compute_dtype,
-        load_inputs,
-        step_schedule,
-    )
+    from qlora_trainer.training.inputs import default_compute_dtype, load_inputs, step_schedule
     from qlora_trainer.transfer.revisions import with_pinned_revisions
 
     volumes = volume_map()
     run = with_pinned_revisions(run, volumes)
     model_folder = resolve(run.model_uri, volumes)
-    shape = model_shape(model_folder, run.adapter)
-    check_initial_adapter(run, model_folder, volumes)
-    exports.check(forms_of(run.output), model_folder, run.adapter)
+    shape = checked_shape(run, volumes)
     tokenizer, data = load_inputs(run, shape, volumes, datetime.datetime.now().astimezone())
     dtype = default_compute_dtype(run, [run.isa])
     estimate = memory.choose(

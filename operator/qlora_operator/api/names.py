@@ -62,6 +62,9 @@ killed at once, which a scheduler may want to know that looks for pods to preemp
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
 
+CHECK_CONTAINER = "check"
+"""The container beside a fetch that looks at the data."""
+
 _CPUID = "feature.node.kubernetes.io/cpu-cpuid."
 TIER_LABELS: dict[IsaTier, tuple[str, ...]] = {
     "amx_bf16": (f"{_CPUID}AMXTILE", f"{_CPUID}AMXBF16"),
@@ -167,7 +170,8 @@ class ConditionType(StrEnum):
     QUOTA_RESERVED = "QuotaReserved"
     """A queue has admitted the job."""
     DATA_CHECKED = "DataChecked"
-    """The training data were read and tokenized; the message says what they are, and what of them is left out."""
+    """The training data were read and tokenized, at least their beginning; the message says what they are, and what of
+    them is left out."""
     RUNNING = "Running"
     """Every rank is training, sources are being fetched, or the adapter is being exported or uploaded: the reason says
     which."""
@@ -198,6 +202,10 @@ class Reason(StrEnum):
 
     DATA_READ = "DataRead"
     """DataChecked: every record was read; those that cannot be trained on are counted in the message."""
+
+    DATA_SAMPLED = "DataSampled"
+    """DataChecked: before the ranks start, the data were read as they will read them, up to the first 10,000 records of
+    each source."""
 
     # Ends of an attempt that fail the job at once: the same input fails the same way.
     INVALID_CONFIGURATION = "InvalidConfiguration"

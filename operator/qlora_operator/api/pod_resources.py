@@ -10,6 +10,9 @@ TMP_BYTES = 256 * 2**20
 """Limit of a pod's /tmp, which is in memory."""
 SHM_BYTES_PER_RANK = 64 * 2**20
 """Each rank's part of its pod's /dev/shm, through which the pod's ranks communicate; oneCCL uses nearly all of it."""
+CHECK_CPU = "100m"
+"""What the container beside a fetch requests that looks at the data: it begins when the fetch has ended, whose CPUs it
+then uses."""
 
 
 def with_pods(topology: Topology, pods: int | None) -> Topology:

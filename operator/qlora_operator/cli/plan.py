@@ -21,9 +21,8 @@ from qlora_contract.plan import (
     SplitStats,
     TextSpan,
     TimeEstimate,
-    more_steps,
+    few_steps,
     ranks_without_work,
-    too_few,
 )
 from qlora_contract.run_config import BF16_NATIVE, IsaTier, RunConfig
 from qlora_contract.scratch import scratch_folder
@@ -127,9 +126,8 @@ def job_plan(
             for problem in memory.problems(details.memory, run.layout.memory_per_rank, run.training, sharing)
         ]
         steps = details.steps
-        if few := too_few(steps.total, run.training):
-            notes.append(f"{few}: {more_steps(steps, details.training.tokens, run.training)}")
-        bins = steps.per_epoch * steps.tokens_per_step / (steps.fill * run.training.max_sequence_length)
+        notes += few_steps(steps, details.training.tokens, run.training)
+        bins = steps.bins(run.training)
         # Without places they are not counted yet.
         if pods and (
             waiting := ranks_without_work(bins, steps.per_epoch, run.layout.world_size, run.training)

@@ -5,17 +5,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_contract import entry_points
-from qlora_contract.env import PRICE_ENV, PROGRESS_PORT, RENDEZVOUS_PORT, REQUESTED_ENV, WEB_SOURCES_ENV
-from qlora_contract.paths import TERMINATION_LOG
+from qlora_contract.env import (
+    HANDOFF_ENV,
+    PRICE_ENV,
+    PROGRESS_PORT,
+    RENDEZVOUS_PORT,
+    REQUESTED_ENV,
+    WEB_SOURCES_ENV,
+)
+from qlora_contract.paths import HANDOFF_ROOT, TERMINATION_LOG
 from qlora_contract.remote import WEB
 from qlora_contract.run_config import TRANSFERS, IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import pod_cpus, pod_memory, stage_topology
+from qlora_operator.api.pod_resources import CHECK_CPU, pod_cpus, pod_memory, stage_topology
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
 from qlora_operator.desired.defaults import scheduling
 from qlora_operator.desired.metadata import labels, pods_of
 from qlora_operator.desired.service import has_service
-from qlora_operator.desired.volumes import CA_BUNDLE, TMP, volumes
+from qlora_operator.desired.volumes import CA_BUNDLE, TMP, check_volumes, volumes
 from qlora_operator.settings import Settings, TransferSettings
 
 ROLES: dict[RunStage, names.Role] = {
@@ -33,6 +40,9 @@ _MODULES: dict[RunStage, str] = {
 
 LOOPBACK = "127.0.0.1"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
+
+SCRATCH = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
+"""The root is read-only, and the user has no home."""
 
 _NOT_TO_BE_MOVED = {
     "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -69,6 +79,8 @@ def pod_template(
     annotations = {**topology, names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
     pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
     account = settings.transfer.service_account_name
+    checks = run.stage == "fetch" and settings.transfer.checks_data
+    mounted = volumes(job.spec, run.stage, settings) + (check_volumes(job.spec) if checks else [])
     where, tier = scheduling(job.spec.scheduling, settings), None if run.stage == "publish" else run.isa
     return {
         "metadata": {
@@ -89,8 +101,12 @@ def pod_template(
             **({"imagePullSecrets": pull_secrets} if pull_secrets else {}),
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage in TRANSFERS else {}),
-            "containers": [_container(job, run, image, settings, requested)],
-            "volumes": [volume for volume, _ in volumes(job.spec, run.stage, settings)],
+            "containers": [
+                _container(job, run, image, settings, requested),
+                *([_check_container(job, image, settings)] if checks else []),
+            ],
+            # The two of a fetch share some.
+            "volumes": list({volume["name"]: volume for volume, _ in mounted}.values()),
         },
     }
 
@@ -158,18 +174,16 @@ def _not_in(nodes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: str | None) -> dict[str, str]:
-    """The container's environment: where rank 0 is and what its report tells of cost, or how transfers reach the
+    """The main container's environment: where rank 0 is and what its report tells of cost, or how transfers reach the
     network."""
     transfer, price = settings.transfer, settings.costs.price
-    # The root is read-only, and the user has no home.
-    common = {"HOME": TMP, "TMPDIR": TMP, "HF_HOME": f"{TMP}/hf", "PYTHONUNBUFFERED": "1"}
     if run.stage not in TRANSFERS:
         # What exports is alone.
         alone = run.stage == "export" or not has_service(job)
         host = LOOPBACK if alone else names.rank_zero_host(job.metadata.name, run.job.attempt)
         costs = {PRICE_ENV: None if price is None else str(price), REQUESTED_ENV: requested}
         known = {name: value for name, value in costs.items() if value is not None}
-        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **common}
+        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **SCRATCH}
     ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
     network = {
         "HTTP_PROXY": transfer.http_proxy,
@@ -186,7 +200,9 @@ def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: s
         network[WEB_SOURCES_ENV] = json.dumps(
             [each for each in settings.allowed_sources if each.startswith(WEB)]
         )
-    return {**common, **{name: value for name, value in network.items() if value is not None}}
+    if run.stage == "fetch" and transfer.checks_data:
+        network[HANDOFF_ENV] = str(HANDOFF_ROOT)
+    return {**SCRATCH, **{name: value for name, value in network.items() if value is not None}}
 
 
 def _from_secret(name: str, secret: str) -> dict[str, Any]:
@@ -202,14 +218,35 @@ def _container(
     if secret is not None:
         environment = {name: value for name, value in environment.items() if name not in PROXIES}
     return {
-        "name": names.TRAINER_CONTAINER,
-        "image": image,
-        "imagePullPolicy": settings.image_pull_policy,
-        "command": ["python", "-m", _MODULES[run.stage]],
+        **_program(names.TRAINER_CONTAINER, image, _MODULES[run.stage], settings),
         "env": [{"name": name, "value": value} for name, value in environment.items()]
         + [_from_secret(name, secret) for name in PROXIES if secret is not None],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
         "resources": _resources(job.spec.topology, run.stage, settings.transfer),
+        "volumeMounts": [mount for _, mount in volumes(job.spec, run.stage, settings)],
+    }
+
+
+def _check_container(job: QLoRAJob, image: str, settings: Settings) -> dict[str, Any]:
+    """Looks at the data that the fetch beside it has brought. Files of strangers are read here, so nothing of the
+    fetch's is: no credentials, no proxy, and nothing that can be written but a /tmp of its own."""
+    memory = {"memory": settings.transfer.memory}
+    environment = {**SCRATCH, HANDOFF_ENV: str(HANDOFF_ROOT)}
+    return {
+        **_program(names.CHECK_CONTAINER, image, entry_points.CHECK, settings),
+        "env": [{"name": name, "value": value} for name, value in environment.items()],
+        "resources": {"requests": {"cpu": CHECK_CPU, **memory}, "limits": memory},
+        "volumeMounts": [mount for _, mount in check_volumes(job.spec)],
+    }
+
+
+def _program(name: str, image: str, module: str, settings: Settings) -> dict[str, Any]:
+    """What all containers have in common: a module of the trainer's, under Pod Security *restricted*."""
+    return {
+        "name": name,
+        "image": image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["python", "-m", module],
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -217,7 +254,6 @@ def _container(
         },
         "terminationMessagePath": str(TERMINATION_LOG),
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [mount for _, mount in volumes(job.spec, run.stage, settings)],
     }
 
 

@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_contract.exit_codes import PERMANENT
 from qlora_contract.run_config import ResolvedRevisions
-from qlora_operator.api.names import Reason
+from qlora_operator.api.names import CHECK_CONTAINER, Reason
 from qlora_operator.api.run_config import export_forms
 from qlora_operator.api.status import AdapterStatus, Cost
 from qlora_operator.status import progress_status, stages
 from qlora_operator.status.checks import AttemptEnd, Budget
+from qlora_operator.status.failure import EXIT_REASONS, check_report
+from qlora_operator.status.observation import AttemptJob
 from qlora_operator.status.view import JobView
 
 _NO_REPORT = AttemptEnd(
@@ -34,10 +37,21 @@ class StageResult:
     """Of the status, as they are now."""
     completes: str = ""
     """The message of the condition Complete, if this was the job's last stage."""
+    data: str = ""
+    """What a look at the data has found, if it has found them good."""
+
+
+def is_done(view: JobView, job: AttemptJob) -> bool:
+    """Whether the attempt has done what it was for, going by its Job; a fetch has even where the look at its data
+    failed, whose container the Job counts as well: it was killed, or the image is too old to have that program.
+    Read.PODS, where a fetch fails."""
+    if job.complete or view.stage != "fetch" or job.failing is None:
+        return job.complete
+    return any(pod.exit_code == 0 and pod.finished for pod in view.pods)
 
 
 def stage_result(view: JobView) -> StageResult:
-    """What the complete Job of the open attempt has done. Read.PODS."""
+    """What the Job of the open attempt has done, which is done. Read.PODS."""
     return {"fetch": _fetched, "train": _trained, "export": _exported, "publish": _published}[view.stage](
         view
     )
@@ -59,8 +73,26 @@ def _fetched(view: JobView) -> StageResult:
     fields = {"provenance": provenance}
     if stages.next_stage(view.spec, view.status.model_copy(update=fields)) == "fetch":
         return StageResult(_without_report(view), fields)
+    return _fetched_and_seen(view, fields)
+
+
+def _fetched_and_seen(view: JobView, fields: dict[str, Any]) -> StageResult:
+    """The end of a fetch whose sources are there, by what the container beside it has found of the data."""
     message = "the remote sources are in the workspace"
-    return StageResult(AttemptEnd(Reason.FETCHED, message, Budget.NONE, (0,)), fields)
+    seen = next((report for pod in view.pods if (report := check_report(pod)) is not None), None)
+    job = view.attempt_job
+    if seen is not None and seen.exit_code in PERMANENT:
+        reason, budget = EXIT_REASONS[seen.exit_code]
+        message = f"{message}, and ranks could not use them: {seen.cause}"
+        return StageResult(AttemptEnd(reason, message, budget, (0,)), fields)
+    data = (seen.data or "") if seen is not None else ""
+    failed = job is not None and not job.complete
+    if data:
+        message = f"{message}: {data}"
+    elif seen is not None or failed:
+        why = seen.cause if seen is not None else f"the container {CHECK_CONTAINER} failed"
+        message = f"{message}; the data are not checked before the ranks read them: {why}"
+    return StageResult(AttemptEnd(Reason.FETCHED, message, Budget.NONE, (0,)), fields, data=data)
 
 
 def _trained(view: JobView) -> StageResult:

@@ -121,10 +121,12 @@ def _reconcile_attempt(builder: StatusBuilder) -> None:
     view = builder.view
     if view.open_attempt is not None and view.open_attempt.reason is None:
         job, found = view.attempt_job, None
-        if job is not None and job.complete:
+        if job is not None and completion.is_done(view, job):
             # The attempt did what it was for, if its report says so.
             result = completion.stage_result(view)
             builder.set(**result.fields)
+            if result.data:
+                builder.set_true(ConditionType.DATA_CHECKED, Reason.DATA_SAMPLED, result.data)
             if result.completes:
                 end = result.end
                 builder.set_attempt(reason=end.reason, message=end.message, exit_codes=list(end.exit_codes))

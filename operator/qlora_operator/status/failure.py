@@ -124,8 +124,17 @@ def below_tier(pods: Iterable[Pod]) -> list[str]:
 
 def termination_report(pod: Pod) -> TerminationReport | None:
     """The trainer's report of its end; None if it left none."""
+    return _report(pod.termination_message)
+
+
+def check_report(pod: Pod) -> TerminationReport | None:
+    """What was found of the data beside a fetch; None if nothing is reported."""
+    return _report(pod.check_message)
+
+
+def _report(message: str) -> TerminationReport | None:
     try:
-        return sanitized(TerminationReport.model_validate_json(pod.termination_message, extra="ignore"))
+        return sanitized(TerminationReport.model_validate_json(message, extra="ignore"))
     except ValidationError:
         return None
 

@@ -12,6 +12,7 @@ from qlora_contract.run_config import IsaTier
 from qlora_contract.units import parse_time
 from qlora_operator.api.names import (
     ATTEMPT_LABEL,
+    CHECK_CONTAINER,
     CHECKPOINT_ANNOTATION,
     QUEUE_LABEL,
     TOPOLOGY_HASH_ANNOTATION,
@@ -117,6 +118,8 @@ class Pod:
     """The container's, such as OOMKilled or Error."""
     termination_message: str = ""
     """The container's: a TerminationReport, or the last lines of its log."""
+    check_message: str = ""
+    """That of the container that looks at the data, once it has ended."""
     status_reason: ReasonMessage | None = None
     """The pod's own, such as Evicted or TopologyAffinityError."""
     image_digest: str | None = None
@@ -241,10 +244,11 @@ def pod(raw: Mapping[str, Any]) -> Pod:
     metadata, spec, status = raw["metadata"], raw["spec"], raw.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     # By its name: others may be injected, and the kubelet lists them in the order of their names.
-    containers = status.get("containerStatuses") or []
-    container: Mapping[str, Any] = next(
-        (each for each in containers if each.get("name") == TRAINER_CONTAINER), {}
-    )
+    containers: dict[str, Mapping[str, Any]] = {
+        each.get("name") or "": each for each in status.get("containerStatuses") or []
+    }
+    container = containers.get(TRAINER_CONTAINER, {})
+    check_state = containers.get(CHECK_CONTAINER, {}).get("state") or {}
     state = container.get("state") or {}
     ended = state.get("terminated") or {}
     scheduled = conditions.get("PodScheduled") or {}
@@ -270,6 +274,7 @@ def pod(raw: Mapping[str, Any]) -> Pod:
         exit_code=ended.get("exitCode"),
         termination_reason=ended.get("reason") or "",
         termination_message=(ended.get("message") or "").strip(),
+        check_message=((check_state.get("terminated") or {}).get("message") or "").strip(),
         status_reason=_reason_message(status) if status.get("reason") else None,
         image_digest=(container.get("imageID") or "").rpartition("@")[2] or None,
     )

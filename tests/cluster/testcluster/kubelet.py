@@ -92,9 +92,9 @@ class Kubelet:
         """Every container runs; a pod without a node is bound first."""
         return self._report(pod, pod_status.running(pod, ip or self._address(), ready=ready))
 
-    def succeeded(self, pod: Object, *, message: str = "") -> Object:
-        """Every container ended with 0, having left the termination message."""
-        return self._report(pod, pod_status.terminated(pod, 0, "Completed", message))
+    def succeeded(self, pod: Object, *, message: str = "", others: dict[str, str] | None = None) -> Object:
+        """Every container ended with 0, having left the termination message; `others`: those of other containers."""
+        return self._report(pod, pod_status.terminated(pod, 0, "Completed", message, others))
 
     def failed(self, pod: Object, exit_code: int, *, message: str = "", reason: str = "Error") -> Object:
         """Every container ended with the code; `reason` is Error, or OOMKilled with 137."""

@@ -34,8 +34,10 @@ def running(pod: Object, ip: str, *, ready: bool = True) -> Object:
     }
 
 
-def terminated(pod: Object, exit_code: int, reason: str, message: str = "") -> Object:
-    """Every container ended with the exit code."""
+def terminated(
+    pod: Object, exit_code: int, reason: str, message: str = "", others: dict[str, str] | None = None
+) -> Object:
+    """Every container ended with the exit code; `others`: containers that left another message, by name."""
     state = {
         "terminated": {
             "exitCode": exit_code,
@@ -46,10 +48,14 @@ def terminated(pod: Object, exit_code: int, reason: str, message: str = "") -> O
         }
     }
     why = "PodFailed" if exit_code else "PodCompleted"
+    containers = [_container(each, state, ready=False) for each in pod["spec"]["containers"]]
+    for each in containers:
+        if each["name"] in (others or {}):
+            each["state"] = {"terminated": {**state["terminated"], "message": (others or {})[each["name"]]}}
     return {
         "phase": "Failed" if exit_code else "Succeeded",
         "conditions": _readiness("False", why),
-        "containerStatuses": [_container(each, state, ready=False) for each in pod["spec"]["containers"]],
+        "containerStatuses": containers,
         "initContainerStatuses": [_initialised(each) for each in pod["spec"].get("initContainers", [])],
     }
 

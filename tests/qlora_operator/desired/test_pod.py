@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from qlora_contract.env import PRICE_ENV, REQUESTED_ENV
+from qlora_contract.env import HANDOFF_ENV, PRICE_ENV, REQUESTED_ENV
 from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
 from qlora_operator.api.run_config import to_run_config
@@ -159,10 +159,10 @@ def test_pods_meet_pod_security_restricted(
 ) -> None:
     """Whatever users and administrators write, a namespace that enforces *restricted* admits the pods."""
     pod = template_of(data.draw(attempts))
-    (container,) = pod["spec"]["containers"]
 
     assert violations(pod) == []
-    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    for container in pod["spec"]["containers"]:
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert pod["spec"]["enableServiceLinks"] is False
 
@@ -211,7 +211,7 @@ def test_ranks_are_told_the_price_and_since_when_they_were_waited_for(
     stage: RunStage, fields: dict[str, Any], expected: dict[str, str], template: Make
 ) -> None:
     """Neither is the job's own business, so neither is in its RunConfig."""
-    (container,) = template(stage=stage, **fields)["spec"]["containers"]
+    container = template(stage=stage, **fields)["spec"]["containers"][0]
     environment = {each["name"]: each["value"] for each in container["env"]}
 
     assert {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if name in environment} == expected
@@ -492,7 +492,7 @@ def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
     topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 8, "memoryPerRank": "64Gi", "pinning": "strict"}
     for stage, role in (("fetch", "fetcher"), ("publish", "publisher")):
         pod = template(spec={**REMOTE, "topology": topology}, stage=stage)
-        (container,) = pod["spec"]["containers"]
+        container = pod["spec"]["containers"][0]
 
         assert container["name"] == names.TRAINER_CONTAINER
         assert container["command"] == ["python", "-m", "qlora_trainer.transfer"]
@@ -568,7 +568,44 @@ def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, templ
 @pytest.mark.parametrize("stage", TRANSFERS)
 def test_what_the_administrator_leaves_out_is_not_in_the_environment(stage: RunStage, template: Make) -> None:
     """An empty variable would mean something else to a library than none."""
-    assert environment(template(spec=REMOTE, stage=stage)) == SCRATCH
+    handoff = {HANDOFF_ENV: "/run/qlora/handoff"} if stage == "fetch" else {}
+    assert environment(template(spec=REMOTE, stage=stage)) == {**SCRATCH, **handoff}
+
+
+def test_beside_a_fetch_somebody_looks_at_the_data(template: Make) -> None:
+    """With the memory of a transfer and hardly a CPU, and with nothing of what the fetch is told or may write."""
+    network = {name: value for name, value in NETWORK.items() if name != "serviceAccountName"}
+    pod = template(spec=REMOTE, stage="fetch", transfer={**network, "memory": "3Gi", "proxySecret": "proxy"})
+    _, container = pod["spec"]["containers"]
+
+    assert (container["name"], container["command"]) == ("check", ["python", "-m", "qlora_trainer.check"])
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == {
+        **SCRATCH,
+        HANDOFF_ENV: "/run/qlora/handoff",
+    }
+    assert container["resources"] == {
+        "requests": {"cpu": "100m", "memory": "3Gi"},
+        "limits": {"memory": "3Gi"},
+    }
+    secret = {volume["name"] for volume in pod["spec"]["volumes"] if {"secret", "configMap"} & set(volume)}
+    assert secret
+    assert not secret & {mount["name"] for mount in container["volumeMounts"]}
+    assert violations(pod) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "transfer"),
+    [("train", {}), ("export", {}), ("publish", {}), ("fetch", {"serviceAccountName": "transfers"})],
+    ids=["train", "export", "publish", "a fetch with an identity"],
+)
+def test_elsewhere_nobody_looks_at_the_data(
+    stage: RunStage, transfer: dict[str, Any], template: Make
+) -> None:
+    """The identity of a pod is that of all its containers, so data are not read in one that has any."""
+    pod = template(spec=REMOTE, stage=stage, transfer=transfer)
+
+    assert [container["name"] for container in pod["spec"]["containers"]] == ["trainer"]
+    assert "handoff" not in [volume["name"] for volume in pod["spec"]["volumes"]]
 
 
 @pytest.mark.parametrize(
@@ -608,7 +645,7 @@ def test_credentials_are_files_of_transfers_only(
         "publish": [spec.output.credentials_secret],
     }[attempt["stage"]]
     mounted = [volume["secret"]["secretName"] for volume in pod["spec"]["volumes"] if "secret" in volume]
-    (container,) = pod["spec"]["containers"]
+    container, *others = pod["spec"]["containers"]
 
     assert mounted == [name for name in named if name is not None]
     proxies = attempt["settings"].transfer.proxy_secret if attempt["stage"] in TRANSFERS else None
@@ -617,6 +654,10 @@ def test_credentials_are_files_of_transfers_only(
     ]
     assert set(sources) == ({proxies} if proxies is not None else set())
     assert "envFrom" not in container
+    for other in others:
+        paths = [mount["mountPath"] for mount in other["volumeMounts"]]
+        assert not any(path.startswith("/etc/qlora/c") for path in paths)
+        assert all({*entry} == {"name", "value"} for entry in other["env"])
     account = attempt["settings"].transfer.service_account_name if attempt["stage"] in TRANSFERS else None
     assert pod["spec"].get("serviceAccountName") == account
 

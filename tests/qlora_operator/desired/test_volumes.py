@@ -16,7 +16,7 @@ from qlora_contract.run_config import RunStage
 from qlora_operator.api import names
 from qlora_operator.api.run_config import to_run_config
 from qlora_operator.api.v1alpha1 import QLoRAJob
-from qlora_operator.desired.volumes import Volume, volumes
+from qlora_operator.desired.volumes import Volume, check_volumes, volumes
 from qlora_operator.settings import Settings
 
 Made = Callable[..., list[Volume]]
@@ -231,7 +231,26 @@ def test_all_that_can_be_written_besides_the_workspace_is_bounded(stage: RunStag
         mount["mountPath"]: volume["emptyDir"] for volume, mount in made(stage) if "emptyDir" in volume
     }
 
+    handoff = {"/run/qlora/handoff": {"medium": "Memory", "sizeLimit": "1048576"}}
     assert scratch == {
         "/tmp": {"medium": "Memory", "sizeLimit": "268435456"},
         "/dev/shm": {"medium": "Memory", "sizeLimit": "67108864"},
+        **(handoff if stage == "fetch" else {}),
     }
+
+
+def test_who_looks_at_the_data_reads_all_and_writes_nothing(
+    made: Made, a_job: Callable[..., QLoRAJob]
+) -> None:
+    """Every claim is read-only there, its names are those of the fetch beside it, and no Secret is mounted."""
+    spec = {**REMOTE, "workspace": "pvc://a/w", "dataset": {"source": "pvc://c/d.jsonl"}}
+    found = check_volumes(a_job(**spec).spec)
+    fetch = {volume["name"]: volume for volume, _ in made("fetch", **spec)}
+
+    assert claims(found) == [("a", "/volumes/a", True), ("c", "/volumes/c", True)]
+    written = [mount["mountPath"] for _, mount in found if not mount.get("readOnly")]
+    assert written == ["/tmp"]
+    assert [volume for volume, _ in found if {"secret", "configMap"} & set(volume)] == []
+    shared = [volume for volume, _ in found if volume["name"] in fetch]
+    assert [volume["name"] for volume in shared] == ["claim-0", "run-config", "handoff"]
+    assert all(volume == fetch[volume["name"]] for volume in shared)

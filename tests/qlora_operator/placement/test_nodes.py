@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_contract.run_config import ISA_TIERS, IsaTier
+from qlora_contract.run_config import ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
 from qlora_operator.api.v1alpha1 import QLoRAJob, Toleration
-from qlora_operator.placement.nodes import Demand, Node, Taint, demand, feasible, node
+from qlora_operator.placement.nodes import Demand, Node, Taint, demand, feasible, node, transfer_demand
+from qlora_operator.settings import TransferSettings
 
 GIB = 2**30
 DEDICATED = Taint("dedicated", "NoSchedule", "infra")
@@ -109,6 +110,21 @@ def test_a_demand_is_what_a_pod_requests(a_job: Callable[..., QLoRAJob]) -> None
         tolerations=(a_toleration(operator="Exists"),),
         tiers=("avx2", "amx_bf16"),
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "account", "cpus", "gibibytes"),
+    [("fetch", None, 2, 4), ("fetch", "transfers", 1, 2), ("publish", None, 1, 2)],
+    ids=["a fetch, and who looks at the data", "a fetch with an identity", "a publication"],
+)
+def test_a_transfer_demands_what_its_containers_request(
+    stage: RunStage, account: str | None, cpus: int, gibibytes: int, a_job: Callable[..., QLoRAJob]
+) -> None:
+    """One pod, whatever the ranks are."""
+    job = a_job(topology={"pods": 3, "memoryPerRank": "16Gi"})
+    wanted = transfer_demand(job, job.spec.scheduling, TransferSettings(service_account_name=account), stage)
+
+    assert (wanted.pods, wanted.cpus, wanted.memory) == (1, cpus, gibibytes * GIB)
 
 
 @pytest.mark.parametrize(

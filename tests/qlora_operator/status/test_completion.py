@@ -113,6 +113,97 @@ def test_a_transfer_is_not_judged_before_its_report_was_looked_for(
     assert (decision.actions, decision.events) == ((), ())
 
 
+FOUND = {"model": "m", "dataset": "d"}
+TOLD = "train.jsonl (a JSONL file): training: 12 records"
+
+
+def _words(code: int = 0, cause: str = "", **report: Any) -> str:
+    return json.dumps({"version": 1, "exitCode": code, "reason": "X", "cause": cause, **report})
+
+
+@pytest.mark.parametrize(
+    ("words", "complete", "reason", "checked", "says"),
+    [
+        pytest.param(_words(data=TOLD), True, "Fetched", ("True", "DataSampled", TOLD), TOLD, id="good"),
+        pytest.param(
+            _words(11, "d.jsonl: line 3 is not JSON"), True, "InvalidData",
+            ("False", "InvalidData", "line 3 is not JSON"), "ranks could not use them: d.jsonl: line 3", id="bad",
+        ),
+        pytest.param(
+            _words(12, "no chat template"), True, "ModelUnusable", None, "no chat template", id="another cause"
+        ),
+        pytest.param(
+            _words(1, "nothing was found out within 300 s"), True, "Fetched", None,
+            "not checked before the ranks read them: nothing was found out", id="nothing found out",
+        ),
+        pytest.param(
+            "No module named qlora_trainer.check", False, "Fetched", None,
+            "not checked before the ranks read them: the container check failed", id="an image that cannot look",
+        ),
+        pytest.param("", False, "Fetched", None, "the container check failed", id="killed"),
+        pytest.param("", True, "Fetched", None, "the remote sources are in the workspace", id="nobody looked"),
+    ],
+)  # fmt: skip
+def test_what_was_found_of_the_data_decides_whether_ranks_start(
+    transferring: Status,
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    make_pod: Any,
+    words: str,
+    complete: bool,
+    reason: str,
+    checked: tuple[str, str, str] | None,
+    says: str,
+) -> None:
+    """Data that no rank could use fail the job, good ones are told in the condition, and where nothing was found out
+    the ranks find out: also where the Job failed by that alone. The sources are known in any case."""
+    pod = make_pod(
+        0,
+        phase="Succeeded" if complete else "Failed",
+        node="n",
+        exit_code=0,
+        termination_message=_words(fetched=FOUND),
+        check_message=words,
+    )
+    failing = None if complete else ReasonMessage("BackoffLimitExceeded", "")
+    batch_job = make_attempt_job(complete=complete, failed=not complete, failing=failing)
+
+    decision = ask(transferring("fetch"), [batch_job], [pod], spec=REMOTE, tiers=[])
+
+    status = decision.status
+    assert status.attempts[0].reason == reason
+    assert says in status.attempts[0].message
+    assert (status.phase == "Failed") == (reason != "Fetched")
+    assert (status.provenance.model_revision, status.provenance.dataset_revision) == ("m", "d")
+    assert (status.restarts.user, status.restarts.infrastructure) == (0, 0)
+    found = [each for each in status.conditions if each.type == "DataChecked"]
+    assert [(each.status, each.reason) for each in found] == ([checked[:2]] if checked else [])
+    assert not checked or checked[2] in found[0].message
+    assert decision.events[0].reason == reason  # then that no node is there for the ranks
+
+
+def test_a_fetch_that_fails_is_judged_by_its_own_end(
+    transferring: Status, ask: Callable[..., Decision], make_attempt_job: Any, make_pod: Any
+) -> None:
+    """Whatever the container beside it says, which has seen nothing."""
+    pod = make_pod(
+        0,
+        phase="Failed",
+        node="n",
+        exit_code=32,
+        termination_message=_words(32, "bucket: 503"),
+        check_message=_words(1, "the sources were not fetched"),
+    )
+    failing = ReasonMessage("PodFailurePolicy", "")
+
+    status = ask(
+        transferring("fetch"), [make_attempt_job(failed=True, failing=failing)], [pod], spec=REMOTE, tiers=[]
+    ).status
+
+    assert status.attempts[0].reason == "TransferFailed"
+    assert "bucket: 503" in status.attempts[0].message
+
+
 FORMATS = {"formats": ["merged", "gguf"]}
 
 

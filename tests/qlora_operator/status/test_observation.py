@@ -144,6 +144,18 @@ def container(**fields: Any) -> dict[str, Any]:
         pytest.param(container(imageID="docker.io/x@sha256:5"), {"image_digest": "sha256:5"}, id="digest"),
         pytest.param(container(imageID=""), {}, id="no digest yet"),
         pytest.param({"status": {"containerStatuses": [SIDECAR]}}, {}, id="only an injected container yet"),
+        pytest.param(
+            {
+                "status": {
+                    "containerStatuses": [
+                        {"name": "check", "state": {"terminated": {"exitCode": 0, "message": "seen\n"}}},
+                        {"name": "trainer", "state": {"terminated": {"exitCode": 0, "message": "fetched"}}},
+                    ]
+                }
+            },
+            {"exit_code": 0, "termination_message": "fetched", "check_message": "seen"},
+            id="what looked at the data beside a fetch",
+        ),
     ],
 )
 def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from qlora_contract.run_config import RunConfig
-from qlora_trainer import smoke_model
 from qlora_trainer.distributed import Group, World
 from qlora_trainer.run_file import load_run
 from qlora_trainer.storage.job_folder import JobFolder
@@ -45,14 +44,6 @@ def a_context(tmp_path: Path, a_run: Callable[..., RunConfig]) -> Callable[..., 
 def alone(a_context: Callable[..., RankContext]) -> RankContext:
     """The only rank of a job."""
     return a_context()
-
-
-@pytest.fixture(scope="session")
-def smoke_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model and data of the smoke test."""
-    folder = tmp_path_factory.mktemp("smoke")
-    smoke_model.write(folder)
-    return folder
 
 
 SMALL: dict[str, Any] = {

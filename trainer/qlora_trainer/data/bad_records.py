@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qlora_contract.plan import BadRecords
 from qlora_contract.run_config import Dataset
 from qlora_trainer.data.readers import BadRow
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import DataError, NothingLeft
 
 MAX_BAD_LISTED = 10
 """Bad records that the error names which ends a job."""
@@ -79,7 +79,7 @@ class BadTally:
         if not good or self._count > self._max_share * total:
             allowed = f", more than dataset.maxBadShare {self._max_share:g} allows" if good else ""
             listed = "; ".join(map(told, self.by_reason()))
-            raise DataError(f"{self._count:,} of {total:,} records cannot be trained on{allowed}: {listed}")
+            raise NothingLeft(f"{self._count:,} of {total:,} records cannot be trained on{allowed}: {listed}")
         return self.by_reason()
 
 

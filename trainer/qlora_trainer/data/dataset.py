@@ -14,6 +14,7 @@ from qlora_contract.run_config import Dataset
 from qlora_trainer.data.bad_records import BadTally, told
 from qlora_trainer.data.batches import ALONE, Workers, tokenize
 from qlora_trainer.data.chat_template import ChatTemplate
+from qlora_trainer.data.head import Head
 from qlora_trainer.data.packing import MixPart, epoch_order
 from qlora_trainer.data.readers import container_of
 from qlora_trainer.data.samples import Samples as Samples
@@ -30,7 +31,7 @@ from qlora_trainer.data.sources import (
     unlearned_label,
 )
 from qlora_trainer.data.tokenization import Tokenization, TokenizationOptions
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import DataError, NothingLeft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,6 +192,7 @@ def load(
     folder: Path | None = None,
     sha256: Sequence[str] | None = None,
     workers: Workers = ALONE,
+    head: Head | None = None,
 ) -> LoadedData:
     """Read, split and tokenize what `dataset` names. Memory holds a few numbers of each record, and no text.
 
@@ -203,9 +205,10 @@ def load(
         folder: where the tokens are written, to be mapped; None: they stay in memory.
         sha256: of each source's files, where it is known.
         workers: which processes tokenize.
+        head: what bounds how much of it is read; None: nothing.
 
     Raises:
-        DataError: the data.
+        DataError: the data; NothingLeft where all of them together are too few, or their beginning is.
         ConfigurationError: a dataset field that does not fit them.
         ModelError: the tokenizer.
         OSError: the folder cannot be written to.
@@ -224,11 +227,18 @@ def load(
             fraction = 0.0 if to_evaluate else dataset.eval_fraction
             with named(sources, number):
                 training, held_out = _tokenize(
-                    dataset, number, to_train, tokenization, (trained, evaluated), fraction, workers
+                    dataset, number, to_train, tokenization, (trained, evaluated), fraction, workers, head
                 )
                 if to_evaluate:
                     held_out, _ = _tokenize(
-                        dataset, number, to_evaluate, tokenization, (evaluated, evaluated), 0.0, workers
+                        dataset,
+                        number,
+                        to_evaluate,
+                        tokenization,
+                        (evaluated, evaluated),
+                        0.0,
+                        workers,
+                        head,
                     )
             of_training.append(training)
             of_evaluation.append(held_out)
@@ -319,12 +329,15 @@ def _tokenize(
     writers: tuple[SampleWriter, SampleWriter],
     fraction: float,
     workers: Workers,
+    head: Head | None,
 ) -> tuple[_Records, _Records]:
     """Write the samples of a source's files: the records with a split key of `fraction` or more, and the others.
 
     `number`: the source's. Raises DataError, which names the file, where in it, and what would be right.
     """
     rows, found, interpretation = read_split(dataset.all_sources[number], files)
+    if head is not None:
+        rows = head.of(rows)
     tally = BadTally(dataset)
     numbers: list[list[NDArray[Any]]] = [[], [], []]
     good, seen, chats, raw = 0, 0, False, False
@@ -336,6 +349,8 @@ def _tokenize(
         chats |= batch.chats
         raw |= batch.raw
         tally.check(seen)
+        if head is not None:
+            head.spend(len(batch.ids))
         numbers[0].append(batch.digests)
         numbers[1].append(batch.lengths)
         numbers[2].append(batch.truncated)
@@ -378,7 +393,7 @@ def _split_anyhow(
     held = keys < limit
     if held.all() or not held.any():
         copies = "1 record" if len(records) == 1 else f"{len(records)} records, all the same"
-        raise DataError(
+        raise NothingLeft(
             f"{file}: has {copies}, so evalFraction {dataset.eval_fraction} can hold out none: give more, name an "
             f"evalSplit, or set 0 for no evaluation{_beside(records.bad)}"
         )
@@ -421,7 +436,7 @@ def _facts(
             if tokenization.options.overlong == "drop"
             else "lose their supervised tokens when cut"
         )
-        raise DataError(
+        raise NothingLeft(
             f"no supervised token in the {use} data: all {len(records)} records {lose} "
             f"to maxSequenceLength {tokenization.max_length}; raise it, or shorten the prompts"
         )

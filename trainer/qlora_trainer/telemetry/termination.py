@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 REPORT_ENV = "QLORA_REPORT"
 """Path of the file that a rank writes its TerminationReport to, set by its launcher."""
 
-_FREE_TEXT = ("cause", "not_bit_exact", "host")
+_FREE_TEXT = ("cause", "not_bit_exact", "host", "data")
 """Fields of unbounded length; they are truncated when a report is too long."""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_contract import memory
+from qlora_contract.memory import ModelShape
 from qlora_contract.paths import resolve
 from qlora_contract.plan import (
     CheckReport,
@@ -17,18 +18,19 @@ from qlora_contract.plan import (
     Steps,
     TextSpan,
     TimeEstimate,
-    more_steps,
-    too_few,
+    few_steps,
+    ranks_without_work,
 )
 from qlora_contract.run_config import NOTHING_HELD_OUT, Dataset, RunConfig
 from qlora_contract.speed import time_of
 from qlora_trainer.data.readers import content_of
 from qlora_trainer.data.sources import Files, find_files, named, unread_columns
 from qlora_trainer.data.survey import SHOWN, survey
-from qlora_trainer.errors import TrainerError
+from qlora_trainer.errors import NothingLeft, TrainerError
 
 if TYPE_CHECKING:
-    from qlora_trainer.data.dataset import Facts, Samples
+    from qlora_trainer.data.dataset import Facts, LoadedData, Samples
+    from qlora_trainer.data.head import Head
     from qlora_trainer.data.packing import StepSchedule
 
 FEW_RECORDS = 50
@@ -53,35 +55,28 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
         TrainerError: what would end the job, but for single bad records: those are told in the report.
         InvalidUriError: a source is on a claim that has no directory here.
     """
-    roots = [resolve(uri, volumes) for uri in run.dataset_uris]
-    files: list[Files] = []
-    for number, (source, root) in enumerate(zip(run.dataset.all_sources, roots, strict=True)):
-        with named(run.dataset.all_sources, number):
-            files.append(find_files(source, root))
-    # All bad records are told, whatever the job would make of them.
-    lenient = run.dataset.model_copy(update={"on_bad_record": "skip", "max_bad_share": 1.0})
+    roots, files = _found(run, volumes)
+    lenient = _lenient(run.dataset)  # all bad records are told, whatever the job would make of them
+    told = ""
     steps: Steps | None = None
     time: TimeEstimate | None = None
     why_no_time: list[str] = []
     few: list[str] = []
     template = False
     if with_model:
-        training, evaluation, samples, steps, template = _with_model(run, lenient, roots, volumes)
+        training, evaluation, samples, steps, template, told = _with_model(run, lenient, roots, volumes)
         try:
             time = time_on(run, resolve(run.model_uri, volumes), training, evaluation, steps)
         except TrainerError as error:
             why_no_time = [f"the model itself could not be trained on: {error}"]
-        if too := too_few(steps.total, run.training):
-            few = [f"{too}: {more_steps(steps, training.tokens, run.training)}"]
+        few = few_steps(steps, training.tokens, run.training)
     else:
         training, evaluation, samples = survey(lenient, files)
     cannot_improve = (
         evaluation is None and not run.dataset.eval_fraction and run.evaluation.require_improvement
     )
     return CheckReport(
-        files=[
-            DataFile(name=path.name, content=content_of(path)) for to_train, _ in files for path in to_train
-        ],
+        files=_data_files(files),
         unread=[
             column
             for source, (to_train, _) in zip(run.dataset.all_sources, files, strict=True)
@@ -103,12 +98,102 @@ def check(run: RunConfig, volumes: Mapping[str, Path], *, with_model: bool) -> C
             *few,
             *why_no_time,
         ],
+        told=told,
     )
+
+
+def preview(run: RunConfig, shape: ModelShape, volumes: Mapping[str, Path], head: "Head") -> CheckReport:
+    """Look at the beginning of a job's data as its ranks will: for the condition DataChecked, before there are any.
+
+    Args:
+        run: the job.
+        shape: the model's.
+        volumes: claim -> directory; empty in a pod.
+        head: bounds how much is read.
+
+    Raises:
+        TrainerError: what will surely end the job. NothingLeft may be raised of a beginning only, where that proves
+            nothing: `head` knows.
+        InvalidUriError: a source is on a claim that has no directory here.
+    """
+    from qlora_trainer.training.inputs import into_passing_files, load_inputs, step_schedule
+
+    _, files = _found(run, volumes)
+    # Where bad records are left out, how many may be is a share of all of them.
+    skips = run.dataset.on_bad_record == "skip"
+    looked_at = run.model_copy(update={"dataset": _lenient(run.dataset)}) if skips else run
+    tokenizer, data = load_inputs(
+        looked_at,
+        shape,
+        volumes,
+        datetime.datetime.now().astimezone(),
+        by=lambda source: into_passing_files(source, head),
+    )
+    training, evaluation = _stats(data)
+    too_bad = [
+        *problems(run.dataset, training, "training"),
+        *(problems(run.dataset, evaluation, "evaluation") if evaluation else []),
+    ]
+    if too_bad and not head.cut:
+        raise NothingLeft(f"{'; '.join(too_bad)}; {data.told()}")
+    steps = None if head.cut else steps_of(run, step_schedule(run, data))
+    return CheckReport(
+        files=_data_files(files),
+        unit="tokens",
+        training=training,
+        evaluation=evaluation,
+        steps=steps,
+        samples=[],
+        problems=[],
+        warnings=[
+            *too_bad,
+            *warnings(training, evaluation, has_template=bool(tokenizer.chat_template)),
+            *(few_steps(steps, training.tokens, run.training) if steps else []),
+            *_idle_ranks(run, steps),
+        ],
+        told=data.told(),
+        first=head.looked_at if head.cut else None,
+    )
+
+
+def _idle_ranks(run: RunConfig, steps: Steps | None) -> list[str]:
+    """That there is too little for all ranks to do, where their number and the steps are known."""
+    if steps is None or (run.layout.ranks_per_pod == "auto" and run.layout.ranks is None):
+        return []
+    idle = ranks_without_work(steps.bins(run.training), steps.per_epoch, run.layout.world_size, run.training)
+    return [] if idle is None else [idle]
+
+
+def _found(run: RunConfig, volumes: Mapping[str, Path]) -> tuple[list[Path], list[Files]]:
+    """Where each source is, and its files. Raises TrainerError or InvalidUriError."""
+    roots = [resolve(uri, volumes) for uri in run.dataset_uris]
+    files: list[Files] = []
+    for number, (source, root) in enumerate(zip(run.dataset.all_sources, roots, strict=True)):
+        with named(run.dataset.all_sources, number):
+            files.append(find_files(source, root))
+    return roots, files
+
+
+def _lenient(dataset: Dataset) -> Dataset:
+    """The dataset of a job that goes on without any bad record, however many they are."""
+    return dataset.model_copy(update={"on_bad_record": "skip", "max_bad_share": 1.0})
+
+
+def _data_files(files: Sequence[Files]) -> list[DataFile]:
+    return [DataFile(name=path.name, content=content_of(path)) for to_train, _ in files for path in to_train]
+
+
+def _stats(data: "LoadedData") -> tuple[SplitStats, SplitStats | None]:
+    """Of training and evaluation."""
+    evaluation = None
+    if data.evaluation is not None and data.evaluation_facts is not None:
+        evaluation = split_stats(data.evaluation, data.evaluation_facts)
+    return split_stats(data.train, data.train_facts), evaluation
 
 
 def _with_model(
     run: RunConfig, lenient: Dataset, roots: Sequence[Path], volumes: Mapping[str, Path]
-) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool]:
+) -> tuple[SplitStats, SplitStats | None, list[list[TextSpan]], Steps, bool, str]:
     from qlora_trainer.data.tokenization import render
     from qlora_trainer.modeling.families import read_tokenizer
     from qlora_trainer.training.inputs import (
@@ -132,16 +217,14 @@ def _with_model(
         ]
         for n in numbers
     ]
-    evaluation = None
-    if data.evaluation is not None and data.evaluation_facts is not None:
-        evaluation = split_stats(data.evaluation, data.evaluation_facts)
-    training = split_stats(data.train, data.train_facts)
+    training, evaluation = _stats(data)
     return (
         training,
         evaluation,
         samples,
         steps_of(run, schedule),
         bool(tokenizer.chat_template),
+        data.told(),
     )
 
 

@@ -29,6 +29,7 @@ from qlora_trainer.data.batches import ALONE, Workers
 from qlora_trainer.data.bundled_templates import bundled_template
 from qlora_trainer.data.chat_template import TemplateSettings
 from qlora_trainer.data.dataset import LoadedData, Samples, load
+from qlora_trainer.data.head import Head
 from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.data.sources import Files, dataset_sha256, find_files, named
 from qlora_trainer.data.token_cache import cache_key
@@ -56,8 +57,13 @@ class TokenSource:
     max_length: int
     options: TokenizationOptions
 
-    def load(self, folder: Path | None = None, workers: Workers = ALONE) -> LoadedData:
-        """The tokens, made now: in files of a folder, or in memory. Raises as dataset.load does."""
+    def load(
+        self, folder: Path | None = None, workers: Workers = ALONE, head: Head | None = None
+    ) -> LoadedData:
+        """The tokens, made now: in files of a folder, or in memory. Raises as dataset.load does.
+
+        `head`: bounds how much is read; then nothing is hashed, which would read it all.
+        """
         return load(
             self.dataset,
             self.roots,
@@ -65,8 +71,9 @@ class TokenSource:
             self.max_length,
             self.options,
             folder=folder,
-            sha256=self.sha256,
+            sha256=self.sha256 if head is None else [""] * len(self.roots),
             workers=workers,
+            head=head,
         )
 
     def key(self) -> str:
@@ -96,10 +103,11 @@ class TokenSource:
 Load = Callable[[TokenSource], LoadedData]
 
 
-def into_passing_files(source: TokenSource) -> LoadedData:
-    """Tokens that are mapped from files without a name, so that they need no memory."""
+def into_passing_files(source: TokenSource, head: Head | None = None) -> LoadedData:
+    """Tokens that are mapped from files without a name, so that they need no memory; `head` as TokenSource.load has
+    it."""
     with scratch_folder("tokens") as folder:
-        return source.load(folder)
+        return source.load(folder, head=head)
 
 
 def check_initial_adapter(run: RunConfig, model_folder: Path, volumes: Mapping[str, Path]) -> None:

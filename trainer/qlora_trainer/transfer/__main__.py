@@ -24,6 +24,7 @@ from qlora_contract.units import first_line
 from qlora_trainer.errors import ConfigurationError, Terminated, TrainerError, expected
 from qlora_trainer.host.process import die_with_parent
 from qlora_trainer.run_file import RunFileError, load_run
+from qlora_trainer.storage import handoff
 from qlora_trainer.telemetry.progress import Progress, starting_report
 from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
 from qlora_trainer.telemetry.termination import write_termination_message
@@ -92,7 +93,9 @@ def transfer(environ: Mapping[str, str]) -> TerminationReport:
     retrier = Retrier(run.distributed.rendezvous_timeout_seconds, tell=tell)
     try:
         if run.stage == "fetch":
-            fetched = SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all()
+            with handoff.fetching(environ):
+                fetched = SourceFetcher(run, volumes, environ, retrier, bytes_.count).fetch_all()
+                handoff.leave(fetched, environ)
             known = [(source.field, fetched.of(source)) for source in run.sources]
             found = ", ".join(f"{field} at {revision}" for field, revision in known if revision is not None)
             cause = f"fetched {found}" if found else "nothing to fetch: no source is remote"
