@@ -3,6 +3,7 @@
 Nothing here imports torch: the launcher waits beside the ranks and should be small.
 """
 
+import math
 import os
 import signal
 import sys
@@ -17,14 +18,18 @@ from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits, next_action
 from qlora_contract.units import now
+from qlora_trainer.host.process import is_stopped
 from qlora_trainer.launch.cpu_layout import CpuAssignment
 from qlora_trainer.launch.fork_server import ForkedProcess, fork_ranks
+from qlora_trainer.telemetry.stall_watch import STACKS_SIGNAL, Idleness, last_sign, turn_seconds
 from qlora_trainer.telemetry.termination import REPORT_ENV
 
 GRACE_MARGIN_SECONDS = 5.0
 """Part of the grace period that the launcher keeps to report and exit."""
 PEER_LOSS_MARGIN_SECONDS = 30.0
 """Extra time after the ranks' own heartbeat timeout before survivors of a dead rank are terminated."""
+STACKS_SECONDS = 2.0
+"""How long a rank that hangs has to write where, before it is killed."""
 POLL_SECONDS = 0.1
 DRAIN_SECONDS = 5.0
 """How long to wait for the last output of ranks that have exited."""
@@ -48,6 +53,8 @@ class Rank:
     """The last line it wrote to stderr that was not blank."""
     killed_by_launcher: bool = False
     """The launcher ended it because its time was over, so its end is not a cause."""
+    hung_at: float | None = None
+    """When its launcher found that it hangs, on the monotonic clock."""
 
     @property
     def is_alive(self) -> bool:
@@ -154,13 +161,41 @@ class Stop:
         return self.requested_at is not None
 
 
-def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
-    """Wait until every rank has exited; end those that outlive the limits.
+class LifeSigns:
+    """Finds ranks that hang and keep their interpreter's lock, so that their own watch stands still, too."""
+
+    def __init__(self, ranks: Sequence[Rank], limit: float) -> None:
+        """`limit`: for how many seconds a rank may show no life, once it has begun to."""
+        self._limit, self._next = limit, 0.0
+        self._idle = {rank: Idleness(limit, time.monotonic()) for rank in ranks}
+
+    def hung(self, alive: Sequence[Rank]) -> list[Rank]:
+        """Which of these hang. To be asked often."""
+        if time.monotonic() < self._next:
+            return []
+        self._next = time.monotonic() + turn_seconds(self._limit)
+        return [rank for rank in alive if self._is_hung(rank)]
+
+    def _is_hung(self, rank: Rank) -> bool:
+        sign = last_sign(rank.report)
+        excused = sign is None or is_stopped(rank.process.pid)
+        return self._idle[rank].stalled(time.monotonic(), sign or 0, excused)
+
+
+def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop, stall_limit: float = math.inf) -> list[Rank]:
+    """Wait until every rank has exited; end those that outlive the limits, and those that hang.
+
+    Args:
+        ranks: that have been started.
+        limits: how long they may go on after a stop or a death.
+        stop: set when the launcher is asked to stop.
+        stall_limit: for how many seconds a rank may show no life.
 
     Returns:
         The ranks in the order in which they exited.
     """
     exited: list[Rank] = []
+    signs = LifeSigns(ranks, stall_limit)
     first_failure_at: float | None = None
     terminated = False
     while True:
@@ -171,6 +206,14 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
         if first_failure_at is None and any(rank.process.returncode for rank in exited):
             first_failure_at = time.monotonic()
             log(f"a rank has died; the others have {limits.peer_loss:.0f} s to notice and exit")
+        for rank in signs.hung(alive):
+            if rank.hung_at is None:
+                log(f"rank {rank.rank} hangs; it has {STACKS_SECONDS:.0f} s to write where, and is killed then")
+                rank.hung_at = time.monotonic()
+                rank.process.send_signal(STACKS_SIGNAL)
+        for rank in alive:
+            if rank.hung_at is not None and time.monotonic() > rank.hung_at + STACKS_SECONDS:
+                _kill(rank)
         action = next_action(time.monotonic(), stop.requested_at, first_failure_at, limits)
         if action == "terminate" and not terminated:
             terminated = True
@@ -180,9 +223,8 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
                 rank.process.send_signal(signal.SIGTERM)
         if action == "kill":
             for rank in (rank for rank in alive if rank.is_alive):
-                rank.killed_by_launcher = True
-                os.killpg(rank.process.pid, signal.SIGKILL)  # with whatever it started
-                rank.process.wait()
+                rank.killed_by_launcher = rank.hung_at is None
+                _kill(rank)
         time.sleep(POLL_SECONDS)
     # Something that a rank started may hold its pipe open for longer.
     drained_by = time.monotonic() + DRAIN_SECONDS
@@ -190,3 +232,10 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
         for thread in rank.output_threads:
             thread.join(max(0.0, drained_by - time.monotonic()))
     return exited
+
+
+def _kill(rank: Rank) -> None:
+    """Kill a rank, with whatever it started."""
+    if rank.is_alive:
+        os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.wait()
