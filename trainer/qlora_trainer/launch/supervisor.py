@@ -27,7 +27,9 @@ from qlora_trainer.telemetry.termination import REPORT_ENV
 GRACE_MARGIN_SECONDS = 5.0
 """Part of the grace period that the launcher keeps to report and exit."""
 PEER_LOSS_MARGIN_SECONDS = 30.0
-"""Extra time after the ranks' own heartbeat timeout before survivors of a dead rank are terminated."""
+"""How much longer than the ranks themselves need to leave survivors of a rank that has ended may take. Not the
+heartbeat's timeout: a rank that has ended closes its connections, or was told by the others who is lost, so that all
+hear of it at once."""
 STACKS_SECONDS = 2.0
 """How long a rank that hangs has to write where, before it is killed."""
 POLL_SECONDS = 0.1
@@ -140,7 +142,7 @@ def limits_of(run: RunConfig) -> Limits:
     period = float(run.termination_grace_period_seconds)
     return Limits(
         grace=max(period - GRACE_MARGIN_SECONDS, period / 2),
-        peer_loss=COLLATERAL_DELAY_SECONDS + run.distributed.timeout_seconds + PEER_LOSS_MARGIN_SECONDS,
+        peer_loss=COLLATERAL_DELAY_SECONDS + PEER_LOSS_MARGIN_SECONDS,
     )
 
 
