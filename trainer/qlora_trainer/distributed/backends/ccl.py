@@ -32,7 +32,7 @@ log = logging.getLogger("qlora_trainer")
 NAME = "ccl"
 REPEATABLE_ALLREDUCE = "ring"
 """The algorithm of oneCCL that adds up more than two numbers in the same order in every run. What it chooses by itself
-adds up messages of 16 KB to 1 MB as they come: another sum in every call."""
+adds up messages of up to 1 MB as they come: another sum in some calls."""
 EXTENSION = Extension.read(Path(__file__).parent / "csrc" / "ccl.toml")
 
 
