@@ -17,8 +17,11 @@ def test_the_grace_is_shorter_than_the_pods(
 
 
 def test_peers_have_longer_than_they_need(a_run: Callable[..., RunConfig]) -> None:
-    """Ranks get the collateral wait, and more, before they are terminated. Who has ended is not waited for by timeoutSeconds:
-    that is for hosts that have gone, and a rank that stands still was waited for already."""
+    """Ranks get the collateral wait, and more, before they are terminated.
+
+    Who has ended is not waited for by timeoutSeconds: that is for hosts that are gone, and a rank that stands still was
+    waited for already.
+    """
     run = a_run(distributed={"timeoutSeconds": 3600})
 
     assert 5 + 20 < limits_of(run).peer_loss < 60

@@ -30,8 +30,8 @@ from qlora_trainer.training.context import RankContext, StopHere
 from qlora_trainer.training.inputs import TokenSource, load_inputs
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import (
-    allreduce_of,
     agree_on_inputs,
+    allreduce_of,
     check_memory,
     check_same_on_all_ranks,
     check_weights,

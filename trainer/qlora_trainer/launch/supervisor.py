@@ -163,22 +163,31 @@ class Stop:
         return self.requested_at is not None
 
 
-class LifeSigns:
-    """Finds ranks that hang and keep their interpreter's lock, so that their own watch stands still, too."""
+class HangWatch:
+    """Ends ranks that hang and keep their interpreter's lock, so that their own watch stands still, too."""
 
     def __init__(self, ranks: Sequence[Rank], limit: float) -> None:
         """`limit`: for how many seconds a rank may show no life, once it has begun to."""
         self._limit, self._next = limit, 0.0
         self._idle = {rank: Idleness(limit, time.monotonic()) for rank in ranks}
 
-    def hung(self, alive: Sequence[Rank]) -> list[Rank]:
-        """Which of these hang. To be asked often."""
-        if time.monotonic() < self._next:
-            return []
-        self._next = time.monotonic() + turn_seconds(self._limit)
-        return [rank for rank in alive if self._is_hung(rank)]
+    def end_hung(self, alive: Sequence[Rank]) -> None:
+        """Have those of these that hang write where, then kill them. To be called often."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + turn_seconds(self._limit)
+            for rank in alive:
+                if self._hangs(rank) and rank.hung_at is None:
+                    log(
+                        f"rank {rank.rank} hangs; it has {STACKS_SECONDS:.0f} s to write where, and is killed then"
+                    )
+                    rank.hung_at = now
+                    rank.process.send_signal(STACKS_SIGNAL)
+        for rank in alive:
+            if rank.hung_at is not None and now > rank.hung_at + STACKS_SECONDS:
+                _kill(rank)
 
-    def _is_hung(self, rank: Rank) -> bool:
+    def _hangs(self, rank: Rank) -> bool:
         sign = last_sign(rank.report)
         excused = sign is None or is_stopped(rank.process.pid)
         return self._idle[rank].stalled(time.monotonic(), sign or 0, excused)
@@ -197,7 +206,7 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop, stall_limit: float 
         The ranks in the order in which they exited.
     """
     exited: list[Rank] = []
-    signs = LifeSigns(ranks, stall_limit)
+    hangs = HangWatch(ranks, stall_limit)
     first_failure_at: float | None = None
     terminated = False
     while True:
@@ -208,14 +217,7 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop, stall_limit: float 
         if first_failure_at is None and any(rank.process.returncode for rank in exited):
             first_failure_at = time.monotonic()
             log(f"a rank has died; the others have {limits.peer_loss:.0f} s to notice and exit")
-        for rank in signs.hung(alive):
-            if rank.hung_at is None:
-                log(f"rank {rank.rank} hangs; it has {STACKS_SECONDS:.0f} s to write where, and is killed then")
-                rank.hung_at = time.monotonic()
-                rank.process.send_signal(STACKS_SIGNAL)
-        for rank in alive:
-            if rank.hung_at is not None and time.monotonic() > rank.hung_at + STACKS_SECONDS:
-                _kill(rank)
+        hangs.end_hung(alive)
         action = next_action(time.monotonic(), stop.requested_at, first_failure_at, limits)
         if action == "terminate" and not terminated:
             terminated = True

@@ -56,8 +56,8 @@ class JobFolder:
         """Make the folder ours: check that it belongs to this spec, set the fence, clear up. Rank 0 does, at the start.
 
         Raises:
-            ConfigurationError: it holds another spec's results; says what differs. Or another job has taken it over from
-                this one: the two would go on taking it from each other.
+            ConfigurationError: it holds another spec's results; says what differs. Or another job has taken it over
+                from this one: the two would go on taking it from each other.
             Fenced: a newer attempt of this job has it.
             StorageFull: not even these small files fit.
         """
@@ -113,7 +113,14 @@ class JobFolder:
             fence = read_json(self.path / FENCE)
             before = [str(uid) for uid in fence.get("before", ())]
             return str(fence["uid"]), int(fence["attempt"]), before
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):  # of an infinite number
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ):  # of an infinite number
             return "", -1, []
 
     def check_space(self, needed: int) -> None:

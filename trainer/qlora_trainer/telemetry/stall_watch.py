@@ -5,6 +5,7 @@ main thread that hangs without releasing the interpreter's lock stops this threa
 heartbeat, or its launcher, which lives anyway, the watch's sign of life (`last_sign`).
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -107,10 +108,10 @@ def watch(
 def show_life(environ: Mapping[str, str] = os.environ) -> None:
     """Tell the launcher that the threads of this rank run; nothing for a rank that was started without one."""
     if name := environ.get(REPORT_ENV):
-        try:
+        with contextlib.suppress(
+            OSError
+        ):  # who never gave a sign is not ended for it; a file that is there needs no room
             _sign_of(Path(name)).touch()
-        except OSError:
-            pass  # nobody is ended for signs that never came, and an existing file needs no room
 
 
 def last_sign(report: Path) -> int | None:
