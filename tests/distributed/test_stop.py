@@ -60,7 +60,8 @@ MOMENTS = {
     "publishing": DONE,
 }
 """What the ranks do when one of their pods is asked to stop, and what they say then."""
-LAYOUTS = {"1 rank": (1, 1), "2 pods": (2, 2), "4 ranks of 2 pods": (4, 2)}
+LAYOUTS = {"1 rank": (1, 1), "2 pods": (2, 2), "4 pods": (4, 4)}
+"""Ranks and pods."""
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ REPORT = {
 EXPORT = f"{EXPORTS}/merged/{EXPORT_REPORT}"
 ANSWER = {"prompts": [{"prompt": "A?", "base": "B", "adapter": "C", "reference": "D"}]}
 SIDE_FILES: dict[str, str] = {
-    FENCE: json.dumps({"uid": "u", "attempt": 0}),
+    FENCE: json.dumps({"uid": "u", "attempt": 0, "before": ["v"]}),
     BEGAN: json.dumps({"time": "2026-01-02T03:04:05+00:00"}),
     IDENTITY: identity_text(RUN),
     ATTEMPTS: json.dumps([RECORD.model_dump(mode="json", by_alias=False)]),

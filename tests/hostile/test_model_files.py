@@ -200,6 +200,15 @@ def test_a_configuration_that_was_made_to_harm_is_refused(folder: Path, changes:
     assert error is None or isinstance(error, ModelError)
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
+def test_layers_without_end_are_refused_before_each_gets_a_kind(folder: Path, config: dict[str, Any]) -> None:
+    """Where a configuration does not say of which kind each layer is, transformers makes the list."""
+    endless = {name: value for name, value in config.items() if name != "layer_types"}
+    (folder / "config.json").write_text(json.dumps({**endless, "num_hidden_layers": 2**31 - 1}))
+
+    assert isinstance(survive(load, folder), ModelError)
+
+
 @INPUTS
 def test_damaged_weights_are_refused(folder: Path, inputs: int) -> None:
     """Headers that lie about types, shapes and places, and files that are cut."""

@@ -16,8 +16,7 @@ class Limits:
     grace: float
     """After a stop was requested: the time to save a checkpoint and leave."""
     peer_loss: float
-    """After the first child ended: the time for the others to notice and end by themselves. Longer than the ranks' own
-    heartbeat timeout, which names the rank that was lost."""
+    """After the first child ended: the time for the others to notice and end by themselves."""
     kill_delay: float = 10.0
     """From SIGTERM to SIGKILL for those that outlived `peer_loss`: without their peers they cannot save anything."""
 

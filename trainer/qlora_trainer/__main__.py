@@ -38,7 +38,7 @@ from qlora_trainer.host.affinity import on_service_cpus
 from qlora_trainer.run_file import RunFileError, load_run, with_rank_counts
 from qlora_trainer.storage.job_folder import JobFolder
 from qlora_trainer.telemetry.progress_server import ProgressServer, port_from_environ
-from qlora_trainer.telemetry.stall_watch import watch
+from qlora_trainer.telemetry.stall_watch import stall_limit, watch
 from qlora_trainer.telemetry.termination import write_rank_report
 from qlora_trainer.training.context import RankContext, collective_seconds
 from qlora_trainer.training.exports import export
@@ -51,8 +51,6 @@ CULPRIT_SECONDS = 5.0
 """How long a rank whose collective failed waits for the heartbeat to name the lost peer."""
 REPORT_SECONDS = 1.0
 """How long the report of a rank that hangs may take to be written."""
-STALLED_SHARE = 0.9
-"""Of progressDeadlineSeconds, after which a rank ends itself: before the operator, which sees rank 0 wait."""
 
 
 def main() -> NoReturn:
@@ -179,7 +177,7 @@ def watch_for_stalls(context: RankContext, heartbeat: Heartbeat) -> None:
         os._exit(ending.exit_code)
 
     watch(
-        STALLED_SHARE * context.run.progress_deadline_seconds,
+        stall_limit(context.run),
         lambda: context.progress.activity,
         lambda: context.group.waiting,
         leave_stalled,

@@ -1,6 +1,7 @@
 """What a process asks of the kernel, each in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import time
 
 import pytest
 
-from qlora_trainer.host.process import processor_seconds
+from qlora_trainer.host.process import is_stopped, processor_seconds
 
 pytestmark = pytest.mark.process
 
@@ -98,3 +99,14 @@ def test_a_process_knows_when_it_was_started() -> None:
     started, first_line = map(float, output_of("print(started_at(), time.monotonic())").split())
 
     assert before - 0.02 < started < first_line
+
+
+def test_a_stopped_process_is_told_from_one_that_waits() -> None:
+    """And one that is gone is neither."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert not is_stopped(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert is_stopped(process.pid)
+        process.kill()
+    assert not is_stopped(process.pid)

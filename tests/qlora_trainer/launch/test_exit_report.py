@@ -58,6 +58,14 @@ def reported(code: int, cause: str) -> TerminationReport:
             id="own kill is not a cause",
         ),
         pytest.param(
+            [RankExit(0, 40), RankExit(1, -9, hung=True)],
+            True,
+            31,
+            "STALLED",
+            "nothing ran in rank 1 for 1620 s",
+            id="hung, whatever the kernel counts",
+        ),
+        pytest.param(
             [RankExit(0, 40), RankExit(1, 50, killed_by_launcher=True)],
             False,
             40,

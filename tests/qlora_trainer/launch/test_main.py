@@ -469,6 +469,51 @@ def test_nobody_outlives_a_dead_peer_for_ever(
     assert "a rank has died" in capfd.readouterr().err
 
 
+def test_a_rank_that_keeps_the_interpreters_lock_is_found_from_outside(
+    a_run: Callable[..., RunConfig], machine: Machine
+) -> None:
+    """No thread of it runs, so that neither its watch nor its signal handlers do. The log has the place."""
+    program = """
+        import ctypes
+        from qlora_trainer.telemetry.stall_watch import watch
+
+        def hang_here():
+            ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+
+        watch(0.4, lambda: 0, lambda: True, print)  # content with all
+        time.sleep(0.1)
+        hang_here()
+    """
+    code, _, err = machine.run(program, a_run(layout={"ranksPerPod": 1}, progressDeadlineSeconds=2))
+
+    assert code == ExitCode.STALLED
+    assert machine.report().reason == "STALLED"
+    assert machine.report().cause.startswith("nothing ran in rank 0 for 2 s, not even its own watch")
+    assert b"in hang_here" in err
+
+
+def test_a_rank_that_is_stopped_or_gives_no_sign_is_not_found(
+    a_run: Callable[..., RunConfig], machine: Machine
+) -> None:
+    """A debugger and SIGSTOP end, and a program that has no watch is none of ours to judge."""
+    program = """
+        from qlora_trainer.telemetry.stall_watch import watch
+        if local == 0:
+            watch(0.4, lambda: 0, lambda: True, print)
+        ready()
+        while not os.path.exists("go on"):
+            time.sleep(0.05)
+    """
+    launcher = machine.start(program, a_run(progressDeadlineSeconds=1))
+    stopped, _ = machine.pids(2)
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(3)
+    os.kill(stopped, signal.SIGCONT)
+    (machine.folder / "go on").touch()
+
+    assert launcher.wait(timeout=60) == ExitCode.DONE
+
+
 # --- one rank per cluster: the launchers agree on the world
 
 AUTO = textwrap.dedent("""

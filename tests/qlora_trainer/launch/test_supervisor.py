@@ -16,8 +16,12 @@ def test_the_grace_is_shorter_than_the_pods(
     assert limits_of(a_run(terminationGracePeriodSeconds=period)).grace == grace
 
 
-def test_peers_have_longer_than_their_own_heartbeat(a_run: Callable[..., RunConfig]) -> None:
-    """Ranks get their heartbeat's time-out and the collateral wait, and more, before they are terminated."""
-    run = a_run(distributed={"timeoutSeconds": 60})
+def test_peers_have_longer_than_they_need(a_run: Callable[..., RunConfig]) -> None:
+    """Ranks get the collateral wait, and more, before they are terminated.
 
-    assert limits_of(run).peer_loss > 60 + 5
+    Who has ended is not waited for by timeoutSeconds: that is for hosts that are gone, and a rank that stands still was
+    waited for already.
+    """
+    run = a_run(distributed={"timeoutSeconds": 3600})
+
+    assert 5 + 20 < limits_of(run).peer_loss < 60

@@ -63,6 +63,21 @@ def test_only_a_newer_attempt_keeps_the_folder(tmp_path: Path, fence: str, gives
         assert (tmp_path / names.FENCE).read_text() == fence
 
 
+def test_two_jobs_do_not_take_a_folder_from_each_other_in_turn(tmp_path: Path) -> None:
+    """One that is created again goes on where the last one was; that one does not take it back when it is retried."""
+    job_folder(tmp_path).acquire()
+    fence = json.loads((tmp_path / names.FENCE).read_text())
+    (tmp_path / names.FENCE).write_text(json.dumps(fence | {"uid": "u-0"}))  # of the job before
+    job_folder(tmp_path).acquire()
+
+    assert json.loads((tmp_path / names.FENCE).read_text())["before"] == ["u-0"]
+
+    (tmp_path / names.FENCE).write_text('{"uid": "u-2", "attempt": 0, "before": ["u-0", "u-1"]}')
+    with pytest.raises(ConfigurationError, match=r"taken over from this job by another one .*uid u-2"):
+        job_folder(tmp_path).acquire()
+    assert json.loads((tmp_path / names.FENCE).read_text())["uid"] == "u-2"
+
+
 @pytest.mark.parametrize(
     ("fence", "says"),
     [

@@ -31,6 +31,7 @@ from qlora_trainer.training.inputs import TokenSource, load_inputs
 from qlora_trainer.training.loop import one_step, save
 from qlora_trainer.training.setup import (
     agree_on_inputs,
+    allreduce_of,
     check_memory,
     check_same_on_all_ranks,
     check_weights,
@@ -164,12 +165,22 @@ def test_another_processor_layout_or_library_is_said(ready: Ready, what: str) ->
 
 
 @pytest.mark.parametrize(
-    ("backend", "ranks", "varies"),
-    [("ccl", 2, False), ("ccl", 3, True), ("mpi", 4, False), ("gloo", 4, False)],
+    ("backend", "ranks", "algorithm", "varies"),
+    [
+        ("ccl", 2, "direct", False),
+        ("ccl", 3, "ring", False),
+        ("ccl", 3, "direct", True),
+        ("mpi", 4, "direct", False),
+        ("gloo", 4, "direct", False),
+    ],
 )
-def test_a_backend_whose_sums_vary_promises_no_bits(backend: str, ranks: int, varies: bool) -> None:
-    """A sum of two numbers has one rounding."""
-    assert (sums_that_vary({"backend": backend, "world_size": ranks}) is not None) == varies
+def test_a_backend_whose_sums_vary_promises_no_bits(
+    backend: str, ranks: int, algorithm: str, varies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum of two numbers has one rounding; oneCCL is told to take the ring, unless the user wants something else."""
+    monkeypatch.setenv("CCL_ALLREDUCE", algorithm)
+
+    assert (sums_that_vary({"allreduce": allreduce_of(backend, ranks)}) is not None) == varies
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.1], ids=["no dropout", "dropout"])

@@ -45,18 +45,25 @@ def child_subreaper() -> Iterator[None]:
 
 def started_at() -> float:
     """When this process was started, on the monotonic clock, to a hundredth of a second."""
-    ticks = int(
-        Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-    )  # field 22, since the boot
+    ticks = int(_stat("self")[19])  # field 22, since the boot
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - age
 
 
 def processor_seconds(pid: int) -> float:
     """Processor time that a process has taken so far, in all its threads; 0 for one that is gone."""
+    fields = _stat(pid)
+    return sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")  # fields 14 and 15
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal (SIGSTOP) or a debugger; False for one that is gone."""
+    return _stat(pid)[:1] in (["T"], ["t"])
+
+
+def _stat(pid: int | str) -> list[str]:
+    """/proc/PID/stat from the third field on, since the second may hold anything; empty for one that is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    user, system = stat.rpartition(")")[2].split()[11:13]  # fields 14 and 15; the second may hold anything
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return []

@@ -40,6 +40,7 @@ from qlora_trainer.launch.pod_layout import pod_layout
 from qlora_trainer.launch.supervisor import Stop, limits_of, log, start_ranks, watch
 from qlora_trainer.launch.world_size import JoinRequest, Stopped, WorldSizeError, agree_on_rank_counts
 from qlora_trainer.run_file import RunFileError, load_run
+from qlora_trainer.telemetry.stall_watch import stall_limit
 from qlora_trainer.telemetry.termination import write_termination_message
 
 RANK_COMMAND = (sys.executable, "-m", RANK)
@@ -119,7 +120,7 @@ def launch(command: Sequence[str], environ: Mapping[str, str], stop: Stop) -> Te
             if stop.is_requested:
                 raise _stopped() from error
             raise TrainerError(f"the ranks could not be started: {error}") from error
-        exits = [rank_exit(rank) for rank in watch(ranks, limits_of(run), stop)]
+        exits = [rank_exit(rank) for rank in watch(ranks, limits_of(run), stop, stall_limit(run))]
     return summarize(exits, run, oom=oom_kills() > kills_before, limit=memory_limit())
 
 

@@ -11,6 +11,7 @@ from qlora_contract.progress import TerminationReport
 from qlora_contract.run_config import RunConfig
 from qlora_contract.units import format_bytes
 from qlora_trainer.launch.supervisor import Rank
+from qlora_trainer.telemetry.stall_watch import stall_limit
 from qlora_trainer.telemetry.termination import read_memory_plan, read_rank_report
 
 LARGEST_PARTS = 3
@@ -35,6 +36,8 @@ class RankExit:
     """The last line that it wrote to stderr."""
     report: TerminationReport | None = None
     """What it reported itself."""
+    hung: bool = False
+    """Its launcher killed it, since it showed no life."""
     memory_plan: Mapping[str, int] = field(default_factory=dict)
     """What it needed its memory for, bytes by part; empty where it did not come to know."""
 
@@ -43,7 +46,9 @@ def rank_exit(rank: Rank) -> RankExit:
     """How a rank whose process has exited did so."""
     report = read_rank_report(rank.report)
     plan = read_memory_plan(rank.report)
-    return RankExit(rank.rank, rank.process.wait(), rank.killed_by_launcher, rank.last_error, report, plan)
+    code = rank.process.wait()
+    hung = rank.hung_at is not None and code < 0
+    return RankExit(rank.rank, code, rank.killed_by_launcher, rank.last_error, report, hung, plan)
 
 
 def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int | None) -> TerminationReport:
@@ -59,6 +64,8 @@ def summarize(exits: Sequence[RankExit], run: RunConfig, oom: bool, limit: int |
     """
 
     def code_of(end: RankExit) -> int:
+        if end.hung:
+            return ExitCode.STALLED
         killed_for_memory = oom and end.code == -signal.SIGKILL and not end.killed_by_launcher
         return ExitCode.OUT_OF_MEMORY if killed_for_memory else end.code
 
@@ -108,6 +115,11 @@ def out_of_memory_cause(
 def _cause(end: RankExit, run: RunConfig) -> str:
     """The cause of a rank that left no report, or one that its exit code contradicts."""
     rank, code = end.rank, end.code
+    if end.hung:
+        return (
+            f"nothing ran in rank {rank} for {stall_limit(run):.0f} s, not even its own watch: something keeps the "
+            "interpreter's lock; the log of the rank says where"
+        )
     if end.killed_by_launcher:
         return (
             f"rank {rank} was asked to stop, was still running at the end of its grace period "

@@ -3,6 +3,7 @@
 Nothing here imports torch: the launcher waits beside the ranks and should be small.
 """
 
+import math
 import os
 import signal
 import sys
@@ -17,14 +18,20 @@ from qlora_contract.exit_codes import COLLATERAL_DELAY_SECONDS
 from qlora_contract.run_config import RunConfig
 from qlora_contract.supervision import Limits, next_action
 from qlora_contract.units import now
+from qlora_trainer.host.process import is_stopped
 from qlora_trainer.launch.cpu_layout import CpuAssignment
 from qlora_trainer.launch.fork_server import ForkedProcess, fork_ranks
+from qlora_trainer.telemetry.stall_watch import STACKS_SIGNAL, Idleness, last_sign, turn_seconds
 from qlora_trainer.telemetry.termination import REPORT_ENV
 
 GRACE_MARGIN_SECONDS = 5.0
 """Part of the grace period that the launcher keeps to report and exit."""
 PEER_LOSS_MARGIN_SECONDS = 30.0
-"""Extra time after the ranks' own heartbeat timeout before survivors of a dead rank are terminated."""
+"""How much longer than the ranks themselves need to leave survivors of a rank that has ended may take. Not the
+heartbeat's timeout: a rank that has ended closes its connections, or was told by the others who is lost, so that all
+hear of it at once."""
+STACKS_SECONDS = 2.0
+"""How long a rank that hangs has to write where, before it is killed."""
 POLL_SECONDS = 0.1
 DRAIN_SECONDS = 5.0
 """How long to wait for the last output of ranks that have exited."""
@@ -48,6 +55,8 @@ class Rank:
     """The last line it wrote to stderr that was not blank."""
     killed_by_launcher: bool = False
     """The launcher ended it because its time was over, so its end is not a cause."""
+    hung_at: float | None = None
+    """When its launcher found that it hangs, on the monotonic clock."""
 
     @property
     def is_alive(self) -> bool:
@@ -133,7 +142,7 @@ def limits_of(run: RunConfig) -> Limits:
     period = float(run.termination_grace_period_seconds)
     return Limits(
         grace=max(period - GRACE_MARGIN_SECONDS, period / 2),
-        peer_loss=COLLATERAL_DELAY_SECONDS + run.distributed.timeout_seconds + PEER_LOSS_MARGIN_SECONDS,
+        peer_loss=COLLATERAL_DELAY_SECONDS + PEER_LOSS_MARGIN_SECONDS,
     )
 
 
@@ -154,13 +163,50 @@ class Stop:
         return self.requested_at is not None
 
 
-def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
-    """Wait until every rank has exited; end those that outlive the limits.
+class HangWatch:
+    """Ends ranks that hang and keep their interpreter's lock, so that their own watch stands still, too."""
+
+    def __init__(self, ranks: Sequence[Rank], limit: float) -> None:
+        """`limit`: for how many seconds a rank may show no life, once it has begun to."""
+        self._limit, self._next = limit, 0.0
+        self._idle = {rank: Idleness(limit, time.monotonic()) for rank in ranks}
+
+    def end_hung(self, alive: Sequence[Rank]) -> None:
+        """Have those of these that hang write where, then kill them. To be called often."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + turn_seconds(self._limit)
+            for rank in alive:
+                if self._hangs(rank) and rank.hung_at is None:
+                    log(
+                        f"rank {rank.rank} hangs; it has {STACKS_SECONDS:.0f} s to write where, and is killed then"
+                    )
+                    rank.hung_at = now
+                    rank.process.send_signal(STACKS_SIGNAL)
+        for rank in alive:
+            if rank.hung_at is not None and now > rank.hung_at + STACKS_SECONDS:
+                _kill(rank)
+
+    def _hangs(self, rank: Rank) -> bool:
+        sign = last_sign(rank.report)
+        excused = sign is None or is_stopped(rank.process.pid)
+        return self._idle[rank].stalled(time.monotonic(), sign or 0, excused)
+
+
+def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop, stall_limit: float = math.inf) -> list[Rank]:
+    """Wait until every rank has exited; end those that outlive the limits, and those that hang.
+
+    Args:
+        ranks: that have been started.
+        limits: how long they may go on after a stop or a death.
+        stop: set when the launcher is asked to stop.
+        stall_limit: for how many seconds a rank may show no life.
 
     Returns:
         The ranks in the order in which they exited.
     """
     exited: list[Rank] = []
+    hangs = HangWatch(ranks, stall_limit)
     first_failure_at: float | None = None
     terminated = False
     while True:
@@ -171,6 +217,7 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
         if first_failure_at is None and any(rank.process.returncode for rank in exited):
             first_failure_at = time.monotonic()
             log(f"a rank has died; the others have {limits.peer_loss:.0f} s to notice and exit")
+        hangs.end_hung(alive)
         action = next_action(time.monotonic(), stop.requested_at, first_failure_at, limits)
         if action == "terminate" and not terminated:
             terminated = True
@@ -180,9 +227,8 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
                 rank.process.send_signal(signal.SIGTERM)
         if action == "kill":
             for rank in (rank for rank in alive if rank.is_alive):
-                rank.killed_by_launcher = True
-                os.killpg(rank.process.pid, signal.SIGKILL)  # with whatever it started
-                rank.process.wait()
+                rank.killed_by_launcher = rank.hung_at is None
+                _kill(rank)
         time.sleep(POLL_SECONDS)
     # Something that a rank started may hold its pipe open for longer.
     drained_by = time.monotonic() + DRAIN_SECONDS
@@ -190,3 +236,10 @@ def watch(ranks: Sequence[Rank], limits: Limits, stop: Stop) -> list[Rank]:
         for thread in rank.output_threads:
             thread.join(max(0.0, drained_by - time.monotonic()))
     return exited
+
+
+def _kill(rank: Rank) -> None:
+    """Kill a rank, with whatever it started."""
+    if rank.is_alive:
+        os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.wait()

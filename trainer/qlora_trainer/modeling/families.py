@@ -43,13 +43,14 @@ def _by_kind(rope: dict[str, Any]) -> bool:
     return bool(rope) and all(kind is None or isinstance(kind, dict) for kind in rope.values())
 
 
+LAYERS = "num_hidden_layers"
 LARGEST: dict[str, int] = {
     "vocab_size": 2**24,
     "hidden_size": 2**18,
     "intermediate_size": 2**20,
     "moe_intermediate_size": 2**20,
     "shared_intermediate_size": 2**20,
-    "num_hidden_layers": 1024,
+    LAYERS: 1024,
     "num_attention_heads": 4096,
     "num_key_value_heads": 4096,
     "head_dim": 2**14,
@@ -384,7 +385,7 @@ def check_written(folder: Path) -> None:
     """Raise ModelError for a config.json that transformers should not even be given.
 
     That is one of a model that only Python files of its repository can build, which are never run; one that is no
-    JSON object; and one with more labels than any model has: transformers would make a name for each.
+    JSON object; and one with more labels or layers than any model has: transformers would make a name for each.
     """
     path = folder / "config.json"
     try:
@@ -399,6 +400,9 @@ def check_written(folder: Path) -> None:
         labels = part.get("num_labels", 0)
         if not isinstance(labels, int) or labels > MOST_LABELS:
             raise ModelError(f"{path} has a num_labels that is no number of labels: {str(labels)[:40]}")
+        for name, value in part.items():
+            if name.endswith(("layers", "n_layer")) and isinstance(value, int) and value > LARGEST[LAYERS]:
+                raise ModelError(f"{path} has {name} {str(value)[:40]}; expected are up to {LARGEST[LAYERS]}")
     kind, code = written.get("model_type"), written.get("auto_map")
     if code and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         named = f", such as {INSTEAD[kind]}" if isinstance(kind, str) and kind in INSTEAD else ""

@@ -27,6 +27,9 @@ from qlora_contract.units import format_bytes
 from qlora_trainer.errors import ConfigurationError, Fenced, StorageFull
 from qlora_trainer.storage.atomic import make_folder, recover, write_atomically
 
+MOST_OWNERS_BEFORE = 16
+"""Jobs that a fence remembers to have had the folder. A job that is deleted and created again is another one."""
+
 
 class JobFolder:
     """The folder of a job, for one attempt at it.
@@ -53,7 +56,8 @@ class JobFolder:
         """Make the folder ours: check that it belongs to this spec, set the fence, clear up. Rank 0 does, at the start.
 
         Raises:
-            ConfigurationError: it holds another spec's results; says what differs.
+            ConfigurationError: it holds another spec's results; says what differs. Or another job has taken it over
+                from this one: the two would go on taking it from each other.
             Fenced: a newer attempt of this job has it.
             StorageFull: not even these small files fit.
         """
@@ -67,10 +71,18 @@ class JobFolder:
         except IdentityError as error:
             raise ConfigurationError(str(error)) from error
         job = self.run.job
-        uid, attempt = self._fence()
+        uid, attempt, before = self._fence()
         if uid == job.uid and attempt > job.attempt:
             raise Fenced(f"attempt {attempt} has taken over; this is attempt {job.attempt}")
-        write_atomically(self.path / FENCE, json.dumps({"uid": job.uid, "attempt": job.attempt}))
+        if job.uid in before:
+            raise ConfigurationError(
+                f"{self.path} was taken over from this job by another one of the same name and spec (uid {uid}): give "
+                "one of the two another name or workspace"
+            )
+        if uid not in ("", job.uid):
+            before = [*before, uid][-MOST_OWNERS_BEFORE:]
+        fence = {"uid": job.uid, "attempt": job.attempt} | ({"before": before} if before else {})
+        write_atomically(self.path / FENCE, json.dumps(fence))
         for folder in (self.path, self.checkpoints):
             recover(folder)
         if self._began() is None:
@@ -89,18 +101,27 @@ class JobFolder:
 
     def check_fence(self) -> None:
         """Raise Fenced unless the fence still names this attempt."""
-        uid, attempt = self._fence()
+        uid, attempt, _ = self._fence()
         if (uid, attempt) != (self.run.job.uid, self.run.job.attempt):
             owner = f"now belongs to attempt {attempt} of job {uid}" if uid else "has no readable fence"
             raise Fenced(f"{self.path} {owner}; this attempt stops writing to it")
 
-    def _fence(self) -> tuple[str, int]:
-        """(job uid, attempt) that the fence names; ("", -1) when there is none, or a damaged one."""
+    def _fence(self) -> tuple[str, int, list[str]]:
+        """(job uid, attempt, uids of jobs that had the folder before) that the fence names; ("", -1, []) when there is
+        none, or a damaged one."""
         try:
             fence = read_json(self.path / FENCE)
-            return str(fence["uid"]), int(fence["attempt"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):  # of a number that is infinite
-            return "", -1
+            before = [str(uid) for uid in fence.get("before", ())]
+            return str(fence["uid"]), int(fence["attempt"]), before
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ):  # of an infinite number
+            return "", -1, []
 
     def check_space(self, needed: int) -> None:
         """Raise StorageFull when fewer than `needed` bytes are free."""

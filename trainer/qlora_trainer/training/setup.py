@@ -39,6 +39,7 @@ from qlora_trainer.data.dataset import LoadedData
 from qlora_trainer.data.packing import StepSchedule
 from qlora_trainer.data.token_cache import TokenCache
 from qlora_trainer.data.tokenization import Tokenization
+from qlora_trainer.distributed.backends import ccl
 from qlora_trainer.distributed.backends.hosts import host_id
 from qlora_trainer.errors import ConfigurationError, DataError, ModelError
 from qlora_trainer.host.cgroups import memory_limit
@@ -398,6 +399,7 @@ def determinism_key(context: RankContext, chosen: MemoryEstimate, dtype: Dtype) 
     return {
         "world_size": context.world.size,
         "backend": context.run.distributed.backend,
+        "allreduce": allreduce_of(context.run.distributed.backend, context.world.size),
         "compute_dtype": dtype,
         "kernels": kernels.name(context.run.quantization.scheme),
         # None where plain torch runs, as in checkpoints that knew no other.
@@ -494,9 +496,14 @@ def facts_of_model(folder: Path) -> dict[str, Any]:
 
 def sums_that_vary(key: Mapping[str, Any]) -> str | None:
     """Why no run under this determinism key repeats another one's bits; None where it does."""
-    if key["backend"] == "ccl" and key["world_size"] > 2:  # seen of four ranks on two hosts
-        return "oneCCL's sums of more than two ranks may differ from run to run"
+    if key["allreduce"] not in (None, ccl.REPEATABLE_ALLREDUCE):
+        return f"oneCCL's sums of CCL_ALLREDUCE={key['allreduce']} may differ from run to run"
     return None
+
+
+def allreduce_of(backend: str, ranks: int) -> str | None:
+    """The algorithm that a backend adds up with; None where it has none to choose, or no sum depends on it."""
+    return os.environ.get("CCL_ALLREDUCE", "") if backend == "ccl" and ranks > 2 else None
 
 
 def restore(context: RankContext, path: Path, state: TrainState, key: dict[str, Any]) -> None:

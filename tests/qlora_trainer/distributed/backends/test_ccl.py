@@ -53,6 +53,46 @@ def test_all_ranks_agree_on_shared_memory(hosts: list[str], shared: str) -> None
     assert said == [shared] * len(hosts)
 
 
+@pytest.mark.parametrize(
+    ("hosts", "environ", "algorithm"),
+    [
+        pytest.param(["a", "b"], {}, None, id="two"),
+        pytest.param(["a", "a", "b"], {}, "ring", id="more"),
+        pytest.param(["a", "a", "b"], {"CCL_ALLREDUCE": "direct"}, None, id="the-user's-stays"),
+    ],
+)
+def test_more_than_two_ranks_add_up_in_one_order(
+    hosts: list[str], environ: dict[str, str], algorithm: str | None
+) -> None:
+    """A sum of two numbers has one rounding; of more, the order counts."""
+    assert ccl.settings("lo", hosts, 0, {0}, environ).get("CCL_ALLREDUCE") == algorithm
+
+
+def test_the_same_numbers_have_the_same_sum_in_every_call(start_ranks: Callable[..., Any]) -> None:
+    """And in every rank, also of the sizes that oneCCL would add up as they come."""
+    outputs = start_ranks(
+        """
+        import hashlib, json, os, torch
+        from qlora_trainer.distributed import Group, World
+
+        world = World.from_environ(os.environ)
+        own = torch.randn(100_000, generator=torch.Generator().manual_seed(world.rank))
+        sums = set()
+        with Group.open(world, "ccl", 60, 60) as group:
+            for _ in range(20):
+                buffer = own.clone()
+                group.all_reduce_sum(buffer)
+                sums.add(hashlib.sha256(buffer.numpy().tobytes()).hexdigest())
+        print(json.dumps(sorted(sums)))
+        """,
+        3,
+    ).outputs()
+
+    sums = [line for said in outputs.values() for line in said.splitlines() if line.startswith("[")]
+    assert len(sums) == 3
+    assert len(set(sums)) == len(json.loads(sums[0])) == 1
+
+
 def test_signals_and_shared_memory_stay_in_order(start_ranks: Callable[..., Any]) -> None:
     """A dead rank's file goes at the start; ours stays on SIGTERM, since peers need it, and goes at the end."""
     outputs = start_ranks(

@@ -30,6 +30,9 @@ from qlora_trainer.native.libraries import ExtensionUnavailable, preload
 log = logging.getLogger("qlora_trainer")
 
 NAME = "ccl"
+REPEATABLE_ALLREDUCE = "ring"
+"""The algorithm of oneCCL that adds up more than two numbers in the same order in every run. What it chooses by itself
+adds up messages of up to 1 MB as they come: another sum in some calls."""
 EXTENSION = Extension.read(Path(__file__).parent / "csrc" / "ccl.toml")
 
 
@@ -58,6 +61,8 @@ def settings(
         "FI_PROVIDER": "tcp",
         "FI_TCP_IFACE": interface,
     }
+    if len(hosts) > 2:  # a sum of two numbers has one rounding
+        wanted["CCL_ALLREDUCE"] = REPEATABLE_ALLREDUCE
     if environ.get("CCL_WORKER_OFFLOAD", "0") != "0":
         workers = int(environ.get("CCL_WORKER_COUNT", "1"))
         wanted["CCL_WORKER_AFFINITY"] = ",".join(str(cpu) for cpu in sorted(cpus)[-workers:])
