@@ -13,7 +13,6 @@ from qlora_operator.api.quantity import MEMORY_PATTERN
 from qlora_operator.api.v1alpha1 import MAX_SECONDS, Toleration
 from qlora_operator.errors import OperatorError
 
-
 DIGEST_PATTERN = "@sha256:[0-9a-f]{64}$"
 """How an image ends that is named by its content."""
 

@@ -250,7 +250,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
     "a branch, where digests are demanded": (
         {"model": {"source": "hf://org/model"}},
         PINNED,
-        (Reason.SOURCE_NOT_ALLOWED, "spec.model.revision main is no commit, which is demanded here: name the 40"),
+        (
+            Reason.SOURCE_NOT_ALLOWED,
+            "spec.model.revision main is no commit, which is demanded here: name the 40",
+        ),
     ),
     "one of several sources by its tag, where digests are demanded": (
         {
