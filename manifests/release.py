@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 CHART = "charts/qlora-operator"
 PARTS = ("python", "chart", "images")
+EPOCH = 315532800
+"""The time of files in archives and images: the earliest that a zip archive can hold."""
 
 
 def faults(tag: str, version: str, chart: str, changelog: str) -> list[str]:
@@ -102,7 +105,17 @@ def build_chart() -> str | None:
     helm = os.environ.get("HELM") or shutil.which("helm")
     if not helm:
         return "there is no helm; HELM names one"
-    return _run([helm, "package", CHART, "--destination", str(DIST)])
+    return package_chart(helm, ROOT / CHART, DIST)
+
+
+def package_chart(helm: str, chart: Path, target: Path) -> str | None:
+    """The chart's archive, the same whenever its files were written. Returns why not, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, chart.name)
+        shutil.copytree(chart, copy)
+        for path in copy.rglob("*"):
+            os.utime(path, (EPOCH, EPOCH))
+        return _run([helm, "package", str(copy), "--destination", str(target)])
 
 
 def build_images() -> str | None:
