@@ -625,9 +625,12 @@ def test_no_job_is_lost_or_doubled_whatever_dies(
             if victim == "operator":
                 operator.process.kill()  # and started again, like whatever gives up
                 continue
+            witness.look()
             control_plane.end(victim)
             time.sleep(rng.uniform(0, 2))
             control_plane.begin(victim)
+            if victim != "kube-controller-manager":
+                witness.look_anew()
             settle(more=True)
         wait_for(lambda: settle(more=False), DRAINED, or_else=lambda: _stands(jobs), every=1)
     print(f"{ALL_KILLS} kills, {ended} jobs, {sum(map(len, player.fails.values()))} failures")
