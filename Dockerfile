@@ -2,7 +2,8 @@
 # tells what may be set.
 #
 # BASE_IMAGE: Debian bookworm or newer, or a relative of it, with Python 3.11 or newer as `python3`.
-ARG BASE_IMAGE=python:3.11-slim-bookworm
+# This one is python:3.11-slim-bookworm (Python 3.11.16) of 2026-09-19.
+ARG BASE_IMAGE=python@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 # uv and what builds a wheel; nothing of it is shipped. The secret `ca` is a bundle of certificates to trust
 # meanwhile, where the package index is behind a company's own authority.
@@ -43,8 +44,9 @@ RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=
 FROM base AS trainer-dependencies
 ARG TORCH_INDEX_URL=
 COPY images/trust.sh images/install.sh images/drop_unused.py images/packages.sh /opt/install/
-# The launcher preloads it into the ranks.
-RUN sh /opt/install/packages.sh libjemalloc2
+# The launcher preloads it into the ranks. Another base may have another version: `--build-arg JEMALLOC=libjemalloc2`.
+ARG JEMALLOC=libjemalloc2=5.3.0-1
+RUN sh /opt/install/packages.sh "$JEMALLOC"
 COPY requirements/trainer.txt requirements/torch.txt /opt/install/
 RUN --mount=type=secret,id=ca --mount=type=bind,from=tools,source=/build,target=/build \
     sh /opt/install/install.sh trainer.txt torch.txt

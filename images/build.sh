@@ -58,7 +58,7 @@ build() {
     fi
     cache=${UV_CACHE_DIR:-$HOME/.cache/uv}
     if [ "$builder" != docker ]; then
-        set -- "$@" --layers
+        set -- "$@" --layers --timestamp "$SOURCE_DATE_EPOCH"
         if [ -d "$cache" ]; then
             set -- "$@" --volume "$cache:/var/cache/uv"
         fi
@@ -85,6 +85,9 @@ list_contents() {
 # Needs no daemon and no privileges beyond its own.
 export BUILDAH_ISOLATION="${BUILDAH_ISOLATION:-chroot}" STORAGE_DRIVER="${STORAGE_DRIVER:-overlay}"
 export DOCKER_BUILDKIT=1
+# The time of every file and of the image itself: not the commit's, which would make layers anew that are the same. It is
+# the earliest that a zip archive can hold.
+export SOURCE_DATE_EPOCH="${SOURCE_DATE_EPOCH:-315532800}"
 builder=${BUILDER:-$(first_builder)}
 base=$(base_image)
 revision=$(git describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || echo unknown)

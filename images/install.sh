@@ -23,5 +23,6 @@ python drop_unused.py
 # Compiled now, since the containers' root is read-only; valid whatever the time of the source, which not every
 # builder keeps. Not compiled are modules by the thousand that nobody imports (40 MB): typed classes of
 # Kubernetes' client, and lexers of languages. A few packages bring templates that are no Python: hence `|| true`.
-python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+# One after another: what a file's bytecode looks like depends on those compiled before it in the same process.
+PYTHONHASHSEED=0 python -m compileall -q -j 1 --invalidation-mode unchecked-hash \
     -x '/kubernetes/aio/client/(models|api)/[^_]|/pygments/lexers/[^_]' /opt/venv/lib >/dev/null || true

@@ -1,16 +1,20 @@
 """The administrator's settings: which images jobs may use, as which user pods run, who may scrape them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from qlora_contract.base import ContractModel
 from qlora_contract.cost import Price
 from qlora_operator.api.quantity import MEMORY_PATTERN
 from qlora_operator.api.v1alpha1 import MAX_SECONDS, Toleration
 from qlora_operator.errors import OperatorError
+
+DIGEST_PATTERN = "@sha256:[0-9a-f]{64}$"
+"""How an image ends that is named by its content."""
 
 
 class SettingsError(OperatorError):
@@ -160,6 +164,9 @@ class Settings(ContractModel):
     allowed_tracking: list[str] = Field(default=[])
     """Addresses of tracking servers that jobs may name, such as `http://mlflow.tracking.svc:5000`; `*` stands for any
     characters."""
+    require_digests: bool = False
+    """Refuse what may become something else under its name: images without a digest, trainerImage among them, and
+    sources on the Hub whose revision is no commit."""
     limits: Limits = Limits()
     """The most that one job may ask for."""
     defaults: Defaults = Defaults()
@@ -210,6 +217,14 @@ class Settings(ContractModel):
     minute."""
     stuck_seconds: float = Field(default=300, ge=1, le=3600)
     """Seconds that a job may be overdue before the operator counts as stuck and its liveness probe fails."""
+
+    @field_validator("require_digests")
+    @classmethod
+    def _holds_for_the_default_image(cls, value: bool, settings: ValidationInfo) -> bool:
+        image = settings.data.get("trainer_image", "")
+        if value and not re.search(DIGEST_PATTERN, image):
+            raise ValueError(f"trainerImage {image} has no digest: name it as repository@sha256:...")
+        return value
 
     def of(self, namespace: str | None) -> "Settings":
         """The settings for jobs of a namespace."""

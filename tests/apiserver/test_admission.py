@@ -5,6 +5,7 @@ values.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,20 +146,28 @@ class Guarded:
 @pytest.fixture(scope="module")
 def guarded(api_cluster: Cluster, crd: None) -> Iterator[Guarded]:
     """A namespace with the policies of a release for it, and users with different rights."""
-    with fresh_namespace(api_cluster, "guarded") as namespace:
-        values = {**VALUES, "namespaces": [namespace]}
-        objects = render(values, release="guarded", namespace=namespace)
-        guards = yaml.safe_dump_all([each for each in objects if each["kind"] in GUARDS])
-        api_cluster.kubectl("apply", "--server-side", "-f", "-", input=guards)
-        users = {name: make_user(api_cluster, namespace, name, rules) for name, rules in USERS.items()}
-        made = Guarded(namespace, objects, api_cluster.client, users)
-        wait_for(lambda: made.refused(job(image="other")), or_else="the policy about what is allowed")
+    with guarding(api_cluster, "guarded", VALUES) as made:
+        made.users.update(
+            {name: make_user(api_cluster, made.namespace, name, rules) for name, rules in USERS.items()}
+        )
         wait_for(lambda: made.refused(job(), "only-jobs"), or_else="the policy about the user's rights")
         wait_for(lambda: not made.refused(job(model=HUB_MODEL), "owner"), or_else="the users' roles")
         yield made
-        api_cluster.kubectl("delete", "--wait=false", "-f", "-", input=guards)
-        for client in users.values():
+        for client in made.users.values():
             client.close()
+
+
+@contextmanager
+def guarding(cluster: Cluster, release: str, values: Object) -> Iterator[Guarded]:
+    """A namespace with the policies of a release for it, and nobody but the administrator."""
+    with fresh_namespace(cluster, release) as namespace:
+        objects = render({**values, "namespaces": [namespace]}, release=release, namespace=namespace)
+        guards = yaml.safe_dump_all([each for each in objects if each["kind"] in GUARDS])
+        cluster.kubectl("apply", "--server-side", "-f", "-", input=guards)
+        made = Guarded(namespace, objects, cluster.client, {})
+        wait_for(lambda: made.refused(job(image="other")), or_else="the policy about what is allowed")
+        yield made
+        cluster.kubectl("delete", "--wait=false", "-f", "-", input=guards)
 
 
 # --- the user's own rights
@@ -402,6 +411,11 @@ ASKED: dict[str, Object] = {
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_the_operator_agrees(guarded: Guarded, asked: Object) -> None:
     """The policy refuses what the operator would let wait, naming the same field, and nothing else."""
+    agree(guarded, asked)
+
+
+def agree(guarded: Guarded, asked: Object) -> bool:
+    """That policy and operator say the same of a job with these fields; whether they refuse it."""
     body = job(**asked)
     error = guarded.refused(body)
     second = policy_violation(QLoRAJob.model_validate(body), guarded.settings)
@@ -410,6 +424,56 @@ def test_the_operator_agrees(guarded: Guarded, asked: Object) -> None:
     if error is not None and second is not None:
         assert error.code == 422
         assert second[1].split()[0].partition("[")[0] in error.message  # CEL does not know which of a list
+    return error is not None
+
+
+PINNING: Object = {
+    "image": {"repository": "registry.example/operator", "digest": f"sha256:{'1' * 64}"},
+    "jobs": {
+        "image": {"repository": "registry.example/trainer", "digest": f"sha256:{'2' * 64}"},
+        "allowedImages": ["a.b/*"],
+        "requireDigests": True,
+    },
+}
+COMMIT = "c0ffee" * 6 + "c0ff"
+PINNED: dict[str, tuple[Object, bool]] = {
+    "the default image": ({}, False),
+    "an image's tag": ({"image": "a.b/c:1"}, True),
+    "an image's digest": ({"image": f"a.b/c@sha256:{'0' * 64}"}, False),
+    "a short digest": ({"image": "a.b/c@sha256:0"}, True),
+    "a model's branch": ({"model": {"source": "hf://org/model"}}, True),
+    "a model's commit": ({"model": {"source": "hf://org/model", "revision": COMMIT}}, False),
+    "the beginning of a commit": ({"model": {"source": "hf://org/model", "revision": COMMIT[:12]}}, True),
+    "a dataset's tag": ({"dataset": {"source": "hf://datasets/org/d", "revision": "v1"}}, True),
+    "an adapter's branch": ({"adapter": {"initialAdapter": "hf://org/adapter"}}, True),
+    "an adapter's commit": (
+        {"adapter": {"initialAdapter": "hf://org/adapter", "initialAdapterRevision": COMMIT}},
+        False,
+    ),
+    "one of several": (
+        {"dataset": {"sources": [{"source": "pvc://data/a"}, {"source": "hf://datasets/org/d"}]}},
+        True,
+    ),
+    "all of several": (
+        {
+            "dataset": {
+                "sources": [{"source": "pvc://data/a"}, {"source": "hf://datasets/o/d", "revision": COMMIT}]
+            }
+        },
+        False,
+    ),
+}
+
+
+def test_digests_and_commits_can_be_demanded(api_cluster: Cluster, crd: None) -> None:
+    """Where the administrator demands them, a job that names what may become something else is refused at once."""
+    with guarding(api_cluster, "pinned", PINNING) as pinned:
+        assert {name: agree(pinned, asked) for name, (asked, _) in PINNED.items()} == {
+            name: refused for name, (_, refused) in PINNED.items()
+        }
+        error = pinned.refused(job(image="a.b/c:1"))
+        assert error is not None
+        assert "spec.image a.b/c:1 has no digest, which is demanded here: name it as" in error.message
 
 
 SAID: dict[str, tuple[Object, str]] = {

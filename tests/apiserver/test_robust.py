@@ -1,17 +1,21 @@
 """What the operator does when the API server, the network or the operator itself fails."""
 
+import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from urllib3.exceptions import HTTPError
 
+from testcluster.client import ApiError
 from testcluster.control_plane import ControlPlane
+from testcluster.errors import ClusterError
 from testcluster.faulty import (
     Exchange,
     FaultyProxy,
@@ -459,3 +463,191 @@ def test_the_operator_is_ready_once_it_has_looked_at_all_jobs(
         assert (code, operator.get("/healthz")[0]) == (503, 200)
         assert "the first resync has not completed" in text
     operator.ready()
+
+
+# --- everything dies, over and over
+
+
+class Player:
+    """Plays the queue and the kubelets of a namespace from a thread, whatever of the cluster is away.
+
+    What it does follows from what it reads, so that a write whose answer was lost does no harm. Of a job with number n,
+    n % 3 attempts fail, and where n % 5 is 0, its queue takes the first one out.
+    """
+
+    RUNS = 2.0
+    """Seconds for which ranks run."""
+    ROOM = 15
+    """Jobs that the queue lets in at a time."""
+
+    def __init__(self, kubelet: Any, namespace: str) -> None:
+        self.kubelet, self.client, self.namespace = kubelet, kubelet.client, namespace
+        self.fails: dict[str, set[str]] = {}
+        """By the job's name: the attempts that fail."""
+        self.evicted: set[str] = set()
+        """The names of jobs that the queue has taken out."""
+        self.since: dict[str, float] = {}
+        """When pods began to run, by uid."""
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """While in the block."""
+        done = threading.Event()
+
+        def work() -> None:
+            while not done.wait(0.1):
+                # Away is what this is about; a test that hangs says what stands still.
+                with suppress(ApiError, ClusterError, HTTPError):
+                    self._play()
+
+        thread = threading.Thread(target=work, name="queue and kubelets")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _play(self) -> None:
+        gangs = self.client.items(f"/apis/batch/v1/namespaces/{self.namespace}/jobs")
+        open_gangs = [each for each in gangs if not _is_over(each)]
+        room = self.ROOM - sum(not each["spec"]["suspend"] for each in open_gangs)
+        for gang in open_gangs:
+            job, _ = _whose(gang)
+            suspended, goes = gang["spec"]["suspend"], _is_taken_out(gang)
+            if suspended and room > 0 and not (goes and job in self.evicted):
+                self._suspend(gang, suspend=False)
+                room -= 1
+            elif goes and not suspended and (job in self.evicted or gang["status"].get("ready") == 2):
+                self.evicted.add(job)
+                self._suspend(gang, suspend=True)
+        for pod in self.client.items(f"/api/v1/namespaces/{self.namespace}/pods"):
+            with suppress(ApiError):  # gone, or another is being made
+                self._play_pod(pod)
+
+    def _suspend(self, gang: dict[str, Any], *, suspend: bool) -> None:
+        path = f"/apis/batch/v1/namespaces/{self.namespace}/jobs/{gang['metadata']['name']}"
+        same = {"uid": gang["metadata"]["uid"]}
+        self.client.patch(path, {"metadata": same, "spec": {"suspend": suspend}})
+
+    def _play_pod(self, pod: dict[str, Any]) -> None:
+        job, attempt = _whose(pod)
+        if pod["metadata"].get("deletionTimestamp"):
+            self.kubelet.finish_termination(pod, exit_code=50 if _is_taken_out(pod) else 143)
+            return
+        phase = pod["status"].get("phase")
+        if phase == "Pending":
+            self.kubelet.running(pod)
+        if phase != "Running" or _is_taken_out(pod):
+            return
+        since = self.since.setdefault(pod["metadata"]["uid"], time.monotonic())
+        if time.monotonic() - since < self.RUNS:
+            return
+        fails = self.fails.setdefault(job, set())
+        if attempt in fails or len(fails) < _number(job) % 3:
+            fails.add(attempt)
+            if pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] == "1":
+                self.kubelet.failed(pod, 1)
+        else:
+            self.kubelet.succeeded(pod)
+
+
+def _whose(child: dict[str, Any]) -> tuple[str, str]:
+    labels = child["metadata"]["labels"]
+    return labels["qlora.dev/job-name"], labels["qlora.dev/attempt"]
+
+
+def _is_taken_out(child: dict[str, Any]) -> bool:
+    """Whether it is of an attempt that its queue takes out."""
+    job, attempt = _whose(child)
+    return _number(job) % 5 == 0 and attempt == "0"
+
+
+def _number(job: str) -> int:
+    return int(job.removeprefix("job"))
+
+
+def _is_over(gang: dict[str, Any]) -> bool:
+    kinds = {each["type"] for each in gang["status"].get("conditions", [])}
+    return bool(kinds & {"Complete", "Failed", "SuccessCriteriaMet", "FailureTarget"}) or bool(
+        gang["metadata"].get("deletionTimestamp")
+    )
+
+
+IN_FLIGHT = int(os.environ.get("SOAK_JOBS", "50"))
+ALL_KILLS = int(os.environ.get("SOAK_KILLS", "500"))
+VICTIMS = ("operator", "kube-apiserver", "etcd", "kube-controller-manager")
+DRAINED = 1800
+"""Seconds in which the last jobs end on a busy machine."""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(6 * 3600)
+def test_no_job_is_lost_or_doubled_whatever_dies(
+    new_operator: Callable[..., Any],
+    control_plane: ControlPlane,
+    kubelet: Any,
+    make_job: Callable[..., Any],
+    witness: Witness,
+    namespace: str,
+) -> None:
+    """500 kills of operator, API server, etcd and controller manager, with 50 jobs in flight under a queue: every job
+    succeeds, with one gang at a time, one Job for each attempt, and just the restarts that its failures cost."""
+    rng = random.Random(int(os.environ.get("SOAK_SEED", "0")))
+    operator = new_operator("--namespace", namespace)
+    operator.start()
+    jobs: dict[str, Any] = {}
+    ended = created = 0
+
+    def settle(more: bool) -> bool:
+        """Judge and delete what has ended, and make as many anew; whether none is left."""
+        nonlocal ended, created
+        for name, job in list(jobs.items()):
+            status = job.status
+            if status.get("phase") in ("Succeeded", "Failed"):
+                _judge(player, name, status)
+                job.delete()
+                del jobs[name]
+                ended += 1
+        while more and len(jobs) < IN_FLIGHT:
+            name = f"job{created}"
+            jobs[name] = make_job(name, scheduling={"queueName": "team"}, backoffLimit=5)
+            created += 1
+        witness.look()
+        return not jobs
+
+    player = Player(kubelet, namespace)
+    with restarting(operator), player.playing():
+        settle(more=True)
+        for _ in range(ALL_KILLS):
+            victim = rng.choice(VICTIMS)
+            time.sleep(rng.uniform(0, 2))
+            if victim == "operator":
+                operator.process.kill()  # and started again, like whatever gives up
+                continue
+            witness.look()
+            control_plane.end(victim)
+            time.sleep(rng.uniform(0, 2))
+            control_plane.begin(victim)
+            if victim != "kube-controller-manager":
+                witness.look_anew()
+            settle(more=True)
+        wait_for(lambda: settle(more=False), DRAINED, or_else=lambda: _stands(jobs), every=1)
+    print(f"{ALL_KILLS} kills, {ended} jobs, {sum(map(len, player.fails.values()))} failures")
+    assert ended == created
+    assert witness.faults == []
+    assert all(len(gangs) == 1 for gangs in witness.jobs.values()), witness.jobs
+
+
+def _judge(player: Player, name: str, status: dict[str, Any]) -> None:
+    """That a job has succeeded, and paid for what failed and for nothing else."""
+    assert status["phase"] == "Succeeded", (name, status)
+    assert status["restarts"] == {"user": _number(name) % 3, "infrastructure": 0}, (name, status)
+    assert len(player.fails.get(name, ())) == _number(name) % 3
+    reasons = [attempt.get("reason") for attempt in status["attempts"]]
+    assert reasons.count("Requeued") == (1 if _number(name) % 5 == 0 else 0), (name, reasons)
+    assert len(status["attempts"]) == 1 + _number(name) % 3 + reasons.count("Requeued"), (name, reasons)
+
+
+def _stands(jobs: dict[str, Any]) -> str:
+    return str({name: (job.status.get("phase"), job.status.get("message")) for name, job in jobs.items()})

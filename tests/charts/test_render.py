@@ -106,7 +106,15 @@ def test_every_value_of_a_case_changes_the_rendering(case: str) -> None:
     """No value is without effect."""
     whole = render(CASES[case])
 
-    assert [path for path in sections(CASES[case]) if render(without(CASES[case], path)) == whole] == []
+    assert [path for path in sections(CASES[case]) if rendered(without(CASES[case], path)) == whole] == []
+
+
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]] | str:
+    """What helm makes of them, or why it does not."""
+    try:
+        return render(values)
+    except HelmError as error:
+        return error.text
 
 
 def test_lint_is_content() -> None:
@@ -129,6 +137,11 @@ def test_lint_is_content() -> None:
         ({"namespaces": "team-a"}, "/namespaces"),
         ({"timing": {"sweepSeconds": 0}}, "/timing/sweepSeconds"),
         ({"namespaces": ["team-a", "team-a"]}, "/namespaces"),
+        ({"jobs": {"requireDigests": True}}, "jobs.requireDigests demands image.digest"),
+        (
+            {"jobs": {"requireDigests": True}, "image": {"digest": f"sha256:{'0' * 64}"}},
+            "jobs.requireDigests demands jobs.image.digest",
+        ),
     ],
     ids=[
         "unknown section",
@@ -140,6 +153,8 @@ def test_lint_is_content() -> None:
         "a string for a list",
         "no time",
         "a namespace twice",
+        "digests demanded of others than the operator",
+        "digests demanded of others than the jobs' default",
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], said: str) -> None:

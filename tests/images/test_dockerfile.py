@@ -6,6 +6,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 import tomllib
 import zlib
 from pathlib import Path
@@ -254,6 +255,27 @@ def test_a_change_of_code_changes_one_layer(
     before = built[name].config["rootfs"]["diff_ids"]
     assert layers[:-1] == before[:-1]
     assert layers[-1] != before[-1]
+
+
+def test_two_builds_make_the_same_layers(built, buildah: Buildah, tmp_path: Path) -> None:
+    """Built again from nothing but the base, in a storage of its own and from sources of another time, the operator's
+    image has the very layers and configuration that it has."""
+    context = tmp_path / "context"
+    copy_sources(context)
+    for path in context.rglob("*"):
+        os.utime(path, (1, 1))
+    base = tmp_path / "base"
+    buildah.run("push", "--quiet", "qlora-debian:bookworm", f"oci:{base}:base")
+    with tempfile.TemporaryDirectory(dir=built["operator"].store.folder) as folder:
+        other = Buildah(Path(folder, "buildah"))
+        other.run("tag", other.run("pull", "--quiet", f"oci:{base}:base").strip(), "qlora-debian:bookworm")
+        build("operator", context, other)
+        again = json.loads(other.run("inspect", "--type", "image", images.tag("operator")))["OCIv1"]
+        other.run("rmi", "--all", "--force")
+        other.run("rm", "--all")
+
+    assert again["rootfs"]["diff_ids"] == built["operator"].config["rootfs"]["diff_ids"]
+    assert again["created"] == built["operator"].config["created"]
 
 
 def packed_size(tar: Path) -> int:

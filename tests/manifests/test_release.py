@@ -1,18 +1,11 @@
 """What keeps sources from being a release, and what publishing one takes."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 from typing import Any
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location(
-    "release", Path(__file__).parents[2] / "manifests" / "release.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-release: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(release)
+release: Any = importlib.import_module("release")
 
 CHART = 'name: qlora-operator\nversion: 1.2.0\nappVersion: "1.2.0"\n'
 CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.0] - 2026-01-01\n"
@@ -56,6 +49,7 @@ def test_publishing_names_all_that_was_built() -> None:
         "qlora_operator-1.2.0-py3-none-any.whl",
         "qlora_operator-1.2.0.tar.gz",
         "qlora-operator-1.2.0.tgz",
+        "SHA256SUMS",
     ]
     commands = release.publishing("1.2.0", "registry.example", files)
     text = "\n".join(commands)
@@ -67,4 +61,10 @@ def test_publishing_names_all_that_was_built() -> None:
         "twine upload dist/qlora_operator-1.2.0-py3-none-any.whl dist/qlora_operator-1.2.0.tar.gz\n" in text
     )
     assert "--predicate dist/qlora-operator-1.2.0.spdx.json registry.example/qlora-operator@DIGEST" in text
-    assert all(f"dist/{name}" in commands[-1] for name in [*files, "SHA256SUMS"])
+    for pushed in ("qlora-operator", "qlora-trainer", "charts/qlora-operator"):
+        assert f"cosign sign --key signing.key registry.example/{pushed}@DIGEST" in text
+        assert (
+            "cosign attest --key signing.key --type slsaprovenance1 --predicate dist/provenance.json "
+            f"registry.example/{pushed}@DIGEST"
+        ) in text
+    assert all(f"dist/{name}" in commands[-1] for name in files)

@@ -41,6 +41,8 @@ def test_one_setting_is_enough(tmp_path: Path) -> None:
 
 FULL = {
     **LEAST,
+    "trainerImage": f"registry.example/trainer@sha256:{'0' * 64}",
+    "requireDigests": True,
     "allowedImages": ["registry.example/*"],
     "allowedSources": ["pvc://*", "hf://our-org/*"],
     "allowedTracking": ["http://mlflow.tracking.svc:*"],
@@ -170,6 +172,10 @@ FAULTS = {
     "a pull policy of nobody's": (
         {**LEAST, "imagePullPolicy": "Sometimes"},
         "imagePullPolicy: String should",
+    ),
+    "digests demanded of others only": (
+        {**LEAST, "requireDigests": True},
+        "requireDigests: Value error, trainerImage registry.example/trainer:1 has no digest: name it as repository@",
     ),
     "root": ({**LEAST, "runAsUser": 0}, "runAsUser: Input should be greater than or equal to 1"),
     "a sweep all the time": ({**LEAST, "sweepSeconds": 0}, "sweepSeconds: Input should be greater than"),

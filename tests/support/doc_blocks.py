@@ -22,6 +22,8 @@ PROGRAMS = frozenset(
     {
         "llama-server",
         "buildah",
+        "cosign",
+        "openssl",
         "tensorboard",
         "ctr",
         "printf",
@@ -56,6 +58,8 @@ NOT_RUN = {
     "make cluster-down": "needs the cluster of make cluster-demo",
     "docker": "needs docker and a registry",
     "kind": "needs docker",
+    "cosign": "cosign is not installed; tests/manifests/test_provenance.py verifies by another implementation",
+    "openssl": "needs a release; tests/manifests/test_provenance.py makes a key, signs and verifies",
     "buildah": "needs an image that buildah has built",
     "ctr": "needs containerd, as root",
     "pip install": "needs the network, and would change the environment of the tests; the locks name the same extras",

@@ -32,6 +32,9 @@ ATTEMPT_LABEL = f"{GROUP}/attempt"
 ROLE_LABEL = f"{GROUP}/role"
 """On every child and pod: what it does for the job."""
 
+INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+"""On a pod of an attempt: its index, from the Job controller."""
+
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 """On an attempt's Job: the queue that admits it; on a QLoRAJob the same as spec.scheduling.queueName. The label is
 Kueue's own."""

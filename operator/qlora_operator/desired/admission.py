@@ -4,13 +4,18 @@ The chart's admission policies refuse such jobs at once, but not every cluster h
 policy.
 """
 
-from qlora_contract.remote import fits, source_allowed
+import re
+
+from qlora_contract.remote import fits, setting_of, source_allowed
 from qlora_operator.api import names
 from qlora_operator.api.names import Reason
 from qlora_operator.api.pod_resources import pod_cpus, resource_multiplier
 from qlora_operator.api.quantity import parse_memory
 from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec
-from qlora_operator.settings import Settings
+from qlora_operator.settings import DIGEST_PATTERN, Settings
+
+COMMIT_PATTERN = "[0-9a-f]{40}"
+"""A revision of the Hub that stays what it is; branches and tags move."""
 
 
 def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:
@@ -20,6 +25,8 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
         return Reason.IMAGE_NOT_ALLOWED, (
             f"spec.image {spec.image} is not allowed here: ask the administrator, or leave it out in another job"
         )
+    if settings.require_digests and (loose := _unpinned(spec)):
+        return loose
     uris = {
         **{f"spec.{source.uri_field}": source.uri for source in spec.sources},
         "spec.output.destination": spec.output.destination,
@@ -41,6 +48,22 @@ def policy_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | 
             "another job"
         )
     return _scheduling_violation(job, settings) or _size_violation(spec, settings)
+
+
+def _unpinned(spec: QLoRAJobSpec) -> tuple[Reason, str] | None:
+    """What a job names by a name that may come to mean something else."""
+    if spec.image is not None and not re.search(DIGEST_PATTERN, spec.image):
+        return Reason.IMAGE_NOT_ALLOWED, (
+            f"spec.image {spec.image} has no digest, which is demanded here: name it as repository@sha256:... in "
+            "another job, or leave it out"
+        )
+    for source in spec.sources:
+        if source.uri.startswith("hf://") and not re.fullmatch(COMMIT_PATTERN, source.revision):
+            return Reason.SOURCE_NOT_ALLOWED, (
+                f"spec.{setting_of(source.field, 'revision')} {source.revision} is no commit, which is demanded here: name the 40 "
+                "hexadecimal digits of one in another job"
+            )
+    return None
 
 
 def _scheduling_violation(job: QLoRAJob, settings: Settings) -> tuple[Reason, str] | None:

@@ -17,9 +17,10 @@ def has_service(job: QLoRAJob) -> bool:
 
 
 def ranks_service(job: QLoRAJob, *, uid: str) -> dict[str, Any]:
-    """A headless Service: each pod of each attempt has a name in DNS, ready or not.
+    """A headless Service: rank 0's pod of each attempt has a name in DNS, ready or not.
 
-    Ranks look for each other before any of them is ready.
+    Ranks look for it before any of them is ready, and learn of each other there. The other pods are not in the Service:
+    for each change of one that is, Kubernetes writes its endpoints anew.
     """
     return {
         "apiVersion": "v1",
@@ -42,7 +43,11 @@ def _spec(uid: str) -> dict[str, Any]:
     return {
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
-        "selector": {names.JOB_UID_LABEL: uid, names.ROLE_LABEL: names.Role.TRAINER.value},
+        "selector": {
+            names.JOB_UID_LABEL: uid,
+            names.ROLE_LABEL: names.Role.TRAINER.value,
+            names.INDEX_LABEL: "0",
+        },
         "ports": [
             {"name": "rendezvous", "port": RENDEZVOUS_PORT, "protocol": "TCP"},
             {"name": "progress", "port": PROGRESS_PORT, "protocol": "TCP"},

@@ -27,6 +27,12 @@ class Witness:
     """By uid of the QLoRAJob and attempt: the uids of the Jobs that had pods."""
 
     def __post_init__(self) -> None:
+        self.look_anew()
+
+    def look_anew(self) -> None:
+        """Begin with what is there now: an API server that was killed takes the history with it. Nothing changed while
+        it was away."""
+        self._alive.clear()
         listed = self.client.get(self._path)
         self._version = listed["metadata"]["resourceVersion"]
         for pod in listed["items"]:

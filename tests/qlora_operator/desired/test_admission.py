@@ -69,6 +69,11 @@ def job(**fields: Any) -> QLoRAJob:
     return a_job(**merged(known, fields))
 
 
+PINNED = {
+    "trainerImage": f"registry.example/trainer@sha256:{'1' * 64}",
+    "requireDigests": True,
+    "allowedImages": ["a/*"],
+}
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | None]] = {
     "everything is allowed by default": ({}, {}, None),
     "an image that is not allowed": (
@@ -222,6 +227,49 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Reason, str] | N
             Reason.SCHEDULING_NOT_ALLOWED,
             "pool=gold is not allowed here, where jobs run on nodes with pool=cpu",
         ),
+    ),
+    "nothing that moves, where digests are demanded": (
+        {
+            "image": f"a/b@sha256:{'0' * 64}",
+            "model": {"source": "hf://org/model", "revision": "c0ffee" * 6 + "c0ff"},
+            "dataset": {"source": "pvc://data/docs"},
+        },
+        PINNED,
+        None,
+    ),
+    "an image by its tag, where digests are demanded": (
+        {"image": "a/b:1"},
+        PINNED,
+        (Reason.IMAGE_NOT_ALLOWED, "spec.image a/b:1 has no digest, which is demanded here: name it as rep"),
+    ),
+    "a digest that is none": (
+        {"image": "a/b@sha256:0"},
+        PINNED,
+        (Reason.IMAGE_NOT_ALLOWED, "spec.image a/b@sha256:0 has no digest"),
+    ),
+    "a branch, where digests are demanded": (
+        {"model": {"source": "hf://org/model"}},
+        PINNED,
+        (
+            Reason.SOURCE_NOT_ALLOWED,
+            "spec.model.revision main is no commit, which is demanded here: name the 40",
+        ),
+    ),
+    "one of several sources by its tag, where digests are demanded": (
+        {
+            "model": {"source": "pvc://data/model"},
+            "dataset": {
+                "source": None,
+                "sources": [{"source": "pvc://data/a"}, {"source": "hf://datasets/org/b", "revision": "v1"}],
+            },
+        },
+        PINNED,
+        (Reason.SOURCE_NOT_ALLOWED, "spec.dataset.sources[1].revision v1 is no commit"),
+    ),
+    "an adapter that is gone on from by its branch, where digests are demanded": (
+        {"model": {"source": "pvc://data/model"}, "adapter": {"initialAdapter": "hf://org/adapter"}},
+        PINNED,
+        (Reason.SOURCE_NOT_ALLOWED, "spec.adapter.initialAdapterRevision main is no commit"),
     ),
     "just as much as is allowed": (
         {},

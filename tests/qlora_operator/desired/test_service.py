@@ -1,6 +1,6 @@
 """The Service of a job's ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis
@@ -26,14 +26,19 @@ def test_ranks_are_found_before_they_are_ready(a_job: Callable[..., QLoRAJob]) -
     assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)
 
 
-def test_only_trainers_of_this_very_job_are_selected(a_job: Callable[..., QLoRAJob]) -> None:
-    """Neither pods of an earlier job of the same name nor pods with another role are among the ranks."""
+def test_only_rank_0_of_this_very_job_is_selected(a_job: Callable[..., QLoRAJob]) -> None:
+    """Neither pods of an earlier job of the same name nor pods with another role, nor other ranks, whom nobody looks
+    for."""
     selector = ranks_service(a_job(), uid="u")["spec"]["selector"].items()
 
-    assert selector <= labels(a_job(), "u", names.Role.TRAINER, 7).items()
-    assert not selector <= labels(a_job(), "other", names.Role.TRAINER, 7).items()
+    def pod(uid: str, role: names.Role, index: int) -> Mapping[str, str]:
+        return {**labels(a_job(), uid, role, 7), "batch.kubernetes.io/job-completion-index": str(index)}
+
+    assert selector <= pod("u", names.Role.TRAINER, 0).items()
+    assert not selector <= pod("u", names.Role.TRAINER, 1).items()
+    assert not selector <= pod("other", names.Role.TRAINER, 0).items()
     for role in set(names.Role) - {names.Role.TRAINER}:
-        assert not selector <= labels(a_job(), "u", role, 7).items()
+        assert not selector <= pod("u", role, 0).items()
 
 
 @pytest.mark.parametrize(
@@ -77,5 +82,6 @@ def test_pods_have_their_names_in_the_service(
     else:
         assert service["metadata"]["name"] == template["spec"]["subdomain"]
         assert environment["MASTER_ADDR"].endswith(f"-0.{template['spec']['subdomain']}")
-    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    rank_0 = {**template["metadata"]["labels"], names.INDEX_LABEL: "0"}  # the Job controller's
+    assert service["spec"]["selector"].items() <= rank_0.items()
     assert misfits(service, "V1Service") == []
