@@ -60,8 +60,8 @@ def _unpinned(spec: QLoRAJobSpec) -> tuple[Reason, str] | None:
     for source in spec.sources:
         if source.uri.startswith("hf://") and not re.fullmatch(COMMIT_PATTERN, source.revision):
             return Reason.SOURCE_NOT_ALLOWED, (
-                f"spec.{setting_of(source.field, 'revision')} {source.revision} is no commit, which is demanded here: name the 40 "
-                "hexadecimal digits of one in another job"
+                f"spec.{setting_of(source.field, 'revision')} {source.revision} is no commit, which is demanded here: "
+                "name the 40 hexadecimal digits of one in another job"
             )
     return None
 
