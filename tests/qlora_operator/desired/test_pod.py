@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from builders import environment_of
 from qlora_contract.env import PRICE_ENV, REQUESTED_ENV
 from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
@@ -211,10 +212,10 @@ def test_ranks_are_told_the_price_and_since_when_they_were_waited_for(
     stage: RunStage, fields: dict[str, Any], expected: dict[str, str], template: Make
 ) -> None:
     """Neither is the job's own business, so neither is in its RunConfig."""
-    (container,) = template(stage=stage, **fields)["spec"]["containers"]
-    environment = {each["name"]: each["value"] for each in container["env"]}
+    environment = environment_of(template(stage=stage, **fields))
 
-    assert {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if name in environment} == expected
+    told = {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if environment.get(name)}
+    assert told == expected
 
 
 # --- RunConfig
@@ -433,8 +434,9 @@ def test_the_operators_own_labels_and_annotations_win(template: Make) -> None:
 
 def test_the_launcher_is_told_where_rank_0_is(template: Make) -> None:
     """The container runs the launcher, finds rank 0 of its own attempt, and writes only where it can."""
-    (container,) = template(spec={"topology": {"pods": 2}})["spec"]["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    pod = template(spec={"topology": {"pods": 2}})
+    (container,) = pod["spec"]["containers"]
+    environment = environment_of(pod)
     writable = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
 
     assert container["command"] == ["python", "-m", "qlora_trainer.launch"]
@@ -482,11 +484,6 @@ NETWORK = {
 SCRATCH = {"HOME": "/tmp", "TMPDIR": "/tmp", "HF_HOME": "/tmp/hf", "PYTHONUNBUFFERED": "1"}
 
 
-def environment(pod: dict[str, Any]) -> dict[str, str]:
-    """Of the pod's container."""
-    return {entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]}
-
-
 def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
     """Fetch and publish have a command, a role and resources of their own, in a pod like the ranks' otherwise."""
     topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 8, "memoryPerRank": "64Gi", "pinning": "strict"}
@@ -516,7 +513,7 @@ def test_an_export_is_one_rank_alone(template: Make) -> None:
     assert container["command"] == ["python", "-m", "qlora_trainer.launch"]
     both = {"cpu": "8", "memory": str(64 * 2**30 + 256 * 2**20 + 64 * 2**20)}
     assert container["resources"] == {"requests": both, "limits": both}
-    assert environment(pod)["MASTER_ADDR"] == LOOPBACK
+    assert environment_of(pod)["MASTER_ADDR"] == LOOPBACK
     assert "serviceAccountName" not in pod["spec"]
     run = json.loads(pod["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
     assert run["stage"] == "export"
