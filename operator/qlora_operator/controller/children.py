@@ -62,6 +62,18 @@ class Children:
                 if not await self._client.delete(BATCH_JOBS, namespace, name, job_uid):
                     self._cache.drop_attempt_job(uid, name, job_uid)
                     return False
+            case DeleteJob():
+                if not await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid):
+                    self._cache.drop_job((namespace, job.metadata.name), uid)
+                    return False
+            case _:
+                await self._do(action, job, uid)
+        return True
+
+    async def _do(self, action: Action, job: QLoRAJob, uid: str) -> None:
+        """What the other actions follow in any case."""
+        namespace = str(job.metadata.namespace)
+        match action:
             case TellCheckpoint():
                 await self._tell_checkpoint(namespace, action)
             case KeepWorkload():
@@ -72,11 +84,6 @@ class Children:
                 await self._delete_network(job, uid)
             case DeletePod(name, pod_uid):
                 await self._client.delete(PODS, namespace, name, pod_uid)
-            case DeleteJob():
-                if not await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid):
-                    self._cache.drop_job((namespace, job.metadata.name), uid)
-                    return False
-        return True
 
     async def _try(self, uid: str, children: Awaitable[None]) -> bool:
         """Create children. What keeps them from being created is kept for the next decision, which tells the user."""

@@ -89,7 +89,9 @@ def attempt_job(
         wanted = all_pods if stage == "train" and workload is not None else pods
         if stage == "train" and least is not None and least < wanted:
             child["spec"].update(completions=wanted, parallelism=wanted)
-            child["metadata"]["annotations"].update(zip(names.PARTIAL_ADMISSION, (str(least), "true"), strict=True))
+            child["metadata"]["annotations"].update(
+                zip(names.PARTIAL_ADMISSION, (str(least), "true"), strict=True)
+            )
     if priority := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
         child["metadata"]["labels"][names.WORKLOAD_PRIORITY_LABEL] = priority
     return child

@@ -56,8 +56,7 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
             _reconcile_attempt(builder)
         if not (builder.view.finished or builder.view.hold is not None):
             _start_next_attempt(builder)
-        if builder.view.finished or builder.view.hold is not None:
-            _leave_the_queue(builder)
+        _leave_the_queue(builder)
         builder.act(*teardown.delete_leftover_jobs(builder.view))
         # A finished job is deleted after its time to live.
         expiry = policies.expiry(job.spec, builder.status) if builder.view.finished else None
@@ -250,15 +249,17 @@ def _start_next_attempt(builder: StatusBuilder) -> None:
     if blocked is not None:
         builder.block(blocked)
         if blocked.reason not in (None, Reason.PODS_REMAIN):
-            _leave_the_queue(builder)
+            _leave_the_queue(builder, blocked=True)
     else:
         _start(builder)
 
 
-def _leave_the_queue(builder: StatusBuilder) -> None:
+def _leave_the_queue(builder: StatusBuilder, *, blocked: bool = False) -> None:
     """A Workload that no attempt takes over soon must not hold quota: the job is over or suspended, or has no nodes."""
     view, last = builder.view, builder.view.last_attempt
     if last is None or last.end is None or last.workload is None:
+        return
+    if not (blocked or view.finished or view.hold is not None):
         return
     if view.workload is None:
         builder.set_attempt(workload=None)

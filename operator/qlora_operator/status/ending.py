@@ -127,7 +127,9 @@ def workload_lost(view: JobView) -> AttemptEnd | NotYet | None:
         return NotYet(started + TAKE_OVER)
     if view.workload is not None:
         return None
-    message = f"the place in the queue is lost: the Workload {job.workload} is gone, or was made for other pods"
+    message = (
+        f"the place in the queue is lost: the Workload {job.workload} is gone, or was made for other pods"
+    )
     return AttemptEnd(Reason.REQUEUED, message, Budget.NONE)
 
 

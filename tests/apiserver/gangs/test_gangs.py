@@ -1,4 +1,4 @@
-"""Jobs under Kubernetes' own gang scheduling: an attempt's Job has the form for which the Job controller makes a group."""
+"""Jobs under Kubernetes' own gang scheduling: the Job controller makes a group for a Job of an attempt's form."""
 
 from collections.abc import Callable
 from typing import Any

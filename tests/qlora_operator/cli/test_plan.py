@@ -161,8 +161,10 @@ def test_the_time_is_shown_with_what_it_rests_on(money: dict[str, Any], expected
             {"pods": 4, "minPods": 1, "ranksPerPod": 2},
             TIME,
             [
-                "in a cluster 1 of 4 pods will do (topology.minPods), 2 rank(s): "
-                "the job then takes up to about 8h 11m"
+                (
+                    "in a cluster 1 of 4 pods will do (topology.minPods), 2 rank(s): "
+                    "the job then takes up to about 8h 11m"
+                )
             ],
             id="the least",
         ),

@@ -284,7 +284,9 @@ def test_the_containers_of_all_attempts_are_equal(
 ) -> None:
     """Kueue lets the Job of one take over the Workload of another only then."""
     made = [
-        attempt_job(a_job(topology={"pods": 4, "minPods": 1}), uid="u", image="a", settings=settings(), **attempt)
+        attempt_job(
+            a_job(topology={"pods": 4, "minPods": 1}), uid="u", image="a", settings=settings(), **attempt
+        )
         for attempt in (
             {"attempt": 0, "isa": "avx2"},
             {"attempt": 7, "isa": "avx512", "pods": 1, "requested": "2026-01-31T12:00:00Z", "avoid": ["n"]},

@@ -548,7 +548,7 @@ def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, templ
     """Proxy, authorities, mirror and S3 server stand in the environment under the names that libraries read."""
     ca_file = "/etc/qlora/ca/ca.crt"
 
-    assert environment(template(spec=REMOTE, stage=stage, transfer=NETWORK)) == {
+    assert environment_of(template(spec=REMOTE, stage=stage, transfer=NETWORK)) == {
         **SCRATCH,
         "HTTP_PROXY": "http://proxy.example:3128",
         "HTTPS_PROXY": "http://proxy.example:3129",
@@ -565,7 +565,7 @@ def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, templ
 @pytest.mark.parametrize("stage", TRANSFERS)
 def test_what_the_administrator_leaves_out_is_not_in_the_environment(stage: RunStage, template: Make) -> None:
     """An empty variable would mean something else to a library than none."""
-    assert environment(template(spec=REMOTE, stage=stage)) == SCRATCH
+    assert environment_of(template(spec=REMOTE, stage=stage)) == SCRATCH
 
 
 @pytest.mark.parametrize(

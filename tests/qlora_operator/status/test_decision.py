@@ -797,52 +797,79 @@ def test_evictions_by_the_queue_cost_nothing(cluster: Callable[..., Any]) -> Non
     assert played.job.status.phase == Phase.SUCCEEDED
 
 
+def is_evicted_again(played: Any) -> None:
+    """Let in and taken out once more."""
+    admitted(played)
+    evict(played)
+
+
+def loses_its_job(played: Any) -> None:
+    """Somebody deletes its Job."""
+    (uid,) = played.batch_jobs
+    played.delete_job(uid)
+
+
+def is_suspended(played: Any) -> None:
+    """The user suspends the job."""
+    played.set_spec(suspend=True)
+
+
 @pytest.mark.parametrize("line", ["", "save", "act"])
 @pytest.mark.parametrize(
-    "then", ["goes on", "suspended", "no nodes", "Job deleted", "evicted again"]
+    ("happens", "stays"),
+    [(look, True), (is_evicted_again, True), (loses_its_job, True), (is_suspended, False)],
 )
-def test_an_evicted_job_keeps_its_place_and_no_quota_for_nobody(
-    cluster: Callable[..., Any], then: str, line: str
+def test_an_evicted_job_keeps_its_place(
+    cluster: Callable[..., Any], happens: Callable[[Any], None], stays: bool, line: str
 ) -> None:
     """Whatever becomes of it next, and wherever the operator dies: its Workload is taken over, or goes."""
-    played = cluster(scheduling={"queueName": "q"}, infrastructureBackoffLimit=9)
+    played = mortal(cluster(scheduling={"queueName": "q"}, infrastructureBackoffLimit=9), line)
+    calm(played, 1)
+    admitted(played)
+    (first,) = played.workloads
+    evict(played)
+    assert [job.workload for job in played.batch_jobs.values()] == [first]
+
+    happens(played)
+    for _ in range(5):
+        look(played, 30)
+
+    assert list(played.workloads) == ([first] if stays else [])
+    assert played.unclaimed() == []
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+    assert played.unclaimed() == []
+
+
+@pytest.mark.parametrize("line", ["", "save", "act"])
+def test_an_evicted_job_without_nodes_leaves_the_queue(cluster: Callable[..., Any], line: str) -> None:
+    """Its Workload could be let in, and its quota lie idle; once there are nodes the job queues anew."""
+    played = mortal(cluster(scheduling={"queueName": "q"}), line)
+    calm(played, 1)
+    admitted(played)
+    played.tiers = ()
+
+    evict(played)
+    for _ in range(5):
+        look(played, 30)
+
+    assert (played.workloads, played.job.status.phase) == ({}, Phase.PENDING)
+    assert played.job.status.attempts[-1].workload is None
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+
+
+def mortal(played: Any, line: str) -> Any:
+    """Its operator dies there in each decision, if anywhere, and makes the decision again."""
     live = played.reconcile
 
-    def mortal() -> None:
+    def dies_and_lives() -> None:
         if line:
             live(dies=line)
         live()
 
-    played.reconcile = mortal
-    calm(played, 1)
-    admitted(played)
-    (first,) = played.workloads
-    if then == "no nodes":
-        played.tiers = ()
-    evict(played)
-    if then in ("goes on", "evicted again", "Job deleted"):
-        assert list(played.workloads) == [first]
-        assert [job.workload for job in played.batch_jobs.values()] == [first]
-    if then == "suspended":
-        played.set_spec(suspend=True)
-    if then == "Job deleted":
-        (uid,) = played.batch_jobs
-        played.delete_job(uid)
-    if then == "evicted again":
-        admitted(played)
-        evict(played)
-        assert list(played.workloads) == [first]
-    for _ in range(5):
-        look(played, 30)
-    if then in ("suspended", "no nodes"):
-        assert played.workloads == {}
-    if then == "Job deleted":
-        assert played.unclaimed() == []
-
-    played.settle()
-
-    assert played.job.status.phase == Phase.SUCCEEDED
-    assert played.unclaimed() == []
+    played.reconcile = dies_and_lives
+    return played
 
 
 def evict(played: Any) -> None:
