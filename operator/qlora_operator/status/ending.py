@@ -134,13 +134,14 @@ def workload_lost(view: JobView) -> AttemptEnd | NotYet | None:
 
 
 def pods_of_an_earlier_attempt(view: JobView) -> AttemptEnd | None:
-    """Its queue took its Job out and let it in again, unseen, with the pod template of the attempt that the Workload
-    was made for: Kueue restores that."""
+    """Its queue has let its Job in with the pod template of the attempt that the Workload was made for: Kueue restores
+    that in a Job whose Workload was evicted, also in one that has taken it over since. The next attempt takes over a
+    Workload that is let in, of which nothing is restored."""
     job = _intact_job(view)
-    if job is None or job.template_attempt in (None, job.attempt):
+    if job is None or job.suspended or job.template_attempt in (None, job.attempt):
         return None
-    message = f"the Job {job.name} has pods of attempt {job.template_attempt}, as its queue has restored them"
-    return AttemptEnd(Reason.REQUEUED, message, Budget.NONE)
+    message = f"let in, with pods as the queue knew them from attempt {job.template_attempt}: another attempt follows"
+    return AttemptEnd(Reason.REQUEUED, message, Budget.NONE, workload=view.workload)
 
 
 def parallelism_changed(view: JobView) -> AttemptEnd | None:

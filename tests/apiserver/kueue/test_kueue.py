@@ -158,7 +158,7 @@ def test_a_preempted_job_pays_nothing_and_goes_on(make_job: MakeJob, queues: Que
     assert status["restarts"] == NO_RESTARTS
     waits(loser, "insufficient unused quota for cpu")
     winner.succeed(pods)
-    loser.run(1)
+    loser.run(2)  # attempt 1 has kept the place
     assert loser.status["restarts"] == NO_RESTARTS
 
 
@@ -176,7 +176,7 @@ def test_a_preempted_job_keeps_its_place(make_job: MakeJob, queues: Queues) -> N
     pods = winner.run()
     loser.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
     winner.succeed(pods)
-    pods = loser.run(1)
+    pods = loser.run(2)
 
     waits(later, "insufficient unused quota for cpu")
     assert later.status["attempt"] == 0
@@ -240,8 +240,8 @@ def test_a_deactivated_workload_holds_its_job(make_job: MakeJob, queues: Queues)
     wait_for(lambda: not job.children("pods"), or_else="the end of its pods")
     queues.set_active(True)
 
-    job.until(lambda status: status["attempt"] == 1, 60)
-    job.run(1)
+    job.until(lambda status: status["attempt"] == 2, 60)
+    job.run(2)
     assert job.status["restarts"] == NO_RESTARTS
 
 

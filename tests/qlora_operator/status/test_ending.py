@@ -446,22 +446,27 @@ def test_a_workload_that_cannot_be_taken_over_costs_the_place_alone(
         assert (end.budget, end.workload) == ("none", None)
 
 
-@pytest.mark.parametrize(("attempt", "reason"), [(None, None), (0, None), (3, "Requeued")])
+@pytest.mark.parametrize(
+    ("attempt", "suspended", "reason"),
+    [(None, False, None), (0, False, None), (3, True, None), (3, False, "Requeued")],
+)
 def test_pods_of_another_attempt_are_not_taken_for_ones_of_this(
     starting: Status,
     make_view: Callable[..., Any],
     make_attempt_job: Any,
     now: datetime,
     attempt: int | None,
+    suspended: bool,
     reason: str | None,
 ) -> None:
-    """Kueue gives a Job that it stops the pod template of its Workload, which may be that of an earlier attempt."""
-    job = make_attempt_job(template_attempt=attempt)
+    """Kueue gives a Job that it stops the pod template of its Workload, which may be that of an earlier attempt. Once
+    it lets the Job in, the next attempt takes over the Workload with its quota."""
+    job = make_attempt_job(template_attempt=attempt, suspended=suspended)
 
-    end = ending.pods_of_an_earlier_attempt(make_view(starting(9, now), [job], [], spec=QUEUED))
+    end = ending.pods_of_an_earlier_attempt(make_view(starting(9, now), [job], [], spec=QUEUED, **WORKLOAD))
 
     assert (end.reason if end else None) == reason
-    assert end is None or end.budget == "none"
+    assert end is None or (end.budget, end.workload) == ("none", WORKLOAD["workload"])
 
 
 @pytest.mark.parametrize(
