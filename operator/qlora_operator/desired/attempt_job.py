@@ -83,8 +83,6 @@ def attempt_job(
         # Kueue sets suspend to false when there is quota; an unsuspended Job would run before.
         child["metadata"]["labels"][names.QUEUE_LABEL] = job.queue_name
         child["spec"]["suspend"] = True
-    if workload is not None:
-        child["metadata"]["labels"][names.PREBUILT_WORKLOAD_LABEL] = workload
         # A Workload is for all pods, however many of them Kueue has let in: it sets the Job's number when it starts it.
         wanted = all_pods if stage == "train" and workload is not None else pods
         if stage == "train" and least is not None and least < wanted:
@@ -92,6 +90,8 @@ def attempt_job(
             child["metadata"]["annotations"].update(
                 zip(names.PARTIAL_ADMISSION, (str(least), "true"), strict=True)
             )
+    if workload is not None:
+        child["metadata"]["labels"][names.PREBUILT_WORKLOAD_LABEL] = workload
     if priority := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
         child["metadata"]["labels"][names.WORKLOAD_PRIORITY_LABEL] = priority
     return child

@@ -67,6 +67,24 @@ def kept_one(queues: Queues, name: str) -> Object:
     return next((each for each in queues.workloads() if each["metadata"]["name"] == name), {})
 
 
+def runs_again(job: Any) -> list[Object]:
+    """The pods of a job that was evicted, once they run: those of the attempt that has kept its place in the queue, or
+    of the next one, if Kueue has let the former in with pods of the attempt before."""
+
+    def up() -> list[Object] | None:
+        attempt = job.status["attempt"]
+        mine = f"qlora.dev/job-name={job.name},qlora.dev/attempt={attempt}"
+        path = f"/api/v1/namespaces/{job.namespace}/pods?labelSelector={mine}"
+        pods = [pod for pod in job.client.items(path) if "deletionTimestamp" not in pod["metadata"]]
+        if attempt == 0 or len(pods) != 2:
+            return None
+        found = [job.kubelet.running(pod) for pod in pods]
+        status = job.until(lambda status: status["phase"] == "Running" or status["attempt"] != attempt)
+        return found if status["attempt"] == attempt else None
+
+    return wait_for(up, 60, or_else=lambda: str(job.status))
+
+
 def test_a_gang_is_admitted_as_one_workload(make_job: MakeJob, queues: Queues) -> None:
     """All of its pods at once, onto nodes of the flavor; it is told when the quota was granted."""
     queues.cluster_queue({queues.flavor("a", {POOL: "a"}): 2})
@@ -158,7 +176,7 @@ def test_a_preempted_job_pays_nothing_and_goes_on(make_job: MakeJob, queues: Que
     assert status["restarts"] == NO_RESTARTS
     waits(loser, "insufficient unused quota for cpu")
     winner.succeed(pods)
-    loser.run(2)  # attempt 1 has kept the place
+    runs_again(loser)
     assert loser.status["restarts"] == NO_RESTARTS
 
 
@@ -176,7 +194,7 @@ def test_a_preempted_job_keeps_its_place(make_job: MakeJob, queues: Queues) -> N
     pods = winner.run()
     loser.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
     winner.succeed(pods)
-    pods = loser.run(2)
+    pods = runs_again(loser)
 
     waits(later, "insufficient unused quota for cpu")
     assert later.status["attempt"] == 0
@@ -240,8 +258,7 @@ def test_a_deactivated_workload_holds_its_job(make_job: MakeJob, queues: Queues)
     wait_for(lambda: not job.children("pods"), or_else="the end of its pods")
     queues.set_active(True)
 
-    job.until(lambda status: status["attempt"] == 2, 60)
-    job.run(2)
+    runs_again(job)
     assert job.status["restarts"] == NO_RESTARTS
 
 

@@ -609,9 +609,8 @@ def test_credentials_are_files_of_transfers_only(
 
     assert mounted == [name for name in named if name is not None]
     proxies = attempt["settings"].transfer.proxy_secret if attempt["stage"] in TRANSFERS else None
-    sources = [
-        entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"] if "valueFrom" in entry
-    ]
+    references = [entry["valueFrom"] for entry in container["env"] if "valueFrom" in entry]
+    sources = [each["secretKeyRef"]["name"] for each in references if "secretKeyRef" in each]
     assert set(sources) == ({proxies} if proxies is not None else set())
     assert "envFrom" not in container
     account = attempt["settings"].transfer.service_account_name if attempt["stage"] in TRANSFERS else None
