@@ -360,6 +360,58 @@ def make_remote_job(make_job: Callable[..., Job]) -> Callable[..., Job]:
     return lambda **spec: make_job(**{**REMOTE, **spec})
 
 
+@pytest.fixture
+def claim(api_cluster: Cluster, namespace: str) -> Iterator[None]:
+    """The jobs' claim, bound: without it the scheduler places nothing."""
+    client = api_cluster.client
+    volume = {
+        "capacity": {"storage": "1Gi"},
+        "accessModes": ["ReadWriteMany"],
+        "storageClassName": "",
+        "hostPath": {"path": "/nowhere"},
+    }
+    of = {"namespace": namespace, "name": "work"}
+    asked = {"accessModes": ["ReadWriteMany"], "storageClassName": "", "volumeName": namespace}
+    asked["resources"] = {"requests": {"storage": "1Gi"}}
+    path = f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"
+    client.post(
+        "/api/v1/persistentvolumes", {"metadata": {"name": namespace}, "spec": {**volume, "claimRef": of}}
+    )
+    client.post(path, {"metadata": {"name": "work"}, "spec": asked})
+    wait_for(lambda: client.get(f"{path}/work")["status"].get("phase") == "Bound")
+    yield
+    _empty(client, namespace)
+    client.delete(f"/api/v1/persistentvolumes/{namespace}")
+
+
+def _empty(client: Client, namespace: str) -> None:
+    """Free the nodes for the next test: no job, and no pod that nobody would end."""
+    at_once, pods = {"gracePeriodSeconds": 0}, f"/api/v1/namespaces/{namespace}/pods"
+    client.delete(f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs")
+    client.delete(f"/apis/batch/v1/namespaces/{namespace}/jobs", {"propagationPolicy": "Background"})
+    wait_for(lambda: client.delete(pods, at_once) and not client.items(pods))
+
+
+@pytest.fixture
+def fill(api_cluster: Cluster, namespace: str) -> Callable[[str], Callable[[], None]]:
+    """fill(node) takes all of a node's CPUs; what it gives frees them."""
+
+    def make(node: str) -> Callable[[], None]:
+        container = {
+            "name": "filler",
+            "image": "registry.example/filler:1",
+            "resources": {"requests": {"cpu": "1"}},
+            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        }
+        security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
+        spec = {"nodeName": node, "containers": [container], "securityContext": security}
+        path = f"/api/v1/namespaces/{namespace}/pods"
+        api_cluster.client.post(path, {"metadata": {"name": f"filler-{node}"}, "spec": spec})
+        return lambda: api_cluster.client.delete(f"{path}/filler-{node}", {"gracePeriodSeconds": 0}) and None
+
+    return make
+
+
 @pytest.fixture(scope="session", autouse=True)
 def node(api_cluster: Cluster) -> None:
     """One big node with AVX-512, played."""

@@ -52,60 +52,9 @@ def pools(api_cluster: Cluster) -> Iterator[None]:
 
 
 @pytest.fixture
-def claim(client: Client, namespace: str) -> Iterator[None]:
-    """The jobs' claim, bound: without it the scheduler places nothing."""
-    volume = {
-        "capacity": {"storage": "1Gi"},
-        "accessModes": ["ReadWriteMany"],
-        "storageClassName": "",
-        "hostPath": {"path": "/nowhere"},
-    }
-    of = {"namespace": namespace, "name": "work"}
-    asked = {"accessModes": ["ReadWriteMany"], "storageClassName": "", "volumeName": namespace}
-    asked["resources"] = {"requests": {"storage": "1Gi"}}
-    path = f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"
-    client.post(
-        "/api/v1/persistentvolumes", {"metadata": {"name": namespace}, "spec": {**volume, "claimRef": of}}
-    )
-    client.post(path, {"metadata": {"name": "work"}, "spec": asked})
-    wait_for(lambda: client.get(f"{path}/work")["status"].get("phase") == "Bound")
-    yield
-    empty(client, namespace)
-    client.delete(f"/api/v1/persistentvolumes/{namespace}")
-
-
-def empty(client: Client, namespace: str) -> None:
-    """Free the nodes for the next test: no job, and no pod that nobody would end."""
-    at_once, pods = {"gracePeriodSeconds": 0}, f"/api/v1/namespaces/{namespace}/pods"
-    client.delete(f"/apis/qlora.dev/v1alpha1/namespaces/{namespace}/qlorajobs")
-    client.delete(f"/apis/batch/v1/namespaces/{namespace}/jobs", {"propagationPolicy": "Background"})
-    wait_for(lambda: client.delete(pods, at_once) and not client.items(pods))
-
-
-@pytest.fixture
 def client(api_cluster: Cluster) -> Client:
     """The administrator's."""
     return api_cluster.client
-
-
-@pytest.fixture
-def fill(client: Client, namespace: str) -> Callable[[str], Callable[[], None]]:
-    """fill(node) takes all of a node's CPUs; what it gives frees them."""
-
-    def make(node: str) -> Callable[[], None]:
-        container = {
-            "name": "filler",
-            "image": "registry.example/filler:1",
-            "resources": {"requests": {"cpu": "1"}},
-            "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-        }
-        security = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
-        spec = {"nodeName": node, "containers": [container], "securityContext": security}
-        path = f"/api/v1/namespaces/{namespace}/pods"
-        client.post(path, {"metadata": {"name": f"filler-{node}"}, "spec": spec})
-        return lambda: client.delete(f"{path}/filler-{node}", {"gracePeriodSeconds": 0}) and None
-
-    return make
 
 
 def in_pool(pool: str, **scheduling: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from testcluster.audit import Permission, granted, permission, requests
 from testcluster.chart import operator_role
-from testcluster.client import Client
+from testcluster.client import ApiError, Client
 from testcluster.control_plane import ControlPlane
 from testcluster.faulty import FaultyProxy, answer
 from testcluster.rank_zero import rank_zero
@@ -19,6 +19,7 @@ from testcluster.waiting import wait_for
 pytestmark = pytest.mark.cluster
 
 USER = "system:serviceaccount:qlora-system:qlora-operator"
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 WRITES = {"create", "update", "patch", "delete"}
 ASKED_BY_ADMISSION = {("update", "qlora.dev", "qlorajobs/finalizers")}
 """Checked where admission polices owner references that block deletion, and in no request of its own."""
@@ -116,14 +117,41 @@ def makes_a_checkpoint(make_job: Callable[..., Any]) -> None:
 
 
 def loses_its_quota(client: Client, make_job: Callable[..., Any]) -> None:
-    """A queue lets a job in and takes it out again: the operator asks for its Workload."""
+    """A queue lets a job in and takes it out again: the operator asks for its Workload, and keeps it until the user
+    suspends the job."""
     job = make_job("queued", scheduling={"queueName": "q"})
-    job.until_gang(0, lambda gang: gang["spec"]["suspend"])
+    gang = job.until_gang(0, lambda gang: gang["spec"]["suspend"])
+    workloads = serve_workloads(client, job.namespace)
+    labels = {"kueue.x-k8s.io/job-uid": gang["metadata"]["uid"]}
+    body = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": {}}
+    client.post(workloads, {**body, "metadata": {"name": "played", "labels": labels}})
     path = f"/apis/batch/v1/namespaces/{job.namespace}/jobs/queued-a0"
     client.patch(path, {"spec": {"suspend": False}})
     job.run(0)
     client.patch(path, {"spec": {"suspend": True}})
-    job.until(lambda status: status["attempts"][0].get("reason") == "Requeued")
+    job.until_gang(1, lambda gang: "kueue.x-k8s.io/prebuilt-workload-name" in gang["metadata"]["labels"])
+    job.patch({"suspend": True})
+    wait_for(lambda: not client.items(workloads), or_else="the end of its Workload")
+    client.delete(f"{DEFINITIONS}/workloads.kueue.x-k8s.io")
+
+
+def serve_workloads(client: Client, namespace: str) -> str:
+    """Kueue's Workloads exist, without Kueue; their path."""
+    version = {"name": "v1beta2", "served": True, "storage": True}
+    version["schema"] = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+    names = {"plural": "workloads", "kind": "Workload"}
+    spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names, "versions": [version]}
+    client.post(DEFINITIONS, {"metadata": {"name": "workloads.kueue.x-k8s.io"}, "spec": spec})
+    path = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{namespace}/workloads"
+
+    def is_served() -> bool:
+        try:
+            return client.items(path) == []
+        except ApiError:
+            return False
+
+    wait_for(is_served, or_else="the definition of Workloads")
+    return path
 
 
 def test_what_is_granted_is_used(tour: None, control_plane: ControlPlane) -> None:

@@ -57,7 +57,16 @@ COMMANDS = {
     "publish": ["python", "-m", "qlora_trainer.transfer"],
 }
 CHECK = ["python", "-m", "qlora_trainer.check"]
-ENVIRONMENT = {"HF_HOME", "HOME", "QLORA_HANDOFF", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "TMPDIR"}
+ENVIRONMENT = {
+    "HF_HOME",
+    "HOME",
+    "QLORA_HANDOFF",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTHONUNBUFFERED",
+    "QLORA_REQUESTED",
+    "TMPDIR",
+}
 RESTRICTED = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -173,7 +182,8 @@ def _gang(spec: Object, job: Object, stage: str) -> Iterator[str]:
     template = spec["template"]
     yield from _labels(template["metadata"]["labels"], job["metadata"]["name"], set())
     stay = {"karpenter.sh/do-not-disrupt", "cluster-autoscaler.kubernetes.io/safe-to-evict"}
-    if set(template["metadata"]["annotations"]) - stay != {"qlora.dev/run-config"}:
+    told = {"qlora.dev/run-config"} | ({"qlora.dev/rank-zero"} if stage == "train" else set())
+    if set(template["metadata"]["annotations"]) - stay != told:
         yield f"annotations {set(template['metadata']['annotations'])}"
     yield from _pod(template["spec"], job)
     container, *others = template["spec"]["containers"]
@@ -230,7 +240,12 @@ def _container(container: Object, command: list[str]) -> Iterator[str]:
     if container["command"] != command:
         yield f"command {container['command']}"
     for entry in container["env"]:
-        if set(entry) != {"name", "value"} or entry["name"] not in ENVIRONMENT or "$" in entry["value"]:
+        of_the_pod = re.fullmatch(
+            r"metadata\.annotations\['qlora\.dev/(rank-zero|requested)'\]",
+            entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", ""),
+        )
+        known = {"name", "valueFrom"} if of_the_pod else {"name", "value"}
+        if set(entry) != known or entry["name"] not in ENVIRONMENT or "$" in entry.get("value", ""):
             yield f"environment {entry}"
 
 

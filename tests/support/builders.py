@@ -171,6 +171,20 @@ def _labels(job: str, job_uid: str, attempt: int) -> dict[str, str]:
     return {names.JOB_NAME_LABEL: job, names.JOB_UID_LABEL: job_uid, names.ATTEMPT_LABEL: str(attempt)}
 
 
+def environment_of(pod: Mapping[str, Any]) -> dict[str, str]:
+    """The environment of a pod's container as its kubelet makes it, but for what Secrets hold: `pod` is a pod, or the
+    template of one."""
+    annotations, found = pod["metadata"].get("annotations") or {}, {}
+    for entry in pod["spec"]["containers"][0]["env"]:
+        field = (entry.get("valueFrom") or {}).get("fieldRef")
+        if field is not None:
+            name = field["fieldPath"].removeprefix("metadata.annotations['").removesuffix("']")
+            found[entry["name"]] = annotations.get(name, "")
+        elif "value" in entry:
+            found[entry["name"]] = entry["value"]
+    return found
+
+
 # --- what the operator reads out of these
 
 

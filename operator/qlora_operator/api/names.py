@@ -50,6 +50,20 @@ TOPOLOGY_ANNOTATIONS = tuple(
 WORKLOAD_JOB_LABEL = "kueue.x-k8s.io/job-uid"
 """On Kueue's Workload: the uid of the Job that it is about."""
 
+PREBUILT_WORKLOAD_LABEL = "kueue.x-k8s.io/prebuilt-workload-name"
+"""On an attempt's Job: the Workload that it takes over from an attempt whose quota was taken back, with its place in
+the queue. The label is Kueue's own."""
+
+PARTIAL_ADMISSION = ("kueue.x-k8s.io/job-min-parallelism", "kueue.x-k8s.io/job-completions-equal-parallelism")
+"""On an attempt's Job: with how many pods Kueue may let it in, and that all of these are to end. Kueue's own."""
+
+RANK_ZERO_ANNOTATION = f"{GROUP}/rank-zero"
+"""On an attempt's pod template: the host name of rank 0, which the container's environment has by reference. Kueue
+lets a Job take over a Workload only if their containers are equal, and so those of all attempts are."""
+
+REQUESTED_ANNOTATION = f"{GROUP}/requested"
+"""On an attempt's pod template, likewise: when the attempt was decided upon, RFC 3339."""
+
 RUN_CONFIG_ANNOTATION = f"{GROUP}/run-config"
 """On an attempt's pod template: its RunConfig as JSON, which the pods see as run.json."""
 

@@ -88,6 +88,9 @@ class Attempt(StatusModel):
     """The uid of its batch/v1 Job, once seen: distinguishes a deleted Job from one that was never created."""
     placed: int | None = None
     """With reason Shrunk: how many of its pods had nodes; the next attempt has as many."""
+    workload: str | None = None
+    """With reason Requeued or Shrunk: Kueue's Workload of its Job, which the next attempt takes over with its place in
+    the queue, or its quota. Unset: the next one is a new Workload."""
     node: str | None = None
     """The node of the pod that ended it, unless that was drained or preempted. The next attempts prefer others for an
     hour, if its kubelet refused the pod or another attempt ended there, too."""

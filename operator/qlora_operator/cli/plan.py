@@ -29,7 +29,7 @@ from qlora_contract.scratch import scratch_folder
 from qlora_contract.speed import time_of
 from qlora_contract.units import format_bytes, format_duration
 from qlora_operator.api.run_config import to_run_config
-from qlora_operator.api.v1alpha1 import QLoRAJob
+from qlora_operator.api.v1alpha1 import QLoRAJob, Topology
 from qlora_operator.cli.cpu_locks import in_use_now
 from qlora_operator.cli.display import printable
 from qlora_operator.cli.outcome import error_message
@@ -142,7 +142,9 @@ def job_plan(
         world_size=run.layout.world_size if pods or not auto else None,
         memory_per_rank=run.layout.memory_per_rank,
         ranks=rank_places(pods),
-        notes=notes + list(dict.fromkeys(note for pod in pods for note in pod_notes(pod))),
+        notes=notes
+        + fewer_pods(topology, time)
+        + list(dict.fromkeys(note for pod in pods for note in pod_notes(pod))),
         problems=[str(problem) for problem in problems],
         exit_code=problems[0].code if problems else 0,
         missing_volumes=missing_volumes,
@@ -152,6 +154,19 @@ def job_plan(
         currency="" if price is None else price.currency,
         money=None if time is None or price is None else time.core_hours * price.amount,
     )
+
+
+def fewer_pods(topology: Topology, time: TimeEstimate | None) -> list[str]:
+    """What an attempt is like that makes do with topology.minPods, in a sentence; nothing if none does."""
+    least, pods = topology.min_pods, topology.pods
+    if least is None or least == pods:
+        return []
+    ranks = "" if topology.ranks_per_pod == "auto" else f", {least * topology.ranks_per_pod} rank(s)"
+    slower = ""
+    if time is not None:
+        longest = time.seconds + (pods / least - 1) * (time.training_seconds + time.evaluation_seconds)
+        slower = f": the job then takes up to about {format_duration(longest)}"
+    return [f"in a cluster {least} of {pods} pods will do (topology.minPods){ranks}{slower}"]
 
 
 def pod_notes(pod: PodPlan) -> list[str]:

@@ -146,14 +146,34 @@ class ApiClient:
     async def workloads(self, namespace: str, job_uid: str) -> list[Raw]:
         """Kueue's Workloads of a batch/v1 Job; none without Kueue, or without the permission to list them."""
         for version in KUEUE_VERSIONS:
-            resource = f"apis/kueue.x-k8s.io/{version}", "workloads"
             selector = f"{names.WORKLOAD_JOB_LABEL}={job_uid}"
             try:
-                return [raw async for raw in self._pages(resource, namespace, selector)]
+                return [raw async for raw in self._pages(_workloads(version), namespace, selector)]
             except ApiError as error:
                 if error.code not in (403, 404):
                     raise
         return []
+
+    async def patch_workload(self, namespace: str, name: str, body: Mapping[str, Any]) -> Raw:
+        """Merge into one of Kueue's Workloads."""
+        for version in KUEUE_VERSIONS[:-1]:
+            try:
+                return await self.patch(_workloads(version), namespace, name, body)
+            except ApiError as error:
+                if error.code != 404:
+                    raise
+        return await self.patch(_workloads(KUEUE_VERSIONS[-1]), namespace, name, body)
+
+    async def delete_workload(self, namespace: str, name: str) -> None:
+        """Delete one of Kueue's Workloads, if it is there."""
+        for version in KUEUE_VERSIONS:
+            try:
+                await self._request("DELETE", _workloads(version), namespace, name)
+            except ApiError as error:
+                if error.code not in (403, 404):
+                    raise
+            else:
+                return
 
     async def get(self, resource: Resource, namespace: str, name: str) -> Raw:
         """One object."""
@@ -279,6 +299,10 @@ class ApiClient:
         )
         content = await response.read()
         return int(response.status), response.getheaders(), content
+
+
+def _workloads(version: str) -> Resource:
+    return f"apis/kueue.x-k8s.io/{version}", "workloads"
 
 
 def _parse_response(method: str, path: str, code: int, headers: Mapping[str, str], content: bytes) -> Raw:

@@ -21,6 +21,7 @@ from qlora_operator.controller.api_client import (
 from qlora_operator.controller.cache import ObjectCache
 from qlora_operator.controller.job_facts import JobFacts
 from qlora_operator.desired.attempt_job import attempt_job
+from qlora_operator.desired.metadata import owner, owning_job
 from qlora_operator.desired.network import is_network_policy, network_policy
 from qlora_operator.desired.service import has_service, is_ranks_service, ranks_service
 from qlora_operator.settings import Settings
@@ -30,11 +31,13 @@ from qlora_operator.status.actions import (
     DeleteJob,
     DeleteNetwork,
     DeletePod,
+    DropWorkload,
+    KeepWorkload,
     RestoreNetwork,
     StartAttempt,
     TellCheckpoint,
 )
-from qlora_operator.status.observation import ReasonMessage
+from qlora_operator.status.observation import ReasonMessage, kept_workload
 from qlora_operator.status.sanitize import sanitize
 from qlora_operator.status.waiting import is_quota_error
 
@@ -59,17 +62,28 @@ class Children:
                 if not await self._client.delete(BATCH_JOBS, namespace, name, job_uid):
                     self._cache.drop_attempt_job(uid, name, job_uid)
                     return False
-            case TellCheckpoint():
-                await self._tell_checkpoint(namespace, action)
-            case DeleteNetwork():
-                await self._delete_network(job, uid)
-            case DeletePod(name, pod_uid):
-                await self._client.delete(PODS, namespace, name, pod_uid)
             case DeleteJob():
                 if not await self._client.delete(QLORAJOBS, namespace, job.metadata.name, uid):
                     self._cache.drop_job((namespace, job.metadata.name), uid)
                     return False
+            case _:
+                await self._do(action, job, uid)
         return True
+
+    async def _do(self, action: Action, job: QLoRAJob, uid: str) -> None:
+        """What the other actions follow in any case."""
+        namespace = str(job.metadata.namespace)
+        match action:
+            case TellCheckpoint():
+                await self._tell_checkpoint(namespace, action)
+            case KeepWorkload():
+                await self._keep_workload(action, job, uid)
+            case DropWorkload(name):
+                await self._client.delete_workload(namespace, name)
+            case DeleteNetwork():
+                await self._delete_network(job, uid)
+            case DeletePod(name, pod_uid):
+                await self._client.delete(PODS, namespace, name, pod_uid)
 
     async def _try(self, uid: str, children: Awaitable[None]) -> bool:
         """Create children. What keeps them from being created is kept for the next decision, which tells the user."""
@@ -98,11 +112,39 @@ class Children:
             fetched=action.fetched,
             checkpoint_time=action.checkpoint_time,
             requested=action.requested,
+            workload=await self._take_over(action.workload, job, uid),
         )
         # A Job that is refused is tried again and again, and the rest need not be.
         if not (self._facts.create_error(uid) and self._facts.children_complete(uid)):
             await self._create_network(job, uid)
         self._cache.put_attempt_job(await self._ensure(BATCH_JOBS, body, uid))
+
+    async def _keep_workload(self, action: KeepWorkload, job: QLoRAJob, uid: str) -> None:
+        """Make the job an owner of a Workload beside the Job that it was made for, and that is about to go."""
+        owners = [owner(job, uid), owning_job(action.job_name, action.job_uid)]
+        await self._own_workload(action.name, job, owners)
+
+    async def _take_over(self, workload: str | None, job: QLoRAJob, uid: str) -> str | None:
+        """A Workload that was kept, with no Job that controls it, ready for the next one's; None if it is of no use."""
+        if workload is None:
+            return None
+        found = await self._own_workload(workload, job, [owner(job, uid)])
+        return kept_workload([found]) if found is not None else None
+
+    async def _own_workload(
+        self, name: str, job: QLoRAJob, owners: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Give a Workload these owners. Without it, or the permission, the job queues anew: None."""
+        namespace = str(job.metadata.namespace)
+        try:
+            return await self._client.patch_workload(
+                namespace, name, {"metadata": {"ownerReferences": owners}}
+            )
+        except ApiError as error:
+            if error.code not in (403, 404, 409, 422):
+                raise
+            log.info("the place in the queue is lost: %s", error)
+            return None
 
     async def _create_network(self, job: QLoRAJob, uid: str) -> None:
         """The Service, if the job needs one, and the NetworkPolicy, which all attempts share."""

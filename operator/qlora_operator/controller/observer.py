@@ -26,6 +26,7 @@ from qlora_operator.status.observation import (
     WarningEvent,
     deactivated,
     eviction,
+    kept_workload,
     pod,
     queue_says,
 )
@@ -73,13 +74,16 @@ class Observer:
                 seen = await self._with_jobs(seen, key, uid)
         if Read.WORKLOAD in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)
-            found = await self._client.workloads(key[0], mine.uid) if mine is not None else []
+            attempts = job.status.attempts if job.status else []
+            about = mine.uid if mine is not None else attempts[-1].job_uid if attempts else None
+            found = await self._client.workloads(key[0], about) if about is not None else []
             evicted = eviction(found)
             seen = replace(
                 seen,
                 deactivated=sanitize(deactivated(found)),
                 queue_says=sanitize(queue_says(found)),
                 eviction=replace(evicted, message=sanitize(evicted.message)) if evicted else None,
+                workload=kept_workload(found),
             )
         if Read.WARNINGS in reads:
             mine = current_job(job, job.status or QLoRAJobStatus(), seen.attempt_jobs)

@@ -32,6 +32,7 @@ def attempt_job(
     fetched: ResolvedRevisions = NOTHING_FETCHED,
     checkpoint_time: str | None = None,
     requested: str | None = None,
+    workload: str | None = None,
 ) -> dict[str, Any]:
     """The batch/v1 Job of one attempt. It is created once and never changed; its first failed pod ends it.
 
@@ -49,8 +50,10 @@ def attempt_job(
         fetched: what the remote sources stand for, as far as that is known.
         checkpoint_time: when the newest checkpoint was made, RFC 3339; None where that is not known.
         requested: when the attempt was decided upon, RFC 3339; None where that is not known.
+        workload: Kueue's Workload that it takes over from an earlier attempt.
     """
     asked = topology_hash(job.spec)
+    least, all_pods = job.spec.topology.min_pods, job.spec.topology.pods
     topology = with_pods(job.spec.topology, pods)
     job = job.model_copy(update={"spec": job.spec.model_copy(update={"topology": topology})})
     pods = stage_pods(topology, stage)
@@ -80,6 +83,15 @@ def attempt_job(
         # Kueue sets suspend to false when there is quota; an unsuspended Job would run before.
         child["metadata"]["labels"][names.QUEUE_LABEL] = job.queue_name
         child["spec"]["suspend"] = True
+        # A Workload is for all pods, however many of them Kueue has let in: it sets the Job's number when it starts it.
+        wanted = all_pods if stage == "train" and workload is not None else pods
+        if stage == "train" and least is not None and least < wanted:
+            child["spec"].update(completions=wanted, parallelism=wanted)
+            child["metadata"]["annotations"].update(
+                zip(names.PARTIAL_ADMISSION, (str(least), "true"), strict=True)
+            )
+    if workload is not None:
+        child["metadata"]["labels"][names.PREBUILT_WORKLOAD_LABEL] = workload
     if priority := job.metadata.labels.get(names.WORKLOAD_PRIORITY_LABEL):
         child["metadata"]["labels"][names.WORKLOAD_PRIORITY_LABEL] = priority
     return child

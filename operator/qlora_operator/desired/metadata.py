@@ -39,14 +39,15 @@ def metadata(
         "name": name,
         "namespace": job.metadata.namespace or DEFAULT_NAMESPACE,
         "labels": labels(job, uid, role, attempt),
-        "ownerReferences": [
-            {
-                "apiVersion": names.API_VERSION,
-                "kind": names.KIND,
-                "name": job.metadata.name,
-                "uid": uid,
-                "controller": True,
-                "blockOwnerDeletion": True,
-            }
-        ],
+        "ownerReferences": [{**owner(job, uid), "controller": True, "blockOwnerDeletion": True}],
     }
+
+
+def owner(job: QLoRAJob, uid: str) -> dict[str, Any]:
+    """An owner reference: what has only such goes with the job."""
+    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": job.metadata.name, "uid": uid}
+
+
+def owning_job(name: str, uid: str) -> dict[str, Any]:
+    """The owner reference by which one of Kueue's Workloads belongs to a batch/v1 Job."""
+    return {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": True}

@@ -76,7 +76,7 @@ def pod_template(
     uid, attempt, role = run.job.uid, run.job.attempt, ROLES[run.stage]
     given = job.metadata.annotations
     topology = {name: given[name] for name in names.TOPOLOGY_ANNOTATIONS if name in given}
-    annotations = {**topology, names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
+    annotations = {**topology, **_of_attempt(job, run, requested)}
     pull_secrets = [{"name": name} for name in settings.image_pull_secrets]
     account = settings.transfer.service_account_name
     checks = run.stage == "fetch" and settings.transfer.checks_data
@@ -102,7 +102,7 @@ def pod_template(
             # A workload identity is a credential, and ranks have none.
             **({"serviceAccountName": account} if account is not None and run.stage in TRANSFERS else {}),
             "containers": [
-                _container(job, run, image, settings, requested),
+                _container(job, run, image, settings),
                 *([_check_container(job, image, settings)] if checks else []),
             ],
             # The two of a fetch share some.
@@ -173,17 +173,36 @@ def _not_in(nodes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
 
 
-def _environment(job: QLoRAJob, run: RunConfig, settings: Settings, requested: str | None) -> dict[str, str]:
-    """The main container's environment: where rank 0 is and what its report tells of cost, or how transfers reach the
-    network."""
-    transfer, price = settings.transfer, settings.costs.price
+_REFERENCES = {"MASTER_ADDR": names.RANK_ZERO_ANNOTATION, REQUESTED_ENV: names.REQUESTED_ANNOTATION}
+"""Variables -> the annotations of the pod that have their values."""
+
+
+def _of_attempt(job: QLoRAJob, run: RunConfig, requested: str | None) -> dict[str, str]:
+    """Annotations of a pod: all in which one attempt's differ from another's, as their containers are equal."""
+    given = {names.RUN_CONFIG_ANNOTATION: run.to_json(indent=None)}
     if run.stage not in TRANSFERS:
         # What exports is alone.
         alone = run.stage == "export" or not has_service(job)
-        host = LOOPBACK if alone else names.rank_zero_host(job.metadata.name, run.job.attempt)
-        costs = {PRICE_ENV: None if price is None else str(price), REQUESTED_ENV: requested}
-        known = {name: value for name, value in costs.items() if value is not None}
-        return {"MASTER_ADDR": host, "MASTER_PORT": str(RENDEZVOUS_PORT), **known, **SCRATCH}
+        given[names.RANK_ZERO_ANNOTATION] = (
+            LOOPBACK if alone else names.rank_zero_host(job.metadata.name, run.job.attempt)
+        )
+        if requested is not None:
+            given[names.REQUESTED_ANNOTATION] = requested
+    return given
+
+
+def _from_annotation(name: str) -> dict[str, Any]:
+    """A variable that has the value of its annotation, and is empty without."""
+    field = f"metadata.annotations['{_REFERENCES[name]}']"
+    return {"name": name, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": field}}}
+
+
+def _environment(job: QLoRAJob, run: RunConfig, settings: Settings) -> dict[str, str]:
+    """The main container's environment: what the report of rank 0 tells of cost, or how transfers reach the network."""
+    transfer, price = settings.transfer, settings.costs.price
+    if run.stage not in TRANSFERS:
+        known = {} if price is None else {PRICE_ENV: str(price)}
+        return {"MASTER_PORT": str(RENDEZVOUS_PORT), **known, **SCRATCH}
     ca_bundle = None if transfer.ca_bundle_config_map is None else str(CA_BUNDLE)
     network = {
         "HTTP_PROXY": transfer.http_proxy,
@@ -210,16 +229,16 @@ def _from_secret(name: str, secret: str) -> dict[str, Any]:
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name, "optional": True}}}
 
 
-def _container(
-    job: QLoRAJob, run: RunConfig, image: str, settings: Settings, requested: str | None
-) -> dict[str, Any]:
-    environment = _environment(job, run, settings, requested)
+def _container(job: QLoRAJob, run: RunConfig, image: str, settings: Settings) -> dict[str, Any]:
+    environment = _environment(job, run, settings)
+    references = [] if run.stage in TRANSFERS else [_from_annotation(name) for name in _REFERENCES]
     secret = settings.transfer.proxy_secret if run.stage in TRANSFERS else None
     if secret is not None:
         environment = {name: value for name, value in environment.items() if name not in PROXIES}
     return {
         **_program(names.TRAINER_CONTAINER, image, _MODULES[run.stage], settings),
-        "env": [{"name": name, "value": value} for name, value in environment.items()]
+        "env": references
+        + [{"name": name, "value": value} for name, value in environment.items()]
         + [_from_secret(name, secret) for name in PROXIES if secret is not None],
         "ports": [{"name": "progress", "containerPort": PROGRESS_PORT, "protocol": "TCP"}],
         "resources": _resources(job.spec.topology, run.stage, settings.transfer),

@@ -27,6 +27,8 @@ class StartAttempt:
     """When the checkpoint was made that it goes on from, RFC 3339, as far as that is known."""
     requested: str | None = None
     """When it was decided upon, RFC 3339: from then on it waits."""
+    workload: str | None = None
+    """Kueue's Workload that it takes over, unless that is gone or over by now."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class DeleteAttemptJob:
 
     name: str
     uid: str
+
+
+@dataclass(frozen=True)
+class KeepWorkload:
+    """Let one of Kueue's Workloads outlive the Job that it belongs to."""
+
+    name: str
+    job_name: str
+    job_uid: str
+
+
+@dataclass(frozen=True)
+class DropWorkload:
+    """Delete one that was kept: it would hold quota for nobody."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,15 @@ class DeleteJob:
 
 
 Action = (
-    StartAttempt | RestoreNetwork | DeleteNetwork | DeleteAttemptJob | TellCheckpoint | DeletePod | DeleteJob
+    StartAttempt
+    | RestoreNetwork
+    | DeleteNetwork
+    | DeleteAttemptJob
+    | KeepWorkload
+    | DropWorkload
+    | TellCheckpoint
+    | DeletePod
+    | DeleteJob
 )
 
 

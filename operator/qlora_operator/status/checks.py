@@ -35,6 +35,8 @@ class AttemptEnd:
     """Of the pod that failed by itself, or that the kubelet refused."""
     placed: int | None = None
     """Pods that the next attempt makes do with."""
+    workload: str | None = None
+    """Kueue's Workload that the next attempt takes over."""
 
 
 @dataclass(frozen=True)

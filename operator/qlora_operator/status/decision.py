@@ -24,7 +24,7 @@ from qlora_operator.status import (
     starting,
     teardown,
 )
-from qlora_operator.status.actions import Decision, DeleteJob
+from qlora_operator.status.actions import Decision, DeleteJob, DropWorkload
 from qlora_operator.status.builder import StatusBuilder
 from qlora_operator.status.checks import AttemptEnd, Budget, NotYet, first_end, first_obstacle
 from qlora_operator.status.columns import columns
@@ -56,6 +56,7 @@ def decide(job: QLoRAJob, seen: Observation, now: datetime) -> Decision:
             _reconcile_attempt(builder)
         if not (builder.view.finished or builder.view.hold is not None):
             _start_next_attempt(builder)
+        _leave_the_queue(builder)
         builder.act(*teardown.delete_leftover_jobs(builder.view))
         # A finished job is deleted after its time to live.
         expiry = policies.expiry(job.spec, builder.status) if builder.view.finished else None
@@ -156,6 +157,8 @@ def _end_attempt(builder: StatusBuilder, end: AttemptEnd) -> None:
         checkpoint_step=progress_status.checkpoint_step(view.status.checkpoint, view.pods),
         node=end.node,
         placed=end.placed,
+        # Somebody who deletes a Job leaves a Workload behind that it had taken over, since that is the job's, too.
+        workload=end.workload or (view.taken_over if view.attempt_job is None else None),
         step=progress_status.step_of(view.status.progress, view.open_attempt),
     )
     builder.set(placement=placement_after(view, end))
@@ -247,8 +250,24 @@ def _start_next_attempt(builder: StatusBuilder) -> None:
         return
     if blocked is not None:
         builder.block(blocked)
+        if blocked.reason not in (None, Reason.PODS_REMAIN):
+            _leave_the_queue(builder, blocked=True)
     else:
         _start(builder)
+
+
+def _leave_the_queue(builder: StatusBuilder, *, blocked: bool = False) -> None:
+    """A Workload that no attempt takes over soon must not hold quota: the job is over or suspended, or has no nodes."""
+    view, last = builder.view, builder.view.last_attempt
+    if last is None or last.end is None or last.workload is None:
+        return
+    if not (blocked or view.finished or view.hold is not None):
+        return
+    if view.workload is None:
+        builder.set_attempt(workload=None)
+    else:
+        builder.act(DropWorkload(last.workload))
+        builder.requeue_at(view.after(policies.LOOK_SECONDS))
 
 
 def _start(builder: StatusBuilder) -> None:

@@ -21,6 +21,9 @@ SILENCE = timedelta(seconds=400)
 """How long a node may be silent under a running attempt. Kubernetes takes pods away after 300 s, which names the cause
 better, unless they tolerate that."""
 
+TAKE_OVER = timedelta(minutes=1)
+"""How long Kueue may take to give a Workload to the next attempt's Job."""
+
 PODS_READY_TIMEOUT = "PodsReadyTimeout"
 """Kueue's word for quota that it took back because not all pods were ready in time."""
 
@@ -96,26 +99,72 @@ def job_suspended_again(view: JobView) -> AttemptEnd | None:
     if admitted or (ran and view.queue is not None):
         if job.suspended and view.deactivated:
             return None
-        return _requeued(view.eviction)
+        return _requeued(view.eviction, view.workload)
     if not ran:
         return None  # a queue has not admitted it yet, be it one that the user did not ask for
     message = f"another client suspended the Job {job.name}: suspend the QLoRAJob instead"
     return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
 
 
-def _requeued(eviction: ReasonMessage | None) -> AttemptEnd:
+def _requeued(eviction: ReasonMessage | None, workload: str | None) -> AttemptEnd:
     message = "the queue withdrew the quota that it had granted"
     if eviction is None:
-        return AttemptEnd(Reason.REQUEUED, message, Budget.NONE)
-    reason = Reason.NOT_READY_IN_TIME if eviction.reason == PODS_READY_TIMEOUT else Reason.REQUEUED
-    return AttemptEnd(reason, f"{message}: {eviction.message}", Budget.NONE)
+        return AttemptEnd(Reason.REQUEUED, message, Budget.NONE, workload=workload)
+    message = f"{message}: {eviction.message}"
+    if eviction.reason == PODS_READY_TIMEOUT:
+        return AttemptEnd(Reason.NOT_READY_IN_TIME, message, Budget.NONE)
+    return AttemptEnd(Reason.REQUEUED, message, Budget.NONE, workload=workload)
+
+
+def workload_lost(view: JobView) -> AttemptEnd | NotYet | None:
+    """Its Job was to take over the Workload of an earlier attempt, and Kueue does not let it: the Job has other
+    containers, since the spec or the settings have changed, or the Workload is gone."""
+    job, attempt = _intact_job(view), view.open_attempt
+    if job is None or attempt is None or not job.suspended or job.workload is None:
+        return None
+    started = parse_time(attempt.start) if attempt.start else view.now
+    if view.now < started + TAKE_OVER:
+        return NotYet(started + TAKE_OVER)
+    if view.workload is not None:
+        return None
+    message = (
+        f"the place in the queue is lost: the Workload {job.workload} is gone, or was made for other pods"
+    )
+    return AttemptEnd(Reason.REQUEUED, message, Budget.NONE)
+
+
+def pods_of_an_earlier_attempt(view: JobView) -> AttemptEnd | None:
+    """Its queue has let its Job in with the pod template of the attempt that the Workload was made for: Kueue restores
+    that in a Job whose Workload was evicted, also in one that has taken it over since. The next attempt takes over a
+    Workload that is let in, of which nothing is restored."""
+    job = _intact_job(view)
+    if job is None or job.suspended or job.template_attempt in (None, job.attempt):
+        return None
+    message = f"let in, with pods as the queue knew them from attempt {job.template_attempt}: another attempt follows"
+    return AttemptEnd(Reason.REQUEUED, message, Budget.NONE, workload=view.workload)
 
 
 def parallelism_changed(view: JobView) -> AttemptEnd | None:
-    """Another client gave its Job another number of pods."""
+    """Its queue has let in fewer pods than it was made for, as topology.minPods allows: its ranks count on all. Or
+    another client gave its Job another number of pods.
+
+    In a queue a Job may have more: those that the Workload was made for which it takes over.
+    """
     job = _intact_job(view)
     if job is None or job.parallelism in (None, view.desired_pods) or _spec_changed(view):
         return None
+    if job.suspended and job.workload is not None:
+        return None
+    least = view.spec.topology.min_pods
+    if (
+        view.queue is not None
+        and view.stage == "train"
+        and least is not None
+        and least <= job.parallelism <= view.spec.topology.pods
+    ):
+        message = f"the queue lets in {job.parallelism} of {view.spec.topology.pods} pods, as topology.minPods allows"
+        workload = view.workload
+        return AttemptEnd(Reason.SHRUNK, message, Budget.NONE, placed=job.parallelism, workload=workload)
     message = f"another client set the parallelism of the Job {job.name} to {job.parallelism}"
     return AttemptEnd(Reason.JOB_CHANGED, message, Budget.INFRASTRUCTURE)
 
@@ -242,7 +291,9 @@ END_CHECKS: tuple[EndCheck, ...] = (
     job_failing,  # a failure that names its cause, before anything that could hide it
     job_being_deleted,  # as good as gone
     job_suspended_again,  # its pods are being deleted
-    parallelism_changed,  # its ranks would wait for pods that do not come
+    workload_lost,  # it would wait for ever
+    pods_of_an_earlier_attempt,  # they would leave the workspace to a later one, and end
+    parallelism_changed,  # its ranks would wait for pods that do not come, or for others' quota
     pod_disrupted,  # its ranks are about to lose a peer
     node_silent,  # they have lost one, and nobody takes it away
     held,  # at no cost, so after what costs a restart

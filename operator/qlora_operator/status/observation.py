@@ -14,6 +14,7 @@ from qlora_operator.api.names import (
     ATTEMPT_LABEL,
     CHECK_CONTAINER,
     CHECKPOINT_ANNOTATION,
+    PREBUILT_WORKLOAD_LABEL,
     QUEUE_LABEL,
     TOPOLOGY_HASH_ANNOTATION,
     TRAINER_CONTAINER,
@@ -22,6 +23,8 @@ from qlora_operator.status.policies import MIN_STARTUP_GRACE
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 JOB_CONTROLLER = "kubernetes.io/job-controller"
+MAX_LABEL = 63
+"""Characters of a label's value."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ class AttemptJob:
     """The controller that makes its pods, if it is not that of this cluster."""
     queue: str | None = None
     """The queue that its label names: ours, or one that a webhook has set."""
+    workload: str | None = None
+    """Kueue's Workload that it has taken over from an earlier attempt."""
+    template_attempt: int | None = None
+    """The attempt that its pods are labelled with."""
     ready: int = 0
     """Pods that are ready."""
     deleting: bool = False
@@ -180,6 +187,8 @@ class Observation:
     """Why the queue has not admitted the open attempt's Job, as far as Kueue says; read with `deactivated`."""
     eviction: ReasonMessage | None = None
     """Why Kueue took the quota of the open attempt's Job back; read with `deactivated`."""
+    workload: str | None = None
+    """Kueue's Workload of the newest attempt's Job, if another Job can take it over; read with `deactivated`."""
     progress: ProgressReport | None = None
     """What rank 0 of the current attempt reports now."""
     image: str = ""
@@ -226,6 +235,8 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         suspended=bool(raw["spec"].get("suspend")),
         managed_by=None if raw["spec"].get("managedBy") == JOB_CONTROLLER else raw["spec"].get("managedBy"),
         queue=labels.get(QUEUE_LABEL) or None,
+        workload=labels.get(PREBUILT_WORKLOAD_LABEL) or None,
+        template_attempt=_template_attempt(raw["spec"]),
         ready=status.get("ready") or 0,
         deleting="deletionTimestamp" in metadata,
         complete="Complete" in conditions,
@@ -237,6 +248,11 @@ def attempt_job(raw: Mapping[str, Any], job_uid: str) -> AttemptJob:
         checkpoint_time=aware_time(annotations.get(CHECKPOINT_ANNOTATION)),
         topology_hash=annotations.get(TOPOLOGY_HASH_ANNOTATION),
     )
+
+
+def _template_attempt(spec: Mapping[str, Any]) -> int | None:
+    labels = ((spec.get("template") or {}).get("metadata") or {}).get("labels") or {}
+    return _number(labels[ATTEMPT_LABEL]) if ATTEMPT_LABEL in labels else None
 
 
 def pod(raw: Mapping[str, Any]) -> Pod:
@@ -287,6 +303,18 @@ def deactivated(workloads: Sequence[Mapping[str, Any]]) -> str:
             said = {each["type"]: each for each in (raw.get("status") or {}).get("conditions") or []}
             return (said.get("Evicted") or {}).get("message") or "the workload is deactivated"
     return ""
+
+
+def kept_workload(workloads: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of one of Kueue's Workloads that another Job can take over: it is not over, and a label can name it."""
+    for raw in workloads:
+        over = any(
+            each["type"] == "Finished" and each["status"] == "True"
+            for each in (raw.get("status") or {}).get("conditions") or []
+        )
+        if not over and len(raw["metadata"]["name"]) <= MAX_LABEL:
+            return str(raw["metadata"]["name"])
+    return None
 
 
 def queue_says(workloads: Sequence[Mapping[str, Any]]) -> str:

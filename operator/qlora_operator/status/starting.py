@@ -154,4 +154,5 @@ def create_children(view: JobView) -> StartAttempt:
         fetched=stages.fetched(view.status),
         checkpoint_time=progress_status.checkpoint_time(view.status.checkpoint, view.now),
         requested=attempt.start,
+        workload=view.taken_over,
     )

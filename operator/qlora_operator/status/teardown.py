@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from qlora_operator.api.names import ConditionType, Reason
-from qlora_operator.status.actions import Action, DeleteAttemptJob, DeleteNetwork, DeletePod
+from qlora_operator.status.actions import (
+    Action,
+    DeleteAttemptJob,
+    DeleteNetwork,
+    DeletePod,
+    DropWorkload,
+    KeepWorkload,
+)
 from qlora_operator.status.failure import disruption
 from qlora_operator.status.observation import AttemptJob, Pod, ReasonMessage
 from qlora_operator.status.view import JobView
@@ -37,7 +44,9 @@ def tear_down(view: JobView) -> Teardown:
         # done with it: the API server takes no end of a Job without a start, which suspension takes away.
         fails = not job.suspended and (job.failing is not None or disruption(view.pods) is not None)
         if view.hold is not None or not fails:
-            actions.append(DeleteAttemptJob(job.name, job.uid))
+            if view.open_attempt is not None and view.open_attempt.workload is not None:
+                actions.append(KeepWorkload(view.open_attempt.workload, job.name, job.uid))
+            actions += _delete(job, view)
     actions += delete_orphans(view)
     active = view.active_pods
     if not active and (job is None or job.finished):
@@ -85,13 +94,23 @@ def delete_leftover_jobs(view: JobView) -> list[Action]:
     """
     over, kept = view.open_attempt is None, _kept_for_its_logs(view)
     return [
-        DeleteAttemptJob(job.name, job.uid)
+        action
         for job in view.seen.attempt_jobs
         if job.controlled
         and not job.deleting
         and job != kept
         and (job.attempt != view.status.attempt or (over and not job.finished and job.failing is None))
+        for action in _delete(job, view)
     ]
+
+
+def _delete(job: AttemptJob, view: JobView) -> list[Action]:
+    """Deletes a Job. A Workload that it has taken over would outlive it, so that goes, too, unless the next attempt is
+    to have it."""
+    attempts = view.status.attempts
+    kept = {attempt.workload for attempt in attempts[-1 if job.attempt == view.status.attempt else -2 :]}
+    dropped = [] if job.workload is None or job.workload in kept else [DropWorkload(job.workload)]
+    return [*dropped, DeleteAttemptJob(job.name, job.uid)]
 
 
 def delete_network(view: JobView) -> list[Action]:

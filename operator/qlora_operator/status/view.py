@@ -152,6 +152,11 @@ class JobView:
         return saved is not None and saved.attempt == last.attempt and saved.reason is not None
 
     @property
+    def taken_over(self) -> str | None:
+        """Kueue's Workload that the newest attempt was to take over from the one before."""
+        return self.status.attempts[-2].workload if len(self.status.attempts) > 1 else None
+
+    @property
     def stage(self) -> RunStage:
         """What the newest attempt is for."""
         return self.last_attempt.stage if self.last_attempt is not None else "train"
@@ -258,6 +263,12 @@ class JobView:
         """Why Kueue took the quota of the open attempt's Job back. Read.WORKLOAD."""
         self.require(Read.WORKLOAD)
         return self.seen.eviction
+
+    @property
+    def workload(self) -> str | None:
+        """Kueue's Workload of the newest attempt's Job, if another Job can take it over. Read.WORKLOAD."""
+        self.require(Read.WORKLOAD)
+        return self.seen.workload
 
     @property
     def feasible_tiers(self) -> Sequence[IsaTier]:

@@ -1,5 +1,6 @@
 """Jobs in the queues of a real Kueue. What is played are nodes and ranks."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,34 @@ def said(workload: Object, kind: str) -> Object:
     """A condition of a Workload; empty if there is none."""
     conditions = (workload.get("status") or {}).get("conditions") or []
     return next((each for each in conditions if each["type"] == kind), {})
+
+
+def made_at(workload: Object) -> str:
+    """When a Workload was made."""
+    return str(workload["metadata"]["creationTimestamp"])
+
+
+def kept_one(queues: Queues, name: str) -> Object:
+    """The Workload of this name; empty if there is none."""
+    return next((each for each in queues.workloads() if each["metadata"]["name"] == name), {})
+
+
+def runs_again(job: Any) -> list[Object]:
+    """The pods of a job that was evicted, once they run: those of the attempt that has kept its place in the queue, or
+    of the next one, if Kueue has let the former in with pods of the attempt before."""
+
+    def up() -> list[Object] | None:
+        attempt = job.status["attempt"]
+        mine = f"qlora.dev/job-name={job.name},qlora.dev/attempt={attempt}"
+        path = f"/api/v1/namespaces/{job.namespace}/pods?labelSelector={mine}"
+        pods = [pod for pod in job.client.items(path) if "deletionTimestamp" not in pod["metadata"]]
+        if attempt == 0 or len(pods) != 2:
+            return None
+        found = [job.kubelet.running(pod) for pod in pods]
+        status = job.until(lambda status: status["phase"] == "Running" or status["attempt"] != attempt)
+        return found if status["attempt"] == attempt else None
+
+    return wait_for(up, 60, or_else=lambda: str(job.status))
 
 
 def test_a_gang_is_admitted_as_one_workload(make_job: MakeJob, queues: Queues) -> None:
@@ -147,8 +176,33 @@ def test_a_preempted_job_pays_nothing_and_goes_on(make_job: MakeJob, queues: Que
     assert status["restarts"] == NO_RESTARTS
     waits(loser, "insufficient unused quota for cpu")
     winner.succeed(pods)
-    loser.run(1)
+    runs_again(loser)
     assert loser.status["restarts"] == NO_RESTARTS
+
+
+def test_a_preempted_job_keeps_its_place(make_job: MakeJob, queues: Queues) -> None:
+    """It goes on before a job of the same priority that came later, by the same Workload."""
+    queues.of_cpus(2, **BY_PRIORITY)
+    high, low = queues.priority("high", 100), queues.priority("low", 1)
+    loser = make_job("loser", **in_queue(**{PRIORITY: low}))
+    loser.run()
+    ((workload, made),) = [(each["metadata"]["name"], made_at(each)) for each in queues.workloads()]
+    later = make_job("later", **in_queue(**{PRIORITY: low}))
+    waits(later, "insufficient unused quota for cpu")
+
+    winner = make_job("winner", **in_queue(**{PRIORITY: high}))
+    pods = winner.run()
+    loser.until(lambda status: status["attempt"] == 1 and status["phase"] == "Queued")
+    winner.succeed(pods)
+    pods = runs_again(loser)
+
+    waits(later, "insufficient unused quota for cpu")
+    assert later.status["attempt"] == 0
+    (kept,) = [each for each in queues.workloads() if each["metadata"]["name"] == workload]
+    assert made_at(kept) == made
+    loser.succeed(pods)
+    later.run()
+    wait_for(lambda: said(kept_one(queues, workload), "Finished") or not kept_one(queues, workload))
 
 
 def test_an_eviction_that_the_operator_sleeps_through_costs_nothing(
@@ -204,8 +258,7 @@ def test_a_deactivated_workload_holds_its_job(make_job: MakeJob, queues: Queues)
     wait_for(lambda: not job.children("pods"), or_else="the end of its pods")
     queues.set_active(True)
 
-    job.until(lambda status: status["attempt"] == 1, 60)
-    job.run(1)
+    runs_again(job)
     assert job.status["restarts"] == NO_RESTARTS
 
 
@@ -258,7 +311,31 @@ def test_pods_are_placed_within_one_level_of_the_topology(make_job: MakeJob, que
     assert len({NODES[name][1] for name in named}) == 1
 
 
-def test_a_job_that_starts_with_fewer_pods_ends_its_attempt(make_job: MakeJob, queues: Queues) -> None:
+def test_a_job_starts_with_the_pods_that_have_quota(make_job: MakeJob, queues: Queues) -> None:
+    """With topology.minPods Kueue may let a part of a job in: an attempt of as many pods takes over its Workload. What
+    is evicted asks for all pods again, by the same Workload."""
+    queues.of_cpus(1)
+    job = make_job(**in_queue(), topology={"minPods": 1})
+
+    (pod,) = job.run(1, count=1)
+
+    first, second = job.status["attempts"]
+    assert (first["reason"], first["placed"], second["pods"]) == ("Shrunk", 1, 1)
+    assert first["message"] == "the queue lets in 1 of 2 pods, as topology.minPods allows"
+    assert job.status["placement"]["worldSize"] == 1
+    assert json.loads(pod["metadata"]["annotations"]["qlora.dev/run-config"])["layout"].get("pods", 1) == 1
+    (workload,) = queues.workloads()
+    assert workload["metadata"]["name"] == first["workload"]
+    queues.set_active(False)
+    job.until(lambda status: "until the Workload of its Job is activated again" in status["message"])
+    wait_for(lambda: not job.children("pods"), or_else="the end of its pod")
+    queues.set_active(True)
+    job.until(lambda status: status["attempt"] >= 2 and len(job.children("pods")) == 1, 60)
+    assert queues.workloads()[0]["metadata"]["name"] == workload["metadata"]["name"]
+    assert job.status["restarts"] == NO_RESTARTS
+
+
+def test_a_job_that_somebody_gives_fewer_pods_ends_its_attempt(make_job: MakeJob, queues: Queues) -> None:
     """Somebody lets Kueue admit a part of its pods: the ranks that came would wait for the others."""
     queues.of_cpus(1)
     job = make_job(**in_queue())

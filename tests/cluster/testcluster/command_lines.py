@@ -1,5 +1,6 @@
 """The options of each program of a control plane."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -75,6 +76,12 @@ def controller_manager(folder: Path, node_grace_seconds: int) -> list[str]:
         f"--node-monitor-grace-period={node_grace_seconds}s",
         f"--node-startup-grace-period={node_grace_seconds}s",
     ]
+
+
+def feature_gates(names: Iterable[str]) -> list[str]:
+    """More for each of them: these are switched on."""
+    gates = ",".join(f"{name}=true" for name in names)
+    return [f"--feature-gates={gates}"] if gates else []
 
 
 def scheduler(folder: Path) -> list[str]:

@@ -53,6 +53,7 @@ class ControlPlane(Cluster):
         node_grace_seconds: int = NEVER,
         binaries: Binaries | None = None,
         apiserver_options: Iterable[str] = (),
+        feature_gates: Iterable[str] = (),
     ) -> Self:
         """Start one in the folder and wait until it is ready; what an earlier one left there is removed.
 
@@ -61,7 +62,8 @@ class ControlPlane(Cluster):
         silent before it counts as lost: never by default, since nodes that
         tests make through the API send no heartbeats. The processes end with
         the thread that called this, unless `detached`. `apiserver_options`
-        are added to kube-apiserver's command line.
+        are added to kube-apiserver's command line; `feature_gates` are
+        switched on in it, the controller manager and the scheduler.
         Raises ClusterError when it does not become ready.
         """
         binaries = binaries or ensure("api")
@@ -73,7 +75,8 @@ class ControlPlane(Cluster):
             try:
                 _make_files(cluster, address)
                 extra = [*(command_lines.audit(folder) if audit else []), *apiserver_options]
-                _start_all(cluster, address, ports, extra, node_grace_seconds)
+                gates = command_lines.feature_gates(feature_gates)
+                _start_all(cluster, address, ports, extra, node_grace_seconds, gates)
                 cluster.wait_ready()
                 return cluster
             except BaseException as error:
@@ -237,14 +240,19 @@ def _make_files(cluster: ControlPlane, address: str) -> None:
 
 
 def _start_all(
-    cluster: ControlPlane, address: str, ports: dict[str, int], apiserver: list[str], node_grace_seconds: int
+    cluster: ControlPlane,
+    address: str,
+    ports: dict[str, int],
+    apiserver: list[str],
+    node_grace_seconds: int,
+    gates: list[str],
 ) -> None:
     folder = cluster.folder
     options = {
         "etcd": command_lines.etcd(folder, ports),
-        "kube-apiserver": [*command_lines.apiserver(folder / "pki", address, ports), *apiserver],
-        "kube-controller-manager": command_lines.controller_manager(folder, node_grace_seconds),
-        "kube-scheduler": command_lines.scheduler(folder),
+        "kube-apiserver": [*command_lines.apiserver(folder / "pki", address, ports), *apiserver, *gates],
+        "kube-controller-manager": [*command_lines.controller_manager(folder, node_grace_seconds), *gates],
+        "kube-scheduler": [*command_lines.scheduler(folder), *gates],
     }
     for name, arguments in options.items():
         if name == "kube-controller-manager":

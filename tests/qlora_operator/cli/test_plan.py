@@ -28,6 +28,7 @@ from qlora_operator.cli.plan import (
     JobPlan,
     RankPlace,
     choose_isa,
+    fewer_pods,
     job_plan,
     query_layout,
     rank_places,
@@ -146,6 +147,37 @@ def test_the_time_is_shown_with_what_it_rests_on(money: dict[str, Any], expected
 
     assert f"time      about 2h 03m (steps 2h 00m, evaluation 2m 45s, start 20s): {expected}" in text
     assert "          at 433 tokens/s; rests on a measurement\n" in text
+
+
+@pytest.mark.parametrize(
+    ("topology", "time", "expected"),
+    [
+        pytest.param({"pods": 4}, TIME, [], id="all or none"),
+        pytest.param({"pods": 4, "minPods": 4}, TIME, [], id="all"),
+        pytest.param(
+            {"pods": 4, "minPods": 1, "ranksPerPod": 2},
+            TIME,
+            [
+                (
+                    "in a cluster 1 of 4 pods will do (topology.minPods), 2 rank(s): "
+                    "the job then takes up to about 8h 11m"
+                )
+            ],
+            id="the least",
+        ),
+        pytest.param(
+            {"pods": 4, "minPods": 3, "ranksPerPod": "auto", "cpusPerRank": 8},
+            None,
+            ["in a cluster 3 of 4 pods will do (topology.minPods)"],
+            id="nobody knows the ranks, nor the time",
+        ),
+    ],
+)
+def test_what_fewer_pods_mean_is_told(
+    a_job: Job, topology: dict[str, Any], time: TimeEstimate | None, expected: list[str]
+) -> None:
+    """Steps and evaluations are as many, of as many tokens, so they take longer; the start does not."""
+    assert fewer_pods(a_job(topology=topology).spec.topology, time) == expected
 
 
 def test_without_a_model_there_is_no_time() -> None:

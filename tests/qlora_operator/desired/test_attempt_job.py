@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from builders import environment_of
 from qlora_contract.exit_codes import COLLATERAL, INFRASTRUCTURE, PERMANENT, ExitCode
 from qlora_contract.run_config import ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
@@ -228,12 +229,72 @@ def test_an_attempt_that_makes_do_with_fewer_pods_is_a_gang_of_these(
     spec = job["spec"]
     template = spec["template"]
     run = RunConfig.model_validate_json(template["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
-    environment = {each["name"]: each["value"] for each in template["spec"]["containers"][0]["env"]}
+    environment = environment_of(template)
 
     assert (spec["completions"], spec["parallelism"]) == (pods or 4, pods or 4)
     assert (run.layout.pods, run.layout.world_size) == (pods or 4, pods or 4)
     assert environment["MASTER_ADDR"] == host
     assert job["metadata"]["annotations"][names.TOPOLOGY_HASH_ANNOTATION] == topology_hash(asked.spec)
+
+
+MIN, EQUAL = names.PARTIAL_ADMISSION
+
+
+@pytest.mark.parametrize(
+    ("pods", "workload", "queue", "stage", "parallelism", "least"),
+    [
+        pytest.param(None, None, "q", "train", 4, "2", id="all, or the least"),
+        pytest.param(None, None, None, "train", 4, None, id="no queue"),
+        pytest.param(None, None, "q", "fetch", 1, None, id="a transfer"),
+        pytest.param(3, None, "q", "train", 3, "2", id="fewer, for want of nodes"),
+        pytest.param(2, None, "q", "train", 2, None, id="the least"),
+        pytest.param(2, "w", "q", "train", 4, "2", id="those that the queue has let in"),
+    ],
+)
+def test_a_queue_is_told_how_many_pods_will_do(
+    a_job: Callable[..., QLoRAJob],
+    settings: Callable[..., Settings],
+    pods: int | None,
+    workload: str | None,
+    queue: str | None,
+    stage: RunStage,
+    parallelism: int,
+    least: str | None,
+) -> None:
+    """The Job is what its Workload was made for, the ranks are those that come."""
+    asked = a_job(topology={"pods": 4, "minPods": 2}, scheduling={"queueName": queue} if queue else {})
+    job = attempt_job(
+        asked, uid="u", attempt=1, isa="avx2", image="a", settings=settings(), pods=pods, stage=stage,
+        workload=workload,
+    )  # fmt: skip
+    annotations, labels = job["metadata"]["annotations"], job["metadata"]["labels"]
+    template = job["spec"]["template"]["metadata"]["annotations"]
+    run = RunConfig.model_validate_json(template[names.RUN_CONFIG_ANNOTATION])
+
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (parallelism, parallelism)
+    assert annotations.get(MIN) == least
+    assert annotations.get(EQUAL) == (None if least is None else "true")
+    assert labels.get(names.PREBUILT_WORKLOAD_LABEL) == workload
+    if stage == "train":
+        assert run.layout.pods == (pods or 4)
+
+
+def test_the_containers_of_all_attempts_are_equal(
+    a_job: Callable[..., QLoRAJob], settings: Callable[..., Settings]
+) -> None:
+    """Kueue lets the Job of one take over the Workload of another only then."""
+    made = [
+        attempt_job(
+            a_job(topology={"pods": 4, "minPods": 1}), uid="u", image="a", settings=settings(), **attempt
+        )
+        for attempt in (
+            {"attempt": 0, "isa": "avx2"},
+            {"attempt": 7, "isa": "avx512", "pods": 1, "requested": "2026-01-31T12:00:00Z", "avoid": ["n"]},
+        )
+    ]
+
+    first, second = (job["spec"]["template"]["spec"]["containers"] for job in made)
+    assert first == second
 
 
 @pytest.mark.parametrize("time", [None, "2026-01-31T12:00:00Z"])

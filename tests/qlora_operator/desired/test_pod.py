@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from builders import environment_of
 from qlora_contract.env import HANDOFF_ENV, PRICE_ENV, REQUESTED_ENV
 from qlora_contract.run_config import ISA_TIERS, IsaTier, ResolvedRevisions, RunConfig, RunStage
 from qlora_operator.api import names
@@ -211,10 +212,10 @@ def test_ranks_are_told_the_price_and_since_when_they_were_waited_for(
     stage: RunStage, fields: dict[str, Any], expected: dict[str, str], template: Make
 ) -> None:
     """Neither is the job's own business, so neither is in its RunConfig."""
-    container = template(stage=stage, **fields)["spec"]["containers"][0]
-    environment = {each["name"]: each["value"] for each in container["env"]}
+    environment = environment_of(template(stage=stage, **fields))
 
-    assert {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if name in environment} == expected
+    told = {name: environment[name] for name in (REQUESTED_ENV, PRICE_ENV) if environment.get(name)}
+    assert told == expected
 
 
 # --- RunConfig
@@ -433,8 +434,9 @@ def test_the_operators_own_labels_and_annotations_win(template: Make) -> None:
 
 def test_the_launcher_is_told_where_rank_0_is(template: Make) -> None:
     """The container runs the launcher, finds rank 0 of its own attempt, and writes only where it can."""
-    (container,) = template(spec={"topology": {"pods": 2}})["spec"]["containers"]
-    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    pod = template(spec={"topology": {"pods": 2}})
+    (container,) = pod["spec"]["containers"]
+    environment = environment_of(pod)
     writable = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
 
     assert container["command"] == ["python", "-m", "qlora_trainer.launch"]
@@ -482,11 +484,6 @@ NETWORK = {
 SCRATCH = {"HOME": "/tmp", "TMPDIR": "/tmp", "HF_HOME": "/tmp/hf", "PYTHONUNBUFFERED": "1"}
 
 
-def environment(pod: dict[str, Any]) -> dict[str, str]:
-    """Of the pod's container."""
-    return {entry["name"]: entry["value"] for entry in pod["spec"]["containers"][0]["env"]}
-
-
 def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
     """Fetch and publish have a command, a role and resources of their own, in a pod like the ranks' otherwise."""
     topology = {"pods": 4, "ranksPerPod": 2, "cpusPerRank": 8, "memoryPerRank": "64Gi", "pinning": "strict"}
@@ -516,7 +513,7 @@ def test_an_export_is_one_rank_alone(template: Make) -> None:
     assert container["command"] == ["python", "-m", "qlora_trainer.launch"]
     both = {"cpu": "8", "memory": str(64 * 2**30 + 256 * 2**20 + 64 * 2**20)}
     assert container["resources"] == {"requests": both, "limits": both}
-    assert environment(pod)["MASTER_ADDR"] == LOOPBACK
+    assert environment_of(pod)["MASTER_ADDR"] == LOOPBACK
     assert "serviceAccountName" not in pod["spec"]
     run = json.loads(pod["metadata"]["annotations"][names.RUN_CONFIG_ANNOTATION])
     assert run["stage"] == "export"
@@ -551,7 +548,7 @@ def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, templ
     """Proxy, authorities, mirror and S3 server stand in the environment under the names that libraries read."""
     ca_file = "/etc/qlora/ca/ca.crt"
 
-    assert environment(template(spec=REMOTE, stage=stage, transfer=NETWORK)) == {
+    assert environment_of(template(spec=REMOTE, stage=stage, transfer=NETWORK)) == {
         **SCRATCH,
         "HTTP_PROXY": "http://proxy.example:3128",
         "HTTPS_PROXY": "http://proxy.example:3129",
@@ -569,7 +566,7 @@ def test_a_transfer_is_told_of_the_administrators_network(stage: RunStage, templ
 def test_what_the_administrator_leaves_out_is_not_in_the_environment(stage: RunStage, template: Make) -> None:
     """An empty variable would mean something else to a library than none."""
     handoff = {HANDOFF_ENV: "/run/qlora/handoff"} if stage == "fetch" else {}
-    assert environment(template(spec=REMOTE, stage=stage)) == {**SCRATCH, **handoff}
+    assert environment_of(template(spec=REMOTE, stage=stage)) == {**SCRATCH, **handoff}
 
 
 def test_beside_a_fetch_somebody_looks_at_the_data(template: Make) -> None:
@@ -649,9 +646,8 @@ def test_credentials_are_files_of_transfers_only(
 
     assert mounted == [name for name in named if name is not None]
     proxies = attempt["settings"].transfer.proxy_secret if attempt["stage"] in TRANSFERS else None
-    sources = [
-        entry["valueFrom"]["secretKeyRef"]["name"] for entry in container["env"] if "valueFrom" in entry
-    ]
+    references = [entry["valueFrom"] for entry in container["env"] if "valueFrom" in entry]
+    sources = [each["secretKeyRef"]["name"] for each in references if "secretKeyRef" in each]
     assert set(sources) == ({proxies} if proxies is not None else set())
     assert "envFrom" not in container
     for other in others:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from builders import environment_of
 from qlora_operator.api import names
 from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.desired.attempt_job import attempt_job
@@ -74,7 +75,7 @@ def test_pods_have_their_names_in_the_service(
     attempt = {**data.draw(attempts), "stage": "train"}
     service = ranks_service(attempt["job"], uid=attempt["uid"])
     template = attempt_job(**attempt)["spec"]["template"]
-    environment = {entry["name"]: entry["value"] for entry in template["spec"]["containers"][0]["env"]}
+    environment = environment_of(template)
 
     if attempt["job"].spec.topology.pods == 1:
         assert "subdomain" not in template["spec"]

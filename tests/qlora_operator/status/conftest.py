@@ -17,7 +17,15 @@ from qlora_operator.api.pod_resources import stage_pods, with_pods
 from qlora_operator.api.status import QLoRAJobStatus
 from qlora_operator.api.v1alpha1 import QLoRAJob, QLoRAJobSpec, topology_hash
 from qlora_operator.status import conditions, stages
-from qlora_operator.status.actions import Action, Decision, DeleteAttemptJob, DeletePod, StartAttempt
+from qlora_operator.status.actions import (
+    Action,
+    Decision,
+    DeleteAttemptJob,
+    DeletePod,
+    DropWorkload,
+    KeepWorkload,
+    StartAttempt,
+)
 from qlora_operator.status.decision import decide
 from qlora_operator.status.holds import hold
 from qlora_operator.status.observation import AttemptJob, Observation, Pod, Read, ReasonMessage
@@ -147,6 +155,8 @@ class Cluster:
     """What the pods of each Job say when they end well, by the Job's uid."""
     deactivated: str = ""
     """What Kueue says of the Job's Workload while its administrator holds it."""
+    workloads: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    """Kueue's Workloads by their names: the uid of the Job of each, and whether it outlives that."""
     phases: list[str] = field(default_factory=list)
     """Every phase that the job was in, each time it was another."""
 
@@ -192,7 +202,7 @@ class Cluster:
         if Read.WARNINGS in reads:
             seen = replace(seen, warnings=())
         if Read.WORKLOAD in reads:
-            seen = replace(seen, deactivated=self.deactivated)
+            seen = replace(seen, deactivated=self.deactivated, workload=self._workload_of_newest())
         return seen
 
     def _act(self, action: Action) -> None:
@@ -201,8 +211,31 @@ class Cluster:
                 self._start(action)
             case DeleteAttemptJob(_, uid):
                 self.delete_job(uid)
+            case KeepWorkload(name, _, uid):
+                if name in self.workloads:
+                    self.workloads[name] = (uid, True)
+            case DropWorkload(name):
+                self.workloads.pop(name, None)
             case DeletePod(_, uid):
                 self.delete_pod(uid)
+
+    def _workload_of_newest(self) -> str | None:
+        status = self.job.status
+        if status is None or not status.attempts:
+            return None
+        mine = {uid for uid, each in self.batch_jobs.items() if each.attempt == status.attempt}
+        mine |= {str(status.attempts[-1].job_uid)}
+        return next((name for name, (uid, _) in self.workloads.items() if uid in mine), None)
+
+    def _queue(self, uid: str, asked: str | None) -> str | None:
+        """Kueue gives a new Job the Workload that it names, or makes one. What it has taken over."""
+        taken = asked if asked in self.workloads else None
+        self.workloads[taken or f"w-{uid}"] = (uid, taken is not None)
+        return taken
+
+    def unclaimed(self) -> list[str]:
+        """Workloads that would hold quota for no Job."""
+        return [name for name, (uid, _) in self.workloads.items() if uid not in self.batch_jobs]
 
     def _start(self, action: StartAttempt) -> None:
         number = action.attempt
@@ -216,10 +249,12 @@ class Cluster:
             )
             self.made += 1
             uid = f"job-uid-{number}-{self.made}"
+            queued = self.job.spec.scheduling.queue_name is not None
             self.batch_jobs[uid] = an_attempt_job(
                 number,
                 uid=uid,
-                suspended=self.job.spec.scheduling.queue_name is not None,
+                suspended=queued,
+                workload=self._queue(uid, action.workload) if queued else None,
                 parallelism=stage_pods(with_pods(self.job.spec.topology, action.pods), action.stage),
                 topology_hash=topology_hash(self.job.spec),
             )
@@ -332,6 +367,7 @@ class Cluster:
                     self.delete_pod(pod.uid)
                 if not living:
                     del self.batch_jobs[uid]
+                    self._collect()
                     self.pods = {key: pod for key, pod in self.pods.items() if key not in mine}
                 continue
             self.batch_jobs[uid] = self._controlled(batch_job, mine, living)
@@ -379,6 +415,15 @@ class Cluster:
             self.batch_jobs[uid] = replace(self.batch_jobs[uid], deleting=True)
             if orphan:
                 del self.batch_jobs[uid]
+                self._collect()
+
+    def _collect(self) -> None:
+        """The garbage collector takes the Workloads whose only owner is gone."""
+        self.workloads = {
+            name: (uid, kept)
+            for name, (uid, kept) in self.workloads.items()
+            if kept or uid in self.batch_jobs
+        }
 
     def delete_pod(self, uid: str) -> None:
         """Somebody deletes a pod: it goes at once if it has no node."""
@@ -450,7 +495,7 @@ class Cluster:
                     self.ends(pod.uid, 0)
             self.watch()
             self.reconcile()
-            if self.finished and not self.living():
+            if self.finished and not self.living() and not self.unclaimed():
                 return
 
 

@@ -14,7 +14,14 @@ from qlora_contract.units import rfc3339
 from qlora_operator.api.names import ConditionType, Phase, Reason
 from qlora_operator.api.v1alpha1 import Schedule
 from qlora_operator.status import conditions
-from qlora_operator.status.actions import Decision, DeleteAttemptJob, DeleteJob, StartAttempt
+from qlora_operator.status.actions import (
+    Decision,
+    DeleteAttemptJob,
+    DeleteJob,
+    DropWorkload,
+    KeepWorkload,
+    StartAttempt,
+)
 from qlora_operator.status.observation import AttemptJob, ReasonMessage
 
 REFUSED = ReasonMessage(Reason.SOURCE_NOT_ALLOWED, "spec.model.source hf://org/model is not allowed here")
@@ -782,19 +789,170 @@ def test_evictions_by_the_queue_cost_nothing(cluster: Callable[..., Any]) -> Non
     calm(played, 1)
     for number in range(3):
         admitted(played)
-        played.let_in(suspended=True)
-        for _ in range(6):
-            played.control()
-            for pod in played.living():
-                if pod.deleting_since is not None:
-                    played.ends(pod.uid, 143)
-            played.watch()
-            played.reconcile()
+        evict(played)
         status = played.job.status
         assert [attempt.reason for attempt in status.attempts] == ["Requeued"] * (number + 1) + [None]
         assert (status.phase, status.restarts.infrastructure) == (Phase.QUEUED, 0)
     played.settle()
     assert played.job.status.phase == Phase.SUCCEEDED
+
+
+def is_evicted_again(played: Any) -> None:
+    """Let in and taken out once more."""
+    admitted(played)
+    evict(played)
+
+
+def loses_its_job(played: Any) -> None:
+    """Somebody deletes its Job."""
+    (uid,) = played.batch_jobs
+    played.delete_job(uid)
+
+
+def is_suspended(played: Any) -> None:
+    """The user suspends the job."""
+    played.set_spec(suspend=True)
+
+
+@pytest.mark.parametrize("line", ["", "save", "act"])
+@pytest.mark.parametrize(
+    ("happens", "stays"),
+    [(look, True), (is_evicted_again, True), (loses_its_job, True), (is_suspended, False)],
+)
+def test_an_evicted_job_keeps_its_place(
+    cluster: Callable[..., Any], happens: Callable[[Any], None], stays: bool, line: str
+) -> None:
+    """Whatever becomes of it next, and wherever the operator dies: its Workload is taken over, or goes."""
+    played = mortal(cluster(scheduling={"queueName": "q"}, infrastructureBackoffLimit=9), line)
+    calm(played, 1)
+    admitted(played)
+    (first,) = played.workloads
+    evict(played)
+    assert [job.workload for job in played.batch_jobs.values()] == [first]
+
+    happens(played)
+    for _ in range(5):
+        look(played, 30)
+
+    assert list(played.workloads) == ([first] if stays else [])
+    assert played.unclaimed() == []
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+    assert played.unclaimed() == []
+
+
+@pytest.mark.parametrize("line", ["", "save", "act"])
+def test_an_evicted_job_without_nodes_leaves_the_queue(cluster: Callable[..., Any], line: str) -> None:
+    """Its Workload could be let in, and its quota lie idle; once there are nodes the job queues anew."""
+    played = mortal(cluster(scheduling={"queueName": "q"}), line)
+    calm(played, 1)
+    admitted(played)
+    played.tiers = ()
+
+    evict(played)
+    for _ in range(5):
+        look(played, 30)
+
+    assert (played.workloads, played.job.status.phase) == ({}, Phase.PENDING)
+    assert played.job.status.attempts[-1].workload is None
+    played.settle()
+    assert played.job.status.phase == Phase.SUCCEEDED
+
+
+def mortal(played: Any, line: str) -> Any:
+    """Its operator dies there in each decision, if anywhere, and makes the decision again."""
+    live = played.reconcile
+
+    def dies_and_lives() -> None:
+        if line:
+            live(dies=line)
+        live()
+
+    played.reconcile = dies_and_lives
+    return played
+
+
+def evict(played: Any) -> None:
+    """The queue takes the job out, and its ranks stop."""
+    played.let_in(suspended=True)
+    for _ in range(6):
+        played.control()
+        for pod in played.living():
+            if pod.deleting_since is not None:
+                played.ends(pod.uid, 143)
+        played.watch()
+        played.reconcile()
+
+
+WORKLOAD = "job-job-a0-abcde"
+
+
+def evicted(reason: str = "Requeued", **fields: Any) -> dict[str, Any]:
+    """The status of a job whose attempt 0 was taken out of its queue, and has ended or is about to."""
+    attempt = {"attempt": 0, "start": START, "jobUid": "job-uid-0", "reason": reason, "message": "m"}
+    fields = {"end": START, "workload": WORKLOAD, **fields}
+    placed = {"isa": "avx512", "worldSize": 2}
+    return {"attempt": 0, "attempts": [{**attempt, **fields}], "startTime": START, "placement": placed}
+
+
+def test_a_job_that_is_evicted_keeps_its_workload(
+    ask: Callable[..., Decision], make_attempt_job: Any, make_pod: Any
+) -> None:
+    """It becomes the job's own before its Job goes, and the next attempt's Job names it."""
+    job = make_attempt_job(suspended=True)
+
+    goes = ask(evicted(end=None), [job], [make_pod(phase="Running", node="n")], spec=QUEUED)
+    follows = ask(evicted(), [], [], spec=QUEUED)
+
+    assert goes.actions == (KeepWorkload(WORKLOAD, job.name, job.uid), DeleteAttemptJob(job.name, job.uid))
+    (start,) = follows.actions
+    assert isinstance(start, StartAttempt)
+    assert (start.attempt, start.workload) == (1, WORKLOAD)
+
+
+@pytest.mark.parametrize(
+    ("status", "jobs", "seen", "dropped"),
+    [
+        pytest.param(evicted(), [], {"spec": {"suspend": True}}, WORKLOAD, id="the user suspends the job"),
+        pytest.param(evicted(), [], {"tiers": []}, WORKLOAD, id="there are no nodes"),
+        pytest.param(
+            evicted(end=None, workload=None, reason="Stalled"),
+            [{"workload": WORKLOAD, "suspended": True}],
+            {},
+            WORKLOAD,
+            id="its Job ends otherwise",
+        ),
+        pytest.param(
+            evicted(end=None),
+            [{"workload": WORKLOAD, "suspended": True}],
+            {},
+            None,
+            id="it is evicted again",
+        ),
+    ],
+)
+def test_a_workload_that_is_not_taken_over_leaves_the_queue(
+    ask: Callable[..., Decision],
+    make_attempt_job: Any,
+    status: dict[str, Any],
+    jobs: list[dict[str, Any]],
+    seen: dict[str, Any],
+    dropped: str | None,
+) -> None:
+    """It would hold quota for nobody, and its owner is the job, which lives on."""
+    spec = {**QUEUED, **seen.get("spec", {})}
+    known = {key: value for key, value in seen.items() if key != "spec"}
+    batch_jobs = [make_attempt_job(**job) for job in jobs]
+
+    decision = ask(status, batch_jobs, [], spec=spec, workload=WORKLOAD, **known)
+    again = ask(decision.status.model_dump(by_alias=True), batch_jobs, [], spec=spec, workload=None, **known)
+
+    assert [each.name for each in decision.actions if isinstance(each, DropWorkload)] == [dropped] * bool(
+        dropped
+    )
+    if not jobs:
+        assert again.actions == ()
+        assert again.status.attempts[-1].workload is None
 
 
 @pytest.mark.parametrize("code", [50, 143])

@@ -405,11 +405,101 @@ def test_an_eviction_is_told_in_the_queues_words(
     status["conditions"].append({**ADMITTED, "lastTransitionTime": rfc3339(now)})
 
     end = ending.job_suspended_again(
-        make_view(status, [make_attempt_job(suspended=True)], [], spec=QUEUED, eviction=eviction)
+        make_view(status, [make_attempt_job(suspended=True)], [], spec=QUEUED, eviction=eviction, **WORKLOAD)
     )
 
     assert isinstance(end, AttemptEnd)
     assert (end.reason, end.message, end.budget) == (reason, message, "none")
+    assert end.workload == ("job-job-a0-abcde" if reason == "Requeued" else None)
+
+
+WORKLOAD = {"workload": "job-job-a0-abcde"}
+
+
+@pytest.mark.parametrize(
+    ("age", "job", "seen", "reason"),
+    [
+        pytest.param(59, WORKLOAD, None, None, id="Kueue may yet look"),
+        pytest.param(60, WORKLOAD, None, "Requeued", id="Kueue does not let it"),
+        pytest.param(9000, WORKLOAD, WORKLOAD["workload"], None, id="it waits in the queue"),
+        pytest.param(9000, {}, None, None, id="a new Workload is Kueue's to make"),
+        pytest.param(9000, {**WORKLOAD, "suspended": False}, None, None, id="it was let in"),
+    ],
+)
+def test_a_workload_that_cannot_be_taken_over_costs_the_place_alone(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    age: float,
+    job: dict[str, Any],
+    seen: str | None,
+    reason: str | None,
+) -> None:
+    """The next attempt's Job is a new Workload; this one would wait for ever."""
+    found = make_attempt_job(**{"suspended": True, **job})
+
+    end = ending.workload_lost(make_view(starting(age, now), [found], [], spec=QUEUED, workload=seen))
+
+    assert (end.reason if isinstance(end, AttemptEnd) else None) == reason
+    if isinstance(end, AttemptEnd):
+        assert (end.budget, end.workload) == ("none", None)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "suspended", "reason"),
+    [(None, False, None), (0, False, None), (3, True, None), (3, False, "Requeued")],
+)
+def test_pods_of_another_attempt_are_not_taken_for_ones_of_this(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    attempt: int | None,
+    suspended: bool,
+    reason: str | None,
+) -> None:
+    """Kueue gives a Job that it stops the pod template of its Workload, which may be that of an earlier attempt. Once
+    it lets the Job in, the next attempt takes over the Workload with its quota."""
+    job = make_attempt_job(template_attempt=attempt, suspended=suspended)
+
+    end = ending.pods_of_an_earlier_attempt(make_view(starting(9, now), [job], [], spec=QUEUED, **WORKLOAD))
+
+    assert (end.reason if end else None) == reason
+    assert end is None or (end.budget, end.workload) == ("none", WORKLOAD["workload"])
+
+
+@pytest.mark.parametrize(
+    ("job", "spec", "reason"),
+    [
+        pytest.param({"parallelism": 2}, QUEUED, "Shrunk", id="enough"),
+        pytest.param({"parallelism": 1}, QUEUED, "JobChanged", id="too few"),
+        pytest.param({"parallelism": 2}, {}, "JobChanged", id="no queue has done it"),
+        pytest.param({"parallelism": 5}, QUEUED, "JobChanged", id="too many"),
+        pytest.param({"parallelism": 4}, QUEUED, None, id="all"),
+        pytest.param({"parallelism": 3, "suspended": True, **WORKLOAD}, QUEUED, None, id="not yet let in"),
+    ],
+)
+def test_a_queue_may_let_a_part_of_the_pods_in(
+    starting: Status,
+    make_view: Callable[..., Any],
+    make_attempt_job: Any,
+    now: datetime,
+    job: dict[str, Any],
+    spec: dict[str, Any],
+    reason: str | None,
+) -> None:
+    """As topology.minPods allows: the next attempt has as many ranks, and the same Workload."""
+    spec = {"topology": {"pods": 4, "minPods": 2}, **spec}
+
+    end = ending.parallelism_changed(
+        make_view(starting(9, now), [make_attempt_job(**job)], [], spec=spec, **WORKLOAD)
+    )
+
+    assert (end.reason if end else None) == reason
+    if reason == "Shrunk":
+        assert end is not None
+        assert (end.placed, end.workload, end.budget) == (2, WORKLOAD["workload"], "none")
 
 
 FAILED_BY = "Container trainer for pod team/job-a0-0 failed with exit code {} matching FailJob rule"

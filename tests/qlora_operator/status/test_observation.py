@@ -166,6 +166,39 @@ def test_a_pod_is_read_into_its_facts(parts: dict[str, Any], fields: dict[str, A
 EVICTED = {"type": "Evicted", "status": "True", "message": "by somebody"}
 
 
+FINISHED = {"status": {"conditions": [{"type": "Finished", "status": "True"}]}}
+
+
+@pytest.mark.parametrize(
+    ("workloads", "name"),
+    [
+        pytest.param([], None, id="without Kueue"),
+        pytest.param([{"metadata": {"name": "w"}}], "w", id="as it was made"),
+        pytest.param([{"metadata": {"name": "w"}, **FINISHED}], None, id="over"),
+        pytest.param(
+            [{"metadata": {"name": "v"}, **FINISHED}, {"metadata": {"name": "w"}}], "w", id="another"
+        ),
+        pytest.param([{"metadata": {"name": 64 * "w"}}], None, id="no label can name it"),
+    ],
+)
+def test_a_workload_can_be_taken_over_until_it_is_finished(
+    workloads: list[dict[str, Any]], name: str | None
+) -> None:
+    """By a label of the next Job, which has at most 63 characters."""
+    assert observation.kept_workload(workloads) == name
+
+
+def test_a_job_tells_what_it_has_taken_over_and_whose_pods_it_makes() -> None:
+    """The latter is wrong only once Kueue has given it the template of an earlier attempt."""
+    labels = {"qlora.dev/attempt": "1"}
+    raw = batch_job(2, spec={"template": {"metadata": {"labels": labels}}})
+    raw["metadata"]["labels"]["kueue.x-k8s.io/prebuilt-workload-name"] = "w"
+
+    found = observation.attempt_job(raw, JOB_UID)
+
+    assert (found.attempt, found.workload, found.template_attempt) == (2, "w", 1)
+
+
 @pytest.mark.parametrize(
     ("workloads", "why"),
     [
