@@ -34,7 +34,7 @@ def exported(model: Path, adapter: Path, output: Path, *forms: Any) -> Path:
 
 def base_as_gguf(folder: Path, file: Path) -> Path:
     """The base without an adapter, as f16."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from qlora_trainer.export.adapter_weights import AdapterWeights
     from qlora_trainer.export.gguf import Metadata, plan_model, write_model
@@ -42,8 +42,8 @@ def base_as_gguf(folder: Path, file: Path) -> Path:
     from qlora_trainer.export.vocabulary import read_vocabulary
     from qlora_trainer.modeling.families import read_model
 
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tensors = plan_model(plan_tensors(folder, read_model(folder)[0], AdapterWeights({}, None)), config, "f16")
+    (family, config), tokenizer = read_model(folder), AutoTokenizer.from_pretrained(folder)
+    tensors = plan_model(plan_tensors(folder, family, AdapterWeights({}, None)), config, "f16")
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, special)
     write_model(file, tensors, metadata, lambda _: None)
