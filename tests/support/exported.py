@@ -50,6 +50,16 @@ def base_as_gguf(folder: Path, file: Path) -> Path:
     return file
 
 
+def stock_model(folder: Path) -> Any:
+    """transformers' model of a folder, in fp32, of the class whose names adapters have: a multimodal one's is whole."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole = hasattr(AutoConfig.from_pretrained(folder), "text_config")
+    chosen: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    return chosen.from_pretrained(folder, dtype=torch.float32)
+
+
 def prompt_ids(model: Path) -> list[int]:
     """PROMPT, in the model's tokens."""
     from transformers import AutoTokenizer
@@ -62,11 +72,9 @@ def by_peft(model: Path, adapter: Path) -> tuple[list[int], list[int]]:
     """The next TOKENS greedy tokens after PROMPT: with the adapter, and without, in fp32."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     prompt = prompt_ids(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    wrapped = PeftModel.from_pretrained(base, adapter).eval()
+    wrapped = PeftModel.from_pretrained(stock_model(model), adapter).eval()
 
     def greedy() -> list[int]:
         ids = list(prompt)

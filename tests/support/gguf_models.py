@@ -11,6 +11,7 @@ _QWEN3_5 = {"linear_key_head_dim": 32}
 FIXED: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
     "gemma2": {"query_pre_attn_scalar": 32},
+    "glm": {"head_dim": 16},
     "ministral": {"sliding_window": 512},
     "gemma3": _GEMMA,
     "gemma3_text": _GEMMA,

@@ -169,6 +169,7 @@ def test_a_tensor_without_a_name_is_refused() -> None:
             id="gemma2 without windows",
         ),
         pytest.param(a_config("olmo2"), "tied embeddings", id="olmo2"),
+        pytest.param(a_config("glm", head_dim=32), "heads that are not as wide as hidden_size", id="glm"),
         pytest.param(a_config("gpt_oss"), "cannot be exported to GGUF; llama.cpp rounds", id="gpt_oss"),
         pytest.param(a_config("qwen3_moe", norm_topk_prob=False), "a norm_topk_prob of false", id="norm"),
         pytest.param(

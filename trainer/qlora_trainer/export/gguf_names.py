@@ -68,6 +68,11 @@ def _gemma3(config: Any) -> str:
     return _gemma(config)
 
 
+def _glm(config: Any) -> str:
+    as_wide = config.head_dim * config.num_attention_heads == config.hidden_size
+    return "" if as_wide else "heads that are not as wide as hidden_size together"
+
+
 def _qwen3_moe(config: Any) -> str:
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         return "layers without experts"
@@ -108,7 +113,7 @@ _OLMO2 = GgufFamily("olmo2", interleaved=False, refuse=_olmo)
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, architecture="gemma3", full_every=6, refuse=_gemma3),
-    "glm": GgufFamily("chatglm", interleaved=False),
+    "glm": GgufFamily("chatglm", interleaved=False, refuse=_glm),
     "glm4": GgufFamily("glm4", interleaved=False),
     "granite": GgufFamily("granite", interleaved=True),
     "granitemoehybrid": GgufFamily("granite", interleaved=True),
