@@ -104,7 +104,7 @@ def test_what_gguf_keeps_otherwise_is_the_adapters_model(
         proof = json.loads((out / form / "export_report.json").read_text())["proof"]
         assert proof["kl_divergence"] < most
         assert proof["adapter_share"] == pytest.approx(1, abs=0.1)
-        assert proof["base_kl_divergence"] > 1e-3
+        assert proof["base_kl_divergence"] > 1e-6  # Granite divides its logits
 
 
 def test_layers_with_scales_of_their_own_keep_them(
