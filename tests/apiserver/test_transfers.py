@@ -134,8 +134,8 @@ def test_what_kubectl_shows_of_stages(make_remote_job: MakeJob, api_cluster: Clu
 
 
 def test_only_the_last_stage_and_the_ranks_are_kept(make_remote_job: MakeJob, terminations: None) -> None:
-    """The Job of a stage goes when the next one begins, but for that of the ranks, which whoever talks to the model makes
-    a pod after; Service and NetworkPolicy serve all, and go with the last."""
+    """The Job of a stage goes when the next one begins, but not that of the ranks: pods that talk to the model are made
+    after its own. Service and NetworkPolicy serve all, and go with the last."""
     job = make_remote_job()
     job.done(job.goes(0, "fetch"), "fetch")
     job.done(job.goes(1, "train"), "train")
