@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from parity_cases import PARITY_CASES  # noqa: E402
+from qlora_trainer.export.gguf_names import GGUF_FAMILIES, GGUF_REFUSED  # noqa: E402
 from qlora_trainer.modeling.families import FAMILIES, INSTEAD, LANGUAGE_MODEL, WRAPPERS  # noqa: E402
 from small_models import SMALL, SMALL_OF  # noqa: E402
 
@@ -29,6 +30,9 @@ A model is a folder as the Hub has them: `config.json`, safetensors in one file 
 in its `config.json` names its family. Any other is refused before anything is loaded.
 
 {families}
+
+`In GGUF` is llama.cpp's name of the family, which [`gguf`](export.md) of `output.formats` needs. It is refused for
+{refused}.
 
 ## What is tested
 
@@ -91,20 +95,26 @@ Dropout of the base that `config.json` asks for is not applied, and the log says
 def models() -> str:
     """The page."""
     families = [
-        *((f"`{kind}`", family.members, _linears(kind)) for kind, family in FAMILIES.items()),
+        *((f"`{kind}`", family.members, _linears(kind), _in_gguf(kind)) for kind, family in FAMILIES.items()),
         *(
-            (f"`{kind}`", members, "as its language model's: `text_config.model_type`")
+            (f"`{kind}`", members, "as its language model's: `text_config.model_type`", "likewise")
             for kind, members in WRAPPERS.items()
         ),
     ]
-    headings = ("`model_type`", "Models", "Linear layers, for `adapter.targetModules`")
+    headings = ("`model_type`", "Models", "Linear layers, for `adapter.targetModules`", "In GGUF")
     tested = [_tested(kind) for kind in (*FAMILIES, *WRAPPERS)]
     return TEXT.format(
         families="\n".join(generate.table(headings, families)),
         tested="\n".join(generate.table(("`model_type`", "Base weights", "Cases"), tested)),
         language_model=LANGUAGE_MODEL,
+        refused="; for ".join(f"`{kind}`: {why}" for kind, why in GGUF_REFUSED.items()),
         instead="\n".join(f"  Instead of `{kind}` take {others}." for kind, others in INSTEAD.items()),
     )
+
+
+def _in_gguf(kind: str) -> str:
+    """llama.cpp's name of a family, which its GGUF files say."""
+    return f"`{GGUF_FAMILIES[kind].architecture}`" if kind in GGUF_FAMILIES else "refused"
 
 
 def _linears(kind: str) -> str:

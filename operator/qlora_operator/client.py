@@ -11,7 +11,7 @@ permissions of its kubeconfig, or of the service account of the pod that it is i
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from kubernetes import client as kubernetes_client
@@ -234,10 +234,26 @@ class Client:
         selector = f"{names.JOB_UID_LABEL}={job.metadata.uid},{names.ROLE_LABEL}={names.Role.TRAINER.value}"
         found = _call(lambda: self._batch.list_namespaced_job(self.namespace, label_selector=selector)).items
         if not found:
-            raise ClusterError(f"{name} has not trained yet, so there is no model of it")
+            if job.status is None or all(attempt.stage != "train" for attempt in job.status.attempts):
+                raise ClusterError(f"{name} has not trained yet, so there is no model of it")
+            raise ClusterError(
+                f"no Job of {name} that trained is left, which a pod could be made after: a suspended job has none "
+                "until it is resumed"
+            )
         newest = max(found, key=lambda child: int(child.metadata.labels.get(names.ATTEMPT_LABEL, 0)))
         template: dict[str, Any] = self._api.sanitize_for_serialization(newest.spec.template)
         return job, template
+
+    def tell_exported(self, name: str, forms: Sequence[str]) -> QLoRAJob:
+        """Say at a finished job which forms were made of its adapter, besides those that are known: the operator takes
+        them over into the status. Raises ClusterError."""
+        said = self.get(name).metadata.annotations.get(names.EXPORTED_ANNOTATION, "").split(",")
+        every = dict.fromkeys(form for form in (*said, *forms) if form)
+        annotations = {names.EXPORTED_ANNOTATION: ",".join(every)}
+        patch = {"metadata": {"annotations": annotations}}
+        return _job(
+            _call(lambda: self._custom.patch_namespaced_custom_object(*_kind(self.namespace), name, patch))
+        )
 
     def _set_suspend(self, name: str, *, suspend: bool) -> QLoRAJob:
         patch = {"spec": {"suspend": suspend}}

@@ -75,10 +75,11 @@ def test_time_follows_steps_cores_and_recomputation() -> None:
 
 
 def test_core_hours_are_those_of_the_whole_time() -> None:
-    """Starting and evaluating hold the CPUs, too."""
+    """Starting, evaluating and answering hold the CPUs, too."""
     time = the_time(a_job(ranks=3, cpus=4), evaluation=HELD_OUT)
 
-    assert time.seconds == time.start_seconds + time.training_seconds + time.evaluation_seconds
+    parts = (time.start_seconds, time.training_seconds, time.evaluation_seconds, time.answers_seconds)
+    assert time.seconds == pytest.approx(sum(parts))
     assert time.core_hours == pytest.approx(time.seconds * 12 / 3600)
 
 
@@ -194,3 +195,34 @@ def test_no_tokens_are_no_fault() -> None:
     empty = SplitStats(records=0, truncated=0, dropped=0, samples=0, tokens=0, supervised_tokens=0)
 
     assert flops_per_token(SMOLLM2, empty, "none") > 0
+
+
+def test_answers_are_rank_0s_alone() -> None:
+    """More CPUs of a rank help, more ranks do not; without prompts or held-out data there are none."""
+    one = the_time(evaluation=HELD_OUT).answers_seconds
+
+    assert 0 < one < 60
+    assert the_time(a_job(ranks=4), evaluation=HELD_OUT).answers_seconds == one
+    assert the_time(a_job(cpus=2), evaluation=HELD_OUT).answers_seconds == pytest.approx(one / 2)
+    assert the_time(a_job(evaluation={"prompts": 0}), evaluation=HELD_OUT).answers_seconds == 0.0
+    assert the_time().answers_seconds == 0.0
+
+
+def test_answers_end_when_their_time_is_over() -> None:
+    """A minute for each prompt."""
+    large = SMOLLM2.model_copy(update={"linear_weights": 10**12})
+
+    assert the_time(shape=large, evaluation=HELD_OUT).answers_seconds == 3 * 60
+
+
+def test_exports_have_the_cpus_of_one_rank() -> None:
+    """Each form adds to the time, q4_k_m the most; the other ranks have left by then."""
+    formats = {"formats": ["adapter", "merged"]}
+    k_quants = {"formats": ["adapter", "gguf"], "ggufTypes": ["q4_k_m"]}
+    none, merged = the_time(), the_time(a_job(output=formats))
+
+    assert none.exports_seconds == 0.0
+    assert 0 < merged.exports_seconds < the_time(a_job(output=k_quants)).exports_seconds
+    assert merged.seconds == pytest.approx(none.seconds + merged.exports_seconds)
+    assert merged.core_hours == pytest.approx(none.core_hours + merged.exports_seconds * 1 / 3600)
+    assert the_time(a_job(ranks=4, output=formats)).exports_seconds == merged.exports_seconds

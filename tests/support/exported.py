@@ -34,7 +34,7 @@ def exported(model: Path, adapter: Path, output: Path, *forms: Any) -> Path:
 
 def base_as_gguf(folder: Path, file: Path) -> Path:
     """The base without an adapter, as f16."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from qlora_trainer.export.adapter_weights import AdapterWeights
     from qlora_trainer.export.gguf import Metadata, plan_model, write_model
@@ -42,12 +42,22 @@ def base_as_gguf(folder: Path, file: Path) -> Path:
     from qlora_trainer.export.vocabulary import read_vocabulary
     from qlora_trainer.modeling.families import read_model
 
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    tensors = plan_model(plan_tensors(folder, read_model(folder)[0], AdapterWeights({}, None)), config, "f16")
+    (family, config), tokenizer = read_model(folder), AutoTokenizer.from_pretrained(folder)
+    tensors = plan_model(plan_tensors(folder, family, AdapterWeights({}, None)), config, "f16")
     special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     metadata = Metadata("base", config, "f16", read_vocabulary(tokenizer, config.vocab_size), None, special)
     write_model(file, tensors, metadata, lambda _: None)
     return file
+
+
+def stock_model(folder: Path) -> Any:
+    """transformers' model of a folder, in fp32, of the class whose names adapters have: a multimodal one's is whole."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    whole = hasattr(AutoConfig.from_pretrained(folder), "text_config")
+    chosen: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    return chosen.from_pretrained(folder, dtype=torch.float32)
 
 
 def prompt_ids(model: Path) -> list[int]:
@@ -62,11 +72,9 @@ def by_peft(model: Path, adapter: Path) -> tuple[list[int], list[int]]:
     """The next TOKENS greedy tokens after PROMPT: with the adapter, and without, in fp32."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     prompt = prompt_ids(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    wrapped = PeftModel.from_pretrained(base, adapter).eval()
+    wrapped = PeftModel.from_pretrained(stock_model(model), adapter).eval()
 
     def greedy() -> list[int]:
         ids = list(prompt)

@@ -267,6 +267,10 @@ class TimeEstimate(ContractModel):
     training_seconds: float
     evaluation_seconds: float
     start_seconds: float
+    answers_seconds: float = 0.0
+    """Of base and adapter answering held-out prompts, while other ranks wait."""
+    exports_seconds: float = 0.0
+    """Of making output.formats, with the CPUs of one rank."""
     core_hours: float
     flops_per_token: float
     """Of training."""

@@ -5,6 +5,7 @@ A rough figure, for plans: it says what it rests on. What ranks choose by is qlo
 
 from dataclasses import dataclass
 
+from qlora_contract.export import forms_of
 from qlora_contract.memory import Checkpointing, Dtype, ModelShape
 from qlora_contract.plan import PlanReport, SplitStats, TimeEstimate
 from qlora_contract.run_config import IsaTier, RunConfig
@@ -43,6 +44,16 @@ START_SECONDS = 20.0
 """Imports, and tokenizing a small dataset; measured 14 to 21."""
 LOAD_SECONDS = 4.7e-9
 """Of one weight: read and quantized by one core; measured 0.5 s for 106 million."""
+ANSWER_TOKENS = 32
+"""Of an answer to a held-out prompt, at most; and it is counted whole."""
+ANSWER_SECONDS = 60.0
+"""Of the base's and the adapter's answer to one prompt, at most."""
+FEWEST_ROWS = 16
+"""A product with fewer rows takes as long as with so many, since its weight is unpacked all the same; a guess."""
+PROOF_TOKENS = 150
+"""Of the texts on which an export is compared with the adapter's model."""
+K_QUANT_SECONDS = 3e-8
+"""Of one weight on one core, in the search for the scales of q4_k_m; a rough one."""
 
 
 def flops_per_token(
@@ -93,8 +104,35 @@ def _seconds_per_token(
     return others / RATES[run.isa, plan.compute_dtype].flops + recurrent / RATES[run.isa, "fp32"].flops
 
 
+def answers_seconds(run: RunConfig, plan: PlanReport) -> float:
+    """How long rank 0 takes for the answers of base and adapter to evaluation.prompts of what is held out: the prompts
+    are read at once, and then each further token goes through all weights, of all answers together."""
+    held_out = plan.evaluation
+    if held_out is None or not (count := min(run.evaluation.prompts, held_out.samples)):
+        return 0.0
+    one = _seconds_per_token(run, plan, held_out, None) / run.layout.cpus_per_rank
+    prompt = (held_out.tokens - held_out.supervised_tokens) / held_out.samples
+    rows = count * prompt + (ANSWER_TOKENS - 1) * max(count, FEWEST_ROWS)
+    return float(min(2 * rows * one, count * ANSWER_SECONDS))
+
+
+def exports_seconds(run: RunConfig, plan: PlanReport) -> float:
+    """How long one rank takes for output.formats: for each form all weights are read, merged and written, and read
+    again for the comparison, before which the base and the adapter's model are computed once, all in fp32."""
+    forms = forms_of(run.output)
+    if not forms:
+        return 0.0
+    shape = plan.shape
+    weights = shape.linear_weights + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    passes = 2 + len(forms)
+    compared = passes * PROOF_TOKENS * 2.0 * weights / RATES[run.isa, "fp32"].flops
+    moved = (1 + 2 * len(forms)) * weights * LOAD_SECONDS
+    searched = forms.count("gguf-q4_k_m") * weights * K_QUANT_SECONDS
+    return (compared + moved + searched) / run.layout.cpus_per_rank
+
+
 def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
-    """How long the steps and evaluations of a plan take on the CPUs that the job has.
+    """How long what a plan describes takes on the CPUs that the job has, from start to exports.
 
     Args:
         run: the job, with a settled number of ranks.
@@ -122,13 +160,16 @@ def time_of(run: RunConfig, plan: PlanReport) -> TimeEstimate:
         evaluation = times * one
     weights = shape.linear_weights + shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     start = START_SECONDS + weights * LOAD_SECONDS / run.layout.cpus_per_rank
-    seconds = training + evaluation + start
+    answers, exports = answers_seconds(run, plan), exports_seconds(run, plan)
+    held = training + evaluation + start + answers
     return TimeEstimate(
-        seconds=seconds,
+        seconds=held + exports,
         training_seconds=training,
         evaluation_seconds=evaluation,
         start_seconds=start,
-        core_hours=seconds * cores / 3600,
+        answers_seconds=answers,
+        exports_seconds=exports,
+        core_hours=(held * cores + exports * run.layout.cpus_per_rank) / 3600,
         flops_per_token=flops_per_token(shape, plan.training, mode, run.adapter.virtual_tokens),
         tokens_per_second=1 / per_token if per_token else 0.0,
         basis=RATES[run.isa, plan.compute_dtype].basis,

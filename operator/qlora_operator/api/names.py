@@ -76,6 +76,10 @@ CHECKPOINT_ANNOTATION = f"{GROUP}/checkpoint-time"
 """On an attempt's Job: when its newest checkpoint was made, RFC 3339. What it has done since is lost if its pods are
 killed at once, which a scheduler may want to know that looks for pods to preempt."""
 
+EXPORTED_ANNOTATION = f"{GROUP}/exported"
+"""On a QLoRAJob: the forms that were made of its adapter since it finished, separated by commas. `kubectl qlora export`
+writes it, and the operator, which alone writes the status, takes it over there."""
+
 TRAINER_CONTAINER = "trainer"
 """The container of an attempt's pods."""
 

@@ -319,6 +319,8 @@ def time_lines(time: TimeEstimate | None, money: float | None = None, currency: 
         "evaluation": time.evaluation_seconds,
         "start": time.start_seconds,
     }
+    also = {"answers": time.answers_seconds, "exports": time.exports_seconds}
+    parts |= {name: seconds for name, seconds in also.items() if seconds}
     shares = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in parts.items())
     cost = f"{time.core_hours:,.3g} core-hours"
     if money is not None:

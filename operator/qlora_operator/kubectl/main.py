@@ -232,6 +232,10 @@ def _export(client: Client, options: argparse.Namespace) -> int:
         code, cause = wait_until_ended(lambda: read_pod(client, name))
     if code != 0:
         raise CommandError(error_message(code, cause), code)
+    try:
+        client.tell_exported(options.job, forms_of(output))
+    except ClusterError as error:  # they are made all the same
+        print(f"status.adapter.exports will not name them: {error}", file=sys.stderr)
     for form in forms_of(output):
         print(f"{job.spec.workspace.rstrip('/')}/jobs/{options.job}/{EXPORTS}/{form}")
     return 0

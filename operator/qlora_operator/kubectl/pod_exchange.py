@@ -23,6 +23,8 @@ from qlora_operator.kubectl.chat_pod import GRACE_SECONDS
 POLL_SECONDS = 1.0
 STDOUT = 1
 LOG_LINES = 3
+ENDED = ("Succeeded", "Failed")
+INSTANCE_LABEL = "app.kubernetes.io/instance"
 
 
 class Channel(Protocol):
@@ -60,6 +62,7 @@ def running_pod(
         ClusterError: it cannot be created, or does not run in time.
     """
     stop_by(_interrupt)  # the pod is removed then, too
+    remove_ended(client, pod)
     created = _answered(lambda: client.core.create_namespaced_pod(client.namespace, pod))
     name = created.metadata.name
     grace = {} if grace_seconds is None else {"grace_period_seconds": grace_seconds}
@@ -70,6 +73,24 @@ def running_pod(
     finally:
         with suppress(ApiException, HTTPError, OSError):
             client.core.delete_namespaced_pod(name, client.namespace, **grace)
+
+
+def remove_ended(client: Client, pod: Mapping[str, Any]) -> None:
+    """Remove what an earlier command of this kind has left for the job: one that was killed, or lost its connection,
+    could not. Its pod has ended with its input. Who may not list pods keeps them until the job goes.
+
+    Args:
+        client: of the cluster.
+        pod: the manifest of the pod that is created next.
+    """
+    labels = pod["metadata"]["labels"]
+    selector = ",".join(f"{name}={labels[name]}" for name in ("app.kubernetes.io/component", INSTANCE_LABEL))
+    job_uid = pod["metadata"]["ownerReferences"][0]["uid"]
+    with suppress(ApiException, HTTPError, OSError):
+        for left in client.core.list_namespaced_pod(client.namespace, label_selector=selector).items:
+            owners = [owner.uid for owner in left.metadata.owner_references or []]
+            if left.status.phase in ENDED and job_uid in owners:
+                client.core.delete_namespaced_pod(left.metadata.name, client.namespace)
 
 
 @contextmanager
@@ -134,7 +155,7 @@ def wait_until_running(
     while True:
         pod = look()
         phase = pod.get("status", {}).get("phase")
-        ended = phase in ("Succeeded", "Failed")
+        ended = phase in ENDED
         if phase == "Running" or (ended and may_end):
             return
         why = waiting_for(pod)
@@ -157,7 +178,7 @@ def wait_until_ended(look: Callable[[], Mapping[str, Any]]) -> tuple[int, str]:
     Raises:
         ClusterError: the pod ended without one, as when its node is gone.
     """
-    while (pod := look()).get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+    while (pod := look()).get("status", {}).get("phase") not in ENDED:
         time.sleep(POLL_SECONDS)
     states = [c.get("state", {}).get("terminated") for c in pod["status"].get("containerStatuses") or []]
     ended = next(filter(None, states), None)

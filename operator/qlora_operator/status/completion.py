@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_contract.exit_codes import PERMANENT
+from qlora_contract.export import EXPORT_FORMS
 from qlora_contract.run_config import ResolvedRevisions
+from qlora_operator.api import names
 from qlora_operator.api.names import CHECK_CONTAINER, Reason
 from qlora_operator.api.run_config import export_forms
 from qlora_operator.api.status import AdapterStatus, Cost
+from qlora_operator.api.v1alpha1 import QLoRAJob
 from qlora_operator.status import progress_status, stages
 from qlora_operator.status.checks import AttemptEnd, Budget
 from qlora_operator.status.failure import EXIT_REASONS, check_report
@@ -115,6 +118,15 @@ def _exported(view: JobView) -> StageResult:
     known = view.status.adapter or AdapterStatus()
     adapter = known.model_copy(update={"exports": [*export_forms(view.spec)]})
     return _finished(view, adapter, {"adapter": adapter}, Reason.EXPORTED, "the exports are made")
+
+
+def exported_since(job: QLoRAJob, adapter: AdapterStatus) -> AdapterStatus:
+    """A finished job's adapter, with the forms that `kubectl qlora export` says it has made. Anything else that the
+    annotation holds is passed over."""
+    said = job.metadata.annotations.get(names.EXPORTED_ANNOTATION, "").split(",")
+    known = adapter.exports or []
+    new = [form for form in EXPORT_FORMS if form in said and form not in known]
+    return adapter.model_copy(update={"exports": [*known, *new]}) if new else adapter
 
 
 def _finished(

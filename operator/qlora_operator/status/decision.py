@@ -315,6 +315,8 @@ def _summarize(builder: StatusBuilder) -> None:
         shown = holds.column(schedule, window)
         if look_at := holds.look_at(window, view.now):
             builder.requeue_at(look_at)
+    if view.finished and (adapter := view.status.adapter) is not None:
+        builder.set(adapter=completion.exported_since(view.job, adapter))
     builder.set(
         observed_generation=view.job.metadata.generation,
         phase=conditions.phase(view.status.conditions),

@@ -90,15 +90,16 @@ def delete_leftover_jobs(view: JobView) -> list[Action]:
     """Deletes Jobs of other attempts, and the last one's if it outlives the attempt, whatever the job does next: a
     queue may yet admit it.
 
-    The newest that failed by itself stays for its pods' logs, until the next attempt has ended or the job has.
+    The newest that failed by itself stays for its pods' logs, until the next attempt has ended or the job has; the one
+    that trained the adapter stays with the job, as the last one does: what talks to its model is made like its pods.
     """
-    over, kept = view.open_attempt is None, _kept_for_its_logs(view)
+    over, kept = view.open_attempt is None, (_kept_for_its_logs(view), _that_trained(view))
     return [
         action
         for job in view.seen.attempt_jobs
         if job.controlled
         and not job.deleting
-        and job != kept
+        and job not in kept
         and (job.attempt != view.status.attempt or (over and not job.finished and job.failing is None))
         for action in _delete(job, view)
     ]
@@ -124,9 +125,23 @@ def _kept_for_its_logs(view: JobView) -> AttemptJob | None:
     """The newest Job before the open attempt's that failed. It holds no nodes; but a quota may count it, or its pods,
     and then it goes."""
     number = view.status.attempt
-    waits = (view.condition(kind) for kind in (ConditionType.INITIALIZED, ConditionType.RUNNING))
-    short = any(each is not None and each.reason == Reason.QUOTA_EXCEEDED for each in waits)
-    if view.open_attempt is None or view.finished or number is None or short:
+    if view.open_attempt is None or view.finished or number is None or _short_of_quota(view):
         return None
     failed = (job for job in view.seen.attempt_jobs if job.controlled and job.failed and job.attempt < number)
     return max(failed, key=lambda job: job.attempt, default=None)
+
+
+def _that_trained(view: JobView) -> AttemptJob | None:
+    """The Job whose ranks finished the adapter. It holds no nodes; but a quota may count it, and then it goes."""
+    if view.status.adapter is None or _short_of_quota(view):
+        return None
+    trained = {attempt.attempt for attempt in view.status.attempts if attempt.stage == "train"}
+    done = (
+        job for job in view.seen.attempt_jobs if job.controlled and job.complete and job.attempt in trained
+    )
+    return max(done, key=lambda job: job.attempt, default=None)
+
+
+def _short_of_quota(view: JobView) -> bool:
+    waits = (view.condition(kind) for kind in (ConditionType.INITIALIZED, ConditionType.RUNNING))
+    return any(each is not None and each.reason == Reason.QUOTA_EXCEEDED for each in waits)

@@ -209,6 +209,21 @@ BAD = {
         "spec.model.source",
         "must be pvc://claim/path, hf://org/name or s3://bucket/path",
     ),
+    "model in a registry": (
+        {"spec.model.source": "oci://registry.example/team/model:v1"},
+        "spec.model.source",
+        "must be pvc://claim/path, hf://org/name or s3://bucket/path",
+    ),
+    "data in a registry": (
+        {"spec.dataset": {"source": "oci://registry.example/team/data:v1"}},
+        "spec.dataset.source",
+        "must be pvc://claim/path",
+    ),
+    "an initial adapter in a registry": (
+        {"spec.adapter": {"initialAdapter": "oci://registry.example/team/adapter:v1"}},
+        "spec.adapter.initialAdapter",
+        "must be pvc://claim/path",
+    ),
     "model of a file system": ({"spec.model.source": "file:///etc"}, "spec.model.source", "pvc://claim/path"),
     "model of a bucket in capitals": (
         {"spec.model.source": "s3://Team/m"},

@@ -180,6 +180,15 @@ def test_what_fewer_pods_mean_is_told(
     assert fewer_pods(a_job(topology=topology).spec.topology, time) == expected
 
 
+def test_answers_and_exports_are_shown_where_there_are_any() -> None:
+    """Most jobs export nothing."""
+    time = TIME.model_copy(update={"answers_seconds": 12.0, "exports_seconds": 75.0})
+
+    text = shown(a_plan(details=details(figures(512)), time=time))
+
+    assert "(steps 2h 00m, evaluation 2m 45s, start 20s, answers 12s, exports 1m 15s): " in text
+
+
 def test_without_a_model_there_is_no_time() -> None:
     """It follows from the model's shape and the data."""
     assert "time" not in shown(a_plan())

@@ -1,13 +1,16 @@
 """Waiting for a chat pod, and its streams."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 
 from qlora_operator.client import ClusterError
 from qlora_operator.kubectl.pod_exchange import (
     lines_of,
+    remove_ended,
     sender,
     wait_until_ended,
     wait_until_running,
@@ -155,3 +158,65 @@ def test_a_container_that_is_gone_is_an_error_of_the_system() -> None:
     assert streams.heard == ["one\n"]
     with pytest.raises(OSError, match="already closed"):
         send("two\n")
+
+
+class Pods:
+    """The core API of a client, with pods by name, and what was done to them."""
+
+    namespace = "team"
+
+    def __init__(self, *pods: SimpleNamespace) -> None:
+        self.core = self
+        self.pods, self.asked = pods, ""
+        self.deleted: list[str] = []
+        self.forbidden = False
+
+    def list_namespaced_pod(self, _: str, label_selector: str) -> SimpleNamespace:
+        """Those that there are."""
+        if self.forbidden:
+            raise ApiException(status=403)
+        self.asked = label_selector
+        return SimpleNamespace(items=self.pods)
+
+    def delete_namespaced_pod(self, name: str, _: str) -> None:
+        """One goes."""
+        self.deleted.append(name)
+
+
+def left(name: str, phase: str, owner: str = "uid") -> SimpleNamespace:
+    """A pod that is there."""
+    metadata = SimpleNamespace(name=name, owner_references=[SimpleNamespace(uid=owner)])
+    return SimpleNamespace(metadata=metadata, status=SimpleNamespace(phase=phase))
+
+
+OWN: dict[str, Any] = {
+    "metadata": {
+        "labels": {"app.kubernetes.io/component": "chat", "app.kubernetes.io/instance": "job", "mesh": "on"},
+        "ownerReferences": [{"uid": "uid"}],
+    }
+}
+
+
+def test_what_a_killed_command_left_goes_with_the_next_one() -> None:
+    """Its pod has ended with its input; one that runs is somebody's, and another job's of that name is not ours."""
+    client: Any = Pods(
+        left("ended", "Succeeded"),
+        left("failed", "Failed"),
+        left("runs", "Running"),
+        left("old", "Failed", "other"),
+    )
+
+    remove_ended(client, OWN)
+
+    assert client.asked == "app.kubernetes.io/component=chat,app.kubernetes.io/instance=job"
+    assert client.deleted == ["ended", "failed"]
+
+
+def test_who_may_not_list_pods_may_chat_all_the_same() -> None:
+    """What is left goes with the job."""
+    client: Any = Pods(left("ended", "Succeeded"))
+    client.forbidden = True
+
+    remove_ended(client, OWN)
+
+    assert client.deleted == []

@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 
+from builders import JOB_UID, a_job
+from qlora_operator.api.status import AdapterStatus, QLoRAJobStatus
 from qlora_operator.status.actions import Decision
-from qlora_operator.status.observation import Read, ReasonMessage
+from qlora_operator.status.completion import exported_since
+from qlora_operator.status.decision import decide
+from qlora_operator.status.observation import Observation, Read, ReasonMessage
 
 Status = Callable[..., dict[str, Any]]
 
 NOW = datetime(2026, 1, 31, 12, 0, tzinfo=UTC)
+SEEN = Observation(
+    jobs_listed=True, pods=(), lost_nodes=frozenset(), warnings=(), deactivated="", feasible_tiers=("avx2",),
+    image="registry.example/trainer:1",
+)  # fmt: skip
 START = "2026-01-31T11:00:00Z"
 REMOTE = {
     "model": {"source": "hf://org/model"},
@@ -283,3 +291,45 @@ def test_a_source_keeps_the_revision_that_was_found_first(
     assert status.attempts[0].reason == "Fetched"
     known = status.provenance.model_dump(by_alias=True, exclude_none=True)
     assert known == {"modelRevision": "c0ffee", "datasetRevision": "d0d0", "seed": 7}
+
+
+@pytest.mark.parametrize(
+    ("said", "known", "exports"),
+    [
+        pytest.param(None, None, None, id="nothing"),
+        pytest.param("gguf-q8_0", None, ["gguf-q8_0"], id="the first"),
+        pytest.param("gguf-q8_0,merged", ["merged"], ["merged", "gguf-q8_0"], id="one more"),
+        pytest.param("merged", ["merged"], ["merged"], id="made again"),
+        pytest.param("adapter,../x,gguf-q2_k,", None, None, id="nothing that is a form"),
+    ],
+)
+def test_a_finished_jobs_status_names_what_was_exported_since(
+    said: str | None, known: list[str] | None, exports: list[str] | None
+) -> None:
+    """As `kubectl qlora export` says in an annotation, which anybody may write who may change the job."""
+    annotations = {} if said is None else {"qlora.dev/exported": said}
+    job = a_job(metadata={"namespace": "team", "uid": JOB_UID, "annotations": annotations})
+
+    adapter = exported_since(job, AdapterStatus(uri="pvc://team/a", exports=known))
+
+    assert (adapter.uri, adapter.exports) == ("pvc://team/a", exports)
+
+
+@pytest.mark.parametrize(("finished", "exports"), [(True, ["merged"]), (False, None)])
+def test_only_a_finished_job_takes_exports_over(finished: bool, exports: list[str] | None) -> None:
+    """Those of a job that is not are made by its own attempt, which its stage is decided by."""
+    done = {
+        "type": "Finished",
+        "status": "True",
+        "reason": "Succeeded",
+        "message": "",
+        "lastTransitionTime": START,
+    }
+    metadata = {"namespace": "team", "uid": JOB_UID, "annotations": {"qlora.dev/exported": "merged"}}
+    status = {"adapter": {"uri": "pvc://team/a"}, "conditions": [done] if finished else []}
+    job = a_job(metadata=metadata).model_copy(update={"status": QLoRAJobStatus.model_validate(status)})
+
+    decision = decide(job, SEEN, NOW)
+
+    assert decision.status.adapter is not None
+    assert decision.status.adapter.exports == exports

@@ -1062,6 +1062,11 @@ def test_a_job_that_outlives_its_attempt_is_deleted_before_another_is_made(
     assert decision.actions == (DeleteAttemptJob("job-a0", "job-uid-0"),)
 
 
+def at_work(played: Any) -> list[AttemptJob]:
+    """Jobs that are not done: that of the ranks stays once the adapter is there."""
+    return [job for job in played.batch_jobs.values() if not job.complete]
+
+
 @RUNNING
 @EACH_STAGE
 def test_a_suspended_job_continues_with_its_stage(
@@ -1080,7 +1085,7 @@ def test_a_suspended_job_continues_with_its_stage(
         played.ends(pod.uid, 143)
     for _ in range(5):
         look(played)
-    assert (played.living(), played.batch_jobs) == ([], {})
+    assert (played.living(), at_work(played)) == ([], [])
     played.set_spec(suspend=False)
     until_pods(played)
 
@@ -1116,7 +1121,7 @@ def test_a_job_goes_on_in_its_next_window(cluster: Callable[..., Any], stage: st
     for _ in range(5):
         played.watched = {}
         look(played, 3600)
-        assert (played.living(), played.batch_jobs, played.job.status.attempt) == ([], {}, before)
+        assert (played.living(), at_work(played), played.job.status.attempt) == ([], [], before)
     pass_time(played, 2 * 3600)
     until_pods(played)
 

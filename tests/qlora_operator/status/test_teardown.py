@@ -197,3 +197,44 @@ def test_what_ranks_needed_goes_with_the_last_of_them(
     found = delete_network(make_view(status, [], [], network_exists=exists))
 
     assert found == ([DeleteNetwork()] if goes else [])
+
+
+ADAPTER = {"uri": "pvc://team/work/jobs/job/adapter"}
+FINISHED = [{**SHORT, "type": "Finished", "status": "True", "lastTransitionTime": "2026-01-01T11:30:00Z"}]
+FULL = [{**SHORT, "lastTransitionTime": "2026-01-01T11:30:00Z"}]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "conditions", "kept"),
+    [
+        pytest.param(ADAPTER, FINISHED, [1, 2], id="the one that trained and the last"),
+        pytest.param(ADAPTER, [], [1, 2], id="while the last is at work"),
+        pytest.param(None, [], [2], id="no adapter"),
+        pytest.param(ADAPTER, FULL, [2], id="a quota that is full"),
+    ],
+)
+def test_the_job_that_trained_stays_with_its_model(
+    make_view: Callable[..., JobView],
+    make_attempt_job: Any,
+    adapter: dict[str, Any] | None,
+    conditions: list[dict[str, Any]],
+    kept: list[int],
+) -> None:
+    """`kubectl qlora chat` and `export` make their pods like its pods, also after the adapter was sent away."""
+    stages = ["fetch", "train", "publish"]
+    attempts = [
+        {
+            "attempt": number,
+            "stage": stage,
+            "start": "2026-01-01T11:00:00Z",
+            "end": "2026-01-01T11:10:00Z",
+            "reason": "X",
+        }
+        for number, stage in enumerate(stages)
+    ]
+    jobs = [make_attempt_job(number, complete=True) for number in range(3)]
+    status = {"attempt": 2, "attempts": attempts, "adapter": adapter, "conditions": conditions}
+
+    deleted = {action.name for action in delete_leftover_jobs(make_view(status, jobs, []))}
+
+    assert [job.attempt for job in jobs if job.name not in deleted] == kept

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from exported import stock_model
+
 
 @pytest.fixture
 def an_adapter(tmp_path: Path) -> Callable[..., Path]:
@@ -16,10 +18,9 @@ def an_adapter(tmp_path: Path) -> Callable[..., Path]:
         model: Path, *, scale: float = 1.0, targets: str | list[str] = "all-linear", **settings: Any
     ) -> Path:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
         torch.manual_seed(1)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base = stock_model(model)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **settings)
         wrapped = get_peft_model(base, config)
         for name, parameter in wrapped.named_parameters():

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from exported import exported
+from gguf_models import FIXED, TARGETS
 from qlora_contract.export import EXPORT_FORMS, ExportForm, ExportRequest
 from qlora_contract.job_folder import is_exported
 from qlora_trainer.errors import ConfigurationError, Fenced, ModelError, StorageFull
@@ -85,6 +87,24 @@ def test_every_form_of_every_family_is_the_adapters_model(
     files = [path for path in (tmp_path / "out").glob("*/*") if path.is_file()]
     (tmp_path / "like any").touch()
     assert {path.stat().st_mode for path in files} == {(tmp_path / "like any").stat().st_mode}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma3", "granitemoehybrid", "mistral3", "olmo3", "qwen3_5", "qwen3_moe"])
+def test_what_gguf_keeps_otherwise_is_the_adapters_model(
+    kind: str, small_model: Callable[..., Path], an_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Language models of multimodal ones, layers that are two there, experts that are one, heads in another order."""
+    model = small_model(kind, **FIXED.get(kind, {}))
+    adapter = an_adapter(model, targets=TARGETS.get(kind, "all-linear"))
+
+    out = exported(model, adapter, tmp_path / "out", "gguf-f16", "gguf-lora")
+
+    for form, most in (("gguf-f16", 1e-4), ("gguf-lora", 1e-8)):
+        proof = json.loads((out / form / "export_report.json").read_text())["proof"]
+        assert proof["kl_divergence"] < most
+        assert proof["adapter_share"] == pytest.approx(1, abs=0.1)
+        assert proof["base_kl_divergence"] > 1e-6  # Granite divides its logits
 
 
 def test_layers_with_scales_of_their_own_keep_them(

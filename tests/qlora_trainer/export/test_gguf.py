@@ -4,117 +4,35 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoConfig
 
 from exported import PROMPT, TOKENS, base_as_gguf, by_peft, exported, prompt_ids
+from gguf_models import FIXED, TARGETS, a_config
 from llama_server import LlamaServer
 from qlora_contract.run_config import GgufType, OutputFormat
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.gguf import (
-    GGUF_FAMILIES,
-    GgufNames,
     context_length,
-    family_of,
     quantized,
     rope_factors,
     tensor_type,
 )
+from qlora_trainer.export.gguf_names import GGUF_FAMILIES
+from qlora_trainer.modeling.families import WRAPPERS
 
 pytestmark = pytest.mark.process
 
 
-def a_config(kind: str = "llama", **values: Any) -> Any:
-    """A configuration of a small model."""
-    known = {
-        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": True,
-    }  # fmt: skip
-    return AutoConfig.for_model(kind, **{**known, **values})
-
-
-def test_rows_of_queries_and_keys_are_reordered_and_back() -> None:
-    """llama.cpp rotates neighbors, transformers numbers half a head apart; of other layers, nothing moves."""
-    names = GgufNames(a_config())
-    rows = torch.arange(512.0)[:, None].expand(512, 3)
-
-    for path, count in (
-        ("model.layers.0.self_attn.q_proj.weight", 512),
-        ("model.layers.0.self_attn.k_proj.weight", 128),
-    ):
-        moved = names.to_gguf(path, rows[:count])
-        assert moved[:4, 0].tolist() == [0, 32, 1, 33]
-        assert torch.equal(names.from_gguf(path, moved), rows[:count])
-    assert names.to_gguf("model.layers.0.self_attn.v_proj.weight", rows) is rows
-    assert GgufNames(a_config("qwen2")).to_gguf("model.layers.0.self_attn.q_proj.weight", rows) is rows
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("model.embed_tokens.weight", "token_embd.weight"),
-        ("model.layers.7.mlp.down_proj.weight", "blk.7.ffn_down.weight"),
-        ("model.layers.0.self_attn.q_proj.bias", "blk.0.attn_q.bias"),
-        ("model.layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight"),
-        ("lm_head.weight", "output.weight"),
-    ],
-)
-def test_names_are_those_of_llama_cpp(path: str, name: str) -> None:
-    """From gguf's own table."""
-    assert GgufNames(a_config("qwen3")).name(path) == name
-
-
-def test_the_page_of_exports_names_families_formats_and_types() -> None:
+def test_the_page_of_exports_names_formats_and_types() -> None:
     """docs/export.md says what the code does."""
     page = " ".join((Path(__file__).parents[3] / "docs" / "export.md").read_text().split())
-    *first, last = sorted(GGUF_FAMILIES)
 
-    assert f"(today {', '.join(first)} and {last} have one)" in page
     for name in (*get_args(OutputFormat), *get_args(GgufType)):
         assert f"| `{name}` |" in page
-
-
-def test_a_tensor_without_a_name_is_refused() -> None:
-    """It would be lost."""
-    with pytest.raises(ModelError, match=r"GGUF has no name for model\.layers\.0\.extra\.weight"):
-        GgufNames(a_config()).name("model.layers.0.extra.weight")
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        pytest.param(SimpleNamespace(model_type="other"), "a 'other' model cannot be exported", id="family"),
-        pytest.param(
-            SimpleNamespace(model_type="llama", rope_parameters={"rope_type": "dynamic"}),
-            "'dynamic' rotary",
-            id="rope",
-        ),
-        pytest.param(a_config("smollm3", no_rope_layers=[1, 0] * 4), "other no_rope_layers", id="smollm3"),
-        pytest.param(
-            a_config("gemma2", query_pre_attn_scalar=24), "another query_pre_attn_scalar", id="gemma2"
-        ),
-        pytest.param(
-            a_config("gemma2", head_dim=32, query_pre_attn_scalar=32, layer_types=["full_attention"] * 8),
-            "other layer_types",
-            id="gemma2 without windows",
-        ),
-        pytest.param(a_config("olmo2"), "tied embeddings", id="olmo2"),
-        pytest.param(
-            SimpleNamespace(model_type="llama", rope_parameters={}, hidden_act="gelu"),
-            "hidden_act 'gelu'",
-            id="act",
-        ),
-    ],
-)
-def test_models_that_llama_cpp_computes_otherwise_are_refused(config: Any, said: str) -> None:
-    """With a sentence."""
-    with pytest.raises(ModelError, match=said):
-        family_of(config)
 
 
 @pytest.mark.parametrize(
@@ -210,18 +128,10 @@ def test_llama_cpp_says_what_transformers_and_peft_say(
     assert by_llama_cpp(base) == without
 
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
-    "gemma2": {"query_pre_attn_scalar": 32},
-    "olmo2": {"tie_word_embeddings": False},
-}
-"""What llama.cpp has fixed."""
-
-
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", sorted(GGUF_FAMILIES))
+@pytest.mark.parametrize("kind", [*sorted(GGUF_FAMILIES), *sorted(WRAPPERS)])
 def test_llama_cpp_computes_each_family_as_transformers_does(
     kind: str,
     small_model: Callable[..., Path],
@@ -229,8 +139,8 @@ def test_llama_cpp_computes_each_family_as_transformers_does(
     tmp_path: Path,
 ) -> None:
     """A small random model with everything special to its kind: twenty greedy tokens of f16 are equal."""
-    folder = small_model(kind, dtype="float16", **NEEDED.get(kind, {}))
-    adapter = an_adapter(folder)
+    folder = small_model(kind, dtype="float16", **FIXED.get(kind, {}))
+    adapter = an_adapter(folder, targets=TARGETS.get(kind, "all-linear"))
     out = exported(folder, adapter, tmp_path / "out", "gguf-f16")
     prompt = prompt_ids(folder)
     expected, _ = by_peft(folder, adapter)

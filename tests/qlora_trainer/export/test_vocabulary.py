@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
 
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export import vocabulary
@@ -38,6 +39,7 @@ LLAMA3 = (
         ),
         pytest.param(split(LLAMA3), "llama-bpe", id="Llama 3"),
         pytest.param(split(LLAMA3.replace("{1,3}", "")), "qwen2", id="Qwen 2"),
+        pytest.param(split(PRETOKENIZE_REGEX), "qwen35", id="Qwen 3.5"),
     ],
 )
 def test_each_known_way_to_split_words_has_its_name(pre_tokenizer: dict[str, Any], name: str) -> None:

@@ -304,6 +304,20 @@ def test_an_artifact_holds_the_adapter_and_what_was_made_of_it(
 
 
 @pytest.mark.cluster
+def test_oras_pulls_what_was_published(send: Callable[..., str], registry: Registry, tmp_path: Path) -> None:
+    """The package `oras`, a client that is not ours, writes the adapter and its exports into their folders."""
+    oras = pytest.importorskip("oras.client", reason="needs oras")
+    send("pulled", formats=["merged"])
+    client = oras.OrasClient(hostname=f"127.0.0.1:{registry.port}", insecure=True, auth_backend="basic")
+    client.auth.set_basic_auth("user", PASSWORD)
+
+    client.pull(target=f"127.0.0.1:{registry.port}/team/pulled:v1", outdir=str(tmp_path / "pulled"))
+
+    assert {name: (tmp_path / "pulled" / name).read_bytes() for name in ADAPTER} == ADAPTER
+    assert (tmp_path / "pulled" / "exports" / "merged" / "model.bin").read_bytes() == b"merged"
+
+
+@pytest.mark.cluster
 def test_the_same_twice_is_sent_once(send: Callable[..., str], registry: Registry) -> None:
     """Not a byte goes to the registry again: one small break would show it."""
     first = send("twice")

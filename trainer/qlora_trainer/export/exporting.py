@@ -16,6 +16,7 @@ from qlora_trainer.errors import ConfigurationError, ModelError, StorageFull
 from qlora_trainer.export import gguf, merged, proof
 from qlora_trainer.export.adapter_weights import AdapterWeights, read_adapter
 from qlora_trainer.export.chat_format import chat_format, without_generation_marks
+from qlora_trainer.export.gguf_names import family_of
 from qlora_trainer.export.merged_weights import StoredTensor, plan_tensors
 from qlora_trainer.export.modelfile import generation_settings, modelfile, stop_texts
 from qlora_trainer.export.proof import Comparison, Proof
@@ -55,7 +56,7 @@ def check_forms(forms: Sequence[ExportForm], model: Path) -> None:
     if not any(gguf_type(form) for form in forms):
         return
     try:
-        gguf.family_of(config)
+        family_of(config)
         read_vocabulary(read_tokenizer(model), config.vocab_size)
     except ModelError as error:
         raise ModelError(f"output.formats has gguf, but {error}") from error

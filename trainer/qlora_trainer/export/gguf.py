@@ -22,137 +22,15 @@ from qlora_contract.run_config import GgufType
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export import k_quants
 from qlora_trainer.export.adapter_weights import AdapterWeights
+from qlora_trainer.export.gguf_names import (
+    GgufNames,
+    family_of,
+    full_attention_interval,
+    rope_of,
+    rope_of_windows,
+)
 from qlora_trainer.export.merged_weights import StoredTensor
 from qlora_trainer.export.vocabulary import Vocabulary
-
-ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings that llama.cpp computes as transformers does."""
-
-
-@dataclass(frozen=True)
-class GgufFamily:
-    """What llama.cpp calls a model family, and in which order it keeps the rows of queries and keys."""
-
-    architecture: str
-    interleaved: bool
-    """Rotary pairs are neighbors there, and half a head apart in transformers."""
-    norm_offset: float = 0.0
-    """What is added to the weights of norms there; transformers adds it while it computes."""
-    activation: str = "silu"
-    """Of the MLP."""
-
-
-GGUF_FAMILIES: Mapping[str, GgufFamily] = {
-    "gemma2": GgufFamily("gemma2", interleaved=False, norm_offset=1.0, activation="gelu_pytorch_tanh"),
-    "glm4": GgufFamily("glm4", interleaved=False),
-    "granite": GgufFamily("granite", interleaved=True),
-    "llama": GgufFamily("llama", interleaved=True),
-    "mistral": GgufFamily("llama", interleaved=True),
-    "olmo2": GgufFamily("olmo2", interleaved=False),
-    "phi3": GgufFamily("phi3", interleaved=False),
-    "qwen2": GgufFamily("qwen2", interleaved=False),
-    "qwen3": GgufFamily("qwen3", interleaved=False),
-    "smollm3": GgufFamily("smollm3", interleaved=True),
-}
-"""By config.json's model_type."""
-
-
-def family_of(config: Any) -> GgufFamily:
-    """The family of a model, by its configuration. Raises ModelError where no GGUF file would be the model."""
-    family = GGUF_FAMILIES.get(config.model_type)
-    if family is None:
-        known = ", ".join(sorted(GGUF_FAMILIES))
-        raise ModelError(f"a {config.model_type!r} model cannot be exported to GGUF; these can: {known}")
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise ModelError(f"a model with {rope!r} rotary embeddings cannot be exported to GGUF")
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != family.activation:
-        raise ModelError(
-            f"a {config.model_type!r} model with hidden_act {activation!r} cannot be exported to GGUF; only "
-            f"{family.activation} can"
-        )
-    if why := _fixed_otherwise(config):
-        raise ModelError(
-            f"a {config.model_type!r} model with {why} cannot be exported to GGUF: llama.cpp has it fixed"
-        )
-    return family
-
-
-def _fixed_otherwise(config: Any) -> str:
-    """What a model has that llama.cpp computes in one way only, which is another; empty: nothing."""
-    layers = range(config.num_hidden_layers) if hasattr(config, "num_hidden_layers") else ()
-    if config.model_type == "smollm3" and list(config.no_rope_layers) != [
-        int((i + 1) % 4 != 0) for i in layers
-    ]:
-        return "other no_rope_layers than every fourth"
-    if config.model_type == "olmo2" and config.tie_word_embeddings:
-        return "tied embeddings"
-    if config.model_type == "gemma2":
-        if config.query_pre_attn_scalar != config.head_dim:
-            return "another query_pre_attn_scalar than head_dim"
-        if config.layer_types != [("sliding_attention", "full_attention")[i % 2] for i in layers]:
-            return "other layer_types than one sliding and one full in turn"
-    return ""
-
-
-# --- names and order
-
-
-class GgufNames:
-    """How GGUF calls and orders the tensors of a model.
-
-    Args:
-        config: transformers' configuration of the model.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-        self._family = family_of(config)
-        architecture = next(
-            a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self._family.architecture
-        )
-        self._map = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-
-    def name(self, path: str) -> str:
-        """GGUF's name of a tensor of transformers' causal language model. Raises ModelError where it has none."""
-        found = self._map.get_name(path, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise ModelError(f"GGUF has no name for {path} of a {self._config.model_type!r} model")
-        return str(found)
-
-    def to_gguf(self, path: str, rows: Tensor) -> Tensor:
-        """The rows of a tensor of transformers in llama.cpp's order."""
-        if self._is_offset(path):
-            return rows.float() + self._family.norm_offset
-        heads = self._heads(path)
-        return rows if heads is None else _swap(rows, heads, 2)
-
-    def from_gguf(self, path: str, rows: Tensor) -> Tensor:
-        """The inverse of to_gguf."""
-        if self._is_offset(path):
-            return rows - self._family.norm_offset
-        heads = self._heads(path)
-        return rows if heads is None else _swap(rows, heads, rows.shape[0] // heads // 2)
-
-    def _is_offset(self, path: str) -> bool:
-        return self._family.norm_offset != 0 and path.endswith("norm.weight")
-
-    def _heads(self, path: str) -> int | None:
-        """Heads within which rows are reordered; None: they are not."""
-        if not self._family.interleaved:
-            return None
-        layer = path.rpartition(".")[0].rpartition(".")[2]
-        return {
-            "q_proj": self._config.num_attention_heads,
-            "k_proj": self._config.num_key_value_heads,
-        }.get(layer)
-
-
-def _swap(rows: Tensor, heads: int, first: int) -> Tensor:
-    """Rows (i, j) of each head, i below `first`, become rows (j, i)."""
-    return rows.reshape(heads, first, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
 
 # --- types
 
@@ -163,13 +41,17 @@ def tensor_type(form: GgufType, name: str, shape: Sequence[int], config: Any) ->
     Args:
         form: f16, q8_0 or q4_k_m.
         name: GGUF's.
-        shape: (rows, columns), or (n,), which stays in fp32.
+        shape: (rows, columns), (experts, rows, columns), or (n,), which stays in fp32.
         config: transformers' configuration of the model.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or not name.endswith(".weight") or name.split(".")[-2] in _ALWAYS_FP32:
         return Type.F32
     wanted = Type.F16 if form == "f16" else Type.Q8_0 if form == "q8_0" else _mixture(name, config)
     return _that_fits(wanted, shape[-1])
+
+
+_ALWAYS_FP32 = ("ffn_gate_inp", "ssm_conv1d")
+"""The router of experts, and a delta network's convolution: small, and llama.cpp computes them so."""
 
 
 def _mixture(name: str, config: Any) -> Type:
@@ -178,7 +60,7 @@ def _mixture(name: str, config: Any) -> Type:
     if name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings):
         return Type.Q6_K
     kind = name.split(".")[-2]
-    if kind in ("attn_v", "ffn_down"):
+    if kind in ("attn_v", "ffn_down", "ffn_down_exps"):
         layer = int(name.split(".")[1])
         if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
             return Type.Q6_K
@@ -239,8 +121,10 @@ class PlannedTensor:
     """GGUF's."""
     kind: Type
     shape: tuple[int, ...]
-    source: StoredTensor | None
-    """None: `value` is it."""
+    sources: tuple[StoredTensor, ...]
+    """What it is made of: experts are in a tensor of their layer, one after another. Empty: `value` is it."""
+    part: int = 0
+    """Which of the tensors that its source is taken apart into."""
     value: Tensor | None = None
 
     @property
@@ -252,17 +136,26 @@ class PlannedTensor:
 def plan_model(stored: Sequence[StoredTensor], config: Any, form: GgufType) -> list[PlannedTensor]:
     """The tensors of a model's file. Raises ModelError for one that GGUF does not know."""
     names = GgufNames(config)
-    tensors = []
+    of: dict[tuple[str, int], dict[int, StoredTensor]] = {}
     for each in stored:
         if each.path.endswith("rotary_emb.inv_freq") or (
             config.tie_word_embeddings and each.layer == "lm_head"
         ):
             continue  # computed; the embedding
-        name = names.name(each.path)
-        tensors.append(PlannedTensor(name, tensor_type(form, name, each.shape, config), each.shape, each))
+        if each.trained:
+            for part, name in enumerate(names.names(each.path)):
+                of.setdefault((name, part), {})[names.expert(each.path) or 0] = each
+    tensors = []
+    for (name, part), sources in of.items():
+        first = sources[0]
+        shape = names.shapes(first.path, first.shape)[part]
+        if names.expert(first.path) is not None:
+            shape = (len(sources), *shape)
+        kind = tensor_type(form, name, shape, config)
+        tensors.append(PlannedTensor(name, kind, shape, tuple(sources[i] for i in range(len(sources))), part))
     factors = rope_factors(config)
     if factors is not None:
-        tensors.append(PlannedTensor("rope_freqs.weight", Type.F32, tuple(factors.shape), None, factors))
+        tensors.append(PlannedTensor("rope_freqs.weight", Type.F32, tuple(factors.shape), (), value=factors))
     return tensors
 
 
@@ -293,12 +186,18 @@ def write_model(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            value = tensor.value
-            if tensor.source is not None:
-                value = names.to_gguf(tensor.source.path, tensor.source.value())
-            assert value is not None, "a tensor is read or given"
-            writer.write_tensor_data(quantized(tensor.name, value, tensor.kind).view(_Checked))
-            advance(0 if tensor.source is None else tensor.source.nbytes)
+            if tensor.value is not None:
+                written = quantized(tensor.name, tensor.value, tensor.kind)
+            else:
+                # An expert at a time is in fp32.
+                parts = [
+                    quantized(tensor.name, names.to_gguf(of.path, of.value())[tensor.part], tensor.kind)
+                    for of in tensor.sources
+                ]
+                written = parts[0] if len(parts) == 1 else np.stack(parts)
+            writer.write_tensor_data(written.view(_Checked))
+            # A source that becomes several tensors is read as often: it is done with the first.
+            advance(0 if tensor.part else sum(of.nbytes for of in tensor.sources))
     finally:
         writer.close()
     return Counter(tensor.kind.name for tensor in tensors)
@@ -318,9 +217,11 @@ def write_lora(path: Path, adapter: AdapterWeights, config: Any, name: str) -> N
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for layer, added in adapter.layers.items():
         weight = f"{layer}.weight"
-        writer.add_tensor(f"{names.name(weight)}.lora_a", added.a.numpy().view(_Checked))
-        b = added.b * (added.scale * added.rank / alpha)
-        writer.add_tensor(f"{names.name(weight)}.lora_b", names.to_gguf(weight, b).numpy().view(_Checked))
+        a = names.columns_to_gguf(weight, added.a).numpy()
+        b = names.rows_to_gguf(weight, added.b * (added.scale * added.rank / alpha))
+        for each, part in zip(names.names(weight), names.split(weight, b), strict=True):
+            writer.add_tensor(f"{each}.lora_a", a.view(_Checked))
+            writer.add_tensor(f"{each}.lora_b", part.numpy().view(_Checked))
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -368,34 +269,61 @@ class Metadata:
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(context_length(config))
         writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_feed_forward_length(
+            config.shared_intermediate_size
+            if config.model_type == "granitemoehybrid"
+            else config.intermediate_size
+        )
         writer.add_head_count(config.num_attention_heads)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_key_length(head)
         writer.add_value_length(head)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
-        writer.add_rope_dimension_count(int(head * config.rope_parameters.get("partial_rotary_factor", 1.0)))
+        writer.add_rope_dimension_count(int(head * rope_of(config).get("partial_rotary_factor", 1.0)))
         self._add_rope(writer)
         self._add_special_to_family(writer)
         self._add_vocabulary(writer)
         return writer
 
     def _add_special_to_family(self, writer: gguf.GGUFWriter) -> None:
-        config = self.config
-        if config.model_type == "granite":
+        config, kind = self.config, self.config.model_type
+        if family_of(config).full_every is not None:
+            writer.add_sliding_window(config.sliding_window)
+        if kind in ("granite", "granitemoehybrid"):
             writer.add_attention_scale(config.attention_multiplier)
             writer.add_embedding_scale(config.embedding_multiplier)
             writer.add_residual_scale(config.residual_multiplier)
             writer.add_logit_scale(config.logits_scaling)
-        if config.model_type == "gemma2":
+        if kind == "granitemoehybrid" and config.position_embedding_type != "rope":
+            writer.add_rope_scaling_finetuned(value=False)  # there, how it is told that nothing is rotated
+        if kind == "gemma2":
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
-            writer.add_sliding_window(config.sliding_window)
+        if kind == "ministral3":
+            rope = rope_of(config)
+            writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+            writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        if kind == "qwen3_moe":
+            writer.add_expert_count(config.num_experts)
+            writer.add_expert_used_count(config.num_experts_per_tok)
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        if kind == "qwen3_5_text":
+            values = config.linear_num_value_heads
+            writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+            writer.add_ssm_state_size(config.linear_key_head_dim)
+            writer.add_ssm_group_count(config.linear_num_key_heads)
+            writer.add_ssm_time_step_rank(values)
+            writer.add_ssm_inner_size(values * config.linear_value_head_dim)
+            writer.add_full_attention_interval(full_attention_interval(config))
+            sections = rope_of(config).get("mrope_section") or MROPE_SECTIONS
+            writer.add_rope_dimension_sections([*sections, 0])
 
     def _add_rope(self, writer: gguf.GGUFWriter) -> None:
-        rope = self.config.rope_parameters
+        rope, windows = rope_of(self.config), rope_of_windows(self.config)
         writer.add_rope_freq_base(rope["rope_theta"])
+        if windows is not None:
+            writer.add_rope_freq_base_swa(windows["rope_theta"])
         if rope.get("rope_type") not in ("linear", "yarn"):
             return  # llama3's is a tensor
         linear = rope["rope_type"] == "linear"
@@ -429,18 +357,21 @@ class Metadata:
             writer.add_chat_template(self.chat_template)
 
 
+MROPE_SECTIONS = (11, 11, 10)
+"""Of Qwen3.5, where config.json does not say it: which rotary pairs belong to time, height and width."""
+
+
 def head_size(config: Any) -> int:
     """Numbers of a head's query."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def context_length(config: Any) -> int:
-    """Tokens up to which the file computes what the model does: llama.cpp has no sliding window for these families but
-    Gemma 2."""
+    """Tokens up to which the file computes what the model does: llama.cpp has a sliding window for some families."""
     longest = int(config.max_position_embeddings)
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else config.model_type in ("mistral", "phi3")
-    if config.model_type == "gemma2":
+    if family_of(config).full_every is not None:
         return longest
     window = getattr(config, "sliding_window", None)
     return min(longest, int(window)) if slides and window else longest
@@ -451,7 +382,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
     Long waves are stretched by the factor, short ones not at all, those between by a mean of both.
     """
-    rope = config.rope_parameters
+    rope = rope_of(config)
     if rope.get("rope_type") != "llama3":
         return None
     steps = torch.arange(0, head_size(config), 2, dtype=torch.float64) / head_size(config)

@@ -35,6 +35,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     adapter: LayerAdapter | None
+    trained: bool = True
+    """It is of the language model, not of another part of a multimodal one."""
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +88,9 @@ def plan_tensors(folder: Path, family: Family, adapter: AdapterWeights) -> list[
             raise ModelError(
                 f"{name} is stored as {dtype}; only unquantized floating-point weights can be exported"
             )
-        tensors.append(StoredTensor(name, path, file, shape, _DTYPES[dtype], added))
+        tensors.append(
+            StoredTensor(name, path, file, shape, _DTYPES[dtype], added, in_graph[name] is not None)
+        )
     if waiting:
         raise ModelError(
             f"the adapter changes {len(waiting)} layers that {folder} does not have, such as {min(waiting)}: "

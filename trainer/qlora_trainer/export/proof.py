@@ -19,13 +19,14 @@ from typing import Any
 
 import gguf
 import torch
+from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
 from qlora_contract.export import ExportForm
 from qlora_trainer.data.collate import Batch
 from qlora_trainer.errors import ModelError
 from qlora_trainer.export.adapter_weights import AdapterWeights, LayerAdapter
-from qlora_trainer.export.gguf import GgufNames
+from qlora_trainer.export.gguf_names import GgufNames
 from qlora_trainer.export.merged_weights import StoredTensor
 from qlora_trainer.modeling.base_model import BaseModel
 from qlora_trainer.modeling.loading import load_model
@@ -150,7 +151,7 @@ class Proof:
             config: transformers' configuration of the model.
         """
         weights = GgufWeights(file, GgufNames(config))
-        paths = {tensor.path: tensor.shape for tensor in stored}
+        paths = {tensor.path: tensor.shape for tensor in stored if tensor.trained}
         return self._compare(load_model(self._folder, weights, torch.float32, stored=weights.tensors(paths)))
 
     def of_lora(self, file: Path, adapter: AdapterWeights, config: Any) -> Comparison:
@@ -244,14 +245,14 @@ class GgufWeights:
         unknown = set(self._tensors) - {"rope_freqs.weight"}
         for path, shape in paths.items():
             try:
-                name = self._names.name(path)
+                names = self._names.names(path)
             except ModelError:
                 continue  # not in such files
-            if name not in unknown:
+            if any(name not in self._tensors for name in names):
                 continue  # the head that is the embedding
-            unknown.remove(name)
-            is_layer = name.startswith("blk.") and len(shape) == 2
-            yield path, torch.empty(shape, device="meta") if is_layer else self.value(path)
+            unknown.difference_update(names)
+            is_layer = names[0].startswith("blk.") and self._tensors[names[0]].tensor_type != Type.F32
+            yield path, torch.empty(shape, device="meta") if is_layer else self.value(path, shape)
         if unknown:
             raise ModelError(f"the GGUF file holds {min(unknown)}, which the model does not have")
 
@@ -259,20 +260,26 @@ class GgufWeights:
         """The weight of transformers' name."""
         return GgufWeight(self, name)
 
-    def value(self, path: str) -> Tensor:
-        """A tensor under transformers' name, in its order: fp32."""
-        tensor = self._tensors[self._names.name(path)]
-        numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        return self._names.from_gguf(path, numbers)
+    def value(self, path: str, shape: Sequence[int] | None = None) -> Tensor:
+        """A tensor under transformers' name, in its order, of `shape` where GGUF's is another: fp32."""
+        expert = self._names.expert(path)
+        parts = []
+        for name in self._names.names(path):
+            tensor = self._tensors[name]
+            data = tensor.data if expert is None else tensor.data[expert]
+            parts.append(torch.from_numpy(gguf.quants.dequantize(data, tensor.tensor_type).copy()).float())
+        return self._names.from_gguf(path, parts, shape)
 
     def shape(self, path: str) -> tuple[int, int]:
         """(out, in) of a matrix."""
-        columns, rows = self._tensors[self._names.name(path)].shape
-        return int(rows), int(columns)
+        tensors = [self._tensors[name] for name in self._names.names(path)]
+        return sum(int(tensor.shape[1]) for tensor in tensors), int(tensors[0].shape[0])
 
     def nbytes(self, path: str) -> int:
         """Bytes in the file."""
-        return int(self._tensors[self._names.name(path)].n_bytes)
+        tensors = [self._tensors[name] for name in self._names.names(path)]
+        experts = 1 if self._names.expert(path) is None else int(tensors[0].shape[2])
+        return sum(int(tensor.n_bytes) for tensor in tensors) // experts
 
 
 class GgufWeight:
@@ -325,10 +332,18 @@ def read_lora(file: Path, layers: Sequence[str], names: GgufNames) -> dict[str, 
     found = {}
     for layer in layers:
         weight = f"{layer}.weight"
-        a, b = (tensors.pop(f"{names.name(weight)}.lora_{which}", None) for which in "ab")
-        if a is None or b is None:
+        wanted = names.names(weight)
+        halves = {w: [tensors.pop(f"{each}.lora_{w}", None) for each in wanted] for w in "ab"}
+        a, b = ([half for half in halves[w] if half is not None] for w in "ab")
+        if len(a) < len(wanted) or len(b) < len(wanted):
             raise ModelError(f"{file.name} lacks {layer}")
-        found[layer] = LayerAdapter(a, names.from_gguf(weight, b), alpha / a.shape[0])
+        if any(not torch.equal(a[0], other) for other in a[1:]):
+            raise ModelError(f"{file.name} takes {layer} apart into layers of different A")
+        found[layer] = LayerAdapter(
+            names.columns_from_gguf(weight, a[0]),
+            names.rows_from_gguf(weight, torch.cat(b)),
+            alpha / a[0].shape[0],
+        )
     if tensors:
         raise ModelError(f"{file.name} holds {min(tensors)}, which no layer of the adapter is called")
     return found
