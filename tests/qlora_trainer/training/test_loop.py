@@ -400,7 +400,7 @@ def test_a_job_that_the_release_before_began_goes_on(begun_by_the_release_before
     assert "dropout None -> philox4x32-10" in report["not_bit_exact"]
     # What the release before did not record: there was one way to compute it, or nothing was known of it.
     assert prepare(context).loop.determinism_key.keys() - began_under.keys() == {
-        "passes", "dropout", *checkpoint.NOT_ALWAYS_KNOWN
+        "passes", "dropout", "allreduce", *checkpoint.NOT_ALWAYS_KNOWN
     }  # fmt: skip
     assert began_under.keys() <= prepare(context).loop.determinism_key.keys()
     assert [line["step"] for line in lines(context)] == [line["step"] for line in expected]
