@@ -26,7 +26,6 @@ OUTSIDE = (
     "'os'",
     "Popen",
     "root:x:",
-    "<TemplateReference",
 )
 """What a text shows that has reached beyond its data. The helpers that every template has may show their names."""
 

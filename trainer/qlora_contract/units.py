@@ -65,7 +65,7 @@ LONGEST_LINE = 500
 """Characters of an error of a library's that ours repeat."""
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException | str) -> str:
     """The first line of an error's message, or its class when it has none: libraries append pages of advice.
 
     Of a line without end, such as one that quotes a whole file, the beginning.

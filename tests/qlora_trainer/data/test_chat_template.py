@@ -17,6 +17,16 @@ HELLO = [Message("user", "hello")]
 SAYS = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
 
 
+def test_an_end_of_turn_beyond_the_vocabulary_ends_nothing(byte_tokenizer: Make) -> None:
+    """As generation_config.json of a damaged model names one."""
+    ends = [
+        ChatTemplate(byte_tokenizer(SAYS), TemplateSettings(stop_ids=stop_ids)).end_tokens
+        for stop_ids in ((), (10**6,))
+    ]
+
+    assert ends[0] == ends[1]
+
+
 def test_a_template_is_told_the_time_that_is_set(byte_tokenizer: Make) -> None:
     """Whenever it is rendered, and whatever another template of the same text was told."""
     source = "{{ strftime_now('%Y-%m-%d %H:%M') }} " + SAYS

@@ -69,6 +69,18 @@ def test_a_model_without_a_limit_has_none() -> None:
     assert positions(SimpleNamespace()) is None
 
 
+@pytest.mark.parametrize(
+    ("written", "rope"),
+    [([512], {}), (float("nan"), {}), (512, {"original_max_position_embeddings": [32], "factor": 8.0}),
+     (512, {"factor": "8"}), (512, {"factor": float("inf")})],
+    ids=str,
+)  # fmt: skip
+def test_positions_that_are_no_numbers_are_the_model_s_fault(written: Any, rope: dict[str, Any]) -> None:
+    """A stranger's file may have anything there."""
+    with pytest.raises(ModelError, match="must be"):
+        positions(SimpleNamespace(max_position_embeddings=written, rope_parameters=rope))
+
+
 @pytest.mark.parametrize("values", [{"num_attention_heads": 0}, {"hidden_act": "nope"}])
 def test_a_configuration_that_makes_no_sense_is_the_model_s_fault(
     copied: Make, values: dict[str, Any]
@@ -294,6 +306,12 @@ def pointer(folder: Path) -> None:
     )
 
 
+def long_name(folder: Path) -> None:
+    """Have the weights in a file whose name no file can have."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "x" * 5_000}}))
+
+
 def quantized(folder: Path) -> None:
     """Say that the weights are quantized."""
     file = folder / "config.json"
@@ -308,6 +326,9 @@ def quantized(folder: Path) -> None:
         pytest.param(no_safetensors, "neither model.safetensors nor", id="no weights"),
         pytest.param(truncated, "model.safetensors is not a complete safetensors file", id="truncated"),
         pytest.param(pointer, "is a pointer of git-lfs, not the file: run `git lfs pull` in", id="pointer"),
+        pytest.param(
+            long_name, "lacks x{200,}[.]{3}, which model.safetensors.index.json names", id="long name"
+        ),
         pytest.param(quantized, "is stored in GPTQ of None bits", id="quantized"),
         pytest.param(shutil.rmtree, "has no config.json", id="no folder"),
     ],

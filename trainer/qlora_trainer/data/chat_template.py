@@ -74,7 +74,8 @@ class ChatTemplate:
         self.special = _any_of(special)
         """Matches any special token."""
         stops = {tokenizer.eos_token_id, *settings.stop_ids} - {None}
-        self._stops = set(tokenizer.convert_ids_to_tokens(sorted(stops)))
+        # An id beyond the vocabulary has no token, and no text ends with it.
+        self._stops = set(tokenizer.convert_ids_to_tokens(sorted(stops))) - {None}
         self.end_tokens = self._stops | self._end_of_turn()
         """Tokens that end a turn of the assistant."""
         self.ends = _any_of(self.end_tokens)

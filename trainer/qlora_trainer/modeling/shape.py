@@ -1,7 +1,7 @@
 """The numbers of a model that memory, time and the plan depend on, read from config.json alone."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +219,19 @@ def positions(config: Any) -> int | None:
     written = getattr(config, "max_position_embeddings", None)
     if written is None:
         return None
-    return min(_reach(rope, int(written)) for rope in rotary_parameters(config))
+    longest = _number("max_position_embeddings", written)
+    return min(_reach(rope, longest) for rope in rotary_parameters(config))
 
 
-def _reach(rope: dict[str, Any], written: int) -> int:
-    first = rope.get("original_max_position_embeddings") or written
-    return max(written, int(first * (rope.get("factor") or 1.0)))
+def _reach(rope: dict[str, Any], written: float) -> int:
+    first, factor = (
+        _number(f"{name} of the rotary embeddings", rope.get(name) or otherwise)
+        for name, otherwise in (("original_max_position_embeddings", written), ("factor", 1.0))
+    )
+    return int(max(written, first * factor))
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float) or not isfinite(value):
+        raise ModelError(f"config.json: {name} must be a number, not {str(value)[:100]}")
+    return value

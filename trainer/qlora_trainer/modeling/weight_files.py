@@ -38,9 +38,10 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of safetensors files: {first_line(error)}") from error
-    missing = [n for n in map(str, names) if "/" in n or not (folder / n).is_file()]
-    if missing:
-        raise ModelError(f"{folder} lacks {', '.join(missing)}, which {index.name} names")
+    # By their names: one of a stranger may be no path at all.
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    if missing := [name for name in map(str, names) if name not in there]:
+        raise ModelError(f"{folder} lacks {first_line(', '.join(missing))}, which {index.name} names")
     return [folder / n for n in names]
 
 
