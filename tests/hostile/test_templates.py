@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import FAMILIES
 from hostile import INPUTS, attack, damaged_bytes, survive
+from qlora_trainer.data import template_limits
 from qlora_trainer.data.chat_template import ChatTemplate, TemplateSettings
 from qlora_trainer.data.records import Message
 
@@ -28,6 +29,12 @@ OUTSIDE = (
     "root:x:",
 )
 """What a text shows that has reached beyond its data. The helpers that every template has may show their names."""
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template may take two minutes at most, and an input of the tests seconds."""
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 2.0)
 
 
 def render(source: str) -> None:

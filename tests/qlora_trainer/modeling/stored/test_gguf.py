@@ -148,11 +148,25 @@ def test_one_of_several_files_must_be_chosen(copied: Make) -> None:
     assert weight_files(folder) == [folder / "model.safetensors"]
 
 
-def test_a_damaged_file_is_refused(copied: Make) -> None:
+HEADER = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+"""No tensor, and one field."""
+ENDLESS = (
+    b"\x01"
+    + bytes(7)
+    + b"a"
+    + (9).to_bytes(4, "little")
+    + (8).to_bytes(4, "little")
+    + (2**60).to_bytes(8, "little")
+)
+"""A field named a: an array of 2^60 strings."""
+
+
+@pytest.mark.parametrize("content", [b"GGUF" + bytes(40), HEADER + ENDLESS], ids=["zeros", "without end"])
+def test_a_damaged_file_is_refused(content: bytes, copied: Make) -> None:
     """What is no GGUF file is a ModelError that names it."""
     folder = copied("llama", **LIVELY)
     (folder / "model.safetensors").unlink()
-    (folder / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    (folder / "broken.gguf").write_bytes(content)
 
     with pytest.raises(ModelError, match=r"broken\.gguf is not a complete GGUF file"):
         read_config(folder)

@@ -172,8 +172,17 @@ def _reader(file: Path) -> Any:
             f"{file} can be read with the package gguf, which is not installed here; install qlora-operator[gguf], or "
             "give the model as safetensors"
         ) from error
+
+    class Reader(GGUFReader):
+        """Goes by what its header says: an array of 2^60 strings, all behind the end, would never be read."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before what its header says")
+            return super()._get(offset, dtype, count, *order)
+
     try:
-        return GGUFReader(file, "c")  # copy on write: torch warns of arrays that cannot be written to
+        return Reader(file, "c")  # copy on write: torch warns of arrays that cannot be written to
     except Exception as error:  # numpy's own, of whatever is where a header should be
         raise ModelError(f"{file} is not a complete GGUF file: {first_line(error)}") from error
 
