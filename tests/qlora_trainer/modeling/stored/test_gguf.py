@@ -1,6 +1,7 @@
 """Models stored in GGUF files."""
 
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,16 +149,9 @@ def test_one_of_several_files_must_be_chosen(copied: Make) -> None:
     assert weight_files(folder) == [folder / "model.safetensors"]
 
 
-HEADER = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+HEADER = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1)
 """No tensor, and one field."""
-ENDLESS = (
-    b"\x01"
-    + bytes(7)
-    + b"a"
-    + (9).to_bytes(4, "little")
-    + (8).to_bytes(4, "little")
-    + (2**60).to_bytes(8, "little")
-)
+ENDLESS = struct.pack("<QcIIQ", 1, b"a", 9, 8, 2**60)
 """A field named a: an array of 2^60 strings."""
 
 

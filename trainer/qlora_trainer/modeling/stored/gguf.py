@@ -173,13 +173,13 @@ def _reader(file: Path) -> Any:
             "give the model as safetensors"
         ) from error
 
-    class Reader(GGUFReader):
+    class Reader(GGUFReader):  # type: ignore[misc]
         """Goes by what its header says: an array of 2^60 strings, all behind the end, would never be read."""
 
-        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any) -> Any:
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends before what its header says")
-            return super()._get(offset, dtype, count, *order)
+            return super()._get(offset, dtype, count, **order)
 
     try:
         return Reader(file, "c")  # copy on write: torch warns of arrays that cannot be written to
