@@ -93,7 +93,17 @@ def test_the_folder_of_another_spec_is_refused_with_what_differs(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "{}", '{"hash": "x"}', '{"hash": "x", "fields": null}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"hash": "x"}',
+        '{"hash": "x", "fields": null}',
+        '{"hash": "x", "fields": {"model": {}}}',
+    ],
 )
 def test_a_damaged_mark_is_told_apart(tmp_path: Path, text: str) -> None:
     """It may be this spec's or another's: only the user can say."""

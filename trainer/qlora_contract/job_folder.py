@@ -98,11 +98,11 @@ def has_identity(folder: Path, run: RunConfig) -> bool:
     try:
         theirs = read_json(path)
         same, fields = same_identity(theirs, mine), dict(theirs["fields"])
+        longer = not same and is_longer(fields, mine["fields"])
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedIdentityError(f"{path} is damaged; remove {folder} to start over") from error
-    longer = not same and is_longer(fields, mine["fields"])
     if longer and run.training.schedule == "constant":
         return False
     if not same:
