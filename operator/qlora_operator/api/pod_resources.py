@@ -1,7 +1,7 @@
 """What a pod of ranks requests of its node: what its ranks need, and what the pod itself does."""
 
 from qlora_contract.run_config import RunStage
-from qlora_operator.api.quantity import parse_memory
+from qlora_operator.api.quantity import parse_memory, parse_quantity
 from qlora_operator.api.v1alpha1 import Topology
 
 AUTO_RANKS = 8
@@ -10,9 +10,16 @@ TMP_BYTES = 256 * 2**20
 """Limit of a pod's /tmp, which is in memory."""
 SHM_BYTES_PER_RANK = 64 * 2**20
 """Each rank's part of its pod's /dev/shm, through which the pod's ranks communicate; oneCCL uses nearly all of it."""
-CHECK_CPU = "100m"
+CHECK_MILLICORES = 100
 """What the container beside a fetch requests that looks at the data: it begins when the fetch has ended, whose CPUs it
 then uses."""
+
+
+def fetch_cpus(cpu: str) -> tuple[str, str]:
+    """What a fetch and the look at its data request of a CPU quantity, which may be all of a node's: in all no more."""
+    whole = int(parse_quantity(cpu) * 1000)
+    check = min(CHECK_MILLICORES, whole // 2)
+    return f"{whole - check}m", f"{check}m"
 
 
 def with_pods(topology: Topology, pods: int | None) -> Topology:

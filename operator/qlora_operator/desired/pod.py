@@ -17,7 +17,7 @@ from qlora_contract.paths import HANDOFF_ROOT, TERMINATION_LOG
 from qlora_contract.remote import WEB
 from qlora_contract.run_config import TRANSFERS, IsaTier, RunConfig, RunStage
 from qlora_operator.api import names
-from qlora_operator.api.pod_resources import CHECK_CPU, pod_cpus, pod_memory, stage_topology
+from qlora_operator.api.pod_resources import fetch_cpus, pod_cpus, pod_memory, stage_topology
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Topology
 from qlora_operator.desired.defaults import scheduling
 from qlora_operator.desired.metadata import labels, pods_of
@@ -254,7 +254,7 @@ def _check_container(job: QLoRAJob, image: str, settings: Settings) -> dict[str,
     return {
         **_program(names.CHECK_CONTAINER, image, entry_points.CHECK, settings),
         "env": [{"name": name, "value": value} for name, value in environment.items()],
-        "resources": {"requests": {"cpu": CHECK_CPU, **memory}, "limits": memory},
+        "resources": {"requests": {"cpu": fetch_cpus(settings.transfer.cpu)[1], **memory}, "limits": memory},
         "volumeMounts": [mount for _, mount in check_volumes(job.spec)],
     }
 
@@ -285,7 +285,9 @@ def _resources(topology: Topology, stage: RunStage, transfer: TransferSettings) 
     """
     if stage in TRANSFERS:
         memory = {"memory": transfer.memory}
-        return {"requests": {"cpu": transfer.cpu, **memory}, "limits": memory}
+        checks = stage == "fetch" and transfer.checks_data
+        cpu = fetch_cpus(transfer.cpu)[0] if checks else transfer.cpu
+        return {"requests": {"cpu": cpu, **memory}, "limits": memory}
     topology = stage_topology(topology, stage)
     memory = {"memory": str(pod_memory(topology))}
     both = {"cpu": str(pod_cpus(topology)), **memory}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from qlora_contract.run_config import BF16_NATIVE, ISA_TIERS, IsaTier, RunStage
 from qlora_operator.api.names import TIER_LABELS
-from qlora_operator.api.pod_resources import CHECK_CPU, pod_cpus, pod_memory, stage_topology
+from qlora_operator.api.pod_resources import pod_cpus, pod_memory, stage_topology
 from qlora_operator.api.quantity import parse_memory, parse_quantity
 from qlora_operator.api.v1alpha1 import QLoRAJob, Scheduling, Toleration
 from qlora_operator.settings import TransferSettings
@@ -161,7 +161,7 @@ def transfer_demand(
     return replace(
         demand(job, scheduling),
         pods=1,
-        cpus=ceil(parse_quantity(transfer.cpu) + (parse_quantity(CHECK_CPU) if checks else 0)),
+        cpus=ceil(parse_quantity(transfer.cpu)),
         memory=parse_memory(transfer.memory) * (2 if checks else 1),
         kind="transfer's pod",
         any_processor=stage == "publish",

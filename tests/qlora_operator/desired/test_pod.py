@@ -496,7 +496,7 @@ def test_a_transfer_runs_the_transfers_module(template: Make) -> None:
         assert "args" not in container
         assert pod["metadata"]["labels"][names.ROLE_LABEL] == role
         assert container["resources"] == {
-            "requests": {"cpu": "1", "memory": "2Gi"},
+            "requests": {"cpu": "900m" if stage == "fetch" else "1", "memory": "2Gi"},
             "limits": {"memory": "2Gi"},
         }
         assert violations(pod) == []
@@ -537,9 +537,18 @@ def test_the_administrator_sizes_transfers(template: Make) -> None:
     """transfer.cpu and transfer.memory are the transfers' alone."""
     transfer = {"cpu": "250m", "memory": "512Mi"}
 
-    resources = template(spec=REMOTE, stage="fetch", transfer=transfer)["spec"]["containers"][0]["resources"]
+    requests = {
+        stage: [
+            container["resources"]["requests"]
+            for container in template(spec=REMOTE, stage=stage, transfer=transfer)["spec"]["containers"]
+        ]
+        for stage in ("fetch", "publish")
+    }
 
-    assert resources == {"requests": transfer, "limits": {"memory": "512Mi"}}
+    assert requests == {
+        "fetch": [{"cpu": "150m", "memory": "512Mi"}, {"cpu": "100m", "memory": "512Mi"}],
+        "publish": [transfer],
+    }
     assert template(spec=REMOTE, transfer=transfer) == template(spec=REMOTE)
 
 

@@ -113,18 +113,18 @@ def test_a_demand_is_what_a_pod_requests(a_job: Callable[..., QLoRAJob]) -> None
 
 
 @pytest.mark.parametrize(
-    ("stage", "account", "cpus", "gibibytes"),
-    [("fetch", None, 2, 4), ("fetch", "transfers", 1, 2), ("publish", None, 1, 2)],
+    ("stage", "account", "gibibytes"),
+    [("fetch", None, 4), ("fetch", "transfers", 2), ("publish", None, 2)],
     ids=["a fetch, and who looks at the data", "a fetch with an identity", "a publication"],
 )
 def test_a_transfer_demands_what_its_containers_request(
-    stage: RunStage, account: str | None, cpus: int, gibibytes: int, a_job: Callable[..., QLoRAJob]
+    stage: RunStage, account: str | None, gibibytes: int, a_job: Callable[..., QLoRAJob]
 ) -> None:
-    """One pod, whatever the ranks are."""
+    """One pod, whatever the ranks are. It has a CPU, which may be all of a node's, however many containers share it."""
     job = a_job(topology={"pods": 3, "memoryPerRank": "16Gi"})
     wanted = transfer_demand(job, job.spec.scheduling, TransferSettings(service_account_name=account), stage)
 
-    assert (wanted.pods, wanted.cpus, wanted.memory) == (1, cpus, gibibytes * GIB)
+    assert (wanted.pods, wanted.cpus, wanted.memory) == (1, 1, gibibytes * GIB)
 
 
 @pytest.mark.parametrize(
