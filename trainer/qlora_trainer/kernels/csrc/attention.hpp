@@ -176,6 +176,26 @@ inline A arrays_of(int64_t length, int64_t size, int64_t padded) {
   return memory.next ? A(memory, length, size, padded) : arrays;
 }
 
+// What is kept up of the rows of a block of queries, before any key: `rows` a multiple of the vector's width.
+template <class A>
+inline void begin_rows(const A& s, int64_t rows) {
+  fill(s.most, rows, -1e30f);
+  fill(s.total, rows, 0.0f);
+  fill(s.fade, rows, 0.0f);
+  fill(s.added, rows, 0.0f);
+}
+
+// After a block of keys: by how much each row's largest score has grown becomes the factor that its sums fade by, and its
+// total does.
+template <class A>
+inline void fade_totals(const A& s, int64_t rows) {
+  for (int64_t r = 0; r < rows; r += Vec::width) {
+    const Vec factor = exp(load(s.fade + r));
+    store(s.fade + r, factor);
+    store(s.total + r, fma(load(s.total + r), factor, load(s.added + r)));
+  }
+}
+
 template <class T>
 inline bool attention(const Attention& a, const AttentionTask& task) {
   const DenormalsAreZero mode;  // which a far key's probability becomes
@@ -190,10 +210,7 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
       const int64_t rows = least<int64_t>(kQueries, length - i), first = task.start + i;
       widen_rows(HeadRows<T>(a.query, first, head), rows, size, padded, a.scale, s.query);
       fill(s.sums, rows * padded, 0.0f);
-      fill(s.most, kQueries, -1e30f);
-      fill(s.total, kQueries, 0.0f);
-      fill(s.fade, kQueries, 0.0f);
-      fill(s.added, kQueries, 0.0f);
+      begin_rows(s, kQueries);
       for (int64_t j = first_block(i, a.window); j < i + rows; j += kKeys) {
         const int64_t columns = least<int64_t>(kKeys, i + rows - j);
         for (int64_t t = 0; t < rows; t += kTileRows) {
@@ -221,11 +238,7 @@ inline bool attention(const Attention& a, const AttentionTask& task) {
           s.most[r] = now;
           s.added[r] = sum(total);
         }
-        for (int64_t r = 0; r < kQueries; r += Vec::width) {
-          const Vec factor = exp(load(s.fade + r));
-          store(s.fade + r, factor);
-          store(s.total + r, fma(load(s.total + r), factor, load(s.added + r)));
-        }
+        fade_totals(s, kQueries);
         for (int64_t r = 0; r < rows; ++r) {
           float* const sums = s.sums + r * padded;
           for (int64_t c = 0; c < padded; c += Vec::width) store(sums + c, mul(load(sums + c), set1(s.fade[r])));

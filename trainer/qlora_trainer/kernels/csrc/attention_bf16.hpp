@@ -162,10 +162,7 @@ inline bool attention_bf16(const Attention& a, const AttentionTask& task) {
       const int64_t rows = least<int64_t>(kSide, length - i), first = task.start + i;
       queries.packed<Unit>(i, rows, s.query);
       fill(s.sums, keys.strips * kSide * kStrip, 0.0f);
-      fill(s.most, kSide, -1e30f);
-      fill(s.total, kSide, 0.0f);
-      fill(s.fade, kSide, 0.0f);
-      fill(s.added, kSide, 0.0f);
+      begin_rows(s, kSide);
       for (int64_t j = first_block(i, a.window); j < i + rows; j += kSide) {
         const int64_t columns = least<int64_t>(kSide, i + rows - j);
         multiply_lines(unit, s.query, s.keys + j / kStrip * keys.strips * kStripPiece, keys.strips, i, j, rows, columns, s.scores);
@@ -194,11 +191,7 @@ inline bool attention_bf16(const Attention& a, const AttentionTask& task) {
           s.most[r] = now;
           s.added[r] = sum(total);
         }
-        for (int64_t r = 0; r < kSide; r += Vec::width) {
-          const Vec factor = exp(load(s.fade + r));
-          store(s.fade + r, factor);
-          store(s.total + r, fma(load(s.total + r), factor, load(s.added + r)));
-        }
+        fade_totals(s, kSide);
         for (int64_t line = 0; fades && line < keys.strips * kSide; ++line)
           for (int64_t c = 0; c < kStrip; c += Vec::width) {
             float* const sums = s.sums + line * kStrip + c;
